@@ -1,0 +1,302 @@
+"""The only place that knows PEFT: attach, name, read, write and export LoRA adapters."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from fedlora_flwr.errors import InvalidValue, PrivacyViolation, one_of
+from fedlora_flwr.plan import Layout
+
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class LoRASpec:
+    """What to attach to a backbone.
+
+    Parameters
+    ----------
+    rank : int
+        Rank r of every adapter.
+    alpha : float
+        The update is scaled by ``alpha / rank`` (``alpha / sqrt(rank)`` with ``rslora``).
+    dropout : float
+        Probability with which an input of the adapter (not of the backbone) is dropped.
+    targets : str
+        Regular expression that a module's whole name matches to get an adapter.
+    head : tuple[str, ...]
+        Names of modules that train in full. Empty leaves the head frozen.
+    rslora : bool
+        Rank-stabilised scaling (arXiv 2312.03732).
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: str
+    head: tuple[str, ...] = ()
+    rslora: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedLinear:
+    """One linear layer with a LoRA adapter: ``y = W0 x + scaling * B (A x)``.
+
+    ``A`` has shape (r, n) and ``B`` shape (m, r) for ``W0`` of shape (m, n).
+    """
+
+    name: str
+    module: LoraLayer
+    A: nn.Parameter
+    B: nn.Parameter
+    scaling: float
+    dropout: nn.Module
+
+    @property
+    def base(self) -> nn.Module:
+        """The frozen layer under the adapter."""
+        base: nn.Module = self.module.base_layer
+        return base
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the adapter takes part in the forward pass."""
+        return not self.module.disable_adapters
+
+
+@dataclass(frozen=True, eq=False)
+class HeadLinear:
+    """One linear layer of the head that trains in full."""
+
+    name: str
+    module: nn.Linear
+
+
+class AdaptedModel:
+    """A PEFT model whose trainable arrays have stable names.
+
+    Parameters
+    ----------
+    model : PeftModel
+        Model with one active LoRA adapter and, in ``modules_to_save``, the head if it trains.
+
+    Raises
+    ------
+    PrivacyViolation
+        A trainable part is none that per-record gradients are known for: DoRA and other variants,
+        adapters on convolutions or embeddings, adapter biases, several active adapters, a head of
+        other layers than `torch.nn.Linear`, or any other trainable parameter. The message names it.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
+        self._adapter = _single_adapter(model)
+        self.layers = [
+            _adapted_linear(name, module, self._adapter)
+            for name, module in model.named_modules()
+            if isinstance(module, LoraLayer)
+        ]
+        self.head = list(self._head_linears())
+        self.parameters: dict[str, nn.Parameter] = dict(self._named_parameters())
+        self.check()
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Names of the exchanged arrays, in model order."""
+        return Layout.of(self.parameters)
+
+    def check(self) -> None:
+        """Refuse a model whose trainable parts are not exactly the named arrays.
+
+        Raises
+        ------
+        PrivacyViolation
+            See the class.
+        """
+        known = {id(parameter) for parameter in self.parameters.values()}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and id(parameter) not in known:
+                raise PrivacyViolation(
+                    f"Parameter {_plain(name)!r} is trainable, but only LoRA factors and linear "
+                    "heads are clipped record by record. Freeze it (requires_grad = False)."
+                )
+        for layer in self.layers:
+            if layer.module.merged:
+                raise PrivacyViolation(
+                    f"The adapter of {layer.name!r} is merged into its weight. Unmerge it first."
+                )
+
+    def read(self, names: Iterable[str] | None = None) -> dict[str, NDArray[np.float32]]:
+        """Copy arrays out of the model.
+
+        Parameters
+        ----------
+        names : Iterable[str], optional
+            Which arrays; all of them by default.
+
+        Returns
+        -------
+        dict[str, ndarray]
+            fp32 arrays that share no memory with the model.
+        """
+        chosen = self.parameters if names is None else names
+        return {
+            name: np.array(self.parameters[name].detach().to("cpu", torch.float32).numpy())
+            for name in chosen
+        }
+
+    def write(self, arrays: Mapping[str, NDArray[np.floating]]) -> None:
+        """Copy arrays into the model; the others keep their values.
+
+        Raises
+        ------
+        InvalidValue
+            An array is unknown or has another shape. Nothing is written then.
+        """
+        for name, array in arrays.items():
+            if name not in self.parameters:
+                raise InvalidValue("array", name, one_of(self.parameters, name))
+            shape = tuple(self.parameters[name].shape)
+            if array.shape != shape:
+                raise InvalidValue(f"shape of {name}", array.shape, str(shape))
+        with torch.no_grad():
+            for name, array in arrays.items():
+                self.parameters[name].copy_(torch.from_numpy(np.array(array)))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything frozen: names, shapes and values of the backbone."""
+        digest = hashlib.sha256()
+        exchanged = {id(parameter) for parameter in self.parameters.values()}
+        for name, tensor in _frozen_tensors(self.model, exchanged):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    def export(self, folder: Path) -> None:
+        """Write an adapter folder that `peft.PeftModel.from_pretrained` loads onto the backbone."""
+        self.model.save_pretrained(str(folder), save_embedding_layers=False)
+
+    def _head_linears(self) -> Iterable[HeadLinear]:
+        for name, module in self.model.named_modules():
+            if f".modules_to_save.{self._adapter}" not in f".{name}" or not list(
+                module.parameters(recurse=False)
+            ):
+                continue
+            if type(module) is not nn.Linear:
+                raise PrivacyViolation(
+                    f"The head's {_plain(name)!r} is a {type(module).__name__}, and only "
+                    "torch.nn.Linear is clipped record by record. Leave it out of the head."
+                )
+            yield HeadLinear(_plain(name), module)
+
+    def _named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        for layer in self.layers:
+            yield f"{layer.name}.lora_A.weight", layer.A
+            yield f"{layer.name}.lora_B.weight", layer.B
+        for linear in self.head:
+            for name, parameter in linear.module.named_parameters():
+                yield f"{linear.name}.{name}", parameter
+
+
+def attach(model: nn.Module, spec: LoRASpec, seed: int) -> AdaptedModel:
+    """Attach LoRA adapters to a backbone and freeze the rest.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The backbone with its head; it is changed in place.
+    spec : LoRASpec
+        Rank, scaling, targets and head.
+    seed : int
+        Seed of the random start of A; B starts at zero.
+
+    Returns
+    -------
+    AdaptedModel
+        The wrapped model, in eval mode.
+
+    Raises
+    ------
+    InvalidValue
+        ``spec.targets`` matches no module, or ``spec.head`` names a module that does not exist.
+    PrivacyViolation
+        A target is no linear layer (see `AdaptedModel`).
+    """
+    names = [name for name, _ in model.named_modules()]
+    if not any(re.fullmatch(spec.targets, name) for name in names):
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        raise InvalidValue(
+            "lora-targets", spec.targets, "a pattern that matches " + one_of(linear[:12], "")
+        )
+    for head in spec.head:
+        if head not in names:
+            raise InvalidValue("head", head, one_of(names, head))
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,  # type: ignore[arg-type,unused-ignore]
+        lora_dropout=spec.dropout,
+        target_modules=spec.targets,
+        modules_to_save=list(spec.head) or None,
+        use_rslora=spec.rslora,
+        bias="none",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted = AdaptedModel(get_peft_model(model, config))
+    adapted.model.eval()
+    return adapted
+
+
+def _single_adapter(model: PeftModel) -> str:
+    active = model.active_adapters
+    if len(active) != 1:
+        raise PrivacyViolation(f"Adapters {active} are active at once; activate exactly one.")
+    return str(active[0])
+
+
+def _adapted_linear(name: str, module: LoraLayer, adapter: str) -> AdaptedLinear:
+    plain = _plain(name)
+    if adapter not in module.lora_A or not isinstance(module.lora_A[adapter], nn.Linear):
+        kind = type(module.get_base_layer()).__name__
+        raise PrivacyViolation(
+            f"Layer {plain!r} is a {kind}; adapters are clipped record by record on linear layers "
+            "only. Leave it out of the targets."
+        )
+    if adapter in module.lora_variant:
+        variant = type(module.lora_variant[adapter]).__name__
+        raise PrivacyViolation(f"Layer {plain!r} uses {variant}; only plain LoRA is supported.")
+    if module.lora_bias[adapter]:
+        raise PrivacyViolation(f"Layer {plain!r} trains an adapter bias; set lora_bias = False.")
+    return AdaptedLinear(
+        name=plain,
+        module=module,
+        A=module.lora_A[adapter].weight,
+        B=module.lora_B[adapter].weight,
+        scaling=float(module.scaling[adapter]),
+        dropout=module.lora_dropout[adapter],
+    )
+
+
+def _frozen_tensors(model: nn.Module, exchanged: set[int]) -> Iterable[tuple[str, Tensor]]:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) not in exchanged:
+            yield _plain(name), tensor
+
+
+def _plain(name: str) -> str:
+    """Strip what PEFT adds to a module's or parameter's name."""
+    name = name.removeprefix(_PREFIX)
+    return re.sub(r"\.(modules_to_save\.\w+|base_layer|original_module)(?=\.|$)", "", name)

@@ -1,0 +1,88 @@
+"""Pure NumPy on named arrays: what a server does with what its clients send."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora_flwr.errors import InvalidValue
+
+Arrays = Mapping[str, NDArray[np.floating]]
+
+
+def normalise(weights: Sequence[float]) -> NDArray[np.float64]:
+    """Scale non-negative weights to sum to one.
+
+    Raises
+    ------
+    InvalidValue
+        No weight, a negative or non-finite one, or a sum of zero.
+    """
+    values = np.asarray(weights, dtype=np.float64)
+    if values.size == 0 or not np.isfinite(values).all() or (values < 0).any() or not values.sum():
+        raise InvalidValue("weights", list(weights), "finite numbers >= 0, one of them above 0")
+    return np.asarray(values / values.sum(), dtype=np.float64)
+
+
+def weighted_mean(
+    uploads: Sequence[Arrays], weights: Sequence[float]
+) -> dict[str, NDArray[np.floating]]:
+    """Average each array over the clients.
+
+    Sums run in fp64 in the order given, so a fixed order gives a bit-identical result; the mean is
+    returned in the arrays' own type.
+
+    Parameters
+    ----------
+    uploads : Sequence[Arrays]
+        One mapping a client, all with the same names and shapes.
+    weights : Sequence[float]
+        One weight a client; they are scaled to sum to one.
+
+    Returns
+    -------
+    dict[str, ndarray]
+        The names of the first upload with the mean of each array.
+
+    Raises
+    ------
+    InvalidValue
+        Names or shapes differ between clients, or the weights cannot be normalised.
+    """
+    shares = normalise(weights)
+    if len(shares) != len(uploads):
+        raise InvalidValue("weights", list(weights), f"one for each of {len(uploads)} uploads")
+    first = uploads[0]
+    for upload in uploads[1:]:
+        if {name: array.shape for name, array in upload.items()} != {
+            name: array.shape for name, array in first.items()
+        }:
+            raise InvalidValue("uploads", sorted(upload), f"the arrays {sorted(first)}")
+    return {
+        name: sum(
+            (
+                share * upload[name].astype(np.float64)
+                for share, upload in zip(shares, uploads, strict=True)
+            ),
+            start=np.zeros(array.shape),
+        ).astype(array.dtype)
+        for name, array in first.items()
+    }
+
+
+def merge(current: Arrays, update: Arrays) -> dict[str, NDArray[np.floating]]:
+    """Replace the arrays of ``current`` that ``update`` holds and keep the others untouched.
+
+    Raises
+    ------
+    InvalidValue
+        ``update`` has a name that ``current`` lacks, or another shape for one.
+    """
+    for name, array in update.items():
+        if name not in current:
+            raise InvalidValue("array", name, f"one of the global arrays {sorted(current)}")
+        if array.shape != current[name].shape:
+            raise InvalidValue(f"shape of {name}", array.shape, f"{current[name].shape}")
+    return {name: update.get(name, array) for name, array in current.items()}

@@ -1,0 +1,67 @@
+"""Errors that users of the package meet."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FedLoRAError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class InvalidValue(FedLoRAError, ValueError):
+    """A setting or an argument has a value that cannot be used.
+
+    Parameters
+    ----------
+    key : str
+        Name of the setting, as the user writes it.
+    value : object
+        The value that was given.
+    allowed : str
+        What would be accepted, e.g. ``"a number above 0"``.
+    """
+
+    def __init__(self, key: str, value: object, allowed: str) -> None:
+        super().__init__(f"{key} = {value!r} cannot be used: expected {allowed}.")
+        self.key = key
+        self.value = value
+        self.allowed = allowed
+
+    def __reduce__(self) -> tuple[type[InvalidValue], tuple[str, object, str]]:
+        """Rebuild from the three arguments, so that the error crosses processes."""
+        return type(self), (self.key, self.value, self.allowed)
+
+
+class PrivacyViolation(FedLoRAError):
+    """Something would leave the private step unclipped or without noise."""
+
+
+class BudgetExhausted(FedLoRAError):
+    """A release would take a client past its privacy budget."""
+
+
+class FederationAborted(FedLoRAError):
+    """The server stopped a run because going on would give a wrong result."""
+
+
+def one_of(choices: Iterable[str], given: str) -> str:
+    """Describe allowed names, the nearest match first.
+
+    Parameters
+    ----------
+    choices : Iterable[str]
+        Every accepted name.
+    given : str
+        What the user wrote.
+
+    Returns
+    -------
+    str
+        Text for the ``allowed`` argument of `InvalidValue`.
+    """
+    names = sorted(choices)
+    near = difflib.get_close_matches(given, names, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return "one of " + ", ".join(repr(name) for name in names) + hint

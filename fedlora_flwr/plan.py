@@ -1,0 +1,174 @@
+"""Which LoRA factor trains, per block and local step, and the names that this is said in.
+
+Every method is a rule for making plans. The server makes one a round and sends its wire string;
+the client obeys any plan. That is why one client serves all methods.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from fedlora_flwr.errors import InvalidValue
+
+A = "A"
+B = "B"
+BOTH = "*"
+MODES = (A, B, BOTH)
+
+_FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
+
+
+@dataclass(frozen=True)
+class ComponentPlan:
+    """What trains in one round.
+
+    Parameters
+    ----------
+    steps : tuple[str, ...]
+        One entry a local step, cycled when the round has more steps. An entry is a string of modes,
+        ``"A"``, ``"B"`` or ``"*"`` (both): one character for all blocks alike, or one a block.
+
+    Raises
+    ------
+    InvalidValue
+        No step, an empty step, or a character that is not a mode.
+
+    Examples
+    --------
+    >>> str(ComponentPlan.parse("B/A"))
+    'B/A'
+    >>> ComponentPlan.parse("BAB").factors(step=1, block=1)
+    'A'
+    """
+
+    steps: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        widths = {len(step) for step in self.steps if len(step) != 1}
+        if not self.steps or 0 in widths or len(widths) > 1 or set("".join(self.steps)) - {*MODES}:
+            raise InvalidValue(
+                "plan",
+                "/".join(self.steps),
+                "steps joined by '/', each one of 'A', 'B', '*' for all blocks, or one such "
+                "character a block",
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> ComponentPlan:
+        """Read a plan from its wire string, the inverse of ``str``."""
+        return cls(tuple(text.split("/")))
+
+    @classmethod
+    def uniform(cls, *modes: str) -> ComponentPlan:
+        """Make a plan in which all blocks share a mode, ``modes[k - 1]`` at local step k."""
+        return cls(modes)
+
+    def __str__(self) -> str:
+        return "/".join(self.steps)
+
+    def factors(self, step: int, block: int) -> str:
+        """Return the factors that train: ``"A"``, ``"B"`` or ``"AB"``.
+
+        Parameters
+        ----------
+        step : int
+            Local step, from 1.
+        block : int
+            Position of the block in the model, from 0.
+        """
+        modes = self.steps[(step - 1) % len(self.steps)]
+        mode = modes if len(modes) == 1 else modes[block]
+        return "AB" if mode == BOTH else mode
+
+    def check(self, num_blocks: int) -> None:
+        """Refuse a plan made for another number of blocks.
+
+        Raises
+        ------
+        InvalidValue
+            A step names modes for more or fewer than ``num_blocks`` blocks.
+        """
+        for modes in self.steps:
+            if len(modes) not in (1, num_blocks):
+                raise InvalidValue("plan", str(self), f"1 or {num_blocks} modes a step")
+
+
+def factor_of(name: str) -> str | None:
+    """Return ``"A"`` or ``"B"`` for the name of a LoRA factor, ``None`` for a head array."""
+    match = _FACTOR.fullmatch(name)
+    return match["factor"] if match else None
+
+
+def block_of(name: str) -> str:
+    """Return the block that an array belongs to, by the numbers in its name.
+
+    The name up to its last number is the block: ``blocks.3.attn.qkv.lora_A.weight`` is in
+    ``blocks.3``, and ``layers.0.blocks.1.mlp.fc1.lora_B.weight`` in ``layers.0.blocks.1``. A layer
+    without a number is a block of its own.
+    """
+    match = _FACTOR.fullmatch(name)
+    layer = match["layer"] if match else name
+    parts = layer.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[-1] + 1]) if numbers else layer
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The arrays that a federation exchanges, and the blocks that they form.
+
+    Parameters
+    ----------
+    names : tuple[str, ...]
+        Array names in model order: ``<layer>.lora_A.weight``, ``<layer>.lora_B.weight``, and the
+        head's own names.
+    """
+
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Layout:
+        """Make the layout of a set of arrays.
+
+        Raises
+        ------
+        InvalidValue
+            No name is that of a LoRA factor.
+        """
+        layout = cls(tuple(names))
+        if not layout.blocks:
+            raise InvalidValue(
+                "array names",
+                list(layout.names)[:5],
+                "LoRA factors called '<layer>.lora_A.weight' and '<layer>.lora_B.weight'",
+            )
+        return layout
+
+    @cached_property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the blocks that hold LoRA factors, in model order."""
+        return tuple(dict.fromkeys(block_of(name) for name in self.names if factor_of(name)))
+
+    @cached_property
+    def _block_index(self) -> dict[str, int]:
+        return {block: index for index, block in enumerate(self.blocks)}
+
+    def active(self, plan: ComponentPlan, step: int) -> tuple[str, ...]:
+        """Return the names of the arrays that train at local step ``step`` (from 1)."""
+        return tuple(name for name in self.names if self._trains(name, plan, step))
+
+    def trained(self, plan: ComponentPlan, num_steps: int) -> tuple[str, ...]:
+        """Return the names of the arrays that train at any of a round's ``num_steps`` steps."""
+        steps: Sequence[int] = range(1, min(num_steps, len(plan.steps)) + 1)
+        return tuple(
+            name for name in self.names if any(self._trains(name, plan, step) for step in steps)
+        )
+
+    def _trains(self, name: str, plan: ComponentPlan, step: int) -> bool:
+        factor = factor_of(name)
+        if factor is None:
+            return True
+        return factor in plan.factors(step, self._block_index[block_of(name)])

@@ -1,0 +1,299 @@
+"""From a privacy budget to a noise multiplier, and from steps taken to ε spent.
+
+ε is per client, for adding or removing one record, under Poisson sampling.
+
+Results are kept in memory and in small files in ``$XDG_CACHE_HOME/fedlora/accounting``, shared by
+processes. A file counts only if it holds the very inputs, library versions and source code in use,
+and a correct checksum: a defence against stale and damaged files, not against someone who may
+write to the user's own cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from fedlora_flwr.errors import FedLoRAError, InvalidValue, one_of
+from fedlora_flwr.privacy import accountants
+from fedlora_flwr.privacy.accountants import Segment, merge, pld_epsilon, prv_epsilon, rdp_epsilon
+
+__all__ = ["AccountantsDisagree", "Segment", "Spent", "calibrate", "check_budget", "epsilon_spent"]
+
+_ACCOUNTANTS = ("pld", "prv", "rdp")
+_TOLERANCE = 1e-3
+_MIN_NOISE = 1e-3
+_MAX_NOISE = 1e5
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Upper bound on the ε that one client has spent, and the accountant that gave it."""
+
+    epsilon: float
+    accountant: str
+
+
+class AccountantsDisagree(FedLoRAError):
+    """Independent accountants give values of ε, for the same steps, that cannot all be right."""
+
+    def __init__(self, prv: float, pld: float, rdp: float) -> None:
+        super().__init__(
+            f"The accountants disagree on ε: PRV {prv:.6g}, PLD {pld:.6g}, RDP {rdp:.6g}; expected "
+            "PLD ≤ PRV ≤ RDP. Check the installed versions of opacus and dp-accounting."
+        )
+        self.figures = prv, pld, rdp
+
+    def __reduce__(self) -> tuple[type[AccountantsDisagree], tuple[float, float, float]]:
+        """Rebuild from the three figures, so that the error crosses processes."""
+        return type(self), self.figures
+
+
+def check_budget(epsilon: float, delta: float, batch_size: int, num_records: int) -> None:
+    """Refuse a budget that means nothing for a client of this size.
+
+    Raises
+    ------
+    InvalidValue
+        Unless `num_records` ≥ 1, `epsilon` > 0 (infinity means no privacy), 0 < `delta` <
+        1 / `num_records`, and the expected `batch_size` is from 1 to `num_records`.
+    """
+    n = num_records
+    if not n >= 1:
+        raise InvalidValue("num-records", n, "at least 1 record")
+    _check_epsilon(epsilon)
+    if not 0 < delta < 1 / n:
+        limit = f"below 1/n = {1 / n:.3g} for a client of n = {n} records"
+        raise InvalidValue("delta", delta, f"a number above 0 and {limit}")
+    if not 1 <= batch_size <= n:
+        raise InvalidValue("batch-size", batch_size, f"1 to {n}, for a client of n = {n} records")
+
+
+def calibrate(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
+    """Find the smallest noise multiplier whose ε stays within a budget.
+
+    Parameters
+    ----------
+    epsilon : float
+        The budget, above 0. Infinity gives 0: no noise.
+    delta : float
+        δ, between 0 and 1.
+    sample_rate : float
+        q: probability that a record joins a step, above 0 and at most 1.
+    steps : int
+        Number of private steps over the client's whole training, at least 1.
+
+    Returns
+    -------
+    float
+        σ, in units of the clipping norm: about 0.1 % above the smallest, never below it. Then
+        ``epsilon_spent([Segment(σ, q, steps)], δ).epsilon`` is at most `epsilon`.
+
+    Raises
+    ------
+    InvalidValue
+        If an argument is out of range, or no noise can be shown to meet the budget.
+    AccountantsDisagree
+        If PRV, PLD and RDP contradict each other at σ.
+
+    References
+    ----------
+    PRV: arXiv 2106.02848. RDP: arXiv 1908.10530. PLD: the library dp-accounting.
+    """
+    _check_epsilon(epsilon)
+    _check_delta(delta)
+    Segment(1.0, sample_rate, steps)
+    if steps < 1:
+        raise InvalidValue("steps", steps, "at least 1")
+    if math.isinf(epsilon):
+        return 0.0
+    return _calibrate(float(epsilon), float(delta), float(sample_rate), int(steps))
+
+
+def epsilon_spent(history: Sequence[Segment], delta: float, accountant: str = "prv") -> Spent:
+    """Bound the ε that a history of private steps has spent.
+
+    Cheap enough to call every round: the grid of a history is kept while its steps grow.
+
+    Parameters
+    ----------
+    history : Sequence[Segment]
+        Steps in the order in which they ran. Neighbours with the same σ and q count as one.
+    delta : float
+        δ, between 0 and 1.
+    accountant : str (default: "prv")
+        ``"prv"``, ``"rdp"`` or ``"pld"``.
+
+    Returns
+    -------
+    Spent
+        ε = 0 without steps, infinite if any step had σ = 0. Where PRV would take too much memory,
+        the ε of RDP, which is an upper bound as well, and its name.
+
+    Raises
+    ------
+    InvalidValue
+        If `delta` or `accountant` is not one of those.
+    """
+    _check_delta(delta)
+    if accountant not in _ACCOUNTANTS:
+        raise InvalidValue("accountant", accountant, one_of(_ACCOUNTANTS, accountant))
+    segments = merge(history)
+    if not segments:
+        return Spent(0.0, accountant)
+    if any(s.noise_multiplier == 0 for s in segments):
+        return Spent(math.inf, accountant)
+    return _spent(segments, float(delta), accountant)
+
+
+def _check_epsilon(epsilon: float) -> None:
+    if not epsilon > 0:
+        raise InvalidValue("epsilon", epsilon, "a number above 0, or inf for no privacy")
+
+
+def _check_delta(delta: float) -> None:
+    if not 0 < delta < 1:
+        raise InvalidValue("delta", delta, "a number above 0 and below 1")
+
+
+@functools.lru_cache(maxsize=1024)
+def _calibrate(epsilon: float, delta: float, rate: float, steps: int) -> float:
+    inputs = ["calibrate", epsilon, delta, rate, steps]
+    return _stored(inputs, lambda: _search(epsilon, delta, rate, steps))[0]
+
+
+@functools.lru_cache(maxsize=1024)
+def _spent(segments: tuple[Segment, ...], delta: float, accountant: str) -> Spent:
+    steps = [[s.noise_multiplier, s.sample_rate, s.steps] for s in segments]
+    inputs = ["spent", steps, delta, accountant]
+    return Spent(*_stored(inputs, lambda: _account(segments, delta, accountant)))
+
+
+def _account(segments: Sequence[Segment], delta: float, accountant: str) -> tuple[float, str]:
+    """Compute ε, and name the accountant that gave it."""
+    if accountant == "pld":
+        return pld_epsilon(segments, delta), "pld"
+    epsilon = prv_epsilon(segments, delta) if accountant == "prv" else None
+    if epsilon is None:
+        return rdp_epsilon(segments, delta), "rdp"
+    return epsilon, "prv"
+
+
+def _search(budget: float, delta: float, rate: float, steps: int) -> tuple[float, str]:
+    """Solve for σ by secants of log ε in log σ, inside a bracket; return σ and the accountant."""
+    unsafe, safe, accountant = _MIN_NOISE, math.inf, ""
+    sigma = _rdp_noise(budget, delta, rate, steps)
+    tried: list[tuple[float, float]] = []
+    while sigma <= _MAX_NOISE:
+        epsilon, name = _account([Segment(sigma, rate, steps)], delta, "prv")
+        # Only a σ whose own ε was computed and found within the budget is ever returned.
+        if epsilon <= budget:
+            safe, spent, accountant = sigma, epsilon, name
+        else:
+            unsafe = sigma
+        if safe <= unsafe * (1 + _TOLERANCE / 2) or budget * (1 - _TOLERANCE) <= epsilon <= budget:
+            break
+        tried.append((math.log(sigma), math.log(max(epsilon, 1e-12))))
+        sigma = _next_noise(tried, math.log(budget * (1 - _TOLERANCE / 2)))
+        # ε jumps where the accountant changes its grid, and there secants may creep.
+        if not unsafe < sigma < safe or len(tried) > 8:
+            sigma = math.sqrt(unsafe * safe) if safe < math.inf else 2 * unsafe
+    if not accountant:
+        raise InvalidValue("epsilon", budget, f"a budget that a σ up to {_MAX_NOISE:g} can meet")
+    if accountant == "prv":
+        _cross_check(Segment(safe, rate, steps), delta, spent)
+    return safe, accountant
+
+
+def _rdp_noise(budget: float, delta: float, rate: float, steps: int) -> float:
+    """Return a σ that RDP finds safe: a first guess at which PRV is cheap."""
+    low, high = _MIN_NOISE, _MAX_NOISE
+    while high > 1.02 * low:
+        middle = math.sqrt(low * high)
+        if rdp_epsilon([Segment(middle, rate, steps)], delta, coarse=True) <= budget:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _next_noise(tried: Sequence[tuple[float, float]], target: float) -> float:
+    """Return the σ at which a line through the last two (log σ, log ε) meets the target."""
+    x, y = tried[-1]
+    slope = -2.0
+    if len(tried) > 1 and tried[-2][0] != x:
+        slope = (y - tried[-2][1]) / (x - tried[-2][0])
+    return math.exp(x + min(max((target - y) / min(slope, -0.5), -1.0), 1.0))
+
+
+def _cross_check(segment: Segment, delta: float, prv: float) -> None:
+    """Compare the PRV figure with two libraries' independent ones."""
+    pld = pld_epsilon([segment], delta, interval=1e-3 if prv >= 2 else 1e-4)
+    rdp = rdp_epsilon([segment], delta)
+    # What PRV adds for its own error, which is not small against a small ε.
+    slack = 0.01 if prv >= 1 else 0.001
+    if pld > 1.02 * prv + slack or rdp < 0.99 * prv - slack:
+        raise AccountantsDisagree(prv, pld, rdp)
+
+
+def _stored(inputs: list[object], compute: Callable[[], tuple[float, str]]) -> tuple[float, str]:
+    """Return a result from its file, or compute and file it. No trouble with files is an error."""
+    trouble = (OSError, RuntimeError, ValueError)  # No home, no file, no permission, not text.
+    key = json.dumps([_stamp(), inputs])
+    found = None
+    with contextlib.suppress(*trouble):
+        found = _load(_path(key).read_bytes(), key)
+    if found is None:
+        found = compute()
+        with contextlib.suppress(*trouble):
+            _save(_path(key), key, found)
+    return found
+
+
+def _load(content: bytes, key: str) -> tuple[float, str] | None:
+    """Read a file's result if the file is whole and answers exactly this question."""
+    match json.loads(content):
+        case {"key": str(asked), "value": float(value), "accountant": str(name), "check": check}:
+            whole = check == _digest(asked, value, name) and 0 <= value < math.inf
+            return (value, name) if whole and asked == key else None
+    return None
+
+
+def _save(path: Path, key: str, found: tuple[float, str]) -> None:
+    """Write a result so that a reader sees all of it or nothing."""
+    value, name = found
+    check = _digest(key, value, name)
+    content = json.dumps({"key": key, "value": value, "accountant": name, "check": check})
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(content)
+        Path(temporary).replace(path)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _path(key: str) -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return root / "fedlora" / "accounting" / f"{_digest(key)}.json"
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=1)
+def _stamp() -> list[str]:
+    """Identify the code that computes: any change to it leaves the old files unused."""
+    sources = [Path(name).read_bytes() for name in (__file__, accountants.__file__)]
+    libraries = [version(name) for name in ("opacus", "dp-accounting", "numpy", "scipy")]
+    return [_digest(*sources), *libraries]

@@ -1,0 +1,374 @@
+"""The private step: Poisson sample, clip each record jointly, add noise, step the active factors.
+
+Opacus' ``DPOptimizer`` clips, noises and steps; `GradSampler` fills what it reads.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fedlora_flwr.adapters import AdaptedModel
+from fedlora_flwr.errors import InvalidValue, PrivacyViolation
+from fedlora_flwr.plan import factor_of
+from fedlora_flwr.privacy.grad_sample import GradSampler
+from fedlora_flwr.privacy.noise import NoiseSource
+
+_handlers = list(logging.getLogger().handlers)
+from opacus.optimizers import DPOptimizer  # noqa: E402
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler  # noqa: E402
+
+# Opacus installs a handler on the root logger when imported, which prints every line twice.
+logging.getLogger().handlers[:] = _handlers
+
+if TYPE_CHECKING:
+    from fedlora_flwr.tasks.registry import Batch, Records
+
+LossFunction = Callable[[nn.Module, "Batch"], Tensor]
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """The Poisson-subsampled Gaussian mechanism of one client.
+
+    Parameters
+    ----------
+    noise_multiplier : float
+        σ: the noise's standard deviation over the clip norm. 0 adds no noise.
+    clip_norm : float
+        C: largest L2 norm of a record's gradient over all tensors that train together. Infinity
+        leaves gradients as they are.
+    batch_size : int
+        Expected batch size b, which the noisy sum is divided by.
+    num_records : int
+        n: each record joins a step with probability ``sample_rate`` = b/n.
+
+    Raises
+    ------
+    InvalidValue
+        A value out of range, or noise without a finite clip norm.
+    """
+
+    noise_multiplier: float
+    clip_norm: float
+    batch_size: int
+    num_records: int
+
+    def __post_init__(self) -> None:
+        if not self.noise_multiplier >= 0:
+            raise InvalidValue("noise multiplier", self.noise_multiplier, "a number >= 0")
+        if not self.clip_norm > 0:
+            raise InvalidValue("clip-norm", self.clip_norm, "a number above 0")
+        if self.noise_multiplier > 0 and math.isinf(self.clip_norm):
+            raise InvalidValue("clip-norm", self.clip_norm, "a finite number where noise is added")
+        if not 1 <= self.batch_size <= self.num_records:
+            raise InvalidValue(
+                "batch-size", self.batch_size, f"1 to n = {self.num_records} records"
+            )
+
+    @property
+    def sample_rate(self) -> float:
+        """Probability q with which a record joins a step."""
+        return self.batch_size / self.num_records
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Local optimiser; each factor has its own learning rate.
+
+    Parameters
+    ----------
+    name : str
+        ``"sgd"`` or ``"adamw"``.
+    lr_a, lr_b, lr_head : float
+        Learning rates of A, of B and of the head.
+    momentum : float
+        Momentum of SGD; ignored by AdamW.
+    weight_decay : float
+        Weight decay of the active factor.
+    """
+
+    name: str
+    lr_a: float
+    lr_b: float
+    lr_head: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    def build(self, groups: Sequence[dict[str, object]]) -> torch.optim.Optimizer:
+        """Make a fresh optimiser over parameter groups that carry their own ``lr``."""
+        if self.name == "sgd":
+            return torch.optim.SGD(
+                groups, lr=0.0, momentum=self.momentum, weight_decay=self.weight_decay
+            )
+        if self.name == "adamw":
+            return torch.optim.AdamW(groups, lr=0.0, weight_decay=self.weight_decay)
+        raise InvalidValue("optimizer", self.name, "'sgd' or 'adamw'")
+
+
+class _NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
+    """Opacus' optimiser with our noise source, and with plain sums when nothing is private."""
+
+    def __init__(self, *args: object, source: NoiseSource, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self._source = source
+
+    def add_noise(self) -> None:
+        """Write the noisy sum of clipped gradients to each ``grad``."""
+        std = self.noise_multiplier * self.max_grad_norm if self.noise_multiplier else 0.0
+        for p in self.params:
+            p.grad = p.summed_grad.clone()
+            if std:
+                p.grad += std * self._source.normal_like(p.summed_grad)
+
+
+class PrivateEngine:
+    """Runs private steps on one model; built once, used for every client and round.
+
+    Parameters
+    ----------
+    adapted : AdaptedModel
+        The model, on its device.
+    losses : callable
+        Maps (model, batch) to one loss a record, shape (n,).
+    microbatch_size : int, optional
+        Largest number of records in one forward pass. Clipped sums add up exactly, so it changes
+        memory only.
+
+    Raises
+    ------
+    PrivacyViolation
+        A part of the model would escape clipping (see `AdaptedModel`).
+    """
+
+    def __init__(
+        self, adapted: AdaptedModel, losses: LossFunction, microbatch_size: int | None = None
+    ) -> None:
+        adapted.check()
+        self.adapted = adapted
+        self._losses = losses
+        self._microbatch_size = microbatch_size
+        self._sampler = GradSampler(adapted)
+        self._verified = False
+        self._optimizer: _NoisyOptimizer | None = None
+
+    def start_round(
+        self, mechanism: Mechanism, settings: OptimizerSettings, noise: NoiseSource
+    ) -> None:
+        """Begin a client's round with a fresh optimiser state.
+
+        A deployed client is a new process for every message, so state that outlived a round would
+        make simulations and deployments differ.
+        """
+        self.adapted.check()
+        self._mechanism = mechanism
+        self._settings = settings
+        rates = {"A": settings.lr_a, "B": settings.lr_b, None: settings.lr_head}
+        self._groups = {
+            factor: [name for name in self.adapted.parameters if factor_of(name) == factor]
+            for factor in rates
+        }
+        self._groups = {factor: names for factor, names in self._groups.items() if names}
+        parameters = self.adapted.parameters
+        self._optimizer = _NoisyOptimizer(
+            settings.build(
+                [
+                    {"params": [parameters[name] for name in names], "lr": rates[factor]}
+                    for factor, names in self._groups.items()
+                ]
+            ),
+            noise_multiplier=mechanism.noise_multiplier,
+            max_grad_norm=mechanism.clip_norm,
+            expected_batch_size=mechanism.batch_size,
+            source=noise,
+        )
+
+    def step(self, records: Records, indices: Tensor, active: Sequence[str]) -> None:
+        """Take one private step.
+
+        Parameters
+        ----------
+        records : Records
+            The client's private records.
+        indices : Tensor
+            The records that joined the step, int64; empty is a step too: its update is noise.
+        active : Sequence[str]
+            Names of the arrays that train.
+
+        Raises
+        ------
+        PrivacyViolation
+            Rows cannot be told apart by record, or the step touched a frozen parameter.
+        """
+        optimizer = self._optimizer
+        if optimizer is None:
+            raise RuntimeError("start_round must be called before step")
+        if not self._verified:
+            self.verify(records)
+        self._activate(active)
+        versions = self._versions()
+        self._train_mode()
+        chunks = list(self._chunks(indices))
+        for position, chunk in enumerate(chunks):
+            optimizer.signal_skip_step(position + 1 < len(chunks))
+            self._fill_grad_samples(records, chunk, active)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.adapted.model.eval()
+        self._check_touched(versions, set(active))
+
+    def gradients_by_record(
+        self, records: Records, indices: Tensor, active: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Return each record's own gradient, unclipped and *not private*: for checks only.
+
+        Returns
+        -------
+        dict[str, Tensor]
+            For each active array, shape (records, \\*shape of the array).
+        """
+        self._activate(active)
+        self._fill_grad_samples(records, indices, active)
+        parameters = self.adapted.parameters
+        found = {name: parameters[name].grad_sample for name in active}  # type: ignore[attr-defined]
+        self._activate(())
+        return found
+
+    def verify(self, records: Records) -> None:
+        """Check on two records that the model treats each on its own.
+
+        A model that mixes records (a layer with time as its first axis, normalisation over the
+        batch) would give wrong per-record gradients without an error. The outcome depends on the
+        model's structure, not on the values of the records.
+
+        Raises
+        ------
+        PrivacyViolation
+            A layer's per-record gradients in a batch differ from those of single records.
+        """
+        if len(records) < 2:
+            return
+        names = list(self.adapted.parameters)
+        start = {name: p.detach().clone() for name, p in self.adapted.parameters.items()}
+        generator = torch.Generator().manual_seed(0)
+        try:
+            with torch.no_grad():
+                for p in self.adapted.parameters.values():
+                    # B starts at zero, where the gradient of A is zero and shows nothing.
+                    p.add_(torch.randn(p.shape, generator=generator).to(p) * 0.02)
+            both = self.gradients_by_record(records, torch.tensor([0, 1]), names)
+            alone = [self.gradients_by_record(records, torch.tensor([i]), names) for i in (0, 1)]
+        finally:
+            with torch.no_grad():
+                for name, p in self.adapted.parameters.items():
+                    p.copy_(start[name])
+        for name in names:
+            expected = torch.cat([single[name] for single in alone])
+            if (both[name] - expected).norm() > 0.02 * expected.norm() + 1e-12:
+                raise PrivacyViolation(
+                    f"The gradient of {name!r} for a record depends on the other records of its "
+                    "batch, so it cannot be clipped record by record. Look for layers that put "
+                    "time before the batch axis or that normalise over the batch."
+                )
+        self._verified = True
+
+    def _activate(self, active: Sequence[str]) -> None:
+        """Let exactly the ``active`` arrays receive gradients and be seen by the optimiser."""
+        chosen = set(active)
+        for name, parameter in self.adapted.parameters.items():
+            parameter.requires_grad_(name in chosen)
+            parameter.grad = None
+            parameter.grad_sample = None  # type: ignore[attr-defined]
+            parameter.summed_grad = None  # type: ignore[attr-defined]
+        if self._optimizer is not None:
+            for group, names in zip(
+                self._optimizer.param_groups, self._groups.values(), strict=True
+            ):
+                group["params"] = [self.adapted.parameters[n] for n in names if n in chosen]
+
+    def _chunks(self, indices: Tensor) -> Iterator[Tensor]:
+        if self._microbatch_size is None or len(indices) == 0:
+            yield indices
+        else:
+            yield from torch.split(indices, self._microbatch_size)
+
+    def _fill_grad_samples(self, records: Records, indices: Tensor, active: Sequence[str]) -> None:
+        parameters = self.adapted.parameters
+        if len(indices) == 0:
+            # Models crash on empty batches; their gradient sum is known.
+            for name in active:
+                p = parameters[name]
+                p.grad_sample = p.new_zeros((0, *p.shape))  # type: ignore[attr-defined]
+            return
+        device = next(iter(parameters.values())).device
+        batch = {key: value.to(device) for key, value in records.batch(indices).items()}
+        self._sampler.num_records = len(indices)
+        with torch.enable_grad():
+            losses = self._losses(self.adapted.model, batch)
+            if losses.shape != (len(indices),):
+                raise PrivacyViolation(
+                    f"The task returned losses of shape {tuple(losses.shape)} for {len(indices)} "
+                    "records; one loss a record is needed."
+                )
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+        for name in active:
+            if parameters[name].grad_sample is None:  # type: ignore[attr-defined]
+                raise PrivacyViolation(
+                    f"No per-record gradient arrived for {name!r}: its layer did not run, or its "
+                    "input was cut off from the loss."
+                )
+
+    def _train_mode(self) -> None:
+        self.adapted.model.train()
+        for name, module in self.adapted.model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+            elif isinstance(module, nn.modules.instancenorm._InstanceNorm) and (
+                module.track_running_stats
+            ):
+                raise PrivacyViolation(f"Layer {name!r} keeps statistics of private records.")
+
+    def _versions(self) -> dict[str, int]:
+        return {name: p._version for name, p in self.adapted.model.named_parameters()}
+
+    def _check_touched(self, before: dict[str, int], active: set[str]) -> None:
+        """Refuse a step that moved a frozen parameter or left an active one where it was."""
+        moving = {id(self.adapted.parameters[name]) for name in active}
+        for name, parameter in self.adapted.model.named_parameters():
+            moved = parameter._version != before[name]
+            if moved != (id(parameter) in moving):
+                what = "moved although it is frozen" if moved else "is active but did not move"
+                raise PrivacyViolation(f"After a private step {name!r} {what}.")
+
+
+def poisson_batches(mechanism: Mechanism, num_steps: int, seed: int) -> Iterator[Tensor]:
+    """Draw the records of each step: every record joins with probability b/n, on its own.
+
+    Parameters
+    ----------
+    mechanism : Mechanism
+        Gives n and q.
+    num_steps : int
+        Number of steps.
+    seed : int
+        Seed of the draws.
+
+    Yields
+    ------
+    Tensor
+        Positions of the records that joined, int64; possibly none.
+    """
+    sampler = UniformWithReplacementSampler(
+        num_samples=mechanism.num_records,
+        sample_rate=mechanism.sample_rate,
+        generator=torch.Generator().manual_seed(seed),
+        steps=num_steps,
+    )
+    for indices in sampler:
+        yield torch.tensor(indices, dtype=torch.int64)

@@ -1,0 +1,150 @@
+"""Per-record gradients of LoRA factors and linear heads, computed inside the backward pass.
+
+Opacus' module hooks take the first axis for the record axis, which fails on windowed attention, and
+break when factors are frozen and thawed after wrapping. Here each adapted layer runs a function of
+its own whose backward sums over all rows of a record, however the model folded them into its batch
+axis, and writes the result to ``parameter.grad_sample``, where Opacus' optimizer reads it. The
+ordinary gradient of a factor is never formed.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from fedlora_flwr.adapters import AdaptedLinear, AdaptedModel, HeadLinear
+from fedlora_flwr.errors import PrivacyViolation
+
+
+class GradSampler:
+    """Makes a model write per-record gradients of its active parameters.
+
+    Installed once; which parameters get a gradient follows their ``requires_grad`` at each forward
+    pass, so phases toggle freely.
+
+    Parameters
+    ----------
+    adapted : AdaptedModel
+        The model. Its adapted and head layers get a new ``forward``.
+
+    Attributes
+    ----------
+    num_records : int
+        Number of records in the batch at hand; set it before the forward pass.
+    """
+
+    def __init__(self, adapted: AdaptedModel) -> None:
+        self.num_records = 0
+        for layer in adapted.layers:
+            layer.module.forward = partial(_adapted_forward, self, layer)
+        for linear in adapted.head:
+            linear.module.forward = partial(_head_forward, self, linear)  # type: ignore[method-assign]
+
+    def rows(self, tensor: Tensor, name: str) -> Tensor:
+        """Fold a layer's rows into (records, rows of a record, features).
+
+        Raises
+        ------
+        PrivacyViolation
+            The rows do not divide evenly among the records.
+        """
+        rows = tensor.numel() // tensor.shape[-1]
+        if not self.num_records or rows % self.num_records:
+            raise PrivacyViolation(
+                f"Layer {name!r} saw {rows} rows for {self.num_records} records: its rows cannot "
+                "be told apart by record."
+            )
+        return tensor.reshape(self.num_records, -1, tensor.shape[-1])
+
+
+def _adapted_forward(
+    sampler: GradSampler, layer: AdaptedLinear, x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    result: Tensor = layer.base(x, *args, **kwargs)
+    if not layer.enabled:
+        return result
+    inputs = layer.dropout(x.to(layer.A.dtype))
+    update: Tensor = _LoRAUpdate.apply(inputs, layer.A, layer.B, layer, sampler)  # type: ignore[no-untyped-call]
+    return result + update.to(result.dtype)
+
+
+def _head_forward(sampler: GradSampler, linear: HeadLinear, x: Tensor) -> Tensor:
+    module = linear.module
+    output: Tensor = _Linear.apply(x, module.weight, module.bias, linear, sampler)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _LoRAUpdate(torch.autograd.Function):
+    """``s B (A x)``; keeps only what the active factors need for their gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, A: Tensor, B: Tensor, layer: AdaptedLinear, sampler: GradSampler
+    ) -> Tensor:
+        needs_a, needs_b = ctx.needs_input_grad[1:3]
+        hidden = F.linear(x, A) * layer.scaling
+        ctx.layer, ctx.sampler = layer, sampler
+        ctx.save_for_backward(A, B, x if needs_a else None, hidden if needs_b else None)
+        return F.linear(hidden, B)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # type: ignore[override]
+        A, B, x, hidden = ctx.saved_tensors
+        layer, sampler = ctx.layer, ctx.sampler
+        needs_x, needs_a, needs_b = ctx.needs_input_grad[:3]
+        if needs_b:
+            # G_B = s g^T (A x), summed over a record's rows: (records, m, r).
+            g, h = sampler.rows(grad, layer.name), sampler.rows(hidden, layer.name)
+            _add(layer.B, torch.bmm(g.transpose(1, 2), h))
+        grad_x = None
+        if needs_a or needs_x:
+            grad_hidden = (grad @ B) * layer.scaling
+            if needs_a:
+                # G_A = s (g B)^T x: (records, r, n).
+                g, h = sampler.rows(grad_hidden, layer.name), sampler.rows(x, layer.name)
+                _add(layer.A, torch.bmm(g.transpose(1, 2), h))
+            if needs_x:
+                grad_x = grad_hidden @ A
+        return grad_x, None, None, None, None
+
+
+class _Linear(torch.autograd.Function):
+    """``W x + b`` of a head that trains in full."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        linear: HeadLinear,
+        sampler: GradSampler,
+    ) -> Tensor:
+        ctx.linear, ctx.sampler = linear, sampler
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        module, name = ctx.linear.module, ctx.linear.name
+        g = ctx.sampler.rows(grad, name)
+        if needs_weight:
+            _add(module.weight, torch.bmm(g.transpose(1, 2), ctx.sampler.rows(x, name)))
+        if needs_bias:
+            _add(module.bias, g.sum(dim=1))
+        return grad @ weight if needs_x else None, None, None, None, None
+
+
+def _add(parameter: nn.Parameter, grad_sample: Tensor) -> None:
+    """Add to what an earlier use of the same layer in this pass has written."""
+    held = getattr(parameter, "grad_sample", None)
+    parameter.grad_sample = grad_sample if held is None else held + grad_sample  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+"""What is learnt: tasks, their records, and how records spread over clients."""

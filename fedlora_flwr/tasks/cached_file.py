@@ -1,0 +1,101 @@
+"""Files that are expensive to make, kept in the user's cache folder with a checksum."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from fedlora_flwr.errors import InvalidValue
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Return this package's folder under ``XDG_CACHE_HOME``, or under ``~/.cache`` without it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fedlora"
+
+
+def read_or_build(path: Path, build: Callable[[], bytes]) -> bytes:
+    """Return the content of a cached file; make the file if it is missing or damaged.
+
+    Of several processes that miss the file at once, one builds it and the others wait, so that
+    all of them go on with the same bytes.
+
+    Parameters
+    ----------
+    path : Path
+        Where the file is kept. ``<path>.sha256`` beside it suits ``sha256sum --check``.
+    build : Callable[[], bytes]
+        Makes the content.
+
+    Returns
+    -------
+    bytes
+        Content that agrees with its checksum.
+
+    Raises
+    ------
+    InvalidValue
+        The file has to be made and its folder cannot be written to.
+    """
+    if (content := _intact(path)) is not None:
+        return content
+    _require_writable(path.parent)
+    with FileLock(f"{path}.lock"):
+        # Another process may have built it while this one waited.
+        if (content := _intact(path)) is not None:
+            return content
+        if path.exists():
+            _LOGGER.warning("%s does not match its checksum and is built again.", path)
+        content = build()
+        _replace(path, content)
+        _replace(_checksum_path(path), _checksum_line(path, content))
+    return content
+
+
+def _intact(path: Path) -> bytes | None:
+    """Return the file's content if it is there and agrees with its checksum."""
+    try:
+        content, line = path.read_bytes(), _checksum_path(path).read_bytes()
+    except OSError:
+        return None
+    return content if line == _checksum_line(path, content) else None
+
+
+def _checksum_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _checksum_line(path: Path, content: bytes) -> bytes:
+    return f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode()
+
+
+def _require_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(folder) from error
+    if not os.access(folder, os.W_OK):
+        raise _not_writable(folder)
+
+
+def _not_writable(folder: Path) -> InvalidValue:
+    return InvalidValue("XDG_CACHE_HOME", str(folder), "a cache folder that can be written to")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees all of it or nothing."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

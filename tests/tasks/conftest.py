@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fedlora_flwr.tasks.digits import DigitsTask
+from fedlora_flwr.tasks.pretrain import Recipe
+
+QUICK = Recipe(images=200, steps=3, batch=16)
+
+
+def settings(**changes: object) -> SimpleNamespace:
+    """Return the settings that the tests share, but for ``changes``."""
+    defaults = {"partitioner": "dirichlet", "dirichlet_alpha": 0.5, "min_records": 32, "seed": 42}
+    return SimpleNamespace(**{**defaults, **changes})
+
+
+@pytest.fixture(scope="session")
+def task() -> DigitsTask:
+    return DigitsTask(settings())
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
