@@ -1,0 +1,1 @@
+"""What runs on a client: local private training and its Flower client."""

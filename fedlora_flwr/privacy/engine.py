@@ -226,12 +226,12 @@ class PrivateEngine:
     def gradients_by_record(
         self, records: Records, indices: Tensor, active: Sequence[str]
     ) -> dict[str, Tensor]:
-        """Return each record's own gradient, unclipped and *not private*: for checks only.
+        r"""Return each record's own gradient, unclipped and *not private*: for checks only.
 
         Returns
         -------
         dict[str, Tensor]
-            For each active array, shape (records, \\*shape of the array).
+            For each active array, shape (records, \*shape of the array).
         """
         self._activate(active)
         self._fill_grad_samples(records, indices, active)

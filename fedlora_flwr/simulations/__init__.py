@@ -1,0 +1,1 @@
+"""Runs on one machine: in this process, or on Flower's simulation engine."""

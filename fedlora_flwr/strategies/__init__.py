@@ -1,0 +1,31 @@
+"""Methods as Flower strategies, by name."""
+
+from __future__ import annotations
+
+from fedlora_flwr.errors import InvalidValue, one_of
+from fedlora_flwr.strategies.base import FedLoRA
+from fedlora_flwr.strategies.ffa_lora import FFALoRA
+from fedlora_flwr.strategies.replies import RoundReport, Upload
+from fedlora_flwr.strategies.rolora import RoLoRA
+
+STRATEGIES: dict[str, type[FedLoRA]] = {
+    "dp-lora": FedLoRA,
+    "ffa-lora": FFALoRA,
+    "rolora": RoLoRA,
+}
+
+
+def strategy_class(name: str) -> type[FedLoRA]:
+    """Return the strategy called ``name``.
+
+    Raises
+    ------
+    InvalidValue
+        No strategy has that name.
+    """
+    if name not in STRATEGIES:
+        raise InvalidValue("strategy", name, one_of(STRATEGIES, name))
+    return STRATEGIES[name]
+
+
+__all__ = ["STRATEGIES", "FFALoRA", "FedLoRA", "RoLoRA", "RoundReport", "Upload", "strategy_class"]

@@ -88,9 +88,6 @@ def _warped(glyphs: Tensor, draw: torch.Generator) -> Tensor:
     return F.grid_sample(glyphs, grid + bend.permute(0, 2, 3, 1), align_corners=False)
 
 
-BEND = 0.12
-
-
 def _affine(count: int, draw: torch.Generator) -> Tensor:
     """Return maps from the bitmap to the master, shape (count, 2, 3)."""
     angle = _uniform(draw, count, -0.2, 0.2)

@@ -1,0 +1,1 @@
+"""Differentially private federated LoRA on Flower."""

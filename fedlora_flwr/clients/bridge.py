@@ -1,0 +1,146 @@
+"""Lets a Flower NumPyClient serve Message-API strategies, with array names and partial uploads.
+
+Flower's own translation expects legacy records and drops the names of arrays. This client mod
+translates both ways: names travel in the config and in the metrics under ``array-names``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar, cast
+
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp.typing import ClientAppCallable
+from flwr.common import Parameters, parameters_to_ndarrays
+
+
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.wire import CLIENT, NAMES
+
+T = TypeVar("T")
+
+_LEGACY_INS = {MessageType.TRAIN: "fitins", MessageType.EVALUATE: "evaluateins"}
+
+
+def bridge(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Translate between Message-API records and those of a NumPyClient.
+
+    Messages of a legacy server pass through unchanged. A query is answered here, with who the
+    client is.
+
+    Parameters
+    ----------
+    message : Message
+        What the server sent.
+    context : Context
+        The client's context; its node config tells who it is.
+    call_next : callable
+        The client.
+
+    Returns
+    -------
+    Message
+        The reply: one ArrayRecord with the names that the client gave, one MetricRecord with the
+        numbers among its metrics and ``num-examples``, one ConfigRecord with the texts among them
+        and, under ``client``, who it is.
+    """
+    kind = message.metadata.message_type
+    if kind == MessageType.QUERY:
+        identity_record = ConfigRecord({CLIENT: client_identity(context)})
+        return Message(RecordDict({"config": identity_record}), reply_to=message)
+    prefix = _LEGACY_INS.get(kind)
+    if prefix is None or f"{prefix}.parameters" in message.content.array_records:
+        return call_next(message, context)
+    identity = client_identity(context)
+    names = list(_only(message.content.array_records, "ArrayRecord"))
+    message.content = _to_legacy(message.content, prefix)
+    reply = call_next(message, context)
+    if not reply.has_error():
+        reply.content = (
+            _fit_result(reply.content, names, identity)
+            if kind == MessageType.TRAIN
+            else _evaluate_result(reply.content, identity)
+        )
+    return reply
+
+
+def client_identity(context: Context) -> str:
+    """Return the stable identity of a client: its ``client-id``, or its partition's number.
+
+    Raises
+    ------
+    InvalidValue
+        The node config has neither.
+    """
+    config = context.node_config
+    if "client-id" in config:
+        return str(config["client-id"])
+    if "partition-id" in config:
+        return f"partition-{int(config['partition-id']):06d}"
+    raise InvalidValue("node config", dict(config), "'client-id' or 'partition-id'")
+
+
+def _to_legacy(content: RecordDict, prefix: str) -> RecordDict:
+    arrays = _only(content.array_records, "ArrayRecord")
+    config = ConfigRecord(dict(_only(content.config_records, "ConfigRecord")))
+    config[NAMES] = ",".join(arrays)
+    return RecordDict({f"{prefix}.parameters": arrays, f"{prefix}.config": config})
+
+
+def _fit_result(content: RecordDict, names: list[str], identity: str) -> RecordDict:
+    _check_status(content, "fitres")
+    metrics: dict[str, object] = dict(content.config_records["fitres.metrics"])
+    record = content.array_records["fitres.parameters"]
+    arrays = parameters_to_ndarrays(
+        Parameters(
+            [array.data for name, array in record.items() if name != "_empty"], "numpy.ndarray"
+        )
+    )
+    if NAMES in metrics:
+        names = [name for name in str(metrics.pop(NAMES)).split(",") if name]
+    if len(names) != len(arrays):
+        raise InvalidValue("uploaded arrays", len(arrays), f"one for each of {len(names)} names")
+    uploaded = ArrayRecord({name: Array(array) for name, array in zip(names, arrays, strict=True)})
+    examples = content.metric_records["fitres.num_examples"]["num_examples"]
+    metrics[CLIENT] = identity
+    return RecordDict({"arrays": uploaded, **_split(metrics, cast(int, examples))})
+
+
+def _evaluate_result(content: RecordDict, identity: str) -> RecordDict:
+    _check_status(content, "evaluateres")
+    metrics: dict[str, object] = dict(content.config_records["evaluateres.metrics"])
+    metrics["loss"] = cast(float, content.metric_records["evaluateres.loss"]["loss"])
+    examples = content.metric_records["evaluateres.num_examples"]["num_examples"]
+    metrics[CLIENT] = identity
+    return RecordDict(_split(metrics, cast(int, examples)))  # type: ignore[arg-type,unused-ignore]
+
+
+def _split(metrics: dict[str, object], num_examples: int) -> dict[str, MetricRecord | ConfigRecord]:
+    """Numbers are metrics; Flower keeps texts in a ConfigRecord."""
+    numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
+    others = {k: v for k, v in metrics.items() if k not in numbers}
+    return {
+        "metrics": MetricRecord({**numbers, "num-examples": num_examples}),
+        "config": ConfigRecord(others),  # type: ignore[arg-type]
+    }
+
+
+def _check_status(content: RecordDict, prefix: str) -> None:
+    status = content.config_records[f"{prefix}.status"]
+    if status["code"] != 0:
+        raise RuntimeError(f"The client answered with status {status['code']}: {status['message']}")
+
+
+def _only(records: Mapping[str, T], kind: str) -> T:
+    if len(records) != 1:
+        raise InvalidValue(f"number of {kind}s in a message", len(records), "1")
+    return next(iter(records.values()))

@@ -1,0 +1,212 @@
+"""The Flower client: obeys any plan, keeps the ledger, and releases nothing but `Released`."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.client import NumPyClient
+from numpy.typing import NDArray
+
+from fedlora_flwr.clients.trainer import Trainer, plan_mechanism
+from fedlora_flwr.errors import BudgetExhausted, FedLoRAError, InvalidValue
+from fedlora_flwr.plan import BOTH, ComponentPlan
+from fedlora_flwr.privacy.budget import Segment
+from fedlora_flwr.privacy.engine import Mechanism
+from fedlora_flwr.privacy.ledger import Account, Ledger
+from fedlora_flwr.privacy.released import Released
+from fedlora_flwr.tasks.registry import Records
+from fedlora_flwr.wire import FINGERPRINT, NAMES, PLAN, ROUND, STATUS_EXHAUSTED, WEIGHTING
+
+Scalars = dict[str, bool | bytes | float | int | str]
+Reply = tuple[list[NDArray[np.float32]], int, Scalars]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the server asks for in one round, as read from a fit configuration.
+
+    Parameters
+    ----------
+    server_round : int
+        Round, from 1; 0 where the server does not say.
+    plan : ComponentPlan or None
+        What trains; ``None`` from a server that sends no plan: then both factors train and all
+        arrays are returned, which is what plain averaging expects.
+    names : tuple[str, ...]
+        Names of the arrays, in the order in which they came.
+    weighting : str
+        Which aggregation weight to report.
+    fingerprint : str
+        Hash of the server's backbone; empty where it does not say.
+    """
+
+    server_round: int
+    plan: ComponentPlan | None
+    names: tuple[str, ...]
+    weighting: str
+    fingerprint: str
+
+    @classmethod
+    def read(cls, config: Scalars, own_names: tuple[str, ...]) -> Order:
+        """Read the configuration of a fit message."""
+        plan = str(config.get(PLAN, ""))
+        names = str(config.get(NAMES, ""))
+        return cls(
+            server_round=int(config.get(ROUND, 0)),
+            plan=ComponentPlan.parse(plan) if plan else None,
+            names=tuple(names.split(",")) if names else own_names,
+            weighting=str(config.get(WEIGHTING, "uniform")),
+            fingerprint=str(config.get(FINGERPRINT, "")),
+        )
+
+
+class LoRAClient(NumPyClient):
+    """A client that trains the planned LoRA factors on its own records, privately.
+
+    Parameters
+    ----------
+    trainer : Trainer
+        The process's model and engine.
+    records : Records
+        The client's private records.
+    ledger : Ledger
+        Where releases are written before they leave.
+    client : str
+        Stable identity of these records.
+    run : str
+        Identity of the run, which a budget of scope ``"run"`` covers.
+    """
+
+    def __init__(
+        self, trainer: Trainer, records: Records, ledger: Ledger, client: str, run: str
+    ) -> None:
+        self._trainer = trainer
+        self._records = records
+        self._ledger = ledger
+        config = trainer.config
+        self._account = Account(client, run, config.epsilon, config.delta, config.ledger_scope)
+
+    def get_parameters(self, config: Scalars) -> list[NDArray[np.float32]]:
+        """Return the adapters' start, which follows from the seed and not from any record."""
+        del config
+        return list(Trainer.build(self._trainer.config).adapted.read().values())
+
+    def fit(self, parameters: list[NDArray[np.float32]], config: Scalars) -> Reply:
+        """Train one round and release the result.
+
+        Raises
+        ------
+        InvalidValue
+            Arrays, plan or backbone do not fit this client's model.
+        BudgetExhausted
+            The budget is spent, and the server speaks no plan: it would not understand the answer
+            "budget-exhausted" that our strategies get.
+        """
+        started = time.perf_counter()
+        order = Order.read(config, self._trainer.adapted.layout.names)
+        self._check(order, parameters)
+        mechanism = plan_mechanism(self._trainer.config, len(self._records))
+        segment = Segment(
+            mechanism.noise_multiplier, mechanism.sample_rate, self._trainer.config.local_steps
+        )
+        try:
+            self._ledger.check(self._account, segment)
+            arrays = self._train(order, parameters, mechanism)
+            summary = self._ledger.record(self._account, order.server_round, segment)
+        except BudgetExhausted:
+            if order.plan is None:
+                raise
+            summary = self._ledger.summary(self._account)
+            return self._reply(
+                Released(
+                    {},
+                    summary,
+                    time.perf_counter() - started,
+                    _peak_memory_mb(),
+                    status=STATUS_EXHAUSTED,
+                ),
+                num_examples=0,
+            )
+        released = Released(
+            arrays=arrays,
+            ledger=summary,
+            seconds=time.perf_counter() - started,
+            peak_memory_mb=_peak_memory_mb(),
+            weight=_weight(order.weighting, mechanism),
+            unprotected=self._unprotected(),
+        )
+        # The number of records goes out only where it is the weight.
+        return self._reply(released, len(self._records) if order.weighting == "size" else 1)
+
+    def evaluate(
+        self, parameters: list[NDArray[np.float32]], config: Scalars
+    ) -> tuple[float, int, Scalars]:
+        """Evaluate on the client's private records, where the run allows such figures.
+
+        Raises
+        ------
+        FedLoRAError
+            The run does not report unprotected metrics.
+        """
+        if not self._trainer.config.report_unprotected_metrics:
+            raise FedLoRAError(
+                "A loss on private records is not protected. Evaluate on the server's public test "
+                "set (fraction_evaluate = 0), or set report-unprotected-metrics = true."
+            )
+        order = Order.read(config, self._trainer.adapted.layout.names)
+        self._check(order, parameters)
+        self._trainer.adapted.write(dict(zip(order.names, parameters, strict=True)))
+        metrics = self._unprotected()
+        return metrics["loss"], 1, dict(metrics)
+
+    def _train(
+        self, order: Order, parameters: list[NDArray[np.float32]], mechanism: Mechanism
+    ) -> dict[str, NDArray[np.float32]]:
+        arrays = dict(zip(order.names, parameters, strict=True))
+        trained = self._trainer.train(
+            arrays,
+            order.plan or ComponentPlan.uniform(BOTH),
+            self._records,
+            mechanism,
+            (self._account.client, order.server_round),
+        )
+        if order.plan is not None:
+            return trained
+        return self._trainer.adapted.read(order.names)
+
+    def _check(self, order: Order, parameters: list[NDArray[np.float32]]) -> None:
+        if len(order.names) != len(parameters):
+            raise InvalidValue("arrays", len(parameters), f"{len(order.names)} arrays")
+        own = self._trainer.adapted.fingerprint
+        if order.fingerprint and order.fingerprint != own:
+            raise InvalidValue(
+                "backbone", own, f"the server's, {order.fingerprint}: frozen weights differ"
+            )
+
+    def _unprotected(self) -> dict[str, float]:
+        if not self._trainer.config.report_unprotected_metrics:
+            return {}
+        return self._trainer.task.evaluate(self._trainer.adapted.model, self._records)
+
+    @staticmethod
+    def _reply(released: Released, num_examples: int) -> Reply:
+        metrics: Scalars = {**released.metrics(), NAMES: ",".join(released.arrays)}
+        return list(released.arrays.values()), num_examples, metrics
+
+
+def _weight(weighting: str, mechanism: Mechanism) -> float:
+    if weighting == "size":
+        return float(mechanism.num_records)
+    if weighting == "inverse-noise":
+        noise = mechanism.noise_multiplier * mechanism.clip_norm / mechanism.batch_size
+        return noise**-2
+    return 1.0
+
+
+def _peak_memory_mb() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)

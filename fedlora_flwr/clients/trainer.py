@@ -1,0 +1,206 @@
+"""Local private training: a plan, arrays and records in, trained arrays out. No Flower in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedlora_flwr.adapters import AdaptedModel, LoRASpec, attach
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.plan import ComponentPlan
+from fedlora_flwr.privacy.budget import calibrate, check_budget
+from fedlora_flwr.privacy.engine import (
+    Mechanism,
+    OptimizerSettings,
+    PrivateEngine,
+    poisson_batches,
+)
+from fedlora_flwr.privacy.noise import NoiseSource, SecureNoise, SeededNoise
+from fedlora_flwr.randomness import stream_seed
+from fedlora_flwr.tasks.registry import Records, Task, build_task
+
+
+def plan_mechanism(config: RunConfig, num_records: int) -> Mechanism:
+    """Work out one client's mechanism: σ from its own q and the planned number of steps.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Budget, clip norm, batch size and planned steps.
+    num_records : int
+        The client's number of records n.
+
+    Raises
+    ------
+    InvalidValue
+        The client cannot keep the promise: δ >= 1/n, or more records a batch than it has.
+    """
+    if not config.private:
+        return Mechanism(0.0, float("inf"), min(config.batch_size, num_records), num_records)
+    check_budget(config.epsilon, config.delta, config.batch_size, num_records)
+    sigma = calibrate(
+        config.epsilon, config.delta, config.batch_size / num_records, config.planned_steps
+    )
+    return Mechanism(sigma, config.clip_norm, config.batch_size, num_records)
+
+
+def build_adapted(config: RunConfig, task: Task) -> AdaptedModel:
+    """Build the task's backbone with fresh adapters on the configured device.
+
+    Raises
+    ------
+    InvalidValue
+        The device does not exist here, or the adapters cannot be attached.
+    """
+    spec = LoRASpec(
+        rank=config.rank,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        targets=config.lora_targets or task.lora_targets,
+        head=task.head if config.train_head else (),
+        rslora=config.rslora,
+    )
+    device = resolve_device(config.device)
+    return attach(task.build_model().to(device), spec, stream_seed(config.seed, "adapters"))
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device called ``name``; ``"auto"`` prefers a GPU.
+
+    Raises
+    ------
+    InvalidValue
+        There is no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidValue("device", name, "'auto', 'cpu' or a device of this machine") from error
+    return device
+
+
+@dataclass(frozen=True, eq=False)
+class Trainer:
+    """A model with its private engine, built once a process and used for every client and round.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run.
+    task : Task
+        What is learnt.
+    adapted : AdaptedModel
+        The model.
+    engine : PrivateEngine
+        The private step on that model.
+    """
+
+    config: RunConfig
+    task: Task
+    adapted: AdaptedModel
+    engine: PrivateEngine
+
+    @classmethod
+    def build(cls, config: RunConfig, task: Task | None = None) -> Trainer:
+        """Build everything that a process needs to train."""
+        task = task or build_task(config.task, config)
+        adapted = build_adapted(config, task)
+        engine = PrivateEngine(adapted, task.losses, config.microbatch_size or None)
+        return cls(config, task, adapted, engine)
+
+    def train(
+        self,
+        arrays: Mapping[str, NDArray[np.floating]],
+        plan: ComponentPlan,
+        records: Records,
+        mechanism: Mechanism,
+        stream: tuple[object, ...],
+    ) -> dict[str, NDArray[np.float32]]:
+        """Train one client for one round.
+
+        Parameters
+        ----------
+        arrays : Mapping[str, ndarray]
+            The global arrays, all of them.
+        plan : ComponentPlan
+            What trains at each local step.
+        records : Records
+            The client's private records.
+        mechanism : Mechanism
+            The client's mechanism, constant over the run.
+        stream : tuple
+            Names the random streams of this client and round, e.g. ``(client, round)``.
+
+        Returns
+        -------
+        dict[str, ndarray]
+            The arrays that the plan trains, fp32.
+
+        Raises
+        ------
+        InvalidValue
+            The arrays or the plan do not fit the model.
+        PrivacyViolation
+            See `PrivateEngine.step`.
+        """
+        layout = self.adapted.layout
+        plan.check(len(layout.blocks))
+        if missing := set(layout.names) - set(arrays):
+            raise InvalidValue("arrays", sorted(arrays), f"also {sorted(missing)}")
+        self.adapted.write(arrays)
+        steps = self.config.local_steps
+        with _one_client(self.config.client_threads, self._seed("dropout", stream)):
+            self.engine.start_round(mechanism, self._optimizer(), self._noise(stream))
+            batches = poisson_batches(mechanism, steps, self._seed("batches", stream))
+            for step, indices in enumerate(batches, start=1):
+                self.engine.step(records, indices, layout.active(plan, step))
+        return self.adapted.read(layout.trained(plan, steps))
+
+    def _seed(self, purpose: str, stream: tuple[object, ...]) -> int:
+        seed = self.config.seed if self.config.reproducible else None
+        return stream_seed(seed, purpose, *stream)
+
+    def _noise(self, stream: tuple[object, ...]) -> NoiseSource:
+        if self.config.secure_noise:
+            return SecureNoise()
+        return SeededNoise(self._seed("noise", stream))
+
+    def _optimizer(self) -> OptimizerSettings:
+        config = self.config
+        return OptimizerSettings(
+            name=config.optimizer,
+            lr_a=config.lr_a,
+            lr_b=config.lr_b,
+            lr_head=config.lr_head,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+
+
+@lru_cache(maxsize=1)
+def process_trainer(config: RunConfig) -> Trainer:
+    """Return this process's trainer for ``config``, built at the first call."""
+    return Trainer.build(config)
+
+
+@contextmanager
+def _one_client(threads: int, seed: int) -> Iterator[None]:
+    """Give a client its own thread count and dropout stream, and take them back after."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,214 @@
+"""The run configuration: the only place that reads, checks and writes its keys.
+
+A key of ``[tool.flwr.app.config]`` is the name of a field of `RunConfig` with dashes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from fedlora_flwr.errors import InvalidValue, one_of
+
+Value: TypeAlias = bool | int | float | str
+_Check = tuple[Callable[[Any], bool], str]
+
+
+def _above(low: float) -> _Check:
+    return lambda value: value > low, f"a number above {low}"
+
+
+def _at_least(low: float) -> _Check:
+    return lambda value: value >= low and math.isfinite(value), f"a number >= {low}"
+
+
+def _between(low: float, high: float) -> _Check:
+    return lambda value: low <= value <= high, f"a number from {low} to {high}"
+
+
+def _choice(*names: str) -> _Check:
+    return lambda value: value in names, "one of " + ", ".join(map(repr, names))
+
+
+_ANY: _Check = (lambda _: True, "anything")
+
+
+def _key(default: Value, check: _Check, about: str) -> Any:
+    return field(default=default, metadata={"check": check, "about": about})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run, checked.
+
+    Make one with `RunConfig.of`; a field's comment is the ``about`` text of its key.
+
+    Raises
+    ------
+    InvalidValue
+        A value is of the wrong type or out of range, or two values contradict each other.
+    """
+
+    task: str = _key("digits", _ANY, "what is learnt: a registered task")
+    partitioner: str = _key("dirichlet", _ANY, "how a simulation splits the records over clients")
+    dirichlet_alpha: float = _key(0.5, _above(0), "Dirichlet concentration; small = unequal")
+    min_records: int = _key(40, _at_least(1), "records that the smallest simulated client has")
+
+    strategy: str = _key("rolora", _ANY, "which LoRA factors train, and how they are averaged")
+    num_clients: int = _key(10, _at_least(1), "clients of a simulation")
+    num_rounds: int = _key(20, _at_least(1), "rounds T")
+    fraction_train: float = _key(1.0, _between(1e-9, 1), "share of the clients in each round")
+    weighting: str = _key(
+        "uniform", _choice("uniform", "size", "inverse-noise"), "weights of the clients' means"
+    )
+    min_completion: float = _key(0.5, _between(0, 1), "share of a round's clients that must answer")
+    round_timeout: float = _key(3600.0, _above(0), "seconds to wait for a round's replies")
+    seed: int = _key(42, _at_least(0), "seed of partition, adapters and cohorts")
+
+    rank: int = _key(4, _at_least(1), "LoRA rank r")
+    lora_alpha: float = _key(8.0, _above(0), "LoRA scaling is lora-alpha / rank")
+    lora_dropout: float = _key(0.0, _between(0, 0.999), "dropout on the adapters' inputs")
+    lora_targets: str = _key("", _ANY, "pattern of adapted module names; empty = the task's")
+    rslora: bool = _key(False, _ANY, "scale by lora-alpha / sqrt(rank)")
+    train_head: bool = _key(True, _ANY, "train the task head in full")
+
+    local_steps: int = _key(5, _at_least(1), "private steps K a client takes in a round")
+    batch_size: int = _key(32, _at_least(1), "expected batch size b of a private step")
+    microbatch_size: int = _key(0, _at_least(0), "records in one forward pass; 0 = all")
+    optimizer: str = _key("sgd", _choice("sgd", "adamw"), "local optimiser")
+    lr_a: float = _key(0.5, _at_least(0), "learning rate of factor A")
+    lr_b: float = _key(0.5, _at_least(0), "learning rate of factor B")
+    lr_head: float = _key(0.5, _at_least(0), "learning rate of the head")
+    momentum: float = _key(0.0, _between(0, 0.999), "momentum of sgd")
+    weight_decay: float = _key(0.0, _at_least(0), "weight decay of what trains")
+
+    epsilon: float = _key(8.0, _above(0), "privacy budget of each client; inf = no privacy")
+    delta: float = _key(1e-3, _between(1e-300, 1), "failure probability; below 1/n of any client")
+    clip_norm: float = _key(1.0, _above(0), "C: largest norm of one record's gradient")
+    max_rounds: int = _key(0, _at_least(0), "rounds a client may join; 0 = num-rounds")
+    ledger_scope: str = _key(
+        "run", _choice("run", "lifetime"), "what a budget covers: this run, or all runs on the data"
+    )
+    reproducible: bool = _key(True, _ANY, "simulations only: noise and batches follow the seed")
+    secure_noise: bool = _key(False, _ANY, "noise from the operating system's generator")
+    report_unprotected_metrics: bool = _key(False, _ANY, "also report figures without privacy")
+
+    device: str = _key("auto", _ANY, "where clients train: auto, cpu, cuda, cuda:1, …")
+    client_threads: int = _key(1, _at_least(1), "CPU threads of one client")
+    run_dir: str = _key("", _ANY, "absolute folder for results; empty = a new one")
+    state_dir: str = _key("", _ANY, "absolute folder of the ledger; empty = the user's data folder")
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            _check_field(entry, getattr(self, entry.name))
+        if self.secure_noise and self.reproducible:
+            raise InvalidValue(
+                "secure-noise", True, "false where reproducible = true: such noise has no seed"
+            )
+        if self.weighting == "inverse-noise" and math.isinf(self.epsilon):
+            raise InvalidValue("weighting", self.weighting, "another one where epsilon = inf")
+        if self.max_rounds > self.num_rounds:
+            raise InvalidValue("max-rounds", self.max_rounds, f"at most {self.num_rounds} rounds")
+        for key in ("run_dir", "state_dir"):
+            if (folder := getattr(self, key)) and not Path(folder).is_absolute():
+                raise InvalidValue(_dashed(key), folder, "an absolute path")
+
+    @classmethod
+    def of(cls, *layers: Mapping[str, Any]) -> RunConfig:
+        """Make a configuration from mappings of keys to values, later ones first in force.
+
+        Raises
+        ------
+        InvalidValue
+            A key is unknown, or a value cannot be used.
+        """
+        known = {_dashed(entry.name): entry for entry in fields(cls)}
+        merged = {key: value for layer in layers for key, value in layer.items()}
+        for key in merged:
+            if key not in known:
+                raise InvalidValue("configuration key", key, one_of(known, key))
+        return cls(**{known[key].name: _widen(known[key], value) for key, value in merged.items()})
+
+    @property
+    def planned_steps(self) -> int:
+        """Private steps that a client's budget must last for: T·K, or the declared cap."""
+        return (self.max_rounds or self.num_rounds) * self.local_steps
+
+    @property
+    def private(self) -> bool:
+        """Whether the run promises anything."""
+        return math.isfinite(self.epsilon)
+
+    def items(self) -> dict[str, Value]:
+        """Return every key with its value."""
+        return {_dashed(entry.name): getattr(self, entry.name) for entry in fields(self)}
+
+    def to_toml(self) -> str:
+        """Write the configuration in the form that ``flwr run --run-config FILE`` reads."""
+        return "".join(f"{key} = {_toml(value)}\n" for key, value in self.items().items())
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a recipe: a flat TOML file of configuration keys.
+
+    Raises
+    ------
+    InvalidValue
+        The file is missing or no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise InvalidValue("recipe", str(path), f"a readable TOML file ({error})") from error
+
+
+def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
+    """Read ``key=value`` pairs as typed on a command line; values are TOML, or plain text.
+
+    Raises
+    ------
+    InvalidValue
+        A pair has no ``=``.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not separator:
+            raise InvalidValue("-c", pair, "key=value")
+        try:
+            found[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[key.strip()] = text.strip()
+    return found
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _type(entry: Field[Any]) -> type:
+    return type(entry.default)
+
+
+def _widen(entry: Field[Any], value: Any) -> Any:
+    return float(value) if _type(entry) is float and type(value) is int else value
+
+
+def _check_field(entry: Field[Any], value: Any) -> None:
+    check, allowed = entry.metadata["check"]
+    kind = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    if type(value) is not _type(entry):
+        raise InvalidValue(_dashed(entry.name), value, kind[_type(entry)])
+    if not check(value):
+        raise InvalidValue(_dashed(entry.name), value, allowed)
+
+
+def _toml(value: Value) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return json.dumps(value) if isinstance(value, str) else repr(value)

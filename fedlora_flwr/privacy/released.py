@@ -1,0 +1,58 @@
+"""The one type that carries everything that leaves a client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora_flwr.privacy.ledger import LedgerSummary
+from fedlora_flwr.wire import STATUS, STATUS_OK
+
+
+@dataclass(frozen=True)
+class Released:
+    """What one client sends after one round, and nothing else does leave.
+
+    Parameters
+    ----------
+    arrays : Mapping[str, ndarray]
+        fp32 arrays that only private steps and their post-processing produced.
+    ledger : LedgerSummary
+        The client's own account.
+    seconds : float
+        Wall-clock time of the round on the client.
+    peak_memory_mb : float
+        Largest resident memory of the client's process so far, MiB.
+    weight : float
+        Aggregation weight: 1, or the public quantity that ``weighting`` names.
+    status : str
+        ``"ok"``, or ``"budget-exhausted"``: then there are no arrays.
+    unprotected : Mapping[str, float]
+        Metrics on private records *without* protection; empty unless the run asks for them.
+    """
+
+    arrays: Mapping[str, NDArray[np.float32]]
+    ledger: LedgerSummary
+    seconds: float
+    peak_memory_mb: float
+    weight: float = 1.0
+    status: str = STATUS_OK
+    unprotected: Mapping[str, float] = field(default_factory=dict)
+
+    def metrics(self) -> dict[str, bool | bytes | float | int | str]:
+        """Return all but the arrays, as flat scalars."""
+        return {
+            STATUS: self.status,
+            "epsilon": float(self.ledger.epsilon),
+            "epsilon-budget": float(self.ledger.epsilon_budget),
+            "delta": float(self.ledger.delta),
+            "accountant": self.ledger.accountant,
+            "steps": int(self.ledger.steps),
+            "seconds": float(self.seconds),
+            "peak-memory-mb": float(self.peak_memory_mb),
+            "weight": float(self.weight),
+            **{f"unprotected-{name}": float(value) for name, value in self.unprotected.items()},
+        }

@@ -1,0 +1,28 @@
+"""The repository's Flower ServerApp."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.simulations.serve import serve
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Serve one run; results go to ``run-dir``, or to a new folder in the user's data folder."""
+    config = RunConfig.of(context.run_config)
+    if config.run_dir:
+        run_dir = RunDirectory(Path(config.run_dir))
+    else:
+        data = Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser()
+        run_dir = RunDirectory.new(data / "fedlora" / "runs", config)
+    print(f"Results: {run_dir.path}", flush=True)
+    serve(grid, config, run_dir)

@@ -1,0 +1,118 @@
+"""The run directory: everything a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fedlora_flwr.config import RunConfig
+
+PACKAGES = ("fedlora-flwr", "flwr", "ray", "torch", "peft", "timm", "transformers", "opacus")
+
+
+class RunDirectory:
+    """Files of one run.
+
+    ``config.toml`` (resolved), ``rounds.jsonl``, ``clients.jsonl``, ``summary.json``, ``run.log``
+    and ``adapter/``.
+
+    Parameters
+    ----------
+    path : Path
+        The folder; made if missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+
+    @classmethod
+    def new(cls, parent: Path, config: RunConfig) -> RunDirectory:
+        """Make ``<parent>/<time>-<task>-<strategy>`` and point ``<parent>/latest`` at it."""
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        name = f"{stamp}-{config.task}-{config.strategy}"
+        path, count = parent / name, 1
+        while True:
+            try:
+                path.mkdir(parents=True)
+                break
+            except FileExistsError:
+                count += 1
+                path = parent / f"{name}-{count}"
+        link = parent / f".latest-{os.getpid()}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name, target_is_directory=True)
+        link.replace(parent / "latest")
+        return cls(path)
+
+    @property
+    def log(self) -> Path:
+        """Where Flower's and Ray's own output goes."""
+        return self.path / "run.log"
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the exported PEFT adapter."""
+        return self.path / "adapter"
+
+    def write_config(self, config: RunConfig) -> Path:
+        """Write the resolved configuration; it is a recipe that repeats the run."""
+        target = self.path / "config.toml"
+        target.write_text(config.to_toml(), encoding="utf-8")
+        return target
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Append a row to ``<name>.jsonl``."""
+        with (self.path / f"{name}.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(_dumps(row) + "\n")
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """Return the complete rows of ``<name>.jsonl``; none if there is no such file yet."""
+        path = self.path / f"{name}.jsonl"
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        return [json.loads(line) for line in text.split("\n")[:-1] if line]
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json`` in one piece."""
+        draft = self.path / f".summary-{os.getpid()}.json"
+        draft.write_text(_dumps(summary, indent=2) + "\n", encoding="utf-8")
+        draft.replace(self.path / "summary.json")
+
+    def summary(self) -> dict[str, Any] | None:
+        """Return the summary, or None while the run has not ended."""
+        path = self.path / "summary.json"
+        if not path.exists():
+            return None
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what results depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _dumps(row: Mapping[str, Any], indent: int | None = None) -> str:
+    return json.dumps(_finite(row), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: an ε without bound is null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,172 @@
+"""The server's side of a run: build, train through a strategy, evaluate, write the results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.serverapp import Grid
+
+from fedlora_flwr.adapters import AdaptedModel
+from fedlora_flwr.clients.trainer import build_adapted
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.simulations.run_dir import RunDirectory, versions
+from fedlora_flwr.strategies import FedLoRA, strategy_class
+from fedlora_flwr.strategies.replies import to_record
+from fedlora_flwr.tasks.registry import Task, build_task
+from fedlora_flwr.wire import FINGERPRINT
+
+OnRound = Callable[[dict[str, Any]], None]
+
+
+def serve(
+    grid: Grid, config: RunConfig, run_dir: RunDirectory, on_round: OnRound | None = None
+) -> dict[str, Any]:
+    """Run a federation from the first round to the summary.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's way to the clients.
+    config : RunConfig
+        The run.
+    run_dir : RunDirectory
+        Where the results go.
+    on_round : callable, optional
+        Called with each row of ``rounds.jsonl``, round 0 (before training) included.
+
+    Returns
+    -------
+    dict[str, Any]
+        What ``summary.json`` holds.
+
+    Raises
+    ------
+    FedLoRAError
+        The run could not go on; the summary says why, and ``adapter/`` holds the last round's
+        arrays.
+    """
+    started = time.perf_counter()
+    run_dir.write_config(config)
+    session: _Session | None = None
+    try:
+        task = build_task(config.task, config)
+        strategy = build_strategy(config)
+        session = _Session(config, task, build_adapted(config, task), strategy, run_dir, on_round)
+        session.run(grid)
+    except BaseException as error:
+        summary = _summary(config, session, time.perf_counter() - started)
+        reason = f"{type(error).__name__}: {error}"
+        run_dir.write_summary({**summary, "status": "failed", "error": reason})
+        raise
+    summary = _summary(config, session, time.perf_counter() - started)
+    run_dir.write_summary(summary)
+    return summary
+
+
+def build_strategy(config: RunConfig) -> FedLoRA:
+    """Make the configured strategy."""
+    return strategy_class(config.strategy)(
+        fraction_train=config.fraction_train,
+        min_train_nodes=1,
+        min_available_nodes=config.num_clients,
+        seed=config.seed,
+        weighting=config.weighting,
+        min_completion=config.min_completion,
+    )
+
+
+@dataclass
+class _Session:
+    config: RunConfig
+    task: Task
+    adapted: AdaptedModel
+    strategy: FedLoRA
+    run_dir: RunDirectory
+    on_round: OnRound | None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    accountants: set[str] = field(default_factory=set)
+    _mark: float = field(default_factory=time.perf_counter)
+
+    def run(self, grid: Grid) -> None:
+        self.strategy.start(
+            grid,
+            initial_arrays=to_record(self.adapted.read()),
+            num_rounds=self.config.num_rounds,
+            timeout=self.config.round_timeout,
+            train_config=ConfigRecord({FINGERPRINT: self.adapted.fingerprint}),
+            evaluate_fn=self._after_round,
+        )
+
+    def _after_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        """Evaluate on the public test set, keep the arrays, write the round's rows."""
+        self.adapted.write({name: array.numpy() for name, array in arrays.items()})
+        metrics = self.task.evaluate(self.adapted.model, self.task.test_records())
+        self.adapted.export(self.run_dir.adapter)
+        row = {"round": server_round, **metrics, **self._communication(server_round)}
+        now = time.perf_counter()
+        row["seconds"], self._mark = now - self._mark, now
+        self.rows.append(row)
+        self.run_dir.append("rounds", row)
+        if self.on_round is not None:
+            self.on_round(row)
+        return MetricRecord({name: float(value) for name, value in metrics.items()})
+
+    def _communication(self, server_round: int) -> dict[str, Any]:
+        report = self.strategy.last_round
+        if server_round == 0 or report is None:
+            return {}
+        for upload in report.uploads:
+            row = {"round": server_round, "client": upload.client, **upload.texts, **upload.metrics}
+            self.accountants.add(str(upload.texts.get("accountant", "")))
+            self.run_dir.append("clients", row)
+        return {
+            "plan": report.plan,
+            "epsilon_max": report.epsilon_max,
+            "clients_asked": report.sent,
+            "clients_used": len(report.uploads),
+            "declined": report.declined,
+            "failures": report.failures,
+            "bytes_down": report.bytes_down,
+            "bytes_up": report.bytes_up,
+            "bytes_plain": report.bytes_plain,
+        }
+
+
+def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dict[str, Any]:
+    rows = session.rows if session else []
+    metric = session.task.metric if session else "accuracy"
+    rounds = rows[1:]
+
+    def total(key: str) -> int:
+        return sum(row[key] for row in rounds)
+
+    spent = [row["epsilon_max"] for row in rounds if row["epsilon_max"] is not None]
+    return {
+        "status": "completed",
+        "task": config.task,
+        "strategy": config.strategy,
+        "num_clients": config.num_clients,
+        "num_rounds": config.num_rounds,
+        "rounds_done": len(rounds),
+        f"initial_{metric}": rows[0][metric] if rows else None,
+        f"final_{metric}": rows[-1][metric] if rows else None,
+        "epsilon_max": max(spent, default=0.0),
+        "epsilon_budget": config.epsilon,
+        "delta": config.delta,
+        "accountant": ", ".join(sorted(session.accountants)) if session else "",
+        "bytes_up": total("bytes_up"),
+        "bytes_down": total("bytes_down"),
+        "bytes_plain": total("bytes_plain"),
+        "seconds": seconds,
+        "failures": sum(len(row["failures"]) for row in rounds),
+        "declined": sum(len(row["declined"]) for row in rounds),
+        "seed": config.seed,
+        "reproducible_noise": config.reproducible,
+        "weighting": config.weighting,
+        "unprotected_metrics": config.report_unprotected_metrics,
+        "versions": versions(),
+    }

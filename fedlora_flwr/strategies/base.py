@@ -1,0 +1,291 @@
+"""The base strategy: plan, cohort, completion, merge. On its own it is DP-LoRA."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from logging import INFO, WARNING
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+from numpy.typing import NDArray
+
+from fedlora_flwr.aggregation import Arrays, merge, weighted_mean
+from fedlora_flwr.errors import FederationAborted, FedLoRAError, InvalidValue
+from fedlora_flwr.plan import BOTH, ComponentPlan, Layout
+from fedlora_flwr.randomness import stream_seed
+from fedlora_flwr.strategies.replies import (
+    RoundReport,
+    Upload,
+    aggregate_metrics,
+    combine,
+    flatten,
+    last_line,
+    size_of,
+    to_record,
+)
+from fedlora_flwr.wire import CLIENT, PLAN, ROUND, STATUS, STATUS_EXHAUSTED, WEIGHTING
+
+WEIGHTINGS = ("uniform", "size", "inverse-noise")
+
+
+class FedLoRA(FedAvg):
+    """Federated averaging of LoRA factors under a component plan (DP-LoRA, arXiv 2312.17493).
+
+    Both factors train at every step and are averaged each on its own, so the mean of the products
+    differs from the product of the means. A method of its own overrides `plan`, and `aggregate` if
+    it averages in another way.
+
+    Parameters
+    ----------
+    **kwargs
+        Those of `flwr.serverapp.strategy.FedAvg`; ``fraction_evaluate`` is 0 by default.
+    seed : int (default: 0)
+        Seed of the cohorts.
+    weighting : str (default: "uniform")
+        ``"uniform"``; ``"size"``, by number of records, which becomes public; ``"inverse-noise"``,
+        by ``(b / (σ C))²``, which makes σ public.
+    min_completion : float (default: 0.5)
+        Share of a round's clients that must answer. Fewer abort the run.
+    node_timeout : float (default: 600)
+        Seconds to wait for ``min_available_nodes``.
+
+    Raises
+    ------
+    InvalidValue
+        An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        fraction_train: float = 1.0,
+        fraction_evaluate: float = 0.0,
+        min_train_nodes: int = 2,
+        min_evaluate_nodes: int = 2,
+        min_available_nodes: int = 2,
+        weighted_by_key: str = "num-examples",
+        arrayrecord_key: str = "arrays",
+        configrecord_key: str = "config",
+        *,
+        seed: int = 0,
+        weighting: str = "uniform",
+        min_completion: float = 0.5,
+        node_timeout: float = 600.0,
+    ) -> None:
+        if not 0 <= min_completion <= 1:
+            raise InvalidValue("min_completion", min_completion, "a number from 0 to 1")
+        if weighting not in WEIGHTINGS:
+            raise InvalidValue("weighting", weighting, f"one of {WEIGHTINGS}")
+        super().__init__(
+            fraction_train=fraction_train,
+            fraction_evaluate=fraction_evaluate,
+            min_train_nodes=min_train_nodes,
+            min_evaluate_nodes=min_evaluate_nodes,
+            min_available_nodes=min_available_nodes,
+            weighted_by_key=weighted_by_key,
+            arrayrecord_key=arrayrecord_key,
+            configrecord_key=configrecord_key,
+            train_metrics_aggr_fn=aggregate_metrics,
+        )
+        self.seed = seed
+        self.weighting = weighting
+        self.min_completion = min_completion
+        self.node_timeout = node_timeout
+        self.last_round: RoundReport | None = None
+        self._identities: dict[int, str] = {}
+        self._global: dict[str, NDArray[np.floating]] = {}
+        self._plan = ComponentPlan.uniform(BOTH)
+
+    def plan(self, server_round: int, layout: Layout) -> ComponentPlan:
+        """Say what trains in a round.
+
+        Parameters
+        ----------
+        server_round : int
+            Round, from 1.
+        layout : Layout
+            The arrays and their blocks.
+        """
+        del server_round, layout
+        return ComponentPlan.uniform(BOTH)
+
+    def aggregate(
+        self, server_round: int, current: Arrays, uploads: Sequence[Upload]
+    ) -> dict[str, NDArray[np.floating]]:
+        """Turn uploads into the next global arrays.
+
+        Parameters
+        ----------
+        server_round : int
+            Round, from 1.
+        current : Arrays
+            The global arrays that the clients started from.
+        uploads : Sequence[Upload]
+            At least one, ordered by client, all with the arrays that the plan trains.
+
+        Returns
+        -------
+        dict[str, ndarray]
+            All global arrays.
+        """
+        del server_round
+        mean = weighted_mean([u.arrays for u in uploads], [u.weight for u in uploads])
+        return merge(current, mean)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Draw the cohort and send it the global arrays with the round's plan.
+
+        Raises
+        ------
+        InvalidValue
+            The arrays hold no LoRA factors.
+        FederationAborted
+            Too few nodes connected within ``node_timeout``.
+        """
+        layout = Layout.of(arrays)
+        self._global = {name: array.numpy() for name, array in arrays.items()}
+        self._plan = self.plan(server_round, layout)
+        self._plan.check(len(layout.blocks))
+        nodes = self._cohort(server_round, grid)
+        size = size_of(arrays)
+        self.last_round = RoundReport(
+            server_round,
+            str(self._plan),
+            sent=len(nodes),
+            bytes_down=size * len(nodes),
+            bytes_plain=size * len(nodes),
+        )
+        config[ROUND] = server_round
+        config[PLAN] = str(self._plan)
+        config[WEIGHTING] = self.weighting
+        record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
+        return self._construct_messages(record, nodes, MessageType.TRAIN)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Check the replies, average what trained and merge it into the global arrays.
+
+        Raises
+        ------
+        FederationAborted
+            Fewer than ``min_completion`` of the cohort answered, or no answer holds arrays. The
+            message lists the reasons.
+        """
+        report = self.last_round
+        if report is None or report.server_round != server_round:
+            raise FedLoRAError(f"aggregate_train({server_round}) without configure_train before it")
+        for reply in replies:
+            self._read(reply, report)
+        # Sums must not depend on the order in which replies arrive.
+        report.uploads.sort(key=lambda upload: upload.client)
+        for line in (*report.failures, *report.declined):
+            log(WARNING, "\t> round %d: %s", server_round, line)
+        self._check_completion(report)
+        arrays = self.aggregate(server_round, self._global, report.uploads)
+        metrics = combine([upload.metrics for upload in report.uploads])
+        log(INFO, "aggregate_train: %d of %d clients", len(report.uploads), report.sent)
+        return to_record(arrays), metrics
+
+    def _cohort(self, server_round: int, grid: Grid) -> list[int]:
+        nodes = self._wait_for_nodes(grid)
+        size = max(int(len(nodes) * self.fraction_train), self.min_train_nodes)
+        if size >= len(nodes):
+            return nodes
+        # Node ids are drawn anew for every run; who a node is, is not.
+        order = sorted(nodes, key=lambda node: self._identify(grid, nodes).get(node, str(node)))
+        generator = np.random.default_rng(stream_seed(self.seed, "cohort", server_round))
+        return [order[i] for i in sorted(generator.choice(len(order), size, replace=False))]
+
+    def _wait_for_nodes(self, grid: Grid) -> list[int]:
+        needed = max(self.min_available_nodes, self.min_train_nodes)
+        deadline = time.monotonic() + self.node_timeout
+        while len(nodes := sorted(grid.get_node_ids())) < needed:
+            if time.monotonic() > deadline:
+                raise FederationAborted(
+                    f"{len(nodes)} of at least {needed} nodes connected in {self.node_timeout:g} s."
+                )
+            log(INFO, "Waiting for nodes: %d of %d connected.", len(nodes), needed)
+            time.sleep(1)
+        return nodes
+
+    def _identify(self, grid: Grid, nodes: list[int]) -> dict[int, str]:
+        """Ask nodes once who they are; a client without our bridge does not answer."""
+        unknown = [node for node in nodes if node not in self._identities]
+        if unknown:
+            queries = [Message(RecordDict(), node, MessageType.QUERY) for node in unknown]
+            self._identities.update(dict.fromkeys(unknown, ""))
+            for reply in grid.send_and_receive(queries, timeout=self.node_timeout):
+                if not reply.has_error():
+                    identity = str(reply.content.config_records["config"][CLIENT])
+                    self._identities[reply.metadata.src_node_id] = identity
+            if not all(self._identities[node] for node in unknown):
+                log(
+                    WARNING, "Some clients do not say who they are: cohorts follow random node ids."
+                )
+        return self._identities
+
+    def _read(self, reply: Message, report: RoundReport) -> None:
+        node = reply.metadata.src_node_id
+        if reply.has_error():
+            client = self._identities.get(node) or f"node {node}"
+            report.failures.append(f"{client}: {last_line(reply.error.reason)}")
+            return
+        arrays, numbers, texts = flatten(reply.content)
+        client = texts.get(CLIENT) or f"node {node:020d}"
+        report.bytes_up += size_of(arrays)
+        report.bytes_plain += report.bytes_down // report.sent
+        if texts.get(STATUS) == STATUS_EXHAUSTED:
+            report.declined.append(f"{client}: its privacy budget is spent")
+            return
+        try:
+            values = {name: array.numpy() for name, array in arrays.items()}
+            self._check_arrays(values)
+            upload = Upload(client, values, self._weight(numbers), numbers, texts)
+        except (FedLoRAError, ValueError, TypeError) as error:
+            report.failures.append(f"{client}: {error}")
+            return
+        report.uploads.append(upload)
+
+    def _check_arrays(self, arrays: Arrays) -> None:
+        """Refuse an upload that is not exactly what the plan trains, in shape and finite."""
+        expected = Layout.of(self._global).trained(self._plan, num_steps=len(self._plan.steps))
+        if set(arrays) - set(expected):
+            extra = sorted(set(arrays) - set(expected))
+            raise InvalidValue("uploaded arrays", extra, f"only what plan {self._plan} trains")
+        merge(self._global, arrays)
+        for name, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise InvalidValue(f"array {name}", "NaN or infinity", "finite numbers")
+
+    def _weight(self, metrics: dict[str, float]) -> float:
+        if self.weighting == "uniform":
+            return 1.0
+        if self.weighting == "size" and "weight" not in metrics:
+            return metrics[self.weighted_by_key]
+        if "weight" not in metrics:
+            raise InvalidValue("reply metrics", sorted(metrics), f"'weight' for {self.weighting}")
+        return metrics["weight"]
+
+    def _check_completion(self, report: RoundReport) -> None:
+        answered = len(report.uploads) + len(report.declined)
+        reasons = "; ".join((*report.failures, *report.declined)) or "no reply arrived in time"
+        if report.sent and answered < self.min_completion * report.sent:
+            raise FederationAborted(
+                f"Round {report.server_round}: {answered} of {report.sent} clients answered, "
+                f"fewer than min-completion = {self.min_completion:g}. Reasons: {reasons}"
+            )
+        if not report.uploads:
+            raise FederationAborted(
+                f"Round {report.server_round}: no client sent arrays. Reasons: {reasons}"
+            )
+        names = {frozenset(upload.arrays) for upload in report.uploads}
+        if len(names) > 1:
+            raise FederationAborted(
+                f"Round {report.server_round}: clients uploaded different sets of arrays."
+            )

@@ -1,0 +1,19 @@
+"""FFA-LoRA: only B trains (arXiv 2403.12313)."""
+
+from __future__ import annotations
+
+from fedlora_flwr.plan import B, ComponentPlan, Layout
+from fedlora_flwr.strategies.base import FedLoRA
+
+
+class FFALoRA(FedLoRA):
+    """Freeze A at its shared random start and train B, so that the mean of B is exact.
+
+    ``mean(B_k) A = mean(B_k A)`` because every client holds the same A, which comes from the
+    server. Uploads are half of DP-LoRA's. Source: arXiv 2403.12313.
+    """
+
+    def plan(self, server_round: int, layout: Layout) -> ComponentPlan:
+        """Train B in every block at every step."""
+        del server_round, layout
+        return ComponentPlan.uniform(B)

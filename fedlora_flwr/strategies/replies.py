@@ -1,0 +1,149 @@
+"""What clients answer, and what a round came to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+
+from fedlora_flwr.aggregation import Arrays
+from fedlora_flwr.errors import InvalidValue
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One client's accepted answer.
+
+    Parameters
+    ----------
+    client : str
+        Who sent it; uploads are averaged in the order of this name.
+    arrays : Arrays
+        What trained.
+    weight : float
+        Aggregation weight.
+    metrics : dict[str, float]
+        The numbers that came along.
+    texts : dict[str, str]
+        The texts that came along.
+    """
+
+    client: str
+    arrays: Arrays
+    weight: float
+    metrics: dict[str, float]
+    texts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class RoundReport:
+    """What happened in one round.
+
+    Parameters
+    ----------
+    server_round : int
+        Round, from 1.
+    plan : str
+        The plan's wire string.
+    sent : int
+        Messages sent.
+    bytes_down, bytes_up : int
+        Bytes of array data in the messages sent and in the replies.
+    bytes_plain : int
+        Bytes, both ways together, had each message and each reply carried all arrays.
+    uploads : list[Upload]
+        Accepted answers.
+    declined : list[str]
+        Clients whose budget is spent.
+    failures : list[str]
+        Why the other answers could not be used, one line each.
+    """
+
+    server_round: int
+    plan: str
+    sent: int
+    bytes_down: int = 0
+    bytes_up: int = 0
+    bytes_plain: int = 0
+    uploads: list[Upload] = field(default_factory=list)
+    declined: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def epsilon_max(self) -> float | None:
+        """Largest ε that a client of this round has spent; None if no client tells."""
+        spent = [u.metrics["epsilon"] for u in self.uploads if "epsilon" in u.metrics]
+        return max(spent) if spent else None
+
+
+def flatten(content: RecordDict) -> tuple[ArrayRecord, dict[str, float], dict[str, str]]:
+    """Take a reply apart: its arrays, the numbers among its metrics, and its texts.
+
+    Raises
+    ------
+    InvalidValue
+        The reply does not hold exactly one ArrayRecord.
+    """
+    if len(content.array_records) != 1:
+        raise InvalidValue("ArrayRecords in a reply", len(content.array_records), "1")
+    arrays = next(iter(content.array_records.values()))
+    numbers = {
+        name: float(value)
+        for record in content.metric_records.values()
+        for name, value in record.items()
+        if isinstance(value, int | float)
+    }
+    texts = {
+        name: value
+        for record in content.config_records.values()
+        for name, value in record.items()
+        if isinstance(value, str)
+    }
+    return arrays, numbers, texts
+
+
+def size_of(arrays: ArrayRecord) -> int:
+    """Return the bytes of array data in a record, as it travels."""
+    return sum(len(array.data) for array in arrays.values())
+
+
+def to_record(arrays: Arrays) -> ArrayRecord:
+    """Pack arrays for the wire, in fp32: Flower refuses bfloat16."""
+    return ArrayRecord(
+        {name: Array(np.ascontiguousarray(array, np.float32)) for name, array in arrays.items()}
+    )
+
+
+def last_line(text: str) -> str:
+    """Return the last line of an error's text that says something."""
+    lines = [line.strip() for line in text.splitlines() if line.strip(" '>")]
+    return lines[-1] if lines else "no reason given"
+
+
+def combine(metrics: Sequence[Mapping[str, float]]) -> MetricRecord:
+    """Aggregate metrics: the largest ε, the mean of everything else that all clients report.
+
+    ε is each client's own, so it is never averaged.
+    """
+    shared = set.intersection(*(set(entry) for entry in metrics)) if metrics else set()
+    columns = {name: [entry[name] for entry in metrics] for name in sorted(shared)}
+    return MetricRecord(
+        {
+            name: max(values) if name == "epsilon" else float(np.mean(values))
+            for name, values in columns.items()
+        }
+    )
+
+
+def aggregate_metrics(records: list[RecordDict], weighting_metric_name: str) -> MetricRecord:
+    """Aggregate metrics as `combine` does, under the signature that Flower calls."""
+    del weighting_metric_name
+    return combine(
+        [
+            {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
+            for content in records
+            for record in content.metric_records.values()
+        ]
+    )

@@ -1,0 +1,11 @@
+"""The words that server and client exchange beside arrays."""
+
+ROUND = "server-round"
+PLAN = "plan"
+WEIGHTING = "weighting"
+FINGERPRINT = "fingerprint"
+NAMES = "array-names"
+CLIENT = "client"
+STATUS = "status"
+STATUS_OK = "ok"
+STATUS_EXHAUSTED = "budget-exhausted"
