@@ -1,1 +1,56 @@
-"""Differentially private federated LoRA on Flower."""
+"""Differentially private federated fine-tuning with LoRA, on Flower.
+
+The public API; names are imported when first used, so that strategies alone never load torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedlora_flwr.adapters import AdaptedModel as AdaptedModel
+    from fedlora_flwr.adapters import LoRASpec as LoRASpec
+    from fedlora_flwr.adapters import attach as attach
+    from fedlora_flwr.clients.bridge import bridge as bridge
+    from fedlora_flwr.clients.numpy_client import LoRAClient as LoRAClient
+    from fedlora_flwr.clients.trainer import Trainer as Trainer
+    from fedlora_flwr.config import RunConfig as RunConfig
+    from fedlora_flwr.plan import ComponentPlan as ComponentPlan
+    from fedlora_flwr.privacy.budget import calibrate as calibrate
+    from fedlora_flwr.privacy.budget import epsilon_spent as epsilon_spent
+    from fedlora_flwr.privacy.engine import Mechanism as Mechanism
+    from fedlora_flwr.privacy.engine import PrivateEngine as PrivateEngine
+    from fedlora_flwr.privacy.ledger import Ledger as Ledger
+    from fedlora_flwr.simulations.local_grid import LocalGrid as LocalGrid
+    from fedlora_flwr.strategies import FedLoRA as FedLoRA
+    from fedlora_flwr.strategies import FFALoRA as FFALoRA
+    from fedlora_flwr.strategies import RoLoRA as RoLoRA
+
+_HOMES = {
+    "AdaptedModel": "adapters",
+    "LoRASpec": "adapters",
+    "attach": "adapters",
+    "bridge": "clients.bridge",
+    "LoRAClient": "clients.numpy_client",
+    "Trainer": "clients.trainer",
+    "RunConfig": "config",
+    "ComponentPlan": "plan",
+    "calibrate": "privacy.budget",
+    "epsilon_spent": "privacy.budget",
+    "Mechanism": "privacy.engine",
+    "PrivateEngine": "privacy.engine",
+    "Ledger": "privacy.ledger",
+    "LocalGrid": "simulations.local_grid",
+    "FedLoRA": "strategies",
+    "FFALoRA": "strategies",
+    "RoLoRA": "strategies",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,168 @@
+"""The ``fedlora`` command."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedlora_flwr.config import RunConfig, parse_overrides, read_toml
+from fedlora_flwr.errors import FedLoRAError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Differentially private federated LoRA on Flower.",
+)
+RECIPES = Path(__file__).parent / "simulations" / "recipes"
+
+Recipe = Annotated[
+    str, typer.Argument(help="A recipe's name (digits) or a TOML file of configuration keys.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("-c", help="key=value, in force over the recipe; repeatable.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON and no more.")]
+Output = Annotated[Path, typer.Option(help="Folder that run directories are made in.")]
+
+
+@app.command()
+def run(
+    recipe: Recipe = "digits",
+    overrides: Overrides = None,
+    json_only: AsJson = False,
+    output: Output = Path("runs"),
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Ray workers; by default one a core.")
+    ] = None,
+) -> None:
+    """Run a recipe with `flwr run` on Flower's simulation engine."""
+    from fedlora_flwr.simulations.runner import run_on_flower
+
+    def launch(*arguments: Any) -> dict[str, Any]:
+        return run_on_flower(*arguments, workers=workers)
+
+    _launch(launch, recipe, overrides, json_only, output)
+
+
+@app.command()
+def simulate(
+    recipe: Recipe = "digits",
+    overrides: Overrides = None,
+    json_only: AsJson = False,
+    output: Output = Path("runs"),
+) -> None:
+    """Run a recipe in this process, without Ray or a server: same seed, same arrays."""
+    from fedlora_flwr.simulations.runner import run_in_process
+
+    _launch(run_in_process, recipe, overrides, json_only, output)
+
+
+@app.command()
+def budget(
+    epsilon: Annotated[float, typer.Option(help="Privacy budget.")],
+    delta: Annotated[float, typer.Option(help="Failure probability.")],
+    records: Annotated[int, typer.Option(help="Records n of the client.")],
+    batch_size: Annotated[int, typer.Option(help="Expected batch size b; q = b/n.")],
+    steps: Annotated[int, typer.Option(help="Private steps T·K over the whole run.")],
+) -> None:
+    """Print the noise multiplier σ for a budget, and what each accountant says of it."""
+    from fedlora_flwr.privacy.budget import Segment, calibrate, check_budget, epsilon_spent
+
+    def work() -> None:
+        check_budget(epsilon, delta, batch_size, records)
+        sigma = calibrate(epsilon, delta, batch_size / records, steps)
+        print(f"noise multiplier σ = {sigma:.4f}  (q = {batch_size / records:.5f})")
+        for accountant in ("prv", "pld", "rdp"):
+            spent = epsilon_spent([Segment(sigma, batch_size / records, steps)], delta, accountant)
+            print(f"ε by {accountant.upper()} = {spent.epsilon:.4f}")
+
+    _guard(work)
+
+
+@app.command()
+def keys() -> None:
+    """List every configuration key with its default and meaning."""
+    table = Table("key", "default", "meaning", box=None)
+    values = RunConfig().items()
+    for entry, (key, value) in zip(fields(RunConfig), values.items(), strict=True):
+        table.add_row(key, repr(value), entry.metadata["about"])
+    Console().print(table)
+
+
+def load_recipe(name: str, overrides: list[str] | None = None) -> RunConfig:
+    """Resolve a recipe by name or path, with overrides in force over it.
+
+    Raises
+    ------
+    InvalidValue
+        There is no such recipe, or one of its values cannot be used.
+    """
+    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    return RunConfig.of(read_toml(path), parse_overrides(overrides or []))
+
+
+def _launch(
+    launch: Callable[..., dict[str, Any]],
+    recipe: str,
+    overrides: list[str] | None,
+    json_only: bool,
+    output: Path,
+) -> None:
+    console = Console(quiet=json_only)
+
+    def work() -> None:
+        from fedlora_flwr.simulations.report import Screen, closing_table
+        from fedlora_flwr.simulations.run_dir import RunDirectory
+
+        config = load_recipe(recipe, overrides)
+        run_dir = (
+            RunDirectory(Path(config.run_dir))
+            if config.run_dir
+            else RunDirectory.new(output.resolve(), config)
+        )
+        _log_to_file(run_dir.log)
+        try:
+            with Screen(console, config) as screen:
+                summary = launch(config, run_dir, screen.plan, screen.round)
+        except FedLoRAError as error:
+            raise FedLoRAError(f"{error}\nLog: {run_dir.log}") from error
+        console.print(closing_table(summary), highlight=False)
+        console.print(f"Results   {run_dir.path}", highlight=False, soft_wrap=True)
+        if json_only:
+            print(json.dumps(run_dir.summary(), indent=2))
+
+    _guard(work)
+
+
+def _guard(work: Callable[[], None]) -> None:
+    """Turn an error that the package raises on purpose into one message and exit code 1."""
+    try:
+        work()
+    except FedLoRAError as error:
+        Console(stderr=True).print(f"Error: {error}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Interrupted.")
+        raise typer.Exit(130) from None
+
+
+def _log_to_file(path: Path) -> None:
+    """Keep Flower's lines off the progress bar."""
+    logger = logging.getLogger("flwr")
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,152 @@
+"""What a person sees of a run: the plan before it, progress, and the closing table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.simulations.runner import RunPlan
+
+UNPROTECTED = "unprotected metrics were reported"
+
+
+class Screen:
+    """Shows one run on a console; on a plain stream, one line a round.
+
+    Parameters
+    ----------
+    console : Console
+        Where to write.
+    config : RunConfig
+        The run.
+    """
+
+    def __init__(self, console: Console, config: RunConfig) -> None:
+        self._console = console
+        self._config = config
+        self._progress = Progress(
+            TextColumn("round"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._bar: TaskID | None = None
+
+    def __enter__(self) -> Screen:
+        """Begin to show progress."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the console as it was."""
+        self._progress.stop()
+
+    def plan(self, plan: RunPlan) -> None:
+        """Say what is about to happen."""
+        for line in describe_plan(plan):
+            self._console.print(line, highlight=False)
+        if self._console.is_terminal:
+            self._progress.start()
+            self._bar = self._progress.add_task(
+                "", total=self._config.num_rounds, state="starting Flower and its workers"
+            )
+
+    def round(self, row: dict[str, Any]) -> None:
+        """Show one row of ``rounds.jsonl``."""
+        state = describe_round(row)
+        if self._bar is not None:
+            self._progress.update(self._bar, completed=row["round"], state=state)
+        else:
+            self._console.print(
+                f"round {row['round']}/{self._config.num_rounds}: {state}", highlight=False
+            )
+
+
+def describe_plan(plan: RunPlan) -> list[str]:
+    """Return the lines that announce a run."""
+    config, sigmas = plan.config, [m.noise_multiplier for m in plan.mechanisms]
+    sizes = [m.num_records for m in plan.mechanisms]
+    lines = [
+        f"Task      {config.task}: a frozen backbone of {plan.parameters:,} parameters, "
+        f"LoRA of rank {config.rank}",
+        f"Strategy  {config.strategy}: {config.num_rounds} rounds of {config.local_steps} private "
+        f"steps, expected batch {config.batch_size}",
+        f"Clients   {config.num_clients} with {min(sizes)} to {max(sizes)} private records "
+        f"({config.partitioner})",
+    ]
+    if config.private:
+        lines.append(
+            f"Privacy   ε ≤ {config.epsilon:g} at δ = {config.delta:g} for each record of each "
+            f"client; noise multiplier {min(sigmas):.2f} to {max(sigmas):.2f}, clip norm "
+            f"{config.clip_norm:g}"
+        )
+    else:
+        lines.append("Privacy   none (epsilon = inf)")
+    if config.reproducible and config.private:
+        lines.append("          noise follows the seed: a reproducible simulation, not a release")
+    if config.report_unprotected_metrics:
+        lines.append(f"          {UNPROTECTED}")
+    return lines
+
+
+def describe_round(row: dict[str, Any]) -> str:
+    """Return what one round came to, in one line."""
+    text = f"accuracy {row['accuracy']:.1%}" if "accuracy" in row else f"loss {row['loss']:.4f}"
+    if row.get("epsilon_max") is not None:
+        text += f"  ε {row['epsilon_max']:.2f}"
+    if row.get("failures"):
+        text += f"  {len(row['failures'])} failed"
+    return text
+
+
+def closing_table(summary: dict[str, Any]) -> Table:
+    """Return the table that ends a run."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in closing_rows(summary):
+        table.add_row(name, value)
+    return table
+
+
+def closing_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return names and values of the closing table."""
+    spent, budget = summary["epsilon_max"], summary["epsilon_budget"]
+    used = summary["bytes_up"] + summary["bytes_down"]
+    plain = summary["bytes_plain"]
+    privacy = (
+        "none"
+        if budget is None
+        else f"ε = {spent:.3f} of {budget:g} at δ = {summary['delta']:g}, the largest of "
+        f"{summary['num_clients']} clients ({summary['accountant'].upper()} accountant)"
+    )
+    rows = [
+        ("Accuracy", f"{summary['initial_accuracy']:.1%} → {summary['final_accuracy']:.1%}"),
+        ("Privacy", privacy),
+        ("Sent", f"{_megabytes(summary['bytes_up'])} up, {_megabytes(summary['bytes_down'])} down"),
+    ]
+    if plain:
+        rows.append(
+            ("", f"{used / plain:.0%} of the {_megabytes(plain)} that plain LoRA averaging sends")
+        )
+    rows += [
+        ("Time", f"{summary['seconds']:.0f} s for {summary['rounds_done']} rounds"),
+        ("Failures", f"{summary['failures']} replies, {summary['declined']} out of budget"),
+    ]
+    if summary["unprotected_metrics"]:
+        rows.append(("Note", UNPROTECTED))
+    return rows
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"

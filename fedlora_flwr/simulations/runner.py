@@ -1,0 +1,204 @@
+"""Launch a run: on Flower's simulation engine, or in this process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import fedlora_flwr
+from fedlora_flwr.clients.trainer import plan_mechanism
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.errors import FedLoRAError
+from fedlora_flwr.privacy.engine import Mechanism
+from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.simulations.superlink import SimulationSuperLink
+from fedlora_flwr.strategies import strategy_class
+from fedlora_flwr.tasks.registry import build_task
+
+OnRound = Callable[[dict[str, Any]], None]
+OnPlan = Callable[["RunPlan"], None]
+STATUS_INTERVAL = 10.0
+
+STUB = """[project]
+name = "fedlora-run"
+version = "0.1.0"
+license = "Apache-2.0"
+dependencies = ["fedlora-flwr"]
+
+[tool.flwr.app]
+publisher = "fedlora"
+
+[tool.flwr.app.components]
+serverapp = "fedlora_flwr.server_app:app"
+clientapp = "fedlora_flwr.client_app:app"
+
+[tool.flwr.app.config]
+"""
+
+
+class RunFailed(FedLoRAError):
+    """A run ended without a result."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What is about to happen.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The resolved configuration.
+    mechanisms : list[Mechanism]
+        Each client's mechanism; its promise is checked by having made it.
+    parameters : int
+        Frozen parameters of the backbone.
+    """
+
+    config: RunConfig
+    mechanisms: list[Mechanism]
+    parameters: int
+
+
+def make_plan(config: RunConfig) -> RunPlan:
+    """Check everything that can be known before a run, and work out each client's noise.
+
+    Raises
+    ------
+    InvalidValue
+        A setting cannot be used, or a client could not keep its promise.
+    """
+    strategy_class(config.strategy)
+    task = build_task(config.task, config)
+    model = task.build_model()
+    sizes = [
+        len(task.client_records(client, config.num_clients)) for client in range(config.num_clients)
+    ]
+    return RunPlan(
+        config=config,
+        mechanisms=[plan_mechanism(config, size) for size in sizes],
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def run_on_flower(
+    config: RunConfig,
+    run_dir: RunDirectory,
+    on_plan: OnPlan,
+    on_round: OnRound,
+    workers: int | None = None,
+) -> dict[str, Any]:
+    """Run with ``flwr run`` on Flower's Ray simulation engine.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run; ``run-dir`` and ``state-dir`` are set to the run directory where empty.
+    run_dir : RunDirectory
+        Where results and the log go.
+    on_plan, on_round : callable
+        Called when the plan stands, and with each row of ``rounds.jsonl``.
+    workers : int, optional
+        Ray workers; by default as many as the machine's cores carry.
+
+    Returns
+    -------
+    dict[str, Any]
+        The summary.
+
+    Raises
+    ------
+    RunFailed
+        Flower reports anything but a completed run.
+    """
+    config = _placed(config, run_dir)
+    with (
+        run_dir.log.open("w", encoding="utf-8") as log,
+        SimulationSuperLink(log, config.client_threads) as superlink,
+    ):
+        on_plan(make_plan(config))
+        superlink.submit(
+            app_folder(run_dir), run_dir.write_config(config), _federation(config, workers)
+        )
+        _follow(superlink, run_dir, on_round)
+    summary = run_dir.summary()
+    if summary is None or summary["status"] != "completed":
+        reason = summary["error"] if summary else _last_error(run_dir.log)
+        raise RunFailed(f"The run failed: {reason}")
+    return summary
+
+
+def run_in_process(
+    config: RunConfig, run_dir: RunDirectory, on_plan: OnPlan, on_round: OnRound
+) -> dict[str, Any]:
+    """Run the same recipe in this process, without Ray or a server.
+
+    Parameters are those of `run_on_flower`. Same seed, same arrays.
+
+    Raises
+    ------
+    FedLoRAError
+        The run could not go on.
+    """
+    from fedlora_flwr.client_app import app
+    from fedlora_flwr.simulations.local_grid import LocalGrid
+    from fedlora_flwr.simulations.serve import serve
+
+    config = _placed(config, run_dir)
+    on_plan(make_plan(config))
+    with LocalGrid(app, config.num_clients, config.items()).running() as grid:
+        return serve(grid, config, run_dir, on_round)
+
+
+def app_folder(run_dir: RunDirectory) -> Path:
+    """Return the folder of the Flower app: the repository, or a stub beside the results."""
+    repository = Path(fedlora_flwr.__file__).resolve().parent.parent
+    project = repository / "pyproject.toml"
+    if project.exists() and "[tool.flwr.app.components]" in project.read_text(encoding="utf-8"):
+        return repository
+    stub = run_dir.path / "app"
+    stub.mkdir(exist_ok=True)
+    (stub / "pyproject.toml").write_text(STUB + RunConfig().to_toml(), encoding="utf-8")
+    return stub
+
+
+def _placed(config: RunConfig, run_dir: RunDirectory) -> RunConfig:
+    """Put results and ledger in the run directory where the configuration does not say."""
+    folder = str(run_dir.path.resolve())
+    return replace(config, run_dir=config.run_dir or folder, state_dir=config.state_dir or folder)
+
+
+def _federation(config: RunConfig, workers: int | None) -> str:
+    text = f"num-supernodes={config.num_clients} client-resources-num-cpus={config.client_threads}"
+    if workers is not None:
+        text += f" init-args-num-cpus={workers * config.client_threads}"
+    return text
+
+
+def _follow(superlink: SimulationSuperLink, run_dir: RunDirectory, on_round: OnRound) -> None:
+    """Report rounds as they end, until Flower says that the run has."""
+    seen, asked = 0, time.monotonic()
+    while True:
+        rows = run_dir.rows("rounds")
+        for row in rows[seen:]:
+            on_round(row)
+        seen = len(rows)
+        if run_dir.summary() is not None or time.monotonic() - asked > STATUS_INTERVAL:
+            # `flwr run` exits with 0 whatever comes of the run; its status tells.
+            status = superlink.status()
+            asked = time.monotonic()
+            if status == "finished:completed":
+                return
+            if status.startswith("finished"):
+                summary = run_dir.summary() or {}
+                reason = summary.get("error") or _last_error(run_dir.log)
+                raise RunFailed(f"Flower reports {status}: {reason}")
+        time.sleep(0.2)
+
+
+def _last_error(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    errors = [line.strip() for line in lines if "Error" in line or "ERROR" in line]
+    return errors[-1] if errors else "no error in the log"
