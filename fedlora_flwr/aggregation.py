@@ -21,8 +21,9 @@ def normalise(weights: Sequence[float]) -> NDArray[np.float64]:
         No weight, a negative or non-finite one, or a sum of zero.
     """
     values = np.asarray(weights, dtype=np.float64)
-    if values.size == 0 or not np.isfinite(values).all() or (values < 0).any() or not values.sum():
+    if values.size == 0 or not np.isfinite(values).all() or (values < 0).any() or not values.any():
         raise InvalidValue("weights", list(weights), "finite numbers >= 0, one of them above 0")
+    values = values / values.max()  # Else the sum of very large weights is infinite.
     return np.asarray(values / values.sum(), dtype=np.float64)
 
 
@@ -55,11 +56,11 @@ def weighted_mean(
     if len(shares) != len(uploads):
         raise InvalidValue("weights", list(weights), f"one for each of {len(uploads)} uploads")
     first = uploads[0]
+    expected = {name: array.shape for name, array in first.items()}
     for upload in uploads[1:]:
-        if {name: array.shape for name, array in upload.items()} != {
-            name: array.shape for name, array in first.items()
-        }:
-            raise InvalidValue("uploads", sorted(upload), f"the arrays {sorted(first)}")
+        found = {name: array.shape for name, array in upload.items()}
+        if found != expected:
+            raise InvalidValue("shapes of an upload", found, f"those of the first, {expected}")
     return {
         name: sum(
             (

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora_flwr.config import RunConfig, parse_overrides, read_toml
-from fedlora_flwr.errors import FedLoRAError
+from fedlora_flwr.errors import FedLoRAError, InvalidValue, one_of
 
 app = typer.Typer(
     add_completion=False,
@@ -47,9 +48,7 @@ def run(
     """Run a recipe with `flwr run` on Flower's simulation engine."""
     from fedlora_flwr.simulations.runner import run_on_flower
 
-    def launch(*arguments: Any) -> dict[str, Any]:
-        return run_on_flower(*arguments, workers=workers)
-
+    launch = partial(run_on_flower, workers=workers)
     _launch(launch, recipe, overrides, json_only, output)
 
 
@@ -106,6 +105,9 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> RunConfig:
     InvalidValue
         There is no such recipe, or one of its values cannot be used.
     """
+    names = sorted(path.stem for path in RECIPES.glob("*.toml"))
+    if not name.endswith(".toml") and name not in names:
+        raise InvalidValue("recipe", name, one_of(names, name) + ", or a path that ends in .toml")
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     return RunConfig.of(read_toml(path), parse_overrides(overrides or []))
 
@@ -122,8 +124,10 @@ def _launch(
     def work() -> None:
         from fedlora_flwr.simulations.report import Screen, closing_table
         from fedlora_flwr.simulations.run_dir import RunDirectory
+        from fedlora_flwr.simulations.runner import make_plan
 
         config = load_recipe(recipe, overrides)
+        plan = make_plan(config)
         run_dir = (
             RunDirectory(Path(config.run_dir))
             if config.run_dir
@@ -131,8 +135,8 @@ def _launch(
         )
         _log_to_file(run_dir.log)
         try:
-            with Screen(console, config) as screen:
-                summary = launch(config, run_dir, screen.plan, screen.round)
+            with Screen(console, plan) as screen:
+                summary = launch(plan, run_dir, screen.round)
         except FedLoRAError as error:
             raise FedLoRAError(f"{error}\nLog: {run_dir.log}") from error
         console.print(closing_table(summary), highlight=False)

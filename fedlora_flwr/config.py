@@ -20,7 +20,7 @@ _Check = tuple[Callable[[Any], bool], str]
 
 
 def _above(low: float) -> _Check:
-    return lambda value: value > low, f"a number above {low}"
+    return lambda value: value > low and math.isfinite(value), f"a number above {low}"
 
 
 def _at_least(low: float) -> _Check:
@@ -36,6 +36,7 @@ def _choice(*names: str) -> _Check:
 
 
 _ANY: _Check = (lambda _: True, "anything")
+_BUDGET: _Check = (lambda value: value > 0, "a number above 0, or inf")
 
 
 def _key(default: Value, check: _Check, about: str) -> Any:
@@ -60,7 +61,8 @@ class RunConfig:
     min_records: int = _key(40, _at_least(1), "records that the smallest simulated client has")
 
     strategy: str = _key("rolora", _ANY, "which LoRA factors train, and how they are averaged")
-    num_clients: int = _key(10, _at_least(1), "clients of a simulation")
+    num_clients: int = _key(10, _at_least(1), "clients that `fedlora run` and `simulate` make")
+    min_clients: int = _key(2, _at_least(1), "clients that must be connected for a round")
     num_rounds: int = _key(20, _at_least(1), "rounds T")
     fraction_train: float = _key(1.0, _between(1e-9, 1), "share of the clients in each round")
     weighting: str = _key(
@@ -87,7 +89,7 @@ class RunConfig:
     momentum: float = _key(0.0, _between(0, 0.999), "momentum of sgd")
     weight_decay: float = _key(0.0, _at_least(0), "weight decay of what trains")
 
-    epsilon: float = _key(8.0, _above(0), "privacy budget of each client; inf = no privacy")
+    epsilon: float = _key(8.0, _BUDGET, "privacy budget of each client; inf = no privacy")
     delta: float = _key(1e-3, _between(1e-300, 1), "failure probability; below 1/n of any client")
     clip_norm: float = _key(1.0, _above(0), "C: largest norm of one record's gradient")
     max_rounds: int = _key(0, _at_least(0), "rounds a client may join; 0 = num-rounds")
@@ -163,7 +165,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # No file, no UTF-8, no TOML.
         raise InvalidValue("recipe", str(path), f"a readable TOML file ({error})") from error
 
 
@@ -211,4 +213,7 @@ def _check_field(entry: Field[Any], value: Any) -> None:
 def _toml(value: Value) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return json.dumps(value) if isinstance(value, str) else repr(value)
+    if isinstance(value, str):
+        # TOML knows no surrogate pairs, and wants DEL escaped, which JSON does not.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)

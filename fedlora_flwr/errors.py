@@ -42,6 +42,10 @@ class BudgetExhausted(FedLoRAError):
     """A release would take a client past its privacy budget."""
 
 
+class ClientFailed(FedLoRAError):
+    """A client could not do a round; says of what kind the error was, and no more."""
+
+
 class FederationAborted(FedLoRAError):
     """The server stopped a run because going on would give a wrong result."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from urllib.parse import quote
 
 
 def stream_seed(seed: int | None, *names: object) -> int:
@@ -24,5 +25,6 @@ def stream_seed(seed: int | None, *names: object) -> int:
     """
     if seed is None:
         return int.from_bytes(os.urandom(8), "big") >> 1
-    text = "/".join(str(part) for part in (seed, *names))
+    # Quoted, since ("a/b",) and ("a", "b") are different streams.
+    text = "/".join(quote(str(part), safe="") for part in (seed, *names))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

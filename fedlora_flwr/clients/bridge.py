@@ -7,6 +7,7 @@ translates both ways: names travel in the config and in the metrics under ``arra
 from __future__ import annotations
 
 from collections.abc import Mapping
+from logging import ERROR
 from typing import TypeVar, cast
 
 from flwr.app import (
@@ -21,9 +22,9 @@ from flwr.app import (
 )
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common import Parameters, parameters_to_ndarrays
+from flwr.common.logger import log
 
-
-from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.errors import ClientFailed, FedLoRAError, InvalidValue
 from fedlora_flwr.wire import CLIENT, NAMES
 
 T = TypeVar("T")
@@ -59,11 +60,11 @@ def bridge(message: Message, context: Context, call_next: ClientAppCallable) -> 
         return Message(RecordDict({"config": identity_record}), reply_to=message)
     prefix = _LEGACY_INS.get(kind)
     if prefix is None or f"{prefix}.parameters" in message.content.array_records:
-        return call_next(message, context)
+        return _guarded(call_next, message, context)
     identity = client_identity(context)
     names = list(_only(message.content.array_records, "ArrayRecord"))
     message.content = _to_legacy(message.content, prefix)
-    reply = call_next(message, context)
+    reply = _guarded(call_next, message, context)
     if not reply.has_error():
         reply.content = (
             _fit_result(reply.content, names, identity)
@@ -71,6 +72,20 @@ def bridge(message: Message, context: Context, call_next: ClientAppCallable) -> 
             else _evaluate_result(reply.content, identity)
         )
     return reply
+
+
+def _guarded(call_next: ClientAppCallable, message: Message, context: Context) -> Message:
+    """Keep what a library says about private records off the wire; its kind is enough.
+
+    Flower sends an exception's text to the server.
+    """
+    try:
+        return call_next(message, context)
+    except FedLoRAError:
+        raise
+    except Exception as error:
+        log(ERROR, "The client failed.", exc_info=error)
+        raise ClientFailed(f"{type(error).__name__} on the client; its own log says more") from None
 
 
 def client_identity(context: Context) -> str:
@@ -125,8 +140,10 @@ def _evaluate_result(content: RecordDict, identity: str) -> RecordDict:
 
 
 def _split(metrics: dict[str, object], num_examples: int) -> dict[str, MetricRecord | ConfigRecord]:
-    """Numbers are metrics; Flower keeps texts in a ConfigRecord."""
-    numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
+    """Numbers are metrics; Flower keeps texts and flags in a ConfigRecord."""
+    numbers = {
+        k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)
+    }
     others = {k: v for k, v in metrics.items() if k not in numbers}
     return {
         "metrics": MetricRecord({**numbers, "num-examples": num_examples}),
@@ -137,7 +154,8 @@ def _split(metrics: dict[str, object], num_examples: int) -> dict[str, MetricRec
 def _check_status(content: RecordDict, prefix: str) -> None:
     status = content.config_records[f"{prefix}.status"]
     if status["code"] != 0:
-        raise RuntimeError(f"The client answered with status {status['code']}: {status['message']}")
+        code, reason = cast(int, status["code"]), cast(str, status["message"])
+        raise ClientFailed(f"the client answered with status {code}: {reason}")
 
 
 def _only(records: Mapping[str, T], kind: str) -> T:

@@ -114,8 +114,8 @@ class LoRAClient(NumPyClient):
             mechanism.noise_multiplier, mechanism.sample_rate, self._trainer.config.local_steps
         )
         try:
-            self._ledger.check(self._account, segment)
-            arrays = self._train(order, parameters, mechanism)
+            before = self._ledger.check(self._account, segment).steps - segment.steps
+            arrays = self._train(order, parameters, mechanism, before)
             summary = self._ledger.record(self._account, order.server_round, segment)
         except BudgetExhausted:
             if order.plan is None:
@@ -164,15 +164,17 @@ class LoRAClient(NumPyClient):
         return metrics["loss"], 1, dict(metrics)
 
     def _train(
-        self, order: Order, parameters: list[NDArray[np.float32]], mechanism: Mechanism
+        self, order: Order, parameters: list[NDArray[np.float32]], mechanism: Mechanism, steps: int
     ) -> dict[str, NDArray[np.float32]]:
         arrays = dict(zip(order.names, parameters, strict=True))
+        # A server that names no round must not make a seeded client repeat its noise.
+        round_name = order.server_round or f"after-{steps}-steps"
         trained = self._trainer.train(
             arrays,
             order.plan or ComponentPlan.uniform(BOTH),
             self._records,
             mechanism,
-            (self._account.client, order.server_round),
+            (self._account.client, round_name),
         )
         if order.plan is not None:
             return trained

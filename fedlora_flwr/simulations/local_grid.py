@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import threading
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -49,6 +50,8 @@ class LocalGrid(Grid):
             for partition, node_id in enumerate(_node_ids(num_nodes))
         }
         self._replies: dict[str, Message] = {}
+        # Legacy servers send from many threads, and clients share this process's one model.
+        self._turn = threading.Lock()
 
     @contextmanager
     def running(self) -> Iterator[LocalGrid]:
@@ -74,8 +77,10 @@ class LocalGrid(Grid):
         return Run.create_empty(self.run_id)
 
     def set_run(self, run: Run) -> None:
-        """Take another run's identity."""
+        """Take another run's identity, for the nodes too."""
         self.run_id = run.run_id
+        for context in self._contexts.values():
+            context.run_id = run.run_id
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the ids of all nodes, in no particular order."""
@@ -115,7 +120,8 @@ class LocalGrid(Grid):
     def _serve(self, message: Message) -> Message:
         context = self._contexts[message.metadata.dst_node_id]
         try:
-            return self._app(message, context)
+            with self._turn:
+                return self._app(message, context)
         except Exception:  # As in Flower, a client's failure is its reply.
             return Message(Error(CLIENT_APP_RAISED, traceback.format_exc()), reply_to=message)
 

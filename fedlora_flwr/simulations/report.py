@@ -15,7 +15,6 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from fedlora_flwr.config import RunConfig
 from fedlora_flwr.simulations.runner import RunPlan
 
 UNPROTECTED = "unprotected metrics were reported"
@@ -28,13 +27,13 @@ class Screen:
     ----------
     console : Console
         Where to write.
-    config : RunConfig
+    plan : RunPlan
         The run.
     """
 
-    def __init__(self, console: Console, config: RunConfig) -> None:
+    def __init__(self, console: Console, plan: RunPlan) -> None:
         self._console = console
-        self._config = config
+        self._plan = plan
         self._progress = Progress(
             TextColumn("round"),
             MofNCompleteColumn(),
@@ -46,22 +45,19 @@ class Screen:
         self._bar: TaskID | None = None
 
     def __enter__(self) -> Screen:
-        """Begin to show progress."""
+        """Say what is about to happen and begin to show progress."""
+        for line in describe_plan(self._plan):
+            self._console.print(line, highlight=False, soft_wrap=True)
+        if self._console.is_terminal:
+            self._progress.start()
+            self._bar = self._progress.add_task(
+                "", total=self._plan.config.num_rounds, state="starting"
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
         """Leave the console as it was."""
         self._progress.stop()
-
-    def plan(self, plan: RunPlan) -> None:
-        """Say what is about to happen."""
-        for line in describe_plan(plan):
-            self._console.print(line, highlight=False)
-        if self._console.is_terminal:
-            self._progress.start()
-            self._bar = self._progress.add_task(
-                "", total=self._config.num_rounds, state="starting Flower and its workers"
-            )
 
     def round(self, row: dict[str, Any]) -> None:
         """Show one row of ``rounds.jsonl``."""
@@ -70,7 +66,7 @@ class Screen:
             self._progress.update(self._bar, completed=row["round"], state=state)
         else:
             self._console.print(
-                f"round {row['round']}/{self._config.num_rounds}: {state}", highlight=False
+                f"round {row['round']}/{self._plan.config.num_rounds}: {state}", highlight=False
             )
 
 
@@ -79,8 +75,8 @@ def describe_plan(plan: RunPlan) -> list[str]:
     config, sigmas = plan.config, [m.noise_multiplier for m in plan.mechanisms]
     sizes = [m.num_records for m in plan.mechanisms]
     lines = [
-        f"Task      {config.task}: a frozen backbone of {plan.parameters:,} parameters, "
-        f"LoRA of rank {config.rank}",
+        f"Task      {config.task}: {plan.parameters:,} parameters frozen, {plan.trained:,} trained "
+        f"(LoRA of rank {config.rank}{', head' if config.train_head else ''})",
         f"Strategy  {config.strategy}: {config.num_rounds} rounds of {config.local_steps} private "
         f"steps, expected batch {config.batch_size}",
         f"Clients   {config.num_clients} with {min(sizes)} to {max(sizes)} private records "

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.errors import InvalidValue
 
 PACKAGES = ("fedlora-flwr", "flwr", "ray", "torch", "peft", "timm", "transformers", "opacus")
 
@@ -51,6 +52,17 @@ class RunDirectory:
         link.symlink_to(path.name, target_is_directory=True)
         link.replace(parent / "latest")
         return cls(path)
+
+    def check_unused(self) -> None:
+        """Refuse a folder with results in it, whose rows would mix with this run's.
+
+        Raises
+        ------
+        InvalidValue
+            The folder holds another run's results.
+        """
+        if self.rows("rounds") or self.summary():
+            raise InvalidValue("run-dir", str(self.path), "a folder without another run's results")
 
     @property
     def log(self) -> Path:

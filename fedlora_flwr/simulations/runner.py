@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fedlora_flwr
-from fedlora_flwr.clients.trainer import plan_mechanism
+from fedlora_flwr.clients.trainer import build_adapted, plan_mechanism
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError
 from fedlora_flwr.privacy.engine import Mechanism
@@ -19,7 +19,6 @@ from fedlora_flwr.strategies import strategy_class
 from fedlora_flwr.tasks.registry import build_task
 
 OnRound = Callable[[dict[str, Any]], None]
-OnPlan = Callable[["RunPlan"], None]
 STATUS_INTERVAL = 10.0
 
 STUB = """[project]
@@ -54,12 +53,15 @@ class RunPlan:
     mechanisms : list[Mechanism]
         Each client's mechanism; its promise is checked by having made it.
     parameters : int
-        Frozen parameters of the backbone.
+        Parameters of the backbone.
+    trained : int
+        Parameters of the adapters, and of the head if it trains.
     """
 
     config: RunConfig
     mechanisms: list[Mechanism]
     parameters: int
+    trained: int
 
 
 def make_plan(config: RunConfig) -> RunPlan:
@@ -72,34 +74,32 @@ def make_plan(config: RunConfig) -> RunPlan:
     """
     strategy_class(config.strategy)
     task = build_task(config.task, config)
-    model = task.build_model()
+    adapted = build_adapted(config, task)
     sizes = [
         len(task.client_records(client, config.num_clients)) for client in range(config.num_clients)
     ]
+    trained = sum(parameter.numel() for parameter in adapted.parameters.values())
     return RunPlan(
         config=config,
         mechanisms=[plan_mechanism(config, size) for size in sizes],
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(parameter.numel() for parameter in adapted.model.parameters()) - trained,
+        trained=trained,
     )
 
 
 def run_on_flower(
-    config: RunConfig,
-    run_dir: RunDirectory,
-    on_plan: OnPlan,
-    on_round: OnRound,
-    workers: int | None = None,
+    plan: RunPlan, run_dir: RunDirectory, on_round: OnRound, workers: int | None = None
 ) -> dict[str, Any]:
     """Run with ``flwr run`` on Flower's Ray simulation engine.
 
     Parameters
     ----------
-    config : RunConfig
-        The run; ``run-dir`` and ``state-dir`` are set to the run directory where empty.
+    plan : RunPlan
+        The checked run; ``run-dir`` and ``state-dir`` become the run directory where empty.
     run_dir : RunDirectory
         Where results and the log go.
-    on_plan, on_round : callable
-        Called when the plan stands, and with each row of ``rounds.jsonl``.
+    on_round : callable
+        Called with each row of ``rounds.jsonl``.
     workers : int, optional
         Ray workers; by default as many as the machine's cores carry.
 
@@ -113,12 +113,11 @@ def run_on_flower(
     RunFailed
         Flower reports anything but a completed run.
     """
-    config = _placed(config, run_dir)
+    config = _placed(plan.config, run_dir)
     with (
         run_dir.log.open("w", encoding="utf-8") as log,
         SimulationSuperLink(log, config.client_threads) as superlink,
     ):
-        on_plan(make_plan(config))
         superlink.submit(
             app_folder(run_dir), run_dir.write_config(config), _federation(config, workers)
         )
@@ -130,9 +129,7 @@ def run_on_flower(
     return summary
 
 
-def run_in_process(
-    config: RunConfig, run_dir: RunDirectory, on_plan: OnPlan, on_round: OnRound
-) -> dict[str, Any]:
+def run_in_process(plan: RunPlan, run_dir: RunDirectory, on_round: OnRound) -> dict[str, Any]:
     """Run the same recipe in this process, without Ray or a server.
 
     Parameters are those of `run_on_flower`. Same seed, same arrays.
@@ -146,8 +143,7 @@ def run_in_process(
     from fedlora_flwr.simulations.local_grid import LocalGrid
     from fedlora_flwr.simulations.serve import serve
 
-    config = _placed(config, run_dir)
-    on_plan(make_plan(config))
+    config = _placed(plan.config, run_dir)
     with LocalGrid(app, config.num_clients, config.items()).running() as grid:
         return serve(grid, config, run_dir, on_round)
 
@@ -165,9 +161,14 @@ def app_folder(run_dir: RunDirectory) -> Path:
 
 
 def _placed(config: RunConfig, run_dir: RunDirectory) -> RunConfig:
-    """Put results and ledger in the run directory where the configuration does not say."""
+    """Put results and ledger in the run directory, and wait for every client that is made."""
     folder = str(run_dir.path.resolve())
-    return replace(config, run_dir=config.run_dir or folder, state_dir=config.state_dir or folder)
+    return replace(
+        config,
+        run_dir=config.run_dir or folder,
+        state_dir=config.state_dir or folder,
+        min_clients=config.num_clients,
+    )
 
 
 def _federation(config: RunConfig, workers: int | None) -> str:

@@ -45,11 +45,14 @@ def serve(
 
     Raises
     ------
+    InvalidValue
+        The folder holds another run's results, which are left as they are.
     FedLoRAError
         The run could not go on; the summary says why, and ``adapter/`` holds the last round's
         arrays.
     """
     started = time.perf_counter()
+    run_dir.check_unused()
     run_dir.write_config(config)
     session: _Session | None = None
     try:
@@ -72,7 +75,7 @@ def build_strategy(config: RunConfig) -> FedLoRA:
     return strategy_class(config.strategy)(
         fraction_train=config.fraction_train,
         min_train_nodes=1,
-        min_available_nodes=config.num_clients,
+        min_available_nodes=config.min_clients,
         seed=config.seed,
         weighting=config.weighting,
         min_completion=config.min_completion,
@@ -89,9 +92,12 @@ class _Session:
     on_round: OnRound | None
     rows: list[dict[str, Any]] = field(default_factory=list)
     accountants: set[str] = field(default_factory=set)
+    num_clients: int = 0
     _mark: float = field(default_factory=time.perf_counter)
 
     def run(self, grid: Grid) -> None:
+        # A federation has the nodes that it has; num-clients only says how many a run makes.
+        self.num_clients = len(list(grid.get_node_ids()))
         self.strategy.start(
             grid,
             initial_arrays=to_record(self.adapted.read()),
@@ -149,7 +155,7 @@ def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dic
         "status": "completed",
         "task": config.task,
         "strategy": config.strategy,
-        "num_clients": config.num_clients,
+        "num_clients": session.num_clients if session else 0,
         "num_rounds": config.num_rounds,
         "rounds_done": len(rounds),
         f"initial_{metric}": rows[0][metric] if rows else None,

@@ -13,7 +13,6 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 from fedlora_flwr.errors import FedLoRAError
@@ -60,7 +59,9 @@ class SimulationSuperLink:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         }
         self._process: subprocess.Popen[bytes] | None = None
+        self._stream: subprocess.Popen[bytes] | None = None
         self._run_id: str | None = None
+        self._finished = False
         self._port = _free_port()
 
     def __enter__(self) -> SimulationSuperLink:
@@ -72,33 +73,13 @@ class SimulationSuperLink:
             f'address = "127.0.0.1:{self._port}"\ninsecure = true\n',
             encoding="utf-8",
         )
-        self._process = subprocess.Popen(
-            [
-                "flower-superlink",
-                "--insecure",
-                "--simulation",
-                "--host",
-                "127.0.0.1",
-                "--port",
-                str(self._port),
-            ],
-            cwd=self._home / "cwd",
-            env=self._env,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        address = ("--host", "127.0.0.1", "--port", str(self._port))
+        self._process = self._start("flower-superlink", "--insecure", "--simulation", *address)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Stop the run if it still goes on, end every process, remove the folder."""
-        if kind is not None and self._run_id is not None and self._alive():
+        if self._run_id is not None and not self._finished and self._alive():
             subprocess.run(
                 ["flwr", "stop", self._run_id, CONNECTION],
                 env=self._env,
@@ -107,8 +88,9 @@ class SimulationSuperLink:
                 check=False,
                 timeout=60,
             )
-        if self._process is not None:
-            _end_group(self._process)
+        for process in (self._stream, self._process):
+            if process is not None:
+                _end_group(process)
         shutil.rmtree(self._home, ignore_errors=True)
 
     def submit(self, app: Path, run_config: Path, federation: str) -> None:
@@ -141,6 +123,8 @@ class SimulationSuperLink:
         self._run_id = str(answer.get("run-id") or "")
         if not answer.get("success") or not self._run_id:
             raise SuperLinkError(f"flwr run refused the app: {answer}")
+        # The SuperLink keeps what ServerApp and workers print to itself; this brings it to the log.
+        self._stream = self._start("flwr", "log", self._run_id, CONNECTION, "--stream")
 
     def status(self) -> str:
         """Return Flower's own status of the run, e.g. ``"finished:completed"``.
@@ -154,7 +138,20 @@ class SimulationSuperLink:
             raise SuperLinkError("The SuperLink has ended.")
         answer = self._flwr("list", CONNECTION, "--run-id", str(self._run_id))
         runs = answer.get("runs") or [{}]
-        return str(runs[0].get("status", "unknown"))
+        status = str(runs[0].get("status", "unknown"))
+        self._finished = status.startswith("finished")
+        return status
+
+    def _start(self, *command: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            command,
+            cwd=self._home / "cwd",
+            env=self._env,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     def _alive(self) -> bool:
         return self._process is not None and self._process.poll() is None

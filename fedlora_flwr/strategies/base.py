@@ -22,10 +22,11 @@ from fedlora_flwr.strategies.replies import (
     Upload,
     aggregate_metrics,
     combine,
-    flatten,
     last_line,
+    scalars,
     size_of,
     to_record,
+    uploaded_arrays,
 )
 from fedlora_flwr.wire import CLIENT, PLAN, ROUND, STATUS, STATUS_EXHAUSTED, WEIGHTING
 
@@ -96,6 +97,7 @@ class FedLoRA(FedAvg):
         self.node_timeout = node_timeout
         self.last_round: RoundReport | None = None
         self._identities: dict[int, str] = {}
+        self._asked: list[int] = []
         self._global: dict[str, NDArray[np.floating]] = {}
         self._plan = ComponentPlan.uniform(BOTH)
 
@@ -151,8 +153,9 @@ class FedLoRA(FedAvg):
         self._global = {name: array.numpy() for name, array in arrays.items()}
         self._plan = self.plan(server_round, layout)
         self._plan.check(len(layout.blocks))
-        nodes = self._cohort(server_round, grid)
-        size = size_of(arrays)
+        self._asked = nodes = self._cohort(server_round, grid)
+        record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
+        size = size_of(record)
         self.last_round = RoundReport(
             server_round,
             str(self._plan),
@@ -163,7 +166,6 @@ class FedLoRA(FedAvg):
         config[ROUND] = server_round
         config[PLAN] = str(self._plan)
         config[WEIGHTING] = self.weighting
-        record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
         return self._construct_messages(record, nodes, MessageType.TRAIN)
 
     def aggregate_train(
@@ -180,10 +182,15 @@ class FedLoRA(FedAvg):
         report = self.last_round
         if report is None or report.server_round != server_round:
             raise FedLoRAError(f"aggregate_train({server_round}) without configure_train before it")
+        silent = set(self._asked)
         for reply in replies:
+            silent.discard(reply.metadata.src_node_id)
             self._read(reply, report)
-        # Sums must not depend on the order in which replies arrive.
+        report.failures += [f"{self._name(node)}: no reply in time" for node in silent]
+        # Neither sums nor reports may depend on the order in which replies arrive.
         report.uploads.sort(key=lambda upload: upload.client)
+        report.failures.sort()
+        report.declined.sort()
         for line in (*report.failures, *report.declined):
             log(WARNING, "\t> round %d: %s", server_round, line)
         self._check_completion(report)
@@ -198,7 +205,8 @@ class FedLoRA(FedAvg):
         if size >= len(nodes):
             return nodes
         # Node ids are drawn anew for every run; who a node is, is not.
-        order = sorted(nodes, key=lambda node: self._identify(grid, nodes).get(node, str(node)))
+        identities = self._identify(grid, nodes)
+        order = sorted(nodes, key=identities.__getitem__)
         generator = np.random.default_rng(stream_seed(self.seed, "cohort", server_round))
         return [order[i] for i in sorted(generator.choice(len(order), size, replace=False))]
 
@@ -233,48 +241,55 @@ class FedLoRA(FedAvg):
     def _read(self, reply: Message, report: RoundReport) -> None:
         node = reply.metadata.src_node_id
         if reply.has_error():
-            client = self._identities.get(node) or f"node {node}"
-            report.failures.append(f"{client}: {last_line(reply.error.reason)}")
+            report.failures.append(f"{self._name(node)}: {last_line(reply.error.reason)}")
             return
-        arrays, numbers, texts = flatten(reply.content)
-        client = texts.get(CLIENT) or f"node {node:020d}"
-        report.bytes_up += size_of(arrays)
+        numbers, texts = scalars(reply.content)
+        client = texts.get(CLIENT) or self._name(node)
+        report.bytes_up += size_of(reply.content)
         report.bytes_plain += report.bytes_down // report.sent
         if texts.get(STATUS) == STATUS_EXHAUSTED:
             report.declined.append(f"{client}: its privacy budget is spent")
             return
         try:
-            values = {name: array.numpy() for name, array in arrays.items()}
-            self._check_arrays(values)
-            upload = Upload(client, values, self._weight(numbers), numbers, texts)
-        except (FedLoRAError, ValueError, TypeError) as error:
+            arrays = uploaded_arrays(reply.content)
+            self._check_arrays(arrays)
+            upload = Upload(client, arrays, self._weight(numbers), numbers, texts)
+        except Exception as error:  # Whatever a client sends, the other clients' round goes on.
             report.failures.append(f"{client}: {error}")
             return
         report.uploads.append(upload)
 
+    def _name(self, node: int) -> str:
+        return self._identities.get(node) or f"node {node:020d}"
+
     def _check_arrays(self, arrays: Arrays) -> None:
-        """Refuse an upload that is not exactly what the plan trains, in shape and finite."""
-        expected = Layout.of(self._global).trained(self._plan, num_steps=len(self._plan.steps))
-        if set(arrays) - set(expected):
-            extra = sorted(set(arrays) - set(expected))
-            raise InvalidValue("uploaded arrays", extra, f"only what plan {self._plan} trains")
+        """Refuse an upload that is not exactly what the plan trains, in names and shapes."""
+        layout = Layout.of(self._global)
+        # A round with fewer steps than the plan has trains less of it.
+        allowed = [
+            set(layout.trained(self._plan, steps + 1)) for steps in range(len(self._plan.steps))
+        ]
+        if set(arrays) not in allowed:
+            wrong = sorted(set(arrays) ^ allowed[-1])
+            raise InvalidValue(
+                "uploaded arrays", sorted(arrays), f"those that {self._plan} trains; wrong: {wrong}"
+            )
         merge(self._global, arrays)
-        for name, array in arrays.items():
-            if not np.isfinite(array).all():
-                raise InvalidValue(f"array {name}", "NaN or infinity", "finite numbers")
 
     def _weight(self, metrics: dict[str, float]) -> float:
         if self.weighting == "uniform":
             return 1.0
-        if self.weighting == "size" and "weight" not in metrics:
-            return metrics[self.weighted_by_key]
-        if "weight" not in metrics:
-            raise InvalidValue("reply metrics", sorted(metrics), f"'weight' for {self.weighting}")
-        return metrics["weight"]
+        keys = ("weight", self.weighted_by_key) if self.weighting == "size" else ("weight",)
+        found = [metrics[key] for key in keys if key in metrics]
+        if not found:
+            raise InvalidValue("reply metrics", sorted(metrics), f"one of {keys}")
+        if not 0 < found[0] < float("inf"):
+            raise InvalidValue("weight", found[0], "a finite number above 0")
+        return found[0]
 
     def _check_completion(self, report: RoundReport) -> None:
         answered = len(report.uploads) + len(report.declined)
-        reasons = "; ".join((*report.failures, *report.declined)) or "no reply arrived in time"
+        reasons = "; ".join((*report.failures, *report.declined))
         if report.sent and answered < self.min_completion * report.sent:
             raise FederationAborted(
                 f"Round {report.server_round}: {answered} of {report.sent} clients answered, "

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from numpy.typing import NDArray
 
 from fedlora_flwr.aggregation import Arrays
 from fedlora_flwr.errors import InvalidValue
@@ -78,17 +79,33 @@ class RoundReport:
         return max(spent) if spent else None
 
 
-def flatten(content: RecordDict) -> tuple[ArrayRecord, dict[str, float], dict[str, str]]:
-    """Take a reply apart: its arrays, the numbers among its metrics, and its texts.
+def uploaded_arrays(content: RecordDict) -> dict[str, NDArray[np.float32]]:
+    """Read the arrays of a reply, as fp32.
 
     Raises
     ------
     InvalidValue
-        The reply does not hold exactly one ArrayRecord.
+        The reply does not hold exactly one ArrayRecord, or an array is none of finite
+        floating-point numbers within fp32's range.
     """
     if len(content.array_records) != 1:
         raise InvalidValue("ArrayRecords in a reply", len(content.array_records), "1")
-    arrays = next(iter(content.array_records.values()))
+    (record,) = content.array_records.values()
+    return {name: _finite(name, array.numpy()) for name, array in record.items()}
+
+
+def _finite(name: str, array: NDArray[np.generic]) -> NDArray[np.float32]:
+    if array.dtype.kind != "f":
+        raise InvalidValue(f"type of {name}", str(array.dtype), "floating-point numbers")
+    with np.errstate(over="ignore"):
+        values = np.asarray(array, np.float32)
+    if not np.isfinite(values).all():
+        raise InvalidValue(f"array {name}", "NaN or infinity", "finite numbers")
+    return values
+
+
+def scalars(content: RecordDict) -> tuple[dict[str, float], dict[str, str]]:
+    """Read the numbers among a reply's metrics, and its texts."""
     numbers = {
         name: float(value)
         for record in content.metric_records.values()
@@ -101,12 +118,14 @@ def flatten(content: RecordDict) -> tuple[ArrayRecord, dict[str, float], dict[st
         for name, value in record.items()
         if isinstance(value, str)
     }
-    return arrays, numbers, texts
+    return numbers, texts
 
 
-def size_of(arrays: ArrayRecord) -> int:
-    """Return the bytes of array data in a record, as it travels."""
-    return sum(len(array.data) for array in arrays.values())
+def size_of(content: RecordDict) -> int:
+    """Return the bytes of array data in a message, as they travel."""
+    return sum(
+        len(array.data) for record in content.array_records.values() for array in record.values()
+    )
 
 
 def to_record(arrays: Arrays) -> ArrayRecord:
@@ -116,9 +135,9 @@ def to_record(arrays: Arrays) -> ArrayRecord:
     )
 
 
-def last_line(text: str) -> str:
+def last_line(text: str | None) -> str:
     """Return the last line of an error's text that says something."""
-    lines = [line.strip() for line in text.splitlines() if line.strip(" '>")]
+    lines = [line.strip() for line in (text or "").splitlines() if line.strip(" '>")]
     return lines[-1] if lines else "no reason given"
 
 

@@ -49,7 +49,7 @@ def _dirichlet(split: Split) -> Partitioner:
     from flwr_datasets.partitioner import DirichletPartitioner
 
     if not (math.isfinite(split.alpha) and split.alpha > 0):
-        raise InvalidValue("dirichlet_alpha", split.alpha, "a number above 0")
+        raise InvalidValue("dirichlet-alpha", split.alpha, "a number above 0")
     return DirichletPartitioner(
         num_partitions=split.num_partitions,
         partition_by="label",
@@ -114,11 +114,11 @@ def partition_indices(
 
 def _require_feasible(records: int, num_partitions: int, min_size: int) -> None:
     if not 1 <= num_partitions <= records:
-        raise InvalidValue("num_partitions", num_partitions, f"1 to {records}, one record each")
+        raise InvalidValue("num-clients", num_partitions, f"1 to {records}, one record each")
     most = records // num_partitions
     if not 1 <= min_size <= most:
         reason = f"1 to {most}, as {num_partitions} clients share {records} records"
-        raise InvalidValue("min_records", min_size, reason)
+        raise InvalidValue("min-records", min_size, reason)
 
 
 def _dealt(labels: NDArray[Any], partitioner: Partitioner, split: Split) -> list[NDArray[np.int64]]:
@@ -140,6 +140,6 @@ def _dealt(labels: NDArray[Any], partitioner: Partitioner, split: Split) -> list
 def _unmet(split: Split) -> InvalidValue:
     advice = (
         f"a smaller minimum, fewer clients or more even parts than "
-        f"{split.num_partitions} with dirichlet_alpha = {split.alpha} (seed {split.seed})"
+        f"{split.num_partitions} with dirichlet-alpha = {split.alpha} (seed {split.seed})"
     )
-    return InvalidValue("min_records", split.min_size, advice)
+    return InvalidValue("min-records", split.min_size, advice)

@@ -65,7 +65,7 @@ def test_a_client_that_does_not_exist_is_refused(task: DigitsTask, partition_id:
 
 @pytest.mark.parametrize(
     ("key", "broken"),
-    [("partitioner", settings(partitioner="by-hand")), ("min_records", settings(min_records=500))],
+    [("partitioner", settings(partitioner="by-hand")), ("min-records", settings(min_records=500))],
 )
 def test_settings_that_cannot_be_met_are_named(key: str, broken: SimpleNamespace) -> None:
     with pytest.raises(InvalidValue, match=key):

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedlora_flwr.config import RunConfig
+
+MakeConfig = Callable[..., RunConfig]
+
+# Small enough for a round in a fraction of a second. Clients of equal size share one σ.
+QUICK: dict[str, Any] = {
+    "partitioner": "iid",
+    "num-clients": 3,
+    "num-rounds": 2,
+    "local-steps": 2,
+    "batch-size": 16,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(autouse=True)
+def data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keep ledgers and runs of tests out of the user's data folder."""
+    folder = tmp_path / "data"
+    monkeypatch.setenv("XDG_DATA_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> MakeConfig:
+    """Return a function that makes a quick configuration of digits with a ledger of its own."""
+
+    def make(**changes: Any) -> RunConfig:
+        dashed = {key.replace("_", "-"): value for key, value in changes.items()}
+        return RunConfig.of({**QUICK, "state-dir": str(tmp_path / "state")}, dashed)
+
+    return make

@@ -1,0 +1,149 @@
+"""Real runs: a SuperLink, Flower's simulation engine, Ray workers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.simulations.runner import (
+    RunFailed,
+    make_plan,
+    run_in_process,
+    run_on_flower,
+)
+from fedlora_flwr.strategies import STRATEGIES
+
+pytestmark = pytest.mark.flower
+FEDLORA = str(Path(sys.executable).parent / "fedlora")
+SMALL = {"num-clients": 4, "num-rounds": 2, "local-steps": 2, "lora-dropout": 0.1}
+
+
+def config(strategy: str) -> RunConfig:
+    return RunConfig.of(SMALL, {"strategy": strategy})
+
+
+def adapter(run: Path) -> dict[str, Any]:
+    return dict(load_file(run / "adapter" / "adapter_model.safetensors"))
+
+
+def ignore(row: dict[str, Any]) -> None:
+    assert "round" in row
+
+
+@pytest.fixture(scope="module")
+def flower_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Run each strategy once under `flwr run`, on two workers."""
+    folder = tmp_path_factory.mktemp("runs")
+    found: dict[str, Path] = {}
+    for strategy in STRATEGIES:
+        rows: list[dict[str, Any]] = []
+        run_dir = RunDirectory(folder / strategy)
+        # Returns only if Flower's own status is "finished:completed".
+        summary = run_on_flower(make_plan(config(strategy)), run_dir, rows.append, workers=2)
+        assert summary["status"] == "completed"
+        assert [row["round"] for row in rows] == [0, 1, 2]
+        found[strategy] = run_dir.path
+    return found
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_on_ray_equals_the_run_in_this_process_bit_for_bit(
+    flower_runs: dict[str, Path], strategy: str, tmp_path: Path
+) -> None:
+    local = RunDirectory(tmp_path / "local")
+    run_in_process(make_plan(config(strategy)), local, ignore)
+    on_ray, here = adapter(flower_runs[strategy]), adapter(local.path)
+    assert on_ray.keys() == here.keys()
+    for name, array in on_ray.items():
+        np.testing.assert_array_equal(array, here[name], err_msg=name)
+
+
+def test_one_worker_gives_the_arrays_of_two(flower_runs: dict[str, Path], tmp_path: Path) -> None:
+    run_dir = RunDirectory(tmp_path / "one")
+    run_on_flower(make_plan(config("rolora")), run_dir, ignore, workers=1)
+    one, two = adapter(run_dir.path), adapter(flower_runs["rolora"])
+    for name, array in one.items():
+        np.testing.assert_array_equal(array, two[name], err_msg=name)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_spends_its_budget_and_no_more(flower_runs: dict[str, Path], strategy: str) -> None:
+    summary = json.loads((flower_runs[strategy] / "summary.json").read_text())
+    assert 0.98 * 8 < summary["epsilon_max"] <= 8
+    assert summary["failures"] == 0
+    rows = [json.loads(line) for line in (flower_runs[strategy] / "clients.jsonl").open()]
+    assert len(rows) == 8
+    assert {row["client"] for row in rows} == {f"partition-{i:06d}" for i in range(4)}
+    assert all(row["epsilon"] <= 8 for row in rows)
+
+
+def test_half_uploads_weigh_half(flower_runs: dict[str, Path]) -> None:
+    summaries = {
+        name: json.loads((path / "summary.json").read_text()) for name, path in flower_runs.items()
+    }
+    assert summaries["dp-lora"]["bytes_up"] == summaries["dp-lora"]["bytes_down"]
+    # RoLoRA's rounds B and A together send each adapter array once, and the head twice.
+    sizes = {name: array.nbytes + 128 for name, array in adapter(flower_runs["rolora"]).items()}
+    head = sum(size for name, size in sizes.items() if "lora" not in name)
+    adapters = sum(size for name, size in sizes.items() if "lora" in name)
+    assert summaries["rolora"]["bytes_up"] == 4 * (adapters + 2 * head)
+
+
+def test_a_run_that_fails_says_why_although_flower_exits_with_zero(tmp_path: Path) -> None:
+    plan = make_plan(replace(config("rolora"), round_timeout=0.01))
+    run_dir = RunDirectory(tmp_path / "late")
+    with pytest.raises(RunFailed, match="no reply arrived in time"):
+        run_on_flower(plan, run_dir, ignore)
+    summary = run_dir.summary()
+    assert summary is not None
+    assert summary["status"] == "failed"
+    assert "min-completion" in summary["error"]
+
+
+def test_bad_input_ends_before_any_work_with_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    command = [FEDLORA, "run", "digits", "-c", "strategy=rolra", "--output", str(tmp_path / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: strategy = 'rolra' cannot be used")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_main_recipe_meets_its_promise(tmp_path: Path) -> None:
+    """The digits recipe from the command line, as a user types it."""
+    command = [FEDLORA, "simulate", "digits", "--json", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    summary = json.loads(done.stdout)
+    assert summary["final_accuracy"] >= 0.80
+    assert summary["final_accuracy"] > summary["initial_accuracy"] + 0.1
+    assert summary["epsilon_max"] <= summary["epsilon_budget"] == 8
+    assert summary["accountant"] == "prv"
+    assert (tmp_path / "latest" / "summary.json").exists()
+
+
+def test_a_failure_shows_its_cause_and_the_log(tmp_path: Path) -> None:
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file where the ledger's folder should be")
+    command = [
+        FEDLORA,
+        "simulate",
+        "-c",
+        f"state-dir={blocked}",
+        "--output",
+        str(tmp_path / "runs"),
+    ]
+    command += ["-c", "num-rounds=1", "-c", "num-clients=2", "-c", "delta=0.0005"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "no client sent arrays" in done.stderr or "clients answered" in done.stderr
+    assert "run.log" in done.stderr

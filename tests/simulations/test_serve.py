@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from peft import PeftModel
+from safetensors.numpy import load_file
+
+from fedlora_flwr.client_app import app
+from fedlora_flwr.config import RunConfig, read_toml
+from fedlora_flwr.errors import FederationAborted, InvalidValue
+from fedlora_flwr.simulations.local_grid import LocalGrid
+from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.simulations.serve import serve
+from fedlora_flwr.tasks.registry import build_task
+from tests.conftest import MakeConfig
+
+SUMMARY = {
+    "status",
+    "task",
+    "strategy",
+    "num_clients",
+    "num_rounds",
+    "rounds_done",
+    "initial_accuracy",
+    "final_accuracy",
+    "epsilon_max",
+    "epsilon_budget",
+    "delta",
+    "accountant",
+    "bytes_up",
+    "bytes_down",
+    "bytes_plain",
+    "seconds",
+    "failures",
+    "declined",
+    "seed",
+    "reproducible_noise",
+    "weighting",
+    "unprotected_metrics",
+    "versions",
+}
+
+
+def run(config: RunConfig, folder: Path, **options: Any) -> tuple[RunDirectory, dict[str, Any]]:
+    run_dir = RunDirectory(folder)
+    with LocalGrid(app, config.num_clients, config.items()).running() as grid:
+        return run_dir, serve(grid, config, run_dir, **options)
+
+
+def adapter(run_dir: RunDirectory) -> dict[str, Any]:
+    return dict(load_file(run_dir.adapter / "adapter_model.safetensors"))
+
+
+def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return set(one) == set(other) and all(np.array_equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def finished(make_config: MakeConfig, tmp_path: Path) -> tuple[RunConfig, RunDirectory]:
+    config = make_config()
+    return config, run(config, tmp_path / "run")[0]
+
+
+def test_the_files_of_a_run(finished: tuple[RunConfig, RunDirectory]) -> None:
+    files = {entry.name for entry in finished[1].path.iterdir()}
+    assert files == {"config.toml", "rounds.jsonl", "clients.jsonl", "summary.json", "adapter"}
+
+
+def test_the_summary(finished: tuple[RunConfig, RunDirectory]) -> None:
+    config, run_dir = finished
+    summary = run_dir.summary()
+    assert summary is not None
+    assert set(summary) == SUMMARY
+    rounds, clients = run_dir.rows("rounds"), run_dir.rows("clients")
+    assert summary["status"] == "completed"
+    assert (summary["task"], summary["strategy"]) == ("digits", "rolora")
+    assert (summary["num_clients"], summary["num_rounds"], summary["rounds_done"]) == (3, 2, 2)
+    assert (summary["seed"], summary["delta"], summary["epsilon_budget"]) == (42, 1e-3, 8.0)
+    assert summary["initial_accuracy"] == rounds[0]["accuracy"]
+    assert summary["final_accuracy"] == rounds[-1]["accuracy"]
+    assert summary["epsilon_max"] == max(row["epsilon"] for row in clients)
+    assert 0 < summary["epsilon_max"] <= config.epsilon
+    assert summary["accountant"] == "prv"
+    assert (summary["failures"], summary["declined"]) == (0, 0)
+    assert summary["unprotected_metrics"] is False
+    for key in ("bytes_up", "bytes_down", "bytes_plain"):
+        assert summary[key] == sum(row[key] for row in rounds[1:]) > 0
+    assert summary["bytes_up"] + summary["bytes_down"] < summary["bytes_plain"]
+
+
+def test_the_rows_of_a_run(finished: tuple[RunConfig, RunDirectory]) -> None:
+    run_dir = finished[1]
+    rounds, clients = run_dir.rows("rounds"), run_dir.rows("clients")
+    assert [row["round"] for row in rounds] == [0, 1, 2]
+    assert [row["plan"] for row in rounds[1:]] == ["B", "A"]
+    assert all(row["clients_asked"] == row["clients_used"] == 3 for row in rounds[1:])
+    assert [(row["round"], row["client"]) for row in clients] == [
+        (number, f"partition-{client:06d}") for number in (1, 2) for client in range(3)
+    ]
+    assert [row["steps"] for row in clients] == [2] * 3 + [4] * 3
+    assert not any("unprotected" in key or "loss" in key for row in clients for key in row)
+
+
+def test_no_file_holds_what_json_has_not(make_config: MakeConfig, tmp_path: Path) -> None:
+    run_dir, summary = run(make_config(epsilon=float("inf"), num_rounds=1), tmp_path / "run")
+    assert summary["epsilon_max"] == float("inf")
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    for name in ("rounds.jsonl", "clients.jsonl", "summary.json"):
+        text = (run_dir.path / name).read_text()
+        for part in text.splitlines() if name.endswith("l") else [text]:
+            json.loads(part, parse_constant=refuse)
+    read = run_dir.summary()
+    assert read is not None
+    assert read["epsilon_max"] is None
+    assert read["epsilon_budget"] is None
+
+
+def test_plain_peft_loads_the_adapter_with_the_final_accuracy(
+    finished: tuple[RunConfig, RunDirectory],
+) -> None:
+    config, run_dir = finished
+    task = build_task(config.task, config)
+    model = PeftModel.from_pretrained(task.build_model(), str(run_dir.adapter))
+    model.eval()
+    summary = run_dir.summary()
+    assert summary is not None
+    measured = task.evaluate(model, task.test_records())
+    assert measured["accuracy"] == summary["final_accuracy"]
+    assert summary["final_accuracy"] != summary["initial_accuracy"]
+    assert measured["loss"] == pytest.approx(run_dir.rows("rounds")[-1]["loss"], rel=1e-6)
+
+
+def test_a_seed_repeats_a_run_and_another_does_not(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(num_clients=4, fraction_train=0.5)
+    first, _ = run(config, tmp_path / "first")
+    again, _ = run(config, tmp_path / "again")
+    other, _ = run(replace(config, seed=7), tmp_path / "other")
+    assert equal(adapter(first), adapter(again))
+    assert not equal(adapter(first), adapter(other))
+
+
+def test_the_written_configuration_repeats_the_run(
+    finished: tuple[RunConfig, RunDirectory], tmp_path: Path
+) -> None:
+    config, run_dir = finished
+    read = RunConfig.of(read_toml(run_dir.path / "config.toml"))
+    assert read == config
+    again, _ = run(read, tmp_path / "again")
+    assert equal(adapter(run_dir), adapter(again))
+
+
+def test_noise_without_a_seed_differs(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(reproducible=False, num_rounds=1)
+    first, summary = run(config, tmp_path / "first")
+    second, _ = run(config, tmp_path / "second")
+    assert not equal(adapter(first), adapter(second))
+    assert summary["reproducible_noise"] is False
+
+
+def test_progress_is_told_round_by_round(make_config: MakeConfig, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    run_dir, _ = run(make_config(epsilon=float("inf")), tmp_path / "run", on_round=rows.append)
+    assert [row["round"] for row in rows] == [0, 1, 2]
+    assert [row["accuracy"] for row in rows] == [r["accuracy"] for r in run_dir.rows("rounds")]
+
+
+def test_a_failing_run_says_why_and_raises(make_config: MakeConfig, tmp_path: Path) -> None:
+    # No client has that many records.
+    config = make_config(batch_size=1000)
+    with pytest.raises(FederationAborted):
+        run(config, tmp_path / "run")
+    summary = RunDirectory(tmp_path / "run").summary()
+    assert summary is not None
+    assert summary["status"] == "failed"
+    assert summary["error"].startswith("FederationAborted: Round 1: 0 of 3 clients answered")
+    assert "batch-size = 1000" in summary["error"]
+    assert (summary["rounds_done"], summary["epsilon_max"]) == (0, 0.0)
+    assert summary["initial_accuracy"] == summary["final_accuracy"] > 0
+
+
+def test_a_run_that_dies_later_keeps_its_last_round(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(FederationAborted, match="privacy budget is spent"):
+        run(make_config(num_rounds=3, max_rounds=2), tmp_path / "run")
+    run_dir = RunDirectory(tmp_path / "run")
+    summary = run_dir.summary()
+    assert summary is not None
+    assert (summary["status"], summary["rounds_done"]) == ("failed", 2)
+    assert summary["final_accuracy"] == run_dir.rows("rounds")[2]["accuracy"]
+    assert adapter(run_dir)
+
+
+def test_an_unknown_strategy_fails_before_training(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(InvalidValue, match="did you mean 'rolora'"):
+        run(make_config(strategy="roloro"), tmp_path / "run")
+    summary = RunDirectory(tmp_path / "run").summary()
+    assert summary is not None
+    assert summary["status"] == "failed"
+    assert summary["final_accuracy"] is None
+    assert not (tmp_path / "run" / "rounds.jsonl").exists()
+
+
+def test_another_runs_results_are_not_touched(
+    finished: tuple[RunConfig, RunDirectory],
+) -> None:
+    config, run_dir = finished
+    files = ("rounds.jsonl", "summary.json", "config.toml")
+    before = [(run_dir.path / name).read_bytes() for name in files]
+    with pytest.raises(InvalidValue, match="run-dir"):
+        run(replace(config, seed=3), run_dir.path)
+    assert [(run_dir.path / name).read_bytes() for name in files] == before
+
+
+def test_unprotected_metrics_are_marked(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(num_rounds=1, report_unprotected_metrics=True)
+    run_dir, summary = run(config, tmp_path / "run")
+    assert summary["unprotected_metrics"] is True
+    assert all("unprotected-accuracy" in row for row in run_dir.rows("clients"))

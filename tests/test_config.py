@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import math
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedlora_flwr.config import RunConfig, parse_overrides, read_toml
+from fedlora_flwr.errors import InvalidValue
+
+ROOT = Path(__file__).parents[1]
+DIGITS = ROOT / "fedlora_flwr" / "simulations" / "recipes" / "digits.toml"
+DEFAULTS = RunConfig().items()
+
+# Values on both sides of each limit, by key.
+GOOD: dict[str, list[Any]] = {
+    "dirichlet-alpha": [1e-3, 100.0],
+    "min-records": [1],
+    "num-clients": [1],
+    "min-clients": [1],
+    "min-clients": [1],
+    "num-rounds": [1],
+    "fraction-train": [1.0, 0.01],
+    "weighting": ["uniform", "size", "inverse-noise"],
+    "min-completion": [0.0, 1.0],
+    "round-timeout": [0.1],
+    "seed": [0],
+    "rank": [1],
+    "lora-alpha": [0.1],
+    "lora-dropout": [0.0, 0.5],
+    "local-steps": [1],
+    "batch-size": [1],
+    "microbatch-size": [0, 8],
+    "optimizer": ["sgd", "adamw"],
+    "lr-a": [0.0, 2.0],
+    "lr-b": [0.0],
+    "lr-head": [0.0],
+    "momentum": [0.0, 0.9],
+    "weight-decay": [0.0],
+    "epsilon": [0.1, math.inf],
+    "delta": [1e-9],
+    "clip-norm": [0.1],
+    "max-rounds": [0, 20],
+    "ledger-scope": ["run", "lifetime"],
+    "client-threads": [1],
+    "run-dir": ["", "/somewhere"],
+    "state-dir": ["", "/somewhere"],
+}
+BAD: dict[str, list[Any]] = {
+    "dirichlet-alpha": [0.0, -1.0, math.nan, math.inf],
+    "min-records": [0],
+    "num-clients": [0, -3],
+    "min-clients": [0],
+    "min-clients": [0, -3],
+    "num-rounds": [0],
+    "fraction-train": [0.0, 1.01, math.nan],
+    "weighting": ["", "Size"],
+    "min-completion": [-0.1, 1.1, math.nan],
+    "round-timeout": [0.0, -1.0],
+    "seed": [-1],
+    "rank": [0],
+    "lora-alpha": [0.0, math.inf],
+    "lora-dropout": [-0.1, 1.0],
+    "local-steps": [0],
+    "batch-size": [0],
+    "microbatch-size": [-1],
+    "optimizer": ["adam"],
+    "lr-a": [-0.1, math.inf, math.nan],
+    "lr-b": [-0.1],
+    "lr-head": [-0.1],
+    "momentum": [1.0, -0.1],
+    "weight-decay": [-1e-9],
+    "epsilon": [0.0, -1.0, math.nan],
+    "delta": [0.0, 1.1, -1e-5],
+    "clip-norm": [0.0, math.inf, math.nan],
+    "max-rounds": [-1],
+    "ledger-scope": ["device"],
+    "client-threads": [0],
+    "run-dir": ["runs/mine"],
+    "state-dir": ["./state"],
+}
+
+
+def cases(table: dict[str, list[Any]]) -> list[tuple[str, Any]]:
+    return [(key, value) for key, values in table.items() for value in values]
+
+
+def test_the_tables_of_this_test_are_complete() -> None:
+    free = {key for key, value in DEFAULTS.items() if isinstance(value, bool)} | {
+        "task",
+        "partitioner",
+        "strategy",
+        "lora-targets",
+        "device",
+    }
+    assert set(BAD) == set(GOOD) == set(DEFAULTS) - free
+
+
+def test_keys_are_the_fields_with_dashes() -> None:
+    assert [key.replace("-", "_") for key in DEFAULTS] == [f.name for f in fields(RunConfig)]
+
+
+@pytest.mark.parametrize(("key", "value"), cases(GOOD))
+def test_values_within_the_limits(key: str, value: Any) -> None:
+    assert RunConfig.of({key: value}).items() == {**DEFAULTS, key: value}
+
+
+@pytest.mark.parametrize(("key", "value"), cases(BAD))
+def test_values_outside_the_limits(key: str, value: Any) -> None:
+    with pytest.raises(InvalidValue) as caught:
+        RunConfig.of({key: value})
+    assert caught.value.key == key
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("key", DEFAULTS)
+def test_values_of_another_type_are_refused(key: str) -> None:
+    wrong: dict[type, list[tuple[Any, str]]] = {
+        bool: [(1, "true or false"), ("true", "true or false")],
+        int: [(True, "a whole number"), (1.0, "a whole number"), ("1", "a whole number")],
+        float: [(True, "a number"), ("0.5", "a number")],
+        str: [(1, "text"), (False, "text")],
+    }
+    for value, allowed in wrong[type(DEFAULTS[key])]:
+        with pytest.raises(InvalidValue) as caught:
+            RunConfig.of({key: value})
+        assert (caught.value.key, caught.value.value) == (key, value)
+        assert caught.value.allowed == allowed
+
+
+def test_a_whole_number_is_a_number() -> None:
+    config = RunConfig.of({"epsilon": 3})
+    assert config.epsilon == 3.0
+    assert type(config.epsilon) is float
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(InvalidValue, match=r"'num-round'.*did you mean 'num-rounds'"):
+        RunConfig.of({"num-round": 3})
+
+
+def test_a_field_name_is_no_key() -> None:
+    with pytest.raises(InvalidValue, match=r"'num_rounds'.*did you mean 'num-rounds'"):
+        RunConfig.of({"num_rounds": 3})
+
+
+def test_later_layers_are_first_in_force() -> None:
+    config = RunConfig.of({"rank": 2, "seed": 1}, {}, {"rank": 16})
+    assert (config.rank, config.seed, config.num_rounds) == (16, 1, DEFAULTS["num-rounds"])
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"secure-noise": True}, "secure-noise"),
+        ({"weighting": "inverse-noise", "epsilon": math.inf}, "weighting"),
+        ({"max-rounds": 6, "num-rounds": 5}, "max-rounds"),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(values: dict[str, Any], key: str) -> None:
+    with pytest.raises(InvalidValue) as caught:
+        RunConfig.of(values)
+    assert caught.value.key == key
+
+
+def test_secure_noise_without_a_seed() -> None:
+    assert RunConfig.of({"secure-noise": True, "reproducible": False}).secure_noise
+
+
+@pytest.mark.parametrize(("max_rounds", "steps"), [(0, 100), (20, 100), (4, 20)])
+def test_the_budget_lasts_for_the_rounds_that_a_client_may_join(
+    max_rounds: int, steps: int
+) -> None:
+    config = RunConfig.of({"num-rounds": 20, "local-steps": 5, "max-rounds": max_rounds})
+    assert config.planned_steps == steps
+
+
+def test_an_infinite_budget_promises_nothing() -> None:
+    assert RunConfig().private
+    assert not RunConfig.of({"epsilon": math.inf}).private
+
+
+numbers = st.floats(1e-12, 1e12)
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            "task": st.text(),
+            "lora-targets": st.text(),
+            "run-dir": st.text().map(lambda tail: "/" + tail),
+            "epsilon": st.one_of(numbers, st.just(math.inf)),
+            "lora-alpha": numbers,
+            "delta": st.floats(1e-300, 1),
+            "seed": st.integers(0, 2**62),
+            "rslora": st.booleans(),
+        }
+    )
+)
+def test_written_toml_is_read_back(values: dict[str, Any]) -> None:
+    config = RunConfig.of(values)
+    assert RunConfig.of(tomllib.loads(config.to_toml())) == config
+
+
+def test_a_written_file_is_a_recipe(tmp_path: Path) -> None:
+    config = RunConfig.of({"epsilon": math.inf, "lora-targets": r"blocks\.\d+\.attn", "seed": 7})
+    path = tmp_path / "config.toml"
+    path.write_text(config.to_toml(), encoding="utf-8")
+    assert RunConfig.of(read_toml(path)) == config
+
+
+@pytest.mark.parametrize("content", [None, "rank = ", "= 3"])
+def test_an_unreadable_recipe_is_named(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "mine.toml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InvalidValue, match=r"mine\.toml"):
+        read_toml(path)
+
+
+def test_a_recipe_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b'task = "\xff\xfe"')
+    with pytest.raises(InvalidValue, match=r"mine\.toml"):
+        read_toml(path)
+
+
+def test_overrides_are_toml_or_plain_text() -> None:
+    pairs = [
+        "strategy=ffa-lora",
+        "epsilon=inf",
+        "seed = 7",
+        "rslora=true",
+        'task="digits"',
+        "run-dir=/tmp/a=b",
+        "lora-targets=",
+    ]
+    assert parse_overrides(pairs) == {
+        "strategy": "ffa-lora",
+        "epsilon": math.inf,
+        "seed": 7,
+        "rslora": True,
+        "task": "digits",
+        "run-dir": "/tmp/a=b",
+        "lora-targets": "",
+    }
+
+
+def test_an_override_without_a_value_is_refused() -> None:
+    with pytest.raises(InvalidValue, match="key=value"):
+        parse_overrides(["seed"])
+
+
+def test_an_override_of_a_wrong_type_is_refused_with_its_key() -> None:
+    with pytest.raises(InvalidValue, match="train-head = 'True'"):
+        RunConfig.of(parse_overrides(["train-head=True"]))
+
+
+def test_the_app_runs_the_digits_recipe() -> None:
+    """``flwr run -c`` overrides only keys that ``[tool.flwr.app.config]`` holds."""
+    with (ROOT / "pyproject.toml").open("rb") as stream:
+        app_config = tomllib.load(stream)["tool"]["flwr"]["app"]["config"]
+    assert set(app_config) == set(DEFAULTS)
+    assert app_config == RunConfig.of(read_toml(DIGITS)).items()
