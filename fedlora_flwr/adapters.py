@@ -231,19 +231,12 @@ def attach(model: nn.Module, spec: LoRASpec, seed: int) -> AdaptedModel:
     Raises
     ------
     InvalidValue
-        ``spec.targets`` matches no module, or ``spec.head`` names a module that does not exist.
+        ``spec.targets`` is no pattern or matches no module, or a name in ``spec.head`` is that of
+        no module, or the end of another's.
     PrivacyViolation
         A target is no linear layer (see `AdaptedModel`).
     """
-    names = [name for name, _ in model.named_modules()]
-    if not any(re.fullmatch(spec.targets, name) for name in names):
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        raise InvalidValue(
-            "lora-targets", spec.targets, "a pattern that matches " + one_of(linear[:12], "")
-        )
-    for head in spec.head:
-        if head not in names:
-            raise InvalidValue("head", head, one_of(names, head))
+    _check_names(model, spec)
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,  # type: ignore[arg-type,unused-ignore]
@@ -254,10 +247,29 @@ def attach(model: nn.Module, spec: LoRASpec, seed: int) -> AdaptedModel:
         bias="none",
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed % 2**63)
         adapted = AdaptedModel(get_peft_model(model, config))
     adapted.model.eval()
     return adapted
+
+
+def _check_names(model: nn.Module, spec: LoRASpec) -> None:
+    names = [name for name, _ in model.named_modules()]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    try:
+        found = any(re.fullmatch(spec.targets, name) for name in names)
+    except re.error:
+        found = False
+    if not found:
+        raise InvalidValue(
+            "lora-targets", spec.targets, "a pattern that matches " + one_of(linear[:12], "")
+        )
+    for head in spec.head:
+        if head not in names:
+            raise InvalidValue("head", head, one_of(names, head))
+        # PEFT takes every module whose name ends like this.
+        if also := [name for name in names if name.endswith(head) and name not in spec.head]:
+            raise InvalidValue("head", head, f"a name that {also[0]!r} does not end with")
 
 
 def _single_adapter(model: PeftModel) -> str:

@@ -127,7 +127,7 @@ def _launch(
         from fedlora_flwr.simulations.runner import make_plan
 
         config = load_recipe(recipe, overrides)
-        plan = make_plan(config)
+        plan = make_plan(config, console)
         run_dir = (
             RunDirectory(Path(config.run_dir))
             if config.run_dir

@@ -21,10 +21,10 @@ def stream_seed(seed: int | None, *names: object) -> int:
     Returns
     -------
     int
-        63 bits.
+        128 bits, too many to try them all on a release.
     """
     if seed is None:
-        return int.from_bytes(os.urandom(8), "big") >> 1
+        return int.from_bytes(os.urandom(16), "big")
     # Quoted, since ("a/b",) and ("a", "b") are different streams.
     text = "/".join(quote(str(part), safe="") for part in (seed, *names))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")

@@ -35,7 +35,7 @@ class Family:
     """How to build one kind of model and what to feed it."""
 
     name: str
-    build: Callable[[], nn.Module]
+    build: Callable[[], Any]
     records: Callable[[int], TensorRecords]
     losses: Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
     targets: str
@@ -45,7 +45,8 @@ class Family:
         """Return the same random fp64 model at every call."""
         with torch.random.fork_rng():
             torch.manual_seed(7)
-            return self.build().double()
+            model: nn.Module = self.build()
+        return model.double()
 
     def spec(self, dropout: float = 0.0) -> LoRASpec:
         return LoRASpec(3, 6.0, dropout, self.targets, self.head)
@@ -187,13 +188,13 @@ def _token_losses(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     return (losses * mask).sum(1) / mask.sum(1)
 
 
-def _vit() -> nn.Module:
+def _vit() -> Any:
     return VisionTransformer(
         img_size=8, patch_size=4, in_chans=1, num_classes=CLASSES, embed_dim=8, depth=2, num_heads=2
     )
 
 
-def _swin() -> nn.Module:
+def _swin() -> Any:
     # 8x8 patches in windows of 4x4: four windows an image, the second block's shifted.
     return SwinTransformer(
         img_size=16,
@@ -208,7 +209,7 @@ def _swin() -> nn.Module:
     )
 
 
-def _roberta() -> nn.Module:
+def _roberta() -> Any:
     return RobertaForSequenceClassification(
         RobertaConfig(
             vocab_size=40,
@@ -224,7 +225,7 @@ def _roberta() -> nn.Module:
     )
 
 
-def _llama() -> nn.Module:
+def _llama() -> Any:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=40,

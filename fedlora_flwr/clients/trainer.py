@@ -200,7 +200,7 @@ def _one_client(threads: int, seed: int) -> Iterator[None]:
     torch.set_num_threads(threads)
     try:
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
+            torch.manual_seed(seed % 2**63)
             yield
     finally:
         torch.set_num_threads(before)

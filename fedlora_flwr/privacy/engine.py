@@ -240,18 +240,8 @@ class PrivateEngine:
     ) -> dict[str, Tensor]:
         r"""Return each record's own gradient, unclipped and *not private*: for checks only.
 
-        Parameters
-        ----------
-        records, indices, active
-            As for `step`.
-        of : slice (default: all)
-            Positions in the batch whose losses count. The other records' gradients are then zero
-            in a model that treats each record on its own.
-
-        Returns
-        -------
-        dict[str, Tensor]
-            For each active array, shape (records, \*shape of the array).
+        Only the losses at the positions ``of`` count. For each active array, the result has shape
+        (records, \*shape of the array).
         """
         self._activate(active)
         self._fill_grad_samples(records, indices, active, of)

@@ -69,13 +69,13 @@ def _adapted_forward(
     if not layer.enabled:
         return result
     inputs = layer.dropout(x.to(layer.A.dtype))
-    update: Tensor = _LoRAUpdate.apply(inputs, layer.A, layer.B, layer, sampler)  # type: ignore[no-untyped-call]
+    update: Tensor = _LoRAUpdate.apply(inputs, layer.A, layer.B, layer, sampler)  # type: ignore[no-untyped-call,unused-ignore]
     return result + update.to(result.dtype)
 
 
 def _head_forward(sampler: GradSampler, linear: HeadLinear, x: Tensor) -> Tensor:
     module = linear.module
-    output: Tensor = _Linear.apply(x, module.weight, module.bias, linear, sampler)  # type: ignore[no-untyped-call]
+    output: Tensor = _Linear.apply(x, module.weight, module.bias, linear, sampler)  # type: ignore[no-untyped-call,unused-ignore]
     return output
 
 
@@ -94,7 +94,7 @@ class _LoRAUpdate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # type: ignore[override,unused-ignore]
         A, B, x, hidden = ctx.saved_tensors
         layer, sampler = ctx.layer, ctx.sampler
         needs_x, needs_a, needs_b = ctx.needs_input_grad[:3]
@@ -132,7 +132,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # type: ignore[override,unused-ignore]
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         module, name = ctx.linear.module, ctx.linear.name

@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import track
+
 import fedlora_flwr
 from fedlora_flwr.clients.trainer import build_adapted, plan_mechanism
 from fedlora_flwr.config import RunConfig
@@ -64,8 +67,15 @@ class RunPlan:
     trained: int
 
 
-def make_plan(config: RunConfig) -> RunPlan:
+def make_plan(config: RunConfig, console: Console | None = None) -> RunPlan:
     """Check everything that can be known before a run, and work out each client's noise.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run.
+    console : Console, optional
+        Where progress is shown if it is a terminal.
 
     Raises
     ------
@@ -78,10 +88,17 @@ def make_plan(config: RunConfig) -> RunPlan:
     sizes = [
         len(task.client_records(client, config.num_clients)) for client in range(config.num_clients)
     ]
+    progress = track(
+        sizes,
+        "Calibrating each client's noise",
+        console=console,
+        transient=True,
+        disable=console is None or not console.is_terminal,
+    )
     trained = sum(parameter.numel() for parameter in adapted.parameters.values())
     return RunPlan(
         config=config,
-        mechanisms=[plan_mechanism(config, size) for size in sizes],
+        mechanisms=[plan_mechanism(config, size) for size in progress],
         parameters=sum(parameter.numel() for parameter in adapted.model.parameters()) - trained,
         trained=trained,
     )

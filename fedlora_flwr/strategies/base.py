@@ -289,7 +289,8 @@ class FedLoRA(FedAvg):
 
     def _check_completion(self, report: RoundReport) -> None:
         answered = len(report.uploads) + len(report.declined)
-        reasons = "; ".join((*report.failures, *report.declined))
+        lines = [*report.failures, *report.declined]
+        reasons = "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if lines[5:] else "")
         if report.sent and answered < self.min_completion * report.sent:
             raise FederationAborted(
                 f"Round {report.server_round}: {answered} of {report.sent} clients answered, "

@@ -183,7 +183,7 @@ def test_neither_does_a_legacy_server_hear_of_records() -> None:
     assert "Jane" not in str(caught.value)
 
 
-def test_errors_of_this_package_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_errors_of_this_package_are_told() -> None:
     class Refuse(AddOwnNumber):
         def fit(self, parameters: list[Any], config: Mapping[str, Any]) -> tuple[Any, int, Any]:
             raise InvalidValue("rank", 0, "a number above 0")

@@ -358,4 +358,3 @@ def test_a_step_needs_a_round() -> None:
 
     with pytest.raises(RuntimeError, match="start_round"):
         engine.step(ROBERTA.records(2), torch.arange(2), active(engine.adapted, "B"))
-

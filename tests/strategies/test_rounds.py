@@ -92,7 +92,7 @@ def test_the_largest_epsilon_is_reported() -> None:
 
 
 def test_arrays_travel_in_single_precision() -> None:
-    tiny, strategy = Tiny(2), FedLoRA()
+    tiny, strategy = Tiny(2), FFALoRA()
     with tiny.grid() as grid:
         doubles = {name: array.astype(np.float64) for name, array in start_arrays().items()}
         result = strategy.start(grid, record_of(doubles), num_rounds=2)
