@@ -89,7 +89,7 @@ class RunConfig:
     momentum: float = _key(0.0, _between(0, 0.999), "momentum of sgd")
     weight_decay: float = _key(0.0, _at_least(0), "weight decay of what trains")
 
-    epsilon: float = _key(8.0, _BUDGET, "privacy budget of each client; inf = no privacy")
+    epsilon: float = _key(8.0, _BUDGET, "privacy budget of each client; inf = no noise")
     delta: float = _key(1e-3, _between(1e-300, 1), "failure probability; below 1/n of any client")
     clip_norm: float = _key(1.0, _above(0), "C: largest norm of one record's gradient")
     max_rounds: int = _key(0, _at_least(0), "rounds a client may join; 0 = num-rounds")

@@ -43,7 +43,9 @@ def plan_mechanism(config: RunConfig, num_records: int) -> Mechanism:
         The client cannot keep the promise: δ >= 1/n, or more records a batch than it has.
     """
     if not config.private:
-        return Mechanism(0.0, float("inf"), min(config.batch_size, num_records), num_records)
+        # Still clipped, so that noise alone separates a run from its private twin.
+        batch_size = min(config.batch_size, num_records)
+        return Mechanism(0.0, config.clip_norm, batch_size, num_records)
     check_budget(config.epsilon, config.delta, config.batch_size, num_records)
     sigma = calibrate(
         config.epsilon, config.delta, config.batch_size / num_records, config.planned_steps

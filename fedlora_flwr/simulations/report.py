@@ -89,7 +89,7 @@ def describe_plan(plan: RunPlan) -> list[str]:
             f"{config.clip_norm:g}"
         )
     else:
-        lines.append("Privacy   none (epsilon = inf)")
+        lines.append("Privacy   none: epsilon = inf adds no noise")
     if config.reproducible and config.private:
         lines.append("          noise follows the seed: a reproducible simulation, not a release")
     if config.report_unprotected_metrics:

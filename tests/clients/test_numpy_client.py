@@ -35,8 +35,7 @@ def accuracy(config: RunConfig, arrays: dict[str, Any]) -> float:
 
 
 def learnable(make_config: MakeConfig) -> RunConfig:
-    rates = {"lr_a": 0.1, "lr_b": 0.1, "lr_head": 0.1}
-    return make_config(epsilon=math.inf, num_clients=2, local_steps=6, batch_size=64, **rates)
+    return make_config(epsilon=math.inf, num_clients=2, local_steps=6, batch_size=64)
 
 
 def test_clients_learn_under_our_strategy(make_config: MakeConfig) -> None:

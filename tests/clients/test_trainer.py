@@ -42,13 +42,14 @@ def run(
     trainer: Trainer,
     plan: ComponentPlan = ALTERNATING,
     stream: tuple[object, ...] = STREAM,
+    mechanism: Mechanism = MECHANISM,
     **changes: Any,
 ) -> Arrays:
     """Train one client from the same start, under a changed configuration."""
     start = start_of(trainer)
     records = trainer.task.client_records(0, 3)
     changed = replace(trainer, config=replace(trainer.config, **changes))
-    return changed.train(start, plan, records, MECHANISM, stream)
+    return changed.train(start, plan, records, mechanism, stream)
 
 
 def start_of(trainer: Trainer) -> Arrays:
@@ -79,10 +80,23 @@ def test_one_stream_gives_one_result(trainer: Trainer) -> None:
 
 
 @pytest.mark.parametrize("stream", [("client-4", 7), ("client-3", 8)])
-def test_another_client_or_round_gives_another_result(
-    trainer: Trainer, stream: tuple[object, ...]
+@pytest.mark.parametrize(
+    ("mechanism", "dropout"),
+    [
+        (Mechanism(1.0, 1.0, 20, 20), 0.0),
+        (Mechanism(0.0, 1.0, 8, 100), 0.0),
+        (Mechanism(0.0, 1.0, 20, 20), 0.5),
+    ],
+    ids=["noise", "batches", "dropout"],
+)
+def test_another_client_or_round_has_its_own(
+    make_config: MakeConfig, stream: tuple[object, ...], mechanism: Mechanism, dropout: float
 ) -> None:
-    assert differing(run(trainer), run(trainer, stream=stream)) == {"A", "B", None}
+    trainer = Trainer.build(make_config(lora_dropout=dropout))
+    first, again, other = (run(trainer, BOTH, s, mechanism) for s in (STREAM, STREAM, stream))
+
+    assert differing(first, again) == set()
+    assert differing(first, other) == {"A", "B", None}
 
 
 def test_another_seed_gives_another_result(trainer: Trainer) -> None:
@@ -243,11 +257,11 @@ def test_a_client_that_cannot_keep_the_promise_is_refused_by_name(
     assert caught.value.key == key
 
 
-def test_without_a_budget_there_is_neither_noise_nor_clipping(make_config: MakeConfig) -> None:
+def test_without_a_budget_gradients_are_clipped_and_get_no_noise(make_config: MakeConfig) -> None:
     config = make_config(epsilon=math.inf, delta=0.5)
 
-    assert plan_mechanism(config, 100) == Mechanism(0.0, math.inf, 16, 100)
-    assert plan_mechanism(config, 9) == Mechanism(0.0, math.inf, 9, 9)
+    assert plan_mechanism(config, 100) == Mechanism(0.0, config.clip_norm, 16, 100)
+    assert plan_mechanism(config, 9) == Mechanism(0.0, config.clip_norm, 9, 9)
 
 
 def test_adapters_are_built_as_configured(make_config: MakeConfig) -> None:

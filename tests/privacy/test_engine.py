@@ -245,6 +245,19 @@ def _rates(settings: OptimizerSettings) -> list[tuple[str | None, float]]:
     return [("A", settings.lr_a), ("B", settings.lr_b), (None, settings.lr_head)]
 
 
+def test_the_optimiser_holds_exactly_what_trains() -> None:
+    engine, records = engine_of(VIT), VIT.records(4)
+    engine.start_round(Mechanism(1.0, 1.0, 2, 4), PLAIN_SGD, SeededNoise(0))
+    assert engine._optimizer is not None
+
+    for mode in ("B", "A", "*", "B"):
+        names = active(engine.adapted, mode)
+        engine.step(records, torch.arange(2), names)
+
+        held = [id(p) for group in engine._optimizer.param_groups for p in group["params"]]
+        assert sorted(held) == sorted(id(engine.adapted.parameters[name]) for name in names)
+
+
 def test_a_round_starts_with_a_fresh_optimiser_state() -> None:
     engine, records = engine_of(VIT), VIT.records(8)
     start, results = values(engine.adapted), []

@@ -29,6 +29,7 @@ def test_noise_is_standard_normal(source: NoiseSource) -> None:
 @every_source
 def test_coordinates_are_independent(source: NoiseSource) -> None:
     noise = source.normal_like(SHAPE.double()).numpy()
+    assert len(np.unique(noise)) == COUNT
     # Halves and quarters too: Box-Muller makes values in pairs that far apart.
     flat = noise.ravel()
     for lag in (1, 500, COUNT // 4, COUNT // 2, 3 * COUNT // 4):
