@@ -96,7 +96,7 @@ class RunConfig:
     ledger_scope: str = _key(
         "run", _choice("run", "lifetime"), "what a budget covers: this run, or all runs on the data"
     )
-    reproducible: bool = _key(True, _ANY, "simulations only: noise and batches follow the seed")
+    reproducible: bool = _key(False, _ANY, "simulations only: noise and batches follow the seed")
     secure_noise: bool = _key(False, _ANY, "noise from the operating system's generator")
     report_unprotected_metrics: bool = _key(False, _ANY, "also report figures without privacy")
 

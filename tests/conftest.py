@@ -18,6 +18,7 @@ QUICK: dict[str, Any] = {
     "local-steps": 2,
     "batch-size": 16,
     "device": "cpu",
+    "reproducible": True,
 }
 
 

@@ -155,7 +155,7 @@ def test_later_layers_are_first_in_force() -> None:
 @pytest.mark.parametrize(
     ("values", "key"),
     [
-        ({"secure-noise": True}, "secure-noise"),
+        ({"secure-noise": True, "reproducible": True}, "secure-noise"),
         ({"weighting": "inverse-noise", "epsilon": math.inf}, "weighting"),
         ({"max-rounds": 6, "num-rounds": 5}, "max-rounds"),
     ],
@@ -167,7 +167,7 @@ def test_values_that_contradict_each_other_are_refused(values: dict[str, Any], k
 
 
 def test_secure_noise_without_a_seed() -> None:
-    assert RunConfig.of({"secure-noise": True, "reproducible": False}).secure_noise
+    assert RunConfig.of({"secure-noise": True}).secure_noise
 
 
 @pytest.mark.parametrize(("max_rounds", "steps"), [(0, 100), (20, 100), (4, 20)])
@@ -264,4 +264,6 @@ def test_the_app_runs_the_digits_recipe() -> None:
     with (ROOT / "pyproject.toml").open("rb") as stream:
         app_config = tomllib.load(stream)["tool"]["flwr"]["app"]["config"]
     assert set(app_config) == set(DEFAULTS)
-    assert app_config == RunConfig.of(read_toml(DIGITS)).items()
+    # A deployment takes these defaults: its noise must not follow a seed that is public.
+    assert app_config == {**RunConfig.of(read_toml(DIGITS)).items(), "reproducible": False}
+    assert app_config == RunConfig().items()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,23 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import (
     RunFailed,
+    app_folder,
     make_plan,
     run_in_process,
     run_on_flower,
 )
+from fedlora_flwr.simulations.superlink import SimulationSuperLink
 from fedlora_flwr.strategies import STRATEGIES
 
 pytestmark = pytest.mark.flower
 FEDLORA = str(Path(sys.executable).parent / "fedlora")
-SMALL = {"num-clients": 4, "num-rounds": 2, "local-steps": 2, "lora-dropout": 0.1}
+SMALL = {
+    "num-clients": 4,
+    "num-rounds": 2,
+    "local-steps": 2,
+    "lora-dropout": 0.1,
+    "reproducible": True,
+}
 
 
 def config(strategy: str) -> RunConfig:
@@ -108,6 +118,21 @@ def test_a_run_that_fails_says_why_although_flower_exits_with_zero(tmp_path: Pat
     assert summary is not None
     assert summary["status"] == "failed"
     assert "min-completion" in summary["error"]
+
+
+def test_flwr_run_with_a_recipe_needs_nothing_else(tmp_path: Path) -> None:
+    """Flower's own command: no run-dir, fewer nodes than num-clients, Flower's other defaults."""
+    recipe = tmp_path / "short.toml"
+    recipe.write_text('strategy = "ffa-lora"\nnum-rounds = 1\nlocal-steps = 1\n')
+    with (tmp_path / "log").open("w") as log, SimulationSuperLink(log) as superlink:
+        superlink.submit(app_folder(RunDirectory(tmp_path / "unused")), recipe, "num-supernodes=2")
+        while not (status := superlink.status()).startswith("finished"):
+            time.sleep(1)
+    assert status == "finished:completed"
+    latest = Path(os.environ["XDG_DATA_HOME"]) / "fedlora" / "runs" / "latest"
+    summary = json.loads((latest / "summary.json").read_text())
+    assert (summary["strategy"], summary["num_clients"]) == ("ffa-lora", 2)
+    assert summary["reproducible_noise"] is False
 
 
 def test_bad_input_ends_before_any_work_with_one_line_and_exit_code_1(tmp_path: Path) -> None:
