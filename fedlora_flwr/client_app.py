@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from flwr.app import Context
@@ -14,6 +13,7 @@ from fedlora_flwr.clients.numpy_client import LoRAClient
 from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.files import data_folder
 from fedlora_flwr.privacy.ledger import Ledger
 
 
@@ -39,9 +39,7 @@ def client_fn(context: Context) -> Client:
 
 def ledger_path(config: RunConfig) -> Path:
     """Return the ledger's file: in ``state-dir``, or in the user's data folder."""
-    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    folder = Path(config.state_dir) if config.state_dir else Path(data).expanduser() / "fedlora"
-    return folder / "ledger.sqlite"
+    return (Path(config.state_dir) if config.state_dir else data_folder()) / "ledger.sqlite"
 
 
 app = ClientApp(client_fn, mods=[bridge])

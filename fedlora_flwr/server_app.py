@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.files import data_folder
 from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.simulations.serve import serve
 
@@ -22,7 +22,6 @@ def main(grid: Grid, context: Context) -> None:
     if config.run_dir:
         run_dir = RunDirectory(Path(config.run_dir))
     else:
-        data = Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser()
-        run_dir = RunDirectory.new(data / "fedlora" / "runs", config)
+        run_dir = RunDirectory.new(data_folder() / "runs", config)
     print(f"Results: {run_dir.path}", flush=True)
     serve(grid, config, run_dir)

@@ -15,14 +15,13 @@ import functools
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from fedlora_flwr.errors import FedLoRAError, InvalidValue, one_of
+from fedlora_flwr.files import cache_folder, replace_file
 from fedlora_flwr.privacy import accountants
 from fedlora_flwr.privacy.accountants import Segment, merge, pld_epsilon, prv_epsilon, rdp_epsilon
 
@@ -268,23 +267,15 @@ def _load(content: bytes, key: str) -> tuple[float, str] | None:
 
 
 def _save(path: Path, key: str, found: tuple[float, str]) -> None:
-    """Write a result so that a reader sees all of it or nothing."""
     value, name = found
     check = _digest(key, value, name)
     content = json.dumps({"key": key, "value": value, "accountant": name, "check": check})
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(content)
-        Path(temporary).replace(path)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
+    replace_file(path, content.encode())
 
 
 def _path(key: str) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return root / "fedlora" / "accounting" / f"{_digest(key)}.json"
+    return cache_folder() / "accounting" / f"{_digest(key)}.json"
 
 
 def _digest(*parts: object) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.files import replace_file
 
 PACKAGES = ("fedlora-flwr", "flwr", "ray", "torch", "peft", "timm", "transformers", "opacus")
 
@@ -93,9 +94,8 @@ class RunDirectory:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json`` in one piece."""
-        draft = self.path / f".summary-{os.getpid()}.json"
-        draft.write_text(_dumps(summary, indent=2) + "\n", encoding="utf-8")
-        draft.replace(self.path / "summary.json")
+        content = _dumps(summary, indent=2) + "\n"
+        replace_file(self.path / "summary.json", content.encode())
 
     def summary(self) -> dict[str, Any] | None:
         """Return the summary, or None while the run has not ended."""

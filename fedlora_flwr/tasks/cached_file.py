@@ -5,20 +5,15 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
 
 from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.files import replace_file
 
 _LOGGER = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """Return this package's folder under ``XDG_CACHE_HOME``, or under ``~/.cache`` without it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fedlora"
 
 
 def read_or_build(path: Path, build: Callable[[], bytes]) -> bytes:
@@ -54,8 +49,8 @@ def read_or_build(path: Path, build: Callable[[], bytes]) -> bytes:
         if path.exists():
             _LOGGER.warning("%s does not match its checksum and is built again.", path)
         content = build()
-        _replace(path, content)
-        _replace(_checksum_path(path), _checksum_line(path, content))
+        replace_file(path, content)
+        replace_file(_checksum_path(path), _checksum_line(path, content))
     return content
 
 
@@ -87,15 +82,3 @@ def _require_writable(folder: Path) -> None:
 
 def _not_writable(folder: Path) -> InvalidValue:
     return InvalidValue("XDG_CACHE_HOME", str(folder), "a cache folder that can be written to")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees all of it or nothing."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

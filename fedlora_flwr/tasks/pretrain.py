@@ -15,7 +15,8 @@ from rich.progress import track
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from fedlora_flwr.tasks.cached_file import cache_folder, read_or_build
+from fedlora_flwr.files import cache_folder
+from fedlora_flwr.tasks.cached_file import read_or_build
 from fedlora_flwr.tasks.printed_digits import CLASSES, render
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.tasks.cached_file import cache_folder, read_or_build
+from fedlora_flwr.files import cache_folder
+from fedlora_flwr.tasks.cached_file import read_or_build
 
 
 class Builder:
