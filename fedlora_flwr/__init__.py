@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from fedlora_flwr.plan import ComponentPlan as ComponentPlan
     from fedlora_flwr.privacy.budget import calibrate as calibrate
     from fedlora_flwr.privacy.budget import epsilon_spent as epsilon_spent
-    from fedlora_flwr.privacy.engine import Mechanism as Mechanism
     from fedlora_flwr.privacy.engine import PrivateEngine as PrivateEngine
     from fedlora_flwr.privacy.ledger import Ledger as Ledger
+    from fedlora_flwr.privacy.mechanism import Mechanism as Mechanism
     from fedlora_flwr.simulations.local_grid import LocalGrid as LocalGrid
     from fedlora_flwr.strategies import FedLoRA as FedLoRA
     from fedlora_flwr.strategies import FFALoRA as FFALoRA
+    from fedlora_flwr.strategies import LALoRA as LALoRA
     from fedlora_flwr.strategies import RoLoRA as RoLoRA
 
 _HOMES = {
@@ -38,12 +39,13 @@ _HOMES = {
     "ComponentPlan": "plan",
     "calibrate": "privacy.budget",
     "epsilon_spent": "privacy.budget",
-    "Mechanism": "privacy.engine",
+    "Mechanism": "privacy.mechanism",
     "PrivateEngine": "privacy.engine",
     "Ledger": "privacy.ledger",
     "LocalGrid": "simulations.local_grid",
     "FedLoRA": "strategies",
     "FFALoRA": "strategies",
+    "LALoRA": "strategies",
     "RoLoRA": "strategies",
 }
 

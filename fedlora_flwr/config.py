@@ -83,6 +83,11 @@ class RunConfig:
     batch_size: int = _key(32, _at_least(1), "expected batch size b of a private step")
     microbatch_size: int = _key(0, _at_least(0), "records in one forward pass; 0 = all")
     optimizer: str = _key("sgd", _choice("sgd", "adamw"), "local optimiser")
+    filter: str = _key(
+        "none",
+        _choice("none", "binomial", "laplacian", "ema", "doppler"),
+        "low-pass filter on the privatised gradient",
+    )
     lr_a: float = _key(0.5, _at_least(0), "learning rate of factor A")
     lr_b: float = _key(0.5, _at_least(0), "learning rate of factor B")
     lr_head: float = _key(0.5, _at_least(0), "learning rate of the head")

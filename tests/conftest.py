@@ -5,8 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from fedlora_flwr.config import RunConfig
+
+# A first call that warms torch up takes longer than Hypothesis waits; time is not what is tested.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 MakeConfig = Callable[..., RunConfig]
 

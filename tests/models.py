@@ -21,7 +21,8 @@ from transformers import (
 
 from fedlora_flwr.adapters import AdaptedModel, LoRASpec, attach
 from fedlora_flwr.plan import factor_of
-from fedlora_flwr.privacy.engine import Mechanism, OptimizerSettings, PrivateEngine
+from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
+from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.noise import SeededNoise
 from fedlora_flwr.tasks.records import TensorRecords
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fedlora_flwr.config import RunConfig, parse_overrides, read_toml
 from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.privacy.filters import FILTERS
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "fedlora_flwr" / "simulations" / "recipes" / "digits.toml"
@@ -36,6 +37,7 @@ GOOD: dict[str, list[Any]] = {
     "batch-size": [1],
     "microbatch-size": [0, 8],
     "optimizer": ["sgd", "adamw"],
+    "filter": list(FILTERS),
     "lr-a": [0.0, 2.0],
     "lr-b": [0.0],
     "lr-head": [0.0],
@@ -68,6 +70,7 @@ BAD: dict[str, list[Any]] = {
     "batch-size": [0],
     "microbatch-size": [-1],
     "optimizer": ["adam"],
+    "filter": ["gaussian"],
     "lr-a": [-0.1, math.inf, math.nan],
     "lr-b": [-0.1],
     "lr-head": [-0.1],

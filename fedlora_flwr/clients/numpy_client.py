@@ -15,8 +15,8 @@ from fedlora_flwr.clients.trainer import Trainer, plan_mechanism
 from fedlora_flwr.errors import BudgetExhausted, FedLoRAError, InvalidValue
 from fedlora_flwr.plan import BOTH, ComponentPlan
 from fedlora_flwr.privacy.budget import Segment
-from fedlora_flwr.privacy.engine import Mechanism
 from fedlora_flwr.privacy.ledger import Account, Ledger
+from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.released import Released
 from fedlora_flwr.tasks.registry import Records
 from fedlora_flwr.wire import FINGERPRINT, NAMES, PLAN, ROUND, STATUS_EXHAUSTED, WEIGHTING

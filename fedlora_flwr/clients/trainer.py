@@ -16,12 +16,9 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.privacy.budget import calibrate, check_budget
-from fedlora_flwr.privacy.engine import (
-    Mechanism,
-    OptimizerSettings,
-    PrivateEngine,
-    poisson_batches,
-)
+from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
+from fedlora_flwr.privacy.filters import make_filter
+from fedlora_flwr.privacy.mechanism import Mechanism, poisson_batches
 from fedlora_flwr.privacy.noise import NoiseSource, SecureNoise, SeededNoise
 from fedlora_flwr.randomness import stream_seed
 from fedlora_flwr.tasks.registry import Records, Task, build_task
@@ -162,7 +159,9 @@ class Trainer:
         self.adapted.write(arrays)
         steps = self.config.local_steps
         with _one_client(self.config.client_threads, self._seed("dropout", stream)):
-            self.engine.start_round(mechanism, self._optimizer(), self._noise(stream))
+            self.engine.start_round(
+                mechanism, self._optimizer(), self._noise(stream), make_filter(self.config.filter)
+            )
             batches = poisson_batches(mechanism, steps, self._seed("batches", stream))
             for step, indices in enumerate(batches, start=1):
                 self.engine.step(records, indices, layout.active(plan, step))

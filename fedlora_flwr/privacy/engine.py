@@ -12,14 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedlora_flwr.adapters import AdaptedModel
 from fedlora_flwr.errors import InvalidValue, PrivacyViolation
 from fedlora_flwr.plan import factor_of
+from fedlora_flwr.privacy.filters import GradientFilter
 from fedlora_flwr.privacy.grad_sample import GradSampler
+from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.noise import NoiseSource
 
 _handlers = list(logging.getLogger().handlers)
@@ -32,51 +33,6 @@ if TYPE_CHECKING:
     from fedlora_flwr.tasks.registry import Batch, Records
 
 LossFunction = Callable[[nn.Module, "Batch"], Tensor]
-
-
-@dataclass(frozen=True)
-class Mechanism:
-    """The Poisson-subsampled Gaussian mechanism of one client.
-
-    Parameters
-    ----------
-    noise_multiplier : float
-        σ: the noise's standard deviation over the clip norm. 0 adds no noise.
-    clip_norm : float
-        C: largest L2 norm of a record's gradient over all tensors that train together. Infinity
-        leaves gradients as they are.
-    batch_size : int
-        Expected batch size b, which the noisy sum is divided by.
-    num_records : int
-        n: each record joins a step with probability ``sample_rate`` = b/n.
-
-    Raises
-    ------
-    InvalidValue
-        A value out of range, or noise without a finite clip norm.
-    """
-
-    noise_multiplier: float
-    clip_norm: float
-    batch_size: int
-    num_records: int
-
-    def __post_init__(self) -> None:
-        if not self.noise_multiplier >= 0:
-            raise InvalidValue("noise multiplier", self.noise_multiplier, "a number >= 0")
-        if not self.clip_norm > 0:
-            raise InvalidValue("clip-norm", self.clip_norm, "a number above 0")
-        if self.noise_multiplier > 0 and math.isinf(self.clip_norm):
-            raise InvalidValue("clip-norm", self.clip_norm, "a finite number where noise is added")
-        if not 1 <= self.batch_size <= self.num_records:
-            raise InvalidValue(
-                "batch-size", self.batch_size, f"1 to n = {self.num_records} records"
-            )
-
-    @property
-    def sample_rate(self) -> float:
-        """Probability q with which a record joins a step."""
-        return self.batch_size / self.num_records
 
 
 @dataclass(frozen=True)
@@ -171,12 +127,27 @@ class PrivateEngine:
         self._optimizer: _NoisyOptimizer | None = None
 
     def start_round(
-        self, mechanism: Mechanism, settings: OptimizerSettings, noise: NoiseSource
+        self,
+        mechanism: Mechanism,
+        settings: OptimizerSettings,
+        noise: NoiseSource,
+        gradient_filter: GradientFilter | None = None,
     ) -> None:
         """Begin a client's round with a fresh optimiser state.
 
         A deployed client is a new process for every message, so state that outlived a round would
         make simulations and deployments differ.
+
+        Parameters
+        ----------
+        mechanism : Mechanism
+            How gradients are clipped and noised.
+        settings : OptimizerSettings
+            The local optimiser.
+        noise : NoiseSource
+            Where the noise comes from.
+        gradient_filter : GradientFilter, optional
+            Post-processing of the privatised gradients, with fresh state.
         """
         self.adapted.check()
         self._mechanism = mechanism
@@ -200,6 +171,8 @@ class PrivateEngine:
             expected_batch_size=mechanism.batch_size,
             source=noise,
         )
+        if gradient_filter is not None:
+            self._optimizer.attach_step_hook(lambda _: self._filter(gradient_filter))
 
     def step(self, records: Records, indices: Tensor, active: Sequence[str]) -> None:
         """Take one private step.
@@ -308,6 +281,11 @@ class PrivateEngine:
             ):
                 group["params"] = [self.adapted.parameters[n] for n in names if n in chosen]
 
+    def _filter(self, gradient_filter: GradientFilter) -> None:
+        for name, parameter in self.adapted.parameters.items():
+            if parameter.requires_grad and parameter.grad is not None:
+                parameter.grad = gradient_filter(name, parameter.grad)
+
     def _chunks(self, indices: Tensor) -> Iterator[Tensor]:
         if self._microbatch_size is None or len(indices) == 0:
             yield indices
@@ -371,27 +349,3 @@ def _mixes_records(name: str) -> PrivacyViolation:
         "cannot be clipped record by record. Look for layers that put time before the batch axis "
         "or that normalise over the batch."
     )
-
-
-def poisson_batches(mechanism: Mechanism, num_steps: int, seed: int) -> Iterator[Tensor]:
-    """Draw the records of each step: every record joins with probability b/n, on its own.
-
-    Parameters
-    ----------
-    mechanism : Mechanism
-        Gives n and q.
-    num_steps : int
-        Number of steps.
-    seed : int
-        Seed of the draws.
-
-    Yields
-    ------
-    Tensor
-        Positions of the records that joined, int64; possibly none.
-    """
-    # NumPy's generator for the reason given in `SeededNoise`.
-    generator = np.random.default_rng(seed)
-    for _ in range(num_steps):
-        joins = generator.random(mechanism.num_records) < mechanism.sample_rate
-        yield torch.from_numpy(np.flatnonzero(joins))

@@ -15,7 +15,7 @@ import fedlora_flwr
 from fedlora_flwr.clients.trainer import build_adapted, plan_mechanism
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError
-from fedlora_flwr.privacy.engine import Mechanism
+from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.simulations.superlink import SimulationSuperLink
 from fedlora_flwr.strategies import strategy_class

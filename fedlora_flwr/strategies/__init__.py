@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedlora_flwr.errors import InvalidValue, one_of
 from fedlora_flwr.strategies.base import FedLoRA
 from fedlora_flwr.strategies.ffa_lora import FFALoRA
+from fedlora_flwr.strategies.la_lora import LALoRA
 from fedlora_flwr.strategies.replies import RoundReport, Upload
 from fedlora_flwr.strategies.rolora import RoLoRA
 
@@ -12,6 +13,7 @@ STRATEGIES: dict[str, type[FedLoRA]] = {
     "dp-lora": FedLoRA,
     "ffa-lora": FFALoRA,
     "rolora": RoLoRA,
+    "la-lora": LALoRA,
 }
 
 
@@ -28,4 +30,13 @@ def strategy_class(name: str) -> type[FedLoRA]:
     return STRATEGIES[name]
 
 
-__all__ = ["STRATEGIES", "FFALoRA", "FedLoRA", "RoLoRA", "RoundReport", "Upload", "strategy_class"]
+__all__ = [
+    "STRATEGIES",
+    "FFALoRA",
+    "FedLoRA",
+    "LALoRA",
+    "RoLoRA",
+    "RoundReport",
+    "Upload",
+    "strategy_class",
+]

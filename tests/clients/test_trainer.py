@@ -23,7 +23,9 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.plan import ComponentPlan, factor_of
 from fedlora_flwr.privacy.budget import Segment, calibrate, epsilon_spent
-from fedlora_flwr.privacy.engine import Mechanism, PrivateEngine
+from fedlora_flwr.privacy.engine import PrivateEngine
+from fedlora_flwr.privacy.filters import FILTERS, make_filter
+from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.tasks.registry import build_task
 from tests.conftest import MakeConfig
 
@@ -101,6 +103,29 @@ def test_another_client_or_round_has_its_own(
 
 def test_another_seed_gives_another_result(trainer: Trainer) -> None:
     assert differing(run(trainer), run(trainer, seed=43)) == {"A", "B", None}
+
+
+@pytest.mark.parametrize("name", [name for name in FILTERS if name != "none"])
+def test_a_filter_acts_on_the_privatised_gradient_before_the_step(
+    trainer: Trainer, name: str
+) -> None:
+    start = start_of(trainer)
+    one_step: dict[str, Any] = {"local_steps": 1, "lr_a": 1.0, "lr_b": 1.0, "lr_head": 1.0}
+    plain, filtered = (run(trainer, BOTH, filter=f, **one_step) for f in ("none", name))
+
+    expected = make_filter(name)
+    for array, after in filtered.items():
+        gradient = torch.from_numpy(start[array] - plain[array])
+        step = torch.from_numpy(start[array] - after)
+        torch.testing.assert_close(step, expected(array, gradient), rtol=1e-4, atol=1e-5)
+    if name in ("binomial", "laplacian"):
+        assert differing(plain, filtered) == {"A", "B"}
+
+
+def test_a_temporal_filter_starts_anew_in_every_round(trainer: Trainer) -> None:
+    first, again = (run(trainer, BOTH, filter="ema", local_steps=3) for _ in range(2))
+    assert differing(first, again) == set()
+    assert differing(first, run(trainer, BOTH, local_steps=3)) == {"A", "B", None}
 
 
 @pytest.mark.parametrize("secure", [False, True])

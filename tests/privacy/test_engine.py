@@ -9,12 +9,8 @@ from torch import Tensor
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.plan import factor_of
 from fedlora_flwr.privacy import engine as engine_module
-from fedlora_flwr.privacy.engine import (
-    Mechanism,
-    OptimizerSettings,
-    PrivateEngine,
-    poisson_batches,
-)
+from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
+from fedlora_flwr.privacy.mechanism import Mechanism, poisson_batches
 from fedlora_flwr.privacy.noise import SeededNoise
 from tests.models import (
     FAMILIES,

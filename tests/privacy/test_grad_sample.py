@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from fedlora_flwr.adapters import LoRASpec, attach
 from fedlora_flwr.errors import PrivacyViolation
 from fedlora_flwr.plan import factor_of
-from fedlora_flwr.privacy.engine import Mechanism, PrivateEngine
+from fedlora_flwr.privacy.engine import PrivateEngine
 from fedlora_flwr.privacy.grad_sample import GradSampler
+from fedlora_flwr.privacy.mechanism import Mechanism
 from tests.models import (
     FAMILIES,
     LLAMA,

@@ -6,7 +6,7 @@ import pytest
 
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.plan import Layout
-from fedlora_flwr.strategies import STRATEGIES, FedLoRA, FFALoRA, RoLoRA, strategy_class
+from fedlora_flwr.strategies import STRATEGIES, FedLoRA, FFALoRA, LALoRA, RoLoRA, strategy_class
 from tests.strategies.tiny import A_NAMES, B_NAMES, NAMES, Arrays, Tiny, arrays_of, start_arrays
 
 LAYOUT = Layout.of(NAMES)
@@ -23,7 +23,12 @@ def moved(tiny: Tiny, final: Arrays, rounds: int) -> list[set[str]]:
 
 @pytest.mark.parametrize(
     ("strategy", "plans"),
-    [(FedLoRA, ["*", "*", "*", "*"]), (FFALoRA, ["B"] * 4), (RoLoRA, ["B", "A", "B", "A"])],
+    [
+        (FedLoRA, ["*", "*", "*", "*"]),
+        (FFALoRA, ["B"] * 4),
+        (RoLoRA, ["B", "A", "B", "A"]),
+        (LALoRA, ["B/A"] * 4),
+    ],
 )
 def test_plans_by_round(strategy: type[FedLoRA], plans: list[str]) -> None:
     method = strategy()

@@ -1,0 +1,82 @@
+"""The Poisson-subsampled Gaussian mechanism of one client: its numbers, and who joins a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlora_flwr.errors import InvalidValue
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """The Poisson-subsampled Gaussian mechanism of one client.
+
+    Parameters
+    ----------
+    noise_multiplier : float
+        σ: the noise's standard deviation over the clip norm. 0 adds no noise.
+    clip_norm : float
+        C: largest L2 norm of a record's gradient over all tensors that train together. Infinity
+        leaves gradients as they are.
+    batch_size : int
+        Expected batch size b, which the noisy sum is divided by.
+    num_records : int
+        n: each record joins a step with probability ``sample_rate`` = b/n.
+
+    Raises
+    ------
+    InvalidValue
+        A value out of range, or noise without a finite clip norm.
+    """
+
+    noise_multiplier: float
+    clip_norm: float
+    batch_size: int
+    num_records: int
+
+    def __post_init__(self) -> None:
+        if not self.noise_multiplier >= 0:
+            raise InvalidValue("noise multiplier", self.noise_multiplier, "a number >= 0")
+        if not self.clip_norm > 0:
+            raise InvalidValue("clip-norm", self.clip_norm, "a number above 0")
+        if self.noise_multiplier > 0 and math.isinf(self.clip_norm):
+            raise InvalidValue("clip-norm", self.clip_norm, "a finite number where noise is added")
+        if not 1 <= self.batch_size <= self.num_records:
+            raise InvalidValue(
+                "batch-size", self.batch_size, f"1 to n = {self.num_records} records"
+            )
+
+    @property
+    def sample_rate(self) -> float:
+        """Probability q with which a record joins a step."""
+        return self.batch_size / self.num_records
+
+
+def poisson_batches(mechanism: Mechanism, num_steps: int, seed: int) -> Iterator[Tensor]:
+    """Draw the records of each step: every record joins with probability b/n, on its own.
+
+    Parameters
+    ----------
+    mechanism : Mechanism
+        Gives n and q.
+    num_steps : int
+        Number of steps.
+    seed : int
+        Seed of the draws.
+
+    Yields
+    ------
+    Tensor
+        Positions of the records that joined, int64; possibly none.
+    """
+    # NumPy's generator for the reason given in `SeededNoise`.
+    generator = np.random.default_rng(seed)
+    for _ in range(num_steps):
+        joins = generator.random(mechanism.num_records) < mechanism.sample_rate
+        yield torch.from_numpy(np.flatnonzero(joins))

@@ -1,0 +1,20 @@
+"""LA-LoRA: the factors take turns by local step (arXiv 2602.19926)."""
+
+from __future__ import annotations
+
+from fedlora_flwr.plan import A, B, ComponentPlan, Layout
+from fedlora_flwr.strategies.base import FedLoRA
+
+
+class LALoRA(FedLoRA):
+    """Train B in odd local steps and A in even ones; average each factor on its own.
+
+    Within a step one factor is frozen, so noise on both never multiplies; the average at the
+    round's end is not exact. B is first: while B = 0 the gradient of A is zero. The method's
+    low-pass filter is the client's ``filter = "binomial"``. Source: arXiv 2602.19926.
+    """
+
+    def plan(self, server_round: int, layout: Layout) -> ComponentPlan:
+        """Alternate B and A over the local steps, in every block."""
+        del server_round, layout
+        return ComponentPlan.uniform(B, A)
