@@ -23,8 +23,14 @@ if TYPE_CHECKING:
     from fedlora_flwr.privacy.ledger import Ledger as Ledger
     from fedlora_flwr.privacy.mechanism import Mechanism as Mechanism
     from fedlora_flwr.simulations.local_grid import LocalGrid as LocalGrid
+    from fedlora_flwr.strategies import ASLoRA as ASLoRA
+    from fedlora_flwr.strategies import FedExLoRA as FedExLoRA
     from fedlora_flwr.strategies import FedLoRA as FedLoRA
+    from fedlora_flwr.strategies import FedSALoRA as FedSALoRA
+    from fedlora_flwr.strategies import FedSVD as FedSVD
     from fedlora_flwr.strategies import FFALoRA as FFALoRA
+    from fedlora_flwr.strategies import FlexLoRA as FlexLoRA
+    from fedlora_flwr.strategies import FLoRA as FLoRA
     from fedlora_flwr.strategies import LALoRA as LALoRA
     from fedlora_flwr.strategies import RoLoRA as RoLoRA
 
@@ -43,6 +49,12 @@ _HOMES = {
     "PrivateEngine": "privacy.engine",
     "Ledger": "privacy.ledger",
     "LocalGrid": "simulations.local_grid",
+    "ASLoRA": "strategies",
+    "FedExLoRA": "strategies",
+    "FedSALoRA": "strategies",
+    "FedSVD": "strategies",
+    "FlexLoRA": "strategies",
+    "FLoRA": "strategies",
     "FedLoRA": "strategies",
     "FFALoRA": "strategies",
     "LALoRA": "strategies",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +19,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fedlora_flwr.errors import InvalidValue, PrivacyViolation, one_of
-from fedlora_flwr.plan import Layout
+from fedlora_flwr.folding import FoldedWeights
+from fedlora_flwr.plan import Layout, is_folded
 
 _PREFIX = "base_model.model."
 
@@ -110,6 +113,7 @@ class AdaptedModel:
         ]
         self.head = list(self._head_linears())
         self.parameters: dict[str, nn.Parameter] = dict(self._named_parameters())
+        self._folded = FoldedWeights(self.layers)
         self.check()
 
     @cached_property
@@ -157,23 +161,42 @@ class AdaptedModel:
             for name in chosen
         }
 
+    @property
+    def rank(self) -> int:
+        """Rank of the adapters."""
+        return self.layers[0].A.shape[0]
+
+    def resize(self, rank: int) -> None:
+        """Give all adapters another rank, at the same scaling; their values become zero."""
+        for layer in self.layers:
+            layer.A.data = layer.A.new_zeros((rank, layer.A.shape[1]))
+            layer.B.data = layer.B.new_zeros((layer.B.shape[0], rank))
+
     def write(self, arrays: Mapping[str, NDArray[np.floating]]) -> None:
-        """Copy arrays into the model; the others keep their values.
+        """Copy arrays into the model; factors and head that are left out keep their values.
+
+        Folded pairs (`plan.folded_names`) are added to the frozen weight of their layer, times the
+        scaling. What is folded in is what this call says: a layer whose pair is left out gets its
+        own weight back.
 
         Raises
         ------
         InvalidValue
             An array is unknown or has another shape. Nothing is written then.
         """
-        for name, array in arrays.items():
+        self._folded.check(arrays)
+        trainable = {name: array for name, array in arrays.items() if not is_folded(name)}
+        for name, array in trainable.items():
             if name not in self.parameters:
                 raise InvalidValue("array", name, one_of(self.parameters, name))
             shape = tuple(self.parameters[name].shape)
             if array.shape != shape:
                 raise InvalidValue(f"shape of {name}", array.shape, str(shape))
+        _ = self.fingerprint  # That of the backbone itself, before anything is folded in.
         with torch.no_grad():
-            for name, array in arrays.items():
+            for name, array in trainable.items():
                 self.parameters[name].copy_(torch.from_numpy(np.array(array)))
+        self._folded.apply(arrays)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -186,8 +209,31 @@ class AdaptedModel:
         return digest.hexdigest()[:32]
 
     def export(self, folder: Path) -> None:
-        """Write an adapter folder that `peft.PeftModel.from_pretrained` loads onto the backbone."""
-        self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        """Write an adapter folder that `peft.PeftModel.from_pretrained` loads onto the backbone.
+
+        Pairs that are folded into frozen weights become further ranks of their layer's adapter, at
+        a ``rank_pattern`` and an ``alpha_pattern`` that keep its scaling, so that the folder on the
+        backbone as it came gives the same model.
+        """
+        config, state = self.model.peft_config[self._adapter], self.model.state_dict()
+        exported = copy.copy(config)
+        exported.rank_pattern, exported.alpha_pattern = {}, {}
+        for layer in self.layers:
+            b, a = layer.B.detach(), layer.A.detach()
+            if layer.name in self._folded.pairs:
+                folded_b, folded_a = self._folded.pairs[layer.name]
+                b, a = torch.cat((b, folded_b.to(b)), 1), torch.cat((a, folded_a.to(a)), 0)
+            if a.shape[0] != config.r:
+                exported.rank_pattern[re.escape(layer.name)] = a.shape[0]
+                spread = math.sqrt(a.shape[0]) if config.use_rslora else a.shape[0]
+                exported.alpha_pattern[re.escape(layer.name)] = layer.scaling * spread
+            state[f"{_PREFIX}{layer.name}.lora_A.{self._adapter}.weight"] = a
+            state[f"{_PREFIX}{layer.name}.lora_B.{self._adapter}.weight"] = b
+        self.model.peft_config[self._adapter] = exported
+        try:
+            self.model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+        finally:
+            self.model.peft_config[self._adapter] = config
 
     def _head_linears(self) -> Iterable[HeadLinear]:
         for name, module in self.model.named_modules():

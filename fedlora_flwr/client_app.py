@@ -9,6 +9,7 @@ from flwr.client import Client
 from flwr.clientapp import ClientApp
 
 from fedlora_flwr.clients.bridge import bridge, client_identity
+from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.numpy_client import LoRAClient
 from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.config import RunConfig
@@ -30,16 +31,23 @@ def client_fn(context: Context) -> Client:
     if "partition-id" not in node or "num-partitions" not in node:
         raise InvalidValue("node config", dict(node), "'partition-id' and 'num-partitions'")
     trainer = process_trainer(config)
-    records = trainer.task.client_records(int(node["partition-id"]), int(node["num-partitions"]))
+    partition, partitions = int(node["partition-id"]), int(node["num-partitions"])
+    folder = state_folder(config)
     client = LoRAClient(
-        trainer, records, Ledger(ledger_path(config)), client_identity(context), str(context.run_id)
+        trainer,
+        trainer.task.client_records(partition, partitions),
+        Ledger(folder / "ledger.sqlite"),
+        client_identity(context),
+        str(context.run_id),
+        store=LocalStore(folder / "local"),
+        rank=config.client_rank(partition) if config.client_ranks else None,
     )
     return client.to_client()
 
 
-def ledger_path(config: RunConfig) -> Path:
-    """Return the ledger's file: in ``state-dir``, or in the user's data folder."""
-    return (Path(config.state_dir) if config.state_dir else data_folder()) / "ledger.sqlite"
+def state_folder(config: RunConfig) -> Path:
+    """Return the folder of ledger and local arrays: ``state-dir``, or the user's data folder."""
+    return Path(config.state_dir) if config.state_dir else data_folder()
 
 
 app = ClientApp(client_fn, mods=[bridge])

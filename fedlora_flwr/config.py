@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -35,7 +36,16 @@ def _choice(*names: str) -> _Check:
     return lambda value: value in names, "one of " + ", ".join(map(repr, names))
 
 
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
 _ANY: _Check = (lambda _: True, "anything")
+_PATTERN: _Check = (_is_pattern, "a regular expression")
 _BUDGET: _Check = (lambda value: value > 0, "a number above 0, or inf")
 
 
@@ -70,9 +80,16 @@ class RunConfig:
     )
     min_completion: float = _key(0.5, _between(0, 1), "share of a round's clients that must answer")
     round_timeout: float = _key(3600.0, _above(0), "seconds to wait for a round's replies")
+    curvature: str = _key(
+        "none", _choice("none", "secant"), "as-lora: weigh scores by the loss's curvature"
+    )
+    blocks: str = _key("", _PATTERN, "as-lora: pattern of block names; empty = known families")
     seed: int = _key(42, _at_least(0), "seed of partition, adapters and cohorts")
 
     rank: int = _key(4, _at_least(1), "LoRA rank r")
+    client_ranks: str = _key(
+        "", _ANY, "flexlora: simulated clients' ranks in turn, e.g. '2,4,8'; empty = rank"
+    )
     lora_alpha: float = _key(8.0, _above(0), "LoRA scaling is lora-alpha / rank")
     lora_dropout: float = _key(0.0, _between(0, 0.999), "dropout on the adapters' inputs")
     lora_targets: str = _key("", _ANY, "pattern of adapted module names; empty = the task's")
@@ -88,6 +105,8 @@ class RunConfig:
         _choice("none", "binomial", "laplacian", "ema", "doppler"),
         "low-pass filter on the privatised gradient",
     )
+    precondition: bool = _key(False, _ANY, "solve each gradient by the other factor's Gram matrix")
+    ridge: float = _key(0.1, _at_least(0), "added to that matrix's diagonal")
     lr_a: float = _key(0.5, _at_least(0), "learning rate of factor A")
     lr_b: float = _key(0.5, _at_least(0), "learning rate of factor B")
     lr_head: float = _key(0.5, _at_least(0), "learning rate of the head")
@@ -121,9 +140,42 @@ class RunConfig:
             raise InvalidValue("weighting", self.weighting, "another one where epsilon = inf")
         if self.max_rounds > self.num_rounds:
             raise InvalidValue("max-rounds", self.max_rounds, f"at most {self.num_rounds} rounds")
+        self._check_methods()
         for key in ("run_dir", "state_dir"):
             if (folder := getattr(self, key)) and not Path(folder).is_absolute():
                 raise InvalidValue(_dashed(key), folder, "an absolute path")
+
+    def _check_methods(self) -> None:
+        plain_sgd = self.optimizer == "sgd" and self.momentum == 0
+        if self.precondition and self.optimizer != "sgd":
+            raise InvalidValue("optimizer", self.optimizer, "'sgd' where precondition = true")
+        if self.curvature == "secant" and not (
+            plain_sgd and self.filter == "none" and not self.precondition
+        ):
+            raise InvalidValue(
+                "curvature",
+                self.curvature,
+                "'none', or optimizer = 'sgd' with momentum = 0, filter = 'none' and precondition "
+                "= false: else the noise in a step's movement is not known",
+            )
+        if self.client_ranks and self.strategy != "flexlora":
+            raise InvalidValue("client-ranks", self.client_ranks, "empty, or strategy = 'flexlora'")
+        if not all(1 <= rank <= self.rank for rank in self._client_ranks()):
+            raise InvalidValue("client-ranks", self.client_ranks, f"ranks of 1 to {self.rank}")
+
+    def client_rank(self, partition_id: int) -> int:
+        """Return the LoRA rank of a simulated client."""
+        ranks = self._client_ranks()
+        return ranks[partition_id % len(ranks)]
+
+    def _client_ranks(self) -> list[int]:
+        parts = [part for part in self.client_ranks.split(",") if part.strip()]
+        try:
+            return [int(part) for part in parts] or [self.rank]
+        except ValueError as error:
+            raise InvalidValue(
+                "client-ranks", self.client_ranks, "whole numbers with commas between them"
+            ) from error
 
     @classmethod
     def of(cls, *layers: Mapping[str, Any]) -> RunConfig:

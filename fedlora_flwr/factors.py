@@ -1,4 +1,4 @@
-"""Pure NumPy on pairs of LoRA factors, ``B`` (m x r) and ``A`` (r x n), never on their product.
+"""Pure arithmetic on pairs of LoRA factors, ``B`` (m x r) and ``A`` (r x n), never on their product.
 
 Sums, QR and SVD run in fp64; results come back in the factors' own type. Every function raises
 `InvalidValue` for factors that do not fit together, are not finite or not floating-point, and for
@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import qr  # type: ignore[import-untyped]
 
 from fedlora_flwr.aggregation import normalise
 from fedlora_flwr.errors import InvalidValue
@@ -40,8 +41,24 @@ def refactorise(B: Factor, A: Factor) -> Pair:
         there; if r > n, only n can be and the last r - n are zero.
     """
     _check(B, A)
-    left, _, right = _decompose(B, A, A.shape[0], _rounding(B, A))
+    left, right, _ = _decompose(B, A, A.shape[0], _rounding(B, A))
     return _cast(left, right, (B, A))
+
+
+def compact(B: Factor, A: Factor) -> Pair:
+    """Write the product in as few columns as it needs: `refactorise`'s form without its zeros.
+
+    What a sum of many pairs is kept in (`add`): its rank grows with what it holds, never beyond
+    min(m, n). Each call drops at most the module's bound, so a product built up over T calls is
+    off by at most T times that bound and its rounding. O((m + n) r² + r³) for r below m and n.
+
+    Returns
+    -------
+    tuple of ndarray, (m, q) and (q, n)
+        q, the numerical rank, is 0 for a product of zero.
+    """
+    _check(B, A)
+    return _cast(*_compress(B, A, _rounding(B, A)), (B, A))
 
 
 def truncate(B: Factor, A: Factor, rank: int) -> Pair:
@@ -50,7 +67,11 @@ def truncate(B: Factor, A: Factor, rank: int) -> Pair:
     The server step of FlexLoRA (arXiv 2402.11505), which cuts one sum to each client's rank. The
     form is `refactorise`'s, ``U Σ`` and ``Vᵀ``, not the balanced ``U √Σ`` and ``√Σ Vᵀ``: A is
     perfectly conditioned whatever the product, and a component with Σ = 0 still trains, as at
-    LoRA's own start (balanced, both gradients are zero). O((m + n) k² + k³), k = max(r, rank).
+    LoRA's own start (balanced, both gradients are zero).
+
+    Where the spectrum falls off behind a rank far below r, as for clients that moved little from
+    one start, each pass of a subspace iteration costs O((m + n) r rank) and few are needed;
+    elsewhere it is QR and SVD, O((m + n) k² + k³), k = max(r, rank).
 
     Parameters
     ----------
@@ -67,7 +88,8 @@ def truncate(B: Factor, A: Factor, rank: int) -> Pair:
     _check(B, A)
     if rank < 1:
         raise InvalidValue("rank", rank, "a whole number of at least 1")
-    left, _, right = _decompose(B, A, rank, _rounding(B, A))
+    floor = _rounding(B, A)
+    left, right = _leading(B, A, rank, floor) or _decompose(B, A, rank, floor)[:2]
     return _cast(left, right, (B, A))
 
 
@@ -99,6 +121,23 @@ def combine(
     return _cast(B, A, [factor for pair in pairs for factor in pair])
 
 
+def add(pairs: Sequence[Pair]) -> Pair:
+    """Stack the pairs as they are, so that the product is the plain sum ``Σ B_k A_k``, exactly.
+
+    Parameters
+    ----------
+    pairs : sequence of (B, A), (m, r_k) and (r_k, n)
+        At least one pair; ranks may differ and may be 0.
+
+    Returns
+    -------
+    tuple of ndarray, (m, Σ r_k) and (Σ r_k, n)
+        ``[B_1 … B_N]`` and ``[A_1; …; A_N]``.
+    """
+    _shares(pairs, [1.0] * len(pairs))
+    return np.hstack([B for B, _ in pairs]), np.vstack([A for _, A in pairs])
+
+
 def residual(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
     """Factor what the means of the factors miss, ``Σ p_k B_k A_k - B̄ Ā``.
 
@@ -121,39 +160,85 @@ def residual(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
     # An error of a mean shifts every client alike, so it enters the sum in second order only.
     off_b, off_a = (list(stack - np.tensordot(shares, stack, axes=1)) for stack in stacks)
     B, A = _stack(off_b, off_a, shares)
-    left, sigma, right = _decompose(B, A, A.shape[0], floor)
-    rank = np.count_nonzero(sigma)
-    return _cast(left[:, :rank], right[:rank], [factor for pair in pairs for factor in pair])
+    return _cast(*_compress(B, A, floor), [factor for pair in pairs for factor in pair])
 
 
 def spectrum(B: Factor, A: Factor) -> Factor:
     """List the min(m, n, r) leading singular values of the product, descending; O((m + n) r²)."""
     _check(B, A)
-    sigma = _decompose(B, A, A.shape[0], _rounding(B, A))[1]
+    sigma = _decompose(B, A, A.shape[0], _rounding(B, A))[2]
     return _cast(sigma, sigma, (B, A))[0]
 
 
+def _compress(B: Factor, A: Factor, floor: float) -> tuple[Array64, Array64]:
+    left, sigma, right = _decompose(B, A, min(*B.shape, A.shape[1]), floor)
+    rank = np.count_nonzero(sigma)
+    return left[:, :rank], right[:rank]
+
+
 def _decompose(B: Factor, A: Factor, rank: int, floor: float) -> tuple[Array64, Array64, Array64]:
-    """Give U Σ (m, rank), Σ (min(m, n, r),) and Vᵀ (rank, n), singular values <= floor as zero."""
+    """Give U Σ (m, rank), Vᵀ (rank, n) and Σ (min(m, n, r),), singular values <= floor as zero."""
     (m, r), n = B.shape, A.shape[1]
-    q_b, r_b = np.linalg.qr(B.astype(np.float64))
-    padded = np.vstack([A, np.zeros((max(rank - r, 0), n))])  # QR completes the basis there.
-    q_a, r_a = np.linalg.qr(padded.T)
-    inner = min(n, r)
+    left, right = B.astype(np.float64), A.astype(np.float64)
+    basis = rest = None
+    if r < n or rank > r:  # QR shrinks no factor with more columns than rows.
+        padded = np.vstack([right, np.zeros((max(rank - r, 0), n))])  # It completes the basis.
+        q_a, r_a = qr(padded.T, mode="economic", check_finite=False)
+        inner = min(n, r)
+        right, basis, rest = r_a[:inner, :r].T, q_a[:, :inner].T, q_a[:, inner:].T
     with np.errstate(over="ignore", invalid="ignore"):
-        core = r_b @ r_a[:inner, :r].T
+        core = (qr(left, mode="r", check_finite=False)[0][:r] if r < m else left) @ right
     if not (np.isfinite(floor) and np.isfinite(core).all()):
         raise InvalidValue("product", "infinite", "factors and a product within fp64's range")
-    u, sigma, vt = np.linalg.svd(core)
+    u, sigma, vt = np.linalg.svd(core, full_matrices=rank > len(core))
+    kept = min(rank, sigma.size)
+    # For tall B this saves Q, half the cost of its QR.
+    left = left @ (right @ vt[:kept].T) if r < m else u[:, :kept] * sigma[:kept]
+    v = vt if basis is None or rest is None else np.vstack([vt @ basis, rest])
     sigma = np.where(sigma > floor, sigma, 0.0)
-    v = np.vstack([vt @ q_a[:, :inner].T, q_a[:, inner:].T])
+    return *_oriented(left * (sigma[:kept] > 0), v[:rank], rank), sigma
+
+
+def _leading(B: Factor, A: Factor, rank: int, floor: float) -> tuple[Array64, Array64] | None:
+    """Find the leading triplets as `_decompose` does, by subspace iteration, if that is cheaper.
+
+    Halko, Martinsson and Tropp (arXiv 0909.4061, algorithm 4.4), from a fixed start. ``Pᵀu = v σ``
+    holds by construction; once ``|P v - u σ| <= 1e-13 σ_1`` the triplets are those of a matrix that
+    close to P, which is all that a direct SVD promises. A pass that gains less than two digits
+    gives up: the spectrum has no gap behind the rank.
+    """
+    width = rank + 8
+    if 4 * width > min(*B.shape, A.shape[1]) or not np.isfinite(floor):
+        return None
+    B, A = B.astype(np.float64), A.astype(np.float64)
+    start = np.random.default_rng(0).standard_normal((len(B), width))
+    image = B @ (A @ _orthonormal(A.T @ (B.T @ start)))
+    error = np.inf
+    while True:
+        u = _orthonormal(image)
+        v, sigma, mix = np.linalg.svd(A.T @ (B.T @ u), full_matrices=False)
+        image = B @ (A @ v)
+        previous = min(error, sigma[0])
+        error = np.linalg.norm(image[:, :rank] - u @ (mix[:rank].T * sigma[:rank]))
+        if error <= 1e-13 * sigma[0]:
+            left = u @ (mix[:rank].T * np.where(sigma > floor, sigma, 0.0)[:rank])
+            return _oriented(left, v[:, :rank].T, rank)
+        if not error <= 0.01 * previous:
+            return None
+
+
+def _orthonormal(columns: Array64) -> Array64:
+    return np.asarray(qr(columns, mode="economic", check_finite=False)[0], dtype=np.float64)
+
+
+def _oriented(left: Array64, v: Array64, rank: int) -> tuple[Array64, Array64]:
+    """Fix the signs and pad with zeros to the rank."""
     size = np.abs(v)
     peak = np.argmax(size >= (1 - 1e-6) * size.max(axis=1, keepdims=True), axis=1)
     signs = np.where(v[np.arange(len(v)), peak] < 0, -1.0, 1.0)
-    left, right, kept = np.zeros((m, rank)), np.zeros((rank, n)), min(rank, sigma.size)
-    left[:, :kept] = q_b @ (u[:, :kept] * (sigma * signs[: sigma.size])[:kept])
-    right[: len(v)] = (v * signs[:, None])[:rank]
-    return left, sigma, right
+    kept = left.shape[1]
+    left = np.pad(left * signs[:kept], ((0, 0), (0, rank - kept)))
+    return left, np.pad(v * signs[:, None], ((0, rank - len(v)), (0, 0)))
 
 
 def _rounding(B: Factor, A: Factor) -> float:

@@ -19,6 +19,9 @@ BOTH = "*"
 MODES = (A, B, BOTH)
 
 _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
+_FOLDED = re.compile(r".+\.folded_[AB]\.weight")
+# timm's Swin and ViT, transformers' BERT and RoBERTa, LLaMA and its relatives, GPT-2.
+KNOWN_BLOCKS = r"(.*?\.)?(layers\.\d+\.blocks|blocks|encoder\.layers?|layers|transformer\.h)\.\d+"
 
 
 @dataclass(frozen=True)
@@ -102,18 +105,24 @@ def factor_of(name: str) -> str | None:
     return match["factor"] if match else None
 
 
-def block_of(name: str) -> str:
-    """Return the block that an array belongs to, by the numbers in its name.
+def is_folded(name: str) -> bool:
+    """Tell whether an array is half of a pair that a server folds into the frozen weight.
 
-    The name up to its last number is the block: ``blocks.3.attn.qkv.lora_A.weight`` is in
-    ``blocks.3``, and ``layers.0.blocks.1.mlp.fc1.lora_B.weight`` in ``layers.0.blocks.1``. A layer
-    without a number is a block of its own.
+    ``<layer>.folded_B.weight`` (m, q) and ``<layer>.folded_A.weight`` (q, n): the layer's weight
+    counts as ``W0 + scaling * B A``. Such arrays never train.
     """
+    return _FOLDED.fullmatch(name) is not None
+
+
+def folded_names(layer: str) -> tuple[str, str]:
+    """Return the names of a layer's folded B and A."""
+    return f"{layer}.folded_B.weight", f"{layer}.folded_A.weight"
+
+
+def layer_of(name: str) -> str:
+    """Return the layer that a factor belongs to, or the name itself if it is no factor's."""
     match = _FACTOR.fullmatch(name)
-    layer = match["layer"] if match else name
-    parts = layer.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbers[-1] + 1]) if numbers else layer
+    return match["layer"] if match else name
 
 
 @dataclass(frozen=True)
@@ -125,20 +134,30 @@ class Layout:
     names : tuple[str, ...]
         Array names in model order: ``<layer>.lora_A.weight``, ``<layer>.lora_B.weight``, and the
         head's own names.
+    pattern : str (default: "")
+        Regular expression whose match at the start of a layer's name is the name of its block.
+        By default, transformer blocks of the timm ViT and Swin, BERT, RoBERTa, LLaMA and GPT-2
+        families: ``blocks.3.attn.qkv`` is in ``blocks.3``, and ``layers.0.blocks.1.mlp.fc1`` in
+        ``layers.0.blocks.1``. A layer that it does not match is a block of its own.
     """
 
     names: tuple[str, ...]
+    pattern: str = ""
 
     @classmethod
-    def of(cls, names: Iterable[str]) -> Layout:
-        """Make the layout of a set of arrays.
+    def of(cls, names: Iterable[str], pattern: str = "") -> Layout:
+        """Make the layout of a set of arrays; folded ones among them are left out.
 
         Raises
         ------
         InvalidValue
-            No name is that of a LoRA factor.
+            No name is that of a LoRA factor, or ``pattern`` is no regular expression.
         """
-        layout = cls(tuple(names))
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InvalidValue("blocks", pattern, f"a regular expression ({error})") from error
+        layout = cls(tuple(name for name in names if not is_folded(name)), pattern)
         if not layout.blocks:
             raise InvalidValue(
                 "array names",
@@ -150,11 +169,50 @@ class Layout:
     @cached_property
     def blocks(self) -> tuple[str, ...]:
         """Names of the blocks that hold LoRA factors, in model order."""
-        return tuple(dict.fromkeys(block_of(name) for name in self.names if factor_of(name)))
+        return tuple(dict.fromkeys(self._block(layer) for layer in self.layers))
 
     @cached_property
-    def _block_index(self) -> dict[str, int]:
-        return {block: index for index, block in enumerate(self.blocks)}
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that hold LoRA factors, in model order."""
+        return tuple(dict.fromkeys(layer_of(name) for name in self.names if factor_of(name)))
+
+    @cached_property
+    def block_index(self) -> dict[str, int]:
+        """Position of its block for each LoRA factor's name."""
+        index = {block: position for position, block in enumerate(self.blocks)}
+        return {name: index[self._block(layer_of(name))] for name in self.names if factor_of(name)}
+
+    def pair(self, layer: str) -> tuple[str, str]:
+        """Return the names of a layer's B and A.
+
+        Raises
+        ------
+        InvalidValue
+            The layout lacks one of them.
+        """
+        pair = f"{layer}.lora_B.weight", f"{layer}.lora_A.weight"
+        if missing := set(pair) - set(self.names):
+            raise InvalidValue("array names", sorted(self.names)[:5], f"also {sorted(missing)}")
+        return pair
+
+    def check_blocks(self) -> None:
+        """Refuse layers that the pattern puts in no block.
+
+        Raises
+        ------
+        InvalidValue
+            Such a layer exists; the message says how to name its block.
+        """
+        pattern = self.pattern or KNOWN_BLOCKS
+        for layer in self.layers:
+            if not re.match(pattern, layer):
+                raise InvalidValue(
+                    "layer",
+                    layer,
+                    "a layer inside a named block: set blocks = '<regular expression>' to one that "
+                    "matches each layer's name from its start to the end of its block's name, "
+                    r"e.g. '.*\.stages\.\d+'",
+                )
 
     def active(self, plan: ComponentPlan, step: int) -> tuple[str, ...]:
         """Return the names of the arrays that train at local step ``step`` (from 1)."""
@@ -171,4 +229,8 @@ class Layout:
         factor = factor_of(name)
         if factor is None:
             return True
-        return factor in plan.factors(step, self._block_index[block_of(name)])
+        return factor in plan.factors(step, self.block_index[name])
+
+    def _block(self, layer: str) -> str:
+        match = re.match(self.pattern or KNOWN_BLOCKS, layer)
+        return match[0] if match and match[0] else layer

@@ -29,8 +29,11 @@ GOOD: dict[str, list[Any]] = {
     "weighting": ["uniform", "size", "inverse-noise"],
     "min-completion": [0.0, 1.0],
     "round-timeout": [0.1],
+    "curvature": ["none", "secant"],
+    "blocks": ["", r"stages\.\d+"],
     "seed": [0],
     "rank": [1],
+    "client-ranks": [""],
     "lora-alpha": [0.1],
     "lora-dropout": [0.0, 0.5],
     "local-steps": [1],
@@ -38,6 +41,7 @@ GOOD: dict[str, list[Any]] = {
     "microbatch-size": [0, 8],
     "optimizer": ["sgd", "adamw"],
     "filter": list(FILTERS),
+    "ridge": [0.0],
     "lr-a": [0.0, 2.0],
     "lr-b": [0.0],
     "lr-head": [0.0],
@@ -62,8 +66,11 @@ BAD: dict[str, list[Any]] = {
     "weighting": ["", "Size"],
     "min-completion": [-0.1, 1.1, math.nan],
     "round-timeout": [0.0, -1.0],
+    "curvature": ["hessian"],
+    "blocks": ["("],
     "seed": [-1],
     "rank": [0],
+    "client-ranks": ["4"],
     "lora-alpha": [0.0, math.inf],
     "lora-dropout": [-0.1, 1.0],
     "local-steps": [0],
@@ -71,6 +78,7 @@ BAD: dict[str, list[Any]] = {
     "microbatch-size": [-1],
     "optimizer": ["adam"],
     "filter": ["gaussian"],
+    "ridge": [-0.1],
     "lr-a": [-0.1, math.inf, math.nan],
     "lr-b": [-0.1],
     "lr-head": [-0.1],
@@ -270,3 +278,29 @@ def test_the_app_runs_the_digits_recipe() -> None:
     # A deployment takes these defaults: its noise must not follow a seed that is public.
     assert app_config == {**RunConfig.of(read_toml(DIGITS)).items(), "reproducible": False}
     assert app_config == RunConfig().items()
+
+
+def test_ranks_of_clients_take_turns() -> None:
+    config = RunConfig.of({"strategy": "flexlora", "rank": 8, "client-ranks": "2, 4,8"})
+    assert [config.client_rank(i) for i in range(5)] == [2, 4, 8, 2, 4]
+    assert RunConfig.of({"rank": 8}).client_rank(3) == 8
+
+
+@pytest.mark.parametrize("ranks", ["0", "9", "2,x", "2.5"])
+def test_ranks_beyond_the_global_one_or_no_ranks_are_refused(ranks: str) -> None:
+    with pytest.raises(InvalidValue, match="client-ranks"):
+        RunConfig.of({"strategy": "flexlora", "rank": 8, "client-ranks": ranks})
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"optimizer": "adamw"}, {"momentum": 0.9}, {"filter": "ema"}, {"precondition": True}],
+)
+def test_the_secant_needs_movements_whose_noise_is_known(other: dict[str, Any]) -> None:
+    with pytest.raises(InvalidValue, match="curvature = 'secant'"):
+        RunConfig.of({"curvature": "secant", **other})
+
+
+def test_adam_and_preconditioning_exclude_each_other() -> None:
+    with pytest.raises(InvalidValue, match="optimizer = 'adamw'"):
+        RunConfig.of({"precondition": True, "optimizer": "adamw"})

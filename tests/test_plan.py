@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.plan import MODES, ComponentPlan, Layout, block_of, factor_of
+from fedlora_flwr.plan import MODES, ComponentPlan, Layout, factor_of, folded_names
 
 VIT = [
     f"blocks.{block}.attn.{layer}.lora_{factor}.weight"
@@ -78,11 +78,48 @@ def test_a_plan_for_another_number_of_blocks_is_refused() -> None:
         ("roberta.encoder.layer.5.attention.self.query.lora_A.weight", "roberta.encoder.layer.5"),
         ("bert.encoder.layer.0.output.dense.lora_B.weight", "bert.encoder.layer.0"),
         ("model.layers.3.self_attn.q_proj.lora_A.weight", "model.layers.3"),
+        ("model.layers.1.blocks.12.mlp.fc1.lora_B.weight", "model.layers.1.blocks.12"),
+        ("blocks.3.mlp.0.fc.lora_A.weight", "blocks.3"),
+        ("transformer.h.2.attn.c_attn.lora_A.weight", "transformer.h.2"),
         ("fc.lora_B.weight", "fc"),
+        ("stages.2.mlp.lora_B.weight", "stages.2.mlp"),
     ],
 )
 def test_blocks_by_name(name: str, block: str) -> None:
-    assert block_of(name) == block
+    assert Layout.of([name]).blocks == (block,)
+
+
+def test_blocks_by_a_pattern_of_ones_own() -> None:
+    names = [f"stages.{i}.{part}.lora_B.weight" for i in range(2) for part in ("fc1", "fc2")]
+    layout = Layout.of(names, r"stages\.\d+")
+    assert layout.blocks == ("stages.0", "stages.1")
+    layout.check_blocks()
+    plan = ComponentPlan.parse("BA")
+    assert layout.active(plan, step=1) == ("stages.0.fc1.lora_B.weight", "stages.0.fc2.lora_B.weight")
+
+
+def test_a_layer_outside_any_block_is_refused_with_the_way_to_name_it() -> None:
+    layout = Layout.of(["blocks.0.qkv.lora_B.weight", "stem.fc.lora_B.weight"])
+    with pytest.raises(InvalidValue, match=r"'stem.fc'.*blocks = '<regular expression>'"):
+        layout.check_blocks()
+
+
+def test_a_broken_pattern_is_refused() -> None:
+    with pytest.raises(InvalidValue, match=r"blocks = '\('"):
+        Layout.of(VIT, "(")
+
+
+def test_folded_arrays_are_no_part_of_the_layout() -> None:
+    layout = Layout.of([*VIT, *folded_names("blocks.0.attn.qkv"), *HEAD])
+    assert layout.names == (*VIT, *HEAD)
+
+
+def test_pairs_by_layer() -> None:
+    layout = Layout.of([*VIT, *HEAD])
+    layer = layout.layers[0]
+    assert layout.pair(layer) == (f"{layer}.lora_B.weight", f"{layer}.lora_A.weight")
+    with pytest.raises(InvalidValue, match="also"):
+        Layout.of(["fc.lora_B.weight"]).pair("fc")
 
 
 @pytest.mark.parametrize(

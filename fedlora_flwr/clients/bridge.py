@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from logging import ERROR
 from typing import TypeVar, cast
 
+import numpy as np
 from flwr.app import (
     Array,
     ArrayRecord,
@@ -25,7 +26,7 @@ from flwr.common import Parameters, parameters_to_ndarrays
 from flwr.common.logger import log
 
 from fedlora_flwr.errors import ClientFailed, FedLoRAError, InvalidValue
-from fedlora_flwr.wire import CLIENT, NAMES
+from fedlora_flwr.wire import CLIENT, NAMES, SCORES
 
 T = TypeVar("T")
 
@@ -52,7 +53,7 @@ def bridge(message: Message, context: Context, call_next: ClientAppCallable) -> 
     Message
         The reply: one ArrayRecord with the names that the client gave, one MetricRecord with the
         numbers among its metrics and ``num-examples``, one ConfigRecord with the texts among them
-        and, under ``client``, who it is.
+        and, under ``client``, who it is. Scores of blocks are a list of numbers in the former.
     """
     kind = message.metadata.message_type
     if kind == MessageType.QUERY:
@@ -140,13 +141,18 @@ def _evaluate_result(content: RecordDict, identity: str) -> RecordDict:
 
 
 def _split(metrics: dict[str, object], num_examples: int) -> dict[str, MetricRecord | ConfigRecord]:
-    """Numbers are metrics; Flower keeps texts and flags in a ConfigRecord."""
+    """Numbers are metrics; Flower keeps texts and flags in a ConfigRecord.
+
+    A NumPyClient's metrics cannot be lists, so scores come as bytes, and leave as numbers.
+    """
+    scores = metrics.pop(SCORES, None)
+    lists = {SCORES: np.frombuffer(scores, "<f8").tolist()} if isinstance(scores, bytes) else {}
     numbers = {
         k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)
     }
     others = {k: v for k, v in metrics.items() if k not in numbers}
     return {
-        "metrics": MetricRecord({**numbers, "num-examples": num_examples}),
+        "metrics": MetricRecord({**numbers, **lists, "num-examples": num_examples}),
         "config": ConfigRecord(others),  # type: ignore[arg-type]
     }
 

@@ -11,15 +11,25 @@ import numpy as np
 from flwr.client import NumPyClient
 from numpy.typing import NDArray
 
-from fedlora_flwr.clients.trainer import Trainer, plan_mechanism
+from fedlora_flwr.clients.local_store import LocalStore
+from fedlora_flwr.clients.trainer import LocalUpdate, Trainer, plan_mechanism
 from fedlora_flwr.errors import BudgetExhausted, FedLoRAError, InvalidValue
-from fedlora_flwr.plan import BOTH, ComponentPlan
+from fedlora_flwr.plan import BOTH, A, ComponentPlan, factor_of
 from fedlora_flwr.privacy.budget import Segment
 from fedlora_flwr.privacy.ledger import Account, Ledger
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.released import Released
 from fedlora_flwr.tasks.registry import Records
-from fedlora_flwr.wire import FINGERPRINT, NAMES, PLAN, ROUND, STATUS_EXHAUSTED, WEIGHTING
+from fedlora_flwr.wire import (
+    CURVATURE,
+    FINGERPRINT,
+    NAMES,
+    PLAN,
+    ROUND,
+    SHARE,
+    STATUS_EXHAUSTED,
+    WEIGHTING,
+)
 
 Scalars = dict[str, bool | bytes | float | int | str]
 Reply = tuple[list[NDArray[np.float32]], int, Scalars]
@@ -42,6 +52,10 @@ class Order:
         Which aggregation weight to report.
     fingerprint : str
         Hash of the server's backbone; empty where it does not say.
+    share : str
+        The factor that is exchanged; all else that trains stays here. Empty: nothing stays.
+    curvature : str
+        Which scores to send (see `BlockScores`); empty: none.
     """
 
     server_round: int
@@ -49,6 +63,8 @@ class Order:
     names: tuple[str, ...]
     weighting: str
     fingerprint: str
+    share: str
+    curvature: str
 
     @classmethod
     def read(cls, config: Scalars, own_names: tuple[str, ...]) -> Order:
@@ -61,7 +77,13 @@ class Order:
             names=tuple(names.split(",")) if names else own_names,
             weighting=str(config.get(WEIGHTING, "uniform")),
             fingerprint=str(config.get(FINGERPRINT, "")),
+            share=str(config.get(SHARE, "")),
+            curvature=str(config.get(CURVATURE, "")),
         )
+
+    def leaves(self, name: str) -> bool:
+        """Tell whether an array is exchanged."""
+        return not self.share or factor_of(name) == self.share
 
 
 class LoRAClient(NumPyClient):
@@ -79,21 +101,35 @@ class LoRAClient(NumPyClient):
         Stable identity of these records.
     run : str
         Identity of the run, which a budget of scope ``"run"`` covers.
+    store : LocalStore, optional
+        Keeps what a strategy such as FedSA-LoRA leaves with the client.
+    rank : int, optional
+        This client's LoRA rank, where clients have their own; the server's arrays are cut to it.
     """
 
     def __init__(
-        self, trainer: Trainer, records: Records, ledger: Ledger, client: str, run: str
+        self,
+        trainer: Trainer,
+        records: Records,
+        ledger: Ledger,
+        client: str,
+        run: str,
+        *,
+        store: LocalStore | None = None,
+        rank: int | None = None,
     ) -> None:
         self._trainer = trainer
         self._records = records
         self._ledger = ledger
+        self._store = store
+        self._rank = rank
         config = trainer.config
         self._account = Account(client, run, config.epsilon, config.delta, config.ledger_scope)
 
     def get_parameters(self, config: Scalars) -> list[NDArray[np.float32]]:
         """Return the adapters' start, which follows from the seed and not from any record."""
         del config
-        return list(Trainer.build(self._trainer.config).adapted.read().values())
+        return list(self._trainer.start.values())
 
     def fit(self, parameters: list[NDArray[np.float32]], config: Scalars) -> Reply:
         """Train one round and release the result.
@@ -107,15 +143,15 @@ class LoRAClient(NumPyClient):
             "budget-exhausted" that our strategies get.
         """
         started = time.perf_counter()
-        order = Order.read(config, self._trainer.adapted.layout.names)
-        self._check(order, parameters)
+        order = Order.read(config, self._trainer.layout.names)
+        arrays = self._complete(order, parameters)
         mechanism = plan_mechanism(self._trainer.config, len(self._records))
         segment = Segment(
             mechanism.noise_multiplier, mechanism.sample_rate, self._trainer.config.local_steps
         )
         try:
             before = self._ledger.check(self._account, segment).steps - segment.steps
-            arrays = self._train(order, parameters, mechanism, before)
+            update = self._train(order, arrays, mechanism, before)
             summary = self._ledger.record(self._account, order.server_round, segment)
         except BudgetExhausted:
             if order.plan is None:
@@ -131,12 +167,17 @@ class LoRAClient(NumPyClient):
                 ),
                 num_examples=0,
             )
+        # Kept after the row is written: what a later release reads is in the ledger then.
+        if order.share:
+            kept = {name: a for name, a in update.arrays.items() if not order.leaves(name)}
+            self._local.keep(self._account.client, self._account.run, kept)
         released = Released(
-            arrays=arrays,
+            arrays={name: a for name, a in update.arrays.items() if order.leaves(name)},
             ledger=summary,
             seconds=time.perf_counter() - started,
             peak_memory_mb=_peak_memory_mb(),
             weight=_weight(order.weighting, mechanism),
+            scores=update.scores,
             unprotected=self._unprotected(),
         )
         # The number of records goes out only where it is the weight.
@@ -145,42 +186,54 @@ class LoRAClient(NumPyClient):
     def evaluate(
         self, parameters: list[NDArray[np.float32]], config: Scalars
     ) -> tuple[float, int, Scalars]:
-        """Evaluate on the client's private records, where the run allows such figures.
+        """Evaluate the model with what this client keeps of its own.
+
+        Under a strategy that shares one factor, on the public test set: what the client keeps went
+        through private steps, so the figures are post-processing. Else on its private records,
+        where the run allows such figures.
 
         Raises
         ------
         FedLoRAError
             The run does not report unprotected metrics.
         """
-        if not self._trainer.config.report_unprotected_metrics:
+        order = Order.read(config, self._trainer.layout.names)
+        if not order.share and not self._trainer.config.report_unprotected_metrics:
             raise FedLoRAError(
                 "A loss on private records is not protected. Evaluate on the server's public test "
                 "set (fraction_evaluate = 0), or set report-unprotected-metrics = true."
             )
-        order = Order.read(config, self._trainer.adapted.layout.names)
-        self._check(order, parameters)
-        self._trainer.adapted.write(dict(zip(order.names, parameters, strict=True)))
-        metrics = self._unprotected()
+        self._trainer.load(self._complete(order, parameters))
+        task = self._trainer.task
+        records = task.test_records() if order.share else self._records
+        metrics = task.evaluate(self._trainer.adapted.model, records)
         return metrics["loss"], 1, dict(metrics)
 
     def _train(
-        self, order: Order, parameters: list[NDArray[np.float32]], mechanism: Mechanism, steps: int
-    ) -> dict[str, NDArray[np.float32]]:
-        arrays = dict(zip(order.names, parameters, strict=True))
+        self,
+        order: Order,
+        arrays: dict[str, NDArray[np.float32]],
+        mechanism: Mechanism,
+        steps: int,
+    ) -> LocalUpdate:
         # A server that names no round must not make a seeded client repeat its noise.
         round_name = order.server_round or f"after-{steps}-steps"
-        trained = self._trainer.train(
+        update = self._trainer.train(
             arrays,
             order.plan or ComponentPlan.uniform(BOTH),
             self._records,
             mechanism,
             (self._account.client, round_name),
+            order.curvature,
         )
         if order.plan is not None:
-            return trained
-        return self._trainer.adapted.read(order.names)
+            return update
+        return LocalUpdate(self._trainer.adapted.read(order.names))
 
-    def _check(self, order: Order, parameters: list[NDArray[np.float32]]) -> None:
+    def _complete(
+        self, order: Order, parameters: list[NDArray[np.float32]]
+    ) -> dict[str, NDArray[np.float32]]:
+        """Return all arrays to start from: the server's, and with them what stays here."""
         if len(order.names) != len(parameters):
             raise InvalidValue("arrays", len(parameters), f"{len(order.names)} arrays")
         own = self._trainer.adapted.fingerprint
@@ -188,6 +241,24 @@ class LoRAClient(NumPyClient):
             raise InvalidValue(
                 "backbone", own, f"the server's, {order.fingerprint}: frozen weights differ"
             )
+        arrays = dict(zip(order.names, parameters, strict=True))
+        if order.share:
+            local = self._local.recall(self._account.client, self._account.run)
+            arrays = {**self._trainer.start, **local, **arrays}
+        return {name: self._cut(name, array) for name, array in arrays.items()}
+
+    def _cut(self, name: str, array: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Keep the leading ranks that this client trains; the server sorts them by weight."""
+        rank, factor = self._rank, factor_of(name)
+        if rank is None or factor is None:
+            return array
+        return array[:rank] if factor == A else array[:, :rank]
+
+    @property
+    def _local(self) -> LocalStore:
+        if self._store is None:
+            raise InvalidValue("store", None, "a LocalStore where a factor stays with the client")
+        return self._store
 
     def _unprotected(self) -> dict[str, float]:
         if not self._trainer.config.report_unprotected_metrics:
@@ -204,8 +275,7 @@ def _weight(weighting: str, mechanism: Mechanism) -> float:
     if weighting == "size":
         return float(mechanism.num_records)
     if weighting == "inverse-noise":
-        noise = mechanism.noise_multiplier * mechanism.clip_norm / mechanism.batch_size
-        return noise**-2
+        return 1 / mechanism.noise_variance
     return 1.0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from fedlora_flwr.adapters import AdaptedModel, LoRASpec, attach
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.plan import ComponentPlan
+from fedlora_flwr.plan import A, B, ComponentPlan, Layout, factor_of
 from fedlora_flwr.privacy.budget import calibrate, check_budget
 from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
 from fedlora_flwr.privacy.filters import make_filter
 from fedlora_flwr.privacy.mechanism import Mechanism, poisson_batches
 from fedlora_flwr.privacy.noise import NoiseSource, SecureNoise, SeededNoise
+from fedlora_flwr.privacy.scores import BlockScores
 from fedlora_flwr.randomness import stream_seed
 from fedlora_flwr.tasks.registry import Records, Task, build_task
 
@@ -89,6 +90,22 @@ def resolve_device(name: str) -> torch.device:
 
 
 @dataclass(frozen=True, eq=False)
+class LocalUpdate:
+    """What one client's round produced.
+
+    Parameters
+    ----------
+    arrays : Mapping[str, ndarray]
+        The arrays that the plan trained, fp32.
+    scores : list[float] or None
+        One score a block, where asked for.
+    """
+
+    arrays: dict[str, NDArray[np.float32]]
+    scores: list[float] | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Trainer:
     """A model with its private engine, built once a process and used for every client and round.
 
@@ -102,12 +119,15 @@ class Trainer:
         The model.
     engine : PrivateEngine
         The private step on that model.
+    start : Mapping[str, ndarray]
+        The arrays before any training, which follow from the seed and from no record.
     """
 
     config: RunConfig
     task: Task
     adapted: AdaptedModel
     engine: PrivateEngine
+    start: Mapping[str, NDArray[np.float32]]
 
     @classmethod
     def build(cls, config: RunConfig, task: Task | None = None) -> Trainer:
@@ -115,7 +135,12 @@ class Trainer:
         task = task or build_task(config.task, config)
         adapted = build_adapted(config, task)
         engine = PrivateEngine(adapted, task.losses, config.microbatch_size or None)
-        return cls(config, task, adapted, engine)
+        return cls(config, task, adapted, engine, adapted.read())
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Names of the arrays, in blocks as configured."""
+        return Layout.of(self.adapted.parameters, self.config.blocks)
 
     def train(
         self,
@@ -124,13 +149,14 @@ class Trainer:
         records: Records,
         mechanism: Mechanism,
         stream: tuple[object, ...],
-    ) -> dict[str, NDArray[np.float32]]:
+        curvature: str = "",
+    ) -> LocalUpdate:
         """Train one client for one round.
 
         Parameters
         ----------
         arrays : Mapping[str, ndarray]
-            The global arrays, all of them.
+            The global arrays, all of them, folded pairs among them. Their rank is the one trained.
         plan : ComponentPlan
             What trains at each local step.
         records : Records
@@ -139,11 +165,14 @@ class Trainer:
             The client's mechanism, constant over the run.
         stream : tuple
             Names the random streams of this client and round, e.g. ``(client, round)``.
+        curvature : str
+            Ask for scores of the blocks, with this curvature term (see `BlockScores`); empty for
+            none.
 
         Returns
         -------
-        dict[str, ndarray]
-            The arrays that the plan trains, fp32.
+        LocalUpdate
+            What trained.
 
         Raises
         ------
@@ -152,20 +181,49 @@ class Trainer:
         PrivacyViolation
             See `PrivateEngine.step`.
         """
-        layout = self.adapted.layout
+        layout = self.layout
         plan.check(len(layout.blocks))
-        if missing := set(layout.names) - set(arrays):
-            raise InvalidValue("arrays", sorted(arrays), f"also {sorted(missing)}")
-        self.adapted.write(arrays)
+        self.load(arrays)
+        scores = self._scores(curvature) if curvature else None
         steps = self.config.local_steps
         with _one_client(self.config.client_threads, self._seed("dropout", stream)):
             self.engine.start_round(
-                mechanism, self._optimizer(), self._noise(stream), make_filter(self.config.filter)
+                mechanism,
+                self._optimizer(),
+                self._noise(stream),
+                make_filter(self.config.filter),
+                scores,
             )
             batches = poisson_batches(mechanism, steps, self._seed("batches", stream))
             for step, indices in enumerate(batches, start=1):
                 self.engine.step(records, indices, layout.active(plan, step))
-        return self.adapted.read(layout.trained(plan, steps))
+        trained = self.adapted.read(layout.trained(plan, steps))
+        return LocalUpdate(trained, scores.result() if scores else None)
+
+    def load(self, arrays: Mapping[str, NDArray[np.floating]]) -> None:
+        """Write arrays into the model, which takes on their rank.
+
+        Raises
+        ------
+        InvalidValue
+            Arrays are missing, unknown or of other shapes.
+        """
+        if missing := set(self.layout.names) - set(arrays):
+            raise InvalidValue("arrays", sorted(arrays), f"also {sorted(missing)}")
+        rank = arrays[self.layout.pair(self.layout.layers[0])[1]].shape[0]
+        if rank != self.adapted.rank:
+            self.adapted.resize(rank)
+        self.adapted.write(arrays)
+
+    def _scores(self, curvature: str) -> BlockScores:
+        rates = {A: self.config.lr_a, B: self.config.lr_b}
+        index = self.layout.block_index
+        return BlockScores(
+            index,
+            len(self.layout.blocks),
+            {name: rates[str(factor_of(name))] for name in index},
+            curvature,
+        )
 
     def _seed(self, purpose: str, stream: tuple[object, ...]) -> int:
         seed = self.config.seed if self.config.reproducible else None
@@ -185,6 +243,8 @@ class Trainer:
             lr_head=config.lr_head,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
+            precondition=config.precondition,
+            ridge=config.ridge,
         )
 
 

@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fedlora_flwr.adapters import AdaptedModel
+from fedlora_flwr.adapters import AdaptedLinear, AdaptedModel
 from fedlora_flwr.errors import InvalidValue, PrivacyViolation
-from fedlora_flwr.plan import factor_of
-from fedlora_flwr.privacy.filters import GradientFilter
+from fedlora_flwr.plan import A, B, factor_of
+from fedlora_flwr.privacy.adam import NoiseAwareAdamW
+from fedlora_flwr.privacy.filters import GradientFilter, NoFilter
 from fedlora_flwr.privacy.grad_sample import GradSampler
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.noise import NoiseSource
+from fedlora_flwr.privacy.precondition import precondition
+from fedlora_flwr.privacy.scores import BlockScores
 
 _handlers = list(logging.getLogger().handlers)
 from opacus.optimizers import DPOptimizer  # noqa: E402
@@ -49,6 +52,10 @@ class OptimizerSettings:
         Momentum of SGD; ignored by AdamW.
     weight_decay : float
         Weight decay of the active factor.
+    precondition : bool
+        Multiply each factor's gradient by the inverse of the other's Gram matrix (`precondition`).
+    ridge : float
+        Added to that matrix's diagonal.
     """
 
     name: str
@@ -57,6 +64,8 @@ class OptimizerSettings:
     lr_head: float
     momentum: float = 0.0
     weight_decay: float = 0.0
+    precondition: bool = False
+    ridge: float = 0.0
 
     def build(self, groups: Sequence[dict[str, object]]) -> torch.optim.Optimizer:
         """Make a fresh optimiser over parameter groups that carry their own ``lr``."""
@@ -65,7 +74,7 @@ class OptimizerSettings:
                 groups, lr=0.0, momentum=self.momentum, weight_decay=self.weight_decay
             )
         if self.name == "adamw":
-            return torch.optim.AdamW(groups, lr=0.0, weight_decay=self.weight_decay)
+            return NoiseAwareAdamW(groups, lr=0.0, weight_decay=self.weight_decay)
         raise InvalidValue("optimizer", self.name, "'sgd' or 'adamw'")
 
 
@@ -125,6 +134,10 @@ class PrivateEngine:
         self._sampler = GradSampler(adapted)
         self._verified = False
         self._optimizer: _NoisyOptimizer | None = None
+        self._partners: dict[str, tuple[AdaptedLinear, str, nn.Parameter]] = {}
+        for layer in adapted.layers:
+            self._partners[f"{layer.name}.lora_A.weight"] = (layer, A, layer.B)
+            self._partners[f"{layer.name}.lora_B.weight"] = (layer, B, layer.A)
 
     def start_round(
         self,
@@ -132,6 +145,7 @@ class PrivateEngine:
         settings: OptimizerSettings,
         noise: NoiseSource,
         gradient_filter: GradientFilter | None = None,
+        scores: BlockScores | None = None,
     ) -> None:
         """Begin a client's round with a fresh optimiser state.
 
@@ -148,6 +162,8 @@ class PrivateEngine:
             Where the noise comes from.
         gradient_filter : GradientFilter, optional
             Post-processing of the privatised gradients, with fresh state.
+        scores : BlockScores, optional
+            Reads the privatised gradients as they are before any post-processing.
         """
         self.adapted.check()
         self._mechanism = mechanism
@@ -171,8 +187,8 @@ class PrivateEngine:
             expected_batch_size=mechanism.batch_size,
             source=noise,
         )
-        if gradient_filter is not None:
-            self._optimizer.attach_step_hook(lambda _: self._filter(gradient_filter))
+        self._filter, self._scores = gradient_filter or NoFilter(), scores
+        self._optimizer.attach_step_hook(lambda _: self._post_process())
 
     def step(self, records: Records, indices: Tensor, active: Sequence[str]) -> None:
         """Take one private step.
@@ -281,10 +297,21 @@ class PrivateEngine:
             ):
                 group["params"] = [self.adapted.parameters[n] for n in names if n in chosen]
 
-    def _filter(self, gradient_filter: GradientFilter) -> None:
-        for name, parameter in self.adapted.parameters.items():
-            if parameter.requires_grad and parameter.grad is not None:
-                parameter.grad = gradient_filter(name, parameter.grad)
+    def _post_process(self) -> None:
+        """Score, filter and precondition privatised gradients; nothing private is read here."""
+        settings, variance = self._settings, self._mechanism.noise_variance
+        for name, p in self.adapted.parameters.items():
+            if not p.requires_grad or p.grad is None:
+                continue
+            if self._scores is not None:
+                self._scores.observe(name, p.grad, p.detach(), variance)
+            p.grad = self._filter(name, p.grad)
+            if settings.precondition and name in self._partners:
+                layer, factor, other = self._partners[name]
+                p.grad = precondition(p.grad, other, factor, layer.scaling, settings.ridge)
+            optimizer = self._optimizer.original_optimizer if self._optimizer else None
+            if isinstance(optimizer, NoiseAwareAdamW):
+                optimizer.noise_variance[p] = variance * self._filter.noise_gain(name)
 
     def _chunks(self, indices: Tensor) -> Iterator[Tensor]:
         if self._microbatch_size is None or len(indices) == 0:

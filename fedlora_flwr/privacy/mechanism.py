@@ -57,6 +57,13 @@ class Mechanism:
         """Probability q with which a record joins a step."""
         return self.batch_size / self.num_records
 
+    @property
+    def noise_variance(self) -> float:
+        """Variance (σC/b)² of the noise in each coordinate of the privatised mean gradient."""
+        if self.noise_multiplier == 0:
+            return 0.0
+        return (self.noise_multiplier * self.clip_norm / self.batch_size) ** 2
+
 
 def poisson_batches(mechanism: Mechanism, num_steps: int, seed: int) -> Iterator[Tensor]:
     """Draw the records of each step: every record joins with probability b/n, on its own.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr.privacy.ledger import LedgerSummary
-from fedlora_flwr.wire import STATUS, STATUS_OK
+from fedlora_flwr.wire import SCORES, STATUS, STATUS_OK
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Released:
         Aggregation weight: 1, or the public quantity that ``weighting`` names.
     status : str
         ``"ok"``, or ``"budget-exhausted"``: then there are no arrays.
+    scores : Sequence[float], optional
+        One score a block, from privatised gradients and public constants only.
     unprotected : Mapping[str, float]
         Metrics on private records *without* protection; empty unless the run asks for them.
     """
@@ -40,11 +42,14 @@ class Released:
     peak_memory_mb: float
     weight: float = 1.0
     status: str = STATUS_OK
+    scores: Sequence[float] | None = None
     unprotected: Mapping[str, float] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, bool | bytes | float | int | str]:
-        """Return all but the arrays, as flat scalars."""
+        """Return all but the arrays, as flat scalars; scores as the bytes of fp64 numbers."""
+        scores = {} if self.scores is None else {SCORES: np.array(self.scores, "<f8").tobytes()}
         return {
+            **scores,
             STATUS: self.status,
             "epsilon": float(self.ledger.epsilon),
             "epsilon-budget": float(self.ledger.epsilon_budget),

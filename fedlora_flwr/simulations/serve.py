@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from fedlora_flwr.adapters import AdaptedModel
 from fedlora_flwr.clients.trainer import build_adapted
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.plan import Layout
 from fedlora_flwr.simulations.run_dir import RunDirectory, versions
 from fedlora_flwr.strategies import FedLoRA, strategy_class
 from fedlora_flwr.strategies.replies import to_record
@@ -72,13 +73,16 @@ def serve(
 
 def build_strategy(config: RunConfig) -> FedLoRA:
     """Make the configured strategy."""
-    return strategy_class(config.strategy)(
+    chosen = strategy_class(config.strategy)
+    return chosen(
         fraction_train=config.fraction_train,
         min_train_nodes=1,
         min_available_nodes=config.min_clients,
         seed=config.seed,
         weighting=config.weighting,
         min_completion=config.min_completion,
+        blocks=config.blocks,
+        **{name: getattr(config, name) for name in chosen.settings},
     )
 
 
@@ -95,6 +99,10 @@ class _Session:
     num_clients: int = 0
     _mark: float = field(default_factory=time.perf_counter)
 
+    @property
+    def layout(self) -> Layout:
+        return Layout.of(self.adapted.parameters, self.config.blocks)
+
     def run(self, grid: Grid) -> None:
         # A federation has the nodes that it has; num-clients only says how many a run makes.
         self.num_clients = len(list(grid.get_node_ids()))
@@ -110,7 +118,11 @@ class _Session:
     def _after_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
         """Evaluate on the public test set, keep the arrays, write the round's rows."""
         self.adapted.write({name: array.numpy() for name, array in arrays.items()})
-        metrics = self.task.evaluate(self.adapted.model, self.task.test_records())
+        report = self.strategy.last_round
+        # Where models stay with the clients, the server has none to measure.
+        metrics = (report.evaluation if report else {}) or self.task.evaluate(
+            self.adapted.model, self.task.test_records()
+        )
         self.adapted.export(self.run_dir.adapter)
         row = {"round": server_round, **metrics, **self._communication(server_round)}
         now = time.perf_counter()
@@ -131,6 +143,7 @@ class _Session:
             self.run_dir.append("clients", row)
         return {
             "plan": report.plan,
+            **report.details,
             "epsilon_max": report.epsilon_max,
             "clients_asked": report.sent,
             "clients_used": len(report.uploads),
@@ -138,6 +151,7 @@ class _Session:
             "failures": report.failures,
             "bytes_down": report.bytes_down,
             "bytes_up": report.bytes_up,
+            "bytes_up_adapters": report.bytes_up_adapters,
             "bytes_plain": report.bytes_plain,
         }
 
@@ -165,6 +179,7 @@ def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dic
         "delta": config.delta,
         "accountant": ", ".join(sorted(session.accountants)) if session else "",
         "bytes_up": total("bytes_up"),
+        "bytes_up_adapters": total("bytes_up_adapters"),
         "bytes_down": total("bytes_down"),
         "bytes_plain": total("bytes_plain"),
         "seconds": seconds,
@@ -173,6 +188,7 @@ def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dic
         "seed": config.seed,
         "reproducible_noise": config.reproducible,
         "weighting": config.weighting,
+        "blocks": list(session.layout.blocks) if session else [],
         "unprotected_metrics": config.report_unprotected_metrics,
         "versions": versions(),
     }

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from fedlora_flwr.errors import InvalidValue, one_of
+from fedlora_flwr.strategies.as_lora import ASLoRA
 from fedlora_flwr.strategies.base import FedLoRA
+from fedlora_flwr.strategies.fedex_lora import FedExLoRA
+from fedlora_flwr.strategies.fedsa_lora import FedSALoRA
+from fedlora_flwr.strategies.fedsvd import FedSVD
 from fedlora_flwr.strategies.ffa_lora import FFALoRA
+from fedlora_flwr.strategies.flexlora import FlexLoRA
+from fedlora_flwr.strategies.flora import FLoRA
 from fedlora_flwr.strategies.la_lora import LALoRA
 from fedlora_flwr.strategies.replies import RoundReport, Upload
 from fedlora_flwr.strategies.rolora import RoLoRA
@@ -14,6 +20,12 @@ STRATEGIES: dict[str, type[FedLoRA]] = {
     "ffa-lora": FFALoRA,
     "rolora": RoLoRA,
     "la-lora": LALoRA,
+    "as-lora": ASLoRA,
+    "fedsvd": FedSVD,
+    "flexlora": FlexLoRA,
+    "flora": FLoRA,
+    "fedex-lora": FedExLoRA,
+    "fedsa-lora": FedSALoRA,
 }
 
 
@@ -32,8 +44,14 @@ def strategy_class(name: str) -> type[FedLoRA]:
 
 __all__ = [
     "STRATEGIES",
+    "ASLoRA",
     "FFALoRA",
+    "FLoRA",
+    "FedExLoRA",
     "FedLoRA",
+    "FedSALoRA",
+    "FedSVD",
+    "FlexLoRA",
     "LALoRA",
     "RoLoRA",
     "RoundReport",

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from logging import INFO, WARNING
+from typing import Any, ClassVar
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, Result
 from numpy.typing import NDArray
 
 from fedlora_flwr.aggregation import Arrays, merge, weighted_mean
 from fedlora_flwr.errors import FederationAborted, FedLoRAError, InvalidValue
-from fedlora_flwr.plan import BOTH, ComponentPlan, Layout
+from fedlora_flwr.plan import BOTH, ComponentPlan, Layout, factor_of
 from fedlora_flwr.randomness import stream_seed
 from fedlora_flwr.strategies.replies import (
     RoundReport,
     Upload,
     aggregate_metrics,
-    combine,
+    combine_metrics,
     last_line,
     scalars,
+    scores_of,
     size_of,
     to_record,
     uploaded_arrays,
 )
-from fedlora_flwr.wire import CLIENT, PLAN, ROUND, STATUS, STATUS_EXHAUSTED, WEIGHTING
+from fedlora_flwr.wire import CLIENT, PLAN, ROUND, SHARE, STATUS, STATUS_EXHAUSTED, WEIGHTING
 
 WEIGHTINGS = ("uniform", "size", "inverse-noise")
 
@@ -37,8 +39,8 @@ class FedLoRA(FedAvg):
     """Federated averaging of LoRA factors under a component plan (DP-LoRA, arXiv 2312.17493).
 
     Both factors train at every step and are averaged each on its own, so the mean of the products
-    differs from the product of the means. A method of its own overrides `plan`, and `aggregate` if
-    it averages in another way.
+    differs from the product of the means. A method of its own overrides `plan`, and what else it
+    does differently: `aggregate`, `instructions`, `download`, `check_shapes`.
 
     Parameters
     ----------
@@ -53,12 +55,23 @@ class FedLoRA(FedAvg):
         Share of a round's clients that must answer. Fewer abort the run.
     node_timeout : float (default: 600)
         Seconds to wait for ``min_available_nodes``.
+    blocks : str (default: "")
+        Pattern of the names of blocks (see `Layout`), where a plan tells them apart.
+
+    Attributes
+    ----------
+    settings : tuple[str, ...]
+        Names of further arguments that are keys of the run configuration.
+    last_round : RoundReport or None
+        What came of the last round.
 
     Raises
     ------
     InvalidValue
         An argument is out of range.
     """
+
+    settings: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -75,6 +88,7 @@ class FedLoRA(FedAvg):
         weighting: str = "uniform",
         min_completion: float = 0.5,
         node_timeout: float = 600.0,
+        blocks: str = "",
     ) -> None:
         if not 0 <= min_completion <= 1:
             raise InvalidValue("min_completion", min_completion, "a number from 0 to 1")
@@ -95,8 +109,12 @@ class FedLoRA(FedAvg):
         self.weighting = weighting
         self.min_completion = min_completion
         self.node_timeout = node_timeout
+        self.blocks = blocks
+        self.num_rounds = 0
         self.last_round: RoundReport | None = None
         self._identities: dict[int, str] = {}
+        self._clients: dict[int, str] = {}
+        self._plain = 0
         self._asked: list[int] = []
         self._global: dict[str, NDArray[np.floating]] = {}
         self._plan = ComponentPlan.uniform(BOTH)
@@ -137,6 +155,44 @@ class FedLoRA(FedAvg):
         mean = weighted_mean([u.arrays for u in uploads], [u.weight for u in uploads])
         return merge(current, mean)
 
+    def instructions(self) -> dict[str, str]:
+        """Say what clients are asked beside the plan, in the words of `wire`."""
+        return {}
+
+    def download(self, arrays: ArrayRecord, client: str) -> ArrayRecord:
+        """Choose what a client gets.
+
+        Parameters
+        ----------
+        arrays : ArrayRecord
+            The global arrays.
+        client : str
+            Who it is; empty as long as that is not known.
+        """
+        del client
+        return arrays
+
+    def check_shapes(self, current: Arrays, arrays: Arrays) -> None:
+        """Refuse an upload whose arrays do not fit the global ones.
+
+        Raises
+        ------
+        InvalidValue
+            An array has another shape.
+        """
+        merge(current, arrays)
+
+    def start(  # noqa: D102
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Result:
+        self.num_rounds = num_rounds
+        return super().start(grid, initial_arrays, num_rounds, *args, **kwargs)
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
@@ -149,24 +205,38 @@ class FedLoRA(FedAvg):
         FederationAborted
             Too few nodes connected within ``node_timeout``.
         """
-        layout = Layout.of(arrays)
+        layout = Layout.of(arrays, self.blocks)
         self._global = {name: array.numpy() for name, array in arrays.items()}
         self._plan = self.plan(server_round, layout)
         self._plan.check(len(layout.blocks))
         self._asked = nodes = self._cohort(server_round, grid)
-        record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
-        size = size_of(record)
-        self.last_round = RoundReport(
-            server_round,
-            str(self._plan),
-            sent=len(nodes),
-            bytes_down=size * len(nodes),
-            bytes_plain=size * len(nodes),
-        )
         config[ROUND] = server_round
         config[PLAN] = str(self._plan)
         config[WEIGHTING] = self.weighting
-        return self._construct_messages(record, nodes, MessageType.TRAIN)
+        config.update(self.instructions())
+        self._plain = sum(len(arrays[name].data) for name in layout.names)
+        report = RoundReport(
+            server_round, str(self._plan), sent=len(nodes), bytes_plain=self._plain * len(nodes)
+        )
+        self.last_round = report
+        return self._messages(MessageType.TRAIN, arrays, config, nodes, report)
+
+    def _messages(
+        self,
+        kind: str,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        nodes: Sequence[int],
+        report: RoundReport,
+    ) -> list[Message]:
+        """Make one message a node, and count what goes down."""
+        messages = []
+        for node in nodes:
+            chosen = self.download(arrays, self._clients.get(node, ""))
+            content = RecordDict({self.arrayrecord_key: chosen, self.configrecord_key: config})
+            report.bytes_down += size_of(content)
+            messages.append(Message(content, node, kind))
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -195,7 +265,7 @@ class FedLoRA(FedAvg):
             log(WARNING, "\t> round %d: %s", server_round, line)
         self._check_completion(report)
         arrays = self.aggregate(server_round, self._global, report.uploads)
-        metrics = combine([upload.metrics for upload in report.uploads])
+        metrics = combine_metrics([upload.metrics for upload in report.uploads])
         log(INFO, "aggregate_train: %d of %d clients", len(report.uploads), report.sent)
         return to_record(arrays), metrics
 
@@ -244,37 +314,46 @@ class FedLoRA(FedAvg):
             report.failures.append(f"{self._name(node)}: {last_line(reply.error.reason)}")
             return
         numbers, texts = scalars(reply.content)
-        client = texts.get(CLIENT) or self._name(node)
+        client = self._client(node, texts)
         report.bytes_up += size_of(reply.content)
-        report.bytes_plain += report.bytes_down // report.sent
+        report.bytes_up_adapters += size_of(reply.content, factors_only=True)
+        report.bytes_plain += self._plain
         if texts.get(STATUS) == STATUS_EXHAUSTED:
             report.declined.append(f"{client}: its privacy budget is spent")
             return
         try:
             arrays = uploaded_arrays(reply.content)
             self._check_arrays(arrays)
-            upload = Upload(client, arrays, self._weight(numbers), numbers, texts)
+            scores = scores_of(reply.content)
+            upload = Upload(client, arrays, self._weight(numbers), numbers, texts, scores)
         except Exception as error:  # Whatever a client sends, the other clients' round goes on.
             report.failures.append(f"{client}: {error}")
             return
         report.uploads.append(upload)
+
+    def _client(self, node: int, texts: Mapping[str, str]) -> str:
+        """Say who answered, and remember."""
+        self._clients[node] = texts.get(CLIENT) or self._name(node)
+        return self._clients[node]
 
     def _name(self, node: int) -> str:
         return self._identities.get(node) or f"node {node:020d}"
 
     def _check_arrays(self, arrays: Arrays) -> None:
         """Refuse an upload that is not exactly what the plan trains, in names and shapes."""
-        layout = Layout.of(self._global)
+        layout = Layout.of(self._global, self.blocks)
+        share = self.instructions().get(SHARE)
         # A round with fewer steps than the plan has trains less of it.
         allowed = [
-            set(layout.trained(self._plan, steps + 1)) for steps in range(len(self._plan.steps))
+            {n for n in layout.trained(self._plan, steps + 1) if share in (None, factor_of(n))}
+            for steps in range(len(self._plan.steps))
         ]
         if set(arrays) not in allowed:
             wrong = sorted(set(arrays) ^ allowed[-1])
             raise InvalidValue(
                 "uploaded arrays", sorted(arrays), f"those that {self._plan} trains; wrong: {wrong}"
             )
-        merge(self._global, arrays)
+        self.check_shapes(self._global, arrays)
 
     def _weight(self, metrics: dict[str, float]) -> float:
         if self.weighting == "uniform":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
@@ -11,6 +12,10 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.aggregation import Arrays
 from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.plan import factor_of
+from fedlora_flwr.wire import SCORES
+
+_NUMBER_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,8 @@ class Upload:
         The numbers that came along.
     texts : dict[str, str]
         The texts that came along.
+    scores : tuple[float, ...]
+        One a block, where the strategy asked for them.
     """
 
     client: str
@@ -36,6 +43,7 @@ class Upload:
     weight: float
     metrics: dict[str, float]
     texts: dict[str, str] = field(default_factory=dict)
+    scores: tuple[float, ...] = ()
 
 
 @dataclass
@@ -51,15 +59,21 @@ class RoundReport:
     sent : int
         Messages sent.
     bytes_down, bytes_up : int
-        Bytes of array data in the messages sent and in the replies.
+        Bytes of array data and scores in the messages sent and in the replies.
+    bytes_up_adapters : int
+        Those among ``bytes_up`` that are LoRA factors.
     bytes_plain : int
-        Bytes, both ways together, had each message and each reply carried all arrays.
+        Bytes, both ways together, had each message and each reply carried all factors and the head.
     uploads : list[Upload]
         Accepted answers.
     declined : list[str]
         Clients whose budget is spent.
     failures : list[str]
         Why the other answers could not be used, one line each.
+    details : dict[str, Any]
+        What else the strategy has to tell of the round; it goes to the round's row.
+    evaluation : dict[str, float]
+        Metrics that clients measured on public records, where the server has no model to measure.
     """
 
     server_round: int
@@ -67,10 +81,13 @@ class RoundReport:
     sent: int
     bytes_down: int = 0
     bytes_up: int = 0
+    bytes_up_adapters: int = 0
     bytes_plain: int = 0
     uploads: list[Upload] = field(default_factory=list)
     declined: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, float] = field(default_factory=dict)
 
     @property
     def epsilon_max(self) -> float | None:
@@ -121,11 +138,37 @@ def scalars(content: RecordDict) -> tuple[dict[str, float], dict[str, str]]:
     return numbers, texts
 
 
-def size_of(content: RecordDict) -> int:
-    """Return the bytes of array data in a message, as they travel."""
-    return sum(
-        len(array.data) for record in content.array_records.values() for array in record.values()
+def scores_of(content: RecordDict) -> tuple[float, ...]:
+    """Read the scores of a reply; none if it has none.
+
+    Raises
+    ------
+    InvalidValue
+        They are no list of finite numbers.
+    """
+    found = [record[SCORES] for record in content.metric_records.values() if SCORES in record]
+    if not found:
+        return ()
+    if not isinstance(found[0], list) or not np.isfinite(found[0]).all():
+        raise InvalidValue(SCORES, found[0], "a list of finite numbers")
+    return tuple(float(value) for value in found[0])
+
+
+def size_of(content: RecordDict, *, factors_only: bool = False) -> int:
+    """Return the bytes of array data and scores in a message, as they travel."""
+    arrays = sum(
+        len(array.data)
+        for record in content.array_records.values()
+        for name, array in record.items()
+        if not factors_only or factor_of(name)
     )
+    scores = sum(
+        _NUMBER_BYTES * len(value)
+        for record in content.metric_records.values()
+        for value in record.values()
+        if isinstance(value, list)
+    )
+    return arrays if factors_only else arrays + scores
 
 
 def to_record(arrays: Arrays) -> ArrayRecord:
@@ -141,7 +184,7 @@ def last_line(text: str | None) -> str:
     return lines[-1] if lines else "no reason given"
 
 
-def combine(metrics: Sequence[Mapping[str, float]]) -> MetricRecord:
+def combine_metrics(metrics: Sequence[Mapping[str, float]]) -> MetricRecord:
     """Aggregate metrics: the largest ε, the mean of everything else that all clients report.
 
     ε is each client's own, so it is never averaged.
@@ -157,9 +200,9 @@ def combine(metrics: Sequence[Mapping[str, float]]) -> MetricRecord:
 
 
 def aggregate_metrics(records: list[RecordDict], weighting_metric_name: str) -> MetricRecord:
-    """Aggregate metrics as `combine` does, under the signature that Flower calls."""
+    """Aggregate metrics as `combine_metrics` does, under the signature that Flower calls."""
     del weighting_metric_name
-    return combine(
+    return combine_metrics(
         [
             {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
             for content in records

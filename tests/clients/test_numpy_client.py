@@ -14,7 +14,7 @@ from flwr.server import ServerApp, ServerAppComponents, ServerConfig
 from flwr.server.strategy import FedAvg as LegacyFedAvg
 from flwr.serverapp.strategy import FedAvg
 
-from fedlora_flwr.client_app import app, client_fn, ledger_path
+from fedlora_flwr.client_app import app, client_fn, state_folder
 from fedlora_flwr.clients.bridge import bridge
 from fedlora_flwr.clients.numpy_client import LoRAClient
 from fedlora_flwr.clients.trainer import process_trainer
@@ -176,7 +176,7 @@ def test_missing_and_unknown_arrays_are_refused(make_config: MakeConfig) -> None
 
 
 def rows(config: RunConfig) -> list[tuple[Any, ...]]:
-    with closing(sqlite3.connect(ledger_path(config))) as db:
+    with closing(sqlite3.connect(state_folder(config) / "ledger.sqlite")) as db:
         return db.execute("SELECT client, run, round, steps FROM releases").fetchall()
 
 
@@ -210,7 +210,7 @@ def test_get_parameters_needs_no_records(make_config: MakeConfig) -> None:
     config = make_config()
     trainer = process_trainer(config)
     records = trainer.task.client_records(0, config.num_clients)
-    client = LoRAClient(trainer, records, Ledger(ledger_path(config)), "me", "run")
+    client = LoRAClient(trainer, records, Ledger(state_folder(config) / "ledger.sqlite"), "me", "run")
     start = client.get_parameters({})
     for array, expected in zip(start, trainer.adapted.read().values(), strict=True):
         np.testing.assert_array_equal(array, expected)

@@ -51,7 +51,7 @@ def run(
     start = start_of(trainer)
     records = trainer.task.client_records(0, 3)
     changed = replace(trainer, config=replace(trainer.config, **changes))
-    return changed.train(start, plan, records, mechanism, stream)
+    return changed.train(start, plan, records, mechanism, stream).arrays
 
 
 def start_of(trainer: Trainer) -> Arrays:

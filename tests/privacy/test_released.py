@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from flwr.app import RecordDict
 
-from fedlora_flwr.client_app import ledger_path
+from fedlora_flwr.client_app import state_folder
 from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FederationAborted
@@ -43,7 +43,7 @@ def split(content: RecordDict) -> tuple[dict[str, Any], dict[str, Any], dict[str
 
 
 def count_rows(config: RunConfig) -> int:
-    with closing(sqlite3.connect(ledger_path(config))) as db:
+    with closing(sqlite3.connect(state_folder(config) / "ledger.sqlite")) as db:
         return int(db.execute("SELECT COUNT(*) FROM releases").fetchone()[0])
 
 

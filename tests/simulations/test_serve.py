@@ -33,6 +33,8 @@ SUMMARY = {
     "delta",
     "accountant",
     "bytes_up",
+    "bytes_up_adapters",
+    "blocks",
     "bytes_down",
     "bytes_plain",
     "seconds",

@@ -1,0 +1,36 @@
+"""FedEx-LoRA: the residual of averaging goes into the frozen weights (arXiv 2410.09432)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora_flwr.aggregation import Arrays
+from fedlora_flwr.factors import residual
+from fedlora_flwr.plan import Layout
+from fedlora_flwr.strategies.base import FedLoRA
+from fedlora_flwr.strategies.folding import fold
+from fedlora_flwr.strategies.replies import Upload
+
+
+class FedExLoRA(FedLoRA):
+    """Train A and B, average each, and fold ``mean(B A) - mean(B) mean(A)`` into W0.
+
+    So the model is the exact mean of the clients' models. The residual travels as factors, summed
+    over the rounds since a client may be new: the download grows by rank (N - 1) r a round, up to
+    min(m, n). Source: arXiv 2410.09432.
+    """
+
+    def aggregate(
+        self, server_round: int, current: Arrays, uploads: Sequence[Upload]
+    ) -> dict[str, NDArray[np.floating]]:
+        """Average both factors and fold in what their product misses."""
+        layout, weights = Layout.of(current), [upload.weight for upload in uploads]
+        updates = {}
+        for layer in layout.layers:
+            b, a = layout.pair(layer)
+            updates[layer] = residual([(u.arrays[b], u.arrays[a]) for u in uploads], weights)
+        mean = super().aggregate(server_round, current, uploads)
+        return {**mean, **fold(current, updates)}

@@ -1,0 +1,38 @@
+"""FedSVD: clients train B, the server re-factorises the product (arXiv 2505.12805)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora_flwr.aggregation import Arrays
+from fedlora_flwr.factors import refactorise
+from fedlora_flwr.plan import B, ComponentPlan, Layout
+from fedlora_flwr.strategies.base import FedLoRA
+from fedlora_flwr.strategies.replies import Upload
+
+
+class FedSVD(FedLoRA):
+    """Train B; after each round write the mean product as ``B = U Σ`` and ``A = Vᵀ``.
+
+    The mean is exact, the product is not changed by its new factors, and A, which clients hold
+    fixed for a round, has orthonormal rows. Source: arXiv 2505.12805.
+    """
+
+    def plan(self, server_round: int, layout: Layout) -> ComponentPlan:
+        """Train B in every round."""
+        del server_round, layout
+        return ComponentPlan.uniform(B)
+
+    def aggregate(
+        self, server_round: int, current: Arrays, uploads: Sequence[Upload]
+    ) -> dict[str, NDArray[np.floating]]:
+        """Average B, then re-factorise each layer's product at O((m + n) r²)."""
+        arrays = super().aggregate(server_round, current, uploads)
+        layout = Layout.of(arrays)
+        for layer in layout.layers:
+            b, a = layout.pair(layer)
+            arrays[b], arrays[a] = refactorise(arrays[b], arrays[a])
+        return arrays

@@ -1,0 +1,79 @@
+"""FlexLoRA: clients of different ranks; the mean product is cut to each (arXiv 2402.11505)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from numpy.typing import NDArray
+
+from fedlora_flwr.aggregation import Arrays, merge, weighted_mean
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.factors import combine, truncate
+from fedlora_flwr.plan import A, B, Layout, factor_of
+from fedlora_flwr.strategies.base import FedLoRA
+from fedlora_flwr.strategies.replies import Upload
+
+
+class FlexLoRA(FedLoRA):
+    """Train A and B at each client's own rank; average the products; cut by SVD.
+
+    The global factors have the largest rank and are an SVD, ``B = U Σ`` and ``A = Vᵀ``, so the best
+    approximation of a lower rank is their leading columns and rows. A client gets all of them until
+    its first upload has told its rank, and only its own from then on. One LoRA scaling, that of the
+    global rank, holds for all clients. Source: arXiv 2402.11505.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._ranks: dict[str, int] = {}
+
+    def download(self, arrays: ArrayRecord, client: str) -> ArrayRecord:
+        """Cut the factors to the client's rank, once it is known."""
+        rank = self._ranks.get(client)
+        if rank is None:
+            return arrays
+        return ArrayRecord({name: _cut(name, array, rank) for name, array in arrays.items()})
+
+    def check_shapes(self, current: Arrays, arrays: Arrays) -> None:
+        """Let an upload have any rank up to the global one, the same in all layers."""
+        ranks = {array.shape[_axis(n)] for n, array in arrays.items() if factor_of(n)}
+        most = min(array.shape[_axis(n)] for n, array in current.items() if factor_of(n))
+        if len(ranks) != 1 or not 1 <= min(ranks) <= most:
+            raise InvalidValue("ranks of an upload", sorted(ranks), f"one rank of 1 to {most}")
+        (rank,) = ranks
+        merge({name: _leading(name, array, rank) for name, array in current.items()}, arrays)
+
+    def aggregate(
+        self, server_round: int, current: Arrays, uploads: Sequence[Upload]
+    ) -> dict[str, NDArray[np.floating]]:
+        """Average the products, as stacks of factors, and take their SVD."""
+        del server_round
+        layout, weights = Layout.of(current), [upload.weight for upload in uploads]
+        heads = [{n: x for n, x in u.arrays.items() if not factor_of(n)} for u in uploads]
+        arrays = merge(current, weighted_mean(heads, weights))
+        for layer in layout.layers:
+            b, a = layout.pair(layer)
+            stack = combine([(u.arrays[b], u.arrays[a]) for u in uploads], weights)
+            arrays[b], arrays[a] = truncate(*stack, rank=current[a].shape[0])
+        for upload in uploads:
+            name = layout.pair(layout.layers[0])[1]
+            self._ranks[upload.client] = upload.arrays[name].shape[0]
+        return arrays
+
+
+def _axis(name: str) -> int:
+    return 0 if factor_of(name) == A else 1
+
+
+def _leading(name: str, array: NDArray[np.floating], rank: int) -> NDArray[np.floating]:
+    factor = factor_of(name)
+    if factor == B:
+        return array[:, :rank]
+    return array[:rank] if factor == A else array
+
+
+def _cut(name: str, array: Array, rank: int) -> Array:
+    return Array(np.ascontiguousarray(_leading(name, array.numpy(), rank)))

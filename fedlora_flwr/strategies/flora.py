@@ -1,0 +1,43 @@
+"""FLoRA: stacked updates are merged into the frozen weights (arXiv 2409.05976)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora_flwr.aggregation import Arrays, merge, weighted_mean
+from fedlora_flwr.factors import combine
+from fedlora_flwr.plan import Layout, factor_of
+from fedlora_flwr.randomness import stream_seed
+from fedlora_flwr.strategies.base import FedLoRA
+from fedlora_flwr.strategies.folding import fold
+from fedlora_flwr.strategies.replies import Upload
+
+
+class FLoRA(FedLoRA):
+    """Train A and B, fold the stack of all updates into W0, and start again from B = 0.
+
+    Stacking ``[B_1 … B_N][p_1 A_1; …; p_N A_N]`` is the exact mean of the products. The stacks
+    travel as factors, summed over the rounds since a client may be new: the download grows by rank
+    N r a round, up to min(m, n). Source: arXiv 2409.05976.
+    """
+
+    def aggregate(
+        self, server_round: int, current: Arrays, uploads: Sequence[Upload]
+    ) -> dict[str, NDArray[np.floating]]:
+        """Fold the stacks in; average the head; draw a fresh A as PEFT does, and B = 0."""
+        layout, weights = Layout.of(current), [upload.weight for upload in uploads]
+        heads = [{n: x for n, x in u.arrays.items() if not factor_of(n)} for u in uploads]
+        arrays = merge(current, weighted_mean(heads, weights))
+        updates = {}
+        for layer in layout.layers:
+            b, a = layout.pair(layer)
+            updates[layer] = combine([(u.arrays[b], u.arrays[a]) for u in uploads], weights)
+            generator = np.random.default_rng(stream_seed(self.seed, "flora", server_round, a))
+            bound = current[a].shape[1] ** -0.5
+            fresh = generator.uniform(-bound, bound, current[a].shape)
+            arrays[a] = fresh.astype(current[a].dtype)
+            arrays[b] = np.zeros_like(current[b])
+        return {**arrays, **fold(current, updates)}
