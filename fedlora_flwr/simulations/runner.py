@@ -15,10 +15,11 @@ import fedlora_flwr
 from fedlora_flwr.clients.trainer import build_adapted, plan_mechanism
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError
+from fedlora_flwr.plan import Layout
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.simulations.serve import build_strategy, serve
 from fedlora_flwr.simulations.superlink import SimulationSuperLink
-from fedlora_flwr.strategies import strategy_class
 from fedlora_flwr.tasks.registry import build_task
 
 OnRound = Callable[[dict[str, Any]], None]
@@ -82,9 +83,11 @@ def make_plan(config: RunConfig, console: Console | None = None) -> RunPlan:
     InvalidValue
         A setting cannot be used, or a client could not keep its promise.
     """
-    strategy_class(config.strategy)
+    strategy = build_strategy(config)
     task = build_task(config.task, config)
     adapted = build_adapted(config, task)
+    # A method may refuse a model, e.g. one whose blocks have no name.
+    strategy.plan(1, Layout.of(adapted.parameters, config.blocks))
     sizes = [
         len(task.client_records(client, config.num_clients)) for client in range(config.num_clients)
     ]
@@ -158,7 +161,6 @@ def run_in_process(plan: RunPlan, run_dir: RunDirectory, on_round: OnRound) -> d
     """
     from fedlora_flwr.client_app import app
     from fedlora_flwr.simulations.local_grid import LocalGrid
-    from fedlora_flwr.simulations.serve import serve
 
     config = _placed(plan.config, run_dir)
     with LocalGrid(app, config.num_clients, config.items()).running() as grid:

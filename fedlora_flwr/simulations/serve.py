@@ -61,6 +61,7 @@ def serve(
         strategy = build_strategy(config)
         session = _Session(config, task, build_adapted(config, task), strategy, run_dir, on_round)
         session.run(grid)
+        session.draw_modes()
     except BaseException as error:
         summary = _summary(config, session, time.perf_counter() - started)
         reason = f"{type(error).__name__}: {error}"
@@ -112,8 +113,18 @@ class _Session:
             num_rounds=self.config.num_rounds,
             timeout=self.config.round_timeout,
             train_config=ConfigRecord({FINGERPRINT: self.adapted.fingerprint}),
+            evaluate_config=ConfigRecord({FINGERPRINT: self.adapted.fingerprint}),
             evaluate_fn=self._after_round,
         )
+
+    def draw_modes(self) -> None:
+        """Draw which factor each block trained in each round, where the plan tells blocks apart."""
+        plans = [str(row["plan"]) for row in self.rows[1:]]
+        blocks = self.layout.blocks
+        if any(len(step) == len(blocks) > 1 for plan in plans for step in plan.split("/")):
+            from fedlora_flwr.simulations.plots import plot_modes
+
+            plot_modes(plans, blocks, self.run_dir.path / "modes.png")
 
     def _after_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
         """Evaluate on the public test set, keep the arrays, write the round's rows."""

@@ -96,7 +96,8 @@ class FedLoRA(FedAvg):
             raise InvalidValue("weighting", weighting, f"one of {WEIGHTINGS}")
         super().__init__(
             fraction_train=fraction_train,
-            fraction_evaluate=fraction_evaluate,
+            # FedAvg warns of 0, which is the rule here: the server evaluates.
+            fraction_evaluate=fraction_evaluate or 1.0,
             min_train_nodes=min_train_nodes,
             min_evaluate_nodes=min_evaluate_nodes,
             min_available_nodes=min_available_nodes,
@@ -105,6 +106,7 @@ class FedLoRA(FedAvg):
             configrecord_key=configrecord_key,
             train_metrics_aggr_fn=aggregate_metrics,
         )
+        self.fraction_evaluate = fraction_evaluate
         self.seed = seed
         self.weighting = weighting
         self.min_completion = min_completion
