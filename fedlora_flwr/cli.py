@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
+import math
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -66,6 +66,50 @@ def simulate(
 
 
 @app.command()
+def compare(
+    task: Annotated[str, typer.Option(help="A recipe, as for `run`: what all runs share.")] = (
+        "digits"
+    ),
+    strategies: Annotated[str, typer.Option(help="Names joined by commas, or all.")] = "all",
+    epsilon: Annotated[
+        str, typer.Option(help="Privacy budgets joined by commas; none = no privacy.")
+    ] = "1,3,8,none",
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 1 to N are reported.")] = 5,
+    trials: Annotated[
+        int,
+        typer.Option(min=0, help="Learning rates tried per method and ε; 0 = the recipe's own."),
+    ] = 6,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the results; runs/compare-TASK if not given.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Compare strategies over privacy budgets; the same command again goes on where it stopped."""
+
+    def work() -> None:
+        from fedlora_flwr.simulations.compare import Comparison
+        from fedlora_flwr.simulations.compare import compare as run_comparison
+        from fedlora_flwr.simulations.compare_results import read_rows
+        from fedlora_flwr.simulations.compare_screen import CompareScreen
+
+        names, budgets = _strategies(strategies), _budgets(epsilon)
+        config = load_recipe(task, _shared(overrides or [], names[0], budgets[0]))
+        comparison = Comparison(config, names, budgets, seeds, trials)
+        folder = (output or Path("runs") / f"compare-{Path(task).stem}").resolve()
+        console = Console()
+        with CompareScreen(console) as screen:
+            run_comparison(comparison, folder, screen.row, workers, console)
+        screen.table(folder)
+        if failed := int((read_rows(folder / "rows.csv")["error"] != "").sum()):
+            raise FedLoRAError(
+                f"{failed} runs failed. rows.csv says why; the same command tries them again."
+            )
+
+    _guard(work)
+
+
+@app.command()
 def budget(
     epsilon: Annotated[float, typer.Option(help="Privacy budget.")],
     delta: Annotated[float, typer.Option(help="Failure probability.")],
@@ -112,6 +156,37 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> RunConfig:
     return RunConfig.of(read_toml(path), parse_overrides(overrides or []))
 
 
+def _strategies(text: str) -> tuple[str, ...]:
+    from fedlora_flwr.strategies import STRATEGIES, strategy_class
+
+    names = list(STRATEGIES) if text == "all" else [name.strip() for name in text.split(",")]
+    for name in names:
+        strategy_class(name)
+    return tuple(dict.fromkeys(names))
+
+
+def _budgets(text: str) -> tuple[float, ...]:
+    """Read privacy budgets, smallest first."""
+    found = set()
+    for part in text.split(","):
+        try:
+            value = math.inf if part.strip() == "none" else float(part)
+        except ValueError:
+            value = math.nan
+        if not value > 0:
+            raise InvalidValue("epsilon", part.strip(), "a number above 0, or none")
+        found.add(value)
+    return tuple(sorted(found))
+
+
+def _shared(overrides: list[str], strategy: str, epsilon: float) -> list[str]:
+    """Return overrides for what all runs of a comparison share; it sets the other keys itself."""
+    own = {"strategy": strategy, "epsilon": epsilon, "seed": 0, "run-dir": "", "state-dir": ""}
+    for key in parse_overrides(overrides).keys() & own.keys():
+        raise InvalidValue("-c", key, "a key that all runs of a comparison share")
+    return [*overrides, *(f"{key}={value}" for key, value in own.items())]
+
+
 def _launch(
     launch: Callable[..., dict[str, Any]],
     recipe: str,
@@ -125,6 +200,7 @@ def _launch(
         from fedlora_flwr.simulations.report import Screen, closing_table
         from fedlora_flwr.simulations.run_dir import RunDirectory
         from fedlora_flwr.simulations.runner import make_plan
+        from fedlora_flwr.simulations.workers import log_to_file
 
         config = load_recipe(recipe, overrides)
         plan = make_plan(config, console)
@@ -133,7 +209,7 @@ def _launch(
             if config.run_dir
             else RunDirectory.new(output.resolve(), config)
         )
-        _log_to_file(run_dir.log)
+        log_to_file(run_dir.log)
         try:
             with Screen(console, plan) as screen:
                 summary = launch(plan, run_dir, screen.round)
@@ -157,15 +233,6 @@ def _guard(work: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         Console(stderr=True).print("Interrupted.")
         raise typer.Exit(130) from None
-
-
-def _log_to_file(path: Path) -> None:
-    """Keep Flower's lines off the progress bar."""
-    logger = logging.getLogger("flwr")
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.handlers[:] = [handler]
-    logger.propagate = False
 
 
 if __name__ == "__main__":

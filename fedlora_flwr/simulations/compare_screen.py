@@ -1,0 +1,90 @@
+"""What a person sees of a comparison: progress over all runs, and the table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from fedlora_flwr.simulations.compare_results import RATES, Row, budget_name
+
+# Runs take from seconds to hours; the remaining time is told from all of them.
+SPEED_WINDOW = 1e9
+
+
+class CompareScreen:
+    """Shows a comparison on a console; on a plain stream, one line a finished run.
+
+    Parameters
+    ----------
+    console : Console
+        Where to write.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("run"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            speed_estimate_period=SPEED_WINDOW,
+        )
+        self._bar: TaskID | None = None
+
+    def __enter__(self) -> CompareScreen:
+        """Wait for the first call of `row`: checks may show progress of their own before."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the console as it was."""
+        if self._bar is not None:
+            self._progress.stop()
+
+    def row(self, row: Row | None, done: int, total: int) -> None:
+        """Show a finished run, or with None that runs begin."""
+        state = "starting" if row is None else describe_row(row)
+        if not self._console.is_terminal:
+            if row is not None:
+                text = f"run {done}/{total}: {state}"
+                self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        elif self._bar is None:
+            self._progress.start()
+            self._bar = self._progress.add_task("", total=total, completed=done, state=state)
+        else:
+            self._progress.update(self._bar, completed=done, state=state)
+
+    def table(self, folder: Path) -> None:
+        """Print the finished table and where the files are."""
+        text = (folder / "table.md").read_text(encoding="utf-8")
+        if self._console.is_terminal:
+            self._console.print(Markdown(text))
+        else:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(f"Results   {folder}", highlight=False, soft_wrap=True)
+
+
+def describe_row(row: Row) -> str:
+    """Return what one run came to, in one line."""
+    what = f"{row['phase']} {row['strategy']} ε {budget_name(row['epsilon'])}"
+    how = (
+        " / ".join(f"{row[name]:g}" for name in RATES)
+        if row["phase"] == "tune"
+        else f"seed {row['seed']}"
+    )
+    result = "failed" if row["error"] else f"{row['final']:.1%}"
+    return f"{what}, {how}: {result} in {row['seconds']:.0f} s"

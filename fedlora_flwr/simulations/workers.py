@@ -1,0 +1,133 @@
+"""Independent jobs, one after the other in this process or several in processes beside it."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import active_children, get_context, parent_process
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from fedlora_flwr.errors import FedLoRAError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class Execute(Protocol):
+    """Maps a function over jobs; results come as they are ready, in any order."""
+
+    def __call__(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
+        """Yield one result a job."""
+        ...
+
+
+class WorkerDied(FedLoRAError):
+    """A worker process ended before its job did."""
+
+
+def log_to_file(path: Path) -> None:
+    """Keep Flower's lines off the screen."""
+    # Flower adds a handler for the screen when it is first imported, which must not come later.
+    importlib.import_module("flwr.common.logger")
+    logger = logging.getLogger("flwr")
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+
+
+@contextmanager
+def executor(workers: int, log: Path) -> Iterator[Execute]:
+    """Give what carries out jobs.
+
+    Worker processes live until the context ends, so that what they have built serves every call.
+    They are ended at once when the context is left with an error, and when this process dies.
+
+    Parameters
+    ----------
+    workers : int
+        Processes with one numerical thread each; 1 works in this process.
+    log : Path
+        Where Flower's lines and whatever the workers print go.
+
+    Raises
+    ------
+    WorkerDied
+        A worker was killed, e.g. for want of memory.
+    """
+    log_to_file(log)
+    if workers == 1:
+        yield _one_by_one
+        return
+    with _processes(workers, log) as pool:
+        yield partial(_side_by_side, pool)
+
+
+def _one_by_one(function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
+    return map(function, jobs)
+
+
+def _side_by_side(
+    pool: ProcessPoolExecutor, function: Callable[[Job], Result], jobs: Sequence[Job]
+) -> Iterator[Result]:
+    futures = [pool.submit(function, job) for job in jobs]
+    return (future.result() for future in as_completed(futures))
+
+
+@contextmanager
+def _processes(workers: int, log: Path) -> Iterator[ProcessPoolExecutor]:
+    others = set(active_children())
+    # Not forked: this process may hold threads and an accelerator.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (log,))
+    try:
+        with _one_thread():
+            yield pool
+    except BaseException as error:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in set(active_children()) - others:
+            child.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise WorkerDied(f"A worker process was killed; see {log}.") from error
+        raise
+    finally:
+        pool.shutdown()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let processes that start meanwhile load their numerical libraries with one thread."""
+    before = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(dict.fromkeys(THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
+
+
+def _start(log: Path) -> None:
+    """Prepare a worker process."""
+    with log.open("a", encoding="utf-8") as stream:
+        for descriptor in (1, 2):
+            os.dup2(stream.fileno(), descriptor)
+    log_to_file(log)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone, which a pool's own workers do not."""
+    if (parent := parent_process()) is not None:
+        parent.join()
+        os._exit(1)
