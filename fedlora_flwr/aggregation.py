@@ -61,16 +61,14 @@ def weighted_mean(
         found = {name: array.shape for name, array in upload.items()}
         if found != expected:
             raise InvalidValue("shapes of an upload", found, f"those of the first, {expected}")
-    return {
-        name: sum(
-            (
-                share * upload[name].astype(np.float64)
-                for share, upload in zip(shares, uploads, strict=True)
-            ),
-            start=np.zeros(array.shape),
-        ).astype(array.dtype)
-        for name, array in first.items()
-    }
+    means: dict[str, NDArray[np.floating]] = {}
+    for name, array in first.items():
+        total, term = np.zeros(array.shape), np.empty(array.shape)
+        for share, upload in zip(shares, uploads, strict=True):
+            np.multiply(upload[name], share, out=term, dtype=np.float64)
+            total += term
+        means[name] = total.astype(array.dtype)
+    return means
 
 
 def merge(current: Arrays, update: Arrays) -> dict[str, NDArray[np.floating]]:

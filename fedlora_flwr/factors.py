@@ -1,4 +1,7 @@
-"""Pure arithmetic on pairs of LoRA factors, ``B`` (m x r) and ``A`` (r x n), never on their product.
+"""Arithmetic on pairs of LoRA factors, ``B`` (m x r) and ``A`` (r x n), not on their product.
+
+A product of m x n entries is formed in one case only, on the way to its SVD: r >= max(m, n), where
+it is smaller than its factors.
 
 Sums, QR and SVD run in fp64; results come back in the factors' own type. Every function raises
 `InvalidValue` for factors that do not fit together, are not finite or not floating-point, and for
@@ -171,7 +174,7 @@ def spectrum(B: Factor, A: Factor) -> Factor:
 
 
 def _compress(B: Factor, A: Factor, floor: float) -> tuple[Array64, Array64]:
-    left, sigma, right = _decompose(B, A, min(*B.shape, A.shape[1]), floor)
+    left, right, sigma = _decompose(B, A, min(*B.shape, A.shape[1]), floor)
     rank = np.count_nonzero(sigma)
     return left[:, :rank], right[:rank]
 
@@ -181,7 +184,7 @@ def _decompose(B: Factor, A: Factor, rank: int, floor: float) -> tuple[Array64, 
     (m, r), n = B.shape, A.shape[1]
     left, right = B.astype(np.float64), A.astype(np.float64)
     basis = rest = None
-    if r < n or rank > r:  # QR shrinks no factor with more columns than rows.
+    if r < n:  # QR shrinks no factor with more columns than rows.
         padded = np.vstack([right, np.zeros((max(rank - r, 0), n))])  # It completes the basis.
         q_a, r_a = qr(padded.T, mode="economic", check_finite=False)
         inner = min(n, r)
@@ -218,8 +221,8 @@ def _leading(B: Factor, A: Factor, rank: int, floor: float) -> tuple[Array64, Ar
         u = _orthonormal(image)
         v, sigma, mix = np.linalg.svd(A.T @ (B.T @ u), full_matrices=False)
         image = B @ (A @ v)
-        previous = min(error, sigma[0])
-        error = np.linalg.norm(image[:, :rank] - u @ (mix[:rank].T * sigma[:rank]))
+        previous = min(error, float(sigma[0]))
+        error = float(np.linalg.norm(image[:, :rank] - u @ (mix[:rank].T * sigma[:rank])))
         if error <= 1e-13 * sigma[0]:
             left = u @ (mix[:rank].T * np.where(sigma > floor, sigma, 0.0)[:rank])
             return _oriented(left, v[:, :rank].T, rank)

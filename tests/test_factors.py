@@ -4,13 +4,22 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import DTypeLike, NDArray
 
+from fedlora_flwr import factors
 from fedlora_flwr.aggregation import weighted_mean
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.factors import combine, refactorise, residual, spectrum, truncate
+from fedlora_flwr.factors import (
+    add,
+    combine,
+    compact,
+    refactorise,
+    residual,
+    spectrum,
+    truncate,
+)
 
 Factor = NDArray[np.floating]
 Array64 = NDArray[np.float64]
@@ -171,6 +180,131 @@ def test_residual_restores_the_mean_of_products(
     assert (np.linalg.norm(B, axis=0) > 0).all()
 
 
+@given(pairs())
+def test_compacting_drops_what_is_zero_and_nothing_else(pair: Pair) -> None:
+    product = pair[0] @ pair[1]
+    sigma = full_svd(product)[1]
+
+    B, A = compact(*pair)
+
+    assert B.shape == (len(product), np.count_nonzero(sigma > 1e-11 * sigma[0]))
+    assert A.shape == (B.shape[1], product.shape[1])
+    close(B @ A, product, sigma[0])
+    close(A @ A.T, np.eye(len(A)), 1)
+    close(np.linalg.norm(B, axis=0), sigma[: len(A)], sigma[0])
+    whole = refactorise(*pair)
+    close(B, whole[0][:, : len(A)], sigma[0])
+    assert not whole[0][:, len(A) :].any()
+
+
+@given(sizes, sizes, st.lists(st.integers(0, 9), min_size=1, max_size=5), seeds)
+def test_adding_is_the_plain_sum(m: int, n: int, ranks: list[int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    summands = [draw_pair(rng, m, n, r) for r in ranks]
+
+    B, A = add(summands)
+
+    assert B.shape == (m, sum(ranks))
+    close(B @ A, sum((b @ a for b, a in summands), np.zeros((m, n))), 1, 1e-12)
+    assert all(np.shares_memory(B, b) is False for b, _ in summands)
+
+
+@pytest.mark.parametrize(("m", "n"), [(30, 20), (16, 48)])
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_a_sum_over_rounds_does_not_drift(m: int, n: int, scale: float) -> None:
+    rng = np.random.default_rng(7)
+    total: Pair = (np.zeros((m, 0)), np.zeros((0, n)))
+    dense = np.zeros((m, n))
+    for server_round in range(50):
+        new = draw_pair(rng, m, n, 3)
+        new = (new[0] * scale ** (server_round / 49), new[1])
+        B, A = compact(*add([total, new]))
+        total, dense = (np.asarray(B), np.asarray(A)), dense + new[0] @ new[1]
+        assert B.shape[1] == len(A) == min(m, n, 3 * (server_round + 1))
+        close(B @ A, dense, full_svd(dense)[1][0], 1e-12)
+    B, A = compact(*add([total, (-total[0], total[1])]))
+    assert B.shape == (m, 0)
+
+
+def with_spectrum(
+    rng: np.random.Generator, m: int, n: int, r: int, sigma: Array64, mix: bool
+) -> Pair:
+    """A product with the given singular values, its r columns mixed or one component each."""
+    u, v = (np.linalg.qr(rng.normal(size=(size, len(sigma))))[0] for size in (m, n))
+    blend = rng.normal(size=(len(sigma), r)) if mix else np.eye(len(sigma), r)
+    return (u * sigma) @ blend, np.linalg.pinv(blend) @ v.T
+
+
+SPECTRA: dict[str, Callable[[Array64, int], Array64]] = {
+    "gap": lambda i, rank: np.where(i < rank, 1.0, 1e-3) / (1 + 0.01 * i),
+    "gap of 14": lambda i, rank: np.where(i < rank, 1.0, 0.07),
+    "gap of 25": lambda i, rank: np.where(i < rank, 1.0, 0.04),
+    "exact rank": lambda i, rank: (i < rank).astype(float),
+    "below rank": lambda i, rank: (2 * i + 2 < rank).astype(float),
+    "zero": lambda i, _: 0.0 * i,
+    "flat": lambda i, _: np.ones_like(i),
+    "tie at the rank": lambda i, rank: np.where(i < rank + 2, 1.0, 1e-4),
+    "tie of twenty": lambda i, rank: np.where(i < rank + 20, 1.0, 1e-4),
+    "steep": lambda i, _: 10.0**-i,
+    "slow": lambda i, _: 0.9**i,
+    "tiny tail": lambda i, rank: np.where(i < rank, 10.0**-i, 1e-9),
+    "one large, flat tail": lambda i, _: np.where(i < 1, 1.0, 1e-7),
+}
+
+
+@pytest.mark.parametrize("kind", SPECTRA)
+@given(st.integers(1, 4), st.integers(48, 90), st.integers(48, 90), st.booleans(), seeds)
+@settings(max_examples=15)
+def test_truncating_wide_stacks_is_the_best_approximation(
+    kind: str, rank: int, m: int, n: int, mix: bool, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    count = min(m, n)
+    sigma = SPECTRA[kind](np.arange(count, dtype=np.float64), rank)
+    pair = with_spectrum(rng, m, n, count + int(rng.integers(0, 60)), sigma, mix)
+    product, top = pair[0] @ pair[1], sigma[0]
+
+    B, A = truncate(*pair, rank)
+
+    close(np.linalg.norm(B, axis=0), sigma[:rank], top)
+    close(A @ A.T, np.eye(rank), 1)
+    close(B.T @ B, np.diag(sigma[:rank] ** 2), top**2)
+    close(full_svd(product - B @ A)[1][: count - rank], sigma[rank:], top)
+    slow_b, slow_a = factors._decompose(*pair, rank, factors._rounding(*pair))[:2]
+    if sigma[rank - 1] - sigma[rank] > 1e-3 * top:
+        close(B @ A, slow_b @ slow_a, top)
+    assert (np.linalg.norm(B, axis=0) > 0).tolist() == (sigma[:rank] > 0).tolist()
+
+
+def test_leading_components_far_from_the_first_rows_are_found() -> None:
+    sigma = np.arange(1.0, 61.0)
+    sigma[-2:] = [1e4, 2e4]
+    B, A = truncate(np.diag(sigma), np.eye(60), 2)
+    close(B @ A, np.diag(np.where(sigma > 100, sigma, 0)), 2e4)
+
+
+def test_terms_that_cancel_leave_what_rounding_leaves() -> None:
+    rng = np.random.default_rng(2)
+    (B, A), move = draw_pair(rng, 60, 50, 30), rng.normal(size=(30, 50))
+    pair = np.hstack([B, -B]), np.vstack([A + 1e-8 * move, A])
+    u, sigma, vt = full_svd(1e-8 * B @ move)
+    close(np.matmul(*truncate(*pair, 2)), (u[:, :2] * sigma[:2]) @ vt[:2], sigma[0], 1e-5)
+
+
+def test_clients_close_to_one_start_need_no_direct_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    start = draw_pair(rng, 90, 70, 2)
+    clients = [
+        (start[0] + 0.1 * b, start[1] + 0.1 * a)
+        for b, a in (draw_pair(rng, 90, 70, 2) for _ in range(40))
+    ]
+    stack = combine(clients, [1.0] * 40)
+    slow = factors._decompose(*stack, 2, 0.0)[:2]
+    monkeypatch.setattr(factors, "_decompose", None)
+    for found, wanted in zip(truncate(*stack, 2), slow, strict=True):
+        close(found, wanted, float(np.linalg.norm(slow[0], 2)))
+
+
 @given(st.sampled_from([0, 1]), sizes, sizes, weight_lists, seeds)
 def test_no_residual_where_clients_agree_on_a_factor(
     side: int, m: int, n: int, weights: list[float], seed: int
@@ -204,6 +338,8 @@ def test_results_have_the_inputs_type_and_the_same_bits(dtype: DTypeLike) -> Non
     calls: list[Callable[[], tuple[NDArray[np.floating], ...]]] = [
         lambda: refactorise(*clients[0]),
         lambda: truncate(*clients[0], 2),
+        lambda: compact(*clients[0]),
+        lambda: add(clients),
         lambda: combine(clients, [1, 2]),
         lambda: residual(clients, [1, 2]),
         lambda: (spectrum(*clients[0]),),
@@ -231,6 +367,12 @@ NAN = np.array([[np.nan, 1.0, 1.0]] * 2)
         (lambda: refactorise(B * 1e160, A * 1e160), "product"),
         (lambda: refactorise(B * 1e160, A / 1e160), "product"),
         (lambda: refactorise(B.astype("f2") * 300, A.astype("f2") * 300), "result"),
+        (lambda: compact(B, A.T), "shapes of B and A"),
+        (lambda: compact(B, NAN), "entries of A"),
+        (lambda: truncate(np.ones((40, 40)) * 1e160, np.ones((40, 40)), 1), "product"),
+        (lambda: add([]), "weights"),
+        (lambda: add([(B, A), (B, NAN)]), "entries of A"),
+        (lambda: add([(B, A), (B[1:], A)]), "shapes of the products"),
         (lambda: combine([(B, A)], []), "weights"),
         (lambda: residual([(B, A)], [-1.0]), "weights"),
         (lambda: combine([(B, A)], [1, 1]), "one for each of 1 pairs"),

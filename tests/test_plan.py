@@ -95,7 +95,10 @@ def test_blocks_by_a_pattern_of_ones_own() -> None:
     assert layout.blocks == ("stages.0", "stages.1")
     layout.check_blocks()
     plan = ComponentPlan.parse("BA")
-    assert layout.active(plan, step=1) == ("stages.0.fc1.lora_B.weight", "stages.0.fc2.lora_B.weight")
+    assert layout.active(plan, step=1) == (
+        "stages.0.fc1.lora_B.weight",
+        "stages.0.fc2.lora_B.weight",
+    )
 
 
 def test_a_layer_outside_any_block_is_refused_with_the_way_to_name_it() -> None:

@@ -210,7 +210,9 @@ def test_get_parameters_needs_no_records(make_config: MakeConfig) -> None:
     config = make_config()
     trainer = process_trainer(config)
     records = trainer.task.client_records(0, config.num_clients)
-    client = LoRAClient(trainer, records, Ledger(state_folder(config) / "ledger.sqlite"), "me", "run")
+    client = LoRAClient(
+        trainer, records, Ledger(state_folder(config) / "ledger.sqlite"), "me", "run"
+    )
     start = client.get_parameters({})
     for array, expected in zip(start, trainer.adapted.read().values(), strict=True):
         np.testing.assert_array_equal(array, expected)

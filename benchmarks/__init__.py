@@ -1,0 +1,1 @@
+"""Measurements behind the claims about cost; each module is a command of its own."""

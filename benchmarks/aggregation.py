@@ -1,0 +1,422 @@
+"""What aggregation costs a server, against the SVD of full m x n matrices in published code.
+
+Run ``python -m benchmarks.aggregation``. For each layer shape, number of clients and rank, every
+strategy and the full SVD take turns on the same fp32 uploads with one thread each; the median of a
+layer's seconds is multiplied by the number of such layers in the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike, NDArray
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from fedlora_flwr.aggregation import weighted_mean
+from fedlora_flwr.factors import combine, compact, refactorise, residual, truncate
+
+Factor: TypeAlias = NDArray[np.floating]
+Pair: TypeAlias = tuple[Factor, Factor]
+Call: TypeAlias = Callable[[], object]
+Shape: TypeAlias = tuple[int, int]
+Cell: TypeAlias = tuple[Shape, int, int]
+
+MOVED = 0.1
+"""Size of a client's change relative to the common start, entry by entry."""
+
+AVERAGING_BAR, SVD_BAR, EQUALITY_BAR = 180.0, 30.0, 1e-10
+AVERAGE_BOTH = "dp-lora, la-lora"
+AVERAGE_ONE = "ffa-lora, rolora, as-lora"
+FEDSVD, FLEXLORA, UNRELATED = "fedsvd", "flexlora", "flexlora, unrelated clients"
+FLORA, FEDEX, FEDSA = "flora", "fedex-lora", "fedsa-lora"
+BARS = {
+    AVERAGE_BOTH: AVERAGING_BAR,
+    AVERAGE_ONE: AVERAGING_BAR,
+    FEDSA: AVERAGING_BAR,
+    FEDSVD: SVD_BAR,
+    FLEXLORA: SVD_BAR,
+    UNRELATED: SVD_BAR,
+}
+MEAN_OF_PRODUCTS, PRODUCT_OF_MEAN = "SVD of the mean of products", "SVD of mean(B) A"
+
+
+def swin(dims: Sequence[int], depths: Sequence[int]) -> dict[Shape, int]:
+    """Count the shapes of ``attn.qkv`` (3d x d) and ``attn.proj`` (d x d)."""
+    pairs = list(zip(dims, depths, strict=True))
+    return {(k * d, d): depth for d, depth in pairs for k in (3, 1)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure: layers of each model by shape, numbers of clients, ranks, repetitions."""
+
+    models: dict[str, dict[Shape, int]]
+    clients: tuple[int, ...]
+    ranks: tuple[int, ...]
+    repetitions: int
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """Every distinct shape, in order."""
+        return list(dict.fromkeys(shape for layers in self.models.values() for shape in layers))
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Every shape with every number of clients and rank."""
+        return [
+            (s, clients, r) for s in self.shapes for clients in self.clients for r in self.ranks
+        ]
+
+
+FULL = Plan(
+    {
+        "RoBERTa-large": {(1024, 1024): 48},
+        "Swin-B": swin((128, 256, 512, 1024), (2, 2, 18, 2)),
+    },
+    clients=(6, 100),
+    ranks=(8, 16, 64),
+    repetitions=3,
+)
+QUICK = Plan({"square": {(96, 96): 2}, "swin": swin((32,), (2,))}, (3, 8), (2, 8), 2)
+
+
+def draw(cell: Cell, related: bool, dtype: DTypeLike) -> list[Pair]:
+    """Draw the clients' factors: a common start with a small change each, or unrelated ones."""
+    (m, n), clients, r = cell
+    rng = np.random.default_rng([m, n, clients, r])
+    sides = ((m, r), (r, n))
+    start = [rng.standard_normal(side) for side in sides]
+    common, own = (1.0, MOVED) if related else (0.0, 1.0)
+    return [
+        (B.astype(dtype), A.astype(dtype))
+        for B, A in (
+            [common * at + own * rng.standard_normal(at.shape) for at in start]
+            for _ in range(clients)
+        )
+    ]
+
+
+def strategies(pairs: list[Pair], unrelated: list[Pair]) -> dict[str, Call]:
+    """Give each strategy's server step for one layer, with the package's own functions."""
+    weights = [1.0] * len(pairs)
+    rank = pairs[0][1].shape[0]
+    both = [{"A": A, "B": B} for B, A in pairs]
+    only_a, only_b = [{"A": A} for _, A in pairs], [{"B": B} for B, _ in pairs]
+
+    def fedsvd() -> Pair:
+        return refactorise(weighted_mean(only_b, weights)["B"], pairs[0][1])
+
+    def flexlora(clients: list[Pair]) -> Pair:
+        return truncate(*combine(clients, weights), rank)
+
+    return {
+        AVERAGE_BOTH: lambda: weighted_mean(both, weights),
+        AVERAGE_ONE: lambda: weighted_mean(only_b, weights),
+        FEDSA: lambda: weighted_mean(only_a, weights),
+        FEDSVD: fedsvd,
+        FLEXLORA: partial(flexlora, pairs),
+        UNRELATED: partial(flexlora, unrelated),
+        FLORA: lambda: compact(*combine(pairs, weights)),
+        FEDEX: lambda: (weighted_mean(both, weights), residual(pairs, weights)),
+    }
+
+
+def svd_numpy(matrix: torch.Tensor, rank: int) -> Pair:
+    """Cut the SVD by NumPy to a rank."""
+    u, sigma, vt = np.linalg.svd(matrix.numpy(), full_matrices=False)
+    return u[:, :rank] * sigma[:rank], vt[:rank]
+
+
+def svd_torch(matrix: torch.Tensor, rank: int) -> Pair:
+    """Cut the SVD by torch to a rank."""
+    u, sigma, vt = torch.linalg.svd(matrix, full_matrices=False)
+    return (u[:, :rank] * sigma[:rank]).numpy(), vt[:rank].numpy()
+
+
+LIBRARIES: dict[str, Callable[[torch.Tensor, int], Pair]] = {
+    "numpy": svd_numpy,
+    "torch": svd_torch,
+}
+
+
+def mean_of_products(pairs: list[Pair]) -> torch.Tensor:
+    """Form ``Σ B_k A_k / N`` as one m x n matrix, in place, the factors' type throughout."""
+    total = torch.zeros(
+        len(pairs[0][0]), pairs[0][1].shape[1], dtype=torch.from_numpy(pairs[0][0]).dtype
+    )
+    for B, A in pairs:
+        total.addmm_(torch.from_numpy(B), torch.from_numpy(A), alpha=1 / len(pairs))
+    return total
+
+
+def full_ways(pairs: list[Pair], library: str) -> dict[str, Call]:
+    """Give the two server steps of published code for one layer."""
+    rank = pairs[0][1].shape[0]
+    svd = LIBRARIES[library]
+
+    def product_of_mean() -> Pair:
+        mean = torch.zeros(pairs[0][0].shape)
+        for B, _ in pairs:
+            mean.add_(torch.from_numpy(B), alpha=1 / len(pairs))
+        return svd(mean @ torch.from_numpy(pairs[0][1]), rank)
+
+    return {
+        MEAN_OF_PRODUCTS: lambda: svd(mean_of_products(pairs), rank),
+        PRODUCT_OF_MEAN: product_of_mean,
+    }
+
+
+def clock(call: Call, at_least: float = 5e-3, at_most: int = 10) -> list[float]:
+    """Time a call, a fast one up to ten times, in seconds."""
+    seconds: list[float] = []
+    while not seconds or (sum(seconds) < at_least and len(seconds) < at_most):
+        begin = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def time_cell(cell: Cell, library: str, repetitions: int) -> dict[str, float]:
+    """Take the median seconds of everything for one layer; methods take turns."""
+    pairs, unrelated = draw(cell, True, np.float32), draw(cell, False, np.float32)
+    calls = strategies(pairs, unrelated) | full_ways(pairs, library)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repetitions):
+        for name, call in calls.items():
+            seconds[name] += clock(call)
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def time_libraries(shape: Shape) -> dict[str, float]:
+    """Time one fp32 SVD by each library, after one to warm up."""
+    matrix = torch.from_numpy(np.random.default_rng(0).standard_normal(shape, dtype=np.float32))
+    seconds = {}
+    for name, svd in LIBRARIES.items():
+        svd(matrix[:32, :32], 1)
+        seconds[name] = statistics.median(clock(partial(svd, matrix, 1), 0.2, 3))
+    return seconds
+
+
+def compare(cell: Cell, related: bool) -> dict[str, object]:
+    """Compare the products in fp64 with those of the full SVD, relative to the largest σ."""
+    pairs = draw(cell, related, np.float64)
+    weights, (shape, clients, rank) = [1.0] * len(pairs), cell
+    dense = mean_of_products(pairs)
+    sigma = float(torch.linalg.svdvals(dense)[0])
+    stack = combine(pairs, weights)
+    mean = weighted_mean([{"B": B, "A": A} for B, A in pairs], weights)
+    single = mean["B"] @ pairs[0][1]
+    extra = residual(pairs, weights)
+
+    def off(found: Factor, wanted: Factor, scale: float) -> float:
+        return float(np.abs(found - wanted).max() / scale)
+
+    return {
+        "shape": list(shape),
+        "clients": clients,
+        "rank": rank,
+        "uploads": "one start and small changes" if related else "unrelated",
+        FEDSVD: off(
+            np.matmul(*refactorise(mean["B"], pairs[0][1])),
+            np.matmul(*svd_numpy(torch.from_numpy(single), rank)),
+            float(np.linalg.norm(single, 2)),
+        ),
+        FLEXLORA: off(
+            np.matmul(*truncate(*stack, rank)), np.matmul(*svd_numpy(dense, rank)), sigma
+        ),
+        FLORA: off(np.matmul(*compact(*stack)), dense.numpy(), sigma),
+        FEDEX: off(mean["B"] @ mean["A"] + np.matmul(*extra), dense.numpy(), sigma),
+    }
+
+
+@dataclass
+class Results:
+    """Everything that a run has found."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    equality: list[dict[str, Any]] = field(default_factory=list)
+    libraries: list[dict[str, Any]] = field(default_factory=list)
+
+
+def measure(plan: Plan, progress: Progress) -> Results:
+    """Run the whole plan with one thread for each library."""
+    results, medians, best = Results(), {}, {}
+    kinds = [(cell, related) for cell in plan.cells for related in (True, False)]
+    for shape in progress.track(plan.shapes, description="full SVD by library"):
+        seconds = time_libraries(shape)
+        best[shape] = min(seconds, key=seconds.__getitem__)
+        results.libraries.append({"shape": list(shape), "used": best[shape], "seconds": seconds})
+    for cell in progress.track(plan.cells, description="seconds"):
+        medians[cell] = time_cell(cell, best[cell[0]], plan.repetitions)
+    for cell, related in progress.track(kinds, description="equality in fp64"):
+        results.equality.append(compare(cell, related))
+    results.rows = list(make_rows(plan, medians))
+    return results
+
+
+def make_rows(plan: Plan, medians: dict[Cell, dict[str, float]]) -> Iterable[dict[str, Any]]:
+    """Sum the layers of each model, with the bar and why a bar is not met."""
+    for model, layers in plan.models.items():
+        for clients in plan.clients:
+            for rank in plan.ranks:
+                total: dict[str, float] = {}
+                for shape, count in layers.items():
+                    for name, seconds in medians[shape, clients, rank].items():
+                        total[name] = total.get(name, 0.0) + count * seconds
+                stacked = sum(
+                    count for shape, count in layers.items() if clients * rank >= min(shape)
+                )
+                for name in list(total)[:-2]:
+                    full = total[PRODUCT_OF_MEAN if name == FEDSVD else MEAN_OF_PRODUCTS]
+                    bar, ratio = BARS.get(name), full / total[name]
+                    met = None if bar is None else ratio >= bar
+                    yield {
+                        "model": model,
+                        "clients": clients,
+                        "rank": rank,
+                        "strategy": name,
+                        "seconds": total[name],
+                        "full_svd_seconds": full,
+                        "ratio": ratio,
+                        "bar": bar,
+                        "met": met,
+                        "layers": sum(layers.values()),
+                        "layers_with_stacked_rank_of_a_side": stacked,
+                        "why": why(name, clients, rank) if met is False or ratio < 1 else None,
+                    }
+
+
+def why(name: str, clients: int, rank: int) -> str:
+    """Name the cost that remains where a bar is not met or the full SVD is faster."""
+    if BARS.get(name) == AVERAGING_BAR:
+        return (
+            "A mean reads every upload: its seconds grow with clients times rank, those of an SVD "
+            "do not."
+        )
+    if name == FEDSVD:
+        return (
+            "The mean of B grows with clients times rank, and QR of two thin factors nears the "
+            "full SVD where the rank is not small against the layer."
+        )
+    sums = f"The stacked rank is {clients * rank}: "
+    if name in (UNRELATED, FLORA, FEDEX):
+        return sums + (
+            "without a gap behind the rank only QR and the SVD of a core are exact, and the core "
+            "grows with the stacked rank, up to the size of the matrix. From there on forming the "
+            "matrix is the cheapest exact way, and published code forms it in fp32, ours in fp64."
+        )
+    return sums + (
+        "stacking, and then each pass of the iteration or the QR of small layers, works on all of "
+        "it in fp64, which grows with clients times rank squared; the SVD of the matrix does not."
+    )
+
+
+def describe_machine() -> dict[str, object]:
+    """Name the CPU and count the cores; nothing that names the host."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+    }
+
+
+def report(results: Results, arguments: Sequence[str]) -> dict[str, object]:
+    """Put the results in the form of the JSON file."""
+    figures = [
+        max(row[name] for row in results.equality) for name in (FEDSVD, FLEXLORA, FLORA, FEDEX)
+    ]
+    packages = ("fedlora-flwr", "numpy", "scipy", "torch")
+    return {
+        "command": " ".join(["python -m benchmarks.aggregation", *arguments]),
+        "machine": describe_machine(),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+        "threads": 1,
+        "method": (
+            "Medians of interleaved repetitions of one layer of each shape, fp32 uploads, times "
+            "the number of such layers. The full SVD forms the mean in fp32 and uses the library, "
+            "NumPy or torch, that is faster for the shape. Clients share a start and differ by "
+            f"{MOVED} of its entries' size; 'unrelated clients' are independent draws."
+        ),
+        "equality": {
+            "bar": EQUALITY_BAR,
+            "met": max(figures) <= EQUALITY_BAR,
+            "largest": dict(zip((FEDSVD, FLEXLORA, FLORA, FEDEX), figures, strict=True)),
+            "unit": "largest difference of an entry of the products / largest singular value, fp64",
+            "cells": results.equality,
+        },
+        "libraries": results.libraries,
+        "rows": results.rows,
+    }
+
+
+def show(content: dict[str, Any], console: Console) -> None:
+    """Print the table and the bars."""
+    table = Table("model", "clients", "r", "strategy", title="Aggregation, one thread")
+    for title in ("seconds", "full SVD, s", "ratio", "bar", "met"):
+        table.add_column(title, justify="right")
+    for row in content["rows"]:
+        table.add_row(
+            row["model"],
+            str(row["clients"]),
+            str(row["rank"]),
+            row["strategy"],
+            f"{row['seconds']:.4f}",
+            f"{row['full_svd_seconds']:.3f}",
+            f"{row['ratio']:.1f}",
+            "–" if row["bar"] is None else f"{row['bar']:g}",
+            {True: "yes", False: "no", None: "–"}[row["met"]],
+        )
+    console.print(table)
+    equality = content["equality"]
+    console.print(
+        "Equal to the full SVD in fp64 to "
+        + ", ".join(f"{value:.1e} ({name})" for name, value in equality["largest"].items())
+        + f"; bar {equality['bar']:g} {'met' if equality['met'] else 'not met'}."
+    )
+    for reason in dict.fromkeys(
+        f"{r['strategy']}: {r['why']}" for r in content["rows"] if r["why"]
+    ):
+        console.print(f"Not met or slower, {reason}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the table and write the JSON file if one is named."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.aggregation", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small shapes, a few seconds")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    options = parser.parse_args(arguments)
+    console = Console()
+    torch.set_num_threads(1)
+    begin, load = time.perf_counter(), os.getloadavg()[0]
+    with threadpool_limits(1), Progress(console=console) as progress:
+        results = measure(QUICK if options.quick else FULL, progress)
+    flags = ["--quick"] if options.quick else []
+    content = report(results, flags)
+    content |= {"elapsed_seconds": time.perf_counter() - begin, "load_average_before": load}
+    show(content, console)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
