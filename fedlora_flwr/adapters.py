@@ -113,7 +113,7 @@ class AdaptedModel:
         ]
         self.head = list(self._head_linears())
         self.parameters: dict[str, nn.Parameter] = dict(self._named_parameters())
-        self._folded = FoldedWeights(self.layers)
+        self._folded = FoldedWeights(self.layers, model)
         self.check()
 
     @cached_property
@@ -218,15 +218,20 @@ class AdaptedModel:
         config, state = self.model.peft_config[self._adapter], self.model.state_dict()
         exported = copy.copy(config)
         exported.rank_pattern, exported.alpha_pattern = {}, {}
+
+        def spread(rank: int) -> float:
+            return math.sqrt(rank) if config.use_rslora else rank
+
         for layer in self.layers:
             b, a = layer.B.detach(), layer.A.detach()
             if layer.name in self._folded.pairs:
                 folded_b, folded_a = self._folded.pairs[layer.name]
                 b, a = torch.cat((b, folded_b.to(b)), 1), torch.cat((a, folded_a.to(a)), 0)
-            if a.shape[0] != config.r:
-                exported.rank_pattern[re.escape(layer.name)] = a.shape[0]
-                spread = math.sqrt(a.shape[0]) if config.use_rslora else a.shape[0]
-                exported.alpha_pattern[re.escape(layer.name)] = layer.scaling * spread
+            rank, usual = a.shape[0], config.lora_alpha / spread(config.r)
+            if rank != config.r or not math.isclose(layer.scaling, usual):
+                pattern = "^" + re.escape(layer.name)
+                exported.rank_pattern[pattern] = rank
+                exported.alpha_pattern[pattern] = layer.scaling * spread(rank)
             state[f"{_PREFIX}{layer.name}.lora_A.{self._adapter}.weight"] = a
             state[f"{_PREFIX}{layer.name}.lora_B.{self._adapter}.weight"] = b
         self.model.peft_config[self._adapter] = exported

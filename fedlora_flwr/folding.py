@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.plan import folded_names, is_folded
@@ -27,10 +27,13 @@ class FoldedWeights:
     ----------
     layers : Sequence[AdaptedLinear]
         The layers.
+    model : torch.nn.Module
+        What they are layers of.
     """
 
-    def __init__(self, layers: Sequence[AdaptedLinear]) -> None:
+    def __init__(self, layers: Sequence[AdaptedLinear], model: nn.Module) -> None:
         self._layers = {layer.name: layer for layer in layers}
+        self._model = model
         self._own: dict[str, Tensor] = {}
         self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
         """What is folded in now: B (m, q) and A (q, n) by layer."""
@@ -42,7 +45,7 @@ class FoldedWeights:
         ------
         InvalidValue
             An array belongs to no layer or comes without its partner, the shapes do not fit, or the
-            layer's weight is quantised.
+            layer's weight is quantised or another layer's too.
         """
         known = {name for layer in self._layers for name in folded_names(layer)}
         for name in arrays:
@@ -59,9 +62,13 @@ class FoldedWeights:
                 allowed = f"({m}, q) and (q, {n})"
                 raise InvalidValue(f"shapes folded into {layer.name}", shapes, allowed)
             weight = _weight(layer)
-            if not weight.is_floating_point() or weight.shape != (m, n):
+            own = weight.T if _transposed(layer) else weight
+            if not weight.is_floating_point() or own.shape != (m, n):
                 found = f"{weight.dtype} of shape {tuple(weight.shape)}"
                 raise InvalidValue(f"weight of {layer.name}", found, f"floats of shape ({m}, {n})")
+            named = self._model.named_parameters(remove_duplicate=False)
+            if len(owners := [name for name, parameter in named if parameter is weight]) > 1:
+                raise InvalidValue(f"weight of {layer.name}", owners, "a weight of its own")
 
     @torch.no_grad()
     def apply(self, arrays: Mapping[str, NDArray[np.floating]]) -> None:
@@ -82,8 +89,14 @@ class FoldedWeights:
             return
         own = self._own.setdefault(layer.name, weight.detach().clone())
         delta = layer.scaling * (pair[0].double() @ pair[1].double())
+        if _transposed(layer):
+            delta = delta.T
         weight.copy_((own.cpu().double() + delta).to(weight.dtype))
         self.pairs[layer.name] = pair
+
+
+def _transposed(layer: AdaptedLinear) -> bool:
+    return bool(getattr(layer.module, "fan_in_fan_out", False))
 
 
 def _weight(layer: AdaptedLinear) -> Tensor:

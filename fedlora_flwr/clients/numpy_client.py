@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.trainer import LocalUpdate, Trainer, plan_mechanism
 from fedlora_flwr.errors import BudgetExhausted, FedLoRAError, InvalidValue
-from fedlora_flwr.plan import BOTH, A, ComponentPlan, factor_of
+from fedlora_flwr.plan import BOTH, A, B, ComponentPlan, factor_of
 from fedlora_flwr.privacy.budget import Segment
 from fedlora_flwr.privacy.ledger import Account, Ledger
 from fedlora_flwr.privacy.mechanism import Mechanism
@@ -65,6 +65,10 @@ class Order:
     fingerprint: str
     share: str
     curvature: str
+
+    def __post_init__(self) -> None:
+        if self.share not in ("", A, B):
+            raise InvalidValue(SHARE, self.share, "'A', 'B' or empty")
 
     @classmethod
     def read(cls, config: Scalars, own_names: tuple[str, ...]) -> Order:
@@ -121,6 +125,8 @@ class LoRAClient(NumPyClient):
         self._trainer = trainer
         self._records = records
         self._ledger = ledger
+        if rank is not None and rank < 1:
+            raise InvalidValue("rank", rank, "a whole number of at least 1")
         self._store = store
         self._rank = rank
         config = trainer.config
@@ -245,7 +251,13 @@ class LoRAClient(NumPyClient):
         if order.share:
             local = self._local.recall(self._account.client, self._account.run)
             arrays = {**self._trainer.start, **local, **arrays}
-        return {name: self._cut(name, array) for name, array in arrays.items()}
+        arrays = {name: self._cut(name, array) for name, array in arrays.items()}
+        rank = self._rank or self._trainer.config.rank
+        for name, array in arrays.items():
+            factor = factor_of(name)
+            if factor and array.shape[0 if factor == A else -1] != rank:
+                raise InvalidValue(f"shape of {name}", array.shape, f"an array of rank {rank}")
+        return arrays
 
     def _cut(self, name: str, array: NDArray[np.float32]) -> NDArray[np.float32]:
         """Keep the leading ranks that this client trains; the server sorts them by weight."""

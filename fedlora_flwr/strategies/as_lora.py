@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+from flwr.serverapp.strategy import Result
 from numpy.typing import NDArray
 
 from fedlora_flwr.aggregation import Arrays, normalise
@@ -48,6 +49,11 @@ class ASLoRA(FedLoRA):
         self.curvature = curvature
         self.scores: dict[str, list[float | None]] = {}
         """Moving average by factor, one a block; None before its first score."""
+
+    def start(self, *args: Any, **kwargs: Any) -> Result:
+        """Run the federation, with no scores from an earlier one."""
+        self.scores = {}
+        return super().start(*args, **kwargs)
 
     def instructions(self) -> dict[str, str]:
         """Ask for scores."""

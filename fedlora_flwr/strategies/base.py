@@ -193,6 +193,7 @@ class FedLoRA(FedAvg):
         **kwargs: Any,
     ) -> Result:
         self.num_rounds = num_rounds
+        self._clients.clear()  # Node ids, and what clients have told, are of one run.
         return super().start(grid, initial_arrays, num_rounds, *args, **kwargs)
 
     def configure_train(

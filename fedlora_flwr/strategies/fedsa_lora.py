@@ -9,6 +9,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
+from fedlora_flwr.errors import FederationAborted
 from fedlora_flwr.plan import A, factor_of
 from fedlora_flwr.strategies.base import FedLoRA
 from fedlora_flwr.strategies.replies import combine_metrics, last_line, scalars
@@ -47,20 +48,35 @@ class FedSALoRA(FedLoRA):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Average the clients' metrics."""
-        metrics = {}
+        """Average the clients' metrics.
+
+        Raises
+        ------
+        FederationAborted
+            No client could measure its model.
+        """
+        report = self.last_round
+        if report is None:
+            return None
+        metrics, reasons = {}, []
         for reply in replies:
             node = reply.metadata.src_node_id
             if reply.has_error():
-                reason = last_line(reply.error.reason)
-                log(WARNING, "\\t> round %d: %s: %s", server_round, self._name(node), reason)
+                who = self._clients.get(node) or self._name(node)
+                reasons.append(f"{who}: {last_line(reply.error.reason)}")
                 continue
             numbers, texts = scalars(reply.content)
             numbers.pop(self.weighted_by_key, None)
             metrics[self._client(node, texts)] = numbers
-        if not metrics or self.last_round is None:
-            return None
+        report.failures += sorted(reasons)
+        for line in sorted(reasons):
+            log(WARNING, "\t> round %d: %s", server_round, line)
+        if not metrics:
+            raise FederationAborted(
+                f"Round {server_round}: no client measured its model. Reasons: "
+                + "; ".join(sorted(reasons)[:5] or ["no reply in time"])
+            )
         # In a fixed order, since sums depend on it.
         mean = combine_metrics([metrics[client] for client in sorted(metrics)])
-        self.last_round.evaluation = {k: v for k, v in mean.items() if isinstance(v, float)}
+        report.evaluation = {k: v for k, v in mean.items() if isinstance(v, float)}
         return mean

@@ -63,7 +63,7 @@ class RoundReport:
     bytes_up_adapters : int
         Those among ``bytes_up`` that are LoRA factors.
     bytes_plain : int
-        Bytes, both ways together, had each message and each reply carried all factors and the head.
+        Bytes of plain averaging: all factors and the head in each training message and each reply.
     uploads : list[Upload]
         Accepted answers.
     declined : list[str]
