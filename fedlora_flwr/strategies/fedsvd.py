@@ -18,7 +18,7 @@ class FedSVD(FedLoRA):
     """Train B; after each round write the mean product as ``B = U Σ`` and ``A = Vᵀ``.
 
     The mean is exact, the product is not changed by its new factors, and A, which clients hold
-    fixed for a round, has orthonormal rows. Source: arXiv 2505.12805.
+    fixed, has orthonormal rows. They span what A spanned at the start. Source: arXiv 2505.12805.
     """
 
     def plan(self, server_round: int, layout: Layout) -> ComponentPlan:
