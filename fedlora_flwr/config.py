@@ -69,6 +69,13 @@ class RunConfig:
     partitioner: str = _key("dirichlet", _ANY, "how a simulation splits the records over clients")
     dirichlet_alpha: float = _key(0.5, _above(0), "Dirichlet concentration; small = unequal")
     min_records: int = _key(40, _at_least(1), "records that the smallest simulated client has")
+    classes_per_client: int = _key(
+        2, _at_least(1), "pathological, shard: classes, or shards, of each client"
+    )
+    partition_column: str = _key(
+        "", _ANY, "column that the partitioner splits by; empty = the label"
+    )
+    partition_sizes: str = _key("", _ANY, "size: records of each client, e.g. '100,200,300'")
 
     strategy: str = _key("rolora", _ANY, "which LoRA factors train, and how they are averaged")
     num_clients: int = _key(10, _at_least(1), "clients that `fedlora run` and `simulate` make")

@@ -22,6 +22,7 @@ DEFAULTS = RunConfig().items()
 GOOD: dict[str, list[Any]] = {
     "dirichlet-alpha": [1e-3, 100.0],
     "min-records": [1],
+    "classes-per-client": [1, 200],
     "num-clients": [1],
     "min-clients": [1],
     "num-rounds": [1],
@@ -59,6 +60,7 @@ GOOD: dict[str, list[Any]] = {
 BAD: dict[str, list[Any]] = {
     "dirichlet-alpha": [0.0, -1.0, math.nan, math.inf],
     "min-records": [0],
+    "classes-per-client": [0],
     "num-clients": [0, -3],
     "min-clients": [0, -3],
     "num-rounds": [0],
@@ -103,6 +105,8 @@ def test_the_tables_of_this_test_are_complete() -> None:
     free = {key for key, value in DEFAULTS.items() if isinstance(value, bool)} | {
         "task",
         "partitioner",
+        "partition-column",
+        "partition-sizes",
         "strategy",
         "lora-targets",
         "device",

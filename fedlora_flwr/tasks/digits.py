@@ -7,7 +7,6 @@ Handwritten Digits" test set (UCI, 1998): 1797 pictures of 8x8 pixels.
 from __future__ import annotations
 
 from functools import cache, lru_cache
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,39 +16,16 @@ from torch import Tensor, nn
 
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.classification import evaluate_classifier
-from fedlora_flwr.tasks.partition import partition_indices
+from fedlora_flwr.tasks.partition import partition_records
 from fedlora_flwr.tasks.pretrain import build_vit, load_backbone
 from fedlora_flwr.tasks.records import TensorRecords
 from fedlora_flwr.tasks.registry import Batch, Records
+from fedlora_flwr.tasks.splits import Split, SplitSettings
 
 _TEST_SHARE = 0.2
 # Not the run's seed: figures of different runs must be of the same test set.
 _SPLIT_SEED = 2024
 _FULL_INK = 16.0
-
-
-class DigitsSettings(Protocol):
-    """What `DigitsTask` reads of the run configuration."""
-
-    @property
-    def partitioner(self) -> str:
-        """Name of a partitioner: ``"dirichlet"`` or ``"iid"``."""
-        ...
-
-    @property
-    def dirichlet_alpha(self) -> float:
-        """Dirichlet concentration."""
-        ...
-
-    @property
-    def min_records(self) -> int:
-        """Records that the smallest client must have."""
-        ...
-
-    @property
-    def seed(self) -> int:
-        """Seed of the partition."""
-        ...
 
 
 class DigitsTask:
@@ -59,7 +35,7 @@ class DigitsTask:
 
     Parameters
     ----------
-    settings : DigitsSettings
+    settings : SplitSettings
         How the private records are spread over clients.
     """
 
@@ -70,13 +46,8 @@ class DigitsTask:
     lora_targets = r"blocks\.\d+\.attn\.(qkv|proj)"
     head: tuple[str, ...] = ("head",)
 
-    def __init__(self, settings: DigitsSettings) -> None:
-        self._spread = (
-            settings.partitioner,
-            settings.dirichlet_alpha,
-            settings.min_records,
-            settings.seed,
-        )
+    def __init__(self, settings: SplitSettings) -> None:
+        self._settings = settings
 
     def build_model(self) -> nn.Module:
         """Return the backbone with its head; the first call on a machine pretrains it.
@@ -98,7 +69,7 @@ class DigitsTask:
         InvalidValue
             There is no such client, or the records cannot be spread as the settings ask.
         """
-        return _client(*self._spread, partition_id, num_partitions)
+        return _client(Split.of(self._settings, num_partitions), partition_id)
 
     def test_records(self) -> Records:
         """Return the 360 public digits, a fifth of each class, the same for every seed."""
@@ -130,21 +101,17 @@ def _handwritten() -> tuple[TensorRecords, TensorRecords]:
 
 
 @lru_cache(maxsize=8)
-def _parts(
-    partitioner: str, alpha: float, minimum: int, seed: int, clients: int
-) -> list[NDArray[np.int64]]:
+def _parts(split: Split) -> list[NDArray[np.int64]]:
     private = _handwritten()[0]
     labels = private.batch(torch.arange(len(private)))["label"].numpy()
-    return partition_indices(labels, partitioner, clients, seed, alpha=alpha, min_size=minimum)
+    return partition_records({"label": labels}, split)
 
 
 @lru_cache(maxsize=4096)
-def _client(
-    partitioner: str, alpha: float, minimum: int, seed: int, partition_id: int, clients: int
-) -> TensorRecords:
-    parts = _parts(partitioner, alpha, minimum, seed, clients)
-    if not 0 <= partition_id < clients:
-        raise InvalidValue("partition-id", partition_id, f"0 to {clients - 1}")
+def _client(split: Split, partition_id: int) -> TensorRecords:
+    parts = _parts(split)
+    if not 0 <= partition_id < len(parts):
+        raise InvalidValue("partition-id", partition_id, f"0 to {len(parts) - 1}")
     return _subset(_handwritten()[0], parts[partition_id])
 
 

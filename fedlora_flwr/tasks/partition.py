@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-import math
+import io
+import logging
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr.errors import InvalidValue, one_of
+from fedlora_flwr.tasks.splits import Split
 
 if TYPE_CHECKING:
+    import pandas as pd
     from flwr_datasets.partitioner import Partitioner
 
-
-@dataclass(frozen=True)
-class Split:
-    """What a partitioner is built from.
-
-    Parameters
-    ----------
-    num_partitions : int
-        Clients.
-    seed : int
-        Seed of the partitioner's own draws.
-    alpha : float
-        Dirichlet concentration: the smaller, the more the clients' label mixes differ.
-    min_size : int
-        Records that the smallest client must have.
-    """
-
-    num_partitions: int
-    seed: int
-    alpha: float
-    min_size: int
+_LOGGER = logging.getLogger(__name__)
 
 
 def _iid(split: Split) -> Partitioner:
@@ -48,11 +31,11 @@ def _iid(split: Split) -> Partitioner:
 def _dirichlet(split: Split) -> Partitioner:
     from flwr_datasets.partitioner import DirichletPartitioner
 
-    if not (math.isfinite(split.alpha) and split.alpha > 0):
+    if not 0 < split.alpha < float("inf"):
         raise InvalidValue("dirichlet-alpha", split.alpha, "a number above 0")
     return DirichletPartitioner(
         num_partitions=split.num_partitions,
-        partition_by="label",
+        partition_by=split.by,
         alpha=float(split.alpha),
         min_partition_size=split.min_size,
         self_balancing=False,
@@ -60,7 +43,111 @@ def _dirichlet(split: Split) -> Partitioner:
     )
 
 
-PARTITIONERS: dict[str, Callable[[Split], Partitioner]] = {"iid": _iid, "dirichlet": _dirichlet}
+def _pathological(split: Split) -> Partitioner:
+    from flwr_datasets.partitioner import PathologicalPartitioner
+
+    # One class of each client goes round, so that no class is left out where that can be.
+    return PathologicalPartitioner(
+        num_partitions=split.num_partitions,
+        partition_by=split.by,
+        num_classes_per_partition=split.classes_per_partition,
+        class_assignment_mode="first-deterministic",
+        seed=split.seed,
+    )
+
+
+def _shard(split: Split) -> Partitioner:
+    from flwr_datasets.partitioner import ShardPartitioner
+
+    return ShardPartitioner(
+        num_partitions=split.num_partitions,
+        partition_by=split.by,
+        num_shards_per_partition=split.classes_per_partition,
+        seed=split.seed,
+    )
+
+
+def _natural_id(split: Split) -> Partitioner:
+    from flwr_datasets.partitioner import NaturalIdPartitioner
+
+    return NaturalIdPartitioner(partition_by=split.by)
+
+
+def _size(split: Split) -> Partitioner:
+    from flwr_datasets.partitioner import SizePartitioner
+
+    if len(split.sizes) != split.num_partitions:
+        allowed = f"{split.num_partitions} sizes with commas between them, as num-clients says"
+        raise InvalidValue("partition-sizes", _joined(split.sizes), allowed)
+    return SizePartitioner(partition_sizes=list(split.sizes))
+
+
+def _by_place(name: str) -> Callable[[Split], Partitioner]:
+    """Return the builder of a partitioner in which client i's size is a function of i."""
+
+    def build(split: Split) -> Partitioner:
+        from flwr_datasets import partitioner as library
+
+        built: Partitioner = getattr(library, name)(num_partitions=split.num_partitions)
+        return built
+
+    return build
+
+
+PARTITIONERS: dict[str, Callable[[Split], Partitioner]] = {
+    "iid": _iid,
+    "dirichlet": _dirichlet,
+    "pathological": _pathological,
+    "shard": _shard,
+    "natural-id": _natural_id,
+    "size": _size,
+    "linear": _by_place("LinearPartitioner"),
+    "square": _by_place("SquarePartitioner"),
+    "exponential": _by_place("ExponentialPartitioner"),
+}
+_BY_COLUMN = ("dirichlet", "pathological", "shard", "natural-id")
+
+
+def partition_records(columns: Mapping[str, NDArray[Any]], split: Split) -> list[NDArray[np.int64]]:
+    """Deal records out to clients.
+
+    The same arguments give the same parts in every process. Classes that no client gets
+    (``"pathological"`` with few clients) are named in a warning.
+
+    Parameters
+    ----------
+    columns : Mapping[str, NDArray]
+        One value a record, each of shape (n,): the labels, as ``label``, and what else the
+        records may be split by.
+    split : Split
+        How. ``"dirichlet"`` is that of Yurochkin et al. (arXiv:1905.12022), per label, without
+        balancing; ``"shard"`` that of McMahan et al. (arXiv:1602.05629): records sorted by label
+        are cut into ``num_partitions * classes_per_partition`` equal shards, and what is over
+        after the last is dropped. The clients of ``"natural-id"`` are the column's sorted values.
+
+    Returns
+    -------
+    list[NDArray[np.int64]]
+        Positions of each client's records, ascending. The parts are disjoint.
+
+    Raises
+    ------
+    InvalidValue
+        A setting is out of range, or does not suit these records.
+    """
+    if split.partitioner not in PARTITIONERS:
+        raise InvalidValue(
+            "partitioner", split.partitioner, one_of(PARTITIONERS, split.partitioner)
+        )
+    if split.partitioner in _BY_COLUMN:
+        _require_column(columns, split)
+    _require_feasible(len(next(iter(columns.values()))), split)
+    parts = _dealt(columns, PARTITIONERS[split.partitioner](split), split)
+    if min(map(len, parts)) < split.min_size:
+        raise _unmet(split, min(map(len, parts)))
+    if split.partitioner == "pathological":
+        _warn_of_unused(columns[split.by], parts)
+    return parts
 
 
 def partition_indices(
@@ -72,74 +159,110 @@ def partition_indices(
     alpha: float = 0.5,
     min_size: int = 1,
 ) -> list[NDArray[np.int64]]:
-    """Deal records out to clients.
+    """Deal labelled records out to clients: `partition_records` for labels alone."""
+    split = Split(partitioner, num_partitions, seed, alpha, min_size)
+    return partition_records({"label": labels}, split)
 
-    The same arguments give the same parts in every process.
+
+def partition_table(labels: NDArray[Any], parts: Sequence[NDArray[np.int64]]) -> pd.DataFrame:
+    """Count each client's records by class.
 
     Parameters
     ----------
     labels : NDArray
         Class of each record, shape (n,).
-    partitioner : str
-        A key of `PARTITIONERS`: ``"iid"`` or ``"dirichlet"`` (Yurochkin et al.,
-        arXiv:1905.12022, per label, without balancing).
-    num_partitions : int
-        Clients, from 1 to n.
-    seed : int
-        Seed of the order of the records and of the partitioner.
-    alpha : float (default: 0.5)
-        Dirichlet concentration; ``"iid"`` does not read it.
-    min_size : int (default: 1)
-        Records that every client must get.
+    parts : Sequence[NDArray[np.int64]]
+        Positions of each client's records.
 
     Returns
     -------
-    list[NDArray[np.int64]]
-        Positions of each client's records, ascending. The parts are disjoint and cover all.
-
-    Raises
-    ------
-    InvalidValue
-        An argument is out of range, or no draw gave every client ``min_size`` records.
+    pandas.DataFrame
+        One row a client (index ``client``, from 0), one column a class that occurs in ``labels``,
+        sorted; int64.
     """
-    if partitioner not in PARTITIONERS:
-        raise InvalidValue("partitioner", partitioner, one_of(PARTITIONERS, partitioner))
-    _require_feasible(len(labels), num_partitions, min_size)
-    split = Split(num_partitions, seed, alpha, min_size)
-    parts = _dealt(labels, PARTITIONERS[partitioner](split), split)
-    if min(map(len, parts)) < min_size:
-        raise _unmet(split)
-    return parts
+    import pandas as pd
+
+    classes, codes = np.unique(labels, return_inverse=True)
+    counts = [np.bincount(codes[part], minlength=len(classes)) for part in parts]
+    table = np.asarray(counts, dtype=np.int64).reshape(len(parts), len(classes))
+    rows = pd.RangeIndex(len(parts), name="client")
+    return pd.DataFrame(table, index=rows, columns=pd.Index(classes.tolist(), name="class"))
 
 
-def _require_feasible(records: int, num_partitions: int, min_size: int) -> None:
-    if not 1 <= num_partitions <= records:
-        raise InvalidValue("num-clients", num_partitions, f"1 to {records}, one record each")
-    most = records // num_partitions
-    if not 1 <= min_size <= most:
-        reason = f"1 to {most}, as {num_partitions} clients share {records} records"
-        raise InvalidValue("min-records", min_size, reason)
+def _joined(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
 
 
-def _dealt(labels: NDArray[Any], partitioner: Partitioner, split: Split) -> list[NDArray[np.int64]]:
+def _require_column(columns: Mapping[str, NDArray[Any]], split: Split) -> None:
+    named = split.column if split.partitioner == "natural-id" else split.by
+    if named not in columns:
+        raise InvalidValue("partition-column", split.column, one_of(columns, split.column))
+    values = columns[named]
+    if values.dtype == object and any(value is None for value in values):
+        raise InvalidValue("partition-column", named, "a column without missing values")
+    distinct = len(np.unique(values))
+    if split.partitioner == "natural-id" and distinct != split.num_partitions:
+        reason = f"{distinct}, as partition-column = {named!r} has that many values"
+        raise InvalidValue("num-clients", split.num_partitions, reason)
+    if split.partitioner == "pathological" and not 1 <= split.classes_per_partition <= distinct:
+        reason = f"1 to {distinct}, the classes of the records"
+        raise InvalidValue("classes-per-client", split.classes_per_partition, reason)
+
+
+def _require_feasible(records: int, split: Split) -> None:
+    clients, least = split.num_partitions, split.min_size
+    if not 1 <= clients <= records:
+        raise InvalidValue("num-clients", clients, f"1 to {records}, one record each")
+    most = records // clients
+    if not 1 <= least <= most:
+        reason = f"1 to {most}, as {clients} clients share {records} records"
+        raise InvalidValue("min-records", least, reason)
+
+
+def _dealt(
+    columns: Mapping[str, NDArray[Any]], partitioner: Partitioner, split: Split
+) -> list[NDArray[np.int64]]:
     from datasets import Dataset
 
     # The partitioners cut each class, or the whole, in the order they find it.
-    order = np.random.default_rng(split.seed).permutation(len(labels))
-    partitioner.dataset = Dataset.from_dict({"index": order, "label": labels[order]})
-    with warnings.catch_warnings():
-        # Each failed draw warns; what matters is whether one of them succeeds.
-        warnings.simplefilter("ignore", UserWarning)
+    order = np.random.default_rng(split.seed).permutation(len(next(iter(columns.values()))))
+    shuffled = {name: values[order] for name, values in columns.items()}
+    partitioner.dataset = Dataset.from_dict({"index": order, **shuffled})
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        # Each failed draw warns; what matters is whether one of them succeeds. And some
+        # partitioners draw a progress bar wherever they run.
+        warnings.simplefilter("ignore")
         try:
-            parts = [partitioner.load_partition(i)["index"] for i in range(split.num_partitions)]
-        except ValueError as error:
-            raise _unmet(split) from error
+            # A whole column at once: read one by one, 67,000 records take two seconds.
+            parts = [partitioner.load_partition(i)["index"][:] for i in range(split.num_partitions)]
+        except (ValueError, TypeError) as error:
+            raise _refused(split, error) from error
     return [np.sort(np.asarray(part, dtype=np.int64)) for part in parts]
 
 
-def _unmet(split: Split) -> InvalidValue:
+def _refused(split: Split, error: Exception) -> InvalidValue:
+    if split.partitioner == "dirichlet":
+        return _unmet(split)
+    return InvalidValue("partitioner", split.partitioner, f"one that suits the records ({error})")
+
+
+def _unmet(split: Split, smallest: int | None = None) -> InvalidValue:
+    if split.partitioner != "dirichlet":
+        return InvalidValue(
+            "min-records",
+            split.min_size,
+            f"at most {smallest}, what partitioner = {split.partitioner!r} gives the smallest of "
+            f"{split.num_partitions} clients",
+        )
     advice = (
         f"a smaller minimum, fewer clients or more even parts than "
         f"{split.num_partitions} with dirichlet-alpha = {split.alpha} (seed {split.seed})"
     )
     return InvalidValue("min-records", split.min_size, advice)
+
+
+def _warn_of_unused(values: NDArray[Any], parts: Sequence[NDArray[np.int64]]) -> None:
+    dealt = np.concatenate(parts)
+    unused = sorted(set(np.unique(values).tolist()) - set(np.unique(values[dealt]).tolist()))
+    if unused:
+        _LOGGER.warning("No client gets records of the classes %s.", ", ".join(map(str, unused)))

@@ -13,7 +13,15 @@ QUICK = Recipe(images=200, steps=3, batch=16)
 
 def settings(**changes: object) -> SimpleNamespace:
     """Return the settings that the tests share, but for ``changes``."""
-    defaults = {"partitioner": "dirichlet", "dirichlet_alpha": 0.5, "min_records": 32, "seed": 42}
+    defaults = {
+        "partitioner": "dirichlet",
+        "dirichlet_alpha": 0.5,
+        "min_records": 32,
+        "classes_per_client": 2,
+        "partition_column": "",
+        "partition_sizes": "",
+        "seed": 42,
+    }
     return SimpleNamespace(**{**defaults, **changes})
 
 

@@ -16,7 +16,7 @@ LABELS = np.random.default_rng(0).integers(0, 10, 1437)
 
 @settings(max_examples=40, deadline=None)
 @given(
-    partitioner=st.sampled_from(sorted(PARTITIONERS)),
+    partitioner=st.sampled_from(["iid", "dirichlet"]),
     seed=st.integers(0, 2**63 - 1),
     clients=st.integers(1, 12),
     classes=st.integers(1, 10),
@@ -53,7 +53,7 @@ def test_a_small_alpha_gives_more_uneven_label_mixes_than_a_large_one() -> None:
     assert largest_share(0.1) > 2 * largest_share(100.0)
 
 
-@pytest.mark.parametrize("partitioner", sorted(PARTITIONERS))
+@pytest.mark.parametrize("partitioner", sorted(set(PARTITIONERS) - {"natural-id", "size"}))
 def test_another_seed_gives_other_parts(partitioner: str) -> None:
     first, second = (partition_indices(LABELS, partitioner, 4, seed) for seed in (1, 2))
 
