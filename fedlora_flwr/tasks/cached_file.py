@@ -41,7 +41,7 @@ def read_or_build(path: Path, build: Callable[[], bytes]) -> bytes:
     """
     if (content := _intact(path)) is not None:
         return content
-    _require_writable(path.parent)
+    require_writable(path.parent)
     with FileLock(f"{path}.lock"):
         # Another process may have built it while this one waited.
         if (content := _intact(path)) is not None:
@@ -71,7 +71,14 @@ def _checksum_line(path: Path, content: bytes) -> bytes:
     return f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode()
 
 
-def _require_writable(folder: Path) -> None:
+def require_writable(folder: Path) -> None:
+    """Make a folder of the cache.
+
+    Raises
+    ------
+    InvalidValue
+        It cannot be made or written to.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,0 +1,256 @@
+"""Records from local files or from the Hugging Face hub, as memory-mapped data sets."""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedlora_flwr.errors import InvalidValue, one_of
+from fedlora_flwr.files import cache_folder
+from fedlora_flwr.tasks.cached_file import require_writable
+from fedlora_flwr.tasks.fingerprint import files_digest
+from fedlora_flwr.tasks.local_files import TABLES, Found, class_names, find_splits, pick, pictures
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_LOCAL = "a local file or folder (parquet, CSV, JSON, JSON lines, class folders of pictures)"
+# A hub that is there answers in well under a second; its client would try for minutes.
+_PATIENCE = 5.0
+
+
+def load_split(source: str, split: str, *, subset: str = "") -> Dataset:
+    """Open one split of a data set.
+
+    Local files are read once into an Arrow copy below the cache folder, named by their content,
+    and mapped from there; a changed file is read anew. Pictures stay encoded until a record is
+    read; those in class folders stay where they are, and their labels number the sorted class
+    names of all splits of the folder.
+
+    Parameters
+    ----------
+    source : str
+        A file, or a folder as for `fedlora_flwr.tasks.local_files.find_splits`; or the name of a
+        data set on the hub.
+    split : str
+        Name of the split, e.g. ``"train"``.
+    subset : str (default: "")
+        A folder in the source, or the hub's name of a configuration.
+
+    Returns
+    -------
+    Dataset
+        At least one record, in the order of the files. Its fingerprint is a hash of the content.
+
+    Raises
+    ------
+    InvalidValue
+        There is no such source, split or subset, it cannot be read, or it has no records.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        dataset = _local(path, source, split, subset)
+    elif _is_hub_name(source):
+        dataset = _from_hub(source, split, subset)
+    else:
+        raise InvalidValue("source", source, f"{_LOCAL} that exists, or a name on the hub")
+    if len(dataset) == 0:
+        raise InvalidValue("split", split, f"a split of {source!r} with records")
+    return dataset
+
+
+def _is_hub_name(source: str) -> bool:
+    return bool(_HUB_NAME.fullmatch(source)) and Path(source).suffix.lower() not in TABLES
+
+
+def _local(path: Path, source: str, split: str, subset: str) -> Dataset:
+    if subset and not (path / subset).is_dir():
+        raise InvalidValue("subset", subset, f"empty, or a folder in {source!r}")
+    root = path / subset
+    try:
+        splits = find_splits(root)
+    except OSError as error:
+        raise _unreadable(source, error) from error
+    if not splits:
+        raise InvalidValue("source", source, _LOCAL)
+    found = pick(splits, split)
+    if found is None:
+        raise InvalidValue("split", split, f"{one_of(splits, split)}: what {source!r} holds")
+    return _read(found, source, split)
+
+
+def _read(found: Found, source: str, split: str) -> Dataset:
+    import datasets
+
+    # Only reading: a cache folder that cannot be written to has an error of its own.
+    readers = {"images": _read_pictures, "saved": _read_saved}
+    try:
+        with _screen():
+            dataset, digest = readers.get(found.kind, _read_table)(found)
+    except InvalidValue:
+        raise
+    except Exception as error:
+        # Parsers of five formats raise errors of many types.
+        raise _unreadable(source, error) from error
+    dataset = _with_images(dataset)
+    fingerprint = datasets.fingerprint.Hasher.hash([digest, split, str(dataset.features)])
+    return datasets.Dataset(
+        dataset.data,
+        info=dataset.info,
+        split=dataset.split,
+        indices_table=dataset._indices,
+        fingerprint=fingerprint,
+    )
+
+
+def _read_table(found: Found) -> tuple[Dataset, str]:
+    import datasets
+
+    digest = files_digest(found.paths, found.paths[0].parent)
+    copies = cache_folder() / "datasets" / "sources" / digest[:32]
+    require_writable(copies)
+    if all(path.stat().st_size == 0 for path in found.paths):
+        return datasets.Dataset.from_dict({}), digest
+    options = {"sep": "\t"} if found.paths[0].suffix.lower() == ".tsv" else {}
+    dataset = datasets.load_dataset(
+        found.kind,
+        data_files={"records": [str(path) for path in found.paths]},
+        split="records",
+        cache_dir=str(copies),
+        **options,
+    )
+    return dataset, digest
+
+
+def _read_saved(found: Found) -> tuple[Dataset, str]:
+    import datasets
+
+    (folder,) = found.paths
+    dataset = datasets.load_from_disk(str(folder))
+    return dataset, files_digest(folder.glob("*"), folder)
+
+
+def _read_pictures(found: Found) -> tuple[Dataset, str]:
+    import datasets
+    import pyarrow as pa
+
+    (folder,) = found.paths
+    names = class_names(folder)
+    files = [(file, names.index(name)) for name in names for file in _class_files(folder / name)]
+    paths, labels = [file for file, _ in files], [label for _, label in files]
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    )
+    empty = pa.nulls(len(paths), pa.binary())
+    texts = pa.array([str(path.absolute()) for path in paths], pa.string())
+    images = pa.StructArray.from_arrays([empty, texts], names=["bytes", "path"])
+    table = pa.table({"image": images, "label": pa.array(labels, pa.int64())})
+    dataset = datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+    return dataset, files_digest(paths, folder) + str(names)
+
+
+def _class_files(folder: Path) -> list[Path]:
+    return list(pictures(folder)) if folder.is_dir() else []
+
+
+def _with_images(dataset: Dataset) -> Dataset:
+    """Mark columns of encoded pictures, which plain parquet files do not do themselves."""
+    import datasets
+
+    for name, feature in dataset.features.items():
+        if isinstance(feature, dict) and set(feature) == {"bytes", "path"} and len(dataset):
+            first = dataset[0][name]
+            if first and first["bytes"] and _is_picture(first["bytes"]):
+                dataset = dataset.cast_column(name, datasets.Image())
+    return dataset
+
+
+def _is_picture(content: bytes) -> bool:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(content)):
+            return True
+    except UnidentifiedImageError:
+        return False
+
+
+def _from_hub(name: str, split: str, subset: str) -> Dataset:
+    from datasets import config
+
+    if not config.HF_HUB_OFFLINE and not _hub_answers():
+        reason = (
+            f"{_LOCAL}, or a name on a hub that can be reached: it did not answer (a copy that "
+            "was fetched before is used where HF_HUB_OFFLINE=1 is set)"
+        )
+        raise InvalidValue("source", name, reason)
+    return _fetched(name, split, subset)
+
+
+def _fetched(name: str, split: str, subset: str) -> Dataset:
+    import datasets
+
+    try:
+        with _screen():
+            return datasets.load_dataset(name, subset or None, split=split)
+    except ValueError as error:
+        text = " ".join(str(error).split())
+        if text.startswith("Unknown split"):
+            raise InvalidValue("split", split, f"a split of {name!r} ({text})") from error
+        if "BuilderConfig" in text or "Config name is missing" in text:
+            raise InvalidValue("subset", subset, f"a subset of {name!r} ({text})") from error
+        raise _unreadable(name, error) from error
+    except Exception as error:
+        # No such name, no access, no network, a full disk: the library's text says which.
+        raise _unreadable(name, error) from error
+
+
+def _hub_answers() -> bool:
+    """Ask the hub for a sign of life, in a thread because resolving a name has no time limit."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        from huggingface_hub import constants
+        from huggingface_hub.utils import get_session
+
+        try:
+            get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+        except Exception:  # noqa: S110 - whatever is wrong, there was no answer.
+            pass
+        else:
+            answered.set()
+        done.set()
+
+    done = threading.Event()
+    threading.Thread(target=ask, daemon=True).start()
+    done.wait(_PATIENCE)
+    return answered.is_set()
+
+
+def _unreadable(source: str, error: Exception) -> InvalidValue:
+    cause = error.__cause__ or error
+    text = " ".join(str(cause).split())[:300]
+    return InvalidValue("source", source, f"records that can be read ({text})")
+
+
+@contextmanager
+def _screen() -> Iterator[None]:
+    """Show the library's progress bars on a terminal only."""
+    import sys
+
+    import datasets
+
+    hide: Any = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    if hide:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            datasets.enable_progress_bars()
