@@ -131,6 +131,33 @@ def budget(
     _guard(work)
 
 
+@app.command("inspect-split")
+def inspect_split(
+    recipe: Recipe = "digits",
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The plot, a PNG file; split-RECIPE.png if not given.")
+    ] = None,
+) -> None:
+    """Show which client of a simulation gets how many records of which class; trains nothing."""
+
+    def work() -> None:
+        from fedlora_flwr.simulations.plots import plot_split
+        from fedlora_flwr.simulations.split_table import split_counts, split_table
+
+        config = load_recipe(recipe, overrides)
+        path = (output or Path(f"split-{Path(recipe).stem}.png")).resolve()
+        if path.suffix.lower() != ".png" or not path.parent.is_dir():
+            raise InvalidValue("--output", str(path), "a .png file in a folder that exists")
+        counts = split_counts(config)
+        console = Console()
+        console.print(split_table(counts, config))
+        plot_split(counts, path, f"{config.task}, {config.partitioner}")
+        console.print(f"Plot   {path}", highlight=False, soft_wrap=True)
+
+    _guard(work)
+
+
 @app.command()
 def keys() -> None:
     """List every configuration key with its default and meaning."""

@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,13 +119,19 @@ def _read_table(found: Found) -> tuple[Dataset, str]:
     if all(path.stat().st_size == 0 for path in found.paths):
         return datasets.Dataset.from_dict({}), digest
     options = {"sep": "\t"} if found.paths[0].suffix.lower() == ".tsv" else {}
-    dataset = datasets.load_dataset(
+    read = partial(
+        datasets.load_dataset,
         found.kind,
         data_files={"records": [str(path) for path in found.paths]},
         split="records",
         cache_dir=str(copies),
         **options,
     )
+    try:
+        dataset = read()
+    except Exception:
+        # The files, or an earlier copy that was damaged since.
+        dataset = read(download_mode="force_redownload")
     return dataset, digest
 
 

@@ -1,0 +1,229 @@
+"""Records that stay in Arrow files and become tensors when a batch is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedlora_flwr.errors import InvalidValue
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
+Rows = Mapping[str, Any]
+Collate = Callable[[Rows], dict[str, Tensor]]
+# The value that torch's cross entropy leaves out.
+PADDING = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "labels": -100}
+
+
+class ArrowRecords:
+    """Records of a data set; only the rows asked for are read.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        At least one column.
+    collate : Callable[[Mapping[str, Any]], dict[str, Tensor]]
+        Makes the tensors of a batch of n records from its columns: numbers as an array of shape
+        (n,), arrays of one shape as an array of shape (n, …), lists of numbers as a list of n
+        arrays, all else (text, pictures) as a list of n values, decoded. Arrays may be read-only:
+        ``torch.tensor`` copies them, ``torch.from_numpy`` warns.
+    """
+
+    def __init__(self, dataset: Dataset, collate: Collate) -> None:
+        indices = dataset._indices
+        # Views of one table share it; what `Dataset.select` picked becomes positions in it.
+        self._rows: NDArray[np.int64] = (
+            np.arange(dataset.data.num_rows)
+            if indices is None
+            else indices.column(0).to_numpy().astype(np.int64)
+        )
+        self._features = dict(dataset.features)
+        self._collate = collate
+        self._chunks: list[pa.RecordBatch] = [
+            chunk for chunk in dataset.data.table.to_batches() if chunk.num_rows
+        ]
+        self._starts = np.cumsum([0, *(chunk.num_rows for chunk in self._chunks)])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def batch(self, indices: Tensor) -> dict[str, Tensor]:
+        """Return the records at ``indices``.
+
+        Parameters
+        ----------
+        indices : Tensor
+            Positions, int64, shape (n,); n may be 0.
+
+        Returns
+        -------
+        dict[str, Tensor]
+            What ``collate`` makes of them, in the order asked for.
+
+        Raises
+        ------
+        IndexError
+            A position is negative or past the end.
+        """
+        positions = indices.numpy()
+        if positions.size and positions.min() < 0:
+            raise IndexError(f"position {positions.min()} of {len(self)} records")
+        taken = self._take(self._rows[positions])
+        return self._collate(
+            {name: self._column(name, taken.column(name)) for name in taken.schema.names}
+        )
+
+    def subset(self, indices: NDArray[np.int64]) -> ArrowRecords:
+        """Return the records at ``indices`` as records of their own; nothing is copied.
+
+        Raises
+        ------
+        IndexError
+            A position is past the end.
+        """
+        view = object.__new__(ArrowRecords)
+        view.__dict__.update(self.__dict__)
+        view._rows = self._rows[indices]
+        return view
+
+    def values(self, name: str) -> NDArray[Any]:
+        """Return one column of numbers or text, shape (n,), e.g. to split the records by.
+
+        Raises
+        ------
+        InvalidValue
+            There is no such column.
+        """
+        import pyarrow as pa
+
+        if name not in self._features:
+            raise InvalidValue("column", name, f"one of {sorted(self._features)}")
+        chunks = [chunk.column(name) for chunk in self._chunks]
+        column = pa.chunked_array(chunks).to_numpy()
+        return np.asarray(column[self._rows])
+
+    def _take(self, rows: NDArray[np.int64]) -> pa.RecordBatch:
+        import pyarrow as pa
+
+        if len(self._chunks) == 1:
+            return self._chunks[0].take(pa.array(rows))
+        # Arrow would copy all chunks into one first. Each chunk is asked for its rows, and then
+        # they are put in order.
+        owner = np.searchsorted(self._starts, rows, side="right") - 1
+        order = np.argsort(owner, kind="stable")
+        owners, begins = np.unique(owner[order], return_index=True)
+        parts = [
+            self._chunks[chunk].take(pa.array(rows[places] - self._starts[chunk]))
+            for chunk, places in zip(owners, np.split(order, begins[1:]), strict=False)
+        ]
+        if not parts:
+            return self._chunks[0].slice(0, 0)
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return pa.concat_batches(parts).take(pa.array(back))
+
+    def _column(self, name: str, array: pa.Array) -> Any:
+        import pyarrow as pa
+
+        feature, kind = self._features[name], array.type
+        if hasattr(feature, "decode_example"):  # A picture, or a class, which is a number.
+            if not pa.types.is_integer(kind):
+                return [feature.decode_example(value) for value in array.to_pylist()]
+        elif pa.types.is_fixed_size_list(kind) and not array.null_count:
+            return _dense(array)
+        elif (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _numeric(kind.value_type):
+            return _ragged(array)
+        return array.to_numpy(zero_copy_only=False) if _numeric(kind) else array.to_pylist()
+
+
+def pad_collate(pad_values: Mapping[str, int] | None = None, multiple_of: int = 1) -> Collate:
+    """Return a collate function that pads lists of a batch to its longest record.
+
+    Parameters
+    ----------
+    pad_values : Mapping[str, int], optional
+        What each list column is filled up with, in force over `PADDING`: -100 for ``labels``, 0
+        for other columns.
+    multiple_of : int (default: 1)
+        Widths are rounded up to a multiple of it; 8 suits tensor cores.
+
+    Returns
+    -------
+    Collate
+        Integers become int64 tensors, shape (n,) or (n, width), other numbers keep their type.
+        All list columns of a batch get one width. Without ``attention_mask`` among the columns
+        there is none.
+
+    Raises
+    ------
+    InvalidValue
+        ``multiple_of`` is below 1; when called: a column is no number.
+    """
+    if multiple_of < 1:
+        raise InvalidValue("multiple_of", multiple_of, "a whole number above 0")
+    fill = {**PADDING, **(pad_values or {})}
+
+    def collate(rows: Rows) -> dict[str, Tensor]:
+        lists = [values for values in rows.values() if isinstance(values, list)]
+        for name, values in rows.items():
+            if isinstance(values, list) and not all(isinstance(v, np.ndarray) for v in values):
+                raise InvalidValue("columns", name, "a column of numbers or of lists of numbers")
+        longest = max((len(value) for values in lists for value in values), default=0)
+        width = -(-longest // multiple_of) * multiple_of
+        return {
+            name: _padded(values, width, fill.get(name, 0))
+            if isinstance(values, list)
+            else _tensor(values)
+            for name, values in rows.items()
+        }
+
+    return collate
+
+
+def _padded(values: list[NDArray[Any]], width: int, fill: int) -> Tensor:
+    lengths = np.fromiter(map(len, values), np.int64, len(values))
+    joined = np.concatenate(values) if values else np.empty(0, np.int64)
+    kind = np.int64 if np.issubdtype(joined.dtype, np.integer) else joined.dtype
+    padded = np.full((len(values), width), fill, dtype=kind)
+    padded[np.arange(width) < lengths[:, None]] = joined
+    return torch.from_numpy(padded)
+
+
+def _tensor(values: NDArray[Any]) -> Tensor:
+    kind = np.int64 if np.issubdtype(values.dtype, np.integer) else values.dtype
+    return torch.from_numpy(np.array(values, dtype=kind))
+
+
+def _numeric(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return bool(
+        pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    )
+
+
+def _dense(array: pa.Array) -> NDArray[Any]:
+    """Return nested lists of fixed lengths as an array."""
+    import pyarrow as pa
+
+    shape = [len(array)]
+    while pa.types.is_fixed_size_list(array.type):
+        shape.append(array.type.list_size)
+        array = array.flatten()
+    flat: NDArray[Any] = array.to_numpy(zero_copy_only=False)
+    return flat.reshape(shape)
+
+
+def _ragged(array: pa.Array) -> list[NDArray[Any]]:
+    """Return lists of numbers as views of one array."""
+    offsets = array.offsets.to_numpy()
+    values = array.values.to_numpy(zero_copy_only=False)
+    return [values[a:b] for a, b in pairwise(offsets)]

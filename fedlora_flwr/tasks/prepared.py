@@ -1,0 +1,257 @@
+"""Preprocessing that a machine does once: its results are kept in Arrow files.
+
+A result is found again by a key: the data set's fingerprint, the module that the function is in
+(its whole text), what the function was made with, and the versions of packages. All processes map
+the same file, so that N workers hold one copy in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import track
+
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.files import cache_folder
+from fedlora_flwr.tasks.cached_file import require_writable
+from fedlora_flwr.tasks.fingerprint import content_digest
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset, Features
+
+_LOGGER = logging.getLogger(__name__)
+_FORMAT = 1
+_ROWS = 256
+# Rows are picked fastest from few large chunks; three of them are in memory while one is written.
+_CHUNK = 64 * 2**20
+
+Columns = Mapping[str, Any]
+
+
+def prepare(
+    dataset: Dataset,
+    function: Callable[[dict[str, list[Any]]], Columns],
+    key_parts: Mapping[str, Any],
+    columns: Sequence[str],
+    *,
+    packages: Sequence[str] = (),
+    console: Console | None = None,
+) -> Dataset:
+    """Return ``function`` of all records, from the cache or made now.
+
+    Of several processes that ask at once one works and the others wait. A copy that is damaged,
+    or from a process that was killed, is made again.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        The records, e.g. of `fedlora_flwr.tasks.sources.load_split`.
+    function : Callable
+        Maps columns of up to 256 records (lists; decoded pictures) to new columns, equally long:
+        lists, or arrays whose first axis is the record. Each record's values must not depend on
+        the other records. Lists of numbers may differ in length.
+    key_parts : Mapping[str, Any]
+        Everything that the result depends on and the function's module does not say, in JSON
+        types: the tokenizer, the length, the size of pictures. What a closure holds belongs here.
+    columns : Sequence[str]
+        Columns to keep, of the function's or of the data set's; at least one.
+    packages : Sequence[str] (default: ())
+        Packages whose versions matter, as pip names them.
+    console : Console, optional
+        Where progress is shown if it is a terminal; standard error if not given.
+
+    Returns
+    -------
+    Dataset
+        As many records, in the same order, memory-mapped.
+
+    Raises
+    ------
+    InvalidValue
+        A column is missing or of another length, a picture cannot be decoded, or the cache folder
+        cannot be written to.
+    """
+    key = _key(dataset, function, key_parts, columns, packages)
+    folder = cache_folder() / "datasets" / key
+    if (ready := _intact(folder, len(dataset))) is not None:
+        return ready
+    require_writable(folder.parent)
+    with FileLock(f"{folder}.lock"):
+        # Another process may have made it while this one waited.
+        if (ready := _intact(folder, len(dataset))) is not None:
+            return ready
+        _clear(folder)
+        _make(folder, dataset, function, columns, console or Console(stderr=True))
+    made = _intact(folder, len(dataset))
+    if made is None:
+        raise InvalidValue(
+            "XDG_CACHE_HOME", str(folder.parent), "a disk that keeps what is written"
+        )
+    return made
+
+
+def _key(
+    dataset: Dataset,
+    function: Callable[..., Any],
+    key_parts: Mapping[str, Any],
+    columns: Sequence[str],
+    packages: Sequence[str],
+) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    parts = {
+        "format": _FORMAT,
+        "records": [dataset._fingerprint, len(dataset)],
+        "function": [function.__module__, function.__qualname__, _source(function)],
+        "parts": dict(key_parts),
+        "columns": list(columns),
+        "packages": {name: version(name) for name in sorted(packages)},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _source(function: Callable[..., Any]) -> str:
+    """Return the text of the function's module, as helpers beside it matter too."""
+    try:
+        return inspect.getsource(inspect.getmodule(function) or function)
+    except (OSError, TypeError):
+        return ""  # Typed at a prompt.
+
+
+def _intact(folder: Path, length: int) -> Dataset | None:
+    """Open a result if it is there and is what was written."""
+    import datasets
+    import pyarrow as pa
+
+    data = folder / "data.arrow"
+    try:
+        wanted = (folder / "digest").read_text(encoding="ascii")
+        if content_digest(data) != wanted:
+            return None
+        dataset = datasets.Dataset.from_file(str(data))
+    except (OSError, ValueError, pa.ArrowInvalid):
+        return None
+    return dataset if len(dataset) == length else None
+
+
+def _clear(folder: Path) -> None:
+    """Remove a damaged result, and drafts of processes that were killed."""
+    if folder.exists():
+        _LOGGER.warning("%s is damaged and is made again.", folder)
+        shutil.rmtree(folder)
+    for draft in folder.parent.glob(f".{folder.name}.*"):
+        shutil.rmtree(draft)
+
+
+def _make(
+    folder: Path,
+    dataset: Dataset,
+    function: Callable[..., Columns],
+    columns: Sequence[str],
+    console: Console,
+) -> None:
+    draft = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
+    draft.mkdir()
+    try:
+        _write(draft / "data.arrow", _batches(dataset, function, columns, console))
+        (draft / "digest").write_text(content_digest(draft / "data.arrow"), encoding="ascii")
+        draft.rename(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def _batches(
+    dataset: Dataset, function: Callable[..., Columns], columns: Sequence[str], console: Console
+) -> Iterator[Columns]:
+    from PIL import UnidentifiedImageError
+
+    for start in track(
+        range(0, len(dataset), _ROWS),
+        "Preparing records (once)",
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ):
+        try:
+            before = dataset[start : start + _ROWS]
+            after = {**before, **function(before)}
+        except UnidentifiedImageError as error:
+            raise InvalidValue("source", str(error), "pictures that can be decoded") from error
+        yield _chosen(after, columns, min(_ROWS, len(dataset) - start))
+
+
+def _chosen(found: Columns, columns: Sequence[str], length: int) -> Columns:
+    for name in columns:
+        if name not in found or len(found[name]) != length:
+            have = {key: len(values) for key, values in found.items()}
+            raise InvalidValue("columns", name, f"a column of {length} values, among {have}")
+    return {name: found[name] for name in columns}
+
+
+def _write(path: Path, batches: Iterator[Columns]) -> None:
+    """Write columns as an Arrow stream that `datasets` opens, in chunks of about 64 MiB."""
+    import pyarrow as pa
+
+    held: list[pa.Table] = []
+    schema: pa.Schema | None = None
+    with path.open("wb") as stream:
+        writer: Any = None
+        for batch in batches:
+            table = _table(batch, schema)
+            if writer is None:
+                schema = table.schema
+                writer = pa.ipc.new_stream(stream, schema)
+            held.append(table)
+            if sum(part.nbytes for part in held) >= _CHUNK:
+                writer.write_table(pa.concat_tables(held).combine_chunks())
+                held = []
+        if held:
+            writer.write_table(pa.concat_tables(held).combine_chunks())
+        if writer is not None:
+            writer.close()
+        stream.flush()
+        # A rename may reach the disk before the content does.
+        os.fsync(stream.fileno())
+
+
+def _table(batch: Columns, schema: pa.Schema | None) -> pa.Table:
+    import datasets
+    import pyarrow as pa
+
+    features = datasets.Features.from_arrow_schema(schema) if schema is not None else None
+    arrays = {name: _array(values, features, name) for name, values in batch.items()}
+    table = pa.table(arrays)
+    if schema is None:
+        features = datasets.Features.from_arrow_schema(table.schema)
+        return table.replace_schema_metadata(features.arrow_schema.metadata)
+    return table.cast(schema)
+
+
+def _array(values: Any, features: Features | None, name: str) -> pa.Array:
+    import numpy as np
+    import pyarrow as pa
+
+    if isinstance(values, np.ndarray) and values.ndim > 1:
+        flat: pa.Array = pa.array(np.ascontiguousarray(values).reshape(-1))
+        # Lists of one length keep the shape in the type, and rows are copied in one piece.
+        for size in reversed(values.shape[1:]):
+            flat = pa.FixedSizeListArray.from_arrays(flat, size)
+        return flat
+    if features is not None:
+        return pa.array(values, features.arrow_schema.field(name).type)
+    return pa.array(values)
