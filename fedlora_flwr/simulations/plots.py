@@ -210,6 +210,7 @@ def _draw_bars(axes: Axes, counts: pd.DataFrame) -> None:
 
 def _draw_heat(axes: Axes, counts: pd.DataFrame) -> None:
     from matplotlib import colormaps
+    from matplotlib.colors import LogNorm
 
     # A class that a client has none of is white: in a label-skewed split that is what matters.
     colours = colormaps["viridis_r"].with_extremes(bad="white")
@@ -218,12 +219,11 @@ def _draw_heat(axes: Axes, counts: pd.DataFrame) -> None:
         [number - 0.5 for number in range(len(counts) + 1)],
         counts.astype(float).where(counts > 0).to_numpy(),
         cmap=colours,
-        vmin=0,
-        vmax=max(int(counts.to_numpy().max()), 1),
+        norm=LogNorm(vmin=1, vmax=max(int(counts.to_numpy().max()), 2)),
     )
     figure = axes.get_figure(root=True)
     assert figure is not None
-    figure.colorbar(drawn, ax=axes, label="records (white: none)", pad=0.01)
+    figure.colorbar(drawn, ax=axes, label="records (log scale; white: none)", pad=0.01)
     axes.set_xlabel("class, in sorted order from 0")
 
 

@@ -31,7 +31,7 @@ from fedlora_flwr.tasks.fingerprint import content_digest
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import Dataset, Features
+    from datasets import Dataset
 
 _LOGGER = logging.getLogger(__name__)
 _FORMAT = 1
@@ -113,10 +113,11 @@ def _key(
 ) -> str:
     while isinstance(function, functools.partial):
         function = function.func
+    named: Any = function if hasattr(function, "__qualname__") else type(function)
     parts = {
         "format": _FORMAT,
         "records": [dataset._fingerprint, len(dataset)],
-        "function": [function.__module__, function.__qualname__, _source(function)],
+        "function": [named.__module__, named.__qualname__, _source(named)],
         "parts": dict(key_parts),
         "columns": list(columns),
         "packages": {name: version(name) for name in sorted(packages)},
@@ -233,16 +234,21 @@ def _table(batch: Columns, schema: pa.Schema | None) -> pa.Table:
     import datasets
     import pyarrow as pa
 
-    features = datasets.Features.from_arrow_schema(schema) if schema is not None else None
-    arrays = {name: _array(values, features, name) for name, values in batch.items()}
+    arrays = {}
+    for name, values in batch.items():
+        wanted = None if schema is None else schema.field(name).type
+        try:
+            arrays[name] = _array(values, wanted).cast(wanted) if wanted else _array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+            reason = f"a column of one type, that of the first records: {wanted} ({error})"
+            raise InvalidValue("columns", name, reason) from error
     table = pa.table(arrays)
     if schema is None:
-        features = datasets.Features.from_arrow_schema(table.schema)
-        return table.replace_schema_metadata(features.arrow_schema.metadata)
-    return table.cast(schema)
+        schema = datasets.Features.from_arrow_schema(table.schema).arrow_schema
+    return table.replace_schema_metadata(schema.metadata)
 
 
-def _array(values: Any, features: Features | None, name: str) -> pa.Array:
+def _array(values: Any, wanted: pa.DataType | None = None) -> pa.Array:
     import numpy as np
     import pyarrow as pa
 
@@ -252,6 +258,4 @@ def _array(values: Any, features: Features | None, name: str) -> pa.Array:
         for size in reversed(values.shape[1:]):
             flat = pa.FixedSizeListArray.from_arrays(flat, size)
         return flat
-    if features is not None:
-        return pa.array(values, features.arrow_schema.field(name).type)
-    return pa.array(values)
+    return pa.array(values, wanted)

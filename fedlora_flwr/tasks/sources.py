@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedlora_flwr.errors import InvalidValue, one_of
 from fedlora_flwr.files import cache_folder
@@ -89,12 +90,11 @@ def _local(path: Path, source: str, split: str, subset: str) -> Dataset:
 def _read(found: Found, source: str, split: str) -> Dataset:
     import datasets
 
-    # Only reading: a cache folder that cannot be written to has an error of its own.
     readers = {"images": _read_pictures, "saved": _read_saved}
     try:
         with _screen():
             dataset, digest = readers.get(found.kind, _read_table)(found)
-    except InvalidValue:
+    except InvalidValue:  # A cache folder that cannot be written to.
         raise
     except Exception as error:
         # Parsers of five formats raise errors of many types.
@@ -116,13 +116,14 @@ def _read_table(found: Found) -> tuple[Dataset, str]:
     digest = files_digest(found.paths, found.paths[0].parent)
     copies = cache_folder() / "datasets" / "sources" / digest[:32]
     require_writable(copies)
-    if all(path.stat().st_size == 0 for path in found.paths):
+    files = [str(path) for path in found.paths if _has_records(path)]
+    if not files:
         return datasets.Dataset.from_dict({}), digest
     options = {"sep": "\t"} if found.paths[0].suffix.lower() == ".tsv" else {}
     read = partial(
         datasets.load_dataset,
         found.kind,
-        data_files={"records": [str(path) for path in found.paths]},
+        data_files={"records": files},
         split="records",
         cache_dir=str(copies),
         **options,
@@ -133,6 +134,18 @@ def _read_table(found: Found) -> tuple[Dataset, str]:
         # The files, or an earlier copy that was damaged since.
         dataset = read(download_mode="force_redownload")
     return dataset, digest
+
+
+def _has_records(path: Path) -> bool:
+    """Tell whether a file has records, as far as that is seen at once."""
+    from pyarrow import parquet
+
+    if path.stat().st_size == 0:
+        return False
+    if path.suffix.lower() in (".csv", ".tsv"):
+        with path.open("rb") as stream:
+            return sum(1 for _ in zip(filter(bytes.strip, stream), range(2), strict=False)) == 2
+    return path.suffix.lower() != ".parquet" or parquet.read_metadata(path).num_rows > 0
 
 
 def _read_saved(found: Found) -> tuple[Dataset, str]:
@@ -248,16 +261,18 @@ def _unreadable(source: str, error: Exception) -> InvalidValue:
 
 @contextmanager
 def _screen() -> Iterator[None]:
-    """Show the library's progress bars on a terminal only."""
-    import sys
-
+    """Keep the library's messages back, as its errors say the same; and its bars off files."""
     import datasets
+    from datasets.utils import logging as library
 
-    hide: Any = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    level, hide = library.get_verbosity(), not sys.stderr.isatty()
+    hide = hide and not datasets.are_progress_bars_disabled()
+    library.set_verbosity(library.CRITICAL)
     if hide:
         datasets.disable_progress_bars()
     try:
         yield
     finally:
+        library.set_verbosity(level)
         if hide:
             datasets.enable_progress_bars()

@@ -22,6 +22,8 @@ from fedlora_flwr.simulations.plots import (
     modes_figure,
     plot_accuracy,
     plot_modes,
+    plot_split,
+    split_figure,
 )
 
 PLANS = ["B", "A", "BAB", "*AB", "BBB/BAB"]
@@ -164,3 +166,60 @@ def test_matplotlib_is_loaded_only_to_draw() -> None:
     code = "import sys, fedlora_flwr.simulations.plots; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def counts(clients: int, classes: int) -> pd.DataFrame:
+    draw = np.random.default_rng(0)
+    return pd.DataFrame(
+        draw.integers(0, 50, (clients, classes)) * draw.integers(0, 2, (clients, 1))
+    )
+
+
+@pytest.mark.parametrize(("clients", "classes"), [(2, 2), (5, 10), (100, 20)])
+def test_bars_are_the_counts_from_left_to_right(clients: int, classes: int) -> None:
+    frame = counts(clients, classes)
+    axes = split_figure(frame, "digits").axes[0]
+    drawn = [[patch.get_width() for patch in bars.patches] for bars in axes.containers]  # type: ignore[attr-defined]
+    assert np.array(drawn).T.tolist() == frame.to_numpy().tolist()
+    starts = [[patch.get_x() for patch in bars.patches] for bars in axes.containers]  # type: ignore[attr-defined]
+    before = frame.cumsum(axis=1) - frame
+    assert np.array(starts).T.tolist() == before.to_numpy().tolist()
+    colours = {patch.get_facecolor() for bars in axes.containers for patch in bars.patches}  # type: ignore[attr-defined]
+    assert len(colours) == classes
+    low, high = axes.get_ylim()
+    assert low > high, "the first client is at the top"
+
+
+def test_many_classes_are_a_map_with_white_for_none() -> None:
+    frame = counts(30, 21)
+    frame.iloc[0] = 0
+    figure = split_figure(frame, "digits")
+    axes = figure.axes[0]
+    (mesh,) = axes.collections
+    values = np.ma.filled(mesh.get_array(), 0).reshape(30, 21)  # type: ignore[no-untyped-call]
+    np.testing.assert_array_equal(values, frame.to_numpy())
+    draw(figure)
+    assert np.asarray(mesh.get_facecolor())[:21].tolist() == [[1, 1, 1, 1]] * 21
+
+
+@pytest.mark.parametrize(("clients", "classes"), [(2, 2), (2, 20), (100, 200), (100, 3), (1, 1)])
+def test_names_on_a_split_do_not_overlap(clients: int, classes: int, tmp_path: Path) -> None:
+    figure = split_figure(counts(clients, classes) + 1, "tiny-imagenet, dirichlet")
+    draw(figure)
+    axes = figure.axes[0]
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert all(upper.y0 >= lower.y1 for upper, lower in pairwise(boxes))
+    for legend in figure.legends:
+        assert legend.get_window_extent().y1 < axes.xaxis.get_tightbbox().y0
+        assert legend.get_window_extent().x0 > 0
+    plot_split(counts(clients, classes) + 1, tmp_path / "split.png", "digits")
+    width, height = size(tmp_path / "split.png")
+    assert 1000 < width < 1600
+    assert 300 < height <= 2100
+
+
+def test_a_split_without_clients_or_classes_is_refused(tmp_path: Path) -> None:
+    for clients, classes in ((0, 2), (2, 0)):
+        with pytest.raises(InvalidValue, match="counts"):
+            plot_split(counts(clients, classes), tmp_path / "split.png", "digits")
+    assert not list(tmp_path.iterdir())
