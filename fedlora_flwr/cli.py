@@ -150,8 +150,11 @@ def inspect_split(
         if path.suffix.lower() != ".png" or not path.parent.is_dir():
             raise InvalidValue("--output", str(path), "a .png file in a folder that exists")
         counts = split_counts(config)
-        console = Console()
-        console.print(split_table(counts, config))
+        console, table = Console(), split_table(counts, config)
+        # A number that goes on in the next line cannot be read; the table is never squeezed.
+        free = console.options.update(max_width=1000)
+        width = max(console.width, console.measure(table, options=free).maximum)
+        console.print(table, width=width, crop=False, no_wrap=True)
         plot_split(counts, path, f"{config.task}, {config.partitioner}")
         console.print(f"Plot   {path}", highlight=False, soft_wrap=True)
 

@@ -52,7 +52,7 @@ def split_table(counts: pd.DataFrame, config: RunConfig) -> Table:
     from rich.table import Table
 
     few = counts.shape[1] <= MAX_COLUMNS
-    table = Table(box=None)
+    table = Table(box=None, pad_edge=False)
     heads = [str(name) for name in counts.columns] if few else ["classes"]
     for head in ("client", "records", *heads, "δ < 1/n", "b ≤ n"):
         table.add_column(head, justify="right")

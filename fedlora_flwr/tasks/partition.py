@@ -217,6 +217,9 @@ def _require_feasible(records: int, split: Split) -> None:
     if not 1 <= least <= most:
         reason = f"1 to {most}, as {clients} clients share {records} records"
         raise InvalidValue("min-records", least, reason)
+    shards = split.classes_per_partition
+    if split.partitioner == "shard" and not 1 <= shards <= most:
+        raise InvalidValue("classes-per-client", shards, f"1 to {most}, a record in each shard")
 
 
 def _dealt(
@@ -235,7 +238,7 @@ def _dealt(
         try:
             # A whole column at once: read one by one, 67,000 records take two seconds.
             parts = [partitioner.load_partition(i)["index"][:] for i in range(split.num_partitions)]
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ArithmeticError) as error:
             raise _refused(split, error) from error
     return [np.sort(np.asarray(part, dtype=np.int64)) for part in parts]
 

@@ -196,7 +196,9 @@ def test_many_classes_are_a_map_with_white_for_none() -> None:
     figure = split_figure(frame, "digits")
     axes = figure.axes[0]
     (mesh,) = axes.collections
-    values = np.ma.filled(mesh.get_array(), 0).reshape(30, 21)  # type: ignore[no-untyped-call]
+    shown = mesh.get_array()
+    assert shown is not None
+    values = np.ma.filled(shown, 0).reshape(30, 21)
     np.testing.assert_array_equal(values, frame.to_numpy())
     draw(figure)
     assert np.asarray(mesh.get_facecolor())[:21].tolist() == [[1, 1, 1, 1]] * 21
@@ -210,7 +212,9 @@ def test_names_on_a_split_do_not_overlap(clients: int, classes: int, tmp_path: P
     boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
     assert all(upper.y0 >= lower.y1 for upper, lower in pairwise(boxes))
     for legend in figure.legends:
-        assert legend.get_window_extent().y1 < axes.xaxis.get_tightbbox().y0
+        axis = axes.xaxis.get_tightbbox()
+        assert axis is not None
+        assert legend.get_window_extent().y1 < axis.y0
         assert legend.get_window_extent().x0 > 0
     plot_split(counts(clients, classes) + 1, tmp_path / "split.png", "digits")
     width, height = size(tmp_path / "split.png")

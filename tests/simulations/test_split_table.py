@@ -32,7 +32,7 @@ def test_counts_are_those_of_the_clients_records() -> None:
     for client in range(4):
         records = task.client_records(client, 4)
         labels = records.batch(torch.arange(len(records)))["label"].numpy()
-        assert counts.loc[client].tolist() == np.bincount(labels, minlength=10).tolist()
+        assert counts.to_numpy()[client].tolist() == np.bincount(labels, minlength=10).tolist()
 
 
 def test_the_table_says_whether_a_budget_can_be_kept() -> None:
@@ -63,6 +63,7 @@ def test_the_command_prints_the_table_and_draws(tmp_path: Path) -> None:
     assert result.exit_code == 0
     rows = [line.split() for line in result.output.splitlines()]
     assert [row[:2] for row in rows[1:4]] == [["0", "478"], ["1", "478"], ["2", "478"]]
+    assert rows[0] == ["client", "records", *map(str, range(10)), *"δ < 1/n b ≤ n".split()]
     assert str(path) in result.output
     assert path.read_bytes().startswith(b"\x89PNG")
 

@@ -216,7 +216,7 @@ def test_sizes_grow_as_named() -> None:
         ("partition-sizes", "3 sizes", Split("size", 3, 1, sizes=(5, 9))),
         ("partitioner", "suits the records", Split("size", 2, 1, sizes=(1000, 1000))),
         ("partitioner", "suits the records", Split("exponential", 12, 1)),
-        ("partitioner", "suits the records", Split("shard", 700, 1, classes_per_partition=3)),
+        ("classes-per-client", "1 to 2", Split("shard", 700, 1, classes_per_partition=3)),
     ],
 )
 def test_settings_that_do_not_suit_the_records_are_named(
@@ -256,6 +256,6 @@ def test_the_table_counts_records_by_client_and_class() -> None:
     table = partition_table(
         labels, [np.array([0, 1, 4]), np.array([], dtype=int), np.array([2, 5])]
     )
-    assert table.columns.tolist() == [1, 3, 7]
+    assert table.columns.to_numpy().tolist() == [1, 3, 7]
     assert table.index.tolist() == [0, 1, 2]
     assert table.to_numpy().tolist() == [[1, 2, 0], [0, 0, 0], [1, 1, 0]]
