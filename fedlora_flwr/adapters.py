@@ -6,6 +6,7 @@ import copy
 import hashlib
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,11 +17,13 @@ import torch
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from fedlora_flwr.errors import InvalidValue, PrivacyViolation, one_of
 from fedlora_flwr.folding import FoldedWeights
 from fedlora_flwr.plan import Layout, is_folded
+from fedlora_flwr.targets import check_targets, usual_targets
 
 _PREFIX = "base_model.model."
 
@@ -38,7 +41,8 @@ class LoRASpec:
     dropout : float
         Probability with which an input of the adapter (not of the backbone) is dropped.
     targets : str
-        Regular expression that a module's whole name matches to get an adapter.
+        Regular expression that a module's whole name matches to get an adapter. Empty for what is
+        usual for a transformers model of its family.
     head : tuple[str, ...]
         Names of modules that train in full. Empty leaves the head frozen.
     rslora : bool
@@ -282,39 +286,37 @@ def attach(model: nn.Module, spec: LoRASpec, seed: int) -> AdaptedModel:
     Raises
     ------
     InvalidValue
-        ``spec.targets`` is no pattern or matches no module, or a name in ``spec.head`` is that of
-        no module, or the end of another's.
+        ``spec.targets`` cannot be used (see `fedlora_flwr.targets`), or a name in ``spec.head`` is
+        that of no module, or the end of another's.
     PrivacyViolation
-        A target is no linear layer (see `AdaptedModel`).
+        A trainable part cannot be clipped record by record (see `AdaptedModel`).
     """
-    _check_names(model, spec)
+    targets = spec.targets or usual_targets(
+        model, spec.head, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    )
+    check_targets(model, targets, spec.head)
+    _check_head(model, spec)
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,  # type: ignore[arg-type,unused-ignore]
         lora_dropout=spec.dropout,
-        target_modules=spec.targets,
+        target_modules=targets,
         modules_to_save=list(spec.head) or None,
         use_rslora=spec.rslora,
         bias="none",
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT asks transformers for what it deprecates, and finds out about GPT-2's layers itself.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
         torch.manual_seed(seed % 2**63)
         adapted = AdaptedModel(get_peft_model(model, config))
     adapted.model.eval()
     return adapted
 
 
-def _check_names(model: nn.Module, spec: LoRASpec) -> None:
+def _check_head(model: nn.Module, spec: LoRASpec) -> None:
     names = [name for name, _ in model.named_modules()]
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    try:
-        found = any(re.fullmatch(spec.targets, name) for name in names)
-    except re.error:
-        found = False
-    if not found:
-        raise InvalidValue(
-            "lora-targets", spec.targets, "a pattern that matches " + one_of(linear[:12], "")
-        )
     for head in spec.head:
         if head not in names:
             raise InvalidValue("head", head, one_of(names, head))

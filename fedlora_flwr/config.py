@@ -65,7 +65,32 @@ class RunConfig:
         A value is of the wrong type or out of range, or two values contradict each other.
     """
 
-    task: str = _key("digits", _ANY, "what is learnt: a registered task")
+    task: str = _key(
+        "digits", _ANY, "what is learnt: a task's name, or your own as module:function"
+    )
+    model: str = _key("", _ANY, "transformers or timm model: a name, or a folder")
+    weights: str = _key("pretrained", _ANY, "pretrained, random, or a file for a timm model")
+    quantization: str = _key(
+        "none", _choice("none", "8bit", "4bit"), "of a transformers backbone, on CUDA GPUs"
+    )
+    pooling: str = _key(
+        "model",
+        _choice("model", "mean"),
+        "texts: classify by the model's own state, or by the mean",
+    )
+    dataset: str = _key("", _ANY, "files, a folder, or the name of a data set on the hub")
+    dataset_subset: str = _key("", _ANY, "folder in the data set, or the hub's configuration name")
+    train_split: str = _key("train", _ANY, "split with the private records")
+    test_split: str = _key("validation", _ANY, "public splits to evaluate on, e.g. 'a,b'")
+    input_columns: str = _key("", _ANY, "columns to learn from, e.g. 'premise,hypothesis'")
+    label_column: str = _key("label", _ANY, "column with the class")
+    num_classes: int = _key(0, _at_least(0), "classes; 0 = those of the private records")
+    train_limit: int = _key(0, _at_least(0), "private records to use, drawn at random; 0 = all")
+    test_limit: int = _key(0, _at_least(0), "records of each public split to use; 0 = all")
+    max_length: int = _key(128, _at_least(8), "tokens of a record that are read")
+    image_size: int = _key(0, _at_least(0), "height and width of pictures; 0 = the model's own")
+    eval_batch_size: int = _key(256, _at_least(1), "records in a forward pass of an evaluation")
+
     partitioner: str = _key("dirichlet", _ANY, "how a simulation splits the records over clients")
     dirichlet_alpha: float = _key(0.5, _above(0), "Dirichlet concentration; small = unequal")
     min_records: int = _key(40, _at_least(1), "records that the smallest simulated client has")
@@ -164,6 +189,12 @@ class RunConfig:
                 self.curvature,
                 "'none', or optimizer = 'sgd' with momentum = 0, filter = 'none' and precondition "
                 "= false: else the noise in a step's movement is not known",
+            )
+        if self.quantization != "none" and self.strategy in ("flora", "fedex-lora"):
+            raise InvalidValue(
+                "quantization",
+                self.quantization,
+                f"'none' where strategy = {self.strategy!r}, which changes the frozen weights",
             )
         if self.client_ranks and self.strategy != "flexlora":
             raise InvalidValue("client-ranks", self.client_ranks, "empty, or strategy = 'flexlora'")

@@ -59,7 +59,16 @@ def build_adapted(config: RunConfig, task: Task) -> AdaptedModel:
     InvalidValue
         The device does not exist here, or the adapters cannot be attached.
     """
-    spec = LoRASpec(
+    device = resolve_device(config.device)
+    model = task.build_model()
+    # A quantised backbone is made on its device, and must not be moved.
+    model = model if getattr(model, "is_quantized", False) else model.to(device)
+    return attach(model, lora_spec(config, task), stream_seed(config.seed, "adapters"))
+
+
+def lora_spec(config: RunConfig, task: Task) -> LoRASpec:
+    """Return what to attach to a task's backbone."""
+    return LoRASpec(
         rank=config.rank,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
@@ -67,8 +76,6 @@ def build_adapted(config: RunConfig, task: Task) -> AdaptedModel:
         head=task.head if config.train_head else (),
         rslora=config.rslora,
     )
-    device = resolve_device(config.device)
-    return attach(task.build_model().to(device), spec, stream_seed(config.seed, "adapters"))
 
 
 def resolve_device(name: str) -> torch.device:

@@ -22,9 +22,11 @@ from fedlora_flwr.privacy.adam import NoiseAwareAdamW
 from fedlora_flwr.privacy.filters import GradientFilter, NoFilter
 from fedlora_flwr.privacy.grad_sample import GradSampler
 from fedlora_flwr.privacy.mechanism import Mechanism
+from fedlora_flwr.privacy.microbatches import PASS_COST, PASS_COST_ELSEWHERE, microbatches
 from fedlora_flwr.privacy.noise import NoiseSource
 from fedlora_flwr.privacy.precondition import precondition
 from fedlora_flwr.privacy.scores import BlockScores
+from fedlora_flwr.tasks.registry import lengths_of
 
 _handlers = list(logging.getLogger().handlers)
 from opacus.optimizers import DPOptimizer  # noqa: E402
@@ -115,8 +117,8 @@ class PrivateEngine:
     losses : callable
         Maps (model, batch) to one loss a record, shape (n,).
     microbatch_size : int, optional
-        Largest number of records in one forward pass. Clipped sums add up exactly, so it changes
-        memory only.
+        Largest number of records in one forward pass. Clipped sums add up, so it changes memory
+        only. Batches of records of different lengths are cut further, to be padded less.
 
     Raises
     ------
@@ -215,7 +217,7 @@ class PrivateEngine:
         self._activate(active)
         versions = self._versions()
         self._train_mode()
-        chunks = list(self._chunks(indices))
+        chunks = self._chunks(records, indices)
         for position, chunk in enumerate(chunks):
             optimizer.signal_skip_step(position + 1 < len(chunks))
             self._fill_grad_samples(records, chunk, active)
@@ -313,11 +315,14 @@ class PrivateEngine:
             if isinstance(optimizer, NoiseAwareAdamW):
                 optimizer.noise_variance[p] = variance * self._filter.noise_gain(name)
 
-    def _chunks(self, indices: Tensor) -> Iterator[Tensor]:
-        if self._microbatch_size is None or len(indices) == 0:
-            yield indices
-        else:
-            yield from torch.split(indices, self._microbatch_size)
+    def _chunks(self, records: Records, indices: Tensor) -> list[Tensor]:
+        device = next(iter(self.adapted.parameters.values())).device
+        return microbatches(
+            indices,
+            lengths_of(records, indices),
+            self._microbatch_size,
+            PASS_COST.get(device.type, PASS_COST_ELSEWHERE),
+        )
 
     def _fill_grad_samples(
         self, records: Records, indices: Tensor, active: Sequence[str], of: slice = slice(None)

@@ -45,9 +45,11 @@ class SimulationSuperLink:
         Where the SuperLink, the ServerApp and Ray write.
     threads : int
         CPU threads that numerical libraries use in each process.
+    modules : Path, optional
+        Folder with modules of the user's that every process can import.
     """
 
-    def __init__(self, log: TextIO, threads: int = 1) -> None:
+    def __init__(self, log: TextIO, threads: int = 1, modules: Path | None = None) -> None:
         self._log = log
         self._home = Path(tempfile.mkdtemp(prefix="fedlora-"))
         self._env = {
@@ -58,6 +60,9 @@ class SimulationSuperLink:
             "PYTHONUNBUFFERED": "1",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         }
+        if modules is not None:
+            path = (os.environ.get("PYTHONPATH"), str(modules))
+            self._env["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         self._process: subprocess.Popen[bytes] | None = None
         self._stream: subprocess.Popen[bytes] | None = None
         self._run_id: str | None = None

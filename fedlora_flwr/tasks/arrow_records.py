@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,19 @@ class ArrowRecords:
             {name: self._column(name, taken.column(name)) for name in taken.schema.names}
         )
 
+    @cached_property
+    def lengths(self) -> NDArray[np.int64] | None:
+        """Length of the longest list of each record, shape (n,); ``None`` where none has lists."""
+        found = [
+            np.concatenate([_lengths(chunk.column(name)) for chunk in self._chunks])
+            for name in self._features
+            if self._chunks and _is_ragged(self._chunks[0].column(name).type)
+        ]
+        if not found:
+            return None
+        longest: NDArray[np.int64] = np.max(found, axis=0)[self._rows]
+        return longest
+
     def subset(self, indices: NDArray[np.int64]) -> ArrowRecords:
         """Return the records at ``indices`` as records of their own; nothing is copied.
 
@@ -91,6 +105,7 @@ class ArrowRecords:
         """
         view = object.__new__(ArrowRecords)
         view.__dict__.update(self.__dict__)
+        view.__dict__.pop("lengths", None)
         view._rows = self._rows[indices]
         return view
 
@@ -139,7 +154,7 @@ class ArrowRecords:
                 return [feature.decode_example(value) for value in array.to_pylist()]
         elif pa.types.is_fixed_size_list(kind) and not array.null_count:
             return _dense(array)
-        elif (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _numeric(kind.value_type):
+        elif _is_ragged(kind):
             return _ragged(array)
         return array.to_numpy(zero_copy_only=False) if _numeric(kind) else array.to_pylist()
 
@@ -208,6 +223,17 @@ def _numeric(kind: pa.DataType) -> bool:
     return bool(
         pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
     )
+
+
+def _is_ragged(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _numeric(kind.value_type)
+
+
+def _lengths(array: pa.Array) -> NDArray[np.int64]:
+    lengths: NDArray[np.int64] = np.diff(array.offsets.to_numpy()).astype(np.int64)
+    return lengths
 
 
 def _dense(array: pa.Array) -> NDArray[Any]:

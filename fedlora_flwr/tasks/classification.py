@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.tasks.registry import Batch, Records
+from fedlora_flwr.tasks.registry import Batch, Records, lengths_of
 
 
 def evaluate_classifier(
@@ -18,6 +18,7 @@ def evaluate_classifier(
     records: Records,
     logits: Callable[[Batch], Tensor],
     batch_size: int = 512,
+    parts: Sequence[str] = (),
 ) -> dict[str, float]:
     """Measure a classifier without changing it.
 
@@ -31,11 +32,15 @@ def evaluate_classifier(
         Calls the model; shape (n, classes).
     batch_size : int (default: 512)
         Records per forward pass.
+    parts : Sequence[str] (default: ())
+        Names of the parts that a field ``part`` numbers from 0; two or more are also measured by
+        themselves, where records have that field.
 
     Returns
     -------
     dict[str, float]
-        ``loss``, the mean cross entropy in nats, and ``accuracy`` in [0, 1].
+        ``loss``, the mean cross entropy in nats, and ``accuracy`` in [0, 1], over all records; and
+        ``loss_<part>`` and ``accuracy_<part>``.
 
     Raises
     ------
@@ -45,20 +50,36 @@ def evaluate_classifier(
     if len(records) == 0:
         raise InvalidValue("records", 0, "at least one record to evaluate on")
     device = next(model.parameters()).device
-    loss, hits = 0.0, 0
-    with _evaluating(model), torch.inference_mode():
-        for start in range(0, len(records), batch_size):
-            indices = torch.arange(start, min(start + batch_size, len(records)))
+    found: list[Tensor] = []
+    with evaluating(model), torch.inference_mode():
+        for indices in torch.split(in_order_of_length(records), batch_size):
             batch = {key: value.to(device) for key, value in records.batch(indices).items()}
             scores, labels = logits(batch).float(), batch["label"]
-            loss += F.cross_entropy(scores, labels, reduction="none").double().sum().item()
-            hits += int((scores.argmax(dim=1) == labels).sum().item())
-    return {"loss": loss / len(records), "accuracy": hits / len(records)}
+            losses = F.cross_entropy(scores, labels, reduction="none").double()
+            hits = (scores.argmax(dim=1) == labels).double()
+            part = batch.get("part", torch.full_like(labels, -1)).double()
+            found.append(torch.stack((losses, hits, part)).cpu())
+    losses, hits, part = torch.cat(found, dim=1)
+    measured = {"loss": losses.mean().item(), "accuracy": hits.mean().item()}
+    for number, name in enumerate(parts if len(parts) > 1 else ()):
+        mine = part == number
+        if mine.any():
+            measured[f"loss_{name}"] = losses[mine].mean().item()
+            measured[f"accuracy_{name}"] = hits[mine].mean().item()
+    return measured
+
+
+def in_order_of_length(records: Records) -> Tensor:
+    """Return all positions, int64, so that records of like length come together."""
+    everything = torch.arange(len(records))
+    lengths = lengths_of(records, everything)
+    return everything if lengths is None else torch.from_numpy(lengths.argsort(kind="stable"))
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    # Module by module: a frozen backbone may be in another mode than the adapters in it.
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode, and each of its modules back in its own mode after."""
+    # A frozen backbone may be in another mode than the adapters in it.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import re
+import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from fedlora_flwr.errors import InvalidValue, one_of
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
 Batch = Mapping[str, "Tensor"]
@@ -34,6 +40,15 @@ class Records(Protocol):
             Tensors whose first axis is the record, n long.
         """
         ...
+
+
+def lengths_of(records: Records, indices: Tensor) -> NDArray[np.int64] | None:
+    """Return the tokens of each record at ``indices``, shape (n,), or ``None`` if all are alike.
+
+    Records say so by an attribute ``lengths``, one number for each of them.
+    """
+    lengths: NDArray[np.int64] | None = getattr(records, "lengths", None)
+    return None if lengths is None else lengths[indices.numpy()]
 
 
 class Task(Protocol):
@@ -71,9 +86,15 @@ class Task(Protocol):
         ...
 
 
-TaskFactory = Callable[[Mapping[str, Any]], Task]
+TaskFactory = Callable[[Any], Task]
+_PLACE = re.compile(r"[^:.\s][^:\s]*:\w+")
+_METHODS = ("build_model", "client_records", "test_records", "losses", "evaluate")
 _FACTORIES: dict[str, str] = {
     "digits": "fedlora_flwr.tasks.digits:DigitsTask",
+    "image-classification": "fedlora_flwr.tasks.vision:ImageClassification",
+    "instruction-tuning": "fedlora_flwr.tasks.instructions:InstructionTuning",
+    "question-answering": "fedlora_flwr.tasks.answers:QuestionAnswering",
+    "text-classification": "fedlora_flwr.tasks.text:TextClassification",
 }
 
 
@@ -88,19 +109,40 @@ def build_task(name: str, settings: Any) -> Task:
     Parameters
     ----------
     name : str
-        A registered name.
+        A registered name; or ``module:function`` of a function or class that takes ``settings``
+        and returns a `Task`.
     settings : TaskConfig
         The task's part of the run configuration.
 
     Raises
     ------
     InvalidValue
-        No task has that name.
+        No task has that name, there is no such module or function, or it makes something else.
     """
-    import importlib
-
-    if name not in _FACTORIES:
-        raise InvalidValue("task", name, one_of(_FACTORIES, name))
-    module, attribute = _FACTORIES[name].split(":")
-    task: Task = getattr(importlib.import_module(module), attribute)(settings)
+    if name not in _FACTORIES and not _PLACE.fullmatch(name):
+        raise InvalidValue("task", name, one_of(_FACTORIES, name) + ", or your own module:function")
+    task = _factory(_FACTORIES.get(name, name))(settings)
+    if missing := [member for member in _METHODS if not hasattr(task, member)]:
+        allowed = f"module:function of a task; it gives a {type(task).__name__} without {missing}"
+        raise InvalidValue("task", name, allowed)
     return task
+
+
+def _factory(place: str) -> TaskFactory:
+    """Import ``module:function``; modules beside the user's files are found too."""
+    module, _, attribute = place.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        # An error in the module itself is the author's to read.
+        found: Any = getattr(importlib.import_module(module), attribute, None)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        allowed = f"module:function; {module!r} is no module in {Path.cwd()} or on PYTHONPATH"
+        raise InvalidValue("task", place, allowed) from error
+    if found is None:
+        raise InvalidValue("task", place, f"module:function; {module!r} has no {attribute!r}")
+    if not callable(found):
+        raise InvalidValue("task", place, "module:function, a class or function that makes a task")
+    return cast(TaskFactory, found)

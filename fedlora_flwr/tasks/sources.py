@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +15,7 @@ from fedlora_flwr.errors import InvalidValue, one_of
 from fedlora_flwr.files import cache_folder
 from fedlora_flwr.tasks.cached_file import require_writable
 from fedlora_flwr.tasks.fingerprint import files_digest
+from fedlora_flwr.tasks.hub import hub_answers
 from fedlora_flwr.tasks.local_files import TABLES, Found, class_names, find_splits, pick, pictures
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _LOCAL = "a local file or folder (parquet, CSV, JSON, JSON lines, class folders of pictures)"
-# A hub that is there answers in well under a second; its client would try for minutes.
-_PATIENCE = 5.0
 
 
 def load_split(source: str, split: str, *, subset: str = "") -> Dataset:
@@ -204,7 +202,7 @@ def _is_picture(content: bytes) -> bool:
 def _from_hub(name: str, split: str, subset: str) -> Dataset:
     from datasets import config
 
-    if not config.HF_HUB_OFFLINE and not _hub_answers():
+    if not config.HF_HUB_OFFLINE and not hub_answers():
         reason = (
             f"{_LOCAL}, or a name on a hub that can be reached: it did not answer (a copy that "
             "was fetched before is used where HF_HUB_OFFLINE=1 is set)"
@@ -229,28 +227,6 @@ def _fetched(name: str, split: str, subset: str) -> Dataset:
     except Exception as error:
         # No such name, no access, no network, a full disk: the library's text says which.
         raise _unreadable(name, error) from error
-
-
-def _hub_answers() -> bool:
-    """Ask the hub for a sign of life, in a thread because resolving a name has no time limit."""
-    answered = threading.Event()
-
-    def ask() -> None:
-        from huggingface_hub import constants
-        from huggingface_hub.utils import get_session
-
-        try:
-            get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
-        except Exception:  # noqa: S110 - whatever is wrong, there was no answer.
-            pass
-        else:
-            answered.set()
-        done.set()
-
-    done = threading.Event()
-    threading.Thread(target=ask, daemon=True).start()
-    done.wait(_PATIENCE)
-    return answered.is_set()
 
 
 def _unreadable(source: str, error: Exception) -> InvalidValue:

@@ -1,0 +1,163 @@
+"""Conversations as tokens, by the chat template of a model's tokenizer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora_flwr.errors import InvalidValue, one_of
+from fedlora_flwr.tasks.dataset_task import names
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+# The label that torch's cross entropy leaves out.
+IGNORED = -100
+
+Chat = list[dict[str, str]]
+
+
+def chat_columns(dataset: Dataset, chosen: str) -> list[str]:
+    """Return the column of conversations, or those of prompts and responses.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        The split.
+    chosen : str
+        Names with commas between them; empty for ``messages``, or else ``prompt,response``.
+
+    Raises
+    ------
+    InvalidValue
+        A column is not there, or there are more than two.
+    """
+    usual = ["messages"] if "messages" in dataset.features else ["prompt", "response"]
+    found = list(names(chosen)) or usual
+    if len(found) > 2:
+        raise InvalidValue("input-columns", chosen, "one column of conversations, or two of text")
+    for name in found:
+        if name not in dataset.features:
+            raise InvalidValue("input-columns", chosen, one_of(dataset.features, name))
+    return found
+
+
+def chat_tokens(
+    rows: dict[str, list[Any]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: list[str],
+    limit: int,
+) -> dict[str, list[Any]]:
+    """Return the tokens of conversations, and which of them are answers.
+
+    An answer is what the chat template adds for it to what it makes of the messages before, the
+    prompt for an answer included. A token that is only partly in it counts. Messages after the last
+    answer are left out.
+
+    Parameters
+    ----------
+    rows : dict[str, list]
+        Columns of n records.
+    tokenizer : PreTrainedTokenizerBase
+        With a chat template.
+    columns : list[str]
+        As of `chat_columns`.
+    limit : int
+        Tokens of a record; what is beyond is cut off.
+
+    Returns
+    -------
+    dict[str, list]
+        Of each record: ``input_ids``, ``attention_mask``, ``labels`` (`IGNORED` outside answers)
+        and the number of ``answer_tokens``.
+
+    Raises
+    ------
+    InvalidValue
+        A record is no conversation; the chat template refuses it, or changes what was said before
+        when an answer is added.
+    """
+    values = zip(*(rows[name] for name in columns), strict=True)
+    rendered = [_rendered(_chat(value, columns), tokenizer) for value in values]
+    tokens = tokenizer(
+        [text for text, _ in rendered],
+        add_special_tokens=False,  # They are in the template.
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    found: dict[str, list[Any]] = {
+        "input_ids": [ids[:limit] for ids in tokens["input_ids"]],
+        "attention_mask": [[1] * len(ids[:limit]) for ids in tokens["input_ids"]],
+        "labels": [],
+    }
+    for ids, offsets, (_, answers) in zip(
+        found["input_ids"], tokens["offset_mapping"], rendered, strict=True
+    ):
+        found["labels"].append(_labels(np.array(ids), np.array(offsets[:limit]), answers))
+    found["answer_tokens"] = [int((labels != IGNORED).sum()) for labels in found["labels"]]
+    return found
+
+
+def _chat(values: tuple[Any, ...], columns: list[str]) -> Chat:
+    if len(values) == 2:
+        roles = zip(("user", "assistant"), values, strict=True)
+        return [{"role": role, "content": text or ""} for role, text in roles]
+    try:
+        return [
+            {"role": message["role"], "content": message["content"] or ""} for message in values[0]
+        ]
+    except (TypeError, KeyError) as error:
+        allowed = "a column of conversations, which are lists of {'role', 'content'}"
+        raise InvalidValue("input-columns", ",".join(columns), allowed) from error
+
+
+def _rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
+    """Return a conversation as text, and where in it answers begin and end.
+
+    An answer is what the template adds to what it makes of the messages before, prompt included.
+    """
+    last = max((i for i, message in enumerate(chat) if message["role"] == "assistant"), default=-1)
+    # Nothing is learnt from what comes after the last answer.
+    text = _template(chat[: last + 1] or chat, tokenizer)
+    answers = []
+    for i, message in enumerate(chat):
+        if message["role"] == "assistant":
+            before = _template(chat[:i], tokenizer, add_generation_prompt=True)
+            through = text if i == last else _template(chat[: i + 1], tokenizer)
+            if not (through.startswith(before) and text.startswith(through)):
+                allowed = (
+                    "one whose chat template only ever adds to a conversation: what it makes of "
+                    f"the {i} messages before an answer is not what a conversation with it starts "
+                    "with, so that the answer's tokens cannot be told"
+                )
+                raise InvalidValue("model", tokenizer.name_or_path, allowed)
+            answers.append((len(before), len(through)))
+    # A model needs something to read.
+    return text or tokenizer.pad_token, answers
+
+
+def _template(chat: Chat, tokenizer: PreTrainedTokenizerBase, **options: bool) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        text: str = tokenizer.apply_chat_template(chat, tokenize=False, **options)
+    except (TemplateError, ValueError) as error:
+        allowed = f"one whose chat template takes these conversations ({error})"
+        raise InvalidValue("model", tokenizer.name_or_path, allowed) from error
+    return text
+
+
+def _labels(
+    ids: NDArray[np.int64], offsets: NDArray[np.int64], answers: list[tuple[int, int]]
+) -> NDArray[np.int64]:
+    """Return the tokens that have a part in an answer, -100 for the others."""
+    begins, ends = offsets.T
+    chosen = np.zeros(len(ids), dtype=bool)
+    for begin, end in answers:
+        chosen |= (ends > begin) & (begins < end)
+    chosen[0] = False  # There is nothing to predict it from.
+    return np.where(chosen, ids, IGNORED)

@@ -1,0 +1,84 @@
+"""What classifiers of texts and of pictures share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import cached_property, partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.tasks.classification import evaluate_classifier
+from fedlora_flwr.tasks.dataset_task import DatasetTask
+from fedlora_flwr.tasks.labels import Labels, with_class
+from fedlora_flwr.tasks.registry import Batch, Records
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class ClassifierTask(DatasetTask):
+    """Tell classes apart; batches hold ``label``, (n,) int64.
+
+    Records without a class are left out. The private split is opened to evaluate only where it has
+    to tell the classes: where ``num-classes`` is 0, or where they are text.
+    """
+
+    metric = "accuracy"
+
+    @abstractmethod
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return each record's scores, shape (n, classes), fp32."""
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the classifier."""
+        return self._labels.count
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the cross entropy of each record, shape (n,)."""
+        return F.cross_entropy(self._logits(model, batch), batch["label"], reduction="none")
+
+    def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
+        """Return mean ``loss`` and ``accuracy``, and those of each split if there are several."""
+        return evaluate_classifier(
+            model,
+            records,
+            partial(self._logits, model),
+            self._settings.eval_batch_size,
+            self.test_splits,
+        )
+
+    @cached_property
+    def _labels(self) -> Labels:
+        settings = self._settings
+        # A limit must not change the classes.
+        return Labels(
+            lambda: self._usable(settings.train_split, 0),
+            settings.label_column,
+            settings.num_classes,
+        )
+
+    def _rows(self, dataset: Dataset, split: str) -> NDArray[np.int64]:
+        column = self._settings.label_column
+        rows = with_class(dataset, column)
+        if len(rows) == 0:
+            raise InvalidValue(
+                "label-column", column, f"a class for some record of split {split!r}"
+            )
+        return rows
+
+    def _with_classes(self, prepared: Dataset, dataset: Dataset, *, training: bool) -> Dataset:
+        """Add to prepared records their class and, as ``part``, which of several splits has them.
+
+        Added before, to a selection of a data set, a column would cost a copy of it.
+        """
+        numbered = prepared.add_column("label", self._labels.numbers(dataset))
+        sizes = [len(dataset)] if training else [len(split) for split in self._opened_tests]
+        if len(sizes) == 1:
+            return numbered
+        return numbered.add_column("part", np.repeat(np.arange(len(sizes)), sizes))

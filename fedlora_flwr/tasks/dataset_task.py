@@ -1,0 +1,272 @@
+"""What all tasks on a named data set share: opening it, limits, and a client's part."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.tasks.arrow_records import ArrowRecords
+from fedlora_flwr.tasks.partition import partition_records
+from fedlora_flwr.tasks.registry import Batch
+from fedlora_flwr.tasks.sources import load_split
+from fedlora_flwr.tasks.splits import Split, SplitSettings
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor, nn
+
+# Not the run's seed: figures of different runs must be of the same records.
+_LIMIT_SEED = 2024
+
+
+class DatasetSettings(SplitSettings, Protocol):
+    """What the tasks read: a part of the run configuration."""
+
+    @property
+    def model(self) -> str:
+        """Name of a model, or a folder with one."""
+        ...
+
+    @property
+    def weights(self) -> str:
+        """``"pretrained"``, ``"random"``, or a file of weights for a timm model."""
+        ...
+
+    @property
+    def quantization(self) -> str:
+        """``"none"``, ``"8bit"`` or ``"4bit"``."""
+        ...
+
+    @property
+    def pooling(self) -> str:
+        """``"model"`` or ``"mean"``: what a text's class is read from."""
+        ...
+
+    @property
+    def dataset(self) -> str:
+        """What `fedlora_flwr.tasks.sources.load_split` takes."""
+        ...
+
+    @property
+    def dataset_subset(self) -> str:
+        """A folder of the source, or a configuration of the hub's data set."""
+        ...
+
+    @property
+    def train_split(self) -> str:
+        """Name of the split with the private records."""
+        ...
+
+    @property
+    def test_split(self) -> str:
+        """Names of the public splits, with commas between them."""
+        ...
+
+    @property
+    def input_columns(self) -> str:
+        """Names of the columns to learn from, with commas between them; empty: by their type."""
+        ...
+
+    @property
+    def label_column(self) -> str:
+        """Name of the column with the class."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """Classes; 0 counts those of the private split."""
+        ...
+
+    @property
+    def train_limit(self) -> int:
+        """Records of the private split to use; 0 for all."""
+        ...
+
+    @property
+    def test_limit(self) -> int:
+        """Records of the public splits to use; 0 for all."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a record that are read."""
+        ...
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of pictures; 0 for the model's own."""
+        ...
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Records in one forward pass of an evaluation."""
+        ...
+
+    @property
+    def report_unprotected_metrics(self) -> bool:
+        """Whether clients measure their private records."""
+        ...
+
+
+class DatasetTask(ABC):
+    """A task on a named model and a named data set.
+
+    Nothing is opened before it is asked for, so that a server that evaluates never reads the
+    private split.
+
+    Parameters
+    ----------
+    settings : DatasetSettings
+        Model, data set and split.
+
+    Raises
+    ------
+    InvalidValue
+        No model or no data set is named.
+    """
+
+    name: str
+    metric: str
+
+    def __init__(self, settings: DatasetSettings) -> None:
+        self._settings = settings
+        if not settings.model:
+            raise InvalidValue("model", "", f"a name or a folder, as task = {self.name!r} needs it")
+        if not settings.dataset:
+            allowed = f"files, a folder or a hub name, as task = {self.name!r} needs it"
+            raise InvalidValue("dataset", "", allowed)
+
+    @property
+    @abstractmethod
+    def head(self) -> tuple[str, ...]:
+        """Names of the modules that form the task head."""
+
+    @property
+    @abstractmethod
+    def lora_targets(self) -> str:
+        """Default pattern of adapted modules; empty for what is usual for a transformers model."""
+
+    @abstractmethod
+    def build_model(self) -> nn.Module:
+        """Return a new model with its head, the same weights in every process."""
+
+    @abstractmethod
+    def skeleton(self) -> nn.Module:
+        """Return the model without weights, on the meta device."""
+
+    @abstractmethod
+    def largest_batch(self, records: int) -> Batch:
+        """Return a batch of the largest shapes there can be; its values mean nothing."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the loss of each record, shape (n,)."""
+
+    @abstractmethod
+    def _prepare(self, dataset: Dataset, *, training: bool) -> ArrowRecords:
+        """Turn a split into records."""
+
+    def client_records(self, partition_id: int, num_partitions: int) -> ArrowRecords:
+        """Return the private records of one simulated client.
+
+        Raises
+        ------
+        InvalidValue
+            There is no such client, or the data set cannot be read or spread as configured.
+        """
+        parts = self._parts(num_partitions)
+        if not 0 <= partition_id < len(parts):
+            raise InvalidValue("partition-id", partition_id, f"0 to {len(parts) - 1}")
+        return self._private.subset(parts[partition_id])
+
+    def test_records(self) -> ArrowRecords:
+        """Return the public records, those of all test splits.
+
+        Raises
+        ------
+        InvalidValue
+            The data set cannot be read.
+        """
+        return self._public
+
+    @cached_property
+    def test_splits(self) -> tuple[str, ...]:
+        """Names of the test splits."""
+        return names(self._settings.test_split)
+
+    @cached_property
+    def _train(self) -> Dataset:
+        return self._usable(self._settings.train_split, self._settings.train_limit)
+
+    @cached_property
+    def _private(self) -> ArrowRecords:
+        return self._prepare(self._train, training=True)
+
+    @cached_property
+    def _public(self) -> ArrowRecords:
+        return self._prepare(self._test, training=False)
+
+    @cached_property
+    def _test(self) -> Dataset:
+        import datasets
+
+        splits = self._opened_tests
+        try:
+            return splits[0] if len(splits) == 1 else datasets.concatenate_datasets(splits)
+        except ValueError as error:
+            allowed = f"splits with the same columns ({' '.join(str(error).split())})"
+            raise InvalidValue("test-split", self._settings.test_split, allowed) from error
+
+    @cached_property
+    def _opened_tests(self) -> list[Dataset]:
+        if not self.test_splits:
+            raise InvalidValue("test-split", self._settings.test_split, "names of splits")
+        return [self._usable(split, self._settings.test_limit) for split in self.test_splits]
+
+    def _usable(self, split: str, limit: int) -> Dataset:
+        """Open a split; drop records that cannot be used, and all beyond the limit."""
+        settings = self._settings
+        dataset = load_split(settings.dataset, split, subset=settings.dataset_subset)
+        rows = self._rows(dataset, split)
+        if limit and limit < len(rows):
+            chosen = np.random.default_rng(_LIMIT_SEED).permutation(len(rows))[:limit]
+            rows = rows[np.sort(chosen)]
+        return dataset if len(rows) == len(dataset) else dataset.select(rows)
+
+    def _rows(self, dataset: Dataset, split: str) -> NDArray[np.int64]:  # noqa: ARG002
+        """Return the positions of the records that can be used."""
+        return np.arange(len(dataset))
+
+    def _parts(self, num_partitions: int) -> list[NDArray[np.int64]]:
+        found = self._dealt.get(num_partitions)
+        if found is None:
+            found = partition_records(self._columns(), Split.of(self._settings, num_partitions))
+            self._dealt[num_partitions] = found
+        return found
+
+    @cached_property
+    def _dealt(self) -> dict[int, list[NDArray[np.int64]]]:
+        return {}
+
+    def _columns(self) -> dict[str, NDArray[Any]]:
+        """Return what records may be split by, one value a record."""
+        settings, dataset = self._settings, self._train
+        chosen = {
+            "label": settings.label_column,
+            settings.partition_column: settings.partition_column,
+        }
+        columns = {"row": np.arange(len(dataset))}
+        for name, source in chosen.items():
+            if source in dataset.features:
+                columns[name] = np.asarray(dataset[source][:])
+        return columns
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Split names with commas between them."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
