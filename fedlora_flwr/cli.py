@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,10 +23,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Differentially private federated LoRA on Flower.",
 )
+_PATHS = ("model", "weights", "dataset")
 RECIPES = Path(__file__).parent / "simulations" / "recipes"
 
 Recipe = Annotated[
-    str, typer.Argument(help="A recipe's name (digits) or a TOML file of configuration keys.")
+    str, typer.Argument(help="A recipe's name (see `recipes`), or a TOML file of keys.")
 ]
 Overrides = Annotated[
     list[str] | None, typer.Option("-c", help="key=value, in force over the recipe; repeatable.")
@@ -131,6 +132,62 @@ def budget(
     _guard(work)
 
 
+@app.command()
+def plan(
+    recipe: Recipe = "digits",
+    overrides: Overrides = None,
+    records: Annotated[
+        int | None, typer.Option(min=1, help="Records of each client, instead of opening the data.")
+    ] = None,
+    json_only: AsJson = False,
+) -> None:
+    """Show what a run would cost and whether it can work; trains nothing.
+
+    Exits with 1 where a client could not keep its promise.
+    """
+
+    def work() -> None:
+        from fedlora_flwr.simulations.forecast import as_json, forecast
+        from fedlora_flwr.simulations.forecast_screen import show
+
+        found = forecast(load_recipe(recipe, overrides), records)
+        if json_only:
+            print(json.dumps(as_json(found), indent=2))
+        else:
+            show(found, Console())
+        if found.broken:
+            raise typer.Exit(1)
+
+    _guard(work)
+
+
+@app.command()
+def pretrain(
+    source: Annotated[
+        str, typer.Argument(help="Tiny-ImageNet: files, a folder, or its name on the hub.")
+    ],
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the pictures.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and order.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+) -> None:
+    """Pretrain the small Swin on classes 0 to 99, for `model = "small-swin"`."""
+
+    def work() -> None:
+        from fedlora_flwr.clients.trainer import resolve_device
+        from fedlora_flwr.tasks.pretrain_swin import SwinRecipe, pretrain_swin
+
+        chosen = SwinRecipe(seed=seed) if epochs is None else SwinRecipe(seed=seed, epochs=epochs)
+        console = Console()
+        folder = pretrain_swin(source, chosen, device=resolve_device(device), console=console)
+        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+        console.print(
+            f"Accuracy  {card['accuracy']:.1%} on valid after {card['seconds'] / 60:.0f} minutes"
+        )
+        console.print(f"Model     {folder}", highlight=False, soft_wrap=True)
+
+    _guard(work)
+
+
 @app.command("inspect-split")
 def inspect_split(
     recipe: Recipe = "digits",
@@ -162,6 +219,16 @@ def inspect_split(
 
 
 @app.command()
+def recipes() -> None:
+    """List the recipes that come with the package."""
+    table = Table("recipe", "about", box=None)
+    for name in recipe_names():
+        first = (RECIPES / f"{name}.toml").read_text(encoding="utf-8").splitlines()[0]
+        table.add_row(name, first.removeprefix("# "))
+    Console().print(table)
+
+
+@app.command()
 def keys() -> None:
     """List every configuration key with its default and meaning."""
     table = Table("key", "default", "meaning", box=None)
@@ -169,6 +236,12 @@ def keys() -> None:
     for entry, (key, value) in zip(fields(RunConfig), values.items(), strict=True):
         table.add_row(key, repr(value), entry.metadata["about"])
     Console().print(table)
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with the package, e.g. ``paper/ffa-lora-mnli``."""
+    found = (path.relative_to(RECIPES).with_suffix("") for path in RECIPES.rglob("*.toml"))
+    return sorted(path.as_posix() for path in found)
 
 
 def load_recipe(name: str, overrides: list[str] | None = None) -> RunConfig:
@@ -179,11 +252,19 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> RunConfig:
     InvalidValue
         There is no such recipe, or one of its values cannot be used.
     """
-    names = sorted(path.stem for path in RECIPES.glob("*.toml"))
+    names = recipe_names()
     if not name.endswith(".toml") and name not in names:
         raise InvalidValue("recipe", name, one_of(names, name) + ", or a path that ends in .toml")
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
-    return RunConfig.of(read_toml(path), parse_overrides(overrides or []))
+    config = RunConfig.of(read_toml(path), parse_overrides(overrides or []))
+    located: dict[str, Any] = {key: _located(getattr(config, key)) for key in _PATHS}
+    return replace(config, **located)
+
+
+def _located(text: str) -> str:
+    """Return a path that means the same in every process of a run; all else as it is."""
+    path = Path(text).expanduser()
+    return str(path.resolve()) if text and path.exists() else text
 
 
 def _strategies(text: str) -> tuple[str, ...]:

@@ -61,7 +61,7 @@ class Screen:
 
     def round(self, row: dict[str, Any]) -> None:
         """Show one row of ``rounds.jsonl``."""
-        state = describe_round(row)
+        state = describe_round(row, self._plan.metric)
         if self._bar is not None:
             self._progress.update(self._bar, completed=row["round"], state=state)
         else:
@@ -97,9 +97,9 @@ def describe_plan(plan: RunPlan) -> list[str]:
     return lines
 
 
-def describe_round(row: dict[str, Any]) -> str:
+def describe_round(row: dict[str, Any], metric: str = "accuracy") -> str:
     """Return what one round came to, in one line."""
-    text = f"accuracy {row['accuracy']:.1%}" if "accuracy" in row else f"loss {row['loss']:.4f}"
+    text = f"{_words(metric)} {row[metric]:.1%}" if metric in row else f"loss {row['loss']:.4f}"
     if row.get("epsilon_max") is not None:
         text += f"  ε {row['epsilon_max']:.2f}"
     if row.get("failures"):
@@ -119,7 +119,7 @@ def closing_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Return names and values of the closing table."""
     spent, budget = summary["epsilon_max"], summary["epsilon_budget"]
     used = summary["bytes_up"] + summary["bytes_down"]
-    plain = summary["bytes_plain"]
+    plain, metric = summary["bytes_plain"], summary["metric"]
     privacy = (
         "none"
         if budget is None
@@ -127,7 +127,10 @@ def closing_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         f"{summary['num_clients']} clients ({summary['accountant'].upper()} accountant)"
     )
     rows = [
-        ("Accuracy", f"{summary['initial_accuracy']:.1%} → {summary['final_accuracy']:.1%}"),
+        (
+            _words(metric).capitalize(),
+            f"{summary[f'initial_{metric}']:.1%} → {summary[f'final_{metric}']:.1%}",
+        ),
         ("Privacy", privacy),
         ("Sent", f"{_megabytes(summary['bytes_up'])} up, {_megabytes(summary['bytes_down'])} down"),
     ]
@@ -142,6 +145,10 @@ def closing_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if summary["unprotected_metrics"]:
         rows.append(("Note", UNPROTECTED))
     return rows
+
+
+def _words(metric: str) -> str:
+    return metric.replace("_", " ")
 
 
 def _megabytes(count: int) -> str:

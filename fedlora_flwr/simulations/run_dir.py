@@ -39,7 +39,7 @@ class RunDirectory:
     def new(cls, parent: Path, config: RunConfig) -> RunDirectory:
         """Make ``<parent>/<time>-<task>-<strategy>`` and point ``<parent>/latest`` at it."""
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        name = f"{stamp}-{config.task}-{config.strategy}"
+        name = f"{stamp}-{config.task.replace(':', '.')}-{config.strategy}"
         path, count = parent / name, 1
         while True:
             try:

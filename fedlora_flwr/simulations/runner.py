@@ -60,12 +60,15 @@ class RunPlan:
         Parameters of the backbone.
     trained : int
         Parameters of the adapters, and of the head if it trains.
+    metric : str (default: "accuracy")
+        The figure to show.
     """
 
     config: RunConfig
     mechanisms: list[Mechanism]
     parameters: int
     trained: int
+    metric: str = "accuracy"
 
 
 def make_plan(config: RunConfig, console: Console | None = None) -> RunPlan:
@@ -104,6 +107,7 @@ def make_plan(config: RunConfig, console: Console | None = None) -> RunPlan:
         mechanisms=[plan_mechanism(config, size) for size in progress],
         parameters=sum(parameter.numel() for parameter in adapted.model.parameters()) - trained,
         trained=trained,
+        metric=task.metric,
     )
 
 
@@ -134,9 +138,11 @@ def run_on_flower(
         Flower reports anything but a completed run.
     """
     config = _placed(plan.config, run_dir)
+    # A task of the user's own is imported from the folder that the command runs in.
+    modules = Path.cwd() if ":" in config.task else None
     with (
         run_dir.log.open("w", encoding="utf-8") as log,
-        SimulationSuperLink(log, config.client_threads) as superlink,
+        SimulationSuperLink(log, config.client_threads, modules) as superlink,
     ):
         superlink.submit(
             app_folder(run_dir), run_dir.write_config(config), _federation(config, workers)

@@ -183,6 +183,7 @@ def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dic
         "num_clients": session.num_clients if session else 0,
         "num_rounds": config.num_rounds,
         "rounds_done": len(rounds),
+        "metric": metric,
         f"initial_{metric}": rows[0][metric] if rows else None,
         f"final_{metric}": rows[-1][metric] if rows else None,
         "epsilon_max": max(spent, default=0.0),

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.partition import partition_table
-from fedlora_flwr.tasks.registry import Records, Task, build_task
+from fedlora_flwr.tasks.registry import Records, build_task
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,11 +31,11 @@ def split_counts(config: RunConfig) -> pd.DataFrame:
     Raises
     ------
     InvalidValue
-        The records cannot be spread as the configuration asks, or have no ``label``.
+        The records cannot be spread as the configuration asks.
     """
     task = build_task(config.task, config)
     found = [
-        _labels(task, task.client_records(client, config.num_clients))
+        _labels(task.client_records(client, config.num_clients))
         for client in range(config.num_clients)
     ]
     ends = np.cumsum([len(labels) for labels in found])
@@ -65,14 +64,13 @@ def split_table(counts: pd.DataFrame, config: RunConfig) -> Table:
     return table
 
 
-def _labels(task: Task, records: Records) -> NDArray[np.int64]:
+def _labels(records: Records) -> NDArray[np.int64]:
     import torch
 
     found = []
     for start in range(0, len(records), _READ_AT_ONCE):
         end = min(start + _READ_AT_ONCE, len(records))
         batch = records.batch(torch.arange(start, end))
-        if "label" not in batch or batch["label"].ndim != 1:
-            raise InvalidValue("task", task.name, "a task whose records have one 'label' each")
-        found.append(batch["label"].numpy())
+        # Records without a class, e.g. questions, are counted as they are.
+        found.append(batch["label"].numpy() if "label" in batch else np.zeros(end - start, int))
     return np.concatenate(found)

@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 from fedlora_flwr.cli import app
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.simulations import split_table as module
 from fedlora_flwr.simulations.split_table import split_counts, split_table
 from fedlora_flwr.tasks.records import TensorRecords
@@ -91,7 +90,5 @@ def test_bad_input_is_one_error(
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_records_without_labels_are_refused() -> None:
-    task = build_task("digits", RunConfig())
-    with pytest.raises(InvalidValue, match="'label'"):
-        module._labels(task, TensorRecords({"image": torch.zeros(3, 1)}))
+def test_records_without_labels_are_counted_as_one_class() -> None:
+    assert module._labels(TensorRecords({"image": torch.zeros(3, 1)})).tolist() == [0, 0, 0]

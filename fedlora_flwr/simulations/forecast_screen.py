@@ -1,0 +1,84 @@
+"""A forecast on a screen."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Console
+from rich.table import Table
+
+from fedlora_flwr.simulations.forecast import Forecast
+
+# More clients than this are shown by their smallest and largest.
+_MOST_ROWS = 20
+
+
+def show(found: Forecast, console: Console) -> None:
+    """Print a forecast: clients, noise, memory, bytes, warnings."""
+    width = max(console.width, 60)
+    console.print(_clients(found), width=width)
+    for name, text in _lines(found):
+        console.print(f"{name:<9} {text}", highlight=False, soft_wrap=True)
+    for warning in found.warnings:
+        console.print(f"[bold]Warning[/bold]   {warning}", highlight=False, soft_wrap=True)
+
+
+def _clients(found: Forecast) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for head in ("client", "records", "q = b/n", "σ", "steps"):
+        table.add_column(head, justify="right")
+    rows = sorted(enumerate(found.clients), key=lambda row: (row[1].records, row[0]))
+    if len(rows) > _MOST_ROWS:
+        rows = [rows[0], rows[len(rows) // 2], rows[-1]]
+    else:
+        rows.sort()
+    for number, client in rows:
+        made = client.mechanism
+        table.add_row(
+            str(number),
+            f"{client.records:,}",
+            f"{made.sample_rate:.5f}" if made else "–",
+            f"{made.noise_multiplier:.3f}" if made else "cannot",
+            str(found.config.planned_steps),
+        )
+    return table
+
+
+def _lines(found: Forecast) -> list[tuple[str, str]]:
+    config, memory = found.config, found.memory
+    promise = (
+        f"ε ≤ {config.epsilon:g} at δ = {config.delta:g}, clip norm {config.clip_norm:g}"
+        if config.private
+        else "none: epsilon = inf adds no noise"
+    )
+    ratio = found.noise_to_signal
+    noise = "none" if ratio is None else f"{ratio:.2f} × the most its signal can be"
+    kept = "not known" if memory.activations is None else megabytes(memory.activations)
+    rounds = config.num_rounds * max(round(config.fraction_train * config.num_clients), 1)
+    return [
+        ("Privacy", promise),
+        (
+            "Trains",
+            f"{found.coordinates:,} numbers a step, of {found.layers} layers in "
+            f"{found.blocks} blocks",
+        ),
+        ("Noise", f"of a round, averaged: {noise}"),
+        (
+            "Memory",
+            f"{megabytes(memory.total)} a client: frozen weights "
+            f"{megabytes(memory.backbone)}, activations {kept}, gradients by record "
+            f"{megabytes(memory.per_record)}, what trains {megabytes(memory.trained)}",
+        ),
+        (
+            "Bytes",
+            f"{megabytes(found.bytes_up)} up and {megabytes(found.bytes_down)} down for a "
+            f"client and round; {megabytes(rounds * (found.bytes_up + found.bytes_down))} "
+            "for the run",
+        ),
+    ]
+
+
+def megabytes(count: float) -> str:
+    """Write a number of bytes as MB, with two digits where there are few."""
+    digits = max(0, 1 - math.floor(math.log10(count / 1e6))) if count > 0 else 0
+    return f"{count / 1e6:,.{min(digits, 3)}f} MB"

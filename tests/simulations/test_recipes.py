@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoTokenizer, RobertaConfig
+
+from fedlora_flwr.cli import RECIPES, load_recipe, recipe_names
+from fedlora_flwr.clients.trainer import Trainer, plan_mechanism
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.privacy.budget import Segment, calibrate, epsilon_spent
+from fedlora_flwr.simulations.forecast import forecast
+from fedlora_flwr.simulations.serve import build_strategy
+from tests.tasks import checkpoints
+
+PAPER = [name for name in recipe_names() if name.startswith("paper/")]
+RECORDS = {
+    "sst2": 67_349,
+    "qnli": 104_743,
+    "qqp": 363_846,
+    "mnli": 392_702,
+    "snli": 549_367,
+    "squad": 87_599,
+    "squad2": 130_319,
+    "cifar100": 50_000,
+    "tiny-imagenet": 100_000,
+}
+# Published: q, steps, and σ at ε = 1, 2, 3, 6 and δ = 1e-5, of clients of one size.
+PUBLISHED = {
+    "paper/as-lora-cifar100": (0.00768, 1000, (1.182, 0.856, 0.745, 0.599)),
+    "paper/as-lora-tiny-imagenet": (0.00384, 1000, (0.851, 0.703, 0.629, 0.515)),
+    "paper/as-lora-sst2": (0.01140, 1000, (1.563, 1.026, 0.857, 0.668)),
+    "paper/as-lora-mnli": (0.00196, 1000, (0.722, 0.620, 0.560, 0.460)),
+    "paper/la-lora-swin-b-cifar100": (0.00256, 1000, (0.764, 0.649, 0.585, 0.480)),
+}
+# Adapted layers and blocks of the full models.
+SHAPES = {
+    "as-lora": (48, 24),
+    "as-lora-vision": (24, 24),
+    "la-lora-swin-t": (24, 12),
+    "la-lora-swin-b": (48, 24),
+    "la-lora": (72, 12),
+    "ffa-lora": (48, 24),
+    "fedsvd": (48, 24),
+    "rolora": (48, 24),
+}
+WORDS = ["a bad film", "what a good film it was", "so dull that nobody laughed", "fine and warm"]
+TINY_VIT = {
+    "vit_large_patch16_224.augreg_in21k": "vit_tiny_patch16_224",
+    "swin_tiny_patch4_window7_224.ms_in1k": "swin_tiny_patch4_window7_224",
+    "swin_base_patch4_window7_224.ms_in22k": "swin_tiny_patch4_window7_224",
+}
+
+
+def data_of(name: str) -> str:
+    return max((key for key in RECORDS if name.endswith(f"-{key}")), key=len)
+
+
+def is_text(config: RunConfig) -> bool:
+    return config.task != "image-classification"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return folders with the full RoBERTas' configurations, and one with a tiny RoBERTa."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny = checkpoints.roberta(folder / "tiny", WORDS)
+    found = {"tiny": tiny}
+    base = RobertaConfig(
+        vocab_size=50_265, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1
+    )
+    large = RobertaConfig(
+        vocab_size=50_265,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        pad_token_id=1,
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+    )
+    for name, config in (("roberta-base", base), ("roberta-large", large)):
+        config.save_pretrained(folder / name)
+        tokenizer = AutoTokenizer.from_pretrained(tiny, model_max_length=512)
+        tokenizer.save_pretrained(folder / name)
+        found[f"FacebookAI/{name}"] = folder / name
+    return found
+
+
+def test_each_published_protocol_has_its_recipes() -> None:
+    named = {name.removeprefix("paper/") for name in PAPER}
+    text = ("sst2", "qnli", "qqp", "mnli")
+    expected = {f"as-lora-{data}" for data in (*RECORDS,)}
+    methods = ("ffa-lora", "rolora", "la-lora")
+    expected |= {f"{method}-{data}" for method in methods for data in text}
+    expected |= {f"fedsvd-{data}" for data in (*text, "snli")}
+    expected |= {
+        f"la-lora-{swin}-{data}"
+        for swin in ("swin-t", "swin-b")
+        for data in ("cifar100", "tiny-imagenet")
+    }
+    assert named == expected
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_is_what_flwr_run_reads_and_says_what_it_is(name: str) -> None:
+    text = (RECIPES / f"{name}.toml").read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    assert "[" not in re.sub(r"(#.*|'[^']*')", "", text)  # Flat: no table, no list.
+    assert load_recipe(name).num_rounds >= 1
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_budget_calibrates_to_the_published_noise(name: str) -> None:
+    config, (rate, steps, sigmas) = load_recipe(name), PUBLISHED[name]
+    mine = config.batch_size * config.num_clients / RECORDS[data_of(name)]
+    assert mine == pytest.approx(rate, rel=0.005)
+    assert config.planned_steps == steps
+    for epsilon, sigma in zip((1.0, 2.0, 3.0, 6.0), sigmas, strict=True):
+        assert calibrate(epsilon, 1e-5, mine, steps) == pytest.approx(sigma, rel=0.01)
+
+
+def unlike(*keys: str) -> list[str]:
+    """Return one paper recipe for each combination of these keys' values."""
+    found: dict[tuple[object, ...], str] = {}
+    for name in PAPER:
+        values = load_recipe(name).items()
+        found.setdefault(tuple(values[key] for key in keys), name)
+    return list(found.values())
+
+
+@pytest.mark.parametrize(
+    "name", unlike("dataset", "dataset-subset", "num-clients", "batch-size", "local-steps")
+)
+def test_a_client_of_mean_size_can_keep_the_promise(name: str) -> None:
+    config = load_recipe(name)
+    mechanism = plan_mechanism(config, RECORDS[data_of(name)] // config.num_clients)
+    if not config.private:
+        assert name.startswith("paper/rolora")
+        assert mechanism.noise_multiplier == 0
+        return
+    segment = Segment(mechanism.noise_multiplier, mechanism.sample_rate, config.planned_steps)
+    assert 0.95 * config.epsilon < epsilon_spent([segment], config.delta).epsilon <= config.epsilon
+    assert config.delta == 1e-5 or "promises nothing" in (RECIPES / f"{name}.toml").read_text()
+
+
+@pytest.mark.parametrize("name", unlike("model", "task", "lora-targets", "train-head", "rank"))
+def test_the_full_model_has_the_layers_and_blocks(name: str, models: dict[str, Path]) -> None:
+    config = load_recipe(name)
+    changes = [f"model={models[config.model]}"] if is_text(config) else []
+    config = load_recipe(name, [*changes, "weights=random"])
+    found = forecast(config, records=RECORDS[data_of(name)] // config.num_clients)
+    kind = name.removeprefix("paper/").removesuffix(f"-{data_of(name)}")
+    shape = SHAPES[kind if is_text(config) or kind != "as-lora" else "as-lora-vision"]
+    assert (found.layers, found.blocks) == shape
+    assert found.broken == 0
+    assert found.memory.activations is not None
+    assert found.memory.backbone > {"as-lora": 1.2e9}.get(kind, 1e8)
+    assert (found.noise_to_signal is None) == math.isinf(config.epsilon)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_shrunken_twin_takes_a_private_step(
+    name: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    config = load_recipe(name)
+    config = load_recipe(name, _shrunken(config, models["tiny"], tmp_path))
+    trainer = Trainer.build(config)
+    plan = build_strategy(config).plan(1, trainer.layout)
+    records = trainer.task.client_records(0, 2)
+    mechanism = plan_mechanism(config, len(records))
+    update = trainer.train(trainer.start, plan, records, mechanism, ("client", 1))
+    assert set(update.arrays) == set(trainer.layout.trained(plan, 1))
+    moved = [
+        not np.array_equal(array, trainer.start[name]) for name, array in update.arrays.items()
+    ]
+    assert all(moved) if config.private else any(moved)
+    metrics = trainer.task.evaluate(trainer.adapted.model, trainer.task.test_records())
+    assert 0 <= metrics[trainer.task.metric] <= 1
+
+
+def _shrunken(config: RunConfig, tiny: Path, folder: Path) -> list[str]:
+    """Return overrides for two clients with a handful of records and a tiny model."""
+    splits = [config.train_split, *config.test_split.split(",")]
+    for split in splits:
+        _write(config, folder / "set", split)
+    changes: dict[str, Any] = {
+        "dataset": folder / "set",
+        "dataset-subset": "",
+        "model": tiny if is_text(config) else TINY_VIT[config.model],
+        "weights": "random",
+        "image-size": 0 if is_text(config) else 56,
+        "num-clients": 2,
+        "partitioner": "iid",
+        "min-records": 1,
+        "batch-size": 2,
+        "microbatch-size": 2,
+        "local-steps": 1,
+        "max-length": 48,
+        "device": "cpu",
+    }
+    if not is_text(config):
+        changes["image-size"] = 32 if config.model.startswith("vit") else 56
+        changes["label-column"] = config.label_column
+    return [f"{key}={value}" for key, value in changes.items()]
+
+
+def _write(config: RunConfig, folder: Path, split: str) -> None:
+    numbers = range(12)
+    if config.task == "image-classification":
+        import datasets
+
+        pictures = [Image.new("RGB", (16, 16), (20 * n, 9 * n, 200)) for n in numbers]
+        column = config.input_columns
+        features = datasets.Features(
+            {column: datasets.Image(), config.label_column: datasets.Value("int64")}
+        )
+        pairs = {column: pictures, config.label_column: list(numbers)}
+        folder.mkdir(exist_ok=True)
+        made = datasets.Dataset.from_dict(pairs, features=features)
+        made.to_parquet(folder / f"{split}.parquet")
+        return
+    if config.task == "question-answering":
+        answer = {"text": ["good film"], "answer_start": [7]}
+        gone: dict[str, Any] = {"text": [], "answer_start": []}
+        checkpoints.write_split(
+            folder,
+            split,
+            [
+                {
+                    "id": str(n),
+                    "question": "what was it?",
+                    "context": WORDS[1],
+                    "answers": gone if n % 3 == 0 and config.dataset.endswith("v2") else answer,
+                }
+                for n in numbers
+            ],
+        )
+        return
+    columns = config.input_columns.split(",")
+    rows = [
+        {**dict.fromkeys(columns, WORDS[n % 4]), config.label_column: n % config.num_classes}
+        for n in numbers
+    ]
+    checkpoints.write_split(folder, split, rows)

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parents[2] / "docs" / "tasks.md"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with the file that the page shows."""
+    code = re.search(r"```python\n# tones\.py\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    assert code
+    (tmp_path / "tones.py").write_text(code[1], encoding="utf-8")
+    return tmp_path
+
+
+def command(verb: str) -> list[str]:
+    """Return what the page types, for another verb."""
+    line = re.search(r"^    fedlora run (.*)$", PAGE.read_text(encoding="utf-8"), re.M)
+    assert line
+    return [sys.executable, "-m", "fedlora_flwr.cli", verb, *line[1].split(), "-c", "device=cpu"]
+
+
+def test_the_documented_task_learns(folder: Path) -> None:
+    done = subprocess.run(
+        [*command("simulate"), "--json"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["task"] == "tones:Tones"
+    assert summary["initial_accuracy"] < 0.7
+    assert summary["final_accuracy"] > 0.95
+    assert 7.9 < summary["epsilon_max"] <= 8
+
+
+@pytest.mark.flower
+def test_the_documented_command_runs_on_flower(folder: Path) -> None:
+    rounds = ["-c", "num-rounds=2", "--workers", "1", "--json"]
+    done = subprocess.run(
+        [*command("run"), *rounds], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rounds_done"] == 2
+
+
+def test_the_page_names_every_task() -> None:
+    from fedlora_flwr.tasks.registry import task_names
+
+    assert all(f"`{name}`" in PAGE.read_text(encoding="utf-8") for name in task_names())
