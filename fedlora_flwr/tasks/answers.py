@@ -17,7 +17,9 @@ from fedlora_flwr.tasks.classification import evaluating, in_order_of_length
 from fedlora_flwr.tasks.dataset_task import DatasetSettings, DatasetTask
 from fedlora_flwr.tasks.language_models import (
     build,
+    check_length,
     head_modules,
+    input_names,
     load_config,
     load_tokenizer,
     skeleton,
@@ -28,7 +30,7 @@ from fedlora_flwr.tasks.squad import exact_match, f1
 from fedlora_flwr.tasks.windows import (
     NO_TARGET,
     all_windows,
-    check_length,
+    check_room,
     gold_answers,
     one_row_each,
     training_windows,
@@ -93,7 +95,9 @@ class QuestionAnswering(DatasetTask):
 
     def skeleton(self) -> nn.Module:
         """Return the model without weights, on the meta device."""
-        return skeleton(self._auto, self._config)
+        model = skeleton(self._auto, self._config)
+        check_length(self._settings.max_length, model)
+        return model
 
     def largest_batch(self, records: int) -> Batch:
         """Return windows of ``max-length`` tokens."""
@@ -113,7 +117,7 @@ class QuestionAnswering(DatasetTask):
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross entropy of an answer's start and end, shape (n,)."""
-        return _losses(*_scores(model, batch), batch)
+        return _losses(*self._scores(model, batch), batch)
 
     def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
         """Measure a model on questions, each with all its windows.
@@ -148,7 +152,7 @@ class QuestionAnswering(DatasetTask):
         with evaluating(model), torch.inference_mode():
             for indices in torch.split(in_order_of_length(records), self._settings.eval_batch_size):
                 batch = {key: value.to(device) for key, value in records.batch(indices).items()}
-                measured.append(_measured(*_scores(model, batch), batch).cpu())
+                measured.append(_measured(*self._scores(model, batch), batch).cpu())
         question, target, loss, *found = torch.cat(measured, dim=1).numpy()
         questions, predictions = self._predictions(question.astype(np.int64), *found)
         golds = [self._golds[question] for question in questions]
@@ -158,6 +162,17 @@ class QuestionAnswering(DatasetTask):
             "f1": float(np.mean([f1(*pair) for pair in pairs])),
             "exact_match": float(np.mean([exact_match(*pair) for pair in pairs])),
         }
+
+    def _scores(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return each token's scores as start and as end of the answer, of shape (n, t), fp32."""
+        found = model(**{name: batch[name] for name in self._inputs})
+        # Else a record's loss would depend on how far its batch is padded.
+        padding = batch["attention_mask"] == 0
+        starts, ends = (
+            scores.float().masked_fill(padding, -torch.inf)
+            for scores in (found.start_logits, found.end_logits)
+        )
+        return starts, ends
 
     def _predictions(
         self,
@@ -199,7 +214,7 @@ class QuestionAnswering(DatasetTask):
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         tokenizer = load_tokenizer(self._settings)
-        check_length(self._settings.max_length, tokenizer)
+        check_room(self._settings.max_length, tokenizer)
         return tokenizer
 
     @cached_property
@@ -208,10 +223,9 @@ class QuestionAnswering(DatasetTask):
         text: str = self._tokenizer.backend_tokenizer.to_str()
         return text
 
-    @property
+    @cached_property
     def _inputs(self) -> list[str]:
-        kinds = {"token_type_ids"} & set(self._tokenizer.model_input_names)
-        return ["input_ids", "attention_mask", *kinds]
+        return input_names(self._tokenizer, self._config)
 
     def _prepare(self, dataset: Dataset, *, training: bool) -> ArrowRecords:
         for name in _COLUMNS:
@@ -229,19 +243,6 @@ class QuestionAnswering(DatasetTask):
         )
         padding = {"input_ids": tokenizer.pad_token_id or 0, "begins": -1, "ends": -1}
         return ArrowRecords(prepared if training else one_row_each(prepared), pad_collate(padding))
-
-
-def _scores(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return each token's scores as start and as end of the answer, two of shape (n, t), fp32."""
-    extra = ("question", *_TARGETS, *_EVALUATION)
-    found = model(**{name: tensor for name, tensor in batch.items() if name not in extra})
-    # Else a record's loss would depend on how far its batch is padded.
-    padding = batch["attention_mask"] == 0
-    starts, ends = (
-        scores.float().masked_fill(padding, -torch.inf)
-        for scores in (found.start_logits, found.end_logits)
-    )
-    return starts, ends
 
 
 def _losses(starts: Tensor, ends: Tensor, batch: Batch) -> Tensor:

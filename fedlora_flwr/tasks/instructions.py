@@ -15,7 +15,13 @@ from fedlora_flwr.tasks.arrow_records import ArrowRecords, pad_collate
 from fedlora_flwr.tasks.chats import IGNORED, chat_columns, chat_tokens
 from fedlora_flwr.tasks.classification import evaluating, in_order_of_length
 from fedlora_flwr.tasks.dataset_task import DatasetTask
-from fedlora_flwr.tasks.language_models import build, load_config, load_tokenizer, skeleton
+from fedlora_flwr.tasks.language_models import (
+    build,
+    check_length,
+    load_config,
+    load_tokenizer,
+    skeleton,
+)
 from fedlora_flwr.tasks.prepared import prepare
 from fedlora_flwr.tasks.registry import Batch, Records
 
@@ -53,8 +59,7 @@ class InstructionTuning(DatasetTask):
         Raises
         ------
         InvalidValue
-            ``max-length`` is beyond the model's positions; or see
-            `fedlora_flwr.tasks.language_models.build`.
+            See `fedlora_flwr.tasks.language_models.build`.
         """
         model: Any = build(self._auto, self._settings, self._config)
         # Keys and values are of use to generation only.
@@ -63,7 +68,9 @@ class InstructionTuning(DatasetTask):
 
     def skeleton(self) -> nn.Module:
         """Return the model without weights, on the meta device."""
-        return skeleton(self._auto, self._config)
+        model = skeleton(self._auto, self._config)
+        check_length(self._settings.max_length, model)
+        return model
 
     def largest_batch(self, records: int) -> Batch:
         """Return conversations of ``max-length`` tokens, all of them answers."""
@@ -133,11 +140,7 @@ class InstructionTuning(DatasetTask):
 
     @cached_property
     def _config(self) -> PretrainedConfig:
-        config = load_config(self._settings)
-        known, limit = getattr(config, "max_position_embeddings", None), self._settings.max_length
-        if known and limit > known:
-            raise InvalidValue("max-length", limit, f"at most {known}, what the model was made for")
-        return config
+        return load_config(self._settings)
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
@@ -168,7 +171,8 @@ class InstructionTuning(DatasetTask):
             ["input_ids", "attention_mask", "labels", "answer_tokens"],
             packages=["tokenizers", "transformers"],
         )
-        records = ArrowRecords(prepared, pad_collate({"input_ids": tokenizer.pad_token_id or 0}))
+        # What comes after a causal model's last token is never read: any padding does.
+        records = ArrowRecords(prepared, pad_collate())
         split = settings.train_split if training else settings.test_split
         _check_answers(records, split, settings.max_length)
         return records

@@ -290,7 +290,7 @@ def _fetched(model: str, load: Callable[..., _Found]) -> _Found:
             return load(**where)
     except Exception as error:
         # Parsers of configurations and of three formats of weights raise errors of many types.
-        if offline:
+        if offline and isinstance(error, OSError):
             allowed = (
                 "a folder with a transformers model, or a name on a hub that can be reached: it "
                 "did not answer, and there is no copy from before"

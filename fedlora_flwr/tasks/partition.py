@@ -196,7 +196,10 @@ def _joined(numbers: Sequence[int]) -> str:
 def _require_column(columns: Mapping[str, NDArray[Any]], split: Split) -> None:
     named = split.column if split.partitioner == "natural-id" else split.by
     if named not in columns:
-        raise InvalidValue("partition-column", split.column, one_of(columns, split.column))
+        known = set(columns) - {"row"}
+        column = one_of(known, split.column) if known else "a column"
+        allowed = f"{column}, or partitioner = 'iid' where no column divides the records"
+        raise InvalidValue("partition-column", split.column, allowed)
     values = columns[named]
     if values.dtype == object and any(value is None for value in values):
         raise InvalidValue("partition-column", named, "a column without missing values")

@@ -179,8 +179,6 @@ def _make(
 def _batches(
     dataset: Dataset, function: Callable[..., Columns], columns: Sequence[str], console: Console
 ) -> Iterator[Columns]:
-    from PIL import UnidentifiedImageError
-
     for start in track(
         range(0, len(dataset), _ROWS),
         "Preparing records (once)",
@@ -191,7 +189,8 @@ def _batches(
         try:
             before = dataset[start : start + _ROWS]
             after = {**before, **function(before)}
-        except UnidentifiedImageError as error:
+        except (OSError, SyntaxError) as error:
+            # What Pillow raises where a picture is none, or cut off.
             raise InvalidValue("source", str(error), "pictures that can be decoded") from error
         yield _chosen(after, columns, min(_ROWS, len(dataset) - start))
 

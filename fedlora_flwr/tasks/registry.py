@@ -57,10 +57,16 @@ class Task(Protocol):
     name: str
     metric: str
     """Name of the figure that `evaluate` returns and that a run reports."""
-    lora_targets: str
-    """Default regular expression for the module names that get an adapter."""
-    head: tuple[str, ...]
-    """Names of the modules that form the task head."""
+
+    @property
+    def lora_targets(self) -> str:
+        """Default regular expression for the module names that get an adapter."""
+        ...
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """Names of the modules that form the task head."""
+        ...
 
     def build_model(self) -> nn.Module:
         """Return a new pretrained model, head included, on the CPU in fp32.

@@ -90,7 +90,7 @@ def _read(found: Found, source: str, split: str) -> Dataset:
 
     readers = {"images": _read_pictures, "saved": _read_saved}
     try:
-        with _screen():
+        with _screen(), _uncounted():
             dataset, digest = readers.get(found.kind, _read_table)(found)
     except InvalidValue:  # A cache folder that cannot be written to.
         raise
@@ -233,6 +233,19 @@ def _unreadable(source: str, error: Exception) -> InvalidValue:
     cause = error.__cause__ or error
     text = " ".join(str(cause).split())[:300]
     return InvalidValue("source", source, f"records that can be read ({text})")
+
+
+@contextmanager
+def _uncounted() -> Iterator[None]:
+    """Keep the library from telling a server of every local file that it reads."""
+    from datasets import config
+
+    before = config.HF_UPDATE_DOWNLOAD_COUNTS
+    config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        config.HF_UPDATE_DOWNLOAD_COUNTS = before
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from fedlora_flwr.tasks.registry import Batch
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from PIL.Image import Image
 
 
 class ImageClassification(ClassifierTask):
@@ -128,8 +129,13 @@ def _pixels(rows: dict[str, list[Any]], *, column: str, data: Mapping[str, Any])
     # With the prefetcher's setting, timm leaves scaling and normalising to the device.
     transform = create_transform(**data, is_training=False, use_prefetcher=True)
     mode = "L" if data["input_size"][0] == 1 else "RGB"
-    images = [transform(picture.convert(mode)) for picture in rows[column]]
+    images = [transform(_opaque(picture).convert(mode)) for picture in rows[column]]
     return {"image": np.stack(images)}
+
+
+def _opaque(picture: Image) -> Image:
+    """Return a picture whose palette is opaque; of others Pillow drops the transparency itself."""
+    return picture.convert("RGBA") if "transparency" in picture.info else picture
 
 
 def collate(rows: Rows) -> dict[str, Tensor]:

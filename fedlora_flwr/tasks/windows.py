@@ -38,20 +38,17 @@ def gold_answers(value: Any) -> list[tuple[str, int]]:
     return [(text, start) for text, start in pairs if text and text.strip()]
 
 
-def check_length(limit: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse windows that would not move on in a context, or that are too long for the model.
+def check_room(limit: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse windows so short that they might not move on in a context.
 
     Raises
     ------
     InvalidValue
         Names ``max-length``.
     """
-    special = tokenizer.num_special_tokens_to_add(pair=True)
-    if limit < 3 * (special + 1):
-        raise InvalidValue("max-length", limit, f"at least {3 * (special + 1)}")
-    if limit > tokenizer.model_max_length:
-        allowed = f"at most {tokenizer.model_max_length}, as the model's tokenizer says"
-        raise InvalidValue("max-length", limit, allowed)
+    least = 3 * (tokenizer.num_special_tokens_to_add(pair=True) + 1)
+    if limit < least:
+        raise InvalidValue("max-length", limit, f"at least {least}")
 
 
 def training_windows(rows: Columns, *, tokenizer: PreTrainedTokenizerBase, limit: int) -> Columns:
