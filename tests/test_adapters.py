@@ -300,7 +300,7 @@ def test_targets_that_are_no_regular_expression_are_refused_by_name() -> None:
 
 
 def test_a_target_that_is_no_linear_layer_is_refused_by_name() -> None:
-    with pytest.raises(PrivacyViolation, match="'conv' is a Conv2d"):
+    with pytest.raises(InvalidValue, match="'conv' is a Conv2d"):
         attach(Small(), LoRASpec(2, 4.0, 0.0, "conv|first"), seed=0)
 
 

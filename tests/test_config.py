@@ -20,6 +20,14 @@ DEFAULTS = RunConfig().items()
 
 # Values on both sides of each limit, by key.
 GOOD: dict[str, list[Any]] = {
+    "quantization": ["none", "8bit", "4bit"],
+    "pooling": ["model", "mean"],
+    "num-classes": [0, 100],
+    "train-limit": [0, 1000],
+    "test-limit": [0, 1000],
+    "max-length": [8, 4096],
+    "image-size": [0, 224],
+    "eval-batch-size": [1],
     "dirichlet-alpha": [1e-3, 100.0],
     "min-records": [1],
     "classes-per-client": [1, 200],
@@ -58,6 +66,14 @@ GOOD: dict[str, list[Any]] = {
     "state-dir": ["", "/somewhere"],
 }
 BAD: dict[str, list[Any]] = {
+    "quantization": ["", "nf4", "16bit"],
+    "pooling": ["", "max"],
+    "num-classes": [-1],
+    "train-limit": [-1],
+    "test-limit": [-1],
+    "max-length": [7, 0, -1],
+    "image-size": [-1],
+    "eval-batch-size": [0],
     "dirichlet-alpha": [0.0, -1.0, math.nan, math.inf],
     "min-records": [0],
     "classes-per-client": [0],
@@ -104,6 +120,14 @@ def cases(table: dict[str, list[Any]]) -> list[tuple[str, Any]]:
 def test_the_tables_of_this_test_are_complete() -> None:
     free = {key for key, value in DEFAULTS.items() if isinstance(value, bool)} | {
         "task",
+        "model",
+        "weights",
+        "dataset",
+        "dataset-subset",
+        "train-split",
+        "test-split",
+        "input-columns",
+        "label-column",
         "partitioner",
         "partition-column",
         "partition-sizes",
@@ -179,6 +203,16 @@ def test_values_that_contradict_each_other_are_refused(values: dict[str, Any], k
     with pytest.raises(InvalidValue) as caught:
         RunConfig.of(values)
     assert caught.value.key == key
+
+
+@pytest.mark.parametrize("strategy", ["flora", "fedex-lora"])
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_methods_that_change_frozen_weights_need_them_in_full(strategy: str, bits: str) -> None:
+    with pytest.raises(InvalidValue, match=f"strategy = '{strategy}', which changes") as caught:
+        RunConfig.of({"strategy": strategy, "quantization": bits})
+    assert caught.value.key == "quantization"
+    assert RunConfig.of({"strategy": "rolora", "quantization": bits}).quantization == bits
+    assert RunConfig.of({"strategy": strategy}).quantization == "none"
 
 
 def test_secure_noise_without_a_seed() -> None:

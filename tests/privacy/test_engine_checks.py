@@ -122,6 +122,21 @@ def test_sound_models_are_let_through_unchanged(family: Family) -> None:
     one_step(tokens_engine(batch_first), token_records())
 
 
+def test_an_array_whose_gradient_is_zero_is_no_sign_of_mixing() -> None:
+    def most_likely_token(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        hidden = model.get_submodule("adapted")(batch["x"])
+        scores = model.get_submodule("head")(torch.tanh(hidden))[..., 0]
+        # What is added to all tokens alike, the head's bias, changes nothing but by rounding.
+        return F.cross_entropy(scores, batch["label"], reduction="none")
+
+    engine = PrivateEngine(tokens_engine(batch_first).adapted, most_likely_token)
+    records = token_records()
+    engine.verify(records)
+
+    found = engine.gradients_by_record(records, torch.arange(2), ["head.bias", "head.weight"])
+    assert found["head.bias"].abs().max() < 1e-6 < 1e-3 < found["head.weight"].abs().max()
+
+
 def test_a_model_in_train_mode_with_dropout_is_checked_without_it() -> None:
     config = LoraConfig(r=2, lora_dropout=0.5, target_modules="adapted")
     model = get_peft_model(Tokens(batch_first), config).train()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +30,20 @@ def settings(**changes: object) -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def task() -> DigitsTask:
     return DigitsTask(settings())
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that gives the folder of a tiny text model of a family, made once."""
+    from tests.tasks.texts import make_checkpoint
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    @cache
+    def get(kind: str) -> Path:
+        return make_checkpoint(kind, folder / kind)
+
+    return get
 
 
 @pytest.fixture

@@ -161,3 +161,36 @@ def test_what_cannot_be_padded_is_named() -> None:
         pad_collate(multiple_of=0)
     with pytest.raises(InvalidValue, match="column = 'labels2'"):
         ArrowRecords(dataset(), pad_collate()).values("labels2")
+
+
+@pytest.mark.parametrize("chunks", [1, 5])
+def test_lengths_are_those_of_the_longest_list_of_each_record(chunks: int) -> None:
+    longer = [[1] * n for n in (0, 4, 1, 2, 2)]
+    whole = dataset(chunks).add_column("more", longer)
+    records = ArrowRecords(whole, pad_collate())
+
+    assert records.lengths is not None
+    assert records.lengths.tolist() == [3, 4, 1, 4, 2]
+    assert records.lengths.dtype == np.int64
+    part = records.subset(np.array([4, 1, 1]))
+    assert part.lengths is not None
+    assert part.lengths.tolist() == [2, 4, 4]
+    assert records.lengths.tolist() == [3, 4, 1, 4, 2]
+    chosen = ArrowRecords(whole.select([3, 0]), pad_collate())
+    assert chosen.lengths is not None
+    assert chosen.lengths.tolist() == [4, 3]
+
+
+def test_records_without_lists_of_numbers_have_no_lengths() -> None:
+    features = Features({"picture": List(Value("uint8"), length=2), "class": Value("int64")})
+    fixed = Dataset.from_dict({"picture": [[1, 2]], "class": [3]}, features=features)
+    words = Dataset.from_dict({"words": [["a", "b"]], "text": ["ab"]})
+    for other in (fixed, words, Dataset.from_dict({"x": []})):
+        assert ArrowRecords(other, pad_collate()).lengths is None
+
+
+def test_a_record_without_a_list_is_of_length_0() -> None:
+    rows = {"input_ids": [[1, 2], None, []]}
+    records = ArrowRecords(Dataset.from_dict(rows), pad_collate())
+    assert records.lengths is not None
+    assert records.lengths.tolist() == [2, 0, 0]

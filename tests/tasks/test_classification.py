@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.tasks.classification import evaluate_classifier
+from fedlora_flwr.tasks.classification import evaluate_classifier, in_order_of_length
 from fedlora_flwr.tasks.records import TensorRecords
 
 RECORDS = TensorRecords(
@@ -53,3 +55,53 @@ def test_nothing_to_evaluate_is_refused() -> None:
 
     with pytest.raises(InvalidValue, match="records"):
         evaluate_classifier(model, empty, lambda batch: model(batch["x"]))
+
+
+def _parted(*numbers: int) -> TensorRecords:
+    tensors = RECORDS.batch(torch.arange(3))
+    return TensorRecords({**tensors, "part": torch.tensor(numbers)})
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 512])
+def test_parts_are_measured_by_themselves(batch_size: int) -> None:
+    model = _identity()
+    found, alone = (
+        evaluate_classifier(model, records, lambda batch: model(batch["x"]), batch_size, parts)
+        for records, parts in ((_parted(1, 0, 1), ("a", "b", "none")), (_parted(0, 0, 0), ("a",)))
+    )
+    losses = torch.log1p(torch.exp(-torch.tensor([2.0, 1.0, -3.0], dtype=torch.float64)))
+    assert set(found) == {"loss", "accuracy", "loss_a", "accuracy_a", "loss_b", "accuracy_b"}
+    assert found["loss_a"] == pytest.approx(losses[1].item(), rel=1e-6)
+    assert found["loss_b"] == pytest.approx((losses[0] + losses[2]).item() / 2, rel=1e-6)
+    assert (found["accuracy_a"], found["accuracy_b"]) == (1.0, 0.5)
+    assert found["loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
+    assert set(alone) == {"loss", "accuracy"}
+
+
+def test_records_of_no_part_are_of_none() -> None:
+    model = _identity()
+    found = evaluate_classifier(model, RECORDS, lambda batch: model(batch["x"]), 2, ("a", "b"))
+    assert set(found) == {"loss", "accuracy"}
+
+
+class Lengthy(TensorRecords):
+    """Records that say how long they are."""
+
+    lengths: NDArray[np.int64]
+
+
+def test_records_of_like_length_are_measured_together() -> None:
+    records = Lengthy(RECORDS.batch(torch.arange(3)))
+    records.lengths = np.array([7, 2, 7])
+    model, seen = _identity(), []
+
+    def logits(batch: object) -> torch.Tensor:
+        seen.append(batch["label"].tolist())  # type: ignore[index]
+        return model(batch["x"])  # type: ignore[no-any-return,index]
+
+    found = evaluate_classifier(model, records, logits, 1)
+
+    assert in_order_of_length(records).tolist() == [1, 0, 2]
+    assert in_order_of_length(RECORDS).tolist() == [0, 1, 2]
+    assert seen == [[1], [0], [1]]
+    assert found == evaluate_classifier(model, RECORDS, lambda batch: model(batch["x"]))

@@ -191,7 +191,12 @@ def test_a_split_without_any_answer_is_refused(make_task: Make, training: bool) 
         ([{"messages": [{"from": "user", "value": "x"}]}], {}, "input-columns", "lists of"),
         ([{"messages": []}], {}, "model", "takes these conversations"),
         ([chat(("user", "x"))], {"max_length": 257}, "max-length", "at most 256"),
-        ([chat(("user", "x"))], {"partitioner": "dirichlet"}, "partition-column", "partitioner = 'iid'"),
+        (
+            [chat(("user", "x"))],
+            {"partitioner": "dirichlet"},
+            "partition-column",
+            "partitioner = 'iid'",
+        ),
     ],
 )
 def test_bad_settings_are_named(

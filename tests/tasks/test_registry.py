@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.digits import DigitsTask
-from fedlora_flwr.tasks.registry import Task, build_task, task_names
+from fedlora_flwr.tasks.records import TensorRecords
+from fedlora_flwr.tasks.registry import Task, build_task, lengths_of, task_names
 from tests.tasks.conftest import settings
 
 
@@ -30,3 +34,110 @@ def test_reading_the_registry_does_not_load_torch() -> None:
     )
 
     assert run.stdout.strip() == "False"
+
+
+OWN = """
+from types import SimpleNamespace
+from fedlora_flwr.tasks.digits import DigitsTask
+
+class Mine(DigitsTask):
+    name = "mine"
+
+def made(settings):
+    return Mine(settings)
+
+def nothing(settings):
+    return None
+
+def half(settings):
+    return SimpleNamespace(build_model=None, losses=None)
+
+number = 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder that commands run in, with modules of the user's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    files = {
+        "own_task.py": OWN,
+        "inner/deep_task.py": OWN,
+        "broken_needs.py": "import a_module_that_is_not_there",
+        "broken_alike.py": "import broken_alik",
+        "broken_attribute.py": "import sys\nsys.not_there",
+        "broken_value.py": "int('x')",
+        "broken_syntax.py": "def (",
+    }
+    (tmp_path / "inner").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "place", ["own_task:Mine", "own_task:made", "inner.deep_task:made", "inner.deep_task:Mine"]
+)
+def test_a_task_of_the_users_own_is_found_beside_their_files(folder: Path, place: str) -> None:
+    given = settings()
+    built: Task = build_task(place, given)
+    assert built.name == "mine"
+    assert vars(built)["_settings"] is given
+    assert sys.path.count(str(folder)) == 1
+    build_task(place, given)
+    assert sys.path.count(str(folder)) == 1
+    # What is installed comes first.
+    assert sys.path[-1] == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("place", "allowed"),
+    [
+        ("no_such_module:made", "'no_such_module' is no module in"),
+        ("inner.missing:made", "'inner.missing' is no module in"),
+        ("missing.deep_task:made", "'missing.deep_task' is no module in"),
+        ("own_task:mad", "'own_task' has no 'mad'"),
+        ("own_task:number", "a class or function that makes a task"),
+        ("own_task:nothing", "a NoneType without"),
+        ("own_task:half", r"a SimpleNamespace without \['client_records', 'test_records', "),
+        ("own_task:", "or your own module:function"),
+        (":made", "or your own module:function"),
+        (".own_task:made", "or your own module:function"),
+        ("own_task:made:twice", "or your own module:function"),
+        ("own_task", "or your own module:function"),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_a_place_without_a_task_is_one_error(place: str, allowed: str) -> None:
+    with pytest.raises(InvalidValue, match=allowed) as caught:
+        build_task(place, settings())
+    assert (caught.value.key, caught.value.value) == ("task", place)
+
+
+@pytest.mark.parametrize(
+    ("module", "error"),
+    [
+        ("broken_needs", ModuleNotFoundError),
+        ("broken_alike", ModuleNotFoundError),
+        ("broken_attribute", AttributeError),
+        ("broken_value", ValueError),
+        ("broken_syntax", SyntaxError),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_an_error_in_the_users_module_is_theirs_to_see(module: str, error: type[Exception]) -> None:
+    with pytest.raises(error) as caught:
+        build_task(f"{module}:made", settings())
+    assert not isinstance(caught.value, InvalidValue)
+
+
+def test_records_may_say_how_long_they_are() -> None:
+    class Lengthy(TensorRecords):
+        lengths = np.array([5, 3, 8])
+
+    tensors = {"x": torch.zeros(3)}
+    found = lengths_of(Lengthy(tensors), torch.tensor([2, 0]))
+    assert found is not None
+    assert found.tolist() == [8, 5]
+    assert lengths_of(TensorRecords(tensors), torch.tensor([2])) is None

@@ -1,0 +1,28 @@
+"""The hub's client in tests: its copies in a folder of the test's, and nobody who answers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from fedlora_flwr.tasks import hub
+
+
+def away(monkeypatch: pytest.MonkeyPatch, copies: Path, *, told: bool = False) -> None:
+    """Make the hub one that does not answer; ``told`` is what ``HF_HUB_OFFLINE=1`` does."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(copies))
+    # Nothing listens on port 9.
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", told)
+    hub._asked.cache_clear()
+
+
+def keep_copy(copies: Path, name: str, source: Path) -> None:
+    """Lay a folder out as the client does with what it has fetched."""
+    folder = copies / f"models--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0123abc")
+    shutil.copytree(source, folder / "snapshots" / "0123abc")
