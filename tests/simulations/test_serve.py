@@ -25,6 +25,7 @@ SUMMARY = {
     "strategy",
     "num_clients",
     "num_rounds",
+    "metric",
     "rounds_done",
     "initial_accuracy",
     "final_accuracy",
