@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,23 @@ from huggingface_hub import constants
 from fedlora_flwr.tasks import hub
 
 
-def away(monkeypatch: pytest.MonkeyPatch, copies: Path, *, told: bool = False) -> None:
-    """Make the hub one that does not answer; ``told`` is what ``HF_HUB_OFFLINE=1`` does."""
+def away(monkeypatch: pytest.MonkeyPatch, copies: Path, *, told: bool = False) -> list[str]:
+    """Make the hub one that does not answer; ``told`` is what ``HF_HUB_OFFLINE=1`` does.
+
+    Return the hosts that were asked for, which grows.
+    """
+    asked: list[str] = []
+
+    def nobody(host: str, *_: object, **__: object) -> None:
+        asked.append(host)
+        raise OSError(f"{host} is away")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nobody)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(copies))
-    # Nothing listens on port 9.
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://the.hub")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", told)
     hub._asked.cache_clear()
+    return asked
 
 
 def keep_copy(copies: Path, name: str, source: Path) -> None:

@@ -168,6 +168,7 @@ CONTENTS: dict[str, Callable[[], Any]] = {
     "whole.pth": trained,
     "swin.pth": lambda: trained("swin_tiny_patch4_window7_224").state_dict(),
     "numbers.pth": lambda: {"epoch": 3},
+    "more.pth": lambda: {**trained().state_dict(), "more": torch.zeros(2)},
     "cut.pth": lambda: trained().state_dict(),
 }
 
@@ -194,6 +195,7 @@ def _write(file: Path) -> None:
         ("whole.pth", "weights_only"),
         ("swin.pth", "does not fit"),
         ("numbers.pth", "'epoch' does not fit"),
+        ("more.pth", "'more' does not fit"),
         ("away.pth", "a file that exists"),
     ],
 )
@@ -223,21 +225,29 @@ def test_an_unknown_name_is_refused_with_those_like_it(model: str, allowed: str)
 
 
 @pytest.mark.parametrize("told", [False, True])
-@pytest.mark.parametrize("model", ["test_vit", "hf-hub:timm/test_vit.r160_in1k"])
+@pytest.mark.parametrize(
+    ("model", "weights"),
+    [
+        ("test_vit", "pretrained"),
+        ("hf-hub:timm/test_vit.r160_in1k", "pretrained"),
+        # What the model is, is there too.
+        ("hf-hub:timm/test_vit.r160_in1k", "random"),
+    ],
+)
 def test_a_hub_that_is_away_is_one_error_that_says_how_to_go_on(
     model: str,
+    weights: str,
     told: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    hub.away(monkeypatch, tmp_path / "hub", told=told)
+    asked = hub.away(monkeypatch, tmp_path / "hub", told=told)
     with pytest.raises(InvalidValue) as caught:
-        made(model=model, weights="pretrained", image_size=0)
+        made(model=model, weights=weights, image_size=0)
     assert (caught.value.key, caught.value.value) == ("model", model)
     assert "weights = a file" in caught.value.allowed
     assert "no copy from before" in caught.value.allowed
-    assert capfd.readouterr().err == ""
+    assert asked == ([] if told else ["the.hub"])
 
 
 @pytest.mark.parametrize("told", [False, True])
@@ -249,13 +259,14 @@ def test_a_copy_from_before_is_used(
     fetched = trained(classes=1000, size=160)
     (tmp_path / "fetched").mkdir()
     save_file(fetched.state_dict(), tmp_path / "fetched" / "model.safetensors")
-    hub.away(monkeypatch, tmp_path / "hub", told=told)
+    asked = hub.away(monkeypatch, tmp_path / "hub", told=told)
     hub.keep_copy(tmp_path / "hub", "timm/test_vit.r160_in1k", tmp_path / "fetched")
 
     first, again = (made(weights="pretrained", image_size=0, seed=4) for _ in range(2))
 
     assert same_but_for_the_head(first, fetched)
     assert state_digest(first) == state_digest(again)
+    assert asked == ([] if told else ["the.hub"])
     assert told is constants.HF_HUB_OFFLINE
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -274,9 +275,16 @@ def test_an_empty_text_is_a_record_like_any_other(
 ) -> None:
     rows = [{"text": "", "label": 0}, {"text": None, "label": 1}, *reviews(4)]
     checkpoints.write_split(tmp_path / "set", "train", rows)
-    trainer = Trainer.build(text_config(checkpoint(kind), tmp_path / "set"))
+    folder = Path(shutil.copytree(checkpoint(kind), tmp_path / "model"))
+    # As GPT-2's own, a tokenizer that adds nothing to a text.
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["post_processor"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    trainer = Trainer.build(text_config(folder, tmp_path / "set"))
     records = trainer.task.client_records(0, 1)
 
+    assert trainer.task._tokenizer("").input_ids == []  # type: ignore[attr-defined]
+    assert records.lengths.tolist()[:2] == [1, 1]  # type: ignore[attr-defined]
     trainer.engine.verify(records)
     losses = [
         trainer.task.losses(trainer.adapted.model, records.batch(torch.tensor(indices)))[0]
@@ -311,6 +319,9 @@ def test_columns_and_lengths_that_cannot_be_read_are_named(
         Trainer.build(config).task.client_records(0, 1)
     assert caught.value.key == key
     assert allowed in caught.value.allowed
+    if key == "max-length":
+        with pytest.raises(InvalidValue, match="max-length"):
+            TextClassification(config).skeleton()
 
 
 def test_a_column_to_split_by_is_no_text_to_read(
