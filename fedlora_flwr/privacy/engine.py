@@ -37,6 +37,8 @@ logging.getLogger().handlers[:] = _handlers
 if TYPE_CHECKING:
     from fedlora_flwr.tasks.registry import Batch, Records
 
+_LOOK_AT = 64  # records at most, in search of two that have a gradient
+
 LossFunction = Callable[[nn.Module, "Batch"], Tensor]
 
 
@@ -246,7 +248,8 @@ class PrivateEngine:
 
         A model that mixes records (a layer with time as its first axis, normalisation over the
         batch) would give wrong per-record gradients without an error. The outcome depends on the
-        model's structure, not on the values of the records.
+        model's structure, not on the values of the records. The two are the first that have a
+        gradient at all: a record without an answer has none, and shows nothing.
 
         Raises
         ------
@@ -254,24 +257,37 @@ class PrivateEngine:
             In a batch of two, a record's gradient differs from the one it has alone, or its loss
             has a gradient in the other's rows.
         """
-        if len(records) < 2:
-            return
         names = list(self.adapted.parameters)
         self.adapted.model.eval()
         with self._off_the_start():
-            for i in (0, 1):
-                pair = self.gradients_by_record(records, torch.arange(2), names, slice(i, i + 1))
-                alone = self.gradients_by_record(records, torch.tensor([i]), names)
-                norms = {name: _finite(alone[name][0]).norm() for name in names}
+            telling = self._telling(records, names)
+            if len(telling) < 2:
+                return
+            both = torch.tensor(list(telling))
+            for i, alone in enumerate(telling.values()):
+                pair = self.gradients_by_record(records, both, names, slice(i, i + 1))
+                norms = {name: alone[name].norm() for name in names}
                 # Of arrays whose gradient is zero, as a query's of a text of one token, what is
                 # seen is rounding.
                 rounding = 1e-3 * torch.stack(list(norms.values())).norm() + 1e-12
                 for name in names:
                     own, other = _finite(pair[name][i]), _finite(pair[name][1 - i])
-                    gap = (own - _finite(alone[name][0])).norm()
+                    gap = (own - alone[name]).norm()
                     if other.any() or gap > 0.02 * norms[name] + rounding:
                         raise _mixes_records(name)
         self._verified = True
+
+    def _telling(self, records: Records, names: Sequence[str]) -> dict[int, dict[str, Tensor]]:
+        """Return the first two records with a gradient, and it; fewer where none is found soon."""
+        telling: dict[int, dict[str, Tensor]] = {}
+        for i in range(min(len(records), _LOOK_AT)):
+            found = self.gradients_by_record(records, torch.tensor([i]), names)
+            alone = {name: _finite(found[name][0]) for name in names}
+            if any(gradient.any() for gradient in alone.values()):
+                telling[i] = alone
+            if len(telling) == 2:
+                break
+        return telling
 
     @contextmanager
     def _off_the_start(self) -> Iterator[None]:

@@ -108,6 +108,18 @@ def test_records_that_are_alike_do_not_hide_the_mixing(
         one_step(tokens_engine(mix), token_records(same=True))
 
 
+@pytest.mark.parametrize("mix", [time_first, normalised, slightly_mixed])
+def test_records_without_an_answer_do_not_hide_the_mixing(
+    mix: Callable[[Tensor, nn.Module], Tensor],
+) -> None:
+    x = torch.randn(9, 6, 4, generator=torch.Generator().manual_seed(0))
+    label = torch.full((9,), -100)
+    label[[4, 7]] = torch.tensor([1, 2])
+
+    with pytest.raises(PrivacyViolation, match="other records"):
+        one_step(tokens_engine(mix), TensorRecords({"x": x, "label": label}))
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_sound_models_are_let_through_unchanged(family: Family) -> None:
     engine, records = engine_of(family), family.records(3)
