@@ -156,6 +156,9 @@ class RunConfig:
     secure_noise: bool = _key(False, _ANY, "noise from the operating system's generator")
     report_unprotected_metrics: bool = _key(False, _ANY, "also report figures without privacy")
 
+    precision: str = _key(
+        "fp32", _choice("fp32", "bf16"), "of the frozen backbone's products; what trains is fp32"
+    )
     device: str = _key("auto", _ANY, "where clients train: auto, cpu, cuda, cuda:1, …")
     client_threads: int = _key(1, _at_least(1), "CPU threads of one client")
     run_dir: str = _key("", _ANY, "absolute folder for results; empty = a new one")

@@ -15,6 +15,7 @@ from fedlora_flwr.adapters import AdaptedModel, LoRASpec, attach
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.plan import A, B, ComponentPlan, Layout, factor_of
+from fedlora_flwr.precision import run_in_bf16
 from fedlora_flwr.privacy.budget import calibrate, check_budget
 from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
 from fedlora_flwr.privacy.filters import make_filter
@@ -63,7 +64,10 @@ def build_adapted(config: RunConfig, task: Task) -> AdaptedModel:
     model = task.build_model()
     # A quantised backbone is made on its device, and must not be moved.
     model = model if getattr(model, "is_quantized", False) else model.to(device)
-    return attach(model, lora_spec(config, task), stream_seed(config.seed, "adapters"))
+    adapted = attach(model, lora_spec(config, task), stream_seed(config.seed, "adapters"))
+    if config.precision == "bf16":
+        run_in_bf16(adapted.model)
+    return adapted
 
 
 def lora_spec(config: RunConfig, task: Task) -> LoRASpec:

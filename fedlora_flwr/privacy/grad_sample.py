@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from fedlora_flwr.adapters import AdaptedLinear, AdaptedModel, HeadLinear
 from fedlora_flwr.errors import PrivacyViolation
+from fedlora_flwr.precision import full_precision
 
 
 class GradSampler:
@@ -68,14 +69,17 @@ def _adapted_forward(
     result: Tensor = layer.base(x, *args, **kwargs)
     if not layer.enabled:
         return result
-    inputs = layer.dropout(x.to(layer.A.dtype))
-    update: Tensor = _LoRAUpdate.apply(inputs, layer.A, layer.B, layer, sampler)  # type: ignore[no-untyped-call,unused-ignore]
+    with full_precision(x):
+        inputs = layer.dropout(x.to(layer.A.dtype))
+        update: Tensor = _LoRAUpdate.apply(inputs, layer.A, layer.B, layer, sampler)  # type: ignore[no-untyped-call,unused-ignore]
     return result + update.to(result.dtype)
 
 
 def _head_forward(sampler: GradSampler, linear: HeadLinear, x: Tensor) -> Tensor:
     module = linear.module
-    output: Tensor = _Linear.apply(x, module.weight, module.bias, linear, sampler)  # type: ignore[no-untyped-call,unused-ignore]
+    with full_precision(x):
+        inputs = x.to(module.weight.dtype)
+        output: Tensor = _Linear.apply(inputs, module.weight, module.bias, linear, sampler)  # type: ignore[no-untyped-call,unused-ignore]
     return output
 
 

@@ -1,0 +1,50 @@
+"""Lower precision for the frozen backbone; adapters, head, clipping and sums stay fp32."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+
+def run_in_bf16(model: nn.Module) -> None:
+    """Make a model's forward pass multiply in bfloat16 and return fp32.
+
+    Autocast decides, operation by operation: products of matrices run in bfloat16, and softmax,
+    normalisation and losses in fp32. Parameters stay as they are.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Gets a new ``forward``. Calling twice on one model changes nothing more.
+    """
+    whole = model.forward
+
+    @functools.wraps(whole)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        device = next(model.parameters()).device.type
+        # A model of shapes alone has no arithmetic.
+        if device == "meta":
+            return whole(*args, **kwargs)
+        with torch.autocast(device, torch.bfloat16):
+            found = whole(*args, **kwargs)
+        return tree_map(_in_full, found)
+
+    model.forward = forward
+
+
+def full_precision(like: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which nothing on the tensor's device is cast to a lower precision."""
+    device = like.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def _in_full(value: Any) -> Any:
+    half = isinstance(value, Tensor) and value.dtype == torch.bfloat16
+    return value.float() if half else value
