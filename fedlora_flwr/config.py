@@ -90,6 +90,7 @@ class RunConfig:
     max_length: int = _key(128, _at_least(8), "tokens of a record that are read")
     image_size: int = _key(0, _at_least(0), "height and width of pictures; 0 = the model's own")
     eval_batch_size: int = _key(256, _at_least(1), "records in a forward pass of an evaluation")
+    eval_every: int = _key(1, _at_least(1), "rounds from one evaluation by the server to the next")
 
     partitioner: str = _key("dirichlet", _ANY, "how a simulation splits the records over clients")
     dirichlet_alpha: float = _key(0.5, _above(0), "Dirichlet concentration; small = unequal")

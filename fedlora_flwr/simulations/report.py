@@ -99,12 +99,16 @@ def describe_plan(plan: RunPlan) -> list[str]:
 
 def describe_round(row: dict[str, Any], metric: str = "accuracy") -> str:
     """Return what one round came to, in one line."""
-    text = f"{_words(metric)} {row[metric]:.1%}" if metric in row else f"loss {row['loss']:.4f}"
+    parts = []
+    if metric in row:
+        parts.append(f"{_words(metric)} {row[metric]:.1%}")
+    elif "loss" in row:
+        parts.append(f"loss {row['loss']:.4f}")
     if row.get("epsilon_max") is not None:
-        text += f"  ε {row['epsilon_max']:.2f}"
+        parts.append(f"ε {row['epsilon_max']:.2f}")
     if row.get("failures"):
-        text += f"  {len(row['failures'])} failed"
-    return text
+        parts.append(f"{len(row['failures'])} failed")
+    return "  ".join(parts) or "not evaluated"
 
 
 def closing_table(summary: dict[str, Any]) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,11 +129,7 @@ class _Session:
     def _after_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
         """Evaluate on the public test set, keep the arrays, write the round's rows."""
         self.adapted.write({name: array.numpy() for name, array in arrays.items()})
-        report = self.strategy.last_round
-        # Where models stay with the clients, the server has none to measure.
-        metrics = (report.evaluation if report else {}) or self.task.evaluate(
-            self.adapted.model, self.task.test_records()
-        )
+        metrics = self._evaluate(server_round)
         self.adapted.export(self.run_dir.adapter)
         row = {"round": server_round, **metrics, **self._communication(server_round)}
         now = time.perf_counter()
@@ -143,6 +139,16 @@ class _Session:
         if self.on_round is not None:
             self.on_round(row)
         return MetricRecord({name: float(value) for name, value in metrics.items()})
+
+    def _evaluate(self, server_round: int) -> Mapping[str, float]:
+        """Return the round's metrics, none where the round is not due."""
+        if self.strategy.last_round and self.strategy.last_round.evaluation:
+            # Where models stay with the clients, the server has none to measure.
+            return self.strategy.last_round.evaluation
+        config = self.config
+        if server_round % config.eval_every and server_round != config.num_rounds:
+            return {}
+        return self.task.evaluate(self.adapted.model, self.task.test_records())
 
     def _communication(self, server_round: int) -> dict[str, Any]:
         report = self.strategy.last_round
@@ -170,7 +176,7 @@ class _Session:
 def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dict[str, Any]:
     rows = session.rows if session else []
     metric = session.task.metric if session else "accuracy"
-    rounds = rows[1:]
+    rounds, measured = rows[1:], [row[metric] for row in rows if metric in row]
 
     def total(key: str) -> int:
         return sum(row[key] for row in rounds)
@@ -184,8 +190,8 @@ def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dic
         "num_rounds": config.num_rounds,
         "rounds_done": len(rounds),
         "metric": metric,
-        f"initial_{metric}": rows[0][metric] if rows else None,
-        f"final_{metric}": rows[-1][metric] if rows else None,
+        f"initial_{metric}": measured[0] if measured else None,
+        f"final_{metric}": measured[-1] if measured else None,
         "epsilon_max": max(spent, default=0.0),
         "epsilon_budget": config.epsilon,
         "delta": config.delta,

@@ -14,6 +14,7 @@ from fedlora_flwr.client_app import app
 from fedlora_flwr.config import RunConfig, read_toml
 from fedlora_flwr.errors import FederationAborted, InvalidValue
 from fedlora_flwr.simulations.local_grid import LocalGrid
+from fedlora_flwr.simulations.report import describe_round
 from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.simulations.serve import serve
 from fedlora_flwr.tasks.registry import build_task
@@ -228,3 +229,25 @@ def test_unprotected_metrics_are_marked(make_config: MakeConfig, tmp_path: Path)
     run_dir, summary = run(config, tmp_path / "run")
     assert summary["unprotected_metrics"] is True
     assert all("unprotected-accuracy" in row for row in run_dir.rows("clients"))
+
+
+def test_rounds_that_are_not_due_are_trained_and_not_evaluated(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    every, _ = run(make_config(num_rounds=5), tmp_path / "every")
+    lines: list[str] = []
+    seldom, summary = run(
+        make_config(num_rounds=5, eval_every=2, state_dir=str(tmp_path / "other")),
+        tmp_path / "seldom",
+        on_round=lambda row: lines.append(describe_round(row)),
+    )
+
+    scores = {row["round"]: row.get("accuracy") for row in every.rows("rounds")}
+    found = {row["round"]: row.get("accuracy") for row in seldom.rows("rounds")}
+    # The last round is evaluated wherever it falls.
+    assert found == {**scores, 1: None, 3: None}
+    assert summary["initial_accuracy"] == scores[0]
+    assert summary["final_accuracy"] == scores[5]
+    assert equal(adapter(every), adapter(seldom))
+    assert lines[2].startswith("accuracy ")
+    assert lines[3].startswith("ε ")
