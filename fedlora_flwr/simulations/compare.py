@@ -36,7 +36,8 @@ from fedlora_flwr.tasks.registry import build_task
 
 # Reported seeds start at 1: rates are chosen on another partition, noise and cohort.
 TUNING_SEED = 0
-RANGES = {"lr-a": (0.02, 2.0), "lr-b": (0.05, 2.0), "lr-head": (0.05, 1.0)}
+# Least and largest multiple of the recipe's own rate that is tried.
+RANGES = {"lr-a": (0.04, 4.0), "lr-b": (0.1, 4.0), "lr-head": (0.1, 2.0)}
 
 OnRow = Callable[[Row | None, int, int], None]
 
@@ -103,7 +104,7 @@ class Comparison:
 
     @property
     def candidates(self) -> list[Rates]:
-        """Rates to choose from: the configuration's own, then a Halton sequence over `RANGES`.
+        """Rates to choose from: the configuration's own, then its multiples, Halton's in `RANGES`.
 
         The sequence is not scrambled, so that it is the same in every version of SciPy. Scales are
         logarithmic, and a longer list begins with the shorter.
@@ -113,7 +114,7 @@ class Comparison:
         own = (self.config.lr_a, self.config.lr_b, self.config.lr_head)
         points = qmc.Halton(d=len(RANGES), scramble=False)
         points.fast_forward(1)  # Its first point is the corner of the smallest rates.
-        return [own, *(_spread(point) for point in points.random(max(self.trials - 1, 0)))]
+        return [own, *(_spread(point, own) for point in points.random(max(self.trials - 1, 0)))]
 
     def tune_jobs(self) -> list[Job]:
         """Return the runs that rates are chosen by."""
@@ -284,8 +285,8 @@ def _run(scratch: str, job: Job) -> Row:
     return {**row, **figures, **kept, "seconds": time.perf_counter() - started, "error": ""}
 
 
-def _spread(point: Sequence[float]) -> Rates:
-    """Place a point of the unit cube in `RANGES`, to three digits."""
-    ranges = zip(point, RANGES.values(), strict=True)
-    a, b, head = (float(f"{low * (high / low) ** u:.3g}") for u, (low, high) in ranges)
+def _spread(point: Sequence[float], own: Rates) -> Rates:
+    """Place a point of the unit cube in `RANGES` around the own rates, to three digits."""
+    places = zip(own, point, RANGES.values(), strict=True)
+    a, b, head = (float(f"{rate * low * (high / low) ** u:.3g}") for rate, u, (low, high) in places)
     return a, b, head

@@ -263,16 +263,19 @@ def test_a_pair_whose_every_trial_failed_is_not_reported() -> None:
     assert [cell.strip() for cell in line.split("|")[2:4]] == ["failed", "failed"]
 
 
-def test_rates_to_try_start_with_the_configurations_own_and_cover_the_ranges() -> None:
-    candidates = comparison(trials=60).candidates
-    assert candidates[0] == (SHARED.lr_a, SHARED.lr_b, SHARED.lr_head)
+def test_rates_to_try_start_with_the_configurations_own_and_cover_the_ranges_around_them() -> None:
+    config = replace(SHARED, lr_a=0.001, lr_b=0.3, lr_head=5.0)
+    candidates = comparison(config=config, trials=60).candidates
+    assert candidates[0] == (0.001, 0.3, 5.0)
     assert len(set(candidates)) == 60
-    assert comparison(trials=8).candidates == candidates[:8]
-    assert comparison(trials=1).candidates == candidates[:1]
-    for rates, (low, high) in zip(zip(*candidates[1:], strict=True), RANGES.values(), strict=True):
-        assert all(low <= rate <= high for rate in rates)
+    assert comparison(config=config, trials=8).candidates == candidates[:8]
+    assert comparison(config=config, trials=1).candidates == candidates[:1]
+    columns = zip(*candidates[1:], strict=True)
+    for own, rates, (low, high) in zip(candidates[0], columns, RANGES.values(), strict=True):
+        multiples = [rate / own for rate in rates]
+        assert all(low <= multiple <= high for multiple in multiples)
         # On a logarithmic scale, each third of the range holds about a third of the points.
-        thirds = [int(3 * math.log(rate / low) / math.log(high / low)) for rate in rates]
+        thirds = [int(3 * math.log(m / low) / math.log(high / low)) for m in multiples]
         assert all(abs(thirds.count(third) - 59 / 3) < 3 for third in range(3))
 
 
