@@ -85,3 +85,45 @@ def merge(current: Arrays, update: Arrays) -> dict[str, NDArray[np.floating]]:
         if array.shape != current[name].shape:
             raise InvalidValue(f"shape of {name}", array.shape, f"{current[name].shape}")
     return {name: update.get(name, array) for name, array in current.items()}
+
+
+class MovingAverage:
+    """An exponential moving average of a model's arrays over the rounds.
+
+    Round t counts with ``1 - min(decay, t / (t + 9))``, so that the first rounds, where a model
+    moves fastest, are soon forgotten. Averaging what was released is post-processing: it costs no
+    privacy, and noise of one round counts less. De et al. (arXiv 2204.13650) recommend it for
+    private training.
+
+    Parameters
+    ----------
+    decay : float
+        Weight of the past, from 0 (the average is the last model) to below 1.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self._decay = decay
+        self._rounds = 0
+        self._mean: dict[str, NDArray[np.float64]] = {}
+
+    def add(self, arrays: Arrays) -> dict[str, NDArray[np.floating]]:
+        """Count one more round in, the start (round 0) first.
+
+        Parameters
+        ----------
+        arrays : Arrays
+            All global arrays; where there is a decay, of the same names and shapes at every call.
+
+        Returns
+        -------
+        dict[str, ndarray]
+            The average so far, in the arrays' own types.
+        """
+        if not self._decay:
+            return dict(arrays)
+        past = min(self._decay, self._rounds / (self._rounds + 9))
+        self._rounds += 1
+        for name, array in arrays.items():
+            before = self._mean.get(name, np.zeros(array.shape))
+            self._mean[name] = past * before + (1 - past) * array.astype(np.float64)
+        return {name: self._mean[name].astype(array.dtype) for name, array in arrays.items()}

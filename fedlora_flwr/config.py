@@ -44,6 +44,16 @@ def _is_pattern(text: str) -> bool:
     return True
 
 
+_NEW_BASIS = "factors of two rounds are in different bases, and have no mean"
+_FOLDS = "part of each round's model is folded into frozen weights, and has no mean"
+_NO_AVERAGE = {
+    "fedsvd": _NEW_BASIS,
+    "flexlora": _NEW_BASIS,
+    "flora": _FOLDS,
+    "fedex-lora": _FOLDS,
+    "fedsa-lora": "models stay with the clients, and are evaluated there",
+}
+
 _ANY: _Check = (lambda _: True, "anything")
 _PATTERN: _Check = (_is_pattern, "a regular expression")
 _BUDGET: _Check = (lambda value: value > 0, "a number above 0, or inf")
@@ -110,6 +120,11 @@ class RunConfig:
     fraction_train: float = _key(1.0, _between(1e-9, 1), "share of the clients in each round")
     weighting: str = _key(
         "uniform", _choice("uniform", "size", "inverse-noise"), "weights of the clients' means"
+    )
+    average_decay: float = _key(
+        0.0,
+        _between(0, 0.9999),
+        "evaluate and keep a moving average of the rounds; 0 = the last",
     )
     min_completion: float = _key(0.5, _between(0, 1), "share of a round's clients that must answer")
     round_timeout: float = _key(3600.0, _above(0), "seconds to wait for a round's replies")
@@ -199,6 +214,12 @@ class RunConfig:
                 "quantization",
                 self.quantization,
                 f"'none' where strategy = {self.strategy!r}, which changes the frozen weights",
+            )
+        if self.average_decay and self.strategy in _NO_AVERAGE:
+            raise InvalidValue(
+                "average-decay",
+                self.average_decay,
+                f"0 where strategy = {self.strategy!r}: {_NO_AVERAGE[self.strategy]}",
             )
         if self.client_ranks and self.strategy != "flexlora":
             raise InvalidValue("client-ranks", self.client_ranks, "empty, or strategy = 'flexlora'")

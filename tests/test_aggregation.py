@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedlora_flwr.aggregation import merge, normalise, weighted_mean
+from fedlora_flwr.aggregation import MovingAverage, merge, normalise, weighted_mean
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.plan import ComponentPlan, Layout
 
@@ -164,3 +166,28 @@ def test_merge_keeps_what_the_update_lacks() -> None:
 def test_merge_refuses_what_has_no_place(update: dict[str, Array64], message: str) -> None:
     with pytest.raises(InvalidValue, match=message):
         merge({"x": np.zeros(2)}, update)
+
+
+def test_a_moving_average_weighs_rounds_as_documented() -> None:
+    rng = np.random.default_rng(3)
+    models = [{"x": rng.normal(size=(2, 3)).astype(np.float32)} for _ in range(40)]
+    average = MovingAverage(0.75)
+
+    found = [average.add(model)["x"] for model in models]
+
+    decays = [min(0.75, t / (t + 9)) for t in range(40)]
+    for last in (0, 1, 5, 39):
+        # Each round's weight, written out: its own share times the later rounds' decays.
+        weights = [(1 - decays[t]) * math.prod(decays[t + 1 : last + 1]) for t in range(last + 1)]
+        assert math.isclose(sum(weights), 1)
+        mean = sum(w * m["x"].astype(np.float64) for w, m in zip(weights, models, strict=False))
+        np.testing.assert_allclose(found[last], mean, rtol=0, atol=1e-7)
+        assert found[last].dtype == np.float32
+    assert decays[26] < 0.75 == decays[27]
+
+
+def test_without_decay_the_average_is_the_last_model_bit_for_bit() -> None:
+    average = MovingAverage(0.0)
+    average.add({"x": np.array([math.nan, 1.0])})
+    last = {"x": np.array([3.0, -0.0, 2.0])}
+    assert average.add(last)["x"].tobytes() == last["x"].tobytes()

@@ -37,6 +37,7 @@ GOOD: dict[str, list[Any]] = {
     "num-rounds": [1],
     "fraction-train": [1.0, 0.01],
     "weighting": ["uniform", "size", "inverse-noise"],
+    "average-decay": [0.0, 0.99],
     "min-completion": [0.0, 1.0],
     "round-timeout": [0.1],
     "curvature": ["none", "secant"],
@@ -85,6 +86,7 @@ BAD: dict[str, list[Any]] = {
     "num-rounds": [0],
     "fraction-train": [0.0, 1.01, math.nan],
     "weighting": ["", "Size"],
+    "average-decay": [1.0, -0.1],
     "min-completion": [-0.1, 1.1, math.nan],
     "round-timeout": [0.0, -1.0],
     "curvature": ["hessian"],
@@ -300,6 +302,14 @@ def test_overrides_are_toml_or_plain_text() -> None:
         "run-dir": "/tmp/a=b",
         "lora-targets": "",
     }
+
+
+@pytest.mark.parametrize("strategy", ["fedsvd", "flexlora", "flora", "fedex-lora", "fedsa-lora"])
+def test_models_that_have_no_mean_are_not_averaged(strategy: str) -> None:
+    with pytest.raises(InvalidValue, match=f"0 where strategy = '{strategy}': ") as caught:
+        RunConfig.of({"strategy": strategy, "average-decay": 0.9})
+    assert caught.value.key == "average-decay"
+    assert RunConfig.of({"strategy": strategy}).average_decay == 0.0
 
 
 def test_an_override_without_a_value_is_refused() -> None:

@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 
 from fedlora_flwr.adapters import AdaptedModel
+from fedlora_flwr.aggregation import MovingAverage
 from fedlora_flwr.clients.trainer import build_adapted
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.plan import Layout
@@ -100,6 +101,9 @@ class _Session:
     num_clients: int = 0
     _mark: float = field(default_factory=time.perf_counter)
 
+    def __post_init__(self) -> None:
+        self._average = MovingAverage(self.config.average_decay)
+
     @property
     def layout(self) -> Layout:
         return Layout.of(self.adapted.parameters, self.config.blocks)
@@ -128,7 +132,8 @@ class _Session:
 
     def _after_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
         """Evaluate on the public test set, keep the arrays, write the round's rows."""
-        self.adapted.write({name: array.numpy() for name, array in arrays.items()})
+        kept = self._average.add({name: array.numpy() for name, array in arrays.items()})
+        self.adapted.write(kept)
         metrics = self._evaluate(server_round)
         self.adapted.export(self.run_dir.adapter)
         row = {"round": server_round, **metrics, **self._communication(server_round)}

@@ -251,3 +251,27 @@ def test_rounds_that_are_not_due_are_trained_and_not_evaluated(
     assert equal(adapter(every), adapter(seldom))
     assert lines[2].startswith("accuracy ")
     assert lines[3].startswith("ε ")
+
+
+def test_a_moving_average_is_what_is_kept_and_training_does_not_see_it(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    models: list[dict[str, Any]] = []
+    plain = RunDirectory(tmp_path / "plain")
+    run(make_config(), plain.path, on_round=lambda _: models.append(adapter(plain)))
+    config = make_config(average_decay=0.05, state_dir=str(tmp_path / "other"))
+
+    averaged, _ = run(config, tmp_path / "averaged")
+
+    # Both of its rounds are past the warm-up.
+    weights = (0.05 * 0.05, 0.05 * 0.95, 0.95)
+    for name, array in adapter(averaged).items():
+        mean = sum(w * model[name] for w, model in zip(weights, models, strict=True))
+        np.testing.assert_allclose(array, mean, rtol=0, atol=1e-6)
+        assert not np.array_equal(array, models[-1][name])
+    sent = [[row["epsilon"] for row in d.rows("clients")] for d in (plain, averaged)]
+    assert sent[0] == sent[1]
+    task = build_task(config.task, config)
+    model = PeftModel.from_pretrained(task.build_model(), str(averaged.adapter)).eval()
+    measured = task.evaluate(model, task.test_records())
+    assert measured["loss"] == averaged.rows("rounds")[-1]["loss"]
