@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+_fp32_only: ContextVar[bool] = ContextVar("_fp32_only", default=False)
 
 
 def run_in_bf16(model: nn.Module) -> None:
@@ -28,13 +32,23 @@ def run_in_bf16(model: nn.Module) -> None:
     def forward(*args: Any, **kwargs: Any) -> Any:
         device = next(model.parameters()).device.type
         # A model of shapes alone has no arithmetic.
-        if device == "meta":
+        if device == "meta" or _fp32_only.get():
             return whole(*args, **kwargs)
         with torch.autocast(device, torch.bfloat16):
             found = whole(*args, **kwargs)
         return tree_map(_in_full, found)
 
     model.forward = forward
+
+
+@contextmanager
+def fp32_only() -> Iterator[None]:
+    """Suspend `run_in_bf16` for all models, where rounding could be taken for something else."""
+    token = _fp32_only.set(True)
+    try:
+        yield
+    finally:
+        _fp32_only.reset(token)
 
 
 def full_precision(like: Tensor) -> AbstractContextManager[object]:

@@ -84,6 +84,24 @@ def test_gradients_of_each_record_are_fp32_and_near_those_of_a_loop_in_fp64(
         assert 0 < gap < 0.05 * joint_norm(expected[name][record] for name in names)
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_check_for_mixed_records_is_not_misled_by_rounding(family: Family) -> None:
+    engine, seen = half_engine(family), set()
+
+    def note(_module: Any, _inputs: Any, output: Tensor) -> None:
+        seen.add(output.dtype)
+
+    hook = engine.adapted.layers[0].base.register_forward_hook(note)
+    engine.verify(full(family.records(2)))
+    assert seen == {torch.float32}
+
+    engine.gradients_by_record(
+        full(family.records(2)), torch.arange(2), active(engine.adapted, "*")
+    )
+    hook.remove()
+    assert seen == {torch.float32, torch.bfloat16}
+
+
 def test_sums_of_clipped_gradients_keep_the_bound_in_bf16() -> None:
     engine, records = half_engine(SWIN), full(SWIN.records(4))
     mechanism = Mechanism(0.0, 0.1, 4, 4)

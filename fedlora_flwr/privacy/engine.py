@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from fedlora_flwr.adapters import AdaptedLinear, AdaptedModel
 from fedlora_flwr.errors import InvalidValue, PrivacyViolation
 from fedlora_flwr.plan import A, B, factor_of
 from fedlora_flwr.privacy.adam import NoiseAwareAdamW
+from fedlora_flwr.privacy.apart import check_apart
 from fedlora_flwr.privacy.filters import GradientFilter, NoFilter
 from fedlora_flwr.privacy.grad_sample import GradSampler
 from fedlora_flwr.privacy.mechanism import Mechanism
@@ -36,8 +36,6 @@ logging.getLogger().handlers[:] = _handlers
 
 if TYPE_CHECKING:
     from fedlora_flwr.tasks.registry import Batch, Records
-
-_LOOK_AT = 64  # records at most, in search of two that have a gradient
 
 LossFunction = Callable[[nn.Module, "Batch"], Tensor]
 
@@ -244,65 +242,14 @@ class PrivateEngine:
         return found
 
     def verify(self, records: Records) -> None:
-        """Check on two records that the model treats each on its own.
-
-        A model that mixes records (a layer with time as its first axis, normalisation over the
-        batch) would give wrong per-record gradients without an error. The outcome depends on the
-        model's structure, not on the values of the records. The two are the first that have a
-        gradient at all: a record without an answer has none, and shows nothing.
+        """Check that the model treats each record on its own (see `check_apart`).
 
         Raises
         ------
         PrivacyViolation
-            In a batch of two, a record's gradient differs from the one it has alone, or its loss
-            has a gradient in the other's rows.
+            A record's gradient depends on the other records of its batch.
         """
-        names = list(self.adapted.parameters)
-        self.adapted.model.eval()
-        with self._off_the_start():
-            telling = self._telling(records, names)
-            if len(telling) < 2:
-                return
-            both = torch.tensor(list(telling))
-            for i, alone in enumerate(telling.values()):
-                pair = self.gradients_by_record(records, both, names, slice(i, i + 1))
-                norms = {name: alone[name].norm() for name in names}
-                # Of arrays whose gradient is zero, as a query's of a text of one token, what is
-                # seen is rounding.
-                rounding = 1e-3 * torch.stack(list(norms.values())).norm() + 1e-12
-                for name in names:
-                    own, other = _finite(pair[name][i]), _finite(pair[name][1 - i])
-                    gap = (own - alone[name]).norm()
-                    if other.any() or gap > 0.02 * norms[name] + rounding:
-                        raise _mixes_records(name)
-        self._verified = True
-
-    def _telling(self, records: Records, names: Sequence[str]) -> dict[int, dict[str, Tensor]]:
-        """Return the first two records with a gradient, and it; fewer where none is found soon."""
-        telling: dict[int, dict[str, Tensor]] = {}
-        for i in range(min(len(records), _LOOK_AT)):
-            found = self.gradients_by_record(records, torch.tensor([i]), names)
-            alone = {name: _finite(found[name][0]) for name in names}
-            if any(gradient.any() for gradient in alone.values()):
-                telling[i] = alone
-            if len(telling) == 2:
-                break
-        return telling
-
-    @contextmanager
-    def _off_the_start(self) -> Iterator[None]:
-        """Move all arrays a little: where B is zero, so is the gradient of A, and shows nothing."""
-        start = {name: p.detach().clone() for name, p in self.adapted.parameters.items()}
-        generator = torch.Generator().manual_seed(0)
-        try:
-            with torch.no_grad():
-                for p in self.adapted.parameters.values():
-                    p.add_(torch.randn(p.shape, generator=generator).to(p) * 0.02)
-            yield
-        finally:
-            with torch.no_grad():
-                for name, p in self.adapted.parameters.items():
-                    p.copy_(start[name])
+        self._verified = check_apart(self.adapted, self.gradients_by_record, records)
 
     def _activate(self, active: Sequence[str]) -> None:
         """Let exactly the ``active`` arrays receive gradients and be seen by the optimiser."""
@@ -392,15 +339,3 @@ class PrivateEngine:
             if moved != (id(parameter) in moving):
                 what = "moved although it is frozen" if moved else "is active but did not move"
                 raise PrivacyViolation(f"After a private step {name!r} {what}.")
-
-
-def _finite(gradient: Tensor) -> Tensor:
-    return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _mixes_records(name: str) -> PrivacyViolation:
-    return PrivacyViolation(
-        f"The gradient of {name!r} for a record depends on the other records of its batch, so it "
-        "cannot be clipped record by record. Look for layers that put time before the batch axis "
-        "or that normalise over the batch."
-    )
