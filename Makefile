@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test lint
+.PHONY: setup run test lint bench
 
 setup: $(STAMP)
 
@@ -19,6 +19,9 @@ run: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+bench: setup
+	@$(BIN)/fedlora bench --output benchmarks/results/bench.json
 
 lint: setup
 	$(BIN)/ruff check .

@@ -188,6 +188,21 @@ def pretrain(
     _guard(work)
 
 
+@app.command()
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="Benchmarks; all if none.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+) -> None:
+    """Measure speed and memory here, as ratios to what you would have otherwise."""
+
+    def work() -> None:
+        from fedlora_flwr.bench.suite import run_suite
+
+        run_suite(names or [], output and output.resolve(), Console())
+
+    _guard(work)
+
+
 @app.command("inspect-split")
 def inspect_split(
     recipe: Recipe = "digits",

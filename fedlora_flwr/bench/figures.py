@@ -1,0 +1,166 @@
+"""What benchmarks find: figures with bars, how they are timed, shown and kept."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from rich.table import Table
+
+from fedlora_flwr.files import replace_file
+
+Call: TypeAlias = Callable[[], object]
+
+PACKAGES = ("fedlora-flwr", "flwr", "torch", "peft", "transformers", "timm", "opacus", "ray")
+_MARKS = {True: "yes", False: "no", None: ""}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One ratio of ours to a reference.
+
+    Parameters
+    ----------
+    what : str
+        What was measured, and on what.
+    ours, reference : float or None
+        In ``unit``; ``None`` where it could not be measured, which ``note`` explains.
+    unit : str
+        E.g. ``"s"`` or ``"MB"``.
+    against : str
+        What the reference is.
+    bar : float, optional
+        What the ratio, ours ÷ reference, should not exceed; ``None`` for a figure without a bar.
+    note : str (default: "")
+        Why a figure is missing, or what to know of it.
+    """
+
+    what: str
+    ours: float | None
+    reference: float | None
+    unit: str
+    against: str
+    bar: float | None = None
+    note: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """Ours ÷ reference."""
+        if self.ours is None or not self.reference:
+            return None
+        return self.ours / self.reference
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the bar is met; ``None`` without a bar or a ratio."""
+        if self.bar is None or self.ratio is None:
+            return None
+        return self.ratio <= self.bar
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figure as the JSON file holds it."""
+        return {**asdict(self), "ratio": self.ratio, "met": self.met}
+
+
+def take_turns(calls: Mapping[str, Call], repetitions: int) -> dict[str, float]:
+    """Time calls in turns, after one round to warm up.
+
+    Returns
+    -------
+    dict[str, float]
+        Median seconds of each.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for repetition in range(repetitions + 1):
+        for name, call in calls.items():
+            _finish()
+            begin = time.perf_counter()
+            call()
+            _finish()
+            if repetition:
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def peak_bytes(call: Call) -> int:
+    """Return the largest number of bytes that tensors took during a call, beyond those before."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
+    held = largest = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            largest = max(largest, held)
+    return largest
+
+
+def machine() -> dict[str, object]:
+    """Name the processor and the GPU; nothing that names the host."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def table(title: str, figures: Sequence[Figure]) -> Table:
+    """Return the figures as a table."""
+    shown = Table("what", title=title, title_justify="left")
+    for column in ("ours", "reference", "ratio", "bar", "met"):
+        shown.add_column(column, justify="right")
+    shown.add_column("against")
+    for figure in figures:
+        shown.add_row(
+            figure.what,
+            _number(figure.ours, figure.unit),
+            _number(figure.reference, figure.unit),
+            "" if figure.ratio is None else f"{figure.ratio:.3g}",
+            "" if figure.bar is None else f"≤ {figure.bar:g}",
+            _MARKS[figure.met],
+            figure.against + (f" ({figure.note})" if figure.note else ""),
+        )
+    return shown
+
+
+def write(path: Path, command: str, found: Mapping[str, Sequence[Figure]], seconds: float) -> None:
+    """Write all figures with command, machine and versions."""
+    content = {
+        "command": command,
+        "machine": machine(),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "seconds": round(seconds, 1),
+        "figures": {name: [f.as_dict() for f in figures] for name, figures in found.items()},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _number(value: float | None, unit: str) -> str:
+    return "–" if value is None else f"{value:.3g} {unit}"

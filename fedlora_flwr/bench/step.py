@@ -1,0 +1,276 @@
+"""The private step against the same step of plain PEFT without privacy, and against Opacus' own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from fedlora_flwr.adapters import LoRASpec, attach
+from fedlora_flwr.bench.figures import Call, Figure, peak_bytes, take_turns
+from fedlora_flwr.plan import factor_of
+from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
+from fedlora_flwr.privacy.mechanism import Mechanism
+from fedlora_flwr.privacy.noise import SeededNoise
+from fedlora_flwr.tasks.records import TensorRecords
+
+RANK, ALPHA = 8, 16.0
+PHASES = {"A": ("A", None), "B": ("B", None), "AB": ("A", "B", None)}
+SIGMA, CLIP = 1.0, 1.0
+NARROW_BAR, WIDE_BAR, MEMORY_BAR = 1.00, 0.90, 1.03
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model at full size, its input, and the layers that get adapters.
+
+    Parameters
+    ----------
+    name : str
+        As the table shows it.
+    build : callable
+        Makes the model, with random weights.
+    batch : callable
+        Makes n records.
+    losses : callable
+        Maps (model, batch) to losses, shape (n,).
+    targets : Mapping[str, str]
+        Patterns of adapted layers, by what the table calls them.
+    head : str
+        The classifier's name.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    batch: Callable[[int], dict[str, Tensor]]
+    losses: Callable[[Any, Mapping[str, Tensor]], Tensor]
+    targets: Mapping[str, str]
+    head: str
+
+
+def measure(
+    shapes: Sequence[Shape],
+    records: int,
+    repetitions: int,
+    device: torch.device,
+    on_figure: Callable[[Figure], None],
+    rivals: bool = True,
+) -> None:
+    """Time and weigh the step of every shape, choice of layers and phase.
+
+    Parameters
+    ----------
+    shapes : Sequence[Shape]
+        Models.
+    records : int
+        Records in the batch, the same in every step.
+    repetitions : int
+        Turns that the medians are of.
+    device : torch.device
+        Where the models are.
+    on_figure : callable
+        Called with each figure as it is found.
+    rivals : bool (default: True)
+        Also measure Opacus' hooks and ghost clipping.
+    """
+    for shape in shapes:
+        for layers, targets in shape.targets.items():
+            bench = _Bench(shape, targets, records, device)
+            for phase in PHASES:
+                what = f"{shape.name}, b = {records}, {layers}, {phase}"
+                bar = NARROW_BAR if layers != "all linears" else WIDE_BAR
+                for figure in bench.figures(what, phase, bar, repetitions, rivals):
+                    on_figure(figure)
+
+
+class _Bench:
+    def __init__(self, shape: Shape, targets: str, records: int, device: torch.device) -> None:
+        self.shape, self.targets, self.device = shape, targets, device
+        batch = shape.batch(records)
+        self.batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        self.records, self.indices = TensorRecords(batch), torch.arange(records)
+        spec = LoRASpec(RANK, ALPHA, 0.0, targets, (shape.head,))
+        self.engine = PrivateEngine(attach(self._model(), spec, seed=0), shape.losses)
+        self.engine.verify(self.records)
+        settings = OptimizerSettings("sgd", 1e-3, 1e-3, 1e-3)
+        mechanism = Mechanism(SIGMA, CLIP, records, 10 * records)
+        self.engine.start_round(mechanism, settings, SeededNoise(0))
+        self.plain = self._peft()
+
+    def figures(
+        self, what: str, phase: str, bar: float, repetitions: int, rivals: bool
+    ) -> Iterator[Figure]:
+        names = [n for n in self.engine.adapted.parameters if factor_of(n) in PHASES[phase]]
+        calls: dict[str, Call] = {
+            "ours": partial(self.engine.step, self.records, self.indices, names),
+            "plain PEFT": _plain_step(self.plain, phase, self.shape, self.batch),
+        }
+        failed: dict[str, str] = {}
+        if rivals:
+            for name, make in (("Opacus hooks", _hooks), ("Opacus ghost clipping", _ghost)):
+                try:
+                    call = make(self._peft(), phase, self.shape, self.batch)
+                    call()
+                except Exception as error:  # What a rival cannot do is a finding.
+                    failed[name] = f"fails: {type(error).__name__}"
+                else:
+                    calls[name] = call
+        seconds = take_turns(calls, repetitions)
+        memory = {name: peak_bytes(call) / 1e6 for name, call in calls.items()}
+        for name in [*list(calls)[1:], *failed]:
+            is_bar = name == "plain PEFT"
+            yield Figure(
+                f"{what}: time", seconds["ours"], seconds.get(name), "s", name,
+                bar if is_bar else None, failed.get(name, ""),
+            )  # fmt: skip
+            yield Figure(
+                f"{what}: peak memory", memory["ours"], memory.get(name), "MB", name,
+                MEMORY_BAR if is_bar else None, failed.get(name, ""),
+            )  # fmt: skip
+
+    def _model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return self.shape.build().to(self.device)
+
+    def _peft(self) -> PeftModel:
+        config = LoraConfig(
+            r=RANK,
+            lora_alpha=int(ALPHA),
+            target_modules=self.targets,
+            modules_to_save=[self.shape.head],
+        )
+        return get_peft_model(self._model(), config)
+
+
+def _choose(model: PeftModel, phase: str) -> list[nn.Parameter]:
+    """Let a phase's factors and the head train, and return them."""
+    chosen = []
+    for name, parameter in model.named_parameters():
+        factor = "A" if "lora_A" in name else "B" if "lora_B" in name else None
+        trains = factor in PHASES[phase] and (factor is not None or "modules_to_save" in name)
+        parameter.requires_grad_(trains)
+        if trains:
+            chosen.append(parameter)
+    return chosen
+
+
+def _plain_step(
+    model: PeftModel, phase: str, shape: Shape, batch: Mapping[str, Tensor]
+) -> Callable[[], None]:
+    def step() -> None:
+        # Phases share the model, so each sets its own.
+        optimizer = torch.optim.SGD(_choose(model, phase), lr=1e-3)
+        model.train()
+        shape.losses(model, batch).mean().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _hooks(
+    model: PeftModel, phase: str, shape: Shape, batch: Mapping[str, Tensor]
+) -> Callable[[], None]:
+    from opacus import GradSampleModule
+    from opacus.optimizers import DPOptimizer
+
+    inner = torch.optim.SGD(_choose(model, phase), lr=1e-3)
+    wrapped = GradSampleModule(model.train(), loss_reduction="mean", strict=False)
+    size = len(next(iter(batch.values())))
+    optimizer = DPOptimizer(
+        inner, noise_multiplier=SIGMA, max_grad_norm=CLIP, expected_batch_size=size
+    )
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        shape.losses(wrapped, batch).mean().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step
+
+
+def _ghost(
+    model: PeftModel, phase: str, shape: Shape, batch: Mapping[str, Tensor]
+) -> Callable[[], None]:
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping
+    from opacus.optimizers.optimizer_fast_gradient_clipping import (
+        DPOptimizerFastGradientClipping,
+    )
+    from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
+
+    inner = torch.optim.SGD(_choose(model, phase), lr=1e-3)
+    wrapped = GradSampleModuleFastGradientClipping(
+        model.train(), loss_reduction="mean", max_grad_norm=CLIP, use_ghost_clipping=True
+    )
+    size = len(next(iter(batch.values())))
+    optimizer = DPOptimizerFastGradientClipping(
+        inner, noise_multiplier=SIGMA, max_grad_norm=CLIP, expected_batch_size=size
+    )
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        losses = shape.losses(wrapped, batch)
+        DPTensorFastGradientClipping(wrapped, optimizer, losses, "mean").backward()
+        optimizer.step()
+
+    return step
+
+
+def swin_tiny() -> Shape:
+    """Swin-T on 224×224 pictures."""
+
+    def build() -> nn.Module:
+        import timm
+
+        model: nn.Module = timm.create_model(
+            "swin_tiny_patch4_window7_224", pretrained=False, num_classes=100
+        )
+        return model
+
+    def batch(count: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        return {
+            "image": torch.randn(count, 3, 224, 224, generator=generator),
+            "label": torch.randint(0, 100, (count,), generator=generator),
+        }
+
+    def losses(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch["image"]), batch["label"], reduction="none")
+
+    targets = {"qkv": r".*attn\.qkv", "all linears": r"layers\..*(qkv|proj|fc1|fc2)"}
+    return Shape("Swin-T 224", build, batch, losses, targets, "head.fc")
+
+
+def roberta_base() -> Shape:
+    """RoBERTa-base on 128 tokens."""
+
+    def build() -> nn.Module:
+        from transformers import RobertaConfig, RobertaForSequenceClassification
+
+        config = RobertaConfig(
+            vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, num_labels=2
+        )
+        model: nn.Module = RobertaForSequenceClassification(config)
+        return model
+
+    def batch(count: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        return {
+            "input_ids": torch.randint(3, 50000, (count, 128), generator=generator),
+            "attention_mask": torch.ones(count, 128, dtype=torch.int64),
+            "label": torch.randint(0, 2, (count,), generator=generator),
+        }
+
+    def losses(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        return F.cross_entropy(model(**inputs).logits, batch["label"], reduction="none")
+
+    layers = r"roberta\.encoder\.layer\..*"
+    targets = {"q,v": layers + "(query|value)", "all linears": layers + "(query|key|value|dense)"}
+    return Shape("RoBERTa-base 128", build, batch, losses, targets, "classifier")

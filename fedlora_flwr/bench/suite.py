@@ -1,0 +1,68 @@
+"""All benchmarks by name, one after the other, with progress, a table and a file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from rich.console import Console
+
+from fedlora_flwr.bench.figures import Figure, table, write
+from fedlora_flwr.errors import InvalidValue, one_of
+
+OnFigure: TypeAlias = Callable[[Figure], None]
+Benchmark: TypeAlias = Callable[[OnFigure], None]
+
+
+def private_step(on_figure: OnFigure) -> None:
+    """Compare the private step with plain PEFT without privacy, and with Opacus' own."""
+    from fedlora_flwr.bench.step import measure, roberta_base, swin_tiny
+
+    shapes = [swin_tiny(), roberta_base()]
+    measure(shapes, records=4, repetitions=5, device=torch.device("cpu"), on_figure=on_figure)
+
+
+BENCHMARKS: Mapping[str, Benchmark] = {"step": private_step}
+
+
+def run_suite(names: Sequence[str], output: Path | None, console: Console) -> None:
+    """Run benchmarks, print a table for each, and write a JSON file if one is named.
+
+    Parameters
+    ----------
+    names : Sequence[str]
+        Keys of `BENCHMARKS`; empty for all.
+    output : Path or None
+        File for figures, machine and versions.
+    console : Console
+        Where progress and tables go.
+
+    Raises
+    ------
+    InvalidValue
+        There is no such benchmark.
+    """
+    for name in names:
+        if name not in BENCHMARKS:
+            raise InvalidValue("benchmark", name, one_of(BENCHMARKS, name))
+    torch.set_num_threads(1)
+    found: dict[str, list[Figure]] = {}
+    begin = time.perf_counter()
+    for name in names or BENCHMARKS:
+        figures = found[name] = []
+        with console.status(f"{name}: starting") as status:
+
+            def told(figure: Figure, name: str = name, figures: list[Figure] = figures) -> None:
+                figures.append(figure)
+                status.update(f"{name}: {len(figures)} figures, last {figure.what}")
+
+            BENCHMARKS[name](told)
+        title = f"{name}: {(BENCHMARKS[name].__doc__ or '').strip()}"
+        console.print(table(title, figures))
+    if output:
+        command = " ".join(["fedlora bench", *names])
+        write(output, command, found, time.perf_counter() - begin)
+        console.print(f"Results   {output}", highlight=False, soft_wrap=True)
