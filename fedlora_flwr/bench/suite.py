@@ -25,7 +25,14 @@ def private_step(on_figure: OnFigure) -> None:
     measure(shapes, records=4, repetitions=5, device=torch.device("cpu"), on_figure=on_figure)
 
 
-BENCHMARKS: Mapping[str, Benchmark] = {"step": private_step}
+def published_way(on_figure: OnFigure) -> None:
+    """Compare a round on short texts with a round as public scripts run it."""
+    from fedlora_flwr.bench.published import Setting, measure
+
+    measure(Setting(), on_figure)
+
+
+BENCHMARKS: Mapping[str, Benchmark] = {"step": private_step, "published": published_way}
 
 
 def run_suite(names: Sequence[str], output: Path | None, console: Console) -> None:
