@@ -32,7 +32,18 @@ def published_way(on_figure: OnFigure) -> None:
     measure(Setting(), on_figure)
 
 
-BENCHMARKS: Mapping[str, Benchmark] = {"step": private_step, "published": published_way}
+def in_process(on_figure: OnFigure) -> None:
+    """Compare the in-process engine with a bare training loop, and its start with Ray's."""
+    from fedlora_flwr.bench.engine import Setting, measure
+
+    measure(Setting(), on_figure)
+
+
+BENCHMARKS: Mapping[str, Benchmark] = {
+    "step": private_step,
+    "engine": in_process,
+    "published": published_way,
+}
 
 
 def run_suite(names: Sequence[str], output: Path | None, console: Console) -> None:
