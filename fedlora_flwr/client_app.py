@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flwr.app import Context
+from flwr.app import Context, Message
 from flwr.client import Client
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable
 
-from fedlora_flwr.clients.bridge import bridge, client_identity
+from fedlora_flwr.clients.bridge import answer, bridge, client_identity, is_legacy
 from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.numpy_client import LoRAClient
 from fedlora_flwr.clients.trainer import process_trainer
@@ -18,7 +19,7 @@ from fedlora_flwr.files import data_folder
 from fedlora_flwr.privacy.ledger import Ledger
 
 
-def client_fn(context: Context) -> Client:
+def make_client(context: Context) -> LoRAClient:
     """Make the client of one simulated partition.
 
     Raises
@@ -33,7 +34,7 @@ def client_fn(context: Context) -> Client:
     trainer = process_trainer(config)
     partition, partitions = int(node["partition-id"]), int(node["num-partitions"])
     folder = state_folder(config)
-    client = LoRAClient(
+    return LoRAClient(
         trainer,
         trainer.task.client_records(partition, partitions),
         Ledger(folder / "ledger.sqlite"),
@@ -42,7 +43,11 @@ def client_fn(context: Context) -> Client:
         store=LocalStore(folder / "local"),
         rank=config.client_rank(partition) if config.client_ranks else None,
     )
-    return client.to_client()
+
+
+def client_fn(context: Context) -> Client:
+    """Make the client in the form that Flower's legacy interface takes."""
+    return make_client(context).to_client()
 
 
 def state_folder(config: RunConfig) -> Path:
@@ -50,4 +55,11 @@ def state_folder(config: RunConfig) -> Path:
     return Path(config.state_dir) if config.state_dir else data_folder()
 
 
-app = ClientApp(client_fn, mods=[bridge])
+def _direct(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Answer a Message-API strategy without a detour over Flower's legacy records."""
+    if is_legacy(message):
+        return call_next(message, context)
+    return answer(make_client(context), message, context)
+
+
+app = ClientApp(client_fn, mods=[_direct, bridge])

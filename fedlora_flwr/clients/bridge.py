@@ -6,13 +6,12 @@ translates both ways: names travel in the config and in the metrics under ``arra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from logging import ERROR
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from flwr.app import (
-    Array,
     ArrayRecord,
     ConfigRecord,
     Context,
@@ -21,14 +20,19 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
+from flwr.client import NumPyClient
 from flwr.clientapp.typing import ClientAppCallable
-from flwr.common import Parameters, parameters_to_ndarrays
+from flwr.common import NDArrays, Scalar
 from flwr.common.logger import log
+from numpy.typing import NDArray
 
+from fedlora_flwr.arrays import from_numpy, to_numpy
 from fedlora_flwr.errors import ClientFailed, FedLoRAError, InvalidValue
 from fedlora_flwr.wire import CLIENT, NAMES, SCORES
 
+S = TypeVar("S")
 T = TypeVar("T")
+U = TypeVar("U")
 
 _LEGACY_INS = {MessageType.TRAIN: "fitins", MessageType.EVALUATE: "evaluateins"}
 
@@ -59,9 +63,9 @@ def bridge(message: Message, context: Context, call_next: ClientAppCallable) -> 
     if kind == MessageType.QUERY:
         identity_record = ConfigRecord({CLIENT: client_identity(context)})
         return Message(RecordDict({"config": identity_record}), reply_to=message)
-    prefix = _LEGACY_INS.get(kind)
-    if prefix is None or f"{prefix}.parameters" in message.content.array_records:
+    if is_legacy(message):
         return _guarded(call_next, message, context)
+    prefix = _LEGACY_INS[kind]
     identity = client_identity(context)
     names = list(_only(message.content.array_records, "ArrayRecord"))
     message.content = _to_legacy(message.content, prefix)
@@ -75,13 +79,50 @@ def bridge(message: Message, context: Context, call_next: ClientAppCallable) -> 
     return reply
 
 
-def _guarded(call_next: ClientAppCallable, message: Message, context: Context) -> Message:
+def is_legacy(message: Message) -> bool:
+    """Tell whether a message is none that a Message-API strategy sends to train or evaluate."""
+    prefix = _LEGACY_INS.get(message.metadata.message_type)
+    return prefix is None or f"{prefix}.parameters" in message.content.array_records
+
+
+def answer(client: NumPyClient, message: Message, context: Context) -> Message:
+    """Serve a train or evaluate message with a NumPyClient, past Flower's legacy records.
+
+    The reply is that of `bridge`, at a fraction of its time: `bridge` hands arrays on through
+    Flower's own translation, which reads and writes every one of them twice more.
+
+    Parameters
+    ----------
+    client : NumPyClient
+        Serves the message.
+    message : Message
+        What a Message-API strategy sent.
+    context : Context
+        The client's context; its node config tells who it is.
+    """
+    identity = client_identity(context)
+    arrays = _only(message.content.array_records, "ArrayRecord")
+    config = dict(_only(message.content.config_records, "ConfigRecord"))
+    names = list(arrays)
+    config[NAMES] = ",".join(names)
+    values: NDArrays = [to_numpy(array) for array in arrays.values()]
+    scalars = cast(dict[str, Scalar], config)
+    if message.metadata.message_type == MessageType.TRAIN:
+        trained, examples, metrics = _guarded(client.fit, values, scalars)
+        content = _reply(trained, names, {**metrics, CLIENT: identity}, examples)
+    else:
+        loss, examples, metrics = _guarded(client.evaluate, values, scalars)
+        content = RecordDict(_split({**metrics, "loss": loss, CLIENT: identity}, examples))  # type: ignore[arg-type,unused-ignore]
+    return Message(content, reply_to=message)
+
+
+def _guarded(call: Callable[[S, U], T], first: S, second: U) -> T:
     """Keep what a library says about private records off the wire; its kind is enough.
 
     Flower sends an exception's text to the server.
     """
     try:
-        return call_next(message, context)
+        return call(first, second)
     except FedLoRAError:
         raise
     except Exception as error:
@@ -116,19 +157,21 @@ def _fit_result(content: RecordDict, names: list[str], identity: str) -> RecordD
     _check_status(content, "fitres")
     metrics: dict[str, object] = dict(content.config_records["fitres.metrics"])
     record = content.array_records["fitres.parameters"]
-    arrays = parameters_to_ndarrays(
-        Parameters(
-            [array.data for name, array in record.items() if name != "_empty"], "numpy.ndarray"
-        )
-    )
+    arrays = [to_numpy(array) for name, array in record.items() if name != "_empty"]
+    examples = content.metric_records["fitres.num_examples"]["num_examples"]
+    return _reply(arrays, names, {**metrics, CLIENT: identity}, cast(int, examples))
+
+
+def _reply(
+    arrays: Sequence[NDArray[Any]], names: list[str], metrics: dict[str, object], examples: int
+) -> RecordDict:
+    """Give uploaded arrays the names that the client gave them, or else those it was sent."""
     if NAMES in metrics:
         names = [name for name in str(metrics.pop(NAMES)).split(",") if name]
     if len(names) != len(arrays):
         raise InvalidValue("uploaded arrays", len(arrays), f"one for each of {len(names)} names")
-    uploaded = ArrayRecord({name: Array(array) for name, array in zip(names, arrays, strict=True)})
-    examples = content.metric_records["fitres.num_examples"]["num_examples"]
-    metrics[CLIENT] = identity
-    return RecordDict({"arrays": uploaded, **_split(metrics, cast(int, examples))})
+    uploaded = ArrayRecord({n: from_numpy(array) for n, array in zip(names, arrays, strict=True)})
+    return RecordDict({"arrays": uploaded, **_split(metrics, examples)})
 
 
 def _evaluate_result(content: RecordDict, identity: str) -> RecordDict:

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 
 from fedlora_flwr.adapters import AdaptedModel
 from fedlora_flwr.aggregation import MovingAverage
+from fedlora_flwr.arrays import to_numpy
 from fedlora_flwr.clients.trainer import build_adapted
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.plan import Layout
@@ -132,7 +133,7 @@ class _Session:
 
     def _after_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
         """Evaluate on the public test set, keep the arrays, write the round's rows."""
-        kept = self._average.add({name: array.numpy() for name, array in arrays.items()})
+        kept = self._average.add({name: to_numpy(array) for name, array in arrays.items()})
         self.adapted.write(kept)
         metrics = self._evaluate(server_round)
         self.adapted.export(self.run_dir.adapter)

@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 from numpy.typing import NDArray
 
 from fedlora_flwr.aggregation import Arrays, merge, weighted_mean
+from fedlora_flwr.arrays import to_numpy
 from fedlora_flwr.errors import FederationAborted, FedLoRAError, InvalidValue
 from fedlora_flwr.plan import BOTH, ComponentPlan, Layout, factor_of
 from fedlora_flwr.randomness import stream_seed
@@ -209,7 +210,7 @@ class FedLoRA(FedAvg):
             Too few nodes connected within ``node_timeout``.
         """
         layout = Layout.of(arrays, self.blocks)
-        self._global = {name: array.numpy() for name, array in arrays.items()}
+        self._global = {name: to_numpy(array) for name, array in arrays.items()}
         self._plan = self.plan(server_round, layout)
         self._plan.check(len(layout.blocks))
         self._asked = nodes = self._cohort(server_round, grid)

@@ -10,6 +10,7 @@ from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 
 from fedlora_flwr.aggregation import Arrays, merge, weighted_mean
+from fedlora_flwr.arrays import from_numpy, to_numpy
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.factors import combine, truncate
 from fedlora_flwr.plan import A, B, Layout, factor_of
@@ -76,4 +77,4 @@ def _leading(name: str, array: NDArray[np.floating], rank: int) -> NDArray[np.fl
 
 
 def _cut(name: str, array: Array, rank: int) -> Array:
-    return Array(np.ascontiguousarray(_leading(name, array.numpy(), rank)))
+    return from_numpy(np.ascontiguousarray(_leading(name, to_numpy(array), rank)))

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedlora_flwr.aggregation import Arrays
+from fedlora_flwr.arrays import from_numpy, to_numpy
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.plan import factor_of
 from fedlora_flwr.wire import SCORES
@@ -108,7 +109,7 @@ def uploaded_arrays(content: RecordDict) -> dict[str, NDArray[np.float32]]:
     if len(content.array_records) != 1:
         raise InvalidValue("ArrayRecords in a reply", len(content.array_records), "1")
     (record,) = content.array_records.values()
-    return {name: _finite(name, array.numpy()) for name, array in record.items()}
+    return {name: _finite(name, to_numpy(array)) for name, array in record.items()}
 
 
 def _finite(name: str, array: NDArray[np.generic]) -> NDArray[np.float32]:
@@ -174,7 +175,10 @@ def size_of(content: RecordDict, *, factors_only: bool = False) -> int:
 def to_record(arrays: Arrays) -> ArrayRecord:
     """Pack arrays for the wire, in fp32: Flower refuses bfloat16."""
     return ArrayRecord(
-        {name: Array(np.ascontiguousarray(array, np.float32)) for name, array in arrays.items()}
+        {
+            name: from_numpy(np.ascontiguousarray(array, np.float32))
+            for name, array in arrays.items()
+        }
     )
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -217,3 +218,27 @@ def test_get_parameters_needs_no_records(make_config: MakeConfig) -> None:
     for array, expected in zip(start, trainer.adapted.read().values(), strict=True):
         np.testing.assert_array_equal(array, expected)
     assert not rows(config)
+
+
+@pytest.mark.parametrize("curvature", ["", "none"])
+def test_the_short_way_and_flowers_legacy_records_give_the_same_reply(
+    make_config: MakeConfig, curvature: str, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"weighting": "size"} | (
+        {"curvature": curvature} if curvature else {}
+    )
+    replies = [
+        Asker(make_config(state_dir=str(tmp_path / name)), client_app).train("B", **settings)
+        for name, client_app in (("short", app), ("long", ClientApp(client_fn, mods=[bridge])))
+    ]
+
+    contents: list[dict[str, dict[str, Any]]] = [
+        {kind: dict(record) for kind, record in reply.items()} for reply in replies
+    ]
+    for content in contents:
+        assert set(content) == {"arrays", "metrics", "config"}
+        for name in ("seconds", "peak-memory-mb"):
+            assert content["metrics"].pop(name) > 0
+        content["arrays"] = {name: array.data for name, array in content["arrays"].items()}
+    assert contents[0] == contents[1]
+    assert list(contents[0]["arrays"]) == list(contents[1]["arrays"])
