@@ -113,12 +113,12 @@ class Ledger:
         BudgetExhausted
             The release would take the account past its budget; nothing is written.
         """
-        while True:
-            seen, history = self._history(account)
-            # ε takes up to seconds, so it is worked out without the lock and kept only if no other
-            # process has written to the account meanwhile.
-            summary = self._after(account, history, segment)
-            with self._connection() as db:
+        with self._connection() as db:
+            while True:
+                seen, history = self._rows(db, account)
+                # ε takes up to seconds, so it is worked out without the lock and kept only if no
+                # other process has written to the account meanwhile.
+                summary = self._after(account, history, segment)
                 db.execute("BEGIN IMMEDIATE")
                 if self._rows(db, account)[0] == seen:
                     self._insert(db, account, server_round, segment)
