@@ -9,6 +9,7 @@ import pytest
 
 from fedlora_flwr.tasks.digits import DigitsTask
 from fedlora_flwr.tasks.pretrain import Recipe
+from tests.tasks import conversations, questions
 
 QUICK = Recipe(images=200, steps=3, batch=16)
 
@@ -44,6 +45,26 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return make_checkpoint(kind, folder / kind)
 
     return get
+
+
+@pytest.fixture(scope="session")
+def question_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return questions.save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def make_questions(question_models: dict[str, Path], tmp_path: Path) -> questions.Make:
+    return questions.task_maker(question_models, tmp_path / "set")
+
+
+@pytest.fixture(scope="session")
+def chat_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return conversations.save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def make_chats(chat_models: dict[str, Path], tmp_path: Path) -> conversations.Make:
+    return conversations.task_maker(chat_models, tmp_path / "set")
 
 
 @pytest.fixture

@@ -28,27 +28,17 @@ from tests.tasks.questions import (
     Make,
     messy_rows,
     row,
-    save_models,
-    task_maker,
 )
 from tests.tasks.tiny_tasks import WORDS, Row, fill
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def make_task(models: dict[str, Path], tmp_path: Path) -> Make:
-    return task_maker(models, tmp_path / "set")
-
-
 @pytest.mark.parametrize("model", SPECIAL)
-def test_a_loss_is_that_of_transformers_on_the_record_alone(make_task: Any, model: str) -> None:
-    task = make_task(messy_rows(24), model, max_length=32)
+def test_a_loss_is_that_of_transformers_on_the_record_alone(
+    make_questions: Any, model: str
+) -> None:
+    task = make_questions(messy_rows(24), model, max_length=32)
     net = task.build_model().eval()
     records = task.client_records(0, 1)
 
@@ -61,15 +51,15 @@ def test_a_loss_is_that_of_transformers_on_the_record_alone(make_task: Any, mode
         torch.testing.assert_close(loss, expected)
 
 
-def test_losses_of_a_model_in_half_precision_are_in_full(make_task: Any) -> None:
-    task = make_task(messy_rows(4))
+def test_losses_of_a_model_in_half_precision_are_in_full(make_questions: Any) -> None:
+    task = make_questions(messy_rows(4))
     net = task.build_model().bfloat16()
     assert task.losses(net, task.client_records(0, 1).batch(torch.arange(4))).dtype == torch.float32
 
 
 @pytest.mark.parametrize("model", SPECIAL)
-def test_each_record_has_its_own_gradient(make_task: Any, model: str) -> None:
-    task = make_task(messy_rows(12), model, max_length=32)
+def test_each_record_has_its_own_gradient(make_questions: Any, model: str) -> None:
+    task = make_questions(messy_rows(12), model, max_length=32)
     records = task.client_records(0, 1)
     spec = LoRASpec(2, 4.0, 0.0, r".*\.(query|value)", task.head)
     adapted = attach(task.build_model(), spec, seed=1)
@@ -91,15 +81,15 @@ def test_each_record_has_its_own_gradient(make_task: Any, model: str) -> None:
 
 
 def test_a_private_record_is_a_question_and_splits_are_measured_together(
-    make_task: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    make_questions: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     # Some contexts are longer than what the tokenizer says that the model takes.
     rows = [*messy_rows(29), row(" ".join(WORDS * 2))]
-    task = make_task(rows, max_length=20)
+    task = make_questions(rows, max_length=20)
     model = task.build_model()
     checkpoints.write_split(tmp_path / "set", "first", rows[:11])
     checkpoints.write_split(tmp_path / "set", "second", rows[11:])
-    parts = make_task(rows, max_length=20, test_split="first,second")
+    parts = make_questions(rows, max_length=20, test_split="first,second")
 
     assert len(task.client_records(0, 3)) == len(task.client_records(2, 3)) == 10
     assert len(task.test_records()) == len(parts.test_records()) > 30
@@ -110,8 +100,8 @@ def test_a_private_record_is_a_question_and_splits_are_measured_together(
     assert not caplog.records
 
 
-def test_a_server_needs_no_private_split(make_task: Any, tmp_path: Path) -> None:
-    task = make_task([row(LINE, (WORDS[0], 0))])
+def test_a_server_needs_no_private_split(make_questions: Any, tmp_path: Path) -> None:
+    task = make_questions([row(LINE, (WORDS[0], 0))])
     (tmp_path / "set" / "train.jsonl").unlink()
 
     assert task.evaluate(task.build_model(), task.test_records())["f1"] <= 1
@@ -119,23 +109,23 @@ def test_a_server_needs_no_private_split(make_task: Any, tmp_path: Path) -> None
         task.client_records(0, 1)
 
 
-def test_records_are_split_by_any_column(make_task: Any) -> None:
+def test_records_are_split_by_any_column(make_questions: Any) -> None:
     rows = [{**row(LINE, (WORDS[0], 0)), "title": title} for title in "aabab"]
 
-    task = make_task(rows, partitioner="natural-id", partition_column="title")
+    task = make_questions(rows, partitioner="natural-id", partition_column="title")
 
     assert [len(task.client_records(i, 2)) for i in range(2)] == [3, 2]
 
 
 def test_a_head_has_two_outputs_whatever_the_checkpoint_says(
-    make_task: Any, models: dict[str, Path], tmp_path: Path
+    make_questions: Any, question_models: dict[str, Path], tmp_path: Path
 ) -> None:
-    shutil.copytree(models["bert"], tmp_path / "classes")
+    shutil.copytree(question_models["bert"], tmp_path / "classes")
     config = tmp_path / "classes" / "config.json"
     labels = {"id2label": {str(i): str(i) for i in range(5)}}
     config.write_text(json.dumps({**json.loads(config.read_text()), **labels}))
 
-    task = make_task([row(LINE, (WORDS[0], 0))], tmp_path / "classes")
+    task = make_questions([row(LINE, (WORDS[0], 0))], tmp_path / "classes")
 
     assert task.head == ("qa_outputs",)
     assert task.build_model().qa_outputs.out_features == 2
@@ -152,10 +142,10 @@ def test_a_head_has_two_outputs_whatever_the_checkpoint_says(
     ],
 )
 def test_bad_settings_are_named(
-    make_task: Any, changes: dict[str, object], key: str, allowed: str
+    make_questions: Any, changes: dict[str, object], key: str, allowed: str
 ) -> None:
     def start() -> None:
-        task = make_task([row(LINE, (WORDS[0], 0))], **changes)
+        task = make_questions([row(LINE, (WORDS[0], 0))], **changes)
         task.build_model()
         task.client_records(0, 1)
 
@@ -167,28 +157,28 @@ def test_bad_settings_are_named(
 
 
 @pytest.mark.parametrize("column", ["question", "context", "answers"])
-def test_a_data_set_of_another_layout_is_named(make_task: Any, column: str) -> None:
+def test_a_data_set_of_another_layout_is_named(make_questions: Any, column: str) -> None:
     record = row(LINE, (WORDS[0], 0))
     del record[column]
 
     with pytest.raises(InvalidValue, match=r"dataset = .* columns question, context, answers"):
-        make_task([record]).client_records(0, 1)
+        make_questions([record]).client_records(0, 1)
 
 
-def test_nothing_to_evaluate_is_refused(make_task: Any) -> None:
-    task = make_task([row(LINE, (WORDS[0], 0))])
+def test_nothing_to_evaluate_is_refused(make_questions: Any) -> None:
+    task = make_questions([row(LINE, (WORDS[0], 0))])
     with pytest.raises(InvalidValue, match="records"):
         task.evaluate(task.build_model(), task.test_records().subset(np.array([], dtype=np.int64)))
 
 
-def test_what_a_model_cannot_read_is_refused_without_its_weights(make_task: Make) -> None:
-    task = make_task([row(LINE, (WORDS[0], 0))], max_length=65)
+def test_what_a_model_cannot_read_is_refused_without_its_weights(make_questions: Make) -> None:
+    task = make_questions([row(LINE, (WORDS[0], 0))], max_length=65)
     with pytest.raises(InvalidValue, match="max-length"):
         task.skeleton()
 
 
-def test_memory_is_counted_without_weights(make_task: Any) -> None:
-    task = make_task([row(LINE, (WORDS[0], 0))])
+def test_memory_is_counted_without_weights(make_questions: Any) -> None:
+    task = make_questions([row(LINE, (WORDS[0], 0))])
     adapted = skeleton(task._settings, task)
 
     sizes = [activation_bytes(task, adapted, task.largest_batch(n)) for n in (2, 4)]
@@ -211,7 +201,7 @@ def toy_rows(count: int, seed: int) -> list[Row]:
 
 def test_a_private_run_learns_and_plain_peft_answers_like_it(
     make_config: MakeConfig,
-    models: dict[str, Path],
+    question_models: dict[str, Path],
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -219,7 +209,7 @@ def test_a_private_run_learns_and_plain_peft_answers_like_it(
     checkpoints.write_split(tmp_path / "set", "validation", toy_rows(60, 1))
     config = make_config(
         task="question-answering",
-        model=str(models["bert"]),
+        model=str(question_models["bert"]),
         dataset=str(tmp_path / "set"),
         max_length=32,
         strategy="ffa-lora",
@@ -241,7 +231,7 @@ def test_a_private_run_learns_and_plain_peft_answers_like_it(
     assert rows[-1]["f1"] > 0.6
     assert rows[-1]["exact_match"] > 0.5
     assert summary["status"] == "completed"
-    base = AutoModelForQuestionAnswering.from_pretrained(models["bert"])
+    base = AutoModelForQuestionAnswering.from_pretrained(question_models["bert"])
     plain = PeftModel.from_pretrained(base, str(run_dir.adapter))
     task = build_task(config.task, config)
     found = task.evaluate(plain, task.test_records())

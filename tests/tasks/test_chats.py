@@ -13,21 +13,11 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.instructions import InstructionTuning
 from tests.tasks import checkpoints
-from tests.tasks.conversations import LAYERS, TEXTS, Make, chat, messy_rows, save_models, task_maker
+from tests.tasks.conversations import LAYERS, TEXTS, Make, chat, messy_rows
 from tests.tasks.tiny_tasks import all_records
 
 every_model = pytest.mark.parametrize("model", LAYERS)
 pytestmark = pytest.mark.usefixtures("empty_cache")
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def make_task(models: dict[str, Path], tmp_path: Path) -> Make:
-    return task_maker(models, tmp_path / "set")
 
 
 def by_prefixes(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
@@ -54,10 +44,10 @@ def by_prefixes(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[in
 @every_model
 @pytest.mark.parametrize("limit", [9, 64, 200])
 def test_answers_are_what_ever_longer_conversations_add(
-    make_task: Make, model: str, limit: int
+    make_chats: Make, model: str, limit: int
 ) -> None:
     rows = messy_rows(40)
-    task = make_task(rows, model, max_length=limit)
+    task = make_chats(rows, model, max_length=limit)
     tokenizer = AutoTokenizer.from_pretrained(task._settings.model)
 
     for row, record in zip(rows, all_records(task), strict=True):
@@ -68,8 +58,8 @@ def test_answers_are_what_ever_longer_conversations_add(
         assert record["answer_tokens"] == sum(label != -100 for label in labels[:limit])
 
 
-def test_an_answer_ends_with_what_the_template_ends_it_with(make_task: Make) -> None:
-    task = make_task([chat(("user", "bali"), ("assistant", "yes"), ("user", "dona"))])
+def test_an_answer_ends_with_what_the_template_ends_it_with(make_chats: Make) -> None:
+    task = make_chats([chat(("user", "bali"), ("assistant", "yes"), ("user", "dona"))])
     tokenizer = AutoTokenizer.from_pretrained(task._settings.model)
     (record,) = all_records(task)
 
@@ -78,13 +68,13 @@ def test_an_answer_ends_with_what_the_template_ends_it_with(make_task: Make) -> 
     assert tokenizer.decode(record["input_ids"][0]).endswith("yes<|end|>\n")
 
 
-def test_a_token_on_the_border_is_the_answer_s(make_task: Make, tmp_path: Path) -> None:
+def test_a_token_on_the_border_is_the_answer_s(make_chats: Make, tmp_path: Path) -> None:
     template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     folder = checkpoints.llama(tmp_path / "plain", ["assistant: bali"] * 9, template)
-    task = make_task([chat(("user", "bali"), ("assistant", "bali"))], folder)
+    task = make_chats([chat(("user", "bali"), ("assistant", "bali"))], folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     (record,) = all_records(task)
 
@@ -96,13 +86,13 @@ def test_a_token_on_the_border_is_the_answer_s(make_task: Make, tmp_path: Path) 
 @pytest.mark.parametrize("chosen", ["", "messages", "talk", "prompt,response", "q, a"])
 @pytest.mark.parametrize("layout", ["json", "parquet"])
 def test_every_layout_of_conversations_is_read(
-    make_task: Make, tmp_path: Path, chosen: str, layout: str
+    make_chats: Make, tmp_path: Path, chosen: str, layout: str
 ) -> None:
     rows = [
         chat(("user", "bali dona"), ("assistant", "yes")),
         chat(("user", "x"), ("assistant", "")),
     ]
-    task = make_task(rows)
+    task = make_chats(rows)
     expected = all_records(task)
     names = [name.strip() for name in chosen.split(",")] if chosen else ["messages"]
     for row in rows:
@@ -130,11 +120,11 @@ def test_every_layout_of_conversations_is_read(
     ]
 
 
-def test_a_template_that_adds_nothing_of_its_own(make_task: Make, tmp_path: Path) -> None:
+def test_a_template_that_adds_nothing_of_its_own(make_chats: Make, tmp_path: Path) -> None:
     bare = "{% for m in messages %}{{ m.content }}{% endfor %}"
     folder = checkpoints.llama(tmp_path / "bare", TEXTS, bare)
     rows = [chat(("user", ""), ("assistant", answer)) for answer in ("", "bali dona")]
-    task = make_task(rows, folder)
+    task = make_chats(rows, folder)
 
     first, second = all_records(task)
 
@@ -169,10 +159,10 @@ REFUSING = "{{ raise_exception('Users come first.') }}"
     ],
 )
 def test_a_template_that_does_not_serve_is_named(
-    make_task: Make, tmp_path: Path, template: str | None, turns: list[str], allowed: str
+    make_chats: Make, tmp_path: Path, template: str | None, turns: list[str], allowed: str
 ) -> None:
     folder = checkpoints.llama(tmp_path / "other", TEXTS, template)
-    task = make_task([chat(*((role, "bali") for role in turns))], folder)
+    task = make_chats([chat(*((role, "bali") for role in turns))], folder)
 
     with pytest.raises(InvalidValue) as caught:
         task.client_records(0, 1)
@@ -182,25 +172,25 @@ def test_a_template_that_does_not_serve_is_named(
 
 
 def test_a_template_that_ends_only_the_last_answer_serves_single_answers(
-    make_task: Make, tmp_path: Path
+    make_chats: Make, tmp_path: Path
 ) -> None:
     folder = checkpoints.llama(tmp_path / "last", TEXTS, LAST_ONLY)
     turns = [("user", "bali"), ("assistant", "yes")]
-    assert all_records(make_task([chat(*turns)], folder))[0]["answer_tokens"] > 1
+    assert all_records(make_chats([chat(*turns)], folder))[0]["answer_tokens"] > 1
     with pytest.raises(InvalidValue, match="only ever adds"):
-        make_task([chat(*turns, *turns)], folder).client_records(0, 1)
+        make_chats([chat(*turns, *turns)], folder).client_records(0, 1)
 
 
 def test_what_records_are_made_of_tells_them_apart(
-    make_task: Make, models: dict[str, Path], tmp_path: Path, empty_cache: Path
+    make_chats: Make, chat_models: dict[str, Path], tmp_path: Path, empty_cache: Path
 ) -> None:
     rows = messy_rows(8)
-    expected = [record["input_ids"].tolist() for record in all_records(make_task(rows))]
-    short = all_records(make_task(rows, max_length=9))
+    expected = [record["input_ids"].tolist() for record in all_records(make_chats(rows))]
+    short = all_records(make_chats(rows, max_length=9))
     assert max(record["input_ids"].shape[1] for record in short) == 9
     pairs = [{**row, "prompt": "bali", "response": "yes"} for row in rows]
-    assert [record["input_ids"].tolist() for record in all_records(make_task(pairs))] == expected
-    (other, *_) = all_records(make_task(pairs, input_columns="prompt,response"))
+    assert [record["input_ids"].tolist() for record in all_records(make_chats(pairs))] == expected
+    (other, *_) = all_records(make_chats(pairs, input_columns="prompt,response"))
     assert other["input_ids"].tolist() not in expected
     changes = {
         "chat_template.jinja": ("<|end|>", "</s>"),
@@ -208,12 +198,12 @@ def test_what_records_are_made_of_tells_them_apart(
     }
     for name, change in changes.items():
         folder = tmp_path / name
-        shutil.copytree(models["llama"], folder)
+        shutil.copytree(chat_models["llama"], folder)
         text = (folder / name).read_text()
         assert change[0] in text
         (folder / name).write_text(text.replace(*change))
-        found = all_records(make_task(rows, folder))
+        found = all_records(make_chats(rows, folder))
         assert [record["input_ids"].tolist() for record in found] != expected
     made = len([*empty_cache.glob("fedlora/datasets/*.lock")])
-    all_records(make_task(rows))
+    all_records(make_chats(rows))
     assert len([*empty_cache.glob("fedlora/datasets/*.lock")]) == made == 6

@@ -25,26 +25,16 @@ from fedlora_flwr.simulations.runner import make_plan, run_in_process
 from fedlora_flwr.tasks.registry import build_task
 from tests.conftest import MakeConfig
 from tests.tasks import checkpoints
-from tests.tasks.conversations import LAYERS, Make, chat, messy_rows, save_models, task_maker
+from tests.tasks.conversations import LAYERS, Make, chat, messy_rows
 from tests.tasks.tiny_tasks import WORDS, Row, all_records, fill
 
 every_model = pytest.mark.parametrize("model", LAYERS)
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def make_task(models: dict[str, Path], tmp_path: Path) -> Make:
-    return task_maker(models, tmp_path / "set")
-
-
 @every_model
-def test_a_loss_is_that_of_transformers_on_the_record_alone(make_task: Make, model: str) -> None:
-    task = make_task(messy_rows(24), model, max_length=48)
+def test_a_loss_is_that_of_transformers_on_the_record_alone(make_chats: Make, model: str) -> None:
+    task = make_chats(messy_rows(24), model, max_length=48)
     net = task.build_model().eval()
     records = task.client_records(0, 1)
 
@@ -59,8 +49,8 @@ def test_a_loss_is_that_of_transformers_on_the_record_alone(make_task: Make, mod
 
 
 @every_model
-def test_each_record_has_its_own_gradient(make_task: Make, model: str) -> None:
-    task = make_task(messy_rows(12), model, max_length=48)
+def test_each_record_has_its_own_gradient(make_chats: Make, model: str) -> None:
+    task = make_chats(messy_rows(12), model, max_length=48)
     records = task.client_records(0, 1)
     spec = LoRASpec(2, 4.0, 0.0, LAYERS[model])
     adapted = attach(task.build_model(), spec, seed=1)
@@ -89,9 +79,9 @@ def test_each_record_has_its_own_gradient(make_task: Make, model: str) -> None:
 @every_model
 @pytest.mark.parametrize("batch", [1, 7, 256])
 def test_figures_are_those_of_a_loop_over_answer_tokens(
-    make_task: Make, model: str, batch: int
+    make_chats: Make, model: str, batch: int
 ) -> None:
-    task = make_task(messy_rows(30), model, max_length=40, eval_batch_size=batch)
+    task = make_chats(messy_rows(30), model, max_length=40, eval_batch_size=batch)
     net = task.build_model()
     net.train()
     shapes: list[tuple[int, int]] = []
@@ -131,8 +121,8 @@ class Certain(nn.Module):
         return SimpleNamespace(logits=self.scores.expand(*input_ids.shape, -1))
 
 
-def test_a_perplexity_beyond_numbers_is_infinite(make_task: Make) -> None:
-    task = make_task([chat(("user", "bali"), ("assistant", ""))])
+def test_a_perplexity_beyond_numbers_is_infinite(make_chats: Make) -> None:
+    task = make_chats([chat(("user", "bali"), ("assistant", ""))])
     (record,) = all_records(task, training=False)
     answer = record["labels"][0, -2:].tolist()
     size = len(AutoTokenizer.from_pretrained(task._settings.model))
@@ -146,11 +136,11 @@ def test_a_perplexity_beyond_numbers_is_infinite(make_task: Make) -> None:
 
 
 def test_records_without_answers_count_as_records_and_are_reported(
-    make_task: Make, caplog: pytest.LogCaptureFixture
+    make_chats: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     # The first is beyond what the tokenizer says that the model takes.
     rows = [chat(("user", "bali " * 300), ("assistant", "yes")), chat(("user", "dona"))]
-    task = make_task([*rows, chat(("user", "bali"), ("assistant", "yes"))])
+    task = make_chats([*rows, chat(("user", "bali"), ("assistant", "yes"))])
 
     with caplog.at_level(logging.WARNING):
         assert len(task.client_records(0, 1)) == 3
@@ -170,8 +160,8 @@ def test_records_without_answers_count_as_records_and_are_reported(
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_split_without_any_answer_is_refused(make_task: Make, training: bool) -> None:
-    task = make_task([chat(("user", "bali " * 90), ("assistant", "yes"))] * 3)
+def test_a_split_without_any_answer_is_refused(make_chats: Make, training: bool) -> None:
+    task = make_chats([chat(("user", "bali " * 90), ("assistant", "yes"))] * 3)
     with pytest.raises(InvalidValue, match=r"max-length = 64 .*'(train|validation)'"):
         all_records(task, training)
 
@@ -200,9 +190,9 @@ def test_a_split_without_any_answer_is_refused(make_task: Make, training: bool) 
     ],
 )
 def test_bad_settings_are_named(
-    make_task: Make, rows: list[Row], changes: dict[str, object], key: str, allowed: str
+    make_chats: Make, rows: list[Row], changes: dict[str, object], key: str, allowed: str
 ) -> None:
-    task = make_task(rows, **changes)
+    task = make_chats(rows, **changes)
 
     def start() -> None:
         task.build_model()
@@ -215,8 +205,8 @@ def test_bad_settings_are_named(
     assert allowed in caught.value.allowed
 
 
-def test_a_server_needs_no_private_split(make_task: Make, tmp_path: Path) -> None:
-    task = make_task([chat(("user", "bali"), ("assistant", "yes"))])
+def test_a_server_needs_no_private_split(make_chats: Make, tmp_path: Path) -> None:
+    task = make_chats([chat(("user", "bali"), ("assistant", "yes"))])
     (tmp_path / "set" / "train.jsonl").unlink()
 
     assert task.evaluate(task.build_model(), task.test_records())["token_accuracy"] <= 1
@@ -225,8 +215,8 @@ def test_a_server_needs_no_private_split(make_task: Make, tmp_path: Path) -> Non
 
 
 @every_model
-def test_the_whole_model_is_frozen_but_for_adapters(make_task: Make, model: str) -> None:
-    task = make_task([chat(("user", "x"), ("assistant", "y"))], model)
+def test_the_whole_model_is_frozen_but_for_adapters(make_chats: Make, model: str) -> None:
+    task = make_chats([chat(("user", "x"), ("assistant", "y"))], model)
     net: Any = task.build_model()
 
     assert task.head == ()
@@ -236,14 +226,14 @@ def test_the_whole_model_is_frozen_but_for_adapters(make_task: Make, model: str)
     assert all("lora_" in name for name in adapted.parameters)
 
 
-def test_what_a_model_cannot_read_is_refused_without_its_weights(make_task: Make) -> None:
-    task = make_task([chat(("user", "x"), ("assistant", "y"))], max_length=257)
+def test_what_a_model_cannot_read_is_refused_without_its_weights(make_chats: Make) -> None:
+    task = make_chats([chat(("user", "x"), ("assistant", "y"))], max_length=257)
     with pytest.raises(InvalidValue, match="max-length"):
         task.skeleton()
 
 
-def test_memory_is_counted_without_weights_for_as_many_answers_as_can_be(make_task: Make) -> None:
-    task = make_task([chat(("user", "x"), ("assistant", "y"))])
+def test_memory_is_counted_without_weights_for_as_many_answers_as_can_be(make_chats: Make) -> None:
+    task = make_chats([chat(("user", "x"), ("assistant", "y"))])
     settings: Any = task._settings
     adapted = skeleton(settings, task)
 
@@ -269,8 +259,8 @@ class Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return made
 
 
-def test_only_logits_of_answers_are_made_fp32(make_task: Make) -> None:
-    task = make_task([chat(("user", "bali " * 50), ("assistant", "yes"))], max_length=200)
+def test_only_logits_of_answers_are_made_fp32(make_chats: Make) -> None:
+    task = make_chats([chat(("user", "bali " * 50), ("assistant", "yes"))], max_length=200)
     net: Any = task.build_model().bfloat16()
     batch = task.client_records(0, 1).batch(torch.tensor([0]))
 
@@ -294,7 +284,7 @@ def toy_rows(count: int, seed: int) -> list[Row]:
 
 def test_a_private_run_learns_and_plain_peft_answers_like_it(
     make_config: MakeConfig,
-    models: dict[str, Path],
+    chat_models: dict[str, Path],
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -302,7 +292,7 @@ def test_a_private_run_learns_and_plain_peft_answers_like_it(
     checkpoints.write_split(tmp_path / "set", "validation", toy_rows(40, 1))
     config = make_config(
         task="instruction-tuning",
-        model=str(models["llama"]),
+        model=str(chat_models["llama"]),
         dataset=str(tmp_path / "set"),
         strategy="ffa-lora",
         num_rounds=4,
@@ -323,7 +313,7 @@ def test_a_private_run_learns_and_plain_peft_answers_like_it(
     assert rows[-1]["token_accuracy"] > 0.7
     assert rows[-1]["loss"] < rows[0]["loss"] / 2
     assert summary["status"] == "completed"
-    base = AutoModelForCausalLM.from_pretrained(models["llama"])
+    base = AutoModelForCausalLM.from_pretrained(chat_models["llama"])
     plain = PeftModel.from_pretrained(base, str(run_dir.adapter))
     task = build_task(config.task, config)
     found = task.evaluate(plain, task.test_records())

@@ -16,27 +16,14 @@ from fedlora_flwr.tasks.windows import gold_answers
 from tests.tasks import checkpoints
 from tests.tasks.questions import (
     LINE,
-    Make,
     Window,
     messy_rows,
     row,
-    save_models,
-    task_maker,
     windows_of,
 )
 from tests.tasks.tiny_tasks import WORDS, all_records
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def make_task(models: dict[str, Path], tmp_path: Path) -> Make:
-    return task_maker(models, tmp_path / "set")
 
 
 class Scorer(nn.Module):
@@ -84,10 +71,10 @@ def answer_of(model: Scorer, windows: Sequence[Window], context: str, may_be_non
 @pytest.mark.parametrize(("answerable", "none"), [(False, 5.0), (False, -9.0), (True, 9.0)])
 @pytest.mark.parametrize("limit", [16, 48])
 def test_predictions_are_those_of_a_search_over_all_spans(
-    make_task: Any, answerable: bool, none: float, limit: int
+    make_questions: Any, answerable: bool, none: float, limit: int
 ) -> None:
     rows = [row for row in messy_rows(80) if not answerable or gold_answers(row["answers"])]
-    task = make_task(rows, max_length=limit, eval_batch_size=7)
+    task = make_questions(rows, max_length=limit, eval_batch_size=7)
     tokenizer = AutoTokenizer.from_pretrained(task._settings.model)
     model = Scorer(len(tokenizer), none / 2)
     model.train()
@@ -141,9 +128,9 @@ def test_predictions_are_those_of_a_search_over_all_spans(
     ],
 )
 def test_the_best_span_by_hand(
-    make_task: Any, scores: Mapping[int, tuple[float, float]], answer: str, said: str
+    make_questions: Any, scores: Mapping[int, tuple[float, float]], answer: str, said: str
 ) -> None:
-    task = make_task([row(LINE, (answer, LINE.index(answer)))])
+    task = make_questions([row(LINE, (answer, LINE.index(answer)))])
     tokenizer = AutoTokenizer.from_pretrained(task._settings.model)
     # A little for the shorter span, so that there are no ties.
     model = Scorer(len(tokenizer), 100.0, scale=0.0)
@@ -160,11 +147,11 @@ def test_the_best_span_by_hand(
 
 
 def test_where_the_best_starts_and_ends_make_no_span_nothing_is_said(
-    make_task: Any, tmp_path: Path
+    make_questions: Any, tmp_path: Path
 ) -> None:
     folder = checkpoints.bert(tmp_path / "long", [" ".join(WORDS)] * 5, positions=128)
     context = " ".join([*WORDS, *WORDS[:36]])
-    task = make_task([row(context, (context, 0))], folder, max_length=128)
+    task = make_questions([row(context, (context, 0))], folder, max_length=128)
     model = Scorer(200, scale=0.0)
     with torch.no_grad():
         model.places[10:30, 0] = 9.0
@@ -173,10 +160,10 @@ def test_where_the_best_starts_and_ends_make_no_span_nothing_is_said(
     assert task.evaluate(model, task.test_records())["f1"] == 0
 
 
-def test_no_answer_wins_where_its_lowest_score_is_above_the_best_span(make_task: Any) -> None:
+def test_no_answer_wins_where_its_lowest_score_is_above_the_best_span(make_questions: Any) -> None:
     # The second of two windows of the first question is without its answer.
     rows = [row(LINE, (WORDS[5], LINE.index(WORDS[5]))), row(WORDS[9])]
-    task = make_task(rows, max_length=30)
+    task = make_questions(rows, max_length=30)
     tokenizer = AutoTokenizer.from_pretrained(task._settings.model)
     model = Scorer(len(tokenizer), 1.0, scale=0.0)
     first = tokenizer.convert_tokens_to_ids(WORDS[5])

@@ -18,26 +18,13 @@ from tests.tasks import checkpoints
 from tests.tasks.questions import (
     LINE,
     SPECIAL,
-    Make,
     messy_rows,
     row,
-    save_models,
-    task_maker,
     windows_of,
 )
 from tests.tasks.tiny_tasks import WORDS, all_records
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def make_task(models: dict[str, Path], tmp_path: Path) -> Make:
-    return task_maker(models, tmp_path / "set")
 
 
 def target_in(places: list[tuple[int, int] | None], context: str, text: str, begin: int) -> Any:
@@ -54,9 +41,9 @@ def target_in(places: list[tuple[int, int] | None], context: str, text: str, beg
 
 @pytest.mark.parametrize("model", SPECIAL)
 @pytest.mark.parametrize("limit", [15, 16, 31, 48])
-def test_windows_are_those_cut_by_hand(make_task: Any, model: str, limit: int) -> None:
+def test_windows_are_those_cut_by_hand(make_questions: Any, model: str, limit: int) -> None:
     rows = messy_rows(60)
-    task = make_task(rows, model, max_length=limit)
+    task = make_questions(rows, model, max_length=limit)
     tokenizer = AutoTokenizer.from_pretrained(task._settings.model)
     trained, tested = (all_records(task, training) for training in (True, False))
     assert len(trained) == len(rows)
@@ -100,10 +87,10 @@ def test_windows_are_those_cut_by_hand(make_task: Any, model: str, limit: int) -
     assert kinds >= {(False, False, 0), (True, True, 0), (True, False, 0), (True, True, 1)}
 
 
-def test_a_whole_word_answer_is_what_the_target_says(make_task: Any) -> None:
+def test_a_whole_word_answer_is_what_the_target_says(make_questions: Any) -> None:
     context = " ".join(WORDS)
     rows = [row(context, (word, context.index(word)), (WORDS[0], 0)) for word in WORDS]
-    task = make_task(rows, max_length=20)
+    task = make_questions(rows, max_length=20)
 
     windows = [window for window in all_records(task, False) if window["start"] != NO_TARGET]
 
@@ -121,9 +108,9 @@ def test_a_whole_word_answer_is_what_the_target_says(make_task: Any) -> None:
     ],
 )
 def test_no_answer_is_the_class_token_wherever_it_is(
-    models: dict[str, Path], pair: str, cls_token: str | None, none: int
+    question_models: dict[str, Path], pair: str, cls_token: str | None, none: int
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(models["bert"])
+    tokenizer = AutoTokenizer.from_pretrained(question_models["bert"])
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         pair=pair, special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
@@ -137,7 +124,7 @@ def test_no_answer_is_the_class_token_wherever_it_is(
 
 
 @pytest.mark.parametrize("layout", ["lists", "structs", "parquet", "nothing", "nulls"])
-def test_every_layout_of_answers_is_read(make_task: Any, tmp_path: Path, layout: str) -> None:
+def test_every_layout_of_answers_is_read(make_questions: Any, tmp_path: Path, layout: str) -> None:
     context = "bali dona kulu"
     asked = {"question": "" if layout == "nulls" else "bali"}
     rows = [
@@ -145,7 +132,7 @@ def test_every_layout_of_answers_is_read(make_task: Any, tmp_path: Path, layout:
         row(context, ("dona", 5), ("kulu", 10)),
         row(context, ("kulu", 10)),
     ]
-    task = make_task(rows)
+    task = make_questions(rows)
     expected = all_records(task, False)
     for record in rows:
         pairs = zip(*record["answers"].values(), strict=True)
@@ -174,12 +161,12 @@ def test_every_layout_of_answers_is_read(make_task: Any, tmp_path: Path, layout:
 
 
 def test_a_tokenizer_with_a_truncation_of_its_own_makes_the_same_windows_once(
-    make_task: Any, models: dict[str, Path], tmp_path: Path, empty_cache: Path
+    make_questions: Any, question_models: dict[str, Path], tmp_path: Path, empty_cache: Path
 ) -> None:
     rows, limits = messy_rows(20), {"direction": "Left", "max_length": 9, "stride": 0}
-    expected = [window["input_ids"].tolist() for window in all_records(make_task(rows), False)]
+    expected = [window["input_ids"].tolist() for window in all_records(make_questions(rows), False)]
     folder = tmp_path / "truncating"
-    shutil.copytree(models["bert"], folder)
+    shutil.copytree(question_models["bert"], folder)
     content = json.loads((folder / "tokenizer.json").read_text())
     content["truncation"] = {**limits, "strategy": "LongestFirst"}
     content["padding"] = {
@@ -193,9 +180,9 @@ def test_a_tokenizer_with_a_truncation_of_its_own_makes_the_same_windows_once(
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
     for order in ((False, True), (True, False)):
-        task = make_task(rows, model=folder)
+        task = make_questions(rows, model=folder)
         found = {training: all_records(task, training) for training in order}
         assert [window["input_ids"].tolist() for window in found[False]] == expected
         # The second task finds what the first has made, whichever split it asks for first.
         assert len([*empty_cache.glob("fedlora/datasets/*.lock")]) == 3
-    assert len(all_records(make_task(rows, max_length=16), False)) > len(expected)
+    assert len(all_records(make_questions(rows, max_length=16), False)) > len(expected)
