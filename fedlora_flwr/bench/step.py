@@ -259,18 +259,21 @@ def roberta_base() -> Shape:
         model: nn.Module = RobertaForSequenceClassification(config)
         return model
 
-    def batch(count: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        return {
-            "input_ids": torch.randint(3, 50000, (count, 128), generator=generator),
-            "attention_mask": torch.ones(count, 128, dtype=torch.int64),
-            "label": torch.randint(0, 2, (count,), generator=generator),
-        }
-
     def losses(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         return F.cross_entropy(model(**inputs).logits, batch["label"], reduction="none")
 
     layers = r"roberta\.encoder\.layer\..*"
     targets = {"q,v": layers + "(query|value)", "all linears": layers + "(query|key|value|dense)"}
+    batch = partial(token_batch, tokens=128, vocabulary=50000)
     return Shape("RoBERTa-base 128", build, batch, losses, targets, "classifier")
+
+
+def token_batch(count: int, tokens: int, vocabulary: int) -> dict[str, Tensor]:
+    """Draw labelled records of the same number of tokens."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "input_ids": torch.randint(3, vocabulary, (count, tokens), generator=generator),
+        "attention_mask": torch.ones(count, tokens, dtype=torch.int64),
+        "label": torch.randint(0, 2, (count,), generator=generator),
+    }

@@ -1,17 +1,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from fedlora_flwr.bench.figures import Figure
-from fedlora_flwr.bench.step import PHASES, Shape, _Bench, measure, roberta_base, swin_tiny
+from fedlora_flwr.bench.step import (
+    PHASES,
+    Shape,
+    _Bench,
+    measure,
+    roberta_base,
+    swin_tiny,
+    token_batch,
+)
 
 
 def small_roberta() -> Shape:
@@ -32,19 +38,8 @@ def small_roberta() -> Shape:
         model: nn.Module = RobertaForSequenceClassification(config)
         return model
 
-    def batch(count: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        return {
-            "input_ids": torch.randint(3, 60, (count, 9), generator=generator),
-            "attention_mask": torch.ones(count, 9, dtype=torch.int64),
-            "label": torch.randint(0, 2, (count,), generator=generator),
-        }
-
-    def losses(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        return F.cross_entropy(model(**inputs).logits, batch["label"], reduction="none")
-
-    return replace(roberta_base(), build=build, batch=batch, losses=losses)
+    batch = partial(token_batch, tokens=9, vocabulary=60)
+    return replace(roberta_base(), build=build, batch=batch)
 
 
 def test_every_model_layer_choice_and_phase_gives_time_and_memory() -> None:
