@@ -5,23 +5,21 @@ from __future__ import annotations
 import gc
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from rich.table import Table
 
+from fedlora_flwr.environment import machine, versions
 from fedlora_flwr.files import replace_file
 
 Call: TypeAlias = Callable[[], object]
 
-PACKAGES = ("fedlora-flwr", "flwr", "torch", "peft", "transformers", "timm", "opacus", "ray")
 _MARKS = {True: "yes", False: "no", None: ""}
 
 
@@ -112,19 +110,6 @@ def peak_bytes(call: Call) -> int:
     return largest
 
 
-def machine() -> dict[str, object]:
-    """Name the processor and the GPU; nothing that names the host."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "load_average": round(os.getloadavg()[0], 2),
-    }
-
-
 def table(title: str, figures: Sequence[Figure]) -> Table:
     """Return the figures as a table."""
     shown = Table("what", title=title, title_justify="left")
@@ -148,8 +133,12 @@ def write(path: Path, command: str, found: Mapping[str, Sequence[Figure]], secon
     """Write all figures with command, machine and versions."""
     content = {
         "command": command,
-        "machine": machine(),
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "machine": machine()
+        | {
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "load_average": round(os.getloadavg()[0], 2),
+        },
+        "versions": versions(),
         "seconds": round(seconds, 1),
         "figures": {name: [f.as_dict() for f in figures] for name, figures in found.items()},
     }

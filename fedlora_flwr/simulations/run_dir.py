@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 from collections.abc import Mapping
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import replace_file
-
-PACKAGES = ("fedlora-flwr", "flwr", "ray", "torch", "peft", "timm", "transformers", "opacus")
 
 
 class RunDirectory:
@@ -104,17 +100,6 @@ class RunDirectory:
             return None
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what results depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _dumps(row: Mapping[str, Any], indent: int | None = None) -> str:

@@ -15,8 +15,9 @@ from fedlora_flwr.aggregation import MovingAverage
 from fedlora_flwr.arrays import to_numpy
 from fedlora_flwr.clients.trainer import build_adapted
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.environment import versions
 from fedlora_flwr.plan import Layout
-from fedlora_flwr.simulations.run_dir import RunDirectory, versions
+from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.strategies import FedLoRA, strategy_class
 from fedlora_flwr.strategies.replies import to_record
 from fedlora_flwr.tasks.registry import Task, build_task

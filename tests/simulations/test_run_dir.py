@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fedlora_flwr.config import RunConfig, read_toml
-from fedlora_flwr.simulations.run_dir import RunDirectory, versions
+from fedlora_flwr.environment import versions
+from fedlora_flwr.simulations.run_dir import RunDirectory
 
 
 def test_a_new_folder_for_every_run_and_latest_points_to_the_newest(tmp_path: Path) -> None:
