@@ -124,6 +124,6 @@ class MovingAverage:
         past = min(self._decay, self._rounds / (self._rounds + 9))
         self._rounds += 1
         for name, array in arrays.items():
-            before = self._mean.get(name, np.zeros(array.shape))
+            before = self._mean.get(name, array)
             self._mean[name] = past * before + (1 - past) * array.astype(np.float64)
         return {name: self._mean[name].astype(array.dtype) for name, array in arrays.items()}

@@ -9,7 +9,7 @@ from flwr.client import Client
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 
-from fedlora_flwr.clients.bridge import answer, bridge, client_identity, is_legacy
+from fedlora_flwr.clients.bridge import answer, bridge, client_identity, trains_or_evaluates
 from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.numpy_client import LoRAClient
 from fedlora_flwr.clients.trainer import process_trainer
@@ -57,9 +57,9 @@ def state_folder(config: RunConfig) -> Path:
 
 def _direct(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Answer a Message-API strategy without a detour over Flower's legacy records."""
-    if is_legacy(message):
-        return call_next(message, context)
-    return answer(make_client(context), message, context)
+    if trains_or_evaluates(message):
+        return answer(make_client(context), message, context)
+    return call_next(message, context)
 
 
 app = ClientApp(client_fn, mods=[_direct, bridge])

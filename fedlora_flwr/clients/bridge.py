@@ -63,7 +63,7 @@ def bridge(message: Message, context: Context, call_next: ClientAppCallable) -> 
     if kind == MessageType.QUERY:
         identity_record = ConfigRecord({CLIENT: client_identity(context)})
         return Message(RecordDict({"config": identity_record}), reply_to=message)
-    if is_legacy(message):
+    if not trains_or_evaluates(message):
         return _guarded(call_next, message, context)
     prefix = _LEGACY_INS[kind]
     identity = client_identity(context)
@@ -79,10 +79,10 @@ def bridge(message: Message, context: Context, call_next: ClientAppCallable) -> 
     return reply
 
 
-def is_legacy(message: Message) -> bool:
-    """Tell whether a message is none that a Message-API strategy sends to train or evaluate."""
+def trains_or_evaluates(message: Message) -> bool:
+    """Tell whether a Message-API strategy sends such a message to train or evaluate."""
     prefix = _LEGACY_INS.get(message.metadata.message_type)
-    return prefix is None or f"{prefix}.parameters" in message.content.array_records
+    return prefix is not None and f"{prefix}.parameters" not in message.content.array_records
 
 
 def answer(client: NumPyClient, message: Message, context: Context) -> Message:
