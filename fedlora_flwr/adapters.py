@@ -47,6 +47,8 @@ class LoRASpec:
         Names of modules that train in full. Empty leaves the head frozen.
     rslora : bool
         Rank-stabilised scaling (arXiv 2312.03732).
+    backbone_dropout : bool (default: True)
+        Whether the backbone drops in training what it was made to drop: units, attention, paths.
     """
 
     rank: int
@@ -55,6 +57,7 @@ class LoRASpec:
     targets: str
     head: tuple[str, ...] = ()
     rslora: bool = False
+    backbone_dropout: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +101,8 @@ class AdaptedModel:
     ----------
     model : PeftModel
         Model with one active LoRA adapter and, in ``modules_to_save``, the head if it trains.
+    backbone_dropout : bool (default: True)
+        Whether `train` turns on all dropout, or that of the adapters alone.
 
     Raises
     ------
@@ -107,8 +112,9 @@ class AdaptedModel:
         other layers than `torch.nn.Linear`, or any other trainable parameter. The message names it.
     """
 
-    def __init__(self, model: PeftModel) -> None:
+    def __init__(self, model: PeftModel, backbone_dropout: bool = True) -> None:
         self.model = model
+        self._backbone_dropout = backbone_dropout
         self._adapter = _single_adapter(model)
         self.layers = [
             _adapted_linear(name, module, self._adapter)
@@ -145,6 +151,12 @@ class AdaptedModel:
                 raise PrivacyViolation(
                     f"The adapter of {layer.name!r} is merged into its weight. Unmerge it first."
                 )
+
+    def train(self) -> None:
+        """Put the model in training mode: its adapters always, its backbone if that drops."""
+        self.model.train(self._backbone_dropout)
+        for layer in self.layers:
+            layer.dropout.train()
 
     def read(self, names: Iterable[str] | None = None) -> dict[str, NDArray[np.float32]]:
         """Copy arrays out of the model.
@@ -310,7 +322,7 @@ def attach(model: nn.Module, spec: LoRASpec, seed: int) -> AdaptedModel:
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
         torch.manual_seed(seed % 2**63)
-        adapted = AdaptedModel(get_peft_model(model, config))
+        adapted = AdaptedModel(get_peft_model(model, config), spec.backbone_dropout)
     adapted.model.eval()
     return adapted
 

@@ -140,6 +140,9 @@ class RunConfig:
     )
     lora_alpha: float = _key(8.0, _above(0), "LoRA scaling is lora-alpha / rank")
     lora_dropout: float = _key(0.0, _between(0, 0.999), "dropout on the adapters' inputs")
+    backbone_dropout: bool = _key(
+        True, _ANY, "whether the backbone's own dropout is on in training"
+    )
     lora_targets: str = _key("", _ANY, "pattern of adapted module names; empty = the task's")
     rslora: bool = _key(False, _ANY, "scale by lora-alpha / sqrt(rank)")
     train_head: bool = _key(True, _ANY, "train the task head in full")

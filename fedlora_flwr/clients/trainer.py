@@ -79,6 +79,7 @@ def lora_spec(config: RunConfig, task: Task) -> LoRASpec:
         targets=config.lora_targets or task.lora_targets,
         head=task.head if config.train_head else (),
         rslora=config.rslora,
+        backbone_dropout=config.backbone_dropout,
     )
 
 

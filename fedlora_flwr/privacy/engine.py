@@ -319,7 +319,7 @@ class PrivateEngine:
                 )
 
     def _train_mode(self) -> None:
-        self.adapted.model.train()
+        self.adapted.train()
         for name, module in self.adapted.model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()

@@ -247,7 +247,7 @@ def activation_bytes(task: Task, adapted: AdaptedModel, batch: Batch) -> int | N
 
     sampler = GradSampler(adapted)
     sampler.num_records = len(next(iter(batch.values())))
-    adapted.model.train()
+    adapted.train()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.device("meta"):
             # Functions see the parameters, or images of them that the mode makes once.

@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from fedlora_flwr.clients.trainer import Trainer
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.plan import factor_of
+from fedlora_flwr.plan import BOTH, ComponentPlan, factor_of
 from fedlora_flwr.privacy.engine import OptimizerSettings
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.microbatches import PASS_COST
@@ -28,6 +28,7 @@ from tests.tasks.texts import (
     gradients_alone,
     plain_twin,
     reviews,
+    set_in_config,
     text_config,
     write_reviews,
 )
@@ -155,6 +156,48 @@ def test_cuts_by_length_change_the_clipped_sum_by_rounding_only(
         scale = steps[0][name].abs().max().item()
         assert scale > 1e-4, name
         torch.testing.assert_close(steps[1][name], steps[0][name], rtol=0, atol=1e-3 * scale)
+
+
+DROPS = ["hidden_dropout_prob", "attention_probs_dropout_prob"]
+
+
+@pytest.mark.parametrize(
+    ("drops", "backbone", "adapters", "same"),
+    [
+        (DROPS[:1], True, 0.0, False),
+        (DROPS[1:], True, 0.0, False),
+        (DROPS, False, 0.0, True),
+        (DROPS, False, 0.5, False),
+        ([], True, 0.5, False),
+    ],
+    ids=["units", "attention", "off", "adapters' own", "adapters' own beside a backbone without"],
+)
+def test_dropout_of_backbone_and_adapters_are_apart(
+    checkpoint: Checkpoint,
+    data: Path,
+    empty_cache: Path,
+    drops: list[str],
+    backbone: bool,
+    adapters: float,
+    same: bool,
+) -> None:
+    folder = shutil.copytree(checkpoint("bert"), empty_cache / "model")
+    set_in_config(folder, **dict.fromkeys(drops, 0.5))
+    config = text_config(folder, data, backbone_dropout=backbone, lora_dropout=adapters)
+    trainer = Trainer.build(config)
+    fill(trainer.adapted)
+    start, records = trainer.adapted.read(), trainer.task.client_records(0, 3)
+    count = len(records)
+
+    def train(client: str) -> dict[str, Any]:
+        # Every record in every step, and no noise: what differs, dropout has drawn.
+        mechanism = Mechanism(0.0, 1.0, count, count)
+        plan = ComponentPlan.uniform(BOTH)
+        return dict(trainer.train(start, plan, records, mechanism, (client, 0)).arrays)
+
+    first, second = train("a"), train("b")
+
+    assert all((first[name] == second[name]).all() for name in first) is same
 
 
 def test_a_private_run_learns_and_spends_its_budget(
