@@ -1,18 +1,21 @@
 """NumPy arrays into Flower's `Array` and back.
 
-Flower reads and writes each array with `numpy.load` and `numpy.save`, which spend most of their
-time on the header: an adapter is a hundred small arrays, of a handful of shapes. Here a header is
-parsed and made once for each shape and type; the bytes are the same.
+Flower writes an array's bytes when it makes an `Array`, and reads them whenever it is asked for the
+values; most of the time goes into the header, as an adapter is a hundred small arrays of a handful
+of shapes. Here the values are kept, their bytes are made when something wants to send them, and a
+header is made and parsed once for each shape and type. The bytes are the same.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Mapping
+from functools import cached_property, lru_cache
 from io import BytesIO
 from typing import Any
 
 import numpy as np
-from flwr.app import Array
+from flwr import app
+from flwr.app import ArrayRecord
 from flwr.common.constant import SType
 from numpy.lib import format as npy
 from numpy.typing import NDArray
@@ -20,14 +23,58 @@ from numpy.typing import NDArray
 _MAGIC = b"\x93NUMPY\x01\x00"
 
 
-def to_numpy(array: Array) -> NDArray[Any]:
+class Array(app.Array):
+    """Flower's `Array` of values whose bytes wait until they are asked for.
+
+    Flower writes a class's name next to the bytes, so this one has the name of Flower's own.
+
+    Parameters
+    ----------
+    values : ndarray
+        Any shape, C-contiguous, no objects. They are copied.
+    """
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, values: NDArray[np.generic]) -> None:
+        self.dtype = str(values.dtype)
+        self.shape = values.shape
+        self.stype = SType.NUMPY
+        self.values = values.copy()
+        self.values.flags.writeable = False
+
+    @cached_property
+    def data(self) -> bytes:  # type: ignore[override]
+        """The values in the format of `numpy.save`."""
+        return _header(self.shape, self.values.dtype.str) + self.values.tobytes()
+
+    @property
+    def size(self) -> int:
+        """Number of bytes in `data`."""
+        return len(_header(self.shape, self.values.dtype.str)) + self.values.nbytes
+
+    def numpy(self) -> NDArray[Any]:
+        """Return a copy of the values, as Flower's `Array` does."""
+        return self.values.copy()
+
+    def __eq__(self, other: object) -> bool:
+        """Compare with any `Array`, Flower's own too."""
+        if not isinstance(other, app.Array):
+            return NotImplemented
+        mine, theirs = ((a.dtype, a.shape, a.stype, a.data) for a in (self, other))
+        return mine == theirs
+
+
+def to_numpy(array: app.Array) -> NDArray[Any]:
     """Return an array's values, read-only where they need no copy.
 
     Raises
     ------
     TypeError, ValueError
-        As `Array.numpy`: it holds no NumPy array, or a broken one.
+        As Flower's `Array.numpy`: it holds no NumPy array, or a broken one.
     """
+    if isinstance(array, Array):
+        return array.values
     data = array.data
     if array.stype != SType.NUMPY or data[: len(_MAGIC)] != _MAGIC:
         return array.numpy()
@@ -39,12 +86,24 @@ def to_numpy(array: Array) -> NDArray[Any]:
     return np.frombuffer(data, dtype, size, start).reshape(shape)
 
 
-def from_numpy(values: NDArray[np.generic]) -> Array:
-    """Return the same `Array` as ``Array(values)``."""
+def from_numpy(values: NDArray[np.generic]) -> app.Array:
+    """Return what is on the wire the same as Flower's ``Array(values)``."""
     if not values.flags.c_contiguous or values.dtype.hasobject:
-        return Array(values)
-    data = _header(values.shape, values.dtype.str) + values.tobytes()
-    return Array(str(values.dtype), values.shape, SType.NUMPY, data)
+        return app.Array(values)
+    return Array(values)
+
+
+def record_of(arrays: Mapping[str, app.Array]) -> ArrayRecord:
+    """Return a record of these very arrays; Flower's constructor makes new ones of their bytes."""
+    record = ArrayRecord()
+    for name, array in arrays.items():
+        record[name] = array
+    return record
+
+
+def travel_size(array: app.Array) -> int:
+    """Return the number of bytes of an array as it travels."""
+    return array.size if isinstance(array, Array) else len(array.data)
 
 
 @lru_cache(maxsize=4096)

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import pickle
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array
+from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.common.serde import recorddict_to_proto
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from fedlora_flwr.arrays import from_numpy, to_numpy
+from fedlora_flwr.arrays import from_numpy, record_of, to_numpy, travel_size
 
 TYPES = st.sampled_from(["<f4", "<f8", "<f2", ">f4", "<i8", "|b1", "<c8"])
 arrays = TYPES.flatmap(
@@ -73,3 +78,47 @@ def test_objects_are_never_unpickled() -> None:
     np.save(stream, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="allow_pickle"):
         to_numpy(Array("object", (1,), "numpy.ndarray", stream.getvalue()))
+
+
+@given(arrays)
+def test_the_values_are_a_copy_that_nobody_can_change(values: NDArray[np.generic]) -> None:
+    before = values.tobytes()
+    array = from_numpy(values)
+    values.fill(0)
+    array.numpy().fill(0)
+    with pytest.raises(ValueError, match="read-only"):
+        to_numpy(array).fill(0)
+    assert to_numpy(array).tobytes() == before
+
+
+@given(arrays, st.booleans())
+def test_an_array_equals_flowers_own_of_the_same_values(
+    values: NDArray[np.generic], transposed: bool
+) -> None:
+    values = values.T if transposed else values
+    ours, theirs, other = from_numpy(values), Array(values), Array(np.arange(99.0))
+    assert ours == theirs == ours == from_numpy(values)
+    assert ours != other != ours
+    assert travel_size(ours) == travel_size(theirs) == len(theirs.data)
+
+
+def test_a_record_holds_the_very_arrays_and_travels_as_flowers_own() -> None:
+    values: dict[str, NDArray[Any]] = {
+        "a": np.arange(6.0, dtype=np.float32).reshape(2, 3),
+        "b": np.ones(4),
+    }
+    ours = {name: from_numpy(array) for name, array in values.items()}
+    record = record_of(ours)
+    theirs = ArrayRecord({name: Array(array) for name, array in values.items()})
+
+    assert not any("data" in vars(array) for array in ours.values())
+    assert pickle.loads(pickle.dumps(record)) == record == theirs
+    assert all(record[name] is array for name, array in ours.items())
+    assert recorddict_to_proto(RecordDict({"x": record})) == recorddict_to_proto(
+        RecordDict({"x": theirs})
+    )
+    assert record.object_id == theirs.object_id
+    objects = {i: o.deflate() for i, o in get_all_nested_objects(record).items()}
+    back = inflate_object_from_contents(record.object_id, objects)
+    assert isinstance(back, ArrayRecord)
+    assert all((to_numpy(back[name]) == array).all() for name, array in values.items())

@@ -12,7 +12,6 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 from flwr.app import (
-    ArrayRecord,
     ConfigRecord,
     Context,
     Message,
@@ -26,7 +25,7 @@ from flwr.common import NDArrays, Scalar
 from flwr.common.logger import log
 from numpy.typing import NDArray
 
-from fedlora_flwr.arrays import from_numpy, to_numpy
+from fedlora_flwr.arrays import from_numpy, record_of, to_numpy
 from fedlora_flwr.errors import ClientFailed, FedLoRAError, InvalidValue
 from fedlora_flwr.wire import CLIENT, NAMES, SCORES
 
@@ -170,7 +169,7 @@ def _reply(
         names = [name for name in str(metrics.pop(NAMES)).split(",") if name]
     if len(names) != len(arrays):
         raise InvalidValue("uploaded arrays", len(arrays), f"one for each of {len(names)} names")
-    uploaded = ArrayRecord({n: from_numpy(array) for n, array in zip(names, arrays, strict=True)})
+    uploaded = record_of({n: from_numpy(array) for n, array in zip(names, arrays, strict=True)})
     return RecordDict({"arrays": uploaded, **_split(metrics, examples)})
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -135,6 +135,8 @@ class PrivateEngine:
         self._microbatch_size = microbatch_size
         self._sampler = GradSampler(adapted)
         self._verified = False
+        self._named: list[tuple[str, nn.Parameter]] = []
+        self._norms: list[nn.Module] = []
         self._optimizer: _NoisyOptimizer | None = None
         self._partners: dict[str, tuple[AdaptedLinear, str, nn.Parameter]] = {}
         for layer in adapted.layers:
@@ -166,8 +168,15 @@ class PrivateEngine:
             Post-processing of the privatised gradients, with fresh state.
         scores : BlockScores, optional
             Reads the privatised gradients as they are before any post-processing.
+
+        Raises
+        ------
+        PrivacyViolation
+            A part of the model would escape clipping, or keeps statistics of records.
         """
         self.adapted.check()
+        self._named = list(self.adapted.model.named_parameters())
+        self._norms = list(self._batch_norms())
         self._mechanism = mechanism
         self._settings = settings
         rates = {"A": settings.lr_a, "B": settings.lr_b, None: settings.lr_head}
@@ -320,21 +329,26 @@ class PrivateEngine:
 
     def _train_mode(self) -> None:
         self.adapted.train()
+        for norm in self._norms:
+            norm.eval()
+
+    def _batch_norms(self) -> Iterator[nn.Module]:
+        """Find the layers that would mix the records of a batch, or refuse one that keeps them."""
         for name, module in self.adapted.model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+                yield module
             elif isinstance(module, nn.modules.instancenorm._InstanceNorm) and (
                 module.track_running_stats
             ):
                 raise PrivacyViolation(f"Layer {name!r} keeps statistics of private records.")
 
     def _versions(self) -> dict[str, int]:
-        return {name: p._version for name, p in self.adapted.model.named_parameters()}
+        return {name: p._version for name, p in self._named}
 
     def _check_touched(self, before: dict[str, int], active: set[str]) -> None:
         """Refuse a step that moved a frozen parameter or left an active one where it was."""
         moving = {id(self.adapted.parameters[name]) for name in active}
-        for name, parameter in self.adapted.model.named_parameters():
+        for name, parameter in self._named:
             moved = parameter._version != before[name]
             if moved != (id(parameter) in moving):
                 what = "moved although it is frozen" if moved else "is active but did not move"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 import sqlite3
+import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from fedlora_flwr.errors import BudgetExhausted
 from fedlora_flwr.privacy.budget import Segment, epsilon_spent
@@ -26,6 +29,8 @@ CREATE TABLE IF NOT EXISTS releases (
 );
 CREATE INDEX IF NOT EXISTS releases_of_client ON releases (client, run);
 """
+_KEPT = 8  # files that a thread has open at most
+_threads = threading.local()
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,8 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        with self._connection() as db:
-            db.executescript(_SCHEMA)
+        with self._connection():
+            pass
 
     def summary(self, account: Account) -> LedgerSummary:
         """Return what the account has spent."""
@@ -184,7 +189,30 @@ class Ledger:
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
-        # A row must survive a power cut right after the reply has left: synchronous = FULL.
-        with closing(sqlite3.connect(self.path, timeout=60, isolation_level=None)) as db:
-            db.execute("PRAGMA synchronous = FULL")
+        """Give this thread's connection, kept open: opening takes as long as writing a row."""
+        kept: dict[Any, sqlite3.Connection] = vars(_threads)
+        db = kept.pop(self._key(), None) if self.path.exists() else None
+        if db is None:
+            db = _open(self.path)
+        while len(kept) >= _KEPT:
+            kept.pop(next(iter(kept))).close()
+        # Last in, as the one used last.
+        kept[self._key()] = db
+        try:
             yield db
+        finally:
+            if db.in_transaction:
+                db.rollback()
+
+    def _key(self) -> tuple[object, ...]:
+        # A connection is of no use after a fork, or to a file that has taken the place of its own.
+        at = self.path.stat()
+        return os.getpid(), self.path, at.st_dev, at.st_ino
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, timeout=60, isolation_level=None)
+    # A row must survive a power cut right after the reply has left.
+    db.execute("PRAGMA synchronous = FULL")
+    db.executescript(_SCHEMA)
+    return db

@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 from numpy.typing import NDArray
 
 from fedlora_flwr.aggregation import Arrays, merge, weighted_mean
-from fedlora_flwr.arrays import to_numpy
+from fedlora_flwr.arrays import to_numpy, travel_size
 from fedlora_flwr.errors import FederationAborted, FedLoRAError, InvalidValue
 from fedlora_flwr.plan import BOTH, ComponentPlan, Layout, factor_of
 from fedlora_flwr.randomness import stream_seed
@@ -121,6 +121,7 @@ class FedLoRA(FedAvg):
         self._asked: list[int] = []
         self._global: dict[str, NDArray[np.floating]] = {}
         self._plan = ComponentPlan.uniform(BOTH)
+        self._expected: list[set[str]] = []
 
     def plan(self, server_round: int, layout: Layout) -> ComponentPlan:
         """Say what trains in a round.
@@ -213,12 +214,13 @@ class FedLoRA(FedAvg):
         self._global = {name: to_numpy(array) for name, array in arrays.items()}
         self._plan = self.plan(server_round, layout)
         self._plan.check(len(layout.blocks))
+        self._expected = self._uploads_of(layout)
         self._asked = nodes = self._cohort(server_round, grid)
         config[ROUND] = server_round
         config[PLAN] = str(self._plan)
         config[WEIGHTING] = self.weighting
         config.update(self.instructions())
-        self._plain = sum(len(arrays[name].data) for name in layout.names)
+        self._plain = sum(travel_size(arrays[name]) for name in layout.names)
         report = RoundReport(
             server_round, str(self._plan), sent=len(nodes), bytes_plain=self._plain * len(nodes)
         )
@@ -345,19 +347,21 @@ class FedLoRA(FedAvg):
 
     def _check_arrays(self, arrays: Arrays) -> None:
         """Refuse an upload that is not exactly what the plan trains, in names and shapes."""
-        layout = Layout.of(self._global, self.blocks)
-        share = self.instructions().get(SHARE)
-        # A round with fewer steps than the plan has trains less of it.
-        allowed = [
-            {n for n in layout.trained(self._plan, steps + 1) if share in (None, factor_of(n))}
-            for steps in range(len(self._plan.steps))
-        ]
-        if set(arrays) not in allowed:
-            wrong = sorted(set(arrays) ^ allowed[-1])
+        if arrays.keys() not in self._expected:
+            wrong = sorted(arrays.keys() ^ self._expected[-1])
             raise InvalidValue(
                 "uploaded arrays", sorted(arrays), f"those that {self._plan} trains; wrong: {wrong}"
             )
         self.check_shapes(self._global, arrays)
+
+    def _uploads_of(self, layout: Layout) -> list[set[str]]:
+        """Return the names that an upload may have, after one step and after each further one."""
+        share = self.instructions().get(SHARE)
+        # A round with fewer steps than the plan has trains less of it.
+        return [
+            {n for n in layout.trained(self._plan, steps + 1) if share in (None, factor_of(n))}
+            for steps in range(len(self._plan.steps))
+        ]
 
     def _weight(self, metrics: dict[str, float]) -> float:
         if self.weighting == "uniform":

@@ -9,6 +9,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
+from fedlora_flwr.arrays import record_of
 from fedlora_flwr.errors import FederationAborted
 from fedlora_flwr.plan import A, factor_of
 from fedlora_flwr.strategies.base import FedLoRA
@@ -31,7 +32,7 @@ class FedSALoRA(FedLoRA):
     def download(self, arrays: ArrayRecord, client: str) -> ArrayRecord:
         """Send A; a client without a B of its own starts from the backbone's head and B = 0."""
         del client
-        return ArrayRecord({name: array for name, array in arrays.items() if factor_of(name) == A})
+        return record_of({name: array for name, array in arrays.items() if factor_of(name) == A})
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 
 from fedlora_flwr.aggregation import Arrays, merge, weighted_mean
-from fedlora_flwr.arrays import from_numpy, to_numpy
+from fedlora_flwr.arrays import from_numpy, record_of, to_numpy
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.factors import combine, truncate
 from fedlora_flwr.plan import A, B, Layout, factor_of
@@ -36,7 +36,7 @@ class FlexLoRA(FedLoRA):
         rank = self._ranks.get(client)
         if rank is None:
             return arrays
-        return ArrayRecord({name: _cut(name, array, rank) for name, array in arrays.items()})
+        return record_of({name: _cut(name, array, rank) for name, array in arrays.items()})
 
     def check_shapes(self, current: Arrays, arrays: Arrays) -> None:
         """Let an upload have any rank up to the global one, the same in all layers."""

@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedlora_flwr.aggregation import Arrays
-from fedlora_flwr.arrays import from_numpy, to_numpy
+from fedlora_flwr.arrays import from_numpy, record_of, to_numpy, travel_size
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.plan import factor_of
 from fedlora_flwr.wire import SCORES
@@ -158,7 +158,7 @@ def scores_of(content: RecordDict) -> tuple[float, ...]:
 def size_of(content: RecordDict, *, factors_only: bool = False) -> int:
     """Return the bytes of array data and scores in a message, as they travel."""
     arrays = sum(
-        len(array.data)
+        travel_size(array)
         for record in content.array_records.values()
         for name, array in record.items()
         if not factors_only or factor_of(name)
@@ -174,7 +174,7 @@ def size_of(content: RecordDict, *, factors_only: bool = False) -> int:
 
 def to_record(arrays: Arrays) -> ArrayRecord:
     """Pack arrays for the wire, in fp32: Flower refuses bfloat16."""
-    return ArrayRecord(
+    return record_of(
         {
             name: from_numpy(np.ascontiguousarray(array, np.float32))
             for name, array in arrays.items()

@@ -122,6 +122,38 @@ def test_a_new_object_reads_what_another_wrote(ledger: Ledger) -> None:
     assert Ledger(ledger.path).summary(account()) == ledger.summary(account())
 
 
+def test_a_file_in_the_place_of_another_is_a_ledger_of_its_own(ledger: Ledger) -> None:
+    ledger.record(account(), 1, SEGMENT)
+    ledger.path.rename(ledger.path.with_name("old.sqlite"))
+    assert ledger.summary(account()).steps == 0
+    ledger.record(account(), 7, SEGMENT)
+    assert rows(ledger.path) == [("ward-1", "run-1", 7, 10)]
+    ledger.path.with_name("old.sqlite").replace(ledger.path)
+    assert rows(ledger.path) == [("ward-1", "run-1", 1, 10)]
+    ledger.record(account(), 2, SEGMENT)
+    assert [row[2] for row in rows(ledger.path)] == [1, 2]
+
+
+def test_any_number_of_ledgers_in_turns(tmp_path: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for number in (1, 2):
+        for i in range(30):
+            Ledger(tmp_path / f"{i}.sqlite").record(account(), number, SEGMENT)
+    assert all(len(rows(tmp_path / f"{i}.sqlite")) == 2 for i in range(30))
+    assert len(list(Path("/proc/self/fd").iterdir())) < before + 20
+
+
+def test_a_forked_process_and_its_parent_write_to_one_ledger(ledger: Ledger) -> None:
+    ledger.record(account(rounds=9), 1, SEGMENT)
+    child = os.fork()
+    if not child:
+        ledger.record(account(rounds=9), 2, SEGMENT)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    ledger.record(account(rounds=9), 3, SEGMENT)
+    assert [row[2] for row in rows(ledger.path)] == [1, 2, 3]
+
+
 RECORDER = """
 import sys
 from pathlib import Path
