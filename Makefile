@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test lint bench
+.PHONY: setup run test lint bench bench-gpu
 
 setup: $(STAMP)
 
@@ -22,6 +22,9 @@ test: lint
 
 bench: setup
 	@$(BIN)/fedlora bench --output benchmarks/results/bench.json
+
+bench-gpu: setup
+	@$(BIN)/fedlora bench gpu --output benchmarks/results/bench-gpu.json
 
 lint: setup
 	$(BIN)/ruff check .

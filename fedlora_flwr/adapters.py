@@ -7,7 +7,7 @@ import hashlib
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -214,13 +214,19 @@ class AdaptedModel:
                 self.parameters[name].copy_(torch.from_numpy(np.array(array)))
         self._folded.apply(arrays)
 
+    def frozen(self) -> Iterator[tuple[str, Tensor]]:
+        """Find every array that is not exchanged, by its name in the model."""
+        exchanged = {id(parameter) for parameter in self.parameters.values()}
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            if id(tensor) not in exchanged:
+                yield name, tensor
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of everything frozen: names, shapes and values of the backbone."""
         digest = hashlib.sha256()
-        exchanged = {id(parameter) for parameter in self.parameters.values()}
-        for name, tensor in _frozen_tensors(self.model, exchanged):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        for name, tensor in self.frozen():
+            digest.update(f"{_plain(name)} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:32]
 
@@ -365,12 +371,6 @@ def _adapted_linear(name: str, module: LoraLayer, adapter: str) -> AdaptedLinear
         scaling=float(module.scaling[adapter]),
         dropout=module.lora_dropout[adapter],
     )
-
-
-def _frozen_tensors(model: nn.Module, exchanged: set[int]) -> Iterable[tuple[str, Tensor]]:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if id(tensor) not in exchanged:
-            yield _plain(name), tensor
 
 
 def _plain(name: str) -> str:

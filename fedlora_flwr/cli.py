@@ -59,11 +59,15 @@ def simulate(
     overrides: Overrides = None,
     json_only: AsJson = False,
     output: Output = Path("runs"),
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that serve clients; 1 = this one.")
+    ] = 1,
 ) -> None:
-    """Run a recipe in this process, without Ray or a server: same seed, same arrays."""
+    """Run a recipe without Ray or a server: same seed, same arrays."""
     from fedlora_flwr.simulations.runner import run_in_process
 
-    _launch(run_in_process, recipe, overrides, json_only, output)
+    launch = partial(run_in_process, workers=workers)
+    _launch(launch, recipe, overrides, json_only, output)
 
 
 @app.command()

@@ -178,6 +178,9 @@ class RunConfig:
     precision: str = _key(
         "fp32", _choice("fp32", "bf16"), "of the frozen backbone's products; what trains is fp32"
     )
+    share_weights: bool = _key(
+        True, _ANY, "whether processes of a machine share the frozen weights, by a cached file"
+    )
     device: str = _key("auto", _ANY, "where clients train: auto, cpu, cuda, cuda:1, …")
     client_threads: int = _key(1, _at_least(1), "CPU threads of one client")
     run_dir: str = _key("", _ANY, "absolute folder for results; empty = a new one")

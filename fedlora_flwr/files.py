@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -25,9 +27,16 @@ def data_folder() -> Path:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees all of it or nothing."""
+    with replacing(path) as draft:
+        draft.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give the name of a draft, which takes the place of the file if no error comes."""
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        draft.write_bytes(content)
+        yield draft
         draft.replace(path)
     except BaseException:
         draft.unlink(missing_ok=True)

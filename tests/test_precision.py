@@ -102,6 +102,38 @@ def test_the_check_for_mixed_records_is_not_misled_by_rounding(family: Family) -
     assert seen == {torch.float32, torch.bfloat16}
 
 
+def graph_of(tensor: Tensor) -> set[str]:
+    """Return the names of all operations that a tensor's gradient goes through."""
+    names, seen, todo = set(), set(), [tensor.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            names.add(node.name())
+            todo += [following for following, _ in node.next_functions]
+    return names
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_attention_is_fused_on_a_cpu_but_where_its_bf16_gradient_would_be_slow(
+    precision: str,
+) -> None:
+    class Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = torch.nn.Linear(8, 24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    model = Attention()
+    if precision == "bf16":
+        run_in_bf16(model)
+    graph = graph_of(model(torch.randn(2, 3, 5, 8)))
+    assert any("Flash" in name for name in graph) == (precision == "fp32")
+
+
 def test_sums_of_clipped_gradients_keep_the_bound_in_bf16() -> None:
     engine, records = half_engine(SWIN), full(SWIN.records(4))
     mechanism = Mechanism(0.0, 0.1, 4, 4)

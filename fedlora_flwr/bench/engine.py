@@ -101,7 +101,7 @@ def _message(setting: Setting) -> Figure:
         folder = Path(scratch)
         log_to_file(folder / "flower.log")
         run_dir = RunDirectory(folder / "run")
-        plan = make_plan(_config(setting, run_dir.path))
+        plan = make_plan(stack_config(run_dir.path, setting.clients, setting.rounds + 1))
         seconds: dict[str, list[float]] = {"round": [], "bare": []}
         mark = time.perf_counter()
 
@@ -133,14 +133,15 @@ def _bare_loop(config: RunConfig, mechanism: Any, clients: int) -> float:
     return time.perf_counter() - begin
 
 
-def _config(setting: Setting, folder: Path) -> RunConfig:
+def stack_config(folder: Path, clients: int, rounds: int, **changes: Any) -> RunConfig:
+    """Return a run of `Stack` whose results go to a folder; every client takes part by default."""
     return RunConfig.of(
         {
             "task": "fedlora_flwr.bench.engine:Stack",
             "strategy": "dp-lora",
-            "num-clients": setting.clients,
-            "num-rounds": setting.rounds + 1,
-            "eval-every": setting.rounds + 1,
+            "num-clients": clients,
+            "num-rounds": rounds,
+            "eval-every": rounds,
             "rank": 8,
             "local-steps": 1,
             "batch-size": 4,
@@ -148,8 +149,9 @@ def _config(setting: Setting, folder: Path) -> RunConfig:
             "reproducible": True,
             "run-dir": str(folder),
             "state-dir": str(folder),
-            "min-clients": setting.clients,
-        }
+            "min-clients": 2,
+        },
+        changes,
     )
 
 

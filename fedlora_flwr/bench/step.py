@@ -23,7 +23,22 @@ from fedlora_flwr.tasks.records import TensorRecords
 RANK, ALPHA = 8, 16.0
 PHASES = {"A": ("A", None), "B": ("B", None), "AB": ("A", "B", None)}
 SIGMA, CLIP = 1.0, 1.0
-NARROW_BAR, WIDE_BAR, MEMORY_BAR = 1.00, 0.90, 1.03
+
+
+@dataclass(frozen=True)
+class Bars:
+    """What a private step may take of a plain one: time by the layers with adapters, and memory."""
+
+    narrow: float = 1.00
+    all_linears: float = 0.90
+    memory: float | None = 1.03
+
+    def time(self, layers: str) -> float:
+        """Return the bar for a choice of layers."""
+        return self.all_linears if layers == ALL_LINEARS else self.narrow
+
+
+ALL_LINEARS = "all linears"
 
 
 @dataclass(frozen=True)
@@ -61,6 +76,7 @@ def measure(
     device: torch.device,
     on_figure: Callable[[Figure], None],
     rivals: bool = True,
+    bars: Bars | None = None,
 ) -> None:
     """Time and weigh the step of every shape, choice of layers and phase.
 
@@ -78,18 +94,35 @@ def measure(
         Called with each figure as it is found.
     rivals : bool (default: True)
         Also measure Opacus' hooks and ghost clipping.
+    bars : Bars, optional
+        What to hold the figures against; those of a CPU by default.
     """
+    bars = bars or Bars()
     for shape in shapes:
         for layers, targets in shape.targets.items():
-            bench = _Bench(shape, targets, records, device)
+            bench = StepBench(shape, targets, records, device)
             for phase in PHASES:
                 what = f"{shape.name}, b = {records}, {layers}, {phase}"
-                bar = NARROW_BAR if layers != "all linears" else WIDE_BAR
-                for figure in bench.figures(what, phase, bar, repetitions, rivals):
+                limits = (bars.time(layers), bars.memory)
+                for figure in bench.figures(what, phase, limits, repetitions, rivals):
                     on_figure(figure)
 
 
-class _Bench:
+class StepBench:
+    """Our engine and plain PEFT side by side: one model, one choice of layers, one batch.
+
+    Parameters
+    ----------
+    shape : Shape
+        The model.
+    targets : str
+        Pattern of the layers that get adapters.
+    records : int
+        Records in the batch.
+    device : torch.device
+        Where both models are.
+    """
+
     def __init__(self, shape: Shape, targets: str, records: int, device: torch.device) -> None:
         self.shape, self.targets, self.device = shape, targets, device
         batch = shape.batch(records)
@@ -104,8 +137,14 @@ class _Bench:
         self.plain = self._peft()
 
     def figures(
-        self, what: str, phase: str, bar: float, repetitions: int, rivals: bool
+        self,
+        what: str,
+        phase: str,
+        limits: tuple[float | None, float | None],
+        repetitions: int,
+        rivals: bool,
     ) -> Iterator[Figure]:
+        """Time and weigh one phase; ``limits`` are the bars for time and memory."""
         names = [n for n in self.engine.adapted.parameters if factor_of(n) in PHASES[phase]]
         calls: dict[str, Call] = {
             "ours": partial(self.engine.step, self.records, self.indices, names),
@@ -127,11 +166,11 @@ class _Bench:
             is_bar = name == "plain PEFT"
             yield Figure(
                 f"{what}: time", seconds["ours"], seconds.get(name), "s", name,
-                bar if is_bar else None, failed.get(name, ""),
+                limits[0] if is_bar else None, failed.get(name, ""),
             )  # fmt: skip
             yield Figure(
                 f"{what}: peak memory", memory["ours"], memory.get(name), "MB", name,
-                MEMORY_BAR if is_bar else None, failed.get(name, ""),
+                limits[1] if is_bar else None, failed.get(name, ""),
             )  # fmt: skip
 
     def _model(self) -> nn.Module:
@@ -222,16 +261,14 @@ def _ghost(
     return step
 
 
-def swin_tiny() -> Shape:
-    """Swin-T on 224×224 pictures."""
+def swin(name: str = "Swin-T", model: str = "swin_tiny_patch4_window7_224") -> Shape:
+    """Return a Swin of timm's on 224×224 pictures."""
 
     def build() -> nn.Module:
         import timm
 
-        model: nn.Module = timm.create_model(
-            "swin_tiny_patch4_window7_224", pretrained=False, num_classes=100
-        )
-        return model
+        built: nn.Module = timm.create_model(model, pretrained=False, num_classes=100)
+        return built
 
     def batch(count: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -243,18 +280,22 @@ def swin_tiny() -> Shape:
     def losses(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         return F.cross_entropy(model(batch["image"]), batch["label"], reduction="none")
 
-    targets = {"qkv": r".*attn\.qkv", "all linears": r"layers\..*(qkv|proj|fc1|fc2)"}
-    return Shape("Swin-T 224", build, batch, losses, targets, "head.fc")
+    targets = {"qkv": r".*attn\.qkv", ALL_LINEARS: r"layers\..*(qkv|proj|fc1|fc2)"}
+    return Shape(f"{name} 224", build, batch, losses, targets, "head.fc")
 
 
-def roberta_base() -> Shape:
-    """RoBERTa-base on 128 tokens."""
+def roberta(name: str = "RoBERTa-base", **sizes: int) -> Shape:
+    """Return a RoBERTa, base unless its sizes say otherwise, on 128 tokens."""
 
     def build() -> nn.Module:
         from transformers import RobertaConfig, RobertaForSequenceClassification
 
         config = RobertaConfig(
-            vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, num_labels=2
+            vocab_size=50265,
+            max_position_embeddings=514,
+            type_vocab_size=1,
+            num_labels=2,
+            **sizes,
         )
         model: nn.Module = RobertaForSequenceClassification(config)
         return model
@@ -264,9 +305,9 @@ def roberta_base() -> Shape:
         return F.cross_entropy(model(**inputs).logits, batch["label"], reduction="none")
 
     layers = r"roberta\.encoder\.layer\..*"
-    targets = {"q,v": layers + "(query|value)", "all linears": layers + "(query|key|value|dense)"}
+    targets = {"q,v": layers + "(query|value)", ALL_LINEARS: layers + "(query|key|value|dense)"}
     batch = partial(token_batch, tokens=128, vocabulary=50000)
-    return Shape("RoBERTa-base 128", build, batch, losses, targets, "classifier")
+    return Shape(f"{name} 128", build, batch, losses, targets, "classifier")
 
 
 def token_batch(count: int, tokens: int, vocabulary: int) -> dict[str, Tensor]:

@@ -19,9 +19,9 @@ Benchmark: TypeAlias = Callable[[OnFigure], None]
 
 def private_step(on_figure: OnFigure) -> None:
     """Compare the private step with plain PEFT without privacy, and with Opacus' own."""
-    from fedlora_flwr.bench.step import measure, roberta_base, swin_tiny
+    from fedlora_flwr.bench.step import measure, roberta, swin
 
-    shapes = [swin_tiny(), roberta_base()]
+    shapes = [swin(), roberta()]
     measure(shapes, records=4, repetitions=5, device=torch.device("cpu"), on_figure=on_figure)
 
 
@@ -39,10 +39,26 @@ def in_process(on_figure: OnFigure) -> None:
     measure(Setting(), on_figure)
 
 
+def registered_clients(on_figure: OnFigure) -> None:
+    """Compare rounds of ten clients out of up to 10,000 with rounds of ten out of ten."""
+    from fedlora_flwr.bench.clients import Setting, measure
+
+    measure(Setting(), on_figure)
+
+
+def on_a_gpu(on_figure: OnFigure) -> None:
+    """Compare full-size steps on a GPU with plain PEFT, bf16 with fp32, workers with one."""
+    from fedlora_flwr.bench.gpu import full_size, measure_gpu
+
+    measure_gpu(full_size(), on_figure)
+
+
 BENCHMARKS: Mapping[str, Benchmark] = {
     "step": private_step,
     "engine": in_process,
+    "clients": registered_clients,
     "published": published_way,
+    "gpu": on_a_gpu,
 }
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fedlora_flwr.adapters import AdaptedModel, LoRASpec, attach
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.frozen import share
 from fedlora_flwr.plan import A, B, ComponentPlan, Layout, factor_of
 from fedlora_flwr.precision import run_in_bf16
 from fedlora_flwr.privacy.budget import calibrate, check_budget
@@ -263,7 +264,10 @@ class Trainer:
 @lru_cache(maxsize=1)
 def process_trainer(config: RunConfig) -> Trainer:
     """Return this process's trainer for ``config``, built at the first call."""
-    return Trainer.build(config)
+    trainer = Trainer.build(config)
+    if config.share_weights:
+        share(trainer.adapted)
+    return trainer
 
 
 @contextmanager

@@ -1,54 +1,61 @@
-"""A Flower Grid in this process: real ClientApps, no server and no Ray."""
+"""A Flower Grid on one machine: real ClientApps, no server and no Ray."""
 
 from __future__ import annotations
 
 import secrets
 import threading
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+from fedlora_flwr.simulations.workers import Execute, one_by_one
+
+ClientAppCall: TypeAlias = Callable[[Message, Context], Message]
 
 CLIENT_APP_RAISED = 2
 
 
 class LocalGrid(Grid):
-    """Serves one `ClientApp` for a number of simulated nodes, one message after the other.
+    """Serves one `ClientApp` for a number of simulated nodes.
 
-    Node ids are random in every run, as Flower's are, so that nothing can come to depend on them.
+    Messages to a node are served in their order, in this process one after the other. Node ids are
+    random in every run, as Flower's are, so that nothing can come to depend on them.
 
     Parameters
     ----------
-    client_app : ClientApp
-        The app that every node runs.
+    client_app : callable
+        What every node runs: a `ClientApp`, or a function of (message, context). Processes beside
+        this one need a function that can be imported by its name.
     num_nodes : int
         Number of nodes; node i has ``partition-id`` i.
     run_config : Mapping
         The run config that the app's context carries.
+    execute : callable, optional
+        Where nodes work (see `executor`); in this process by default.
     """
 
     def __init__(
-        self, client_app: ClientApp, num_nodes: int, run_config: Mapping[str, Any]
+        self,
+        client_app: ClientAppCall,
+        num_nodes: int,
+        run_config: Mapping[str, Any],
+        execute: Execute = one_by_one,
     ) -> None:
         self.run_id = secrets.randbits(62)
         self._app = client_app
-        self._contexts = {
-            node_id: Context(
-                run_id=self.run_id,
-                node_id=node_id,
-                node_config={"partition-id": partition, "num-partitions": num_nodes},
-                state=RecordDict(),
-                run_config=dict(run_config),
-            )
-            for partition, node_id in enumerate(_node_ids(num_nodes))
-        }
+        self._execute = execute
+        self._run_config = dict(run_config)
+        self._partitions = {node: i for i, node in enumerate(_node_ids(num_nodes))}
+        # Of the nodes that keep something: there may be thousands that are never asked.
+        self._states: dict[int, RecordDict] = {}
         self._replies: dict[str, Message] = {}
         # Legacy servers send from many threads, and clients share this process's one model.
         self._turn = threading.Lock()
@@ -56,20 +63,12 @@ class LocalGrid(Grid):
     @contextmanager
     def running(self) -> Iterator[LocalGrid]:
         """Give this process the identity that Flower's messages ask for, and take it back after."""
-        before = {
-            name: getattr(TaskIdentity, f"_{name}") for name in ("run_id", "node_id", "task_id")
-        }
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = self.run_id, 1, 1
-        try:
+        with _identity(self.run_id):
             yield self
-        finally:
-            for name, value in before.items():
-                setattr(TaskIdentity, f"_{name}", value)
 
     def context(self) -> Context:
         """Return a context for a `ServerApp` that runs on this grid."""
-        config = next(iter(self._contexts.values())).run_config
-        return Context(self.run_id, 1, {}, RecordDict(), dict(config))
+        return Context(self.run_id, 1, {}, RecordDict(), dict(self._run_config))
 
     @property
     def run(self) -> Run:
@@ -79,12 +78,10 @@ class LocalGrid(Grid):
     def set_run(self, run: Run) -> None:
         """Take another run's identity, for the nodes too."""
         self.run_id = run.run_id
-        for context in self._contexts.values():
-            context.run_id = run.run_id
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the ids of all nodes, in no particular order."""
-        return sorted(self._contexts)
+        return sorted(self._partitions)
 
     def create_message(
         self,
@@ -99,12 +96,32 @@ class LocalGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Run the client app on each message and keep the replies."""
-        ids = []
-        for message in messages:
-            reply = self._serve(message)
-            ids.append(str(uuid4()))
-            self._replies[ids[-1]] = reply
-        return ids
+        asked = {str(uuid4()): message for message in messages}
+        by_node: dict[int, list[str]] = {}
+        for key, message in asked.items():
+            by_node.setdefault(message.metadata.dst_node_id, []).append(key)
+        jobs = [
+            (self._context_of(node), keys, [asked[key] for key in keys])
+            for node, keys in by_node.items()
+        ]
+        with self._turn:
+            for node, state, replies in self._execute(partial(_serve, self._app), jobs):
+                self._replies.update(replies)
+                if state or node in self._states:
+                    self._states[node] = state
+        return list(asked)
+
+    def _context_of(self, node: int) -> Context:
+        return Context(
+            run_id=self.run_id,
+            node_id=node,
+            node_config={
+                "partition-id": self._partitions[node],
+                "num-partitions": len(self._partitions),
+            },
+            state=self._states.get(node, RecordDict()),
+            run_config=self._run_config,
+        )
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Hand out the replies to pushed messages, each once."""
@@ -117,13 +134,35 @@ class LocalGrid(Grid):
         del timeout
         return self.pull_messages(self.push_messages(messages))
 
-    def _serve(self, message: Message) -> Message:
-        context = self._contexts[message.metadata.dst_node_id]
-        try:
-            with self._turn:
-                return self._app(message, context)
-        except Exception:  # As in Flower, a client's failure is its reply.
-            return Message(Error(CLIENT_APP_RAISED, traceback.format_exc()), reply_to=message)
+
+def _serve(
+    app: ClientAppCall, job: tuple[Context, Sequence[str], Sequence[Message]]
+) -> tuple[int, RecordDict, dict[str, Message]]:
+    """Serve a node's messages; return its id, its state after, and the replies."""
+    context, keys, messages = job
+    with _identity(context.run_id):
+        replies = {
+            key: _reply(app, message, context) for key, message in zip(keys, messages, strict=True)
+        }
+    return context.node_id, context.state, replies
+
+
+def _reply(app: ClientAppCall, message: Message, context: Context) -> Message:
+    try:
+        return app(message, context)
+    except Exception:  # As in Flower, a client's failure is its reply.
+        return Message(Error(CLIENT_APP_RAISED, traceback.format_exc()), reply_to=message)
+
+
+@contextmanager
+def _identity(run_id: int) -> Iterator[None]:
+    before = {name: getattr(TaskIdentity, f"_{name}") for name in ("run_id", "node_id", "task_id")}
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, 1, 1
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(TaskIdentity, f"_{name}", value)
 
 
 def _node_ids(count: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.simulations.serve import build_strategy, serve
 from fedlora_flwr.simulations.superlink import SimulationSuperLink
+from fedlora_flwr.simulations.workers import Execute, executor, one_by_one
 from fedlora_flwr.tasks.registry import build_task
 
 OnRound = Callable[[dict[str, Any]], None]
@@ -155,21 +157,35 @@ def run_on_flower(
     return summary
 
 
-def run_in_process(plan: RunPlan, run_dir: RunDirectory, on_round: OnRound) -> dict[str, Any]:
-    """Run the same recipe in this process, without Ray or a server.
+def run_in_process(
+    plan: RunPlan, run_dir: RunDirectory, on_round: OnRound, workers: int = 1
+) -> dict[str, Any]:
+    """Run the same recipe without Ray or a server. Same seed, same arrays.
 
-    Parameters are those of `run_on_flower`. Same seed, same arrays.
+    Parameters
+    ----------
+    plan, run_dir, on_round
+        As of `run_on_flower`.
+    workers : int (default: 1)
+        Processes that serve clients; 1 is this one alone.
 
     Raises
     ------
     FedLoRAError
         The run could not go on.
     """
-    from fedlora_flwr.client_app import app
+    from fedlora_flwr.client_app import respond
     from fedlora_flwr.simulations.local_grid import LocalGrid
 
     config = _placed(plan.config, run_dir)
-    with LocalGrid(app, config.num_clients, config.items()).running() as grid:
+    execute: Execute = one_by_one
+    with ExitStack() as stack:
+        if workers == 1:
+            config = replace(config, share_weights=False)
+        else:
+            execute = stack.enter_context(executor(workers, run_dir.log))
+        grid = LocalGrid(respond, config.num_clients, config.items(), execute)
+        stack.enter_context(grid.running())
         return serve(grid, config, run_dir, on_round)
 
 

@@ -66,13 +66,14 @@ def executor(workers: int, log: Path) -> Iterator[Execute]:
     """
     log_to_file(log)
     if workers == 1:
-        yield _one_by_one
+        yield one_by_one
         return
     with _processes(workers, log) as pool:
         yield partial(_side_by_side, pool)
 
 
-def _one_by_one(function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
+def one_by_one(function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
+    """Carry out jobs in this process."""
     return map(function, jobs)
 
 

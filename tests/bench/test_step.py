@@ -12,10 +12,10 @@ from fedlora_flwr.bench.figures import Figure
 from fedlora_flwr.bench.step import (
     PHASES,
     Shape,
-    _Bench,
+    StepBench,
     measure,
-    roberta_base,
-    swin_tiny,
+    roberta,
+    swin,
     token_batch,
 )
 
@@ -39,7 +39,7 @@ def small_roberta() -> Shape:
         return model
 
     batch = partial(token_batch, tokens=9, vocabulary=60)
-    return replace(roberta_base(), build=build, batch=batch)
+    return replace(roberta(), build=build, batch=batch)
 
 
 def test_every_model_layer_choice_and_phase_gives_time_and_memory() -> None:
@@ -67,7 +67,7 @@ def test_both_sides_train_the_same_arrays(phase: str) -> None:
     from fedlora_flwr.bench.step import _choose
     from fedlora_flwr.plan import factor_of
 
-    bench = _Bench(small_roberta(), small_roberta().targets["q,v"], 3, torch.device("cpu"))
+    bench = StepBench(small_roberta(), small_roberta().targets["q,v"], 3, torch.device("cpu"))
     ours = [
         p.numel()
         for name, p in bench.engine.adapted.parameters.items()
@@ -76,7 +76,7 @@ def test_both_sides_train_the_same_arrays(phase: str) -> None:
     assert sorted(ours) == sorted(p.numel() for p in _choose(bench.plain, phase))
 
 
-@pytest.mark.parametrize("shape", [swin_tiny(), roberta_base()], ids=["swin", "roberta"])
+@pytest.mark.parametrize("shape", [swin(), roberta()], ids=["swin", "roberta"])
 def test_the_models_are_of_full_size_and_their_layers_are_found(shape: Shape) -> None:
     with torch.device("meta"):
         model = shape.build()

@@ -1,0 +1,204 @@
+"""The private step at full size on a GPU: against plain PEFT, bf16 against fp32, more workers."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlora_flwr.bench.figures import Figure, peak_bytes, take_turns
+from fedlora_flwr.bench.step import Bars, Shape, StepBench, measure, roberta, swin
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.precision import run_in_bf16
+from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.simulations.runner import make_plan, run_in_process
+from fedlora_flwr.simulations.workers import log_to_file
+from fedlora_flwr.tasks.classification import evaluate_classifier
+from fedlora_flwr.tasks.records import TensorRecords
+
+BARS = Bars(narrow=1.05, all_linears=1.05, memory=None)
+HALF_BAR = 0.5
+SKIPPED = "skipped: no CUDA GPU here"
+
+
+def swin_base() -> Shape:
+    """Return Swin-B on 224×224 pictures."""
+    return swin("Swin-B", "swin_base_patch4_window7_224")
+
+
+def roberta_large() -> Shape:
+    """Return RoBERTa-large on 128 tokens."""
+    return roberta(
+        "RoBERTa-large",
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+    )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Models with their batches, and the numbers of worker processes that share the GPU."""
+
+    steps: tuple[tuple[Shape, int], ...]
+    workers: tuple[int, ...] = (1, 2, 4)
+    repetitions: int = 7
+    rounds: int = 6
+
+
+def full_size() -> Setting:
+    """Return what is measured on a GPU."""
+    return Setting(((swin_base(), 16), (swin_base(), 64), (roberta_large(), 128)))
+
+
+def measure_gpu(setting: Setting, on_figure: Callable[[Figure], None]) -> None:
+    """Measure steps, precision and workers; without a GPU, say what is skipped."""
+    if not torch.cuda.is_available():
+        for what, unit, against, bar in _planned(setting):
+            on_figure(Figure(what, None, None, unit, against, bar, SKIPPED))
+        return
+    device = torch.device("cuda")
+    for shape, records in setting.steps:
+        measure([shape], records, setting.repetitions, device, on_figure, rivals=False, bars=BARS)
+        on_figure(_precision(shape, records, setting.repetitions, device))
+        torch.cuda.empty_cache()
+    seconds = {workers: _round(workers, setting.rounds) for workers in setting.workers}
+    for workers, (what, unit, against, bar) in zip(
+        setting.workers[1:], _worker_figures(setting), strict=True
+    ):
+        on_figure(Figure(what, seconds[workers], seconds[setting.workers[0]], unit, against, bar))
+
+
+Planned = tuple[str, str, str, float | None]
+
+
+def _planned(setting: Setting) -> list[Planned]:
+    steps: list[Planned] = []
+    for shape, records in setting.steps:
+        for layers in shape.targets:
+            what = f"{shape.name}, b = {records}, {layers}, A, B and AB: time"
+            steps.append((what, "s", "plain PEFT", BARS.time(layers)))
+        steps.append((_precision_title(shape, records), "s", "fp32", HALF_BAR))
+    return [*steps, *_worker_figures(setting)]
+
+
+def _worker_figures(setting: Setting) -> list[Planned]:
+    first, *others = setting.workers
+    return [
+        (f"a round of eight clients, {n} workers on one GPU", "s", f"{first} worker", None)
+        for n in others
+    ]
+
+
+def _precision_title(shape: Shape, records: int) -> str:
+    return f"{shape.name}, b = {records}, AB: private step in bf16"
+
+
+def _precision(shape: Shape, records: int, repetitions: int, device: torch.device) -> Figure:
+    layers, targets = next(iter(shape.targets.items()))
+    calls, memory = {}, {}
+    for name in ("fp32", "bf16"):
+        bench = StepBench(shape, targets, records, device)
+        if name == "bf16":
+            run_in_bf16(bench.engine.adapted.model)
+        arrays = list(bench.engine.adapted.parameters)
+        calls[name] = partial(bench.engine.step, bench.records, bench.indices, arrays)
+        memory[name] = peak_bytes(calls[name]) / 1e6
+    seconds = take_turns(calls, repetitions)
+    note = (
+        f"{layers}; {records / seconds['bf16']:.0f} against {records / seconds['fp32']:.0f} "
+        f"records/s, peak {memory['bf16']:.0f} against {memory['fp32']:.0f} MB"
+    )
+    return Figure(
+        _precision_title(shape, records),
+        seconds["bf16"], seconds["fp32"], "s", "fp32", HALF_BAR, note,
+    )  # fmt: skip
+
+
+def _round(workers: int, rounds: int) -> float:
+    """Return the median seconds of a round of eight clients on the first GPU."""
+    seconds: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="fedlora-bench-") as scratch:
+        folder = Path(scratch)
+        log_to_file(folder / "flower.log")
+        run_dir = RunDirectory(folder / "run")
+        plan = make_plan(
+            RunConfig.of(
+                {
+                    "task": "fedlora_flwr.bench.gpu:Pictures",
+                    "strategy": "dp-lora",
+                    "num-clients": 8,
+                    "num-rounds": rounds + 1,
+                    "eval-every": rounds + 1,
+                    "rank": 8,
+                    "local-steps": 5,
+                    "batch-size": 16,
+                    "device": "cuda",
+                    "reproducible": True,
+                    "run-dir": str(run_dir.path),
+                    "state-dir": str(run_dir.path),
+                }
+            )
+        )
+        mark = time.perf_counter()
+
+        def after(row: dict[str, Any]) -> None:
+            nonlocal mark
+            if row["round"] > 1:  # The first builds the models.
+                seconds.append(time.perf_counter() - mark)
+            mark = time.perf_counter()
+
+        run_in_process(plan, run_dir, after, workers)
+    return statistics.median(seconds)
+
+
+class Pictures:
+    """Random pictures for Swin-B, the same 256 for every client.
+
+    Parameters
+    ----------
+    settings : RunConfig
+        The run.
+    """
+
+    name = "pictures"
+    metric = "accuracy"
+
+    def __init__(self, settings: Any) -> None:
+        del settings
+        self._shape = swin_base()
+        self._records = TensorRecords(self._shape.batch(256))
+        self.lora_targets = self._shape.targets["qkv"]
+        self.head = (self._shape.head,)
+
+    def build_model(self) -> nn.Module:
+        """Return the model with random weights, the same in every process."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return self._shape.build()
+
+    def client_records(self, partition_id: int, num_partitions: int) -> TensorRecords:
+        """Return all records."""
+        del partition_id, num_partitions
+        return self._records
+
+    def test_records(self) -> TensorRecords:
+        """Return those records, too."""
+        return self._records
+
+    def losses(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return one loss a record."""
+        return self._shape.losses(model, batch)
+
+    def evaluate(self, model: Any, records: TensorRecords) -> dict[str, float]:
+        """Return loss and accuracy."""
+        return evaluate_classifier(model, records, lambda batch: model(batch["image"]))
