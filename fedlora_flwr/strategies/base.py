@@ -343,7 +343,8 @@ class FedLoRA(FedAvg):
         return self._clients[node]
 
     def _name(self, node: int) -> str:
-        return self._identities.get(node) or f"node {node:020d}"
+        known = self._identities.get(node) or self._clients.get(node)
+        return known or f"node {node:020d}"
 
     def _check_arrays(self, arrays: Arrays) -> None:
         """Refuse an upload that is not exactly what the plan trains, in names and shapes."""

@@ -182,8 +182,13 @@ def to_record(arrays: Arrays) -> ArrayRecord:
     )
 
 
+_WORKER_DIED = "worker process has died"  # Ray's words
+
+
 def last_line(text: str | None) -> str:
     """Return the last line of an error's text that says something."""
+    if _WORKER_DIED in (text or ""):
+        return "its worker process died: killed, or out of memory"
     lines = [line.strip() for line in (text or "").splitlines() if line.strip(" '>")]
     return lines[-1] if lines else "no reason given"
 

@@ -1,0 +1,69 @@
+"""A Ray worker that is killed: every reply that is lost is reported, and the run goes on or stops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.simulations.runner import RunFailed, make_plan, run_on_flower
+
+pytestmark = pytest.mark.flower
+
+MORTAL = """
+import os, signal
+from pathlib import Path
+from fedlora_flwr.tasks.digits import DigitsTask
+
+ARMED = Path({armed!r})
+
+class Mortal(DigitsTask):
+    def losses(self, model, batch):
+        try:
+            ARMED.rename(ARMED.with_name("fired"))
+        except FileNotFoundError:
+            return super().losses(model, batch)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("completion", [0.1, 1.0])
+def test_a_killed_worker_is_reported_in_every_round_that_it_shrinks(
+    completion: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mortal.py").write_text(MORTAL.format(armed=str(tmp_path / "armed")))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = RunConfig.of(
+        {
+            "task": "mortal:Mortal",
+            "num-clients": 4,
+            "num-rounds": 3,
+            "local-steps": 2,
+            "min-completion": completion,
+            "reproducible": True,
+        }
+    )
+    run_dir = RunDirectory(tmp_path / "run")
+
+    def arm(row: dict[str, Any]) -> None:
+        if row["round"] == 1:
+            (tmp_path / "armed").touch()
+
+    if completion == 1.0:
+        with pytest.raises(RunFailed, match=r"of 4 clients answered.*worker process died"):
+            run_on_flower(make_plan(config), run_dir, arm, workers=2)
+        return
+    summary = run_on_flower(make_plan(config), run_dir, arm, workers=2)
+
+    assert (tmp_path / "fired").exists()
+    rows = run_dir.rows("rounds")[1:]
+    assert len(rows) == 3
+    for row in rows:
+        assert row["clients_used"] + len(row["failures"]) == row["clients_asked"] == 4
+        assert all("worker process died" in line for line in row["failures"])
+    assert not rows[0]["failures"]
+    assert sum(len(row["failures"]) for row in rows) == summary["failures"] > 0
