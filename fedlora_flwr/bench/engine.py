@@ -17,67 +17,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlora_flwr.bench.figures import Figure
+from fedlora_flwr.bench.step import Shape
+from fedlora_flwr.bench.tasks import ShapeTask
 from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.plan import BOTH, ComponentPlan
 from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import make_plan, run_in_process
 from fedlora_flwr.simulations.workers import log_to_file
-from fedlora_flwr.tasks.classification import evaluate_classifier
-from fedlora_flwr.tasks.records import TensorRecords
 
 WIDTH, DEPTH = 768, 32
 MESSAGE_BAR, START_BAR = 2.0, 1 / 3
 
 
-class Stack:
-    """A task whose model has adapters of 1.5 MB and trains in no time.
+class Stack(ShapeTask):
+    """A task whose model has adapters of 1.5 MB and trains in no time."""
 
-    Parameters
-    ----------
-    settings : RunConfig
-        The run.
-    """
+    def shape(self) -> Shape:
+        """Return the model and its input."""
+        return Shape("stack", _build, _batch, _losses, {"all": r"body\.\d+"}, "head")
 
-    name = "stack"
-    metric = "accuracy"
-    lora_targets = r"body\.\d+"
-    head = ("head",)
 
-    def __init__(self, settings: Any) -> None:
-        del settings
-        draw = torch.Generator().manual_seed(0)
-        self._records = TensorRecords(
-            {"x": torch.randn(64, WIDTH, generator=draw), "label": torch.arange(64) % 2}
-        )
+def _build() -> nn.Module:
+    body = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH)))
+    return nn.ModuleDict({"body": body, "head": nn.Linear(WIDTH, 2)})
 
-    def build_model(self) -> nn.Module:
-        """Return the model with random weights."""
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            body = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH)))
-            return nn.ModuleDict({"body": body, "head": nn.Linear(WIDTH, 2)})
 
-    def client_records(self, partition_id: int, num_partitions: int) -> TensorRecords:
-        """Return the same 64 records for every client."""
-        del partition_id, num_partitions
-        return self._records
+def _batch(count: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return {"x": torch.randn(count, WIDTH, generator=draw), "label": torch.arange(count) % 2}
 
-    def test_records(self) -> TensorRecords:
-        """Return those records, too."""
-        return self._records
 
-    def losses(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return one loss a record."""
-        return F.cross_entropy(self._scores(model, batch), batch["label"], reduction="none")
-
-    def evaluate(self, model: Any, records: TensorRecords) -> dict[str, float]:
-        """Return loss and accuracy."""
-        return evaluate_classifier(model, records, lambda batch: self._scores(model, batch))
-
-    def _scores(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        scores: Tensor = model.head(model.body(batch["x"]))
-        return scores
+def _losses(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    scores = model.head(model.body(batch["x"]))
+    return F.cross_entropy(scores, batch["label"], reduction="none")
 
 
 @dataclass(frozen=True)
@@ -149,7 +122,9 @@ def stack_config(folder: Path, clients: int, rounds: int, **changes: Any) -> Run
             "reproducible": True,
             "run-dir": str(folder),
             "state-dir": str(folder),
-            "min-clients": 2,
+            # As a run in this process sets them, so that the bare loop finds the run's own model.
+            "min-clients": clients,
+            "share-weights": False,
         },
         changes,
     )

@@ -5,24 +5,22 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from fedlora_flwr.bench.figures import Figure, peak_bytes, take_turns
 from fedlora_flwr.bench.step import Bars, Shape, StepBench, measure, roberta, swin
+from fedlora_flwr.bench.tasks import ShapeTask
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.precision import run_in_bf16
 from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import make_plan, run_in_process
 from fedlora_flwr.simulations.workers import log_to_file
-from fedlora_flwr.tasks.classification import evaluate_classifier
-from fedlora_flwr.tasks.records import TensorRecords
 
 BARS = Bars(narrow=1.05, all_linears=1.05, memory=None)
 HALF_BAR = 0.5
@@ -161,44 +159,9 @@ def _round(workers: int, rounds: int) -> float:
     return statistics.median(seconds)
 
 
-class Pictures:
-    """Random pictures for Swin-B, the same 256 for every client.
+class Pictures(ShapeTask):
+    """Random pictures for Swin-B."""
 
-    Parameters
-    ----------
-    settings : RunConfig
-        The run.
-    """
-
-    name = "pictures"
-    metric = "accuracy"
-
-    def __init__(self, settings: Any) -> None:
-        del settings
-        self._shape = swin_base()
-        self._records = TensorRecords(self._shape.batch(256))
-        self.lora_targets = self._shape.targets["qkv"]
-        self.head = (self._shape.head,)
-
-    def build_model(self) -> nn.Module:
-        """Return the model with random weights, the same in every process."""
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return self._shape.build()
-
-    def client_records(self, partition_id: int, num_partitions: int) -> TensorRecords:
-        """Return all records."""
-        del partition_id, num_partitions
-        return self._records
-
-    def test_records(self) -> TensorRecords:
-        """Return those records, too."""
-        return self._records
-
-    def losses(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return one loss a record."""
-        return self._shape.losses(model, batch)
-
-    def evaluate(self, model: Any, records: TensorRecords) -> dict[str, float]:
-        """Return loss and accuracy."""
-        return evaluate_classifier(model, records, lambda batch: model(batch["image"]))
+    def shape(self) -> Shape:
+        """Return the model and its input."""
+        return swin_base()

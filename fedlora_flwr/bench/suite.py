@@ -46,6 +46,13 @@ def registered_clients(on_figure: OnFigure) -> None:
     measure(Setting(), on_figure)
 
 
+def worker_memory(on_figure: OnFigure) -> None:
+    """Weigh one more worker process that shares the frozen weights with the others."""
+    from fedlora_flwr.bench.workers import Setting, measure
+
+    measure(Setting(), on_figure)
+
+
 def on_a_gpu(on_figure: OnFigure) -> None:
     """Compare full-size steps on a GPU with plain PEFT, bf16 with fp32, workers with one."""
     from fedlora_flwr.bench.gpu import full_size, measure_gpu
@@ -57,6 +64,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "step": private_step,
     "engine": in_process,
     "clients": registered_clients,
+    "workers": worker_memory,
     "published": published_way,
     "gpu": on_a_gpu,
 }

@@ -59,5 +59,5 @@ def test_the_models_are_of_full_size_and_their_layers_are_found() -> None:
 
 def test_the_task_of_the_rounds_has_records_and_the_layers_that_it_names() -> None:
     task = Pictures(None)
-    assert len(task.client_records(3, 8)) == 256
+    assert len(task.client_records(3, 8)) == 64
     assert task.lora_targets == r".*attn\.qkv"

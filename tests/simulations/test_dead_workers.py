@@ -1,4 +1,4 @@
-"""A Ray worker that is killed: every reply that is lost is reported, and the run goes on or stops."""
+"""A Ray worker that is killed: each lost reply is reported, and the run goes on or stops."""
 
 from __future__ import annotations
 

@@ -1,0 +1,63 @@
+"""Tasks of random records on models with random weights, for measuring alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlora_flwr.bench.step import Shape
+from fedlora_flwr.tasks.records import TensorRecords
+
+
+class ShapeTask(ABC):
+    """A task on one of the benchmarks' models; every client has the same 64 records.
+
+    Parameters
+    ----------
+    settings : RunConfig
+        The run.
+    """
+
+    name = "shape"
+    metric = "loss"
+
+    def __init__(self, settings: Any) -> None:
+        del settings
+        self._shape = self.shape()
+        self._records = TensorRecords(self._shape.batch(64))
+        self.lora_targets = next(iter(self._shape.targets.values()))
+        self.head = (self._shape.head,)
+
+    @abstractmethod
+    def shape(self) -> Shape:
+        """Return the model and its input."""
+
+    def build_model(self) -> nn.Module:
+        """Return the model with random weights, the same in every process."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return self._shape.build()
+
+    def client_records(self, partition_id: int, num_partitions: int) -> TensorRecords:
+        """Return all records."""
+        del partition_id, num_partitions
+        return self._records
+
+    def test_records(self) -> TensorRecords:
+        """Return those records, too."""
+        return self._records
+
+    def losses(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return one loss a record."""
+        return self._shape.losses(model, batch)
+
+    def evaluate(self, model: Any, records: TensorRecords) -> dict[str, float]:
+        """Return the loss on one record; what it is, does not matter here."""
+        device = next(model.parameters()).device
+        batch = {name: t.to(device) for name, t in records.batch(torch.arange(1)).items()}
+        with torch.inference_mode():
+            return {"loss": float(self._shape.losses(model, batch).mean())}

@@ -1,0 +1,111 @@
+"""What one more worker process costs in memory, beyond what it imports."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlora_flwr.bench.figures import Figure
+from fedlora_flwr.bench.step import Shape, roberta
+from fedlora_flwr.bench.tasks import ShapeTask
+
+MEMORY_BAR = 100.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The task whose model the workers have, and how many workers there are at once."""
+
+    task: str = "fedlora_flwr.bench.workers:Texts"
+    workers: int = 2
+
+
+class Texts(ShapeTask):
+    """Random texts for RoBERTa-base."""
+
+    def shape(self) -> Shape:
+        """Return the model and its input."""
+        return roberta()
+
+
+def measure(setting: Setting, on_figure: Callable[[Figure], None]) -> None:
+    """Start workers that import, then workers that hold the model and have taken a step."""
+    with tempfile.TemporaryDirectory(prefix="fedlora-bench-") as scratch:
+        imports = _megabytes(["imports"] * setting.workers, setting.task, Path(scratch))
+        apart = _megabytes(["apart"] * setting.workers, setting.task, Path(scratch))
+        shared = _megabytes(["shared"] * setting.workers, setting.task, Path(scratch))
+    on_figure(
+        Figure(
+            "one more worker beyond imports, RoBERTa-base",
+            shared - imports,
+            MEMORY_BAR,
+            "MB",
+            f"what is allowed; {apart - imports:.0f} MB where nothing is shared",
+            1.0,
+        )
+    )
+
+
+def _megabytes(kinds: list[str], task: str, scratch: Path) -> float:
+    """Return the memory that the last of several workers has to itself."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", __name__, kind, task, str(scratch)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "XDG_CACHE_HOME": str(scratch), "OMP_NUM_THREADS": "1"},
+        )
+        for kind in kinds
+    ]
+    try:
+        for process in processes:
+            if process.stdout is None or process.stdout.readline() != "ready\n":
+                raise RuntimeError("A worker of the benchmark failed; it says why above.")
+        # All hold their memory now, so that what they share shows.
+        return max(_own_megabytes(process.pid) for process in processes)
+    finally:
+        for process in processes:
+            process.communicate("\n")
+
+
+def _own_megabytes(pid: int) -> float:
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
+    found = dict(re.findall(r"^(\w+): +(\d+) kB$", text, re.MULTILINE))
+    return (int(found["Private_Clean"]) + int(found["Private_Dirty"])) / 1e3
+
+
+def _work(kind: str, task: str, scratch: str) -> None:
+    import torch
+
+    import fedlora_flwr.client_app  # noqa: F401
+    from fedlora_flwr.clients.trainer import process_trainer
+    from fedlora_flwr.config import RunConfig
+
+    torch.set_num_threads(1)
+    kept: Any = None
+    if kind == "imports":
+        # What building a model and a private step import.
+        import opacus  # noqa: F401
+        import timm  # noqa: F401
+        from transformers import RobertaForSequenceClassification  # noqa: F401
+    else:
+        config = RunConfig.of(
+            {"task": task, "device": "cpu", "rank": 8, "share-weights": kind == "shared",
+             "state-dir": scratch, "run-dir": scratch}
+        )  # fmt: skip
+        kept = process_trainer(config)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    del kept
+
+
+if __name__ == "__main__":
+    _work(*sys.argv[1:])
