@@ -20,6 +20,7 @@ from fedlora_flwr.errors import FederationAborted, FedLoRAError, InvalidValue
 from fedlora_flwr.plan import BOTH, ComponentPlan, Layout, factor_of
 from fedlora_flwr.randomness import stream_seed
 from fedlora_flwr.strategies.replies import (
+    LedgerWatch,
     RoundReport,
     Upload,
     aggregate_metrics,
@@ -117,6 +118,7 @@ class FedLoRA(FedAvg):
         self.last_round: RoundReport | None = None
         self._identities: dict[int, str] = {}
         self._clients: dict[int, str] = {}
+        self._ledgers = LedgerWatch()
         self._plain = 0
         self._asked: list[int] = []
         self._global: dict[str, NDArray[np.floating]] = {}
@@ -195,6 +197,7 @@ class FedLoRA(FedAvg):
         **kwargs: Any,
     ) -> Result:
         self.num_rounds = num_rounds
+        self._ledgers = LedgerWatch()
         self._clients.clear()  # Node ids, and what clients have told, are of one run.
         return super().start(grid, initial_arrays, num_rounds, *args, **kwargs)
 
@@ -331,6 +334,7 @@ class FedLoRA(FedAvg):
             arrays = uploaded_arrays(reply.content)
             self._check_arrays(arrays)
             scores = scores_of(reply.content)
+            self._ledgers.check(client, numbers)
             upload = Upload(client, arrays, self._weight(numbers), numbers, texts, scores)
         except Exception as error:  # Whatever a client sends, the other clients' round goes on.
             report.failures.append(f"{client}: {error}")

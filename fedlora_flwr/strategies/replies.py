@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.aggregation import Arrays
 from fedlora_flwr.arrays import from_numpy, record_of, to_numpy, travel_size
-from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.plan import factor_of
 from fedlora_flwr.wire import SCORES
 
@@ -95,6 +95,33 @@ class RoundReport:
         """Largest ε that a client of this round has spent; None if no client tells."""
         spent = [u.metrics["epsilon"] for u in self.uploads if "epsilon" in u.metrics]
         return max(spent) if spent else None
+
+
+class LedgerWatch:
+    """Remembers how many private steps each client's ledger counted in this run."""
+
+    def __init__(self) -> None:
+        self._steps: dict[str, float] = {}
+
+    def check(self, client: str, numbers: Mapping[str, float]) -> None:
+        """Refuse a client whose ledger counts no more steps than before its last release.
+
+        Raises
+        ------
+        FedLoRAError
+            It does; a client that names no ``steps`` is not ours, and is let through.
+        """
+        steps = numbers.get("steps")
+        if steps is None:
+            return
+        before = self._steps.get(client, 0.0)
+        if steps <= before:
+            raise FedLoRAError(
+                f"its ledger counts {steps:g} private steps after {before:g} in an earlier round. "
+                "It has lost rows, or is not the same file on every machine, or two clients share "
+                "an identity"
+            )
+        self._steps[client] = steps
 
 
 def uploaded_arrays(content: RecordDict) -> dict[str, NDArray[np.float32]]:

@@ -237,3 +237,29 @@ def test_clients_that_trained_different_arrays_are_not_averaged() -> None:
     assert len(report_of(strategy).uploads) == 2
     with pytest.raises(FederationAborted, match="different sets of arrays"):
         Tiny(2, only([0], one_step)).run(Alternating())
+
+
+def test_a_client_whose_ledger_forgets_is_refused_from_then_on() -> None:
+    counted = {0: iter([5.0, 5.0, 10.0]), 1: iter([5.0, 10.0, 15.0]), 2: iter([5.0, 10.0, 0.0])}
+
+    def answer(asked: Asked) -> RecordDict:
+        content = honest(asked)
+        content.metric_records["metrics"]["steps"] = next(counted[asked.partition])
+        return content
+
+    strategy, failures, used = FedLoRA(min_completion=0.3), [], []
+    aggregate = strategy.aggregate_train
+
+    def watch(server_round: int, replies: Iterable[Message]) -> Any:
+        found = aggregate(server_round, replies)
+        failures.append(report_of(strategy).failures)
+        used.append(len(report_of(strategy).uploads))
+        return found
+
+    strategy.aggregate_train = watch  # type: ignore[method-assign]
+    Tiny(3, answer).run(strategy, num_rounds=3)
+
+    assert used == [3, 2, 2]
+    assert [len(lines) for lines in failures] == [0, 1, 1]
+    assert "partition-000000: its ledger counts 5 private steps after 5" in failures[1][0]
+    assert "partition-000002: its ledger counts 0 private steps after 10" in failures[2][0]

@@ -1,0 +1,107 @@
+"""A run on a Ray cluster of two nodes, both on this machine's loopback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.simulations.runner import make_plan, run_in_process, run_on_flower
+
+pytestmark = pytest.mark.flower
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+NOTED = """
+from pathlib import Path
+from fedlora_flwr.tasks.digits import DigitsTask
+
+class Noted(DigitsTask):
+    def build_model(self):
+        import ray
+        if ray.is_initialized():
+            Path({folder!r}, ray.get_runtime_context().get_node_id()).touch()
+        return super().build_model()
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Start a head and a second node with one CPU each, as `ray start` does; end both."""
+    address, log = f"127.0.0.1:{free_port()}", tmp_path_factory.mktemp("ray") / "ray.log"
+    common = ("--num-cpus=1", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1")
+    port = address.split(":")[1]
+    commands = (
+        (f"--head --port={port} --include-dashboard=false --ray-client-server-port={free_port()}"),
+        f"--address={address}",
+    )
+    processes = []
+    try:
+        with log.open("w") as stream:
+            for command in commands:
+                processes.append(
+                    subprocess.Popen(
+                        [RAY, "start", *command.split(), *common],
+                        stdout=stream,
+                        stderr=stream,
+                        start_new_session=True,
+                    )
+                )
+                # A node can join only when the head is there.
+                for _ in range(120):
+                    if log.read_text().count("--block") >= len(processes):
+                        break
+                    assert processes[-1].poll() is None, log.read_text()
+                    time.sleep(0.5)
+        yield address
+    finally:
+        for process in reversed(processes):
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+        for process in processes:
+            process.wait(timeout=60)
+
+
+def test_two_nodes_give_the_arrays_of_one_process(
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nodes").mkdir()
+    (tmp_path / "noted.py").write_text(NOTED.format(folder=str(tmp_path / "nodes")))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = RunConfig.of(
+        {
+            "task": "noted:Noted",
+            "num-clients": 4,
+            "num-rounds": 2,
+            "local-steps": 2,
+            "reproducible": True,
+        }
+    )
+    alone = RunDirectory(tmp_path / "alone")
+    run_in_process(make_plan(config), alone, lambda _: None)
+    monkeypatch.setenv("RAY_ADDRESS", cluster)
+    spread = RunDirectory(tmp_path / "spread")
+    summary = run_on_flower(make_plan(config), spread, lambda _: None)
+
+    assert summary["failures"] == 0
+    assert len(list((tmp_path / "nodes").iterdir())) == 2
+    first, second = (load_file(d.adapter / "adapter_model.safetensors") for d in (alone, spread))
+    assert first.keys() == second.keys()
+    assert all((first[name] == second[name]).all() for name in first)
