@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,7 +16,7 @@ from rich.progress import track
 import fedlora_flwr
 from fedlora_flwr.clients.trainer import build_adapted, plan_mechanism
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.errors import FedLoRAError
+from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.plan import Layout
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.simulations.run_dir import RunDirectory
@@ -136,9 +137,13 @@ def run_on_flower(
 
     Raises
     ------
+    InvalidValue
+        ``workers`` are named although a cluster's own CPUs say how many there are.
     RunFailed
         Flower reports anything but a completed run.
     """
+    if workers is not None and os.environ.get("RAY_ADDRESS"):
+        raise InvalidValue("workers", workers, "left out where RAY_ADDRESS names a cluster")
     config = _placed(plan.config, run_dir)
     # A task of the user's own is imported from the folder that the command runs in.
     modules = Path.cwd() if ":" in config.task else None

@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import make_plan, run_in_process, run_on_flower
 
@@ -98,6 +99,8 @@ def test_two_nodes_give_the_arrays_of_one_process(
     run_in_process(make_plan(config), alone, lambda _: None)
     monkeypatch.setenv("RAY_ADDRESS", cluster)
     spread = RunDirectory(tmp_path / "spread")
+    with pytest.raises(InvalidValue, match=r"workers = 2.*RAY_ADDRESS"):
+        run_on_flower(make_plan(config), spread, lambda _: None, workers=2)
     summary = run_on_flower(make_plan(config), spread, lambda _: None)
 
     assert summary["failures"] == 0
