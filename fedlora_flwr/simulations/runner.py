@@ -19,6 +19,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.plan import Layout
 from fedlora_flwr.privacy.mechanism import Mechanism
+from fedlora_flwr.simulations.placement import Placement, place
 from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.simulations.serve import build_strategy, serve
 from fedlora_flwr.simulations.superlink import SimulationSuperLink
@@ -128,7 +129,7 @@ def run_on_flower(
     on_round : callable
         Called with each row of ``rounds.jsonl``.
     workers : int, optional
-        Ray workers; by default as many as the machine's cores carry.
+        Ray workers; by default as many as the machine's cores carry, and its GPUs have room for.
 
     Returns
     -------
@@ -142,9 +143,12 @@ def run_on_flower(
     RunFailed
         Flower reports anything but a completed run.
     """
-    if workers is not None and os.environ.get("RAY_ADDRESS"):
+    cluster = bool(os.environ.get("RAY_ADDRESS"))
+    if workers is not None and cluster:
         raise InvalidValue("workers", workers, "left out where RAY_ADDRESS names a cluster")
-    config = _placed(plan.config, run_dir)
+    config, placement = _placed(plan.config, run_dir), place(plan.config, workers)
+    if cluster:  # Ray takes no number of CPUs for what runs already.
+        placement = replace(placement, workers=None)
     # A task of the user's own is imported from the folder that the command runs in.
     modules = Path.cwd() if ":" in config.task else None
     with (
@@ -152,7 +156,7 @@ def run_on_flower(
         SimulationSuperLink(log, config.client_threads, modules) as superlink,
     ):
         superlink.submit(
-            app_folder(run_dir), run_dir.write_config(config), _federation(config, workers)
+            app_folder(run_dir), run_dir.write_config(config), _federation(config, placement)
         )
         _follow(superlink, run_dir, on_round)
     summary = run_dir.summary()
@@ -176,6 +180,8 @@ def run_in_process(
 
     Raises
     ------
+    InvalidValue
+        The clients do not fit on the GPU.
     FedLoRAError
         The run could not go on.
     """
@@ -183,6 +189,7 @@ def run_in_process(
     from fedlora_flwr.simulations.local_grid import LocalGrid
 
     config = _placed(plan.config, run_dir)
+    place(config, workers)
     execute: Execute = one_by_one
     with ExitStack() as stack:
         if workers == 1:
@@ -217,10 +224,12 @@ def _placed(config: RunConfig, run_dir: RunDirectory) -> RunConfig:
     )
 
 
-def _federation(config: RunConfig, workers: int | None) -> str:
+def _federation(config: RunConfig, placement: Placement) -> str:
     text = f"num-supernodes={config.num_clients} client-resources-num-cpus={config.client_threads}"
-    if workers is not None:
-        text += f" init-args-num-cpus={workers * config.client_threads}"
+    if placement.workers is not None:
+        text += f" init-args-num-cpus={placement.workers * config.client_threads}"
+    if placement.gpu_share:
+        text += f" client-resources-num-gpus={placement.gpu_share}"
     return text
 
 
