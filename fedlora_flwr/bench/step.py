@@ -121,14 +121,18 @@ class StepBench:
         Records in the batch.
     device : torch.device
         Where both models are.
+    rank : int
+        Of the adapters.
     """
 
-    def __init__(self, shape: Shape, targets: str, records: int, device: torch.device) -> None:
-        self.shape, self.targets, self.device = shape, targets, device
+    def __init__(
+        self, shape: Shape, targets: str, records: int, device: torch.device, rank: int = RANK
+    ) -> None:
+        self.shape, self.targets, self.device, self.rank = shape, targets, device, rank
         batch = shape.batch(records)
         self.batch = {name: tensor.to(device) for name, tensor in batch.items()}
         self.records, self.indices = TensorRecords(batch), torch.arange(records)
-        spec = LoRASpec(RANK, ALPHA, 0.0, targets, (shape.head,))
+        spec = LoRASpec(rank, ALPHA, 0.0, targets, (shape.head,))
         self.engine = PrivateEngine(attach(self._model(), spec, seed=0), shape.losses)
         self.engine.verify(self.records)
         settings = OptimizerSettings("sgd", 1e-3, 1e-3, 1e-3)
@@ -179,7 +183,7 @@ class StepBench:
 
     def _peft(self) -> PeftModel:
         config = LoraConfig(
-            r=RANK,
+            r=self.rank,
             lora_alpha=int(ALPHA),
             target_modules=self.targets,
             modules_to_save=[self.shape.head],

@@ -25,6 +25,13 @@ def private_step(on_figure: OnFigure) -> None:
     measure(shapes, records=4, repetitions=5, device=torch.device("cpu"), on_figure=on_figure)
 
 
+def growth(on_figure: OnFigure) -> None:
+    """Show how a step's cost grows with rank, records and model."""
+    from fedlora_flwr.bench.growth import Setting, measure
+
+    measure(Setting(), on_figure)
+
+
 def published_way(on_figure: OnFigure) -> None:
     """Compare a round on short texts with a round as public scripts run it."""
     from fedlora_flwr.bench.published import Setting, measure
@@ -62,6 +69,7 @@ def on_a_gpu(on_figure: OnFigure) -> None:
 
 BENCHMARKS: Mapping[str, Benchmark] = {
     "step": private_step,
+    "growth": growth,
     "engine": in_process,
     "clients": registered_clients,
     "workers": worker_memory,
