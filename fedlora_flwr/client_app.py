@@ -10,6 +10,7 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 
 from fedlora_flwr.clients.bridge import answer, bridge, client_identity, trains_or_evaluates
+from fedlora_flwr.clients.device import DEVICE, Device
 from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.numpy_client import LoRAClient
 from fedlora_flwr.clients.trainer import process_trainer
@@ -20,19 +21,25 @@ from fedlora_flwr.privacy.ledger import Ledger
 
 
 def make_client(context: Context) -> LoRAClient:
-    """Make the client of one simulated partition.
+    """Make the client of a device, or of one simulated partition.
 
     Raises
     ------
     InvalidValue
-        The run config cannot be used, or the node config names no partition.
+        The run config or the device's file cannot be used, or the node config names neither a
+        device nor a partition.
     """
-    config = RunConfig.of(context.run_config)
     node = context.node_config
-    if "partition-id" not in node or "num-partitions" not in node:
-        raise InvalidValue("node config", dict(node), "'partition-id' and 'num-partitions'")
+    if DEVICE in node:
+        config = Device.read(Path(str(node[DEVICE]))).config(context.run_config)
+        partition, partitions = 0, 1
+    elif "partition-id" in node and "num-partitions" in node:
+        config = RunConfig.of(context.run_config)
+        partition, partitions = int(node["partition-id"]), int(node["num-partitions"])
+    else:
+        allowed = "'device', or 'partition-id' and 'num-partitions'"
+        raise InvalidValue("node config", dict(node), allowed)
     trainer = process_trainer(config)
-    partition, partitions = int(node["partition-id"]), int(node["num-partitions"])
     folder = state_folder(config)
     return LoRAClient(
         trainer,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from logging import ERROR
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -26,6 +27,7 @@ from flwr.common.logger import log
 from numpy.typing import NDArray
 
 from fedlora_flwr.arrays import from_numpy, record_of, to_numpy
+from fedlora_flwr.clients.device import DEVICE, Device
 from fedlora_flwr.errors import ClientFailed, FedLoRAError, InvalidValue
 from fedlora_flwr.wire import CLIENT, NAMES, SCORES
 
@@ -130,19 +132,21 @@ def _guarded(call: Callable[[S, U], T], first: S, second: U) -> T:
 
 
 def client_identity(context: Context) -> str:
-    """Return the stable identity of a client: its ``client-id``, or its partition's number.
+    """Return the stable identity of a client: a device's, ``client-id``, or its partition's number.
 
     Raises
     ------
     InvalidValue
-        The node config has neither.
+        The node config has none of them, or a device's file cannot be used.
     """
     config = context.node_config
+    if DEVICE in config:
+        return Device.read(Path(str(config[DEVICE]))).client
     if "client-id" in config:
         return str(config["client-id"])
     if "partition-id" in config:
         return f"partition-{int(config['partition-id']):06d}"
-    raise InvalidValue("node config", dict(config), "'client-id' or 'partition-id'")
+    raise InvalidValue("node config", dict(config), "'device', 'client-id' or 'partition-id'")
 
 
 def _to_legacy(content: RecordDict, prefix: str) -> RecordDict:

@@ -232,7 +232,7 @@ def test_identities(node_config: dict[str, Any], identity: str) -> None:
 
 
 def test_a_node_without_an_identity_is_refused() -> None:
-    with pytest.raises(InvalidValue, match="'client-id' or 'partition-id'"):
+    with pytest.raises(InvalidValue, match="'device', 'client-id' or 'partition-id'"):
         client_identity(Context(1, 2, {"path": "/data"}, RecordDict(), {}))
 
 

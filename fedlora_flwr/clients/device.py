@@ -1,0 +1,78 @@
+"""A device's own settings: whose data they are, where they lie, and what may be spent on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedlora_flwr.config import RunConfig, read_toml
+from fedlora_flwr.errors import InvalidValue, one_of
+
+DEVICE = "device"
+"""Key of the node config that names the file: ``--node-config 'device="/etc/fedlora.toml"'``."""
+
+CLIENT_ID = "client-id"
+OWN = (
+    "dataset", "dataset-subset", "train-split", "input-columns", "label-column", "model",
+    "epsilon", "delta", "ledger-scope", "secure-noise", "reproducible", "state-dir",
+    "microbatch-size", "precision", "device", "client-threads", "share-weights",
+)  # fmt: skip
+"""Keys of the run config that are a device's to say."""
+
+# A device has all of its data set; its ledger outlives a run; and no server's seed draws its noise.
+_DEFAULTS: Mapping[str, Any] = {
+    "partitioner": "iid",
+    "min-records": 1,
+    "train-limit": 0,
+    "ledger-scope": "lifetime",
+    "reproducible": False,
+}
+_FOLDERS = ("dataset", "model", "state-dir")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device's file says.
+
+    Parameters
+    ----------
+    client : str
+        Stable identity of the device's data, for budget and cohorts.
+    settings : Mapping[str, Any]
+        Keys of `OWN`, which are in force over the run's.
+    """
+
+    client: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Device:
+        """Read a device's TOML file. Folders in it may be relative to the file's.
+
+        Raises
+        ------
+        InvalidValue
+            The file cannot be read, has no ``client-id``, or names a key that is not a device's.
+        """
+        found = read_toml(path)
+        client = found.pop(CLIENT_ID, "")
+        if not isinstance(client, str) or not client.strip():
+            raise InvalidValue(CLIENT_ID, client, f"a name for the data of this device in {path}")
+        for key, value in found.items():
+            if key not in OWN:
+                raise InvalidValue(f"key of {path.name}", key, one_of(OWN, key))
+            if key in _FOLDERS and value and (local := path.parent / str(value)).exists():
+                found[key] = str(local.resolve())
+        return cls(client, found)
+
+    def config(self, run: Mapping[str, Any]) -> RunConfig:
+        """Return a run's configuration as it is on this device.
+
+        Raises
+        ------
+        InvalidValue
+            A setting cannot be used.
+        """
+        return RunConfig.of(run, _DEFAULTS, self.settings)
