@@ -17,17 +17,21 @@ CLIENT_ID = "client-id"
 OWN = (
     "dataset", "dataset-subset", "train-split", "input-columns", "label-column", "model",
     "epsilon", "delta", "ledger-scope", "secure-noise", "reproducible", "state-dir",
+    "report-unprotected-metrics",
     "microbatch-size", "precision", "device", "client-threads", "share-weights",
 )  # fmt: skip
 """Keys of the run config that are a device's to say."""
 
-# A device has all of its data set; its ledger outlives a run; and no server's seed draws its noise.
+_BUDGET = ("epsilon", "delta")
+# A device has all of its data set, its ledger outlives a run, no server's seed draws its noise, and
+# no server gets figures without privacy from it.
 _DEFAULTS: Mapping[str, Any] = {
     "partitioner": "iid",
     "min-records": 1,
     "train-limit": 0,
     "ledger-scope": "lifetime",
     "reproducible": False,
+    "report-unprotected-metrics": False,
 }
 _FOLDERS = ("dataset", "model", "state-dir")
 
@@ -54,12 +58,16 @@ class Device:
         Raises
         ------
         InvalidValue
-            The file cannot be read, has no ``client-id``, or names a key that is not a device's.
+            The file cannot be read, has no ``client-id`` or no budget, or names a key that is not a
+            device's.
         """
         found = read_toml(path)
         client = found.pop(CLIENT_ID, "")
         if not isinstance(client, str) or not client.strip():
             raise InvalidValue(CLIENT_ID, client, f"a name for the data of this device in {path}")
+        for key in _BUDGET:
+            if key not in found:
+                raise InvalidValue(key, None, f"a number in {path}: what may be spent on its data")
         for key, value in found.items():
             if key not in OWN:
                 raise InvalidValue(f"key of {path.name}", key, one_of(OWN, key))

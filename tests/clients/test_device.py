@@ -18,6 +18,7 @@ from tests.tasks.checkpoints import write_split
 from tests.tasks.texts import make_checkpoint, reviews, text_config
 
 MakeDevice = Callable[..., Path]
+BUDGET = "client-id = 'a'\nepsilon = 1\ndelta = 1e-5\n"
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,13 @@ def make_device(tmp_path: Path) -> MakeDevice:
     def make(number: int, **settings: Any) -> Path:
         folder = tmp_path / f"device-{number}"
         write_split(folder / "records", "train", ROWS[number::2])
-        lines = {"client-id": f"home-{number}", "dataset": "records", "state-dir": "state"}
+        lines: dict[str, Any] = {
+            "client-id": f"home-{number}",
+            "dataset": "records",
+            "state-dir": "state",
+            "epsilon": 8.0,
+            "delta": 1e-3,
+        }
         (folder / "state").mkdir()
         lines |= {key.replace("_", "-"): value for key, value in settings.items()}
         # Texts, numbers and flags are the same in JSON and in TOML.
@@ -91,6 +98,16 @@ def test_noise_follows_no_servers_seed_unless_the_device_says_so(
     assert not any((a == b).all() for a, b in zip(first[0], second[0], strict=True))
 
 
+@pytest.mark.parametrize("reports", [False, True])
+def test_figures_without_privacy_leave_only_a_device_that_says_so(
+    run: RunConfig, make_device: MakeDevice, reports: bool
+) -> None:
+    asked = RunConfig.of(run.items(), {"report-unprotected-metrics": True})
+    changes = {"report_unprotected_metrics": True} if reports else {}
+    metrics = fit(context(asked, device=str(make_device(0, **changes))))[2]
+    assert any("unprotected" in name for name in metrics) is reports
+
+
 def test_a_device_has_its_own_identity_data_budget_and_ledger(
     run: RunConfig, make_device: MakeDevice, tmp_path: Path
 ) -> None:
@@ -126,9 +143,11 @@ def test_a_device_whose_data_cannot_keep_the_promise_says_why(
         ("", "client-id = ''"),
         ("client-id = 3", "client-id = 3"),
         ("client-id = ' '", "client-id = ' '"),
-        ("client-id = 'a'\nrank = 9", "key of device.toml = 'rank'.*'dataset'"),
-        ("client-id = 'a'\nseed = 9", "key of device.toml = 'seed'"),
-        ("client-id = 'a'\ndatset = 'x'", "key of device.toml = 'datset'.*'dataset'"),
+        ("client-id = 'a'", "epsilon = None"),
+        ("client-id = 'a'\nepsilon = 1", "delta = None"),
+        (BUDGET + "rank = 9", "key of device.toml = 'rank'.*'dataset'"),
+        (BUDGET + "seed = 9", "key of device.toml = 'seed'"),
+        (BUDGET + "datset = 'x'", "key of device.toml = 'datset'.*'dataset'"),
         ("client-id = 'a", "readable TOML file"),
     ],
 )
@@ -141,7 +160,7 @@ def test_what_a_device_cannot_say_is_named(tmp_path: Path, text: str, message: s
 def test_a_missing_file_and_a_bad_value_are_named(run: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(InvalidValue, match="readable TOML file"):
         make_client(context(run, device=str(tmp_path / "none.toml")))
-    (tmp_path / "device.toml").write_text("client-id = 'a'\nepsilon = -1")
+    (tmp_path / "device.toml").write_text("client-id = 'a'\nepsilon = -1\ndelta = 0.1")
     with pytest.raises(InvalidValue, match="epsilon = -1"):
         make_client(context(run, device=str(tmp_path / "device.toml")))
 
