@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,8 +14,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedlora_flwr.config import RunConfig, parse_overrides, read_toml
-from fedlora_flwr.errors import FedLoRAError, InvalidValue, one_of
+from fedlora_flwr.config import RunConfig, parse_overrides
+from fedlora_flwr.deploy import commands as deploy
+from fedlora_flwr.errors import FedLoRAError, InvalidValue
+from fedlora_flwr.recipes import RECIPES, load_recipe, recipe_names
+from fedlora_flwr.terminal import guard
 
 app = typer.Typer(
     add_completion=False,
@@ -23,8 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Differentially private federated LoRA on Flower.",
 )
-_PATHS = ("model", "weights", "dataset")
-RECIPES = Path(__file__).parent / "simulations" / "recipes"
+app.add_typer(deploy.app, name="deploy")
 
 Recipe = Annotated[
     str, typer.Argument(help="A recipe's name (see `recipes`), or a TOML file of keys.")
@@ -111,7 +113,7 @@ def compare(
                 f"{failed} runs failed. rows.csv says why; the same command tries them again."
             )
 
-    _guard(work)
+    guard(work)
 
 
 @app.command()
@@ -133,7 +135,7 @@ def budget(
             spent = epsilon_spent([Segment(sigma, batch_size / records, steps)], delta, accountant)
             print(f"ε by {accountant.upper()} = {spent.epsilon:.4f}")
 
-    _guard(work)
+    guard(work)
 
 
 @app.command()
@@ -162,7 +164,7 @@ def plan(
         if found.broken:
             raise typer.Exit(1)
 
-    _guard(work)
+    guard(work)
 
 
 @app.command()
@@ -189,7 +191,7 @@ def pretrain(
         )
         console.print(f"Model     {folder}", highlight=False, soft_wrap=True)
 
-    _guard(work)
+    guard(work)
 
 
 @app.command()
@@ -204,7 +206,7 @@ def bench(
 
         run_suite(names or [], output and output.resolve(), Console())
 
-    _guard(work)
+    guard(work)
 
 
 @app.command("inspect-split")
@@ -234,7 +236,7 @@ def inspect_split(
         plot_split(counts, path, f"{config.task}, {config.partitioner}")
         console.print(f"Plot   {path}", highlight=False, soft_wrap=True)
 
-    _guard(work)
+    guard(work)
 
 
 @app.command()
@@ -255,35 +257,6 @@ def keys() -> None:
     for entry, (key, value) in zip(fields(RunConfig), values.items(), strict=True):
         table.add_row(key, repr(value), entry.metadata["about"])
     Console().print(table)
-
-
-def recipe_names() -> list[str]:
-    """Return the names of the recipes that come with the package, e.g. ``paper/ffa-lora-mnli``."""
-    found = (path.relative_to(RECIPES).with_suffix("") for path in RECIPES.rglob("*.toml"))
-    return sorted(path.as_posix() for path in found)
-
-
-def load_recipe(name: str, overrides: list[str] | None = None) -> RunConfig:
-    """Resolve a recipe by name or path, with overrides in force over it.
-
-    Raises
-    ------
-    InvalidValue
-        There is no such recipe, or one of its values cannot be used.
-    """
-    names = recipe_names()
-    if not name.endswith(".toml") and name not in names:
-        raise InvalidValue("recipe", name, one_of(names, name) + ", or a path that ends in .toml")
-    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
-    config = RunConfig.of(read_toml(path), parse_overrides(overrides or []))
-    located: dict[str, Any] = {key: _located(getattr(config, key)) for key in _PATHS}
-    return replace(config, **located)
-
-
-def _located(text: str) -> str:
-    """Return a path that means the same in every process of a run; all else as it is."""
-    path = Path(text).expanduser()
-    return str(path.resolve()) if text and path.exists() else text
 
 
 def _strategies(text: str) -> tuple[str, ...]:
@@ -350,19 +323,7 @@ def _launch(
         if json_only:
             print(json.dumps(run_dir.summary(), indent=2))
 
-    _guard(work)
-
-
-def _guard(work: Callable[[], None]) -> None:
-    """Turn an error that the package raises on purpose into one message and exit code 1."""
-    try:
-        work()
-    except FedLoRAError as error:
-        Console(stderr=True).print(f"Error: {error}", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        Console(stderr=True).print("Interrupted.")
-        raise typer.Exit(130) from None
+    guard(work)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "reproducible": False,
     "report-unprotected-metrics": False,
 }
-_FOLDERS = ("dataset", "model", "state-dir")
+_FOLDERS = ("dataset", "model")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,9 @@ class Device:
         for key, value in found.items():
             if key not in OWN:
                 raise InvalidValue(f"key of {path.name}", key, one_of(OWN, key))
-            if key in _FOLDERS and value and (local := path.parent / str(value)).exists():
+            local = path.parent / str(value)
+            # Of a model or data set the name may be a hub's; a ledger's folder is made when needed.
+            if value and (key == "state-dir" or (key in _FOLDERS and local.exists())):
                 found[key] = str(local.resolve())
         return cls(client, found)
 

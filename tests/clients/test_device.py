@@ -56,7 +56,6 @@ def make_device(tmp_path: Path) -> MakeDevice:
             "epsilon": 8.0,
             "delta": 1e-3,
         }
-        (folder / "state").mkdir()
         lines |= {key.replace("_", "-"): value for key, value in settings.items()}
         # Texts, numbers and flags are the same in JSON and in TOML.
         text = "\n".join(f"{key} = {json.dumps(value)}" for key, value in lines.items())

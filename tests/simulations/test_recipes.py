@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer, RobertaConfig
 
-from fedlora_flwr.cli import RECIPES, load_recipe, recipe_names
 from fedlora_flwr.clients.trainer import Trainer, plan_mechanism
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.privacy.budget import Segment, calibrate, epsilon_spent
+from fedlora_flwr.recipes import RECIPES, load_recipe, recipe_names
 from fedlora_flwr.simulations.forecast import forecast
 from fedlora_flwr.simulations.serve import build_strategy
 from tests.tasks import checkpoints

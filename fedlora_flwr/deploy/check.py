@@ -1,0 +1,269 @@
+"""Whether a fleet's folder is fit to start, before anything does: one finding a line."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+
+from fedlora_flwr.clients.device import Device
+from fedlora_flwr.clients.trainer import build_adapted, plan_mechanism
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.deploy.fleet import Fleet, read_fleet
+from fedlora_flwr.deploy.identities import PRIVATE
+from fedlora_flwr.environment import versions
+from fedlora_flwr.errors import FedLoRAError
+from fedlora_flwr.privacy.budget import Segment
+from fedlora_flwr.privacy.ledger import Account, Ledger
+from fedlora_flwr.tasks.registry import build_task
+
+SOON = timedelta(days=14)
+_MUST_AGREE = ("fedlora-flwr", "flwr")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was looked at, and what was found.
+
+    Parameters
+    ----------
+    subject : str
+        E.g. ``"server certificate"``.
+    good : bool
+        Whether it is fit.
+    text : str
+        What was found.
+    mend : str
+        What to do where it is not fit.
+    """
+
+    subject: str
+    good: bool
+    text: str
+    mend: str = ""
+
+
+def check_fleet(folder: Path, run: RunConfig | None = None) -> Iterator[Finding]:
+    """Look at everything in a fleet's folder that can be known before it starts.
+
+    Parameters
+    ----------
+    folder : Path
+        As `make_fleet` made it.
+    run : RunConfig, optional
+        The run that is planned. With it, each device's records are read, its promise worked out,
+        its ledger asked and its backbone compared with the server's.
+
+    Raises
+    ------
+    InvalidValue
+        It is no fleet's folder.
+    """
+    fleet, made_with = read_fleet(folder)
+    yield _versions(made_with)
+    yield from _certificates(folder, fleet)
+    yield from _private_keys(folder, fleet)
+    yield _port(fleet)
+    backbone = _Backbone(run) if run else None
+    for name in fleet.names:
+        yield from _device(folder / "devices" / name, name, run, backbone)
+
+
+def _versions(made_with: dict[str, str]) -> Finding:
+    here = versions()
+    other = [
+        f"{name} {here.get(name)} here, {made_with.get(name)} in the fleet"
+        for name in _MUST_AGREE
+        if here.get(name) != made_with.get(name)
+    ]
+    text = ", ".join(f"{name} {here.get(name)}" for name in _MUST_AGREE)
+    if other:
+        return Finding("versions", False, "; ".join(other), "install the same versions everywhere")
+    return Finding("versions", True, text)
+
+
+def _certificates(folder: Path, fleet: Fleet) -> Iterator[Finding]:
+    mend = "make a new folder with `fedlora deploy init`, and carry its ca.pem to every device"
+    try:
+        authority, server = (
+            x509.load_pem_x509_certificate((folder / "server" / f"{name}.pem").read_bytes())
+            for name in ("ca", "server")
+        )
+    except (OSError, ValueError) as error:
+        yield Finding("server certificate", False, f"cannot be read: {error}", mend)
+        return
+    for subject, certificate in (("CA certificate", authority), ("server certificate", server)):
+        yield _dates(subject, certificate, mend)
+    try:
+        server.verify_directly_issued_by(authority)
+        yield Finding("server certificate", True, "signed by the fleet's CA")
+    except (ValueError, TypeError, InvalidSignature):
+        yield Finding("server certificate", False, "not signed by the CA beside it", mend)
+    names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    known = {str(getattr(name, "value", name)) for name in names}
+    yield Finding(
+        "server certificate",
+        fleet.host in known,
+        f"holds for {', '.join(sorted(known))}",
+        f"devices call the server {fleet.host!r}: {mend}",
+    )
+    copies = [folder / "devices" / name / "ca.pem" for name in fleet.names]
+    own = (folder / "server" / "ca.pem").read_bytes()
+    other = [c.parent.name for c in copies if not c.exists() or c.read_bytes() != own]
+    text = f"of another CA, or none, on {', '.join(other)}" if other else "the same on all devices"
+    yield Finding("ca.pem", not other, text, "copy server/ca.pem there")
+
+
+def _dates(subject: str, certificate: x509.Certificate, mend: str) -> Finding:
+    now, begin, end = (
+        datetime.now(UTC),
+        certificate.not_valid_before_utc,
+        certificate.not_valid_after_utc,
+    )
+    text = f"valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}"
+    if end - now < SOON:
+        text += ", soon over" if end > now else ", over"
+    return Finding(subject, begin <= now <= end - SOON, text, mend)
+
+
+def _private_keys(folder: Path, fleet: Fleet) -> Iterator[Finding]:
+    keys = [folder / "ca" / "ca.key", folder / "server" / "server.key"]
+    keys += [folder / "devices" / name / "device.key" for name in fleet.names]
+    good = 0
+    for key in keys:
+        name = str(key.relative_to(folder))
+        if not key.exists():
+            # Keys are carried to where they belong, and need not stay here.
+            continue
+        if (mode := key.stat().st_mode & 0o777) != PRIVATE:
+            yield Finding(name, False, f"mode {mode:o}: others can read it", f"chmod 600 {key}")
+        elif problem := _mismatch(key):
+            yield Finding(name, False, problem, "put the right one back")
+        else:
+            good += 1
+    if good:
+        yield Finding("private keys", True, f"{good} of mode 600, each fits its public key")
+
+
+def _mismatch(key: Path) -> str:
+    """Say why a private key is not the partner of the public one beside it; empty if it is."""
+    content = key.read_bytes()
+    try:
+        if key.name == "device.key":
+            private: Any = serialization.load_ssh_private_key(content, None)
+            public: Any = serialization.load_ssh_public_key(key.with_suffix(".pub").read_bytes())
+        else:
+            private = serialization.load_pem_private_key(content, None)
+            certificate = key.with_suffix(".pem").read_bytes()
+            public = x509.load_pem_x509_certificate(certificate).public_key()
+    except (OSError, ValueError) as error:
+        return f"cannot be read: {error}"
+    same = private.public_key().public_numbers() == public.public_numbers()
+    return "" if same else "not the partner of the public key beside it"
+
+
+def _port(fleet: Fleet) -> Finding:
+    subject = f"port {fleet.port}"
+    try:
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((fleet.listen, fleet.port))
+    except OSError as error:
+        mend = "end what listens there, or make the fleet with another --port"
+        return Finding(subject, False, f"cannot be listened on: {error.strerror}", mend)
+    return Finding(subject, True, f"free on {fleet.listen}")
+
+
+class _Backbone:
+    """The fingerprint of the run's model, worked out once for each way to name the model."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+        self._known: dict[str, str] = {}
+
+    def of(self, config: RunConfig) -> str:
+        if config.model not in self._known:
+            adapted = build_adapted(config, build_task(config.task, config))
+            self._known[config.model] = adapted.fingerprint
+        return self._known[config.model]
+
+
+def _device(
+    folder: Path, name: str, run: RunConfig | None, backbone: _Backbone | None
+) -> Iterator[Finding]:
+    file = folder / "device.toml"
+    settings = _tried(name, lambda: Device.read(file), f"see {file}")
+    if isinstance(settings, Finding):
+        yield settings
+        return
+    if run is None or backbone is None:
+        yield Finding(name, True, f"settings of {settings.client!r} can be read")
+        return
+    config = _tried(name, lambda: settings.config(run.items()), f"see {file}")
+    if isinstance(config, Finding):
+        yield config
+        return
+    yield from _promise(name, settings.client, config, file)
+    own = _tried(name, lambda: backbone.of(config), f"see model in {file}")
+    if isinstance(own, Finding):
+        yield own
+        return
+    same = own == backbone.of(run)
+    text = f"backbone {own}" + ("" if same else f", the server's is {backbone.of(run)}")
+    yield Finding(name, same, text, "put the server's model there")
+
+
+def _promise(name: str, client: str, config: RunConfig, file: Path) -> Iterator[Finding]:
+    def records() -> int:
+        return len(build_task(config.task, config).client_records(0, 1))
+
+    count = _tried(name, records, f"see dataset in {file}")
+    if isinstance(count, Finding):
+        yield count
+        return
+    mechanism = _tried(
+        name, lambda: plan_mechanism(config, count), "more records, or another epsilon and delta"
+    )
+    if isinstance(mechanism, Finding):
+        yield mechanism
+        return
+    yield Finding(
+        name,
+        True,
+        f"{count} records, ε ≤ {config.epsilon:g} at δ = {config.delta:g} with noise multiplier "
+        f"{mechanism.noise_multiplier:.3g}",
+    )
+    if not config.state_dir:
+        return
+    folder = Path(config.state_dir)
+    if not (folder / "ledger.sqlite").exists():
+        yield Finding(name, True, "nothing spent yet")
+        return
+    account = Account(client, "", config.epsilon, config.delta, "lifetime")
+    segment = Segment(mechanism.noise_multiplier, mechanism.sample_rate, config.planned_steps)
+    ledger = Ledger(folder / "ledger.sqlite")
+    spent = ledger.summary(account).epsilon
+    after = _tried(
+        name,
+        lambda: ledger.check(account, segment),
+        "fewer rounds, or another epsilon if the data's owners agree",
+    )
+    if isinstance(after, Finding):
+        yield after
+    else:
+        yield Finding(name, True, f"ε = {spent:.3g} spent, {after.epsilon:.3g} after the run")
+
+
+def _tried(subject: str, work: Callable[[], Any], mend: str) -> Any:
+    """Return what a piece of work gives, or the finding that it cannot be done."""
+    try:
+        return work()
+    except (FedLoRAError, OSError) as error:
+        return Finding(subject, False, str(error), mend)

@@ -1,0 +1,224 @@
+"""The folder of a small fleet: one folder for the server, one a device, one for the operator."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from string import Template
+
+from fedlora_flwr.deploy.identities import make_certificates, make_device_key
+from fedlora_flwr.environment import versions
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.files import replacing
+
+CONNECTION = "fedlora-fleet"
+MANIFEST = "fleet.json"
+_QUIET = (
+    "export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 "
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1"
+)
+
+_SUPERLINK = f"""#!/bin/sh
+# Starts Flower's SuperLink on $listen:$port. Runs, replies and registered keys are in state.sqlite.
+set -eu
+cd "$$(dirname "$$0")"
+{_QUIET}
+exec flower-superlink --host $listen --port $port \\
+    --ssl-ca-certfile ca.pem --ssl-certfile server.pem --ssl-keyfile server.key \\
+    --enable-supernode-auth --database state.sqlite
+"""
+_SUPERNODE = f"""#!/bin/sh
+# Starts this device's SuperNode, which connects to $host:$port and listens on loopback alone.
+set -eu
+cd "$$(dirname "$$0")"
+{_QUIET}
+exec flower-supernode --superlink $host:$port --root-certificates ca.pem \\
+    --auth-supernode-private-key device.key --port "$${{FEDLORA_NODE_PORT:-$node_port}}" \\
+    --node-config "device=\\"$$PWD/device.toml\\""
+"""
+_UNIT = """[Unit]
+Description=$title
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+# Where this folder is on the machine, and who runs it.
+WorkingDirectory=/opt/fedlora
+Environment=PATH=/opt/fedlora/venv/bin:/usr/bin:/bin
+ExecStart=/opt/fedlora/start.sh
+User=fedlora
+Restart=on-failure
+RestartSec=10
+NoNewPrivileges=true
+ProtectSystem=full
+PrivateTmp=true
+
+[Install]
+WantedBy=multi-user.target
+"""
+_DEVICE = """# What this device says about itself. The run says the rest; see `fedlora keys`.
+client-id = "$name"
+
+# Its records: parquet, CSV, JSON lines or pictures. Columns are the run's unless named here.
+dataset = "data"
+# input-columns = "sentence"
+# label-column = "label"
+
+# What may be spent on them, over all runs together. delta is below 1/n.
+epsilon = 3.0
+delta = 1e-5
+ledger-scope = "lifetime"
+state-dir = "state"
+
+# device = "auto"
+# client-threads = 1
+# model = "model"
+"""
+_CONNECTION = """# Belongs into the operator's ~/.flwr/config.toml.
+[superlink.$connection]
+address = "$host:$port"
+root-certificates = "$ca"
+"""
+_REGISTER = """#!/bin/sh
+# Registers every device's public key with the running SuperLink; others are refused.
+set -eu
+cd "$$(dirname "$$0")"
+for key in keys/*.pub; do
+    flwr supernode register "$$key" $connection --name "$$(basename "$$key" .pub)"
+done
+"""
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """A server and its devices.
+
+    Parameters
+    ----------
+    devices : int
+        How many.
+    host : str
+        Name or address under which devices reach the server.
+    port : int
+        The server's one port.
+    days : int
+        How long its certificates hold.
+    """
+
+    devices: int
+    host: str = "127.0.0.1"
+    port: int = 9443
+    days: int = 365
+
+    def __post_init__(self) -> None:
+        for key, value, least, most in (
+            ("devices", self.devices, 1, 10_000),
+            ("port", self.port, 1, 65_535),
+            ("days", self.days, 1, 3_650),
+        ):
+            if not least <= value <= most:
+                raise InvalidValue(key, value, f"a whole number from {least} to {most}")
+        if not self.host or any(c.isspace() or c in "/:@\"'$`" for c in self.host):
+            raise InvalidValue("host", self.host, "a name or an IPv4 address, without a port")
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the devices."""
+        return [f"device-{number:02d}" for number in range(1, self.devices + 1)]
+
+    @property
+    def listen(self) -> str:
+        """The address that the server listens on: loopback stays loopback."""
+        try:
+            local = ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            local = self.host == "localhost"
+        return "127.0.0.1" if local else "0.0.0.0"  # noqa: S104  # Devices come from outside.
+
+
+def make_fleet(folder: Path, fleet: Fleet) -> None:
+    """Write everything that a fleet needs, in one piece.
+
+    Parameters
+    ----------
+    folder : Path
+        A folder that does not exist yet, or an empty one.
+    fleet : Fleet
+        What to make.
+
+    Raises
+    ------
+    InvalidValue
+        There is something in the folder already.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InvalidValue("folder", str(folder), "an empty folder, or one that does not exist")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(folder) as draft:
+        draft.mkdir(mode=0o700)
+        try:
+            _fill(draft, folder, fleet)
+        except BaseException:
+            shutil.rmtree(draft)
+            raise
+
+
+def read_fleet(folder: Path) -> tuple[Fleet, dict[str, str]]:
+    """Return the fleet that a folder is of, and the versions that it was made with.
+
+    Raises
+    ------
+    InvalidValue
+        It is no fleet's folder.
+    """
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return Fleet(**content["fleet"]), dict(content["versions"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        allowed = f"a folder that `fedlora deploy init` made ({error})"
+        raise InvalidValue("folder", str(folder), allowed) from error
+
+
+def _fill(draft: Path, folder: Path, fleet: Fleet) -> None:
+    server, operator = draft / "server", draft / "operator"
+    for made in (server, operator, operator / "keys", draft / "ca"):
+        made.mkdir()
+    make_certificates(server, fleet.host, fleet.days)
+    # The CA's key signs the next certificate, and is of no use on the server.
+    (server / "ca.key").rename(draft / "ca" / "ca.key")
+    for place in (draft / "ca", operator):
+        shutil.copy(server / "ca.pem", place / "ca.pem")
+    values = {
+        "host": fleet.host,
+        "port": str(fleet.port),
+        "listen": fleet.listen,
+        "connection": CONNECTION,
+        "ca": str((folder / "operator" / "ca.pem").resolve()),
+    }
+    _script(server / "start.sh", _SUPERLINK, values)
+    _text(server / "fedlora-superlink.service", _UNIT, {"title": "Flower SuperLink"})
+    _text(operator / "connection.toml", _CONNECTION, values)
+    _script(operator / "register.sh", _REGISTER, values)
+    for number, name in enumerate(fleet.names):
+        device = draft / "devices" / name
+        device.mkdir(parents=True)
+        make_device_key(device, name)
+        shutil.copy(device / "device.pub", operator / "keys" / f"{name}.pub")
+        shutil.copy(server / "ca.pem", device / "ca.pem")
+        _script(device / "start.sh", _SUPERNODE, {**values, "node_port": str(9500 + number)})
+        _text(device / "fedlora-supernode.service", _UNIT, {"title": "Flower SuperNode"})
+        _text(device / "device.toml", _DEVICE, {"name": name})
+    content = {"fleet": asdict(fleet), "versions": versions()}
+    (draft / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _text(path: Path, template: str, values: dict[str, str]) -> None:
+    path.write_text(Template(template).substitute(values), encoding="utf-8")
+
+
+def _script(path: Path, template: str, values: dict[str, str]) -> None:
+    _text(path, template, values)
+    path.chmod(0o755)

@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import ssl
+import stat
+import subprocess
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.deploy import check as checks
+from fedlora_flwr.deploy.check import Finding, check_fleet
+from fedlora_flwr.deploy.fleet import Fleet, make_fleet, read_fleet
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.privacy.budget import Segment
+from fedlora_flwr.privacy.ledger import Account, Ledger
+from tests.tasks.checkpoints import write_split
+from tests.tasks.texts import make_checkpoint, reviews, text_config
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Path:
+    make_fleet(tmp_path / "fleet", Fleet(2, port=free_port()))
+    return tmp_path / "fleet"
+
+
+def findings(folder: Path, run: RunConfig | None = None) -> dict[bool, list[Finding]]:
+    found = list(check_fleet(folder, run))
+    return {good: [f for f in found if f.good is good] for good in (True, False)}
+
+
+def test_private_keys_are_private_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        make_fleet(tmp_path / "fleet", Fleet(3))
+    finally:
+        os.umask(before)
+    keys = list((tmp_path / "fleet").rglob("*.key"))
+    assert len(keys) == 5
+    assert {stat.S_IMODE(key.stat().st_mode) for key in keys} == {0o600}
+    texts = [file.read_bytes() for file in (tmp_path / "fleet").rglob("*") if file.is_file()]
+    assert sum(b"PRIVATE KEY" in text for text in texts) == 5
+
+
+def test_other_programs_accept_certificates_and_keys(fleet: Path) -> None:
+    server = fleet / "server"
+    openssl = subprocess.run(
+        ["openssl", "verify", "-CAfile", server / "ca.pem", server / "server.pem"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert openssl.stdout.strip().endswith("OK")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(server / "server.pem", server / "server.key")
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        with listener, context.wrap_socket(listener.accept()[0], server_side=True) as made:
+            made.sendall(b"hello")
+
+    Thread(target=serve, daemon=True).start()
+    device = ssl.create_default_context(cafile=str(fleet / "devices" / "device-01" / "ca.pem"))
+    with (
+        socket.create_connection(listener.getsockname()) as plain,
+        device.wrap_socket(plain, server_hostname="127.0.0.1") as made,
+    ):
+        assert made.recv(5) == b"hello"
+    key = fleet / "devices" / "device-01" / "device.key"
+    public = subprocess.run(
+        ["ssh-keygen", "-y", "-f", key], capture_output=True, text=True, check=True
+    ).stdout
+    kept = (fleet / "operator" / "keys" / "device-01.pub").read_text()
+    assert kept.split()[:2] == public.split()[:2]
+    assert kept.split()[2] == "device-01"
+
+
+@pytest.mark.skipif(shutil.which("sh") is None, reason="needs a shell")
+def test_scripts_are_a_shells(fleet: Path) -> None:
+    scripts = list(fleet.rglob("*.sh"))
+    assert len(scripts) == 4
+    for script in scripts:
+        assert os.access(script, os.X_OK)
+        subprocess.run(["sh", "-n", script], check=True)
+
+
+def test_a_folder_in_use_is_left_alone(fleet: Path, tmp_path: Path) -> None:
+    before = sorted(fleet.rglob("*"))
+    with pytest.raises(InvalidValue, match="an empty folder"):
+        make_fleet(fleet, Fleet(1))
+    assert sorted(fleet.rglob("*")) == before
+    assert read_fleet(fleet)[0].devices == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["fleet"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"devices": 0}, "devices = 0"),
+        ({"port": 70_000}, "port = 70000"),
+        ({"days": 0}, "days = 0"),
+        ({"host": "a b"}, "host = 'a b'"),
+        ({"host": "$(x)"}, "host"),
+        ({"host": "server:1"}, "without a port"),
+    ],
+)
+def test_a_fleet_that_cannot_be_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidValue, match=message.replace("$", r"\$").replace("(", r"\(")):
+        Fleet(**{"devices": 2, **changes})  # type: ignore[arg-type]
+
+
+def test_what_listens_is_as_open_as_the_host() -> None:
+    assert Fleet(1, "127.0.0.1").listen == Fleet(1, "localhost").listen == "127.0.0.1"
+    assert Fleet(1, "10.0.0.5").listen == Fleet(1, "fleet.example.org").listen == "0.0.0.0"
+
+
+def test_a_new_fleet_is_fit(fleet: Path) -> None:
+    assert findings(fleet)[False] == []
+
+
+def test_a_folder_that_is_no_fleets_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidValue, match="deploy init"):
+        list(check_fleet(tmp_path))
+
+
+def world_readable(fleet: Path) -> None:
+    (fleet / "devices" / "device-02" / "device.key").chmod(0o644)
+
+
+def swapped_keys(fleet: Path) -> None:
+    one, two = (fleet / "devices" / f"device-0{i}" / "device.key" for i in (1, 2))
+    one.write_bytes(two.read_bytes())
+
+
+def other_ca(fleet: Path) -> None:
+    make_fleet(fleet.parent / "other", Fleet(1))
+    shutil.copy(fleet.parent / "other" / "server" / "ca.pem", fleet / "devices" / "device-01")
+
+
+def other_server(fleet: Path) -> None:
+    make_fleet(fleet.parent / "other", Fleet(1))
+    for name in ("server.pem", "server.key"):
+        shutil.copy(fleet.parent / "other" / "server" / name, fleet / "server" / name)
+
+
+def broken_certificate(fleet: Path) -> None:
+    (fleet / "server" / "server.pem").write_text("nothing")
+
+
+def other_host(fleet: Path) -> None:
+    manifest = json.loads((fleet / "fleet.json").read_text())
+    manifest["fleet"]["host"] = "10.1.2.3"
+    (fleet / "fleet.json").write_text(json.dumps(manifest))
+
+
+def other_version(fleet: Path) -> None:
+    manifest = json.loads((fleet / "fleet.json").read_text())
+    manifest["versions"]["flwr"] = "1.0.0"
+    (fleet / "fleet.json").write_text(json.dumps(manifest))
+
+
+def unreadable_settings(fleet: Path) -> None:
+    (fleet / "devices" / "device-02" / "device.toml").write_text("client-id = ")
+
+
+@pytest.mark.parametrize(
+    ("fault", "subject", "text"),
+    [
+        (world_readable, "devices/device-02/device.key", "mode 644"),
+        (swapped_keys, "devices/device-01/device.key", "not the partner"),
+        (other_ca, "ca.pem", "on device-01"),
+        (other_server, "server certificate", "not signed by the CA"),
+        (broken_certificate, "server certificate", "cannot be read"),
+        (other_host, "server certificate", "holds for 127.0.0.1"),
+        (other_version, "versions", "flwr .* here, 1.0.0 in the fleet"),
+        (unreadable_settings, "device-02", "readable TOML file"),
+    ],
+)
+def test_each_fault_is_found_with_its_mend(
+    fleet: Path, fault: Callable[[Path], None], subject: str, text: str
+) -> None:
+    import re
+
+    fault(fleet)
+    bad = findings(fleet)[False]
+    assert any(f.subject == subject and re.search(text, f.text) and f.mend for f in bad), bad
+
+
+def test_certificates_that_end_soon_are_found(fleet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "SOON", timedelta(days=400))
+    bad = findings(fleet)[False]
+    assert [f.subject for f in bad] == ["CA certificate", "server certificate"]
+    assert all("soon over" in f.text for f in bad)
+
+
+def test_a_port_in_use_is_found(fleet: Path) -> None:
+    port = read_fleet(fleet)[0].port
+    with socket.create_server(("127.0.0.1", port)):
+        (bad,) = findings(fleet)[False]
+    assert bad.subject == f"port {port}"
+
+
+@pytest.fixture
+def planned(fleet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """Return a run whose model and records every device has."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = make_checkpoint("bert", tmp_path / "model")
+    rows = reviews(80)
+    write_split(tmp_path / "public", "train", rows[:4])
+    write_split(tmp_path / "public", "validation", rows[:4])
+    for number, name in enumerate(("device-01", "device-02")):
+        folder = fleet / "devices" / name
+        write_split(folder / "data", "train", rows[number::2])
+        settings = (folder / "device.toml").read_text().replace("1e-5", "1e-3")
+        (folder / "device.toml").write_text(settings)
+    return text_config(
+        model, tmp_path / "public", input_columns="text", batch_size=8, local_steps=2,
+        num_rounds=3, delta=1e-3,
+    )  # fmt: skip
+
+
+def test_with_the_run_records_budget_and_model_are_looked_at(
+    fleet: Path, planned: RunConfig
+) -> None:
+    found = findings(fleet, planned)
+    assert found[False] == []
+    texts = [f.text for f in found[True] if f.subject == "device-02"]
+    assert any(text.startswith("40 records, ε ≤ 3 at δ = 0.001 with noise") for text in texts)
+    assert "nothing spent yet" in texts
+    assert any(text.startswith("backbone ") for text in texts)
+
+
+def test_a_spent_budget_too_few_records_and_another_model_are_found(
+    fleet: Path, planned: RunConfig, tmp_path: Path
+) -> None:
+    first, second = (fleet / "devices" / name for name in ("device-01", "device-02"))
+    ledger = Ledger(first / "state" / "ledger.sqlite")
+    ledger.record(Account("device-01", "earlier", 99.0, 1e-3, "lifetime"), 1, Segment(1.0, 0.2, 9))
+    make_checkpoint("roberta", second / "other")
+    (second / "device.toml").write_text(
+        (second / "device.toml").read_text().replace("delta = 1e-3", "delta = 0.1")
+        + 'model = "other"\n'
+    )
+
+    bad = {f.subject: [g.text for g in findings(fleet, planned)[False] if g.subject == f.subject]
+           for f in findings(fleet, planned)[False]}  # fmt: skip
+
+    assert "budget exhausted" in " ".join(bad["device-01"])
+    assert "delta = 0.1" in " ".join(bad["device-02"])
+    assert any("the server's is" in text or "lora-targets" in text for text in bad["device-02"])
