@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test lint bench bench-gpu
+.PHONY: setup run test test-deploy lint bench bench-gpu
 
 setup: $(STAMP)
 
@@ -19,6 +19,9 @@ run: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-deploy: setup
+	$(BIN)/python -m pytest -n 0 -m deploy tests/deploy
 
 bench: setup
 	@$(BIN)/fedlora bench --output benchmarks/results/bench.json
