@@ -22,7 +22,7 @@ from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.simulations.placement import Placement, place
 from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.simulations.serve import build_strategy, serve
-from fedlora_flwr.simulations.superlink import SimulationSuperLink
+from fedlora_flwr.simulations.superlink import LOCAL, SimulationSuperLink
 from fedlora_flwr.simulations.workers import Execute, executor, one_by_one
 from fedlora_flwr.tasks.registry import build_task
 
@@ -143,7 +143,7 @@ def run_on_flower(
     RunFailed
         Flower reports anything but a completed run.
     """
-    cluster = bool(os.environ.get("RAY_ADDRESS"))
+    cluster = os.environ.get("RAY_ADDRESS", LOCAL) != LOCAL
     if workers is not None and cluster:
         raise InvalidValue("workers", workers, "left out where RAY_ADDRESS names a cluster")
     config, placement = _placed(plan.config, run_dir), place(plan.config, workers)

@@ -18,6 +18,8 @@ from typing import Any, TextIO
 from fedlora_flwr.errors import FedLoRAError
 
 CONNECTION = "fedlora"
+LOCAL = "local"
+"""Value of ``RAY_ADDRESS`` that makes Ray start a cluster of its own."""
 QUIET = {
     # Flower would build a fresh environment for the app, and ask the network for updates.
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -53,6 +55,8 @@ class SimulationSuperLink:
         self._log = log
         self._home = Path(tempfile.mkdtemp(prefix="fedlora-"))
         self._env = {
+            # Else Ray joins whatever cluster it finds traces of on this machine, dead ones too.
+            "RAY_ADDRESS": LOCAL,
             **os.environ,
             **QUIET,
             "FLWR_HOME": str(self._home / "flwr"),

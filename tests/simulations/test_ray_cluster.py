@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,10 +48,13 @@ class Noted(DigitsTask):
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Start a head and a second node with one CPU each, as `ray start` does; end both."""
     address, log = f"127.0.0.1:{free_port()}", tmp_path_factory.mktemp("ray") / "ray.log"
+    # A short path, for sockets lie below it; and not Ray's own, where all runs look for a cluster.
+    traces = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     common = ("--num-cpus=1", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1")
     port = address.split(":")[1]
     commands = (
-        (f"--head --port={port} --include-dashboard=false --ray-client-server-port={free_port()}"),
+        f"--head --port={port} --include-dashboard=false --temp-dir={traces} "
+        f"--ray-client-server-port={free_port()}",
         f"--address={address}",
     )
     processes = []
@@ -77,6 +82,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 os.killpg(process.pid, signal.SIGTERM)
         for process in processes:
             process.wait(timeout=60)
+        shutil.rmtree(traces, ignore_errors=True)
 
 
 def test_two_nodes_give_the_arrays_of_one_process(
