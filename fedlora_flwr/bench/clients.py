@@ -8,16 +8,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedlora_flwr.bench.engine import stack_config
 from fedlora_flwr.bench.figures import Figure
+from fedlora_flwr.bench.rounds import time_rounds
 from fedlora_flwr.simulations.run_dir import RunDirectory
-from fedlora_flwr.simulations.runner import make_plan, run_in_process
+from fedlora_flwr.simulations.runner import make_plan
 from fedlora_flwr.simulations.workers import log_to_file
 
 TIME_BAR, MEMORY_BAR = 1.2, 1.1
@@ -50,7 +49,6 @@ def rounds_of(registered: int, sampled: int, rounds: int) -> dict[str, float]:
 
     The first round, which builds the model and asks every client who it is, does not count.
     """
-    seconds: list[float] = []
     with tempfile.TemporaryDirectory(prefix="fedlora-bench-") as scratch:
         folder = Path(scratch)
         log_to_file(folder / "flower.log")
@@ -60,15 +58,7 @@ def rounds_of(registered: int, sampled: int, rounds: int) -> dict[str, float]:
                 run_dir.path, registered, rounds + 1, **{"fraction-train": sampled / registered}
             )
         )
-        mark = time.perf_counter()
-
-        def after(row: dict[str, Any]) -> None:
-            nonlocal mark
-            if row["round"] > 1:
-                seconds.append(time.perf_counter() - mark)
-            mark = time.perf_counter()
-
-        run_in_process(plan, run_dir, after)
+        seconds = time_rounds(plan, run_dir)
     megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     return {"seconds": statistics.median(seconds), "megabytes": megabytes}
 

@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlora_flwr.bench.figures import Figure
+from fedlora_flwr.bench.rounds import time_rounds
 from fedlora_flwr.bench.step import Shape
 from fedlora_flwr.bench.tasks import ShapeTask
 from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.plan import BOTH, ComponentPlan
 from fedlora_flwr.simulations.run_dir import RunDirectory
-from fedlora_flwr.simulations.runner import make_plan, run_in_process
+from fedlora_flwr.simulations.runner import make_plan
 from fedlora_flwr.simulations.workers import log_to_file
 
 WIDTH, DEPTH = 768, 32
@@ -75,18 +76,13 @@ def _message(setting: Setting) -> Figure:
         log_to_file(folder / "flower.log")
         run_dir = RunDirectory(folder / "run")
         plan = make_plan(stack_config(run_dir.path, setting.clients, setting.rounds + 1))
-        seconds: dict[str, list[float]] = {"round": [], "bare": []}
-        mark = time.perf_counter()
+        bare: list[float] = []
 
-        def after(row: dict[str, Any]) -> None:
-            nonlocal mark
-            if row["round"] > 1:  # The first builds the model.
-                seconds["round"].append(time.perf_counter() - mark)
-                seconds["bare"].append(_bare_loop(plan.config, plan.mechanisms[0], setting.clients))
-            mark = time.perf_counter()
+        def loop() -> None:
+            bare.append(_bare_loop(plan.config, plan.mechanisms[0], setting.clients))
 
-        run_in_process(plan, run_dir, after)
-    overhead = statistics.median(seconds["round"]) - statistics.median(seconds["bare"])
+        rounds = time_rounds(plan, run_dir, between=loop)
+    overhead = statistics.median(rounds) - statistics.median(bare)
     return Figure(
         f"overhead of a client's message, adapters of {4e-6 * 2 * 8 * WIDTH * DEPTH:.1f} MB",
         max(overhead, 0.0) / setting.clients * 1e3,

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fedlora_flwr.bench.figures import Figure, peak_bytes, take_turns
+from fedlora_flwr.bench.rounds import time_rounds
 from fedlora_flwr.bench.step import Bars, Shape, StepBench, measure, roberta, swin
 from fedlora_flwr.bench.tasks import ShapeTask
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.precision import run_in_bf16
 from fedlora_flwr.simulations.run_dir import RunDirectory
-from fedlora_flwr.simulations.runner import make_plan, run_in_process
+from fedlora_flwr.simulations.runner import make_plan
 from fedlora_flwr.simulations.workers import log_to_file
 
 BARS = Bars(narrow=1.05, all_linears=1.05, memory=None)
@@ -124,7 +123,6 @@ def _precision(shape: Shape, records: int, repetitions: int, device: torch.devic
 
 def _round(workers: int, rounds: int) -> float:
     """Return the median seconds of a round of eight clients on the first GPU."""
-    seconds: list[float] = []
     with tempfile.TemporaryDirectory(prefix="fedlora-bench-") as scratch:
         folder = Path(scratch)
         log_to_file(folder / "flower.log")
@@ -147,16 +145,7 @@ def _round(workers: int, rounds: int) -> float:
                 }
             )
         )
-        mark = time.perf_counter()
-
-        def after(row: dict[str, Any]) -> None:
-            nonlocal mark
-            if row["round"] > 1:  # The first builds the models.
-                seconds.append(time.perf_counter() - mark)
-            mark = time.perf_counter()
-
-        run_in_process(plan, run_dir, after, workers)
-    return statistics.median(seconds)
+        return statistics.median(time_rounds(plan, run_dir, workers=workers))
 
 
 class Pictures(ShapeTask):

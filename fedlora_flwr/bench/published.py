@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fedlora_flwr.bench.figures import Figure
+from fedlora_flwr.bench.rounds import time_rounds
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.simulations.run_dir import RunDirectory
-from fedlora_flwr.simulations.runner import make_plan, run_in_process
+from fedlora_flwr.simulations.runner import make_plan
 from fedlora_flwr.simulations.workers import log_to_file
 
 BAR = 1 / 5
@@ -80,21 +81,14 @@ def _take_turns(folder: Path, setting: Setting) -> tuple[list[float], list[float
     plan = make_plan(config)
     script = _Script(folder, setting, plan.mechanisms[0].noise_multiplier, config.clip_norm)
     script.client()
-    ours: list[float] = []
     theirs: list[float] = []
-    mark = time.perf_counter()
 
-    def after(row: dict[str, Any]) -> None:
-        nonlocal mark
-        # The first round opens the data; the published way opens its own before.
-        if row["round"] > 1:
-            ours.append(time.perf_counter() - mark)
-            begin = time.perf_counter()
-            script.client()
-            theirs.append(time.perf_counter() - begin)
-        mark = time.perf_counter()
+    def published() -> None:
+        begin = time.perf_counter()
+        script.client()
+        theirs.append(time.perf_counter() - begin)
 
-    run_in_process(plan, RunDirectory(folder / "run"), after)
+    ours = time_rounds(plan, RunDirectory(folder / "run"), between=published)
     return ours, theirs
 
 

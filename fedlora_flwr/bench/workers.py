@@ -36,7 +36,7 @@ class Texts(ShapeTask):
 
 
 def measure(setting: Setting, on_figure: Callable[[Figure], None]) -> None:
-    """Start workers that import, then workers that hold the model and have taken a step."""
+    """Start workers that import, then workers that hold the model."""
     with tempfile.TemporaryDirectory(prefix="fedlora-bench-") as scratch:
         imports = _megabytes(["imports"] * setting.workers, setting.task, Path(scratch))
         apart = _megabytes(["apart"] * setting.workers, setting.task, Path(scratch))

@@ -13,13 +13,11 @@ from fedlora_flwr.deploy.identities import make_certificates, make_device_key
 from fedlora_flwr.environment import versions
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import replacing
+from fedlora_flwr.simulations.superlink import QUIET
 
 CONNECTION = "fedlora-fleet"
 MANIFEST = "fleet.json"
-_QUIET = (
-    "export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 "
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1"
-)
+_QUIET = "export " + " ".join(f"{k}={v}" for k, v in QUIET.items() if k.startswith("FLWR_"))
 
 _SUPERLINK = f"""#!/bin/sh
 # Starts Flower's SuperLink on $listen:$port. Runs, replies and registered keys are in state.sqlite.

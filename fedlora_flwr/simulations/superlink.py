@@ -71,7 +71,7 @@ class SimulationSuperLink:
         self._stream: subprocess.Popen[bytes] | None = None
         self._run_id: str | None = None
         self._finished = False
-        self._port = _free_port()
+        self._port = free_port()
 
     def __enter__(self) -> SimulationSuperLink:
         """Start the SuperLink without waiting for it."""
@@ -196,7 +196,8 @@ class SimulationSuperLink:
         return answer
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of the loopback that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -18,14 +18,9 @@ from pathlib import Path
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy.fleet import CONNECTION, read_fleet
 from fedlora_flwr.simulations.runner import STUB
+from fedlora_flwr.simulations.superlink import free_port
 
 BIN = Path(sys.executable).parent
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @dataclass

@@ -8,7 +8,8 @@ import pytest
 
 from fedlora_flwr.deploy.fleet import Fleet, make_fleet
 from fedlora_flwr.simulations.run_dir import RunDirectory
-from tests.deploy.running import free_port, running
+from fedlora_flwr.simulations.superlink import free_port
+from tests.deploy.running import running
 from tests.tasks.checkpoints import write_split
 from tests.tasks.texts import make_checkpoint, reviews, text_config
 

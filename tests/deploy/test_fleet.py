@@ -21,14 +21,9 @@ from fedlora_flwr.deploy.fleet import Fleet, make_fleet, read_fleet
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.privacy.budget import Segment
 from fedlora_flwr.privacy.ledger import Account, Ledger
+from fedlora_flwr.simulations.superlink import free_port
 from tests.tasks.checkpoints import write_split
 from tests.tasks.texts import make_checkpoint, reviews, text_config
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture

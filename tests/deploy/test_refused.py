@@ -12,7 +12,8 @@ import pytest
 
 from fedlora_flwr.deploy import identities
 from fedlora_flwr.deploy.fleet import CONNECTION, Fleet, make_fleet
-from tests.deploy.running import RunningFleet, free_port, running
+from fedlora_flwr.simulations.superlink import free_port
+from tests.deploy.running import RunningFleet, running
 
 pytestmark = pytest.mark.deploy
 DEVICE = "device-01"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,15 +19,10 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import make_plan, run_in_process, run_on_flower
+from fedlora_flwr.simulations.superlink import free_port
 
 pytestmark = pytest.mark.flower
 RAY = str(Path(sys.executable).parent / "ray")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 NOTED = """

@@ -1,0 +1,41 @@
+"""How long the rounds of a run take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.simulations.runner import RunPlan, run_in_process
+
+
+def time_rounds(
+    plan: RunPlan,
+    run_dir: RunDirectory,
+    between: Callable[[], object] = lambda: None,
+    workers: int = 1,
+) -> list[float]:
+    """Run without Ray and return the seconds of each round but the first.
+
+    The first opens the data, builds the models and asks every client who it is.
+
+    Parameters
+    ----------
+    plan, run_dir, workers
+        As of `run_in_process`.
+    between : callable, optional
+        Called after each counted round, outside of its time: what takes turns with rounds.
+    """
+    seconds: list[float] = []
+    mark = time.perf_counter()
+
+    def after(row: dict[str, Any]) -> None:
+        nonlocal mark
+        if row["round"] > 1:
+            seconds.append(time.perf_counter() - mark)
+            between()
+        mark = time.perf_counter()
+
+    run_in_process(plan, run_dir, after, workers)
+    return seconds
