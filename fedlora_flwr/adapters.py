@@ -169,13 +169,16 @@ class AdaptedModel:
         Returns
         -------
         dict[str, ndarray]
-            fp32 arrays that share no memory with the model.
+            fp32 arrays, read-only, that share no memory with the model.
         """
         chosen = self.parameters if names is None else names
-        return {
+        copies = {
             name: np.array(self.parameters[name].detach().to("cpu", torch.float32).numpy())
             for name in chosen
         }
+        for copied in copies.values():
+            copied.flags.writeable = False
+        return copies
 
     @property
     def rank(self) -> int:

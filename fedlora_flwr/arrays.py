@@ -31,17 +31,21 @@ class Array(app.Array):
     Parameters
     ----------
     values : ndarray
-        Any shape, C-contiguous, no objects. They are copied.
+        Any shape, C-contiguous, no objects. They are copied, unless they are read-only and in
+        memory of their own, which nobody can change.
     """
 
     __hash__ = None  # type: ignore[assignment]
+    values: NDArray[np.generic]
 
     def __init__(self, values: NDArray[np.generic]) -> None:
-        self.dtype = str(values.dtype)
-        self.shape = values.shape
-        self.stype = SType.NUMPY
-        self.values = values.copy()
-        self.values.flags.writeable = False
+        if values.flags.writeable or not values.flags.owndata:
+            values = values.copy()
+            values.flags.writeable = False
+        # Past Flower's `__setattr__`, which forgets what it had worked out of older content.
+        vars(self).update(
+            dtype=str(values.dtype), shape=values.shape, stype=SType.NUMPY, values=values
+        )
 
     @cached_property
     def data(self) -> bytes:  # type: ignore[override]

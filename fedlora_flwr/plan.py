@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from fedlora_flwr.errors import InvalidValue
 
@@ -99,6 +99,7 @@ class ComponentPlan:
                 raise InvalidValue("plan", str(self), f"1 or {num_blocks} modes a step")
 
 
+@lru_cache(maxsize=65536)
 def factor_of(name: str) -> str | None:
     """Return ``"A"`` or ``"B"`` for the name of a LoRA factor, ``None`` for a head array."""
     match = _FACTOR.fullmatch(name)

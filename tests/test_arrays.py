@@ -91,6 +91,21 @@ def test_the_values_are_a_copy_that_nobody_can_change(values: NDArray[np.generic
     assert to_numpy(array).tobytes() == before
 
 
+def test_a_read_only_view_of_what_others_can_change_is_copied() -> None:
+    values = np.arange(3.0)
+    view = values[:]
+    view.flags.writeable = False
+    array = from_numpy(view)
+    values.fill(9)
+    assert to_numpy(array).tolist() == [0.0, 1.0, 2.0]
+
+
+def test_what_nobody_can_change_is_not_copied() -> None:
+    values = np.arange(3.0)
+    values.flags.writeable = False
+    assert to_numpy(from_numpy(values)) is values
+
+
 @given(arrays, st.booleans())
 def test_an_array_equals_flowers_own_of_the_same_values(
     values: NDArray[np.generic], transposed: bool
