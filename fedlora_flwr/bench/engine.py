@@ -24,7 +24,7 @@ from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.plan import BOTH, ComponentPlan
 from fedlora_flwr.simulations.run_dir import RunDirectory
-from fedlora_flwr.simulations.runner import make_plan
+from fedlora_flwr.simulations.runner import RunPlan, make_plan
 from fedlora_flwr.simulations.workers import log_to_file
 
 WIDTH, DEPTH = 768, 32
@@ -79,7 +79,7 @@ def _message(setting: Setting) -> Figure:
         bare: list[float] = []
 
         def loop() -> None:
-            bare.append(_bare_loop(plan.config, plan.mechanisms[0], setting.clients))
+            bare.append(_bare_loop(plan, server_round=len(bare) + 2))
 
         rounds = time_rounds(plan, run_dir, between=loop)
     overhead = statistics.median(rounds) - statistics.median(bare)
@@ -93,12 +93,15 @@ def _message(setting: Setting) -> Figure:
     )
 
 
-def _bare_loop(config: RunConfig, mechanism: Any, clients: int) -> float:
-    trainer = process_trainer(config)
-    records = trainer.task.client_records(0, clients)
+def _bare_loop(plan: RunPlan, server_round: int) -> float:
+    """Train each client on the batches and with the noise that it had in the round."""
+    trainer = process_trainer(plan.config)
+    clients = plan.config.num_clients
     begin = time.perf_counter()
-    for client in range(clients):
-        trainer.train(trainer.start, ComponentPlan.uniform(BOTH), records, mechanism, (client, 0))
+    for client, mechanism in enumerate(plan.mechanisms):
+        records = trainer.task.client_records(client, clients)
+        stream = (f"partition-{client:06d}", server_round)
+        trainer.train(trainer.start, ComponentPlan.uniform(BOTH), records, mechanism, stream)
     return time.perf_counter() - begin
 
 
