@@ -9,7 +9,13 @@ from flwr.client import Client
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 
-from fedlora_flwr.clients.bridge import answer, bridge, client_identity, trains_or_evaluates
+from fedlora_flwr.clients.bridge import (
+    answer,
+    bridge,
+    client_identity,
+    guarded,
+    trains_or_evaluates,
+)
 from fedlora_flwr.clients.device import DEVICE, Device
 from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.numpy_client import LoRAClient
@@ -31,10 +37,11 @@ def make_client(context: Context) -> LoRAClient:
     """
     node = context.node_config
     if DEVICE in node:
-        config = Device.read(Path(str(node[DEVICE]))).config(context.run_config)
+        device = Device.read(Path(str(node[DEVICE])))
+        identity, config = device.client, device.config(context.run_config)
         partition, partitions = 0, 1
     elif "partition-id" in node and "num-partitions" in node:
-        config = RunConfig.of(context.run_config)
+        identity, config = client_identity(context), RunConfig.of(context.run_config)
         partition, partitions = int(node["partition-id"]), int(node["num-partitions"])
     else:
         allowed = "'device', or 'partition-id' and 'num-partitions'"
@@ -45,7 +52,7 @@ def make_client(context: Context) -> LoRAClient:
         trainer,
         trainer.task.client_records(partition, partitions),
         Ledger(folder / "ledger.sqlite"),
-        client_identity(context),
+        identity,
         str(context.run_id),
         store=LocalStore(folder / "local"),
         rank=config.client_rank(partition) if config.client_ranks else None,
@@ -65,8 +72,14 @@ def state_folder(config: RunConfig) -> Path:
 def _direct(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Answer a Message-API strategy without a detour over Flower's legacy records."""
     if trains_or_evaluates(message):
-        return answer(make_client(context), message, context)
+        # To make a client is to read its records, of which an error may speak.
+        return guarded(_serve, message, context)
     return call_next(message, context)
+
+
+def _serve(message: Message, context: Context) -> Message:
+    client = make_client(context)
+    return answer(client, message, client.identity)
 
 
 app = ClientApp(client_fn, mods=[_direct, bridge])

@@ -65,12 +65,12 @@ def bridge(message: Message, context: Context, call_next: ClientAppCallable) -> 
         identity_record = ConfigRecord({CLIENT: client_identity(context)})
         return Message(RecordDict({"config": identity_record}), reply_to=message)
     if not trains_or_evaluates(message):
-        return _guarded(call_next, message, context)
+        return guarded(call_next, message, context)
     prefix = _LEGACY_INS[kind]
     identity = client_identity(context)
     names = list(_only(message.content.array_records, "ArrayRecord"))
     message.content = _to_legacy(message.content, prefix)
-    reply = _guarded(call_next, message, context)
+    reply = guarded(call_next, message, context)
     if not reply.has_error():
         reply.content = (
             _fit_result(reply.content, names, identity)
@@ -86,7 +86,7 @@ def trains_or_evaluates(message: Message) -> bool:
     return prefix is not None and f"{prefix}.parameters" not in message.content.array_records
 
 
-def answer(client: NumPyClient, message: Message, context: Context) -> Message:
+def answer(client: NumPyClient, message: Message, identity: str) -> Message:
     """Serve a train or evaluate message with a NumPyClient, past Flower's legacy records.
 
     The reply is that of `bridge`, at a fraction of its time: `bridge` hands arrays on through
@@ -98,10 +98,9 @@ def answer(client: NumPyClient, message: Message, context: Context) -> Message:
         Serves the message.
     message : Message
         What a Message-API strategy sent.
-    context : Context
-        The client's context; its node config tells who it is.
+    identity : str
+        Who the client is (see `client_identity`).
     """
-    identity = client_identity(context)
     arrays = _only(message.content.array_records, "ArrayRecord")
     config = dict(_only(message.content.config_records, "ConfigRecord"))
     names = list(arrays)
@@ -109,15 +108,15 @@ def answer(client: NumPyClient, message: Message, context: Context) -> Message:
     values: NDArrays = [to_numpy(array) for array in arrays.values()]
     scalars = cast(dict[str, Scalar], config)
     if message.metadata.message_type == MessageType.TRAIN:
-        trained, examples, metrics = _guarded(client.fit, values, scalars)
+        trained, examples, metrics = guarded(client.fit, values, scalars)
         content = _reply(trained, names, {**metrics, CLIENT: identity}, examples)
     else:
-        loss, examples, metrics = _guarded(client.evaluate, values, scalars)
+        loss, examples, metrics = guarded(client.evaluate, values, scalars)
         content = RecordDict(_split({**metrics, "loss": loss, CLIENT: identity}, examples))  # type: ignore[arg-type,unused-ignore]
     return Message(content, reply_to=message)
 
 
-def _guarded(call: Callable[[S, U], T], first: S, second: U) -> T:
+def guarded(call: Callable[[S, U], T], first: S, second: U) -> T:
     """Keep what a library says about private records off the wire; its kind is enough.
 
     Flower sends an exception's text to the server.

@@ -18,13 +18,13 @@ OWN = (
     "dataset", "dataset-subset", "train-split", "input-columns", "label-column", "model",
     "epsilon", "delta", "ledger-scope", "secure-noise", "reproducible", "state-dir",
     "report-unprotected-metrics",
-    "microbatch-size", "precision", "device", "client-threads", "share-weights",
+    "microbatch-size", "precision", "compile", "device", "client-threads", "share-weights",
 )  # fmt: skip
 """Keys of the run config that are a device's to say."""
 
 _BUDGET = ("epsilon", "delta")
 # A device has all of its data set, its ledger outlives a run, no server's seed draws its noise, and
-# no server gets figures without privacy from it.
+# no server gets figures without privacy from it. Its process serves one message and is alone.
 _DEFAULTS: Mapping[str, Any] = {
     "partitioner": "iid",
     "min-records": 1,
@@ -32,6 +32,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "ledger-scope": "lifetime",
     "reproducible": False,
     "report-unprotected-metrics": False,
+    "share-weights": False,
 }
 _FOLDERS = ("dataset", "model")
 

@@ -132,6 +132,11 @@ class LoRAClient(NumPyClient):
         config = trainer.config
         self._account = Account(client, run, config.epsilon, config.delta, config.ledger_scope)
 
+    @property
+    def identity(self) -> str:
+        """Stable identity of the client's records."""
+        return self._account.client
+
     def get_parameters(self, config: Scalars) -> list[NDArray[np.float32]]:
         """Return the adapters' start, which follows from the seed and not from any record."""
         del config
