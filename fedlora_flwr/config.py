@@ -178,6 +178,11 @@ class RunConfig:
     precision: str = _key(
         "fp32", _choice("fp32", "bf16"), "of the frozen backbone's products; what trains is fp32"
     )
+    compile: str = _key(
+        "none",
+        _choice("none", "inductor", "aot_eager"),
+        "backend of torch.compile for the frozen backbone",
+    )
     share_weights: bool = _key(
         True, _ANY, "whether processes of a machine share the frozen weights, by a cached file"
     )

@@ -15,6 +15,7 @@ from fedlora_flwr.bench.figures import Figure, peak_bytes, take_turns
 from fedlora_flwr.bench.rounds import time_rounds
 from fedlora_flwr.bench.step import Bars, Shape, StepBench, measure, roberta, swin
 from fedlora_flwr.bench.tasks import ShapeTask
+from fedlora_flwr.compiled import compile_backbone
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.precision import run_in_bf16
 from fedlora_flwr.simulations.run_dir import RunDirectory
@@ -23,6 +24,7 @@ from fedlora_flwr.simulations.workers import log_to_file
 
 BARS = Bars(narrow=1.05, all_linears=1.05, memory=None)
 HALF_BAR = 0.5
+EAGER = "not compiled"
 SKIPPED = "skipped: no CUDA GPU here"
 
 
@@ -67,6 +69,7 @@ def measure_gpu(setting: Setting, on_figure: Callable[[Figure], None]) -> None:
     for shape, records in setting.steps:
         measure([shape], records, setting.repetitions, device, on_figure, rivals=False, bars=BARS)
         on_figure(_precision(shape, records, setting.repetitions, device))
+        on_figure(_compiled(shape, records, setting.repetitions, device))
         torch.cuda.empty_cache()
     seconds = {workers: _round(workers, setting.rounds) for workers in setting.workers}
     for workers, (what, unit, against, bar) in zip(
@@ -85,6 +88,7 @@ def _planned(setting: Setting) -> list[Planned]:
             what = f"{shape.name}, b = {records}, {layers}, A, B and AB: time"
             steps.append((what, "s", "plain PEFT", BARS.time(layers)))
         steps.append((_precision_title(shape, records), "s", "fp32", HALF_BAR))
+        steps.append((_compiled_title(shape, records), "s", EAGER, None))
     return [*steps, *_worker_figures(setting)]
 
 
@@ -119,6 +123,25 @@ def _precision(shape: Shape, records: int, repetitions: int, device: torch.devic
         _precision_title(shape, records),
         seconds["bf16"], seconds["fp32"], "s", "fp32", HALF_BAR, note,
     )  # fmt: skip
+
+
+def _compiled_title(shape: Shape, records: int) -> str:
+    return f"{shape.name}, b = {records}, AB: private step in bf16, compiled"
+
+
+def _compiled(shape: Shape, records: int, repetitions: int, device: torch.device) -> Figure:
+    layers, targets = next(iter(shape.targets.items()))
+    calls = {}
+    for backend in ("none", "inductor"):
+        bench = StepBench(shape, targets, records, device)
+        run_in_bf16(bench.engine.adapted.model)
+        if backend != "none":
+            compile_backbone(bench.engine.adapted, backend)
+        arrays = list(bench.engine.adapted.parameters)
+        calls[backend] = partial(bench.engine.step, bench.records, bench.indices, arrays)
+    seconds = take_turns(calls, repetitions)
+    title = _compiled_title(shape, records)
+    return Figure(title, seconds["inductor"], seconds["none"], "s", EAGER, None, layers)
 
 
 def _round(workers: int, rounds: int) -> float:

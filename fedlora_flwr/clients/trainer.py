@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedlora_flwr.adapters import AdaptedModel, LoRASpec, attach
+from fedlora_flwr.compiled import compile_backbone
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.frozen import share
@@ -148,6 +149,8 @@ class Trainer:
         task = task or build_task(config.task, config)
         adapted = build_adapted(config, task)
         engine = PrivateEngine(adapted, task.losses, config.microbatch_size or None)
+        if config.compile != "none":
+            compile_backbone(adapted, config.compile)
         return cls(config, task, adapted, engine, adapted.read())
 
     @cached_property
