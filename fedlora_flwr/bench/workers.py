@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedlora_flwr.bench.figures import Figure
 from fedlora_flwr.bench.step import Shape, roberta
@@ -21,9 +20,10 @@ MEMORY_BAR = 100.0
 
 @dataclass(frozen=True)
 class Setting:
-    """The task whose model the workers have, and how many workers there are at once."""
+    """The task whose model the workers have, one of next to nothing, and how many there are."""
 
     task: str = "fedlora_flwr.bench.workers:Texts"
+    tiny: str = "fedlora_flwr.bench.workers:TinyTexts"
     workers: int = 2
 
 
@@ -35,10 +35,20 @@ class Texts(ShapeTask):
         return roberta()
 
 
+class TinyTexts(ShapeTask):
+    """The same for a RoBERTa of one layer and four features: what a worker imports, and no more."""
+
+    def shape(self) -> Shape:
+        """Return the model and its input."""
+        return roberta(
+            hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4
+        )
+
+
 def measure(setting: Setting, on_figure: Callable[[Figure], None]) -> None:
-    """Start workers that import, then workers that hold the model."""
+    """Start workers of a tiny model, which import the same, then workers that hold the model."""
     with tempfile.TemporaryDirectory(prefix="fedlora-bench-") as scratch:
-        imports = _megabytes(["imports"] * setting.workers, setting.task, Path(scratch))
+        imports = _megabytes(["apart"] * setting.workers, setting.tiny, Path(scratch))
         apart = _megabytes(["apart"] * setting.workers, setting.task, Path(scratch))
         shared = _megabytes(["shared"] * setting.workers, setting.task, Path(scratch))
     on_figure(
@@ -90,18 +100,11 @@ def _work(kind: str, task: str, scratch: str) -> None:
     from fedlora_flwr.config import RunConfig
 
     torch.set_num_threads(1)
-    kept: Any = None
-    if kind == "imports":
-        # What building a model and a private step import.
-        import opacus  # noqa: F401
-        import timm  # noqa: F401
-        from transformers import RobertaForSequenceClassification  # noqa: F401
-    else:
-        config = RunConfig.of(
-            {"task": task, "device": "cpu", "rank": 8, "share-weights": kind == "shared",
-             "state-dir": scratch, "run-dir": scratch}
-        )  # fmt: skip
-        kept = process_trainer(config)
+    config = RunConfig.of(
+        {"task": task, "device": "cpu", "rank": 4, "share-weights": kind == "shared",
+         "state-dir": scratch, "run-dir": scratch}
+    )  # fmt: skip
+    kept = process_trainer(config)
     print("ready", flush=True)
     sys.stdin.readline()
     del kept
