@@ -164,8 +164,9 @@ class StepBench:
                     failed[name] = f"fails: {type(error).__name__}"
                 else:
                     calls[name] = call
-        seconds = take_turns(calls, repetitions)
-        memory = {name: peak_bytes(call) / 1e6 for name, call in calls.items()}
+        with self.engine.training():
+            seconds = take_turns(calls, repetitions)
+            memory = {name: peak_bytes(call) / 1e6 for name, call in calls.items()}
         for name in [*list(calls)[1:], *failed]:
             is_bar = name == "plain PEFT"
             yield Figure(
@@ -206,10 +207,9 @@ def _choose(model: PeftModel, phase: str) -> list[nn.Parameter]:
 def _plain_step(
     model: PeftModel, phase: str, shape: Shape, batch: Mapping[str, Tensor]
 ) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(_choose(model.train(), phase), lr=1e-3)
+
     def step() -> None:
-        # Phases share the model, so each sets its own.
-        optimizer = torch.optim.SGD(_choose(model, phase), lr=1e-3)
-        model.train()
         shape.losses(model, batch).mean().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

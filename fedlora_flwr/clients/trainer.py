@@ -211,8 +211,9 @@ class Trainer:
                 scores,
             )
             batches = poisson_batches(mechanism, steps, self._seed("batches", stream))
-            for step, indices in enumerate(batches, start=1):
-                self.engine.step(records, indices, layout.active(plan, step))
+            with self.engine.training():
+                for step, indices in enumerate(batches, start=1):
+                    self.engine.step(records, indices, layout.active(plan, step))
         trained = self.adapted.read(layout.trained(plan, steps))
         return LocalUpdate(trained, scores.result() if scores else None)
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -302,6 +304,23 @@ def test_evaluation_between_steps_is_without_dropout() -> None:
     first, second = (VIT.losses(engine.adapted.model, batch) for _ in range(2))
 
     assert torch.equal(first, second)
+
+
+def test_a_loop_of_steps_drops_in_each_of_them_and_not_after() -> None:
+    moved = []
+    for looped in (True, False):
+        engine, records = engine_of(VIT, 0.5), VIT.records(4)
+        engine.start_round(Mechanism(0.0, 1.0, 2, 4), PLAIN_SGD, SeededNoise(0))
+        torch.manual_seed(0)
+        with engine.training() if looped else nullcontext():
+            for _ in range(2):
+                engine.step(records, torch.arange(4), active(engine.adapted, "*"))
+                assert engine.adapted.layers[0].dropout.training is looped
+        assert not any(module.training for module in engine.adapted.model.modules())
+        moved.append(engine.adapted.read())
+
+    for name, array in moved[0].items():
+        assert np.array_equal(array, moved[1][name])
 
 
 def test_poisson_batches_are_independent_draws_of_every_record() -> None:
