@@ -21,7 +21,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 test-deploy: setup
-	$(BIN)/python -m pytest -n 0 -m deploy tests/deploy
+	$(BIN)/python -m pytest -m deploy tests/deploy
 
 bench: setup
 	@$(BIN)/fedlora bench --output benchmarks/results/bench.json

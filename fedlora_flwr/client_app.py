@@ -9,6 +9,7 @@ from flwr.client import Client
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 
+from fedlora_flwr.clients import uncollected
 from fedlora_flwr.clients.bridge import (
     answer,
     bridge,
@@ -18,12 +19,14 @@ from fedlora_flwr.clients.bridge import (
 )
 from fedlora_flwr.clients.device import DEVICE, Device
 from fedlora_flwr.clients.local_store import LocalStore
-from fedlora_flwr.clients.numpy_client import LoRAClient
-from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import data_folder
 from fedlora_flwr.privacy.ledger import Ledger
+
+with uncollected():
+    from fedlora_flwr.clients.numpy_client import LoRAClient
+    from fedlora_flwr.clients.trainer import process_trainer
 
 
 def make_client(context: Context) -> LoRAClient:

@@ -8,6 +8,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.deploy.watched_grid import WatchedGrid
 from fedlora_flwr.files import data_folder
 from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.simulations.serve import serve
@@ -24,4 +25,4 @@ def main(grid: Grid, context: Context) -> None:
     else:
         run_dir = RunDirectory.new(data_folder() / "runs", config)
     print(f"Results: {run_dir.path}", flush=True)
-    serve(grid, config, run_dir)
+    serve(WatchedGrid(grid), config, run_dir)

@@ -53,6 +53,13 @@ def registered_clients(on_figure: OnFigure) -> None:
     measure(Setting(), on_figure)
 
 
+def client_start(on_figure: OnFigure) -> None:
+    """Compare a device's process, started for each message, with the plain way to start."""
+    from fedlora_flwr.bench.start import Setting, measure
+
+    measure(Setting(), on_figure)
+
+
 def worker_memory(on_figure: OnFigure) -> None:
     """Weigh one more worker process that shares the frozen weights with the others."""
     from fedlora_flwr.bench.workers import Setting, measure
@@ -72,6 +79,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "growth": growth,
     "engine": in_process,
     "clients": registered_clients,
+    "start": client_start,
     "workers": worker_memory,
     "published": published_way,
     "gpu": on_a_gpu,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from logging import WARNING
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fedlora_flwr.adapters import AdaptedModel
@@ -100,7 +102,8 @@ class _Session:
     on_round: OnRound | None
     rows: list[dict[str, Any]] = field(default_factory=list)
     accountants: set[str] = field(default_factory=set)
-    num_clients: int = 0
+    nodes: set[int] = field(default_factory=set)
+    connected: Callable[[], Iterable[int]] = tuple
     _mark: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -112,7 +115,8 @@ class _Session:
 
     def run(self, grid: Grid) -> None:
         # A federation has the nodes that it has; num-clients only says how many a run makes.
-        self.num_clients = len(list(grid.get_node_ids()))
+        self.connected = grid.get_node_ids
+        self._absent()
         self.strategy.start(
             grid,
             initial_arrays=to_record(self.adapted.read()),
@@ -157,6 +161,15 @@ class _Session:
             return {}
         return self.task.evaluate(self.adapted.model, self.task.test_records())
 
+    def _absent(self) -> int:
+        """Return how many nodes have been connected in this run, and are not."""
+        connected = set(self.connected())
+        self.nodes |= connected
+        absent = len(self.nodes - connected)
+        if absent:
+            log(WARNING, "%d of %d nodes are not connected any more.", absent, len(self.nodes))
+        return absent
+
     def _communication(self, server_round: int) -> dict[str, Any]:
         report = self.strategy.last_round
         if server_round == 0 or report is None:
@@ -171,6 +184,7 @@ class _Session:
             "epsilon_max": report.epsilon_max,
             "clients_asked": report.sent,
             "clients_used": len(report.uploads),
+            "clients_absent": self._absent(),
             "declined": report.declined,
             "failures": report.failures,
             "bytes_down": report.bytes_down,
@@ -193,7 +207,7 @@ def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dic
         "status": "completed",
         "task": config.task,
         "strategy": config.strategy,
-        "num_clients": session.num_clients if session else 0,
+        "num_clients": len(session.nodes) if session else 0,
         "num_rounds": config.num_rounds,
         "rounds_done": len(rounds),
         "metric": metric,

@@ -59,9 +59,10 @@ class FedSALoRA(FedLoRA):
         report = self.last_round
         if report is None:
             return None
-        metrics, reasons = {}, []
+        metrics, reasons, silent = {}, [], set(self._asked)
         for reply in replies:
             node = reply.metadata.src_node_id
+            silent.discard(node)
             if reply.has_error():
                 who = self._clients.get(node) or self._name(node)
                 reasons.append(f"{who}: {last_line(reply.error.reason)}")
@@ -69,13 +70,14 @@ class FedSALoRA(FedLoRA):
             numbers, texts = scalars(reply.content)
             numbers.pop(self.weighted_by_key, None)
             metrics[self._client(node, texts)] = numbers
+        reasons += [f"{self._name(node)}: no measurement in time" for node in silent]
         report.failures += sorted(reasons)
         for line in sorted(reasons):
             log(WARNING, "\t> round %d: %s", server_round, line)
         if not metrics:
             raise FederationAborted(
                 f"Round {server_round}: no client measured its model. Reasons: "
-                + "; ".join(sorted(reasons)[:5] or ["no reply in time"])
+                + "; ".join(sorted(reasons)[:5])
             )
         # In a fixed order, since sums depend on it.
         mean = combine_metrics([metrics[client] for client in sorted(metrics)])

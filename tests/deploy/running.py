@@ -43,8 +43,8 @@ class RunningFleet:
             "OMP_NUM_THREADS": "1",
         }
 
-    def start(self, name: str) -> subprocess.Popen[bytes]:
-        """Start ``server`` or a device by its own script."""
+    def start(self, name: str, **env: str) -> subprocess.Popen[bytes]:
+        """Start ``server`` or a device by its own script, which also knows ``env``."""
         folder = self.folder / ("server" if name == "server" else f"devices/{name}")
         with self.log(name).open("ab") as log:
             self.processes[name] = subprocess.Popen(
@@ -52,7 +52,7 @@ class RunningFleet:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env={**self.env, "FEDLORA_NODE_PORT": str(free_port())},
+                env={**self.env, "FEDLORA_NODE_PORT": str(free_port()), **env},
                 cwd="/",
             )
         return self.processes[name]
@@ -91,12 +91,13 @@ class RunningFleet:
 
     def stop(self, names: Sequence[str]) -> None:
         """End processes that this fleet has started, with all of theirs."""
-        for name in names:
-            process = self.processes.pop(name)
-            # A SuperNode that ends leaves its SuperExec behind, in the same group.
-            for sign, patience in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 5.0)):
+        ended = [self.processes.pop(name) for name in names]
+        # A SuperNode that ends leaves its SuperExec behind, in the same group.
+        for sign, patience in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 5.0)):
+            for process in ended:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, sign)
+            for process in ended:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(patience)
 

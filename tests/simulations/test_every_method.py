@@ -48,6 +48,7 @@ ROW = {
     "epsilon_max",
     "clients_asked",
     "clients_used",
+    "clients_absent",
     "declined",
     "failures",
     "bytes_down",

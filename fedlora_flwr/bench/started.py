@@ -1,0 +1,88 @@
+"""What `fedlora_flwr.bench.start` starts: a process that gets ready for a private step.
+
+Every import is in a function, because imports are most of what is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+DEVICE_FILE, RUN_FILE, MODEL = "device/device.toml", "run.toml", "model"
+
+
+class Clock:
+    """CPU seconds of this process, by what they went to."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, float] = {}
+
+    def done(self, stage: str) -> None:
+        """Count what has passed since the last stage, or the process' start, as this stage."""
+        self.stages[stage] = time.process_time() - sum(self.stages.values())
+
+
+def as_a_client(folder: Path, clock: Clock) -> None:
+    """Do what ``flwr-clientapp`` does with a training message, up to the first private step."""
+    import flwr.supernode.cli  # noqa: F401
+
+    clock.done("Flower")
+    from fedlora_flwr import client_app
+
+    clock.done("imports")
+    from flwr.app import Context, RecordDict
+
+    from fedlora_flwr.clients.device import Device
+    from fedlora_flwr.clients.trainer import plan_mechanism, process_trainer
+    from fedlora_flwr.config import RunConfig, read_toml
+
+    device = str(folder / DEVICE_FILE)
+    run = RunConfig.of(read_toml(folder / RUN_FILE)).items()
+    config = Device.read(Path(device)).config(run)
+    trainer = process_trainer(config)
+    _ = trainer.adapted.fingerprint
+    clock.done("model")
+    # The trainer is the process' own, and found again.
+    client_app.make_client(Context(1, 1, {"device": device}, RecordDict(), run))
+    records = trainer.task.client_records(0, 1)
+    clock.done("records")
+    plan_mechanism(config, len(records))
+    trainer.load(trainer.start)
+    clock.done("noise")
+
+
+def as_scripts_do(folder: Path, clock: Clock) -> None:
+    """Import everything and build the private model as a script on PEFT and Opacus does."""
+    import opacus
+    import peft
+    import timm  # noqa: F401
+    import torch
+    import transformers
+
+    clock.done("imports")
+    auto: Any = transformers.AutoModelForSequenceClassification
+    lora = peft.LoraConfig(r=4, target_modules=["query", "value"], modules_to_save=["classifier"])
+    model = peft.get_peft_model(auto.from_pretrained(folder / MODEL, num_labels=2), lora).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    tokens = torch.zeros(2000, 64, dtype=torch.int64)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(tokens), batch_size=64)
+    opacus.PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(trained, lr=0.1),
+        data_loader=loader,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    clock.done("model")
+
+
+WAYS = {"client": as_a_client, "plain": as_scripts_do}
+
+if __name__ == "__main__":
+    started = Clock()
+    WAYS[sys.argv[1]](Path(sys.argv[2]), started)
+    loaded = sorted({name.split(".")[0] for name in sys.modules})
+    print(json.dumps({"stages": started.stages, "modules": loaded}), flush=True)

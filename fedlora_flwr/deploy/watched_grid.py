@@ -1,0 +1,126 @@
+"""Flower's way to real nodes, watched: nobody waits for a reply that cannot come."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flwr.app import Error, Message
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+RESTARTED = "the device was restarted in this round, and what it was asked is lost"
+_NODE_UNAVAILABLE = 5
+_LEEWAY = 1.0  # seconds; the last look is not to find it void
+
+
+class WatchedGrid(Grid):
+    """A grid that tells of each node what became of its message.
+
+    Flower's own hands a message out once. Of a node that is offline when it looks, it reports an
+    error in the SuperLink's name; a node that was restarted between two looks is waited for until
+    the timeout. Messages stay valid for half a day, so that a slow node trains for rounds that
+    are over, and pays for them.
+
+    Here each error comes from the node that it is about, a restart is an error at once, and a
+    message is void when its round is over.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's own.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    @property
+    def run(self) -> Run:
+        """Flower's description of the run."""
+        return self._grid.run
+
+    def set_run(self, run: Run) -> None:
+        """Take another run's identity."""
+        self._grid.set_run(run)
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        """Make a message to one node."""
+        return self._grid.create_message(*args, **kwargs)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the ids of the nodes that are connected."""
+        return self._grid.get_node_ids()
+
+    def get_nodes(self) -> Iterable[Any]:
+        """Return Flower's description of the nodes that are connected."""
+        return self._grid.get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that have come."""
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Send messages; return what came back until nothing more can, or time is up."""
+        started = time.monotonic()
+        deadline = started + (math.inf if timeout is None else timeout)
+        sent = [_valid_for(message, timeout) for message in messages]
+        activations = self._activations()
+        pushed = set(self._grid.push_messages(sent))
+        waiting = {m.metadata.message_id: m for m in sent if m.metadata.message_id in pushed}
+        replies: list[Message] = []
+        while waiting:
+            # First the nodes: a reply that is there counts, whatever became of its node.
+            lost = _restarted(waiting, activations, self._activations())
+            for reply in self._grid.pull_messages(list(waiting)):
+                asked = waiting.pop(reply.metadata.reply_to_message_id)
+                replies.append(_of_its_node(reply, asked))
+            replies += [_lost(waiting.pop(key)) for key in lost if key in waiting]
+            now = time.monotonic()
+            if now >= deadline:
+                break
+            # As often as a short round needs, and as seldom as Flower does in a long one.
+            time.sleep(min(3.0, 0.1 + (now - started) / 50, deadline - now) if waiting else 0)
+        return replies
+
+    def _activations(self) -> dict[int, str]:
+        """Return when each connected node connected last."""
+        return {node.node_id: node.last_activated_at for node in self._grid.get_nodes()}
+
+
+def _valid_for(message: Message, timeout: float | None) -> Message:
+    if timeout is None:
+        return message
+    about = message.metadata
+    return Message(
+        message.content,
+        about.dst_node_id,
+        about.message_type,
+        ttl=timeout + _LEEWAY,
+        group_id=about.group_id,
+    )
+
+
+def _restarted(
+    waiting: Mapping[str, Message], before: Mapping[int, str], now: Mapping[int, str]
+) -> list[str]:
+    nodes = {key: message.metadata.dst_node_id for key, message in waiting.items()}
+    # Of a node that is not connected Flower tells by itself.
+    return [key for key, node in nodes.items() if now.get(node) not in (None, before.get(node))]
+
+
+def _of_its_node(reply: Message, asked: Message) -> Message:
+    if not reply.has_error() or reply.metadata.src_node_id == asked.metadata.dst_node_id:
+        return reply
+    return Message(reply.error, reply_to=asked)
+
+
+def _lost(asked: Message) -> Message:
+    return Message(Error(_NODE_UNAVAILABLE, RESTARTED), reply_to=asked)

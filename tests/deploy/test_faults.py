@@ -1,0 +1,225 @@
+"""What real SuperNodes do to a run: one is late, one is killed and comes back, two clients fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.deploy.fleet import CONNECTION, Fleet, make_fleet
+from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.simulations.superlink import free_port
+from tests.deploy import faulty
+from tests.deploy.running import RunningFleet, running
+from tests.tasks.checkpoints import write_split
+from tests.tasks.texts import make_checkpoint, reviews, text_config
+
+pytestmark = pytest.mark.deploy
+
+LATE, KILLED, FAILING, SOUND = NAMES = [f"device-0{number}" for number in (1, 2, 3, 4)]
+STEPS = 2
+# Flower takes a minute to notice that a node or a client's process is gone.
+TIMEOUT = 100.0
+
+
+@dataclass
+class Story:
+    """What is left when all has happened."""
+
+    said: str
+    server: str
+    device: str
+    refused: str
+    run_dir: RunDirectory
+    ledgers: dict[str, list[int]]
+
+    @property
+    def rounds(self) -> list[dict[str, Any]]:
+        return self.run_dir.rows("rounds")
+
+    def used(self, server_round: int) -> dict[str, dict[str, Any]]:
+        rows = self.run_dir.rows("clients")
+        return {row["client"]: row for row in rows if row["round"] == server_round}
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    base = tmp_path_factory.mktemp("faults")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(base / "cache"))
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+        config = prepare(base)
+        with running(base / "fleet", base / "operator", []) as fleet:
+            yield Scene(base, fleet, RunDirectory(base / "run")).play(config)
+
+
+def prepare(base: Path) -> RunConfig:
+    make_fleet(base / "fleet", Fleet(len(NAMES), port=free_port()))
+    model, rows = make_checkpoint("bert", base / "model"), reviews(30 * len(NAMES))
+    for split in ("train", "validation"):
+        write_split(base / "public", split, rows[:20])
+    for number, name in enumerate(NAMES):
+        device = base / "fleet" / "devices" / name
+        write_split(device / "data", "train", rows[number::4])
+        settings = (device / "device.toml").read_text().replace("1e-5", "1e-3")
+        (device / "device.toml").write_text(settings)
+        (base / name).mkdir()
+    return text_config(
+        model, base / "public", task=faulty.NAME, input_columns="text", batch_size=8,
+        local_steps=STEPS, num_rounds=4, num_clients=4, min_clients=3, min_completion=0.25,
+        round_timeout=TIMEOUT, delta=1e-3, epsilon=50.0, run_dir=str(base / "run"),
+        reproducible=False,
+    )  # fmt: skip
+
+
+@dataclass
+class Scene:
+    """Four devices, each with a folder that says what goes wrong on it."""
+
+    base: Path
+    fleet: RunningFleet
+    run_dir: RunDirectory
+
+    def play(self, config: RunConfig) -> Story:
+        said: list[str] = []
+        for name in NAMES:
+            self.start(name)
+        follow = Thread(target=lambda: said.append(self.fleet.run(config, 900)), daemon=True)
+        follow.start()
+        self.after_round(1)
+        self.tell(LATE, faulty.HANG)
+        self.tell(KILLED, faulty.HANG)
+        self.tell(FAILING, faulty.KILL)
+        self.wait_for(self.base / KILLED / faulty.HANGING)
+        refused = self.kill_supernode()
+        # It has answered, and is slow from the next round on.
+        self.until(lambda: self.ledger(SOUND) == [1, 2])
+        self.tell(SOUND, faulty.HANG)
+        self.after_round(2)
+        self.tell(FAILING, faulty.RAISE)
+        self.untell(LATE, faulty.HANG)
+        self.untell(KILLED, faulty.HANG)
+        self.start(KILLED)
+        self.until(lambda: self.online() == len(NAMES))
+        self.untell(SOUND, faulty.HANG)
+        follow.join()
+        return Story(
+            said[0],
+            self.fleet.log("server").read_text(),
+            self.fleet.log(FAILING).read_text(),
+            refused,
+            self.run_dir,
+            {name: self.ledger(name) for name in NAMES},
+        )
+
+    def kill_supernode(self) -> str:
+        """Kill a SuperNode alone, start it again at once, and return what it says."""
+        supernode = self.fleet.processes[KILLED]
+        os.kill(supernode.pid, signal.SIGKILL)
+        supernode.wait()
+        self.fleet.stop([KILLED])
+        self.fleet.log(KILLED).unlink()
+        again = self.start(KILLED)
+        assert again.wait(60) != 0
+        self.fleet.stop([KILLED])
+        return self.fleet.log(KILLED).read_text()
+
+    def start(self, name: str) -> Any:
+        return self.fleet.start(name, **{faulty.FOLDER: str(self.base / name)})
+
+    def tell(self, name: str, fault: str) -> None:
+        (self.base / name / fault).touch()
+
+    def untell(self, name: str, fault: str) -> None:
+        (self.base / name / fault).unlink()
+
+    def after_round(self, number: int) -> None:
+        self.until(lambda: (self.run_dir.path / "rounds.jsonl").exists())
+        self.until(lambda: len(self.run_dir.rows("rounds")) > number)
+
+    def wait_for(self, path: Path) -> None:
+        self.until(path.exists)
+
+    def until(self, done: Callable[[], bool], patience: float = 300.0) -> None:
+        deadline = time.monotonic() + patience
+        while not done():
+            assert time.monotonic() < deadline, self.fleet.log("server").read_text()[-3000:]
+            time.sleep(0.2)
+
+    def online(self) -> int:
+        said = self.fleet.operator("flwr", "supernode", "list", CONNECTION, "--format", "json")
+        nodes = json.loads(said[said.index("{") :])["nodes"]
+        return sum(node["status"] == "online" for node in nodes)
+
+    def ledger(self, name: str) -> list[int]:
+        path = self.base / "fleet" / "devices" / name / "state" / "ledger.sqlite"
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+            return [row[0] for row in db.execute("SELECT round FROM releases ORDER BY id")]
+
+
+def test_the_run_goes_on_to_its_end(story: Story) -> None:
+    summary = story.run_dir.summary()
+    assert summary is not None, story.said
+    assert (summary["status"], summary["rounds_done"]) == ("completed", 4)
+    assert summary["num_clients"] == 4
+    assert summary["failures"] == 4
+
+
+def test_every_client_of_a_round_is_used_or_a_failure(story: Story) -> None:
+    for row in story.rounds[1:]:
+        assert row["clients_used"] + len(row["failures"]) == row["clients_asked"]
+    assert [row["clients_asked"] for row in story.rounds[1:]] == [4, 4, 3, 4]
+    assert [row["clients_absent"] for row in story.rounds[1:]] == [0, 1, 0, 0]
+
+
+def test_failures_name_the_device_and_what_happened(story: Story) -> None:
+    lines = [row["failures"] for row in story.rounds[1:]]
+    assert lines == [
+        [],
+        [
+            f"{LATE}: no reply in time",
+            f"{KILLED}: Error: Node Unavailable — The destination node failed to report a "
+            "heartbeat within 2 × its expected interval.",
+            f"{FAILING}: ClientApp stopped responding.",
+        ],
+        [f"{FAILING}: RuntimeError on the client; its own log says more"],
+        [],
+    ]
+    for line in (line for found in lines for line in found):
+        assert line in story.said
+    assert "1 of 4 nodes are not connected any more" in story.said
+
+
+def test_what_a_library_says_of_a_record_stays_on_the_device(story: Story) -> None:
+    written = [path.read_text() for path in story.run_dir.path.glob("*.json*")]
+    assert not any("Jane Doe" in text for text in (story.said, story.server, *written))
+    assert "Jane Doe" in story.device
+
+
+def test_a_killed_supernode_is_refused_for_a_minute_and_is_asked_again_after(story: Story) -> None:
+    assert "[code: 2004] Failed to activate SuperNode." in story.refused
+    assert [KILLED in story.used(number) for number in (1, 2, 3, 4)] == [True, False, False, True]
+
+
+def test_a_late_reply_is_in_the_ledger_and_in_no_average(story: Story) -> None:
+    assert story.ledgers[LATE] == [1, 2, 3, 4]
+    assert [LATE in story.used(number) for number in (1, 2, 3, 4)] == [True, False, True, True]
+    # What counts in the third round is that round's own answer.
+    assert story.used(3)[LATE]["steps"] == 3 * STEPS
+
+
+def test_a_client_that_fails_before_its_row_has_spent_nothing(story: Story) -> None:
+    assert story.ledgers[SOUND] == [1, 2, 3, 4]
+    assert story.ledgers[KILLED] == story.ledgers[FAILING] == [1, 4]
+    assert story.used(4)[FAILING]["steps"] == 2 * STEPS
