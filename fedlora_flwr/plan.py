@@ -163,7 +163,8 @@ class Layout:
             raise InvalidValue(
                 "array names",
                 list(layout.names)[:5],
-                "LoRA factors called '<layer>.lora_A.weight' and '<layer>.lora_B.weight'",
+                "LoRA factors called '<layer>.lora_A.weight' and '<layer>.lora_B.weight', as "
+                "peft.get_peft_model_state_dict calls them",
             )
         return layout
 

@@ -98,7 +98,7 @@ class ASLoRA(FedLoRA):
                 raise FederationAborted(
                     f"Round {server_round}: {upload.client} sent {len(upload.scores)} scores for "
                     f"{len(layout.blocks)} blocks. as-lora needs a client that scores blocks, such "
-                    "as LoRAClient."
+                    "as LoRAClient or one that calls follow_plan."
                 )
         shares = normalise([upload.weight for upload in uploads])
         # Clamped after the mean: clamping each client's estimate would turn noise into score.

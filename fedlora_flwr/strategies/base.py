@@ -19,6 +19,7 @@ from fedlora_flwr.arrays import to_numpy, travel_size
 from fedlora_flwr.errors import FederationAborted, FedLoRAError, InvalidValue
 from fedlora_flwr.plan import BOTH, ComponentPlan, Layout, factor_of
 from fedlora_flwr.randomness import stream_seed
+from fedlora_flwr.strategies.clipping import check_clipping
 from fedlora_flwr.strategies.replies import (
     LedgerWatch,
     RoundReport,
@@ -218,16 +219,15 @@ class FedLoRA(FedAvg):
         self._plan = self.plan(server_round, layout)
         self._plan.check(len(layout.blocks))
         self._expected = self._uploads_of(layout)
+        averages = type(self).aggregate is FedLoRA.aggregate
+        check_clipping(config, type(self).__name__, averages and self._expected[-1] == set(arrays))
         self._asked = nodes = self._cohort(server_round, grid)
-        config[ROUND] = server_round
-        config[PLAN] = str(self._plan)
-        config[WEIGHTING] = self.weighting
+        config.update({ROUND: server_round, PLAN: str(self._plan), WEIGHTING: self.weighting})
         config.update(self.instructions())
         self._plain = sum(travel_size(arrays[name]) for name in layout.names)
-        report = RoundReport(
+        report = self.last_round = RoundReport(
             server_round, str(self._plan), sent=len(nodes), bytes_plain=self._plain * len(nodes)
         )
-        self.last_round = report
         return self._messages(MessageType.TRAIN, arrays, config, nodes, report)
 
     def _messages(
@@ -354,9 +354,10 @@ class FedLoRA(FedAvg):
         """Refuse an upload that is not exactly what the plan trains, in names and shapes."""
         if arrays.keys() not in self._expected:
             wrong = sorted(arrays.keys() ^ self._expected[-1])
-            raise InvalidValue(
-                "uploaded arrays", sorted(arrays), f"those that {self._plan} trains; wrong: {wrong}"
+            allowed = (
+                f"those that {self._plan} trains; wrong: {wrong}. The client must obey the plan"
             )
+            raise InvalidValue("uploaded arrays", sorted(arrays), f"{allowed}: by follow_plan")
         self.check_shapes(self._global, arrays)
 
     def _uploads_of(self, layout: Layout) -> list[set[str]]:

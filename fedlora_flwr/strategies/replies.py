@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -210,13 +211,18 @@ def to_record(arrays: Arrays) -> ArrayRecord:
 
 
 _WORKER_DIED = "worker process has died"  # Ray's words
+_NO_BRIDGE = "fitins.parameters"  # what Flower's own translation of a NumPyClient looks for
+_RAISED = re.compile(r"<class '[\w.]+'>:<'(.*)'>", re.DOTALL)  # A SuperNode's, around an error's
 
 
 def last_line(text: str | None) -> str:
     """Return the last line of an error's text that says something."""
     if _WORKER_DIED in (text or ""):
         return "its worker process died: killed, or out of memory"
-    lines = [line.strip() for line in (text or "").splitlines() if line.strip(" '>")]
+    if _NO_BRIDGE in (text or ""):
+        return "it is a NumPyClient: serve it with ClientApp(client_fn, mods=[fedlora_flwr.bridge])"
+    text = _RAISED.sub(r"\1", text or "")
+    lines = [line.strip() for line in text.splitlines() if line.strip(" '>")]
     return lines[-1] if lines else "no reason given"
 
 

@@ -1,0 +1,1 @@
+"""A Flower project of old: client_fn, server_fn, a NumPyClient."""

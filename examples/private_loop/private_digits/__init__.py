@@ -1,0 +1,1 @@
+"""A Flower project whose client trains under a private step."""

@@ -1,0 +1,32 @@
+"""The client: our private step where the project's own loop was."""
+
+from functools import lru_cache
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedlora_flwr import Ledger, LoRAClient, RunConfig, Trainer, answer, client_identity
+from fedlora_flwr.client_app import state_folder
+from private_digits.task import Digits
+
+app = ClientApp()
+
+
+@lru_cache(maxsize=1)
+def trainer(config: RunConfig) -> Trainer:
+    """Build model and private step once a process."""
+    return Trainer.build(config, Digits())
+
+
+@app.train()
+def fit(message: Message, context: Context) -> Message:
+    """Train one round: private steps under the server's plan, a ledger row, then the reply."""
+    node, config = context.node_config, RunConfig.of(context.run_config)
+    client = LoRAClient(
+        trainer(config),
+        Digits().client_records(node["partition-id"], node["num-partitions"]),
+        Ledger(state_folder(config) / "ledger.sqlite"),
+        client_identity(context),
+        str(context.run_id),
+    )
+    return answer(client, message, client.identity)
