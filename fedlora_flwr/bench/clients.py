@@ -9,8 +9,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from fedlora_flwr.bench.engine import stack_config
 from fedlora_flwr.bench.figures import Figure
@@ -32,19 +34,20 @@ class Setting:
 
 
 def measure(setting: Setting, on_figure: Callable[[Figure], None]) -> None:
-    """Run each number of clients in a process of its own, and compare with the smallest."""
-    least, *others = setting.registered
-    reference = _in_process_of_its_own(least, setting)
-    for registered in others:
-        found = _in_process_of_its_own(registered, setting)
-        what, against = f"{registered:,} clients, {setting.sampled} a round", f"{least} clients"
+    """Run each number of clients in a process of its own, round by round in turns."""
+    reference, *others = _in_turns(setting)
+    for registered, found in zip(setting.registered[1:], others, strict=True):
+        what = f"{registered:,} clients, {setting.sampled} a round"
+        against = f"{setting.registered[0]} clients"
         for name, unit, bar in (("seconds", "s", TIME_BAR), ("megabytes", "MB", MEMORY_BAR)):
             title = {"seconds": "a round", "megabytes": "peak memory"}[name]
             figure = Figure(f"{what}: {title}", found[name], reference[name], unit, against, bar)
             on_figure(figure)
 
 
-def rounds_of(registered: int, sampled: int, rounds: int) -> dict[str, float]:
+def rounds_of(
+    registered: int, sampled: int, rounds: int, between: Callable[[], object]
+) -> dict[str, float]:
     """Run here; return the median seconds of a round, and the process' peak memory.
 
     The first round, which builds the model and asks every client who it is, does not count.
@@ -58,24 +61,73 @@ def rounds_of(registered: int, sampled: int, rounds: int) -> dict[str, float]:
                 run_dir.path, registered, rounds + 1, **{"fraction-train": sampled / registered}
             )
         )
-        seconds = time_rounds(plan, run_dir)
+        seconds = time_rounds(plan, run_dir, between)
     megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     return {"seconds": statistics.median(seconds), "megabytes": megabytes}
 
 
-def _in_process_of_its_own(registered: int, setting: Setting) -> dict[str, float]:
-    arguments = [str(n) for n in (registered, setting.sampled, setting.rounds)]
-    run = subprocess.run(
-        [sys.executable, "-m", __name__, *arguments], capture_output=True, text=True
-    )
-    if run.returncode:
-        raise RuntimeError(f"{registered} clients: {run.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
-    return found
+def _in_turns(setting: Setting) -> list[dict[str, float]]:
+    with ExitStack() as stack:
+        runs = []
+        for registered in setting.registered:
+            # One after the other: each waits after its first round.
+            log = stack.enter_context(tempfile.TemporaryFile("w+"))
+            runs.append(stack.enter_context(_Run(registered, setting, log)))
+            runs[-1].answer()
+        for _ in range(setting.rounds):
+            for run in runs:
+                run.go_on()
+                run.answer()
+        for run in runs:
+            run.go_on()
+        found: list[dict[str, float]] = [json.loads(run.answer()) for run in runs]
+        return found
+
+
+class _Run:
+    """A process that runs rounds, and waits after each for its turn."""
+
+    def __init__(self, registered: int, setting: Setting, log: IO[str]) -> None:
+        arguments = [str(n) for n in (registered, setting.sampled, setting.rounds)]
+        self._log = log
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def answer(self) -> str:
+        """Wait for a line of the process."""
+        line = self._process.stdout.readline() if self._process.stdout else ""
+        if not line:
+            self._log.seek(0)
+            raise RuntimeError(f"A process of the benchmark failed: {self._log.read()[-2000:]}")
+        return line
+
+    def go_on(self) -> None:
+        """Let it run on until the end of the next round."""
+        if self._process.stdin:
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+
+
+def _wait_for_turn() -> None:
+    print("round", flush=True)
+    sys.stdin.readline()
 
 
 if __name__ == "__main__":
     import torch
 
     torch.set_num_threads(1)
-    print(json.dumps(rounds_of(*map(int, sys.argv[1:]))))
+    registered, sampled, rounds = map(int, sys.argv[1:])
+    print(json.dumps(rounds_of(registered, sampled, rounds, _wait_for_turn)))

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedlora_flwr.environment import machine, versions
 from fedlora_flwr.files import replace_file
@@ -108,6 +109,24 @@ def peak_bytes(call: Call) -> int:
             held += event.nbytes()
             largest = max(largest, held)
     return largest
+
+
+def operators(call: Call) -> int:
+    """Return how many operators that compute something a call runs: on a GPU, its launches."""
+    with _Counter() as counter:  # type: ignore[no-untyped-call]
+        call()
+    return int(counter.count)
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        del types
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
 
 
 def table(title: str, figures: Sequence[Figure]) -> Table:

@@ -25,7 +25,7 @@ def time_rounds(
     plan, run_dir, workers
         As of `run_in_process`.
     between : callable, optional
-        Called after each counted round, outside of its time: what takes turns with rounds.
+        Called after each round, outside of its time: what takes turns with rounds.
     """
     seconds: list[float] = []
     mark = time.perf_counter()
@@ -34,6 +34,7 @@ def time_rounds(
         nonlocal mark
         if row["round"] > 1:
             seconds.append(time.perf_counter() - mark)
+        if row["round"]:  # Before the first, a row is written of the start.
             between()
         mark = time.perf_counter()
 

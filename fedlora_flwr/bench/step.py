@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from fedlora_flwr.adapters import LoRASpec, attach
-from fedlora_flwr.bench.figures import Call, Figure, peak_bytes, take_turns
+from fedlora_flwr.bench.figures import Call, Figure, operators, peak_bytes, take_turns
 from fedlora_flwr.plan import factor_of
 from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
 from fedlora_flwr.privacy.mechanism import Mechanism
@@ -167,6 +167,7 @@ class StepBench:
         with self.engine.training():
             seconds = take_turns(calls, repetitions)
             memory = {name: peak_bytes(call) / 1e6 for name, call in calls.items()}
+            launches = {name: float(operators(call)) for name, call in calls.items()}
         for name in [*list(calls)[1:], *failed]:
             is_bar = name == "plain PEFT"
             yield Figure(
@@ -176,6 +177,10 @@ class StepBench:
             yield Figure(
                 f"{what}: peak memory", memory["ours"], memory.get(name), "MB", name,
                 limits[1] if is_bar else None, failed.get(name, ""),
+            )  # fmt: skip
+            yield Figure(
+                f"{what}: operators", launches["ours"], launches.get(name), "", name,
+                None, failed.get(name, ""),
             )  # fmt: skip
 
     def _model(self) -> nn.Module:

@@ -135,6 +135,22 @@ class SimulationSuperLink:
         # The SuperLink keeps what ServerApp and workers print to itself; this brings it to the log.
         self._stream = self._start("flwr", "log", self._run_id, CONNECTION, "--stream")
 
+    def wait(self) -> str:
+        """Wait until the run is over; return Flower's own status of it.
+
+        Each question takes seconds of a processor, so none is asked before the log has ended.
+
+        Raises
+        ------
+        SuperLinkError
+            The SuperLink has ended or does not answer.
+        """
+        while self._alive() and self._stream is not None and self._stream.poll() is None:
+            time.sleep(0.2)
+        while not (status := self.status()).startswith("finished"):
+            time.sleep(0.5)
+        return status
+
     def status(self) -> str:
         """Return Flower's own status of the run, e.g. ``"finished:completed"``.
 

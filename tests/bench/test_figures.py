@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fedlora_flwr.bench.figures import Figure, peak_bytes, table, take_turns
+from fedlora_flwr.bench.figures import Figure, operators, peak_bytes, table, take_turns
 from fedlora_flwr.bench.suite import BENCHMARKS, run_suite
 from fedlora_flwr.errors import InvalidValue
 
@@ -93,3 +93,11 @@ def test_an_unknown_benchmark_is_refused_before_any_runs(tmp_path: Path) -> None
     with pytest.raises(InvalidValue, match=r"benchmark = 'stepp' .*'step'"):
         run_suite([*BENCHMARKS, "stepp"], tmp_path / "b.json", Console(quiet=True))
     assert not list(tmp_path.iterdir())
+
+
+def test_operators_are_counted_forwards_and_backwards_but_for_views() -> None:
+    x = torch.ones(2, 3, requires_grad=True)
+    assert operators(lambda: x.t()[0].detach()) == 0
+    assert operators(lambda: (x * 2).sum()) == 2
+    # Of the gradient: ones like the sum, its expansion is a view, times two.
+    assert operators(lambda: torch.autograd.grad((x * 2).sum(), x)) > 3

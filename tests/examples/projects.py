@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import shutil
 import sys
-import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,7 @@ def flwr_run(app: Path, settings: dict[str, object], clients: int = 2) -> str:
     federation = f"num-supernodes={clients} client-resources-num-cpus=2"
     with log_file.open("w") as log, SimulationSuperLink(log) as superlink:
         superlink.submit(app, overrides, federation)
-        while not (status := superlink.status()).startswith("finished"):
-            time.sleep(0.5)
-        time.sleep(1)  # The log's last lines come through a stream of their own.
+        status = superlink.wait()
     text = log_file.read_text()
     assert status == "finished:completed", text
     return text

@@ -6,8 +6,9 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fedlora_flwr.bench.figures import operators
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.plan import factor_of
 from fedlora_flwr.privacy import engine as engine_module
@@ -68,18 +69,18 @@ def test_one_record_moves_the_sum_by_at_most_c_over_all_tensors_together(
 
 class _PerTensorClipping(engine_module._NoisyOptimizer):
     def clip_and_accumulate(self) -> None:
-        for p in self.params:
-            norms = p.grad_sample.flatten(1).norm(dim=1)
-            factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1)
-            p.summed_grad = torch.einsum("i,i...", factors, p.grad_sample)
+        sums = []
+        for rows in torch.split(self.rows(), [p.numel() for p in self.params], dim=1):
+            factors = (self.max_grad_norm / (rows.norm(dim=1) + 1e-6)).clamp(max=1)
+            sums.append(factors @ rows)
+        self.summed = torch.cat(sums)
 
 
 class _BatchMeanClipping(engine_module._NoisyOptimizer):
     def clip_and_accumulate(self) -> None:
-        means = [p.grad_sample.sum(0) / self.expected_batch_size for p in self.params]
-        factor = min(1.0, self.max_grad_norm / (joint_norm(means) + 1e-12))
-        for p, mean in zip(self.params, means, strict=True):
-            p.summed_grad = mean * factor * self.expected_batch_size
+        mean = self.rows().sum(0) / self.expected_batch_size
+        factor = min(1.0, self.max_grad_norm / (joint_norm([mean]) + 1e-12))
+        self.summed = mean * factor * self.expected_batch_size
 
 
 @pytest.mark.parametrize("broken", [_PerTensorClipping, _BatchMeanClipping])
@@ -91,6 +92,22 @@ def test_the_bound_catches_broken_clipping(
 
     with pytest.raises(AssertionError):
         assert_bounded(largest_influence(VIT, mode, 1e-2), 1e-2)
+
+
+def test_clipping_and_noise_take_no_operator_for_each_tensor() -> None:
+    counts = {}
+    for mode in ("A", "*"):
+        engine = engine_of(VIT)
+        names = active(engine.adapted, mode)
+        engine.start_round(Mechanism(1.0, 1.0, 4, 8), PLAIN_SGD, SeededNoise(0))
+        engine.verify(VIT.records(4))
+        engine._activate(names)
+        engine._fill_grad_samples(VIT.records(4), torch.arange(4), names)
+        optimizer = engine._optimizer
+        assert optimizer is not None
+        counts[len(names)] = operators(optimizer.pre_step)
+    assert len(counts) == 2
+    assert len(set(counts.values())) == 1
 
 
 @every_mode
@@ -117,6 +134,28 @@ def test_a_step_is_the_sum_of_clipped_gradients_over_the_expected_batch_size(mod
         torch.testing.assert_close(
             engine.adapted.parameters[name].data, expected, rtol=1e-5, atol=0
         )
+
+
+def test_what_a_failed_step_has_summed_goes_nowhere() -> None:
+    engine, records = engine_of(VIT, microbatch=2), VIT.records(4)
+    engine.verify(records)
+    engine.start_round(Mechanism(0.0, 1.0, 4, 8), PLAIN_SGD, SeededNoise(0))
+    before, names = values(engine.adapted), active(engine.adapted, "*")
+    calls = []
+
+    def fails_at_the_second(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        calls.append(batch)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return VIT.losses(model, batch)
+
+    engine._losses = fails_at_the_second
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.step(records, torch.arange(4), names)
+    assert not any(module.training for module in engine.adapted.model.modules())
+    engine.step(records, torch.arange(0), names)
+    for name, start in before.items():
+        assert torch.equal(engine.adapted.parameters[name].data, start), name
 
 
 def frozen_state(engine: PrivateEngine, trained: Sequence[str]) -> dict[str, Tensor]:
