@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -202,6 +203,8 @@ def bench(
     """Measure speed and memory here, as ratios to what you would have otherwise."""
 
     def work() -> None:
+        # The profiler, which weighs memory, else writes a line for each start and stop.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "5")
         from fedlora_flwr.bench.suite import run_suite
 
         run_suite(names or [], output and output.resolve(), Console())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -117,8 +118,12 @@ def run_suite(names: Sequence[str], output: Path | None, console: Console) -> No
                 figures.append(figure)
                 status.update(f"{name}: {len(figures)} figures, last {figure.what}")
 
-            BENCHMARKS[name](told)
-        title = f"{name}: {(BENCHMARKS[name].__doc__ or '').strip()}"
+            started = time.perf_counter()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Of the rivals' and the models' own.
+                BENCHMARKS[name](told)
+            seconds = time.perf_counter() - started
+        title = f"{name}: {(BENCHMARKS[name].__doc__ or '').strip()} ({seconds:.0f} s)"
         console.print(table(title, figures))
     if output:
         command = " ".join(["fedlora bench", *names])
