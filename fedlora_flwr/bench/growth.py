@@ -20,7 +20,7 @@ class Setting:
     """What is varied, one thing at a time; the first of each row is what the others are over."""
 
     rows: Mapping[str, list[Cell]] = field(default_factory=lambda: _rows())
-    repetitions: int = 5
+    repetitions: int = 3
 
 
 def _rows() -> dict[str, list[Cell]]:

@@ -93,7 +93,7 @@ def measure(
     on_figure : callable
         Called with each figure as it is found.
     rivals : bool (default: True)
-        Also measure Opacus' hooks and ghost clipping, where both factors train.
+        Also measure Opacus' hooks and ghost clipping, on few layers where both factors train.
     bars : Bars, optional
         What to hold the figures against; those of a CPU by default.
     """
@@ -104,8 +104,8 @@ def measure(
             for phase in PHASES:
                 what = f"{shape.name}, b = {records}, {layers}, {phase}"
                 limits = (bars.time(layers), bars.memory)
-                # They take several times as long, and are there to be reported.
-                compared = rivals and phase == "AB"
+                # They take twice as long as all else, and are there to be reported.
+                compared = rivals and phase == "AB" and layers != ALL_LINEARS
                 for figure in bench.figures(what, phase, limits, repetitions, compared):
                     on_figure(figure)
 

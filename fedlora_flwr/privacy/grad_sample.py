@@ -66,6 +66,9 @@ class GradSampler:
 def _adapted_forward(
     sampler: GradSampler, layer: AdaptedLinear, x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
+    if layer.enabled and not args and not kwargs and _fuses(layer, x):
+        base = layer.base
+        return _FusedLinear.apply(x, base.weight, base.bias, layer.A, layer.B, layer, sampler)  # type: ignore[no-any-return,no-untyped-call,unused-ignore]
     result: Tensor = layer.base(x, *args, **kwargs)
     if not layer.enabled:
         return result
@@ -73,6 +76,19 @@ def _adapted_forward(
         inputs = layer.dropout(x.to(layer.A.dtype))
         update: Tensor = _LoRAUpdate.apply(inputs, layer.A, layer.B, layer, sampler)  # type: ignore[no-untyped-call,unused-ignore]
     return result + update.to(result.dtype)
+
+
+def _fuses(layer: AdaptedLinear, x: Tensor) -> bool:
+    """Tell whether the frozen layer is a plain product, of one type with the adapter's."""
+    base, dropout = layer.base, layer.dropout
+    return (
+        type(base) is nn.Linear
+        and "forward" not in vars(base)
+        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
+        and (isinstance(dropout, nn.Identity) or not dropout.training)
+        and x.dtype == base.weight.dtype == layer.A.dtype == layer.B.dtype
+        and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 def _head_forward(sampler: GradSampler, linear: HeadLinear, x: Tensor) -> Tensor:
@@ -100,22 +116,74 @@ class _LoRAUpdate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # type: ignore[override,unused-ignore]
         A, B, x, hidden = ctx.saved_tensors
-        layer, sampler = ctx.layer, ctx.sampler
         needs_x, needs_a, needs_b = ctx.needs_input_grad[:3]
-        if needs_b:
-            # G_B = s g^T (A x), summed over a record's rows: (records, m, r).
-            g, h = sampler.rows(grad, layer.name), sampler.rows(hidden, layer.name)
-            _add(layer.B, torch.bmm(g.transpose(1, 2), h))
-        grad_x = None
-        if needs_a or needs_x:
-            grad_hidden = (grad @ B) * layer.scaling
-            if needs_a:
-                # G_A = s (g B)^T x: (records, r, n).
-                g, h = sampler.rows(grad_hidden, layer.name), sampler.rows(x, layer.name)
-                _add(layer.A, torch.bmm(g.transpose(1, 2), h))
-            if needs_x:
-                grad_x = grad_hidden @ A
-        return grad_x, None, None, None, None
+        grad_hidden = _factors(ctx, grad, B, x, hidden, (needs_a, needs_b), needs_x)
+        return grad_hidden @ A if needs_x else None, None, None, None, None
+
+
+class _FusedLinear(torch.autograd.Function):
+    """``W x + b + s B (A x)``, its sums within products: no second array of the output's size."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        layer: AdaptedLinear,
+        sampler: GradSampler,
+    ) -> Tensor:
+        needs_a, needs_b = ctx.needs_input_grad[3:5]
+        hidden = F.linear(x, A) * layer.scaling
+        ctx.layer, ctx.sampler = layer, sampler
+        ctx.save_for_backward(weight, A, B, x if needs_a else None, hidden if needs_b else None)
+        output = F.linear(x, weight, bias)
+        _flat(output).addmm_(_flat(hidden), B.t())
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override,unused-ignore]
+        weight, A, B, x, hidden = ctx.saved_tensors
+        needs_x, (needs_a, needs_b) = ctx.needs_input_grad[0], ctx.needs_input_grad[3:5]
+        grad_hidden = _factors(ctx, grad, B, x, hidden, (needs_a, needs_b), needs_x)
+        if not needs_x:
+            return (None,) * 7
+        grad_x = grad @ weight
+        _flat(grad_x).addmm_(_flat(grad_hidden), A)
+        return grad_x, *(None,) * 6
+
+
+def _factors(
+    ctx: Any,
+    grad: Tensor,
+    B: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    needs: tuple[bool, bool],
+    needs_hidden: bool,
+) -> Tensor:
+    """Write the gradients by record of A and B where needed; return that of A x, if it is made."""
+    layer, sampler = ctx.layer, ctx.sampler
+    needs_a, needs_b = needs
+    if needs_b:
+        # G_B = s g^T (A x), summed over a record's rows: (records, m, r).
+        g, h = sampler.rows(grad, layer.name), sampler.rows(hidden, layer.name)
+        _add(layer.B, torch.bmm(g.transpose(1, 2), h))
+    if not (needs_a or needs_hidden):
+        return grad
+    grad_hidden: Tensor = (grad @ B) * layer.scaling
+    if needs_a:
+        # G_A = s (g B)^T x: (records, r, n).
+        g, h = sampler.rows(grad_hidden, layer.name), sampler.rows(x, layer.name)
+        _add(layer.A, torch.bmm(g.transpose(1, 2), h))
+    return grad_hidden
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.view(-1, tensor.shape[-1])
 
 
 class _Linear(torch.autograd.Function):

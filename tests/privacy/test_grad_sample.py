@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 
 import pytest
@@ -15,6 +16,7 @@ from fedlora_flwr.plan import factor_of
 from fedlora_flwr.privacy.engine import PrivateEngine
 from fedlora_flwr.privacy.grad_sample import GradSampler
 from fedlora_flwr.privacy.mechanism import Mechanism
+from fedlora_flwr.tasks.records import TensorRecords
 from tests.models import (
     FAMILIES,
     LLAMA,
@@ -243,3 +245,45 @@ def test_windows_of_a_record_are_folded_together() -> None:
     folded = sampler.rows(windows, "qkv")
 
     assert torch.equal(folded, windows.view(2, 12, 5))
+
+
+def test_a_hook_on_the_frozen_layer_is_called_and_changes_the_output() -> None:
+    engine, records = PrivateEngine(VIT.adapted(), VIT.losses), VIT.records(3)
+    batch = records.batch(torch.arange(3))
+    engine._sampler.num_records = 3
+    before = VIT.losses(engine.adapted.model, batch)
+    base = engine.adapted.layers[0].base
+    handle = base.register_forward_hook(lambda _module, _inputs, output: output + 1)
+    hooked = VIT.losses(engine.adapted.model, batch)
+    handle.remove()
+
+    assert not torch.allclose(hooked, before, rtol=1e-3)
+    assert torch.equal(VIT.losses(engine.adapted.model, batch), before)
+
+
+class Doubled(nn.Linear):
+    """A frozen layer that is no plain product."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return 2 * super().forward(input)
+
+
+def test_a_frozen_layer_of_its_own_kind_computes_what_it_computes() -> None:
+    found = []
+    for kind, factor in ((nn.Linear, 1.0), (Doubled, 0.5)):
+        first = kind(4, 3)
+        model = nn.Sequential(OrderedDict(first=first))
+        with torch.no_grad():
+            first.weight.copy_(factor * torch.arange(12.0).view(3, 4))
+            first.bias.zero_()
+        engine = PrivateEngine(
+            attach(model, LoRASpec(2, 4.0, 0.0, "first"), seed=0),
+            lambda net, batch: net(batch["x"]).square().sum(1),
+        )
+        with torch.no_grad():
+            engine.adapted.layers[0].B.fill_(0.3)
+        data = TensorRecords({"x": torch.eye(4)})
+        names = list(engine.adapted.parameters)
+        found.append(engine.gradients_by_record(data, torch.arange(4), names))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient)
