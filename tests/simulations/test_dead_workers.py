@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,20 +12,26 @@ from fedlora_flwr.simulations.runner import RunFailed, make_plan, run_on_flower
 
 pytestmark = pytest.mark.flower
 
+# One worker dies, once, in the first step after the server has written round 1's row.
 MORTAL = """
 import os, signal
 from pathlib import Path
+from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.tasks.digits import DigitsTask
 
 ARMED = Path({armed!r})
+RUN = RunDirectory(Path({run!r}))
 
 class Mortal(DigitsTask):
     def losses(self, model, batch):
-        try:
-            ARMED.rename(ARMED.with_name("fired"))
-        except FileNotFoundError:
-            return super().losses(model, batch)
-        os.kill(os.getpid(), signal.SIGKILL)
+        if ARMED.exists() and any(row["round"] == 1 for row in RUN.rows("rounds")):
+            try:
+                ARMED.rename(ARMED.with_name("fired"))
+            except FileNotFoundError:
+                pass  # the other worker was first
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().losses(model, batch)
 """
 
 
@@ -34,7 +39,9 @@ class Mortal(DigitsTask):
 def test_a_killed_worker_is_reported_in_every_round_that_it_shrinks(
     completion: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "mortal.py").write_text(MORTAL.format(armed=str(tmp_path / "armed")))
+    armed, run_dir = tmp_path / "armed", RunDirectory(tmp_path / "run")
+    (tmp_path / "mortal.py").write_text(MORTAL.format(armed=str(armed), run=str(run_dir.path)))
+    armed.touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     config = RunConfig.of(
@@ -47,17 +54,11 @@ def test_a_killed_worker_is_reported_in_every_round_that_it_shrinks(
             "reproducible": True,
         }
     )
-    run_dir = RunDirectory(tmp_path / "run")
-
-    def arm(row: dict[str, Any]) -> None:
-        if row["round"] == 1:
-            (tmp_path / "armed").touch()
-
     if completion == 1.0:
         with pytest.raises(RunFailed, match=r"of 4 clients answered.*worker process died"):
-            run_on_flower(make_plan(config), run_dir, arm, workers=2)
+            run_on_flower(make_plan(config), run_dir, lambda _: None, workers=2)
         return
-    summary = run_on_flower(make_plan(config), run_dir, arm, workers=2)
+    summary = run_on_flower(make_plan(config), run_dir, lambda _: None, workers=2)
 
     assert (tmp_path / "fired").exists()
     rows = run_dir.rows("rounds")[1:]
