@@ -6,7 +6,6 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -111,8 +110,7 @@ def _precision(shape: Shape, records: int, repetitions: int, device: torch.devic
         bench = StepBench(shape, targets, records, device)
         if name == "bf16":
             run_in_bf16(bench.engine.adapted.model)
-        arrays = list(bench.engine.adapted.parameters)
-        calls[name] = partial(bench.engine.step, bench.records, bench.indices, arrays)
+        calls[name] = bench.call()
         memory[name] = peak_bytes(calls[name]) / 1e6
     seconds = take_turns(calls, repetitions)
     note = (
@@ -137,8 +135,7 @@ def _compiled(shape: Shape, records: int, repetitions: int, device: torch.device
         run_in_bf16(bench.engine.adapted.model)
         if backend != "none":
             compile_backbone(bench.engine.adapted, backend)
-        arrays = list(bench.engine.adapted.parameters)
-        calls[backend] = partial(bench.engine.step, bench.records, bench.indices, arrays)
+        calls[backend] = bench.call()
     seconds = take_turns(calls, repetitions)
     title = _compiled_title(shape, records)
     return Figure(title, seconds["inductor"], seconds["none"], "s", EAGER, None, layers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 
@@ -48,9 +47,7 @@ def measure(setting: Setting, on_figure: Callable[[Figure], None]) -> None:
 
 def _step(cell: Cell) -> Call:
     shape, records, rank = cell
-    bench = StepBench(shape, shape.targets[ALL_LINEARS], records, torch.device("cpu"), rank)
-    names = list(bench.engine.adapted.parameters)
-    return partial(bench.engine.step, bench.records, bench.indices, names)
+    return StepBench(shape, shape.targets[ALL_LINEARS], records, torch.device("cpu"), rank).call()
 
 
 def _label(name: str, cell: Cell) -> str:

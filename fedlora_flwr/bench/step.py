@@ -142,6 +142,11 @@ class StepBench:
         self.engine.start_round(mechanism, settings, SeededNoise(0))
         self.plain = self._peft()
 
+    def call(self, names: Sequence[str] = ()) -> Call:
+        """Return our step of the named arrays, of all where none is named."""
+        active = names or list(self.engine.adapted.parameters)
+        return partial(self.engine.step, self.records, self.indices, active)
+
     def figures(
         self,
         what: str,
@@ -153,7 +158,7 @@ class StepBench:
         """Time and weigh one phase; ``limits`` are the bars for time and memory."""
         names = [n for n in self.engine.adapted.parameters if factor_of(n) in PHASES[phase]]
         calls: dict[str, Call] = {
-            "ours": partial(self.engine.step, self.records, self.indices, names),
+            "ours": self.call(names),
             "plain PEFT": _plain_step(self.plain, phase, self.shape, self.batch),
         }
         failed: dict[str, str] = {}

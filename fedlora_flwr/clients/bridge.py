@@ -6,30 +6,28 @@ translates both ways: names travel in the config and in the metrics under ``arra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from logging import ERROR
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
-import numpy as np
 from flwr.app import (
     ConfigRecord,
     Context,
     Message,
     MessageType,
-    MetricRecord,
     RecordDict,
 )
 from flwr.client import NumPyClient
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common import NDArrays, Scalar
 from flwr.common.logger import log
-from numpy.typing import NDArray
 
-from fedlora_flwr.arrays import from_numpy, record_of, to_numpy
+from fedlora_flwr.arrays import to_numpy
 from fedlora_flwr.clients.device import DEVICE, Device
 from fedlora_flwr.errors import ClientFailed, FedLoRAError, InvalidValue
-from fedlora_flwr.wire import CLIENT, NAMES, SCORES
+from fedlora_flwr.results import evaluate_content, fit_content
+from fedlora_flwr.wire import CLIENT, NAMES
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -103,16 +101,15 @@ def answer(client: NumPyClient, message: Message, identity: str) -> Message:
     """
     arrays = _only(message.content.array_records, "ArrayRecord")
     config = dict(_only(message.content.config_records, "ConfigRecord"))
-    names = list(arrays)
-    config[NAMES] = ",".join(names)
+    config[NAMES] = ",".join(arrays)
     values: NDArrays = [to_numpy(array) for array in arrays.values()]
     scalars = cast(dict[str, Scalar], config)
     if message.metadata.message_type == MessageType.TRAIN:
         trained, examples, metrics = guarded(client.fit, values, scalars)
-        content = _reply(trained, names, {**metrics, CLIENT: identity}, examples)
+        content = fit_content(trained, arrays, {**metrics, CLIENT: identity}, examples)
     else:
         loss, examples, metrics = guarded(client.evaluate, values, scalars)
-        content = RecordDict(_split({**metrics, "loss": loss, CLIENT: identity}, examples))  # type: ignore[arg-type,unused-ignore]
+        content = evaluate_content(loss, {**metrics, CLIENT: identity}, examples)
     return Message(content, reply_to=message)
 
 
@@ -161,45 +158,15 @@ def _fit_result(content: RecordDict, names: list[str], identity: str) -> RecordD
     record = content.array_records["fitres.parameters"]
     arrays = [to_numpy(array) for name, array in record.items() if name != "_empty"]
     examples = content.metric_records["fitres.num_examples"]["num_examples"]
-    return _reply(arrays, names, {**metrics, CLIENT: identity}, cast(int, examples))
-
-
-def _reply(
-    arrays: Sequence[NDArray[Any]], names: list[str], metrics: dict[str, object], examples: int
-) -> RecordDict:
-    """Give uploaded arrays the names that the client gave them, or else those it was sent."""
-    if NAMES in metrics:
-        names = [name for name in str(metrics.pop(NAMES)).split(",") if name]
-    if len(names) != len(arrays):
-        raise InvalidValue("uploaded arrays", len(arrays), f"one for each of {len(names)} names")
-    uploaded = record_of({n: from_numpy(array) for n, array in zip(names, arrays, strict=True)})
-    return RecordDict({"arrays": uploaded, **_split(metrics, examples)})
+    return fit_content(arrays, names, {**metrics, CLIENT: identity}, cast(int, examples))
 
 
 def _evaluate_result(content: RecordDict, identity: str) -> RecordDict:
     _check_status(content, "evaluateres")
-    metrics: dict[str, object] = dict(content.config_records["evaluateres.metrics"])
-    metrics["loss"] = cast(float, content.metric_records["evaluateres.loss"]["loss"])
+    metrics = {**content.config_records["evaluateres.metrics"], CLIENT: identity}
+    loss = cast(float, content.metric_records["evaluateres.loss"]["loss"])
     examples = content.metric_records["evaluateres.num_examples"]["num_examples"]
-    metrics[CLIENT] = identity
-    return RecordDict(_split(metrics, cast(int, examples)))  # type: ignore[arg-type,unused-ignore]
-
-
-def _split(metrics: dict[str, object], num_examples: int) -> dict[str, MetricRecord | ConfigRecord]:
-    """Numbers are metrics; Flower keeps texts and flags in a ConfigRecord.
-
-    A NumPyClient's metrics cannot be lists, so scores come as bytes, and leave as numbers.
-    """
-    scores = metrics.pop(SCORES, None)
-    lists = {SCORES: np.frombuffer(scores, "<f8").tolist()} if isinstance(scores, bytes) else {}
-    numbers = {
-        k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)
-    }
-    others = {k: v for k, v in metrics.items() if k not in numbers}
-    return {
-        "metrics": MetricRecord({**numbers, **lists, "num-examples": num_examples}),
-        "config": ConfigRecord(others),  # type: ignore[arg-type]
-    }
+    return evaluate_content(loss, metrics, cast(int, examples))
 
 
 def _check_status(content: RecordDict, prefix: str) -> None:

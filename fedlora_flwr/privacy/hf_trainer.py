@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -303,22 +304,21 @@ class _CollatedRecords:
         return self._collate([self._dataset[position] for position in indices.tolist()])
 
 
+@dataclass(frozen=True)
 class _TrainersOptimizer(OptimizerSettings):
     """Makes the optimiser that the Trainer's arguments name, over the engine's groups."""
 
-    made: list[torch.optim.Optimizer]
-    kind: type[torch.optim.Optimizer]
-    options: Mapping[str, Any]
+    kind: type[torch.optim.Optimizer] = torch.optim.SGD
+    options: Mapping[str, Any] = field(default_factory=dict)
+    made: list[torch.optim.Optimizer] = field(default_factory=list)
 
     @classmethod
     def of(cls, kind: Any, options: Mapping[str, Any], args: Any) -> _TrainersOptimizer:
-        rate = float(args.learning_rate)
-        settings = cls(kind.__name__, rate, rate, rate, weight_decay=float(args.weight_decay))
+        rate, decay = float(args.learning_rate), float(args.weight_decay)
         # Fused kernels move a parameter without counting it, which is how the engine sees a step.
         plain = {name: value for name, value in options.items() if name != "fused"}
-        for name, value in (("made", []), ("kind", kind), ("options", plain)):
-            object.__setattr__(settings, name, value)
-        return settings
+        name = kind.__name__
+        return cls(name, rate, rate, rate, weight_decay=decay, kind=kind, options=plain)
 
     def build(self, groups: Sequence[dict[str, object]]) -> torch.optim.Optimizer:
         decayed = [{**group, "weight_decay": self.weight_decay} for group in groups]

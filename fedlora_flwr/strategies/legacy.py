@@ -33,12 +33,13 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.arrays import from_numpy, record_of, to_numpy
 from fedlora_flwr.errors import FederationAborted, InvalidValue
+from fedlora_flwr.results import evaluate_content, fit_content
 from fedlora_flwr.strategies.base import FedLoRA
 from fedlora_flwr.strategies.fedex_lora import FedExLoRA
 from fedlora_flwr.strategies.flexlora import FlexLoRA
 from fedlora_flwr.strategies.flora import FLoRA
 from fedlora_flwr.strategies.replies import last_line
-from fedlora_flwr.wire import NAMES, SCORES
+from fedlora_flwr.wire import NAMES
 
 EvaluateFn = Callable[[int, NDArrays, dict[str, Scalar]], tuple[float, dict[str, Scalar]] | None]
 Res = TypeVar("Res", FitRes, EvaluateRes)
@@ -282,34 +283,13 @@ def _legacy(message: Message) -> tuple[Parameters, dict[str, Scalar]]:
 
 
 def _fit_content(sent: Message, result: FitRes) -> RecordDict:
-    """Give uploaded arrays the names that the client gave them, or else those it was sent."""
-    metrics: dict[str, Any] = dict(result.metrics)
-    listed = metrics.pop(NAMES, ",".join(_arrays(sent)))
-    names = [name for name in str(listed).split(",") if name]
     values = parameters_to_ndarrays(result.parameters)
-    if len(names) != len(values):
-        raise InvalidValue("uploaded arrays", len(values), f"one for each of {len(names)} names")
-    arrays = record_of({name: from_numpy(a) for name, a in zip(names, values, strict=True)})
-    return RecordDict({"arrays": arrays, **_records(metrics, result.num_examples)})
+    return fit_content(values, _arrays(sent), result.metrics, result.num_examples)
 
 
 def _evaluate_content(sent: Message, result: EvaluateRes) -> RecordDict:
     del sent
-    return RecordDict(_records({**result.metrics, "loss": result.loss}, result.num_examples))  # type: ignore[arg-type,unused-ignore]
-
-
-def _records(metrics: dict[str, Any], num_examples: int) -> dict[str, MetricRecord | ConfigRecord]:
-    """Numbers are metrics, scores come as bytes and are a list of numbers, the rest is texts."""
-    scores = metrics.pop(SCORES, None)
-    lists = {SCORES: np.frombuffer(scores, "<f8").tolist()} if isinstance(scores, bytes) else {}
-    numbers = {
-        k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)
-    }
-    others = {k: v for k, v in metrics.items() if k not in numbers}
-    return {
-        "metrics": MetricRecord({**numbers, **lists, "num-examples": num_examples}),
-        "config": ConfigRecord(others),
-    }
+    return evaluate_content(result.loss, result.metrics, result.num_examples)
 
 
 def _scalars(metrics: MetricRecord | None) -> dict[str, Scalar]:

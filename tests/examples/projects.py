@@ -16,6 +16,7 @@ from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.simulations.superlink import SimulationSuperLink
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+ALL_A, ALL_B = {"0A", "1A", "2A"}, {"0B", "1B", "2B"}
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -81,6 +82,17 @@ def moved(before: Arrays, after: Arrays) -> set[str]:
             layer, _, factor = name.partition(".lora_")
             found.add(f"{layer[-1]}{factor[0]}" if factor else "head")
     return found
+
+
+def assert_learnt_by_rolora(folder: Path, log: str) -> None:
+    """Check that B and A took turns over three rounds, and that accuracy rose."""
+    start, first, second, third = rounds(folder)
+    assert moved(start, first) == ALL_B | {"head"}
+    assert moved(first, second) == ALL_A | {"head"}
+    assert moved(second, third) == ALL_B | {"head"}
+    found = accuracies(log)
+    assert len(found) == 4
+    assert found[-1] > found[0] + 0.3
 
 
 def accuracies(log: str) -> list[float]:
