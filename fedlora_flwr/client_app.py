@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, MessageType
 from flwr.client import Client
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 
+from fedlora_flwr import acting
 from fedlora_flwr.clients import uncollected
 from fedlora_flwr.clients.bridge import (
     answer,
@@ -19,14 +21,13 @@ from fedlora_flwr.clients.bridge import (
 )
 from fedlora_flwr.clients.device import DEVICE, Device
 from fedlora_flwr.clients.local_store import LocalStore
+from fedlora_flwr.clients.warm import WarmProcess
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import data_folder
-from fedlora_flwr.privacy.ledger import Ledger
 
-with uncollected():
+if TYPE_CHECKING:
     from fedlora_flwr.clients.numpy_client import LoRAClient
-    from fedlora_flwr.clients.trainer import process_trainer
 
 
 def make_client(context: Context) -> LoRAClient:
@@ -38,6 +39,11 @@ def make_client(context: Context) -> LoRAClient:
         The run config or the device's file cannot be used, or the node config names neither a
         device nor a partition.
     """
+    # A question who the client is, or a message for a warm process, must not wait for torch.
+    with uncollected():
+        from fedlora_flwr.clients.numpy_client import LoRAClient
+        from fedlora_flwr.clients.trainer import process_trainer
+        from fedlora_flwr.privacy.ledger import Ledger
     node = context.node_config
     if DEVICE in node:
         device = Device.read(Path(str(node[DEVICE])))
@@ -85,7 +91,24 @@ def _serve(message: Message, context: Context) -> Message:
     return answer(client, message, client.identity)
 
 
-app = ClientApp(client_fn, mods=[_direct, bridge])
+def _warm(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Leave the work to the process that a device keeps, if it does."""
+    if DEVICE in context.node_config and message.metadata.message_type != MessageType.QUERY:
+        file = Path(str(context.node_config[DEVICE]))
+        if (device := Device.read(file)).keep_warm:
+            process = WarmProcess.of(device, file)
+            return process.call(_respond_here, acting.current(), message, context)
+    return call_next(message, context)
+
+
+def _respond_here(identity: acting.Identity, message: Message, context: Context) -> Message:
+    # Our clients keep what they keep on the disk, and nothing in the context.
+    with acting.acting_for(*identity):
+        return _app_here(message, context)
+
+
+_app_here = ClientApp(client_fn, mods=[_direct, bridge])
+app = ClientApp(client_fn, mods=[_warm, _direct, bridge])
 
 
 def respond(message: Message, context: Context) -> Message:

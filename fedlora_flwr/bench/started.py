@@ -15,14 +15,15 @@ DEVICE_FILE, RUN_FILE, MODEL = "device/device.toml", "run.toml", "model"
 
 
 class Clock:
-    """CPU seconds of this process, by what they went to."""
+    """CPU seconds of this process after the first ``start``, by what they went to."""
 
-    def __init__(self) -> None:
+    def __init__(self, start: float = 0.0) -> None:
         self.stages: dict[str, float] = {}
+        self._start = start
 
     def done(self, stage: str) -> None:
         """Count what has passed since the last stage, or the process' start, as this stage."""
-        self.stages[stage] = time.process_time() - sum(self.stages.values())
+        self.stages[stage] = time.process_time() - self._start - sum(self.stages.values())
 
 
 def as_a_client(folder: Path, clock: Clock) -> None:
@@ -30,11 +31,38 @@ def as_a_client(folder: Path, clock: Clock) -> None:
     import flwr.supernode.cli  # noqa: F401
 
     clock.done("Flower")
-    from fedlora_flwr import client_app
+    from fedlora_flwr import client_app  # noqa: F401
+    from fedlora_flwr.clients import uncollected
+
+    with uncollected():
+        from fedlora_flwr.clients import numpy_client  # noqa: F401
+    clock.done("imports")
+    get_ready(folder, clock)
+
+
+def as_a_warm_client(folder: Path, clock: Clock) -> None:
+    """Do the same in the process that the device has kept since its last message."""
+    import flwr.supernode.cli  # noqa: F401
+
+    clock.done("Flower")
+    # By the name that it has in any process.
+    from fedlora_flwr import client_app  # noqa: F401
+    from fedlora_flwr.bench import started
+    from fedlora_flwr.clients.device import Device
+    from fedlora_flwr.clients.warm import WarmProcess
 
     clock.done("imports")
+    file = folder / DEVICE_FILE
+    worked = WarmProcess.of(Device.read(file), file).call(started.get_ready_again, folder)
+    clock.done("asking")
+    clock.stages["warm process"] = worked
+
+
+def get_ready(folder: Path, clock: Clock) -> None:
+    """Do all of a training message that comes before its first step."""
     from flwr.app import Context, RecordDict
 
+    from fedlora_flwr import client_app
     from fedlora_flwr.clients.device import Device
     from fedlora_flwr.clients.trainer import plan_mechanism, process_trainer
     from fedlora_flwr.config import RunConfig, read_toml
@@ -52,6 +80,13 @@ def as_a_client(folder: Path, clock: Clock) -> None:
     plan_mechanism(config, len(records))
     trainer.load(trainer.start)
     clock.done("noise")
+
+
+def get_ready_again(folder: Path) -> float:
+    """Return the CPU seconds that it takes a process which may have done so before."""
+    clock = Clock(time.process_time())
+    get_ready(folder, clock)
+    return sum(clock.stages.values())
 
 
 def as_scripts_do(folder: Path, clock: Clock) -> None:
@@ -79,7 +114,7 @@ def as_scripts_do(folder: Path, clock: Clock) -> None:
     clock.done("model")
 
 
-WAYS = {"client": as_a_client, "plain": as_scripts_do}
+WAYS = {"client": as_a_client, "warm": as_a_warm_client, "plain": as_scripts_do}
 
 if __name__ == "__main__":
     started = Clock()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from fedlora_flwr.errors import InvalidValue, one_of
 DEVICE = "device"
 """Key of the node config that names the file: ``--node-config 'device="/etc/fedlora.toml"'``."""
 
-CLIENT_ID = "client-id"
+CLIENT_ID, KEEP_WARM = "client-id", "keep-warm"
 OWN = (
     "dataset", "dataset-subset", "train-split", "input-columns", "label-column", "model",
     "epsilon", "delta", "ledger-scope", "secure-noise", "reproducible", "state-dir",
@@ -47,10 +47,14 @@ class Device:
         Stable identity of the device's data, for budget and cohorts.
     settings : Mapping[str, Any]
         Keys of `OWN`, which are in force over the run's.
+    keep_warm : float (default: 0)
+        Seconds for which a process that has served a message waits for the next one; 0 for a
+        process a message.
     """
 
     client: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    keep_warm: float = 0.0
 
     @classmethod
     def read(cls, path: Path) -> Device:
@@ -66,6 +70,9 @@ class Device:
         client = found.pop(CLIENT_ID, "")
         if not isinstance(client, str) or not client.strip():
             raise InvalidValue(CLIENT_ID, client, f"a name for the data of this device in {path}")
+        keep_warm = found.pop(KEEP_WARM, 0.0)
+        if isinstance(keep_warm, bool) or not isinstance(keep_warm, int | float) or keep_warm < 0:
+            raise InvalidValue(KEEP_WARM, keep_warm, "seconds; 0 for a process a message")
         for key in _BUDGET:
             if key not in found:
                 raise InvalidValue(key, None, f"a number in {path}: what may be spent on its data")
@@ -76,7 +83,13 @@ class Device:
             # Of a model or data set the name may be a hub's; a ledger's folder is made when needed.
             if value and (key == "state-dir" or (key in _FOLDERS and local.exists())):
                 found[key] = str(local.resolve())
-        return cls(client, found)
+        return cls(client, found, float(keep_warm))
+
+    @property
+    def folders(self) -> Iterator[Path]:
+        """The local data set and model that the file names."""
+        named = (Path(str(self.settings[key])) for key in _FOLDERS if key in self.settings)
+        return (path for path in named if path.is_dir())
 
     def config(self, run: Mapping[str, Any]) -> RunConfig:
         """Return a run's configuration as it is on this device.

@@ -71,6 +71,10 @@ delta = 1e-5
 ledger-scope = "lifetime"
 state-dir = "state"
 
+# Flower starts a process for each message. One that stays for so many seconds serves the next, with
+# the model and records that it holds in memory; 0 keeps nothing.
+keep-warm = 600
+
 # device = "auto"
 # client-threads = 1
 # model = "model"

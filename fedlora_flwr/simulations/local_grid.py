@@ -14,8 +14,8 @@ from uuid import uuid4
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
+from fedlora_flwr.acting import acting_for
 from fedlora_flwr.simulations.workers import Execute, one_by_one
 
 ClientAppCall: TypeAlias = Callable[[Message, Context], Message]
@@ -63,7 +63,7 @@ class LocalGrid(Grid):
     @contextmanager
     def running(self) -> Iterator[LocalGrid]:
         """Give this process the identity that Flower's messages ask for, and take it back after."""
-        with _identity(self.run_id):
+        with acting_for(self.run_id):
             yield self
 
     def context(self) -> Context:
@@ -140,7 +140,7 @@ def _serve(
 ) -> tuple[int, RecordDict, dict[str, Message]]:
     """Serve a node's messages; return its id, its state after, and the replies."""
     context, keys, messages = job
-    with _identity(context.run_id):
+    with acting_for(context.run_id):
         replies = {
             key: _reply(app, message, context) for key, message in zip(keys, messages, strict=True)
         }
@@ -152,17 +152,6 @@ def _reply(app: ClientAppCall, message: Message, context: Context) -> Message:
         return app(message, context)
     except Exception:  # As in Flower, a client's failure is its reply.
         return Message(Error(CLIENT_APP_RAISED, traceback.format_exc()), reply_to=message)
-
-
-@contextmanager
-def _identity(run_id: int) -> Iterator[None]:
-    before = {name: getattr(TaskIdentity, f"_{name}") for name in ("run_id", "node_id", "task_id")}
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, 1, 1
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(TaskIdentity, f"_{name}", value)
 
 
 def _node_ids(count: int) -> list[int]:

@@ -22,9 +22,20 @@ def test_a_device_loads_nothing_that_it_does_not_use(found: dict[str, list[Start
 
 
 def test_seconds_and_where_they_go_are_compared(found: dict[str, list[Start]]) -> None:
-    wall, work = figures_of(found, SMALL)
-    assert (wall.bar, work.bar) == (START_BAR, None)
-    assert wall.ours == found["client"][0].seconds > 0
-    assert work.reference == sum(found["plain"][0].stages.values()) > 0
-    for stage in ("Flower", "imports", "model", "records", "noise"):
-        assert stage in work.note
+    figures = list(figures_of(found, SMALL))
+    stages = (("Flower", "imports", "model", "records", "noise"), ("asking", "warm process"))
+    for way, expected in zip(("client", "warm"), stages, strict=True):
+        wall, work = figures.pop(0), figures.pop(0)
+        assert (wall.bar, work.bar) == (START_BAR, None)
+        assert wall.ours == found[way][0].seconds > 0
+        assert work.ours == sum(found[way][0].stages.values()) > 0
+        assert work.reference == sum(found["plain"][0].stages.values()) > 0
+        for stage in expected:
+            assert stage in work.note
+    assert not figures
+
+
+def test_a_warm_devices_own_process_loads_no_model_library(found: dict[str, list[Start]]) -> None:
+    (ready,) = found["warm"]
+    assert "flwr" in ready.packages
+    assert {"torch", "peft", "opacus", "transformers", "scipy"}.isdisjoint(ready.packages)

@@ -20,6 +20,7 @@ from tests.tasks.texts import make_checkpoint, reviews, text_config
 pytestmark = pytest.mark.deploy
 
 NAMES = ["device-01", "device-02"]
+WARM = NAMES[0]
 SIZES = [30, 50]
 SIMULATED, SEEDED = "simulated", "seeded"
 SHORT, FIRST, SECOND = "short", "first", "second"  # of one round
@@ -65,12 +66,15 @@ def prepare(base: Path) -> RunConfig:
 
 
 def set_up_devices(base: Path, reproducible: bool) -> None:
-    """Give devices the names that simulated clients have: their random streams follow from it."""
+    """Give devices the names that simulated clients have: their random streams follow from it.
+
+    One keeps a process between messages.
+    """
     for home, name in enumerate(NAMES):
         lines = [
             f'client-id = "partition-{home:06d}"', 'dataset = "data"', 'state-dir = "state"',
             "epsilon = 8.0", "delta = 1e-3", 'ledger-scope = "run"',
-            *["reproducible = true"] * reproducible,
+            *["reproducible = true"] * reproducible, f"keep-warm = {60 * (name == WARM)}",
         ]  # fmt: skip
         (base / "fleet" / "devices" / name / "device.toml").write_text("\n".join(lines))
 
@@ -87,6 +91,8 @@ def test_a_fleet_gives_the_arrays_of_the_simulation_bit_for_bit(
     runs: dict[str, RunDirectory],
 ) -> None:
     assert adapter(runs[SEEDED]) == adapter(runs[SIMULATED])
+    devices = runs[SEEDED].path.parent / "fleet" / "devices"
+    assert [path.parents[1].name for path in devices.glob("*/state/warm-????????")] == [WARM]
 
 
 def test_a_fleet_reports_the_figures_of_the_simulation(runs: dict[str, RunDirectory]) -> None:

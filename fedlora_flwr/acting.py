@@ -1,0 +1,35 @@
+"""Who this process acts for: Flower's messages ask for a run and a node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeAlias
+
+from flwr.supercore.task_identity import TaskIdentity
+
+Identity: TypeAlias = tuple[int, int, int]
+"""Run, node and task."""
+
+
+def current() -> Identity:
+    """Return who this process acts for.
+
+    Raises
+    ------
+    RuntimeError
+        Nobody yet.
+    """
+    return TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id
+
+
+@contextmanager
+def acting_for(run_id: int, node_id: int = 1, task_id: int = 1) -> Iterator[None]:
+    """Let this process act for a node of a run, and be who it was after."""
+    before = {name: getattr(TaskIdentity, f"_{name}") for name in ("run_id", "node_id", "task_id")}
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, node_id, task_id
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(TaskIdentity, f"_{name}", value)
