@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
+import ssl
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,7 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from fedlora_flwr.clients.device import Device
 from fedlora_flwr.clients.trainer import build_adapted, plan_mechanism
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.deploy.fleet import Fleet, read_fleet
+from fedlora_flwr.deploy.fleet import SETTINGS, Fleet, read_fleet
 from fedlora_flwr.deploy.identities import PRIVATE
 from fedlora_flwr.environment import versions
 from fedlora_flwr.errors import FedLoRAError
@@ -25,6 +26,7 @@ from fedlora_flwr.privacy.ledger import Account, Ledger
 from fedlora_flwr.tasks.registry import build_task
 
 SOON = timedelta(days=14)
+_PATIENCE = 10.0  # seconds
 _MUST_AGREE = ("fedlora-flwr", "flwr")
 
 
@@ -69,11 +71,59 @@ def check_fleet(folder: Path, run: RunConfig | None = None) -> Iterator[Finding]
     fleet, made_with = read_fleet(folder)
     yield _versions(made_with)
     yield from _certificates(folder, fleet)
-    yield from _private_keys(folder, fleet)
+    yield from _private_keys(
+        folder,
+        [
+            folder / "ca" / "ca.key",
+            folder / "server" / "server.key",
+            *(folder / "devices" / name / "device.key" for name in fleet.names),
+        ],
+    )
     yield _port(fleet)
     backbone = _Backbone(run) if run else None
     for name in fleet.names:
         yield from _device(folder / "devices" / name, name, run, backbone)
+
+
+def check_device(folder: Path, run: RunConfig | None = None) -> Iterator[Finding]:
+    """Look, on the device, at everything that can be known before its SuperNode starts.
+
+    Parameters
+    ----------
+    folder : Path
+        The device's, as `make_fleet` made it.
+    run : RunConfig, optional
+        The run that is planned. With it, the device's records are read, its promise worked out,
+        its ledger asked and its backbone built.
+
+    Raises
+    ------
+    InvalidValue
+        It is no device's folder.
+    """
+    fleet, made_with = read_fleet(folder)
+    yield _versions(made_with)
+    yield from _private_keys(folder, [folder / "device.key"])
+    yield _reached(fleet, folder / "ca.pem")
+    yield from _device(folder, folder.name, run, None)
+
+
+def _reached(fleet: Fleet, authority: Path) -> Finding:
+    """Shake hands with the server as a SuperNode would, up to the point where it says who it is."""
+    subject, address = f"server {fleet.host}:{fleet.port}", (fleet.host, fleet.port)
+    try:
+        trusted = ssl.create_default_context(cafile=authority)
+        with (
+            socket.create_connection(address, timeout=_PATIENCE) as plain,
+            trusted.wrap_socket(plain, server_hostname=fleet.host),
+        ):
+            return Finding(subject, True, f"answers with a certificate of {authority.name}")
+    except ssl.SSLCertVerificationError as error:
+        mend = f"make certificates anew, or put the ca.pem of this fleet's server into {authority}"
+        return Finding(subject, False, error.verify_message, mend)
+    except OSError as error:
+        mend = "start the server, and let this device through to that port"
+        return Finding(subject, False, f"does not answer: {error.strerror or error}", mend)
 
 
 def _versions(made_with: dict[str, str]) -> Finding:
@@ -133,9 +183,7 @@ def _dates(subject: str, certificate: x509.Certificate, mend: str) -> Finding:
     return Finding(subject, begin <= now <= end - SOON, text, mend)
 
 
-def _private_keys(folder: Path, fleet: Fleet) -> Iterator[Finding]:
-    keys = [folder / "ca" / "ca.key", folder / "server" / "server.key"]
-    keys += [folder / "devices" / name / "device.key" for name in fleet.names]
+def _private_keys(folder: Path, keys: Sequence[Path]) -> Iterator[Finding]:
     good = 0
     for key in keys:
         name = str(key.relative_to(folder))
@@ -198,12 +246,12 @@ class _Backbone:
 def _device(
     folder: Path, name: str, run: RunConfig | None, backbone: _Backbone | None
 ) -> Iterator[Finding]:
-    file = folder / "device.toml"
+    file = folder / SETTINGS
     settings = _tried(name, lambda: Device.read(file), f"see {file}")
     if isinstance(settings, Finding):
         yield settings
         return
-    if run is None or backbone is None:
+    if run is None:
         yield Finding(name, True, f"settings of {settings.client!r} can be read")
         return
     config = _tried(name, lambda: settings.config(run.items()), f"see {file}")
@@ -211,9 +259,13 @@ def _device(
         yield config
         return
     yield from _promise(name, settings.client, config, file)
-    own = _tried(name, lambda: backbone.of(config), f"see model in {file}")
+    known = backbone or _Backbone(run)
+    own = _tried(name, lambda: known.of(config), f"see model in {file}")
     if isinstance(own, Finding):
         yield own
+        return
+    if backbone is None:
+        yield Finding(name, True, f"backbone {own}; the server refuses any other than its own")
         return
     same = own == backbone.of(run)
     text = f"backbone {own}" + ("" if same else f", the server's is {backbone.of(run)}")

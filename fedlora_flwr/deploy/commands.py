@@ -45,7 +45,7 @@ def init(
 
 @app.command()
 def check(
-    folder: Folder,
+    folder: Annotated[Path, typer.Argument(help="The fleet's folder, or on a device its own.")],
     recipe: Annotated[
         str, typer.Option(help="The planned run: records, budgets and models are looked at, too.")
     ] = "",
@@ -53,19 +53,21 @@ def check(
         list[str] | None, typer.Option("-c", help="key=value, in force over the recipe.")
     ] = None,
 ) -> None:
-    """Look at everything that can be known before the fleet starts; one line each."""
+    """Look at everything that can be known before a fleet, or a device, starts; one line each."""
 
     def work() -> None:
-        from fedlora_flwr.deploy.check import check_fleet
+        from fedlora_flwr.deploy.check import check_device, check_fleet
+        from fedlora_flwr.deploy.fleet import SETTINGS
 
+        look = check_device if (folder / SETTINGS).exists() else check_fleet
         run = load_recipe(recipe, overrides) if recipe else None
         console, bad = Console(highlight=False, soft_wrap=True), 0
-        for finding in check_fleet(folder.resolve(), run):
+        for finding in look(folder.resolve(), run):
             mark = "ok  " if finding.good else "MEND"
             end = "" if finding.good else f"\n     → {finding.mend}"
             console.print(f"{mark} {finding.subject}: {finding.text}{end}", markup=False)
             bad += not finding.good
         if bad:
-            raise FedLoRAError(f"{bad} to mend before the fleet starts.")
+            raise FedLoRAError(f"{bad} to mend first.")
 
     guard(work)

@@ -16,7 +16,7 @@ from fedlora_flwr.files import replacing
 from fedlora_flwr.simulations.superlink import QUIET
 
 CONNECTION = "fedlora-fleet"
-MANIFEST = "fleet.json"
+MANIFEST, SETTINGS = "fleet.json", "device.toml"
 _QUIET = "export " + " ".join(f"{k}={v}" for k, v in QUIET.items() if k.startswith("FLWR_"))
 
 _SUPERLINK = f"""#!/bin/sh
@@ -212,9 +212,11 @@ def _fill(draft: Path, folder: Path, fleet: Fleet) -> None:
         shutil.copy(server / "ca.pem", device / "ca.pem")
         _script(device / "start.sh", _SUPERNODE, {**values, "node_port": str(9500 + number)})
         _text(device / "fedlora-supernode.service", _UNIT, {"title": "Flower SuperNode"})
-        _text(device / "device.toml", _DEVICE, {"name": name})
+        _text(device / SETTINGS, _DEVICE, {"name": name})
     content = {"fleet": asdict(fleet), "versions": versions()}
-    (draft / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    # Devices look by it whether they are fit.
+    for place in (draft, *(draft / "devices" / name for name in fleet.names)):
+        (place / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _text(path: Path, template: str, values: dict[str, str]) -> None:

@@ -7,16 +7,19 @@ import socket
 import ssl
 import stat
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
 
 import pytest
+from typer.testing import CliRunner
 
+from fedlora_flwr.cli import app
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy import check as checks
-from fedlora_flwr.deploy.check import Finding, check_fleet
+from fedlora_flwr.deploy.check import Finding, check_device, check_fleet
 from fedlora_flwr.deploy.fleet import Fleet, make_fleet, read_fleet
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.privacy.budget import Segment
@@ -35,6 +38,25 @@ def fleet(tmp_path: Path) -> Path:
 def findings(folder: Path, run: RunConfig | None = None) -> dict[bool, list[Finding]]:
     found = list(check_fleet(folder, run))
     return {good: [f for f in found if f.good is good] for good in (True, False)}
+
+
+def answer_once(server: Path, port: int) -> tuple[str, int]:
+    """Greet the next who comes, with a fleet's certificate; return where."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(server / "server.pem", server / "server.key")
+    listener = socket.create_server(("127.0.0.1", port))
+
+    def serve() -> None:
+        with (
+            listener,
+            suppress(OSError),  # Who does not trust it hangs up.
+            context.wrap_socket(listener.accept()[0], server_side=True) as made,
+        ):
+            made.sendall(b"hello")
+
+    Thread(target=serve, daemon=True).start()
+    host, port = listener.getsockname()
+    return host, port
 
 
 def test_private_keys_are_private_whatever_the_umask(tmp_path: Path) -> None:
@@ -57,18 +79,10 @@ def test_other_programs_accept_certificates_and_keys(fleet: Path) -> None:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert openssl.stdout.strip().endswith("OK")
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(server / "server.pem", server / "server.key")
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def serve() -> None:
-        with listener, context.wrap_socket(listener.accept()[0], server_side=True) as made:
-            made.sendall(b"hello")
-
-    Thread(target=serve, daemon=True).start()
+    address = answer_once(server, 0)
     device = ssl.create_default_context(cafile=str(fleet / "devices" / "device-01" / "ca.pem"))
     with (
-        socket.create_connection(listener.getsockname()) as plain,
+        socket.create_connection(address) as plain,
         device.wrap_socket(plain, server_hostname="127.0.0.1") as made,
     ):
         assert made.recv(5) == b"hello"
@@ -254,3 +268,64 @@ def test_a_spent_budget_too_few_records_and_another_model_are_found(
     assert "budget exhausted" in " ".join(bad["device-01"])
     assert "delta = 0.1" in " ".join(bad["device-02"])
     assert any("the server's is" in text or "lora-targets" in text for text in bad["device-02"])
+
+
+@pytest.fixture
+def on_device(fleet: Path, tmp_path: Path) -> Path:
+    """Return the folder of a device, carried to where nothing else of the fleet is."""
+    return Path(shutil.copytree(fleet / "devices" / "device-01", tmp_path / "away" / "device-01"))
+
+
+def texts(found: Iterable[Finding], good: bool) -> dict[str, list[str]]:
+    by_subject: dict[str, list[str]] = {}
+    for one in found:
+        if one.good is good:
+            by_subject.setdefault(one.subject, []).append(one.text)
+    return by_subject
+
+
+def test_a_device_is_looked_at_where_it_is(
+    fleet: Path, on_device: Path, planned: RunConfig
+) -> None:
+    shutil.copytree(
+        fleet / "devices" / "device-01" / "data", on_device / "data", dirs_exist_ok=True
+    )
+    shutil.copy(fleet / "devices" / "device-01" / "device.toml", on_device)
+    _, port = answer_once(fleet / "server", read_fleet(fleet)[0].port)
+
+    found = list(check_device(on_device, planned))
+
+    assert texts(found, good=False) == {}
+    good = texts(found, good=True)
+    assert good[f"server 127.0.0.1:{port}"] == ["answers with a certificate of ca.pem"]
+    assert good["private keys"] == ["1 of mode 600, each fits its public key"]
+    assert any("records, ε ≤ 3" in text for text in good["device-01"])
+    assert any(text.startswith("backbone ") for text in good["device-01"])
+
+
+def test_what_is_not_fit_on_a_device_is_found_there(
+    fleet: Path, on_device: Path, planned: RunConfig, tmp_path: Path
+) -> None:
+    server = f"server 127.0.0.1:{read_fleet(fleet)[0].port}"
+    (on_device / "device.key").chmod(0o644)
+    bad = texts(check_device(on_device), good=False)
+    assert bad["device.key"] == ["mode 644: others can read it"]
+    assert bad[server] == ["does not answer: Connection refused"]
+
+    make_fleet(tmp_path / "other", Fleet(1))
+    answer_once(tmp_path / "other" / "server", read_fleet(fleet)[0].port)
+    (found,) = texts(check_device(on_device), good=False)[server]
+    assert "self-signed certificate" in found or "unable to get local issuer" in found
+
+    (on_device / "device.toml").write_text(
+        'client-id = "a"\nepsilon = 3.0\ndelta = 1e-3\ndataset = "nowhere"\n'
+    )
+    found, *_ = texts(check_device(on_device, planned), good=False)["device-01"]
+    assert "nowhere" in found
+
+
+def test_the_command_takes_either_folder(fleet: Path, on_device: Path) -> None:
+    for folder, expected in ((fleet, 0), (on_device, 1)):  # Its server does not run.
+        done = CliRunner().invoke(app, ["deploy", "check", str(folder)])
+        assert done.exit_code == expected, done.output
+    assert "MEND server 127.0.0.1" in done.output
