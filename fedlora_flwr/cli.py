@@ -204,7 +204,7 @@ def bench(
 
     def work() -> None:
         # The profiler, which weighs memory, else writes a line for each start and stop.
-        os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         from fedlora_flwr.bench.suite import run_suite
 
         run_suite(names or [], output and output.resolve(), Console())

@@ -80,7 +80,6 @@ def _take_turns(folder: Path, setting: Setting) -> tuple[list[float], list[float
     log_to_file(folder / "flower.log")
     plan = make_plan(config)
     script = _Script(folder, setting, plan.mechanisms[0].noise_multiplier, config.clip_norm)
-    script.client()
     theirs: list[float] = []
 
     def published() -> None:
@@ -89,7 +88,8 @@ def _take_turns(folder: Path, setting: Setting) -> tuple[list[float], list[float
         theirs.append(time.perf_counter() - begin)
 
     ours = time_rounds(plan, RunDirectory(folder / "run"), between=published)
-    return ours, theirs
+    # The first of each also imports, and opens the data.
+    return ours, theirs[1:]
 
 
 def _config(folder: Path, setting: Setting) -> RunConfig:

@@ -127,18 +127,21 @@ def start(way: str, folder: Path) -> Start:
     """
     quiet = {"XDG_CACHE_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     begin = time.perf_counter()
-    with subprocess.Popen(
-        [sys.executable, "-m", started.__name__, way, str(folder)],
-        env={**os.environ, **quiet},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    # Not through a pipe, which a process that is kept warm would hold open.
+    with (
+        (folder / f"{way}.log").open("w+") as log,
+        subprocess.Popen(
+            [sys.executable, "-m", started.__name__, way, str(folder)],
+            env={**os.environ, **quiet},
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        ) as process,
+    ):
         line = process.stdout.readline() if process.stdout else ""
         seconds = time.perf_counter() - begin
-        _, said = process.communicate()
     if not line:
-        raise RuntimeError(f"{way}: {said[-2000:]}")
+        raise RuntimeError(f"{way}: {(folder / log.name).read_text()[-2000:]}")
     ready = json.loads(line)
     return Start(seconds, ready["stages"], ready["modules"])
 

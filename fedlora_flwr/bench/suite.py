@@ -108,6 +108,7 @@ def run_suite(names: Sequence[str], output: Path | None, console: Console) -> No
         if name not in BENCHMARKS:
             raise InvalidValue("benchmark", name, one_of(BENCHMARKS, name))
     torch.set_num_threads(1)
+    _quiet()
     found: dict[str, list[Figure]] = {}
     begin = time.perf_counter()
     for name in names or BENCHMARKS:
@@ -129,3 +130,11 @@ def run_suite(names: Sequence[str], output: Path | None, console: Console) -> No
         command = " ".join(["fedlora bench", *names])
         write(output, command, found, time.perf_counter() - begin)
         console.print(f"Results   {output}", highlight=False, soft_wrap=True)
+
+
+def _quiet() -> None:
+    """Leave the screen to our own progress."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
