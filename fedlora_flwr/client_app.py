@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,9 +97,13 @@ def _warm(message: Message, context: Context, call_next: ClientAppCallable) -> M
     if DEVICE in context.node_config and message.metadata.message_type != MessageType.QUERY:
         file = Path(str(context.node_config[DEVICE]))
         if (device := Device.read(file)).keep_warm:
-            process = WarmProcess.of(device, file)
-            return process.call(_respond_here, acting.current(), message, context)
+            return guarded(partial(_ask, device, file), message, context)
     return call_next(message, context)
+
+
+def _ask(device: Device, file: Path, message: Message, context: Context) -> Message:
+    process = WarmProcess.of(device, file)
+    return process.call(_respond_here, acting.current(), message, context)
 
 
 def _respond_here(identity: acting.Identity, message: Message, context: Context) -> Message:

@@ -243,3 +243,16 @@ def test_a_process_is_made_for_the_files_that_it_has_read(device: Path) -> None:
     assert second != first
     device.write_text(device.read_text() + "# Another text.\n")
     assert made_for() not in {first, second}
+
+
+def test_the_server_does_not_learn_names_of_files(device: Path) -> None:
+    records = device.parent / "records"
+    records.mkdir()
+    (records / "ward-7.jsonl").symlink_to(device.parent / "gone")
+    device.write_text(device.read_text() + 'dataset = "records"\n')
+    content = RecordDict({"config": ConfigRecord({"server-round": 1})})
+    with acting_for(77, 2), pytest.raises(ClientFailed, match="^FileNotFoundError on the client"):
+        app(
+            Message(content, 2, MessageType.TRAIN),
+            Context(77, 2, {"device": str(device)}, RecordDict(), RUN.items()),
+        )
