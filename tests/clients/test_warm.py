@@ -251,7 +251,7 @@ def test_the_server_does_not_learn_names_of_files(device: Path) -> None:
     (records / "ward-7.jsonl").symlink_to(device.parent / "gone")
     device.write_text(device.read_text() + 'dataset = "records"\n')
     content = RecordDict({"config": ConfigRecord({"server-round": 1})})
-    with acting_for(77, 2), pytest.raises(ClientFailed, match="^FileNotFoundError on the client"):
+    with acting_for(77, 2), pytest.raises(ClientFailed, match=r"^FileNotFoundError on the client"):
         app(
             Message(content, 2, MessageType.TRAIN),
             Context(77, 2, {"device": str(device)}, RecordDict(), RUN.items()),
