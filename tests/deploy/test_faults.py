@@ -73,6 +73,9 @@ def prepare(base: Path) -> RunConfig:
         device = base / "fleet" / "devices" / name
         write_split(device / "data", "train", rows[number::4])
         settings = (device / "device.toml").read_text().replace("1e-5", "1e-3")
+        if name == FAILING:  # Flower's own process is what is killed there.
+            settings = settings.replace("keep-warm = 600", "keep-warm = 0")
+            assert "keep-warm = 0" in settings
         (device / "device.toml").write_text(settings)
         (base / name).mkdir()
     return text_config(
