@@ -197,7 +197,10 @@ def pretrain(
 
 @app.command()
 def bench(
-    names: Annotated[list[str] | None, typer.Argument(help="Benchmarks; all if none.")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Benchmarks; those with bars for simulations if none."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
 ) -> None:
     """Measure speed and memory here, as ratios to what you would have otherwise."""

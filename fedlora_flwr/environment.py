@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -11,7 +13,7 @@ PACKAGES = (
     "fedlora-flwr", "flwr", "ray", "torch", "peft", "timm", "transformers", "opacus",
     "numpy", "scipy",
 )  # fmt: skip
-_CPU_INFO = Path("/proc/cpuinfo")
+_CPU_INFO, _STATUS = Path("/proc/cpuinfo"), Path("/proc/self/status")
 
 
 def versions() -> dict[str, str]:
@@ -33,3 +35,15 @@ def machine() -> dict[str, object]:
         "cpu": models[0] if models else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
     }
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process has held in memory.
+
+    On Linux not by getrusage: that starts from what the process's parent held when it forked.
+    """
+    if _STATUS.exists():
+        lines = _STATUS.read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

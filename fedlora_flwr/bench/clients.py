@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import IO
 from fedlora_flwr.bench.engine import stack_config
 from fedlora_flwr.bench.figures import Figure
 from fedlora_flwr.bench.rounds import time_rounds
+from fedlora_flwr.environment import peak_memory
 from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import make_plan
 from fedlora_flwr.simulations.workers import log_to_file
@@ -62,8 +62,7 @@ def rounds_of(
             )
         )
         seconds = time_rounds(plan, run_dir, between)
-    megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    return {"seconds": statistics.median(seconds), "megabytes": megabytes}
+    return {"seconds": statistics.median(seconds), "megabytes": peak_memory() / 1e6}
 
 
 def _in_turns(setting: Setting) -> list[dict[str, float]]:

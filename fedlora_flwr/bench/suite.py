@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -23,7 +25,8 @@ def private_step(on_figure: OnFigure) -> None:
     from fedlora_flwr.bench.step import measure, roberta, swin
 
     shapes = [swin(), roberta()]
-    measure(shapes, records=4, repetitions=5, device=torch.device("cpu"), on_figure=on_figure)
+    with _threads(os.cpu_count() or 1):
+        measure(shapes, records=4, repetitions=5, device=torch.device("cpu"), on_figure=on_figure)
 
 
 def growth(on_figure: OnFigure) -> None:
@@ -87,13 +90,17 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 }
 
 
+BY_NAME_ONLY = ("growth", "start", "gpu")
+"""What `run_suite` leaves out unless it is named: it has no bar, or is no matter of simulations."""
+
+
 def run_suite(names: Sequence[str], output: Path | None, console: Console) -> None:
     """Run benchmarks, print a table for each, and write a JSON file if one is named.
 
     Parameters
     ----------
     names : Sequence[str]
-        Keys of `BENCHMARKS`; empty for all.
+        Keys of `BENCHMARKS`; empty for all but `BY_NAME_ONLY`.
     output : Path or None
         File for figures, machine and versions.
     console : Console
@@ -111,7 +118,7 @@ def run_suite(names: Sequence[str], output: Path | None, console: Console) -> No
     _quiet()
     found: dict[str, list[Figure]] = {}
     begin = time.perf_counter()
-    for name in names or BENCHMARKS:
+    for name in names or [name for name in BENCHMARKS if name not in BY_NAME_ONLY]:
         figures = found[name] = []
         with console.status(f"{name}: starting") as status:
 
@@ -130,6 +137,16 @@ def run_suite(names: Sequence[str], output: Path | None, console: Console) -> No
         command = " ".join(["fedlora bench", *names])
         write(output, command, found, time.perf_counter() - begin)
         console.print(f"Results   {output}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _quiet() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from dataclasses import dataclass
 
@@ -13,6 +11,7 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.trainer import LocalUpdate, Trainer, plan_mechanism
+from fedlora_flwr.environment import peak_memory
 from fedlora_flwr.errors import BudgetExhausted, FedLoRAError, InvalidValue
 from fedlora_flwr.plan import BOTH, A, B, ComponentPlan, factor_of
 from fedlora_flwr.privacy.budget import Segment
@@ -173,7 +172,7 @@ class LoRAClient(NumPyClient):
                     {},
                     summary,
                     time.perf_counter() - started,
-                    _peak_memory_mb(),
+                    peak_memory() / 2**20,
                     status=STATUS_EXHAUSTED,
                 ),
                 num_examples=0,
@@ -186,7 +185,7 @@ class LoRAClient(NumPyClient):
             arrays={name: a for name, a in update.arrays.items() if order.leaves(name)},
             ledger=summary,
             seconds=time.perf_counter() - started,
-            peak_memory_mb=_peak_memory_mb(),
+            peak_memory_mb=peak_memory() / 2**20,
             weight=_weight(order.weighting, mechanism),
             scores=update.scores,
             unprotected=self._unprotected(),
@@ -294,8 +293,3 @@ def _weight(weighting: str, mechanism: Mechanism) -> float:
     if weighting == "inverse-noise":
         return 1 / mechanism.noise_variance
     return 1.0
-
-
-def _peak_memory_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)

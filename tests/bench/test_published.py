@@ -44,7 +44,7 @@ def test_both_ways_train_the_same_arrays_at_the_same_noise(
     mechanism = plan_mechanism(config, len(records))
     script = _Script(made, SMALL, mechanism.noise_multiplier, config.clip_norm)
 
-    uploaded = script.client()
+    uploaded = script.client(SMALL.steps)
 
     assert sorted(x.shape for x in uploaded.values()) == sorted(
         x.shape for x in trainer.start.values()
