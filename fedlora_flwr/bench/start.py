@@ -86,9 +86,7 @@ def figures_of(found: dict[str, list[Start]], setting: Setting) -> Iterator[Figu
 def prepare(folder: Path, setting: Setting) -> None:
     """Write a checkpoint with random weights, a device's file and records, and a run's settings."""
     from transformers import BertConfig, BertModel
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     _write_tokenizer(folder / started.MODEL)
     BertModel(
         BertConfig(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -25,8 +24,8 @@ def private_step(on_figure: OnFigure) -> None:
     from fedlora_flwr.bench.step import measure, roberta, swin
 
     shapes = [swin(), roberta()]
-    with _threads(os.cpu_count() or 1):
-        measure(shapes, records=4, repetitions=5, device=torch.device("cpu"), on_figure=on_figure)
+    torch.set_num_threads(os.cpu_count() or 1)
+    measure(shapes, records=4, repetitions=5, device=torch.device("cpu"), on_figure=on_figure)
 
 
 def growth(on_figure: OnFigure) -> None:
@@ -91,7 +90,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 
 
 BY_NAME_ONLY = ("growth", "start", "gpu")
-"""What `run_suite` leaves out unless it is named: it has no bar, or is no matter of simulations."""
+"""What `run_suite` leaves out unless named: no bar, no matter of simulations, or for a GPU."""
 
 
 def run_suite(names: Sequence[str], output: Path | None, console: Console) -> None:
@@ -114,12 +113,12 @@ def run_suite(names: Sequence[str], output: Path | None, console: Console) -> No
     for name in names:
         if name not in BENCHMARKS:
             raise InvalidValue("benchmark", name, one_of(BENCHMARKS, name))
-    torch.set_num_threads(1)
     _quiet()
     found: dict[str, list[Figure]] = {}
     begin = time.perf_counter()
     for name in names or [name for name in BENCHMARKS if name not in BY_NAME_ONLY]:
         figures = found[name] = []
+        torch.set_num_threads(1)  # Unless the benchmark takes more.
         with console.status(f"{name}: starting") as status:
 
             def told(figure: Figure, name: str = name, figures: list[Figure] = figures) -> None:
@@ -137,16 +136,6 @@ def run_suite(names: Sequence[str], output: Path | None, console: Console) -> No
         command = " ".join(["fedlora bench", *names])
         write(output, command, found, time.perf_counter() - begin)
         console.print(f"Results   {output}", highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _quiet() -> None:
