@@ -34,6 +34,14 @@ class InvalidValue(FedLoRAError, ValueError):
         return type(self), (self.key, self.value, self.allowed)
 
 
+class OrderRefused(FedLoRAError):
+    """A client refuses what a server sent, and has not opened a record yet.
+
+    The text of this error alone may travel to the server. It names what the server sent and what is
+    public, and never anything that a device's file or a record holds.
+    """
+
+
 class PrivacyViolation(FedLoRAError):
     """Something would leave the private step unclipped or without noise."""
 
