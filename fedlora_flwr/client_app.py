@@ -24,7 +24,8 @@ from fedlora_flwr.clients.device import DEVICE, Device
 from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.warm import WarmProcess
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.environment import in_simulation
+from fedlora_flwr.errors import OrderRefused
 from fedlora_flwr.files import data_folder
 
 if TYPE_CHECKING:
@@ -34,33 +35,38 @@ if TYPE_CHECKING:
 def make_client(context: Context) -> LoRAClient:
     """Make the client of a device, or of one simulated partition.
 
+    No record is opened yet: the client does that after it has read its order.
+
     Raises
     ------
+    OrderRefused
+        The run config cannot be used on this device, or this SuperNode has no device's file.
     InvalidValue
-        The run config or the device's file cannot be used, or the node config names neither a
-        device nor a partition.
+        The device's file cannot be used, or a simulated run config.
     """
-    # A question who the client is, or a message for a warm process, must not wait for torch.
-    with uncollected():
-        from fedlora_flwr.clients.numpy_client import LoRAClient
-        from fedlora_flwr.clients.trainer import process_trainer
-        from fedlora_flwr.privacy.ledger import Ledger
     node = context.node_config
     if DEVICE in node:
         device = Device.read(Path(str(node[DEVICE])))
         identity, config = device.client, device.config(context.run_config)
         partition, partitions = 0, 1
-    elif "partition-id" in node and "num-partitions" in node:
+    elif in_simulation() and "partition-id" in node and "num-partitions" in node:
         identity, config = client_identity(context), RunConfig.of(context.run_config)
         partition, partitions = int(node["partition-id"]), int(node["num-partitions"])
     else:
-        allowed = "'device', or 'partition-id' and 'num-partitions'"
-        raise InvalidValue("node config", dict(node), allowed)
+        raise OrderRefused(
+            "This SuperNode names no device's file, without which a server would decide everything "
+            "on it. Start it with --node-config 'device=\"/path/device.toml\"'."
+        )
+    # A question who the client is, or a message for a warm process, must not wait for torch.
+    with uncollected():
+        from fedlora_flwr.clients.numpy_client import LoRAClient
+        from fedlora_flwr.clients.trainer import process_trainer
+        from fedlora_flwr.privacy.ledger import Ledger
     trainer = process_trainer(config)
     folder = state_folder(config)
     return LoRAClient(
         trainer,
-        trainer.task.client_records(partition, partitions),
+        partial(trainer.task.client_records, partition, partitions),
         Ledger(folder / "ledger.sqlite"),
         identity,
         str(context.run_id),
@@ -82,14 +88,8 @@ def state_folder(config: RunConfig) -> Path:
 def _direct(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Answer a Message-API strategy without a detour over Flower's legacy records."""
     if trains_or_evaluates(message):
-        # To make a client is to read its records, of which an error may speak.
-        return guarded(_serve, message, context)
+        return answer(partial(make_client, context), message, client_identity(context))
     return call_next(message, context)
-
-
-def _serve(message: Message, context: Context) -> Message:
-    client = make_client(context)
-    return answer(client, message, client.identity)
 
 
 def _warm(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -97,7 +97,7 @@ def _warm(message: Message, context: Context, call_next: ClientAppCallable) -> M
     if DEVICE in context.node_config and message.metadata.message_type != MessageType.QUERY:
         file = Path(str(context.node_config[DEVICE]))
         if (device := Device.read(file)).keep_warm:
-            return guarded(partial(_ask, device, file), message, context)
+            return _ask(device, file, message, context)
     return call_next(message, context)
 
 
@@ -112,8 +112,13 @@ def _respond_here(identity: acting.Identity, message: Message, context: Context)
         return _app_here(message, context)
 
 
-_app_here = ClientApp(client_fn, mods=[_direct, bridge])
-app = ClientApp(client_fn, mods=[_warm, _direct, bridge])
+def _guarded(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Let out only errors that a server may read, whatever raises them."""
+    return guarded(call_next, message, context)
+
+
+_app_here = ClientApp(client_fn, mods=[_guarded, _direct, bridge])
+app = ClientApp(client_fn, mods=[_guarded, _warm, _direct, bridge])
 
 
 def respond(message: Message, context: Context) -> Message:

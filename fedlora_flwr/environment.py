@@ -6,6 +6,9 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -13,6 +16,7 @@ PACKAGES = (
     "fedlora-flwr", "flwr", "ray", "torch", "peft", "timm", "transformers", "opacus",
     "numpy", "scipy",
 )  # fmt: skip
+_simulating: ContextVar[bool] = ContextVar("simulating", default=False)
 _CPU_INFO, _STATUS = Path("/proc/cpuinfo"), Path("/proc/self/status")
 
 
@@ -47,3 +51,27 @@ def peak_memory() -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def simulating() -> Iterator[None]:
+    """Say that what runs here are clients of a simulation, all of them on this machine."""
+    token = _simulating.set(True)
+    try:
+        yield
+    finally:
+        _simulating.reset(token)
+
+
+def in_simulation() -> bool:
+    """Tell whether this process serves clients of a simulation.
+
+    This follows from the process alone, so no message can change it: the process serves an
+    in-process grid, or it is an actor of Ray, where Flower's simulations run.
+    """
+    if _simulating.get():
+        return True
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return False
+    return ray.get_runtime_context().get_actor_id() is not None

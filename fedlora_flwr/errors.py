@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 1000  # characters of a value that an error shows
+
 
 class FedLoRAError(Exception):
     """Base class of every error that this package raises on purpose."""
@@ -24,7 +26,7 @@ class InvalidValue(FedLoRAError, ValueError):
     """
 
     def __init__(self, key: str, value: object, allowed: str) -> None:
-        super().__init__(f"{key} = {value!r} cannot be used: expected {allowed}.")
+        super().__init__(f"{key} = {_shown(value)} cannot be used: expected {allowed}.")
         self.key = key
         self.value = value
         self.allowed = allowed
@@ -34,11 +36,20 @@ class InvalidValue(FedLoRAError, ValueError):
         return type(self), (self.key, self.value, self.allowed)
 
 
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write integers of thousands of digits.
+        return "an integer of too many digits"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
 class OrderRefused(FedLoRAError):
     """A client refuses what a server sent, and has not opened a record yet.
 
-    The text of this error alone may travel to the server. It names what the server sent and what is
-    public, and never anything that a device's file or a record holds.
+    The text of this error alone may travel to the server. It names what the server sent, what the
+    package accepts, and what the device's file states for servers to read: its limits. It never
+    names anything else that the device's file or a record holds.
     """
 
 

@@ -1,11 +1,13 @@
 """Lets a Flower NumPyClient serve Message-API strategies, with array names and partial uploads.
 
 Flower's own translation expects legacy records and drops the names of arrays. This client mod
-translates both ways: names travel in the config and in the metrics under ``array-names``.
+translates both ways: names travel in the config and in the metrics under ``array-names``. It also
+decides which errors a server may read.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping
 from logging import ERROR
 from pathlib import Path
@@ -25,7 +27,14 @@ from flwr.common.logger import log
 
 from fedlora_flwr.arrays import to_numpy
 from fedlora_flwr.clients.device import DEVICE, Device
-from fedlora_flwr.errors import ClientFailed, FedLoRAError, InvalidValue
+from fedlora_flwr.environment import in_simulation
+from fedlora_flwr.errors import (
+    BudgetExhausted,
+    ClientFailed,
+    FedLoRAError,
+    InvalidValue,
+    OrderRefused,
+)
 from fedlora_flwr.results import evaluate_content, fit_content
 from fedlora_flwr.wire import CLIENT, NAMES
 
@@ -57,18 +66,27 @@ def bridge(message: Message, context: Context, call_next: ClientAppCallable) -> 
         The reply: one ArrayRecord with the names that the client gave, one MetricRecord with the
         numbers among its metrics and ``num-examples``, one ConfigRecord with the texts among them
         and, under ``client``, who it is. Scores of blocks are a list of numbers in the former.
+
+    Raises
+    ------
+    OrderRefused, BudgetExhausted, ClientFailed
+        See `guarded`.
     """
+    return guarded(_bridged, message, context, call_next)
+
+
+def _bridged(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     kind = message.metadata.message_type
     if kind == MessageType.QUERY:
         identity_record = ConfigRecord({CLIENT: client_identity(context)})
         return Message(RecordDict({"config": identity_record}), reply_to=message)
     if not trains_or_evaluates(message):
-        return guarded(call_next, message, context)
+        return call_next(message, context)
     prefix = _LEGACY_INS[kind]
     identity = client_identity(context)
     names = list(_only(message.content.array_records, "ArrayRecord"))
     message.content = _to_legacy(message.content, prefix)
-    reply = guarded(call_next, message, context)
+    reply = call_next(message, context)
     if not reply.has_error():
         reply.content = (
             _fit_result(reply.content, names, identity)
@@ -84,7 +102,7 @@ def trains_or_evaluates(message: Message) -> bool:
     return prefix is not None and f"{prefix}.parameters" not in message.content.array_records
 
 
-def answer(client: NumPyClient, message: Message, identity: str) -> Message:
+def answer(make_client: Callable[[], NumPyClient], message: Message, identity: str) -> Message:
     """Serve a train or evaluate message with a NumPyClient, past Flower's legacy records.
 
     The reply is that of `bridge`, at a fraction of its time: `bridge` hands arrays on through
@@ -92,39 +110,75 @@ def answer(client: NumPyClient, message: Message, identity: str) -> Message:
 
     Parameters
     ----------
-    client : NumPyClient
-        Serves the message.
+    make_client : callable
+        Makes the client that serves the message, once the message can be read.
     message : Message
         What a Message-API strategy sent.
     identity : str
         Who the client is (see `client_identity`).
+
+    Raises
+    ------
+    OrderRefused
+        The message does not hold one ArrayRecord and one ConfigRecord, or an array is broken.
     """
     arrays = _only(message.content.array_records, "ArrayRecord")
     config = dict(_only(message.content.config_records, "ConfigRecord"))
+    if NAMES in config:
+        raise OrderRefused(f"The message's configuration has {NAMES!r}; its arrays have names.")
     config[NAMES] = ",".join(arrays)
-    values: NDArrays = [to_numpy(array) for array in arrays.values()]
+    try:
+        values: NDArrays = [to_numpy(array) for array in arrays.values()]
+    except Exception as error:  # NumPy's reader raises errors of many types.
+        raise OrderRefused("An array of the message cannot be read: it is damaged.") from error
     scalars = cast(dict[str, Scalar], config)
+    client = make_client()
     if message.metadata.message_type == MessageType.TRAIN:
-        trained, examples, metrics = guarded(client.fit, values, scalars)
+        trained, examples, metrics = client.fit(values, scalars)
         content = fit_content(trained, arrays, {**metrics, CLIENT: identity}, examples)
     else:
-        loss, examples, metrics = guarded(client.evaluate, values, scalars)
+        loss, examples, metrics = client.evaluate(values, scalars)
         content = evaluate_content(loss, {**metrics, CLIENT: identity}, examples)
     return Message(content, reply_to=message)
 
 
-def guarded(call: Callable[[S, U], T], first: S, second: U) -> T:
-    """Keep what a library says about private records off the wire; its kind is enough.
+def guarded(call: Callable[..., T], *args: object) -> T:
+    """Call a function, and let out only errors that a server may read.
 
-    Flower sends an exception's text to the server.
+    Flower sends an exception's text to the server, and the text of a library or of ours may hold a
+    record. So this is a list of what may travel. Everything else becomes one fixed sentence with a
+    random number, which stands beside the whole error in the client's own log. In a simulation
+    server and client are one machine, and errors of this package are told in full.
+
+    Raises
+    ------
+    OrderRefused
+        As raised: it says what is wrong with the message, and no record was opened.
+    BudgetExhausted
+        With a fixed text.
+    ClientFailed
+        In place of every other error.
     """
     try:
-        return call(first, second)
-    except FedLoRAError:
+        return call(*args)
+    except (OrderRefused, ClientFailed):
         raise
+    except BudgetExhausted as error:
+        if in_simulation():
+            raise
+        log(ERROR, "%s", error)
+        raise BudgetExhausted("budget exhausted: this client takes no further part") from None
     except Exception as error:
-        log(ERROR, "The client failed.", exc_info=error)
-        raise ClientFailed(f"{type(error).__name__} on the client; its own log says more") from None
+        number = secrets.token_hex(4)
+        log(ERROR, "The client failed (error %s).", number, exc_info=error)
+        if in_simulation():
+            if isinstance(error, FedLoRAError):
+                raise
+            kind = type(error).__name__
+            raise ClientFailed(f"{kind} on the client; its own log says more") from None
+        raise ClientFailed(
+            f"The client could not do what was asked (error {number}). Its own log says why."
+        ) from None
 
 
 def client_identity(context: Context) -> str:
@@ -173,10 +227,10 @@ def _check_status(content: RecordDict, prefix: str) -> None:
     status = content.config_records[f"{prefix}.status"]
     if status["code"] != 0:
         code, reason = cast(int, status["code"]), cast(str, status["message"])
-        raise ClientFailed(f"the client answered with status {code}: {reason}")
+        raise FedLoRAError(f"the client answered with status {code}: {reason}")
 
 
 def _only(records: Mapping[str, T], kind: str) -> T:
     if len(records) != 1:
-        raise InvalidValue(f"number of {kind}s in a message", len(records), "1")
+        raise OrderRefused(f"The message has {len(records)} {kind}s. Send exactly one.")
     return next(iter(records.values()))

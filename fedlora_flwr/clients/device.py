@@ -7,32 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedlora_flwr.config import RunConfig, read_toml
+from fedlora_flwr.config import OWN, Limit, RunConfig, device_config, read_toml
 from fedlora_flwr.errors import InvalidValue, one_of
+from fedlora_flwr.tasks.registry import required_on_device
 
 DEVICE = "device"
 """Key of the node config that names the file: ``--node-config 'device="/etc/fedlora.toml"'``."""
 
-CLIENT_ID, KEEP_WARM = "client-id", "keep-warm"
-OWN = (
-    "dataset", "dataset-subset", "train-split", "input-columns", "label-column", "model",
-    "epsilon", "delta", "ledger-scope", "secure-noise", "reproducible", "state-dir",
-    "report-unprotected-metrics",
-    "microbatch-size", "precision", "compile", "device", "client-threads", "share-weights",
-)  # fmt: skip
-"""Keys of the run config that are a device's to say."""
-
-_BUDGET = ("epsilon", "delta")
-# A device has all of its data set, its ledger outlives a run, no server's seed draws its noise, and
-# no server gets figures without privacy from it. Its process serves one message and is alone.
-_DEFAULTS: Mapping[str, Any] = {
-    "partitioner": "iid",
-    "min-records": 1,
-    "train-limit": 0,
-    "ledger-scope": "lifetime",
-    "reproducible": False,
-    "report-unprotected-metrics": False,
-    "share-weights": False,
+CLIENT_ID, KEEP_WARM, LIMITS = "client-id", "keep-warm", "limits"
+TEST_SPLIT = "test-split"
+_REQUIRED = {
+    "epsilon": "a number: what may be spent on this device's records",
+    "delta": "a number: what may be spent on this device's records",
+    "task": "the task that this device takes part in",
 }
 _FOLDERS = ("dataset", "model")
 
@@ -46,15 +33,18 @@ class Device:
     client : str
         Stable identity of the device's data, for budget and cohorts.
     settings : Mapping[str, Any]
-        Keys of `OWN`, which are in force over the run's.
+        Keys of `OWN`. A server has no say in them, also where the file is silent.
     keep_warm : float (default: 0)
-        Seconds for which a process that has served a message waits for the next one; 0 for a
-        process a message.
+        Seconds for which a process that has served a message waits for the next one; 0 for one
+        process per message.
+    limits : Mapping[str, Limit]
+        What the device accepts of a run's values, by key.
     """
 
     client: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     keep_warm: float = 0.0
+    limits: Mapping[str, Limit] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Device:
@@ -63,27 +53,26 @@ class Device:
         Raises
         ------
         InvalidValue
-            The file cannot be read, has no ``client-id`` or no budget, or names a key that is not a
-            device's.
+            The file cannot be read; it lacks ``client-id``, the budget, the task or what the task
+            needs; it has a key that is not a device's; or a value cannot be used.
         """
         found = read_toml(path)
         client = found.pop(CLIENT_ID, "")
-        if not isinstance(client, str) or not client.strip():
+        if not isinstance(client, str) or not client.strip() or not client.isprintable():
             raise InvalidValue(CLIENT_ID, client, f"a name for the data of this device in {path}")
         keep_warm = found.pop(KEEP_WARM, 0.0)
         if isinstance(keep_warm, bool) or not isinstance(keep_warm, int | float) or keep_warm < 0:
-            raise InvalidValue(KEEP_WARM, keep_warm, "seconds; 0 for a process a message")
-        for key in _BUDGET:
-            if key not in found:
-                raise InvalidValue(key, None, f"a number in {path}: what may be spent on its data")
-        for key, value in found.items():
+            raise InvalidValue(KEEP_WARM, keep_warm, "seconds; 0 for one process per message")
+        limits = found.pop(LIMITS, {})
+        if not isinstance(limits, dict):
+            raise InvalidValue(LIMITS, limits, "a table, [limits]")
+        for key in found:
             if key not in OWN:
                 raise InvalidValue(f"key of {path.name}", key, one_of(OWN, key))
-            local = path.parent / str(value)
-            # Of a model or data set the name may be a hub's; a ledger's folder is made when needed.
-            if value and (key == "state-dir" or (key in _FOLDERS and local.exists())):
-                found[key] = str(local.resolve())
-        return cls(client, found, float(keep_warm))
+        _check_complete(found, path)
+        settings = {key: _local(key, value, path.parent) for key, value in found.items()}
+        read_limits = {key: Limit.read(key, value) for key, value in limits.items()}
+        return cls(client, settings, float(keep_warm), read_limits)
 
     @property
     def folders(self) -> Iterator[Path]:
@@ -96,7 +85,30 @@ class Device:
 
         Raises
         ------
+        OrderRefused
+            The run has a value that this package or this device does not accept.
         InvalidValue
-            A setting cannot be used.
+            The device's own values cannot be used with the run's.
         """
-        return RunConfig.of(run, _DEFAULTS, self.settings)
+        return device_config(run, self.settings, self.limits)
+
+
+def _check_complete(found: Mapping[str, Any], path: Path) -> None:
+    """Refuse settings that cannot be used, or that leave to a server what a device must say."""
+    for key, allowed in _REQUIRED.items():
+        if key not in found:
+            raise InvalidValue(key, None, f"{allowed}, in {path}")
+    RunConfig.of({key: value for key, value in found.items() if key != "state-dir"})
+    for keys in required_on_device(found["task"]):
+        if not any(found.get(key) for key in keys):
+            allowed = f"a value in {path}, as task = {found['task']!r} needs it"
+            raise InvalidValue(" or ".join(keys), None, allowed)
+
+
+def _local(key: str, value: Any, folder: Path) -> Any:
+    """Resolve a path beside the device's file."""
+    local = folder / str(value)
+    # A model or data set may be a name on a hub. The ledger's folder is made when needed.
+    if value and (key == "state-dir" or (key in _FOLDERS and local.exists())):
+        return str(local.resolve())
+    return value

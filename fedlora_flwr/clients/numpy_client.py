@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from flwr.client import NumPyClient
@@ -12,81 +12,18 @@ from numpy.typing import NDArray
 from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.trainer import LocalUpdate, Trainer, plan_mechanism
 from fedlora_flwr.environment import peak_memory
-from fedlora_flwr.errors import BudgetExhausted, FedLoRAError, InvalidValue
-from fedlora_flwr.plan import BOTH, A, B, ComponentPlan, factor_of
+from fedlora_flwr.errors import BudgetExhausted, InvalidValue, OrderRefused
+from fedlora_flwr.plan import BOTH, A, ComponentPlan, factor_of
 from fedlora_flwr.privacy.budget import Segment
-from fedlora_flwr.privacy.ledger import Account, Ledger
+from fedlora_flwr.privacy.ledger import Account, Ledger, LedgerSummary
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.released import Released
 from fedlora_flwr.tasks.registry import Records
-from fedlora_flwr.wire import (
-    CURVATURE,
-    FINGERPRINT,
-    NAMES,
-    PLAN,
-    ROUND,
-    SHARE,
-    STATUS_EXHAUSTED,
-    WEIGHTING,
-)
+from fedlora_flwr.wire import NAMES, STATUS_EXHAUSTED
+from fedlora_flwr.wire.order import Order, check_shapes, named_arrays
 
 Scalars = dict[str, bool | bytes | float | int | str]
 Reply = tuple[list[NDArray[np.float32]], int, Scalars]
-
-
-@dataclass(frozen=True)
-class Order:
-    """What the server asks for in one round, as read from a fit configuration.
-
-    Parameters
-    ----------
-    server_round : int
-        Round, from 1; 0 where the server does not say.
-    plan : ComponentPlan or None
-        What trains; ``None`` from a server that sends no plan: then both factors train and all
-        arrays are returned, which is what plain averaging expects.
-    names : tuple[str, ...]
-        Names of the arrays, in the order in which they came.
-    weighting : str
-        Which aggregation weight to report.
-    fingerprint : str
-        Hash of the server's backbone; empty where it does not say.
-    share : str
-        The factor that is exchanged; all else that trains stays here. Empty: nothing stays.
-    curvature : str
-        Which scores to send (see `BlockScores`); empty: none.
-    """
-
-    server_round: int
-    plan: ComponentPlan | None
-    names: tuple[str, ...]
-    weighting: str
-    fingerprint: str
-    share: str
-    curvature: str
-
-    def __post_init__(self) -> None:
-        if self.share not in ("", A, B):
-            raise InvalidValue(SHARE, self.share, "'A', 'B' or empty")
-
-    @classmethod
-    def read(cls, config: Scalars, own_names: tuple[str, ...]) -> Order:
-        """Read the configuration of a fit message."""
-        plan = str(config.get(PLAN, ""))
-        names = str(config.get(NAMES, ""))
-        return cls(
-            server_round=int(config.get(ROUND, 0)),
-            plan=ComponentPlan.parse(plan) if plan else None,
-            names=tuple(names.split(",")) if names else own_names,
-            weighting=str(config.get(WEIGHTING, "uniform")),
-            fingerprint=str(config.get(FINGERPRINT, "")),
-            share=str(config.get(SHARE, "")),
-            curvature=str(config.get(CURVATURE, "")),
-        )
-
-    def leaves(self, name: str) -> bool:
-        """Tell whether an array is exchanged."""
-        return not self.share or factor_of(name) == self.share
 
 
 class LoRAClient(NumPyClient):
@@ -96,8 +33,9 @@ class LoRAClient(NumPyClient):
     ----------
     trainer : Trainer
         The process's model and engine.
-    records : Records
-        The client's private records.
+    records : Records or callable
+        The client's private records, or what opens them: it is called once an order has been read
+        and found good.
     ledger : Ledger
         Where releases are written before they leave.
     client : str
@@ -113,7 +51,7 @@ class LoRAClient(NumPyClient):
     def __init__(
         self,
         trainer: Trainer,
-        records: Records,
+        records: Records | Callable[[], Records],
         ledger: Ledger,
         client: str,
         run: str,
@@ -144,40 +82,37 @@ class LoRAClient(NumPyClient):
     def fit(self, parameters: list[NDArray[np.float32]], config: Scalars) -> Reply:
         """Train one round and release the result.
 
+        The order is read in full before a record is opened, and the round is in the ledger before
+        the first private batch: what fails after that counts as spent.
+
         Raises
         ------
+        OrderRefused
+            Arrays, plan, backbone or weighting do not fit this client.
         InvalidValue
-            Arrays, plan or backbone do not fit this client's model.
+            The client's records cannot be read, or cannot keep the promise.
         BudgetExhausted
             The budget is spent, and the server speaks no plan: it would not understand the answer
             "budget-exhausted" that our strategies get.
         """
         started = time.perf_counter()
-        order = Order.read(config, self._trainer.layout.names)
-        arrays = self._complete(order, parameters)
-        mechanism = plan_mechanism(self._trainer.config, len(self._records))
-        segment = Segment(
-            mechanism.noise_multiplier, mechanism.sample_rate, self._trainer.config.local_steps
+        order = Order.from_config(config)
+        plan = order.plan_for(len(self._trainer.layout.blocks))
+        self._permit(order)
+        arrays = self._start(order, parameters)
+        run, records = self._trainer.config, self._open()
+        mechanism = plan_mechanism(run, len(records))
+        segment, planned = (
+            Segment(mechanism.noise_multiplier, mechanism.sample_rate, steps)
+            for steps in (run.local_steps, run.planned_steps)
         )
         try:
-            before = self._ledger.check(self._account, segment).steps - segment.steps
-            update = self._train(order, arrays, mechanism, before)
-            summary = self._ledger.record(self._account, order.server_round, segment)
+            summary = self._ledger.record(self._account, order.server_round, segment, planned)
         except BudgetExhausted:
-            if order.plan is None:
+            if plan is None:
                 raise
-            summary = self._ledger.summary(self._account)
-            return self._reply(
-                Released(
-                    {},
-                    summary,
-                    time.perf_counter() - started,
-                    peak_memory() / 2**20,
-                    status=STATUS_EXHAUSTED,
-                ),
-                num_examples=0,
-            )
-        # Kept after the row is written: what a later release reads is in the ledger then.
+            return self._exhausted(started)
+        update = self._train(order, plan, arrays, records, mechanism, summary)
         if order.share:
             kept = {name: a for name, a in update.arrays.items() if not order.leaves(name)}
             self._local.keep(self._account.client, self._account.run, kept)
@@ -188,10 +123,10 @@ class LoRAClient(NumPyClient):
             peak_memory_mb=peak_memory() / 2**20,
             weight=_weight(order.weighting, mechanism),
             scores=update.scores,
-            unprotected=self._unprotected(),
+            unprotected=self._unprotected(records),
         )
         # The number of records goes out only where it is the weight.
-        return self._reply(released, len(self._records) if order.weighting == "size" else 1)
+        return self._reply(released, len(records) if order.weighting == "size" else 1)
 
     def evaluate(
         self, parameters: list[NDArray[np.float32]], config: Scalars
@@ -200,73 +135,98 @@ class LoRAClient(NumPyClient):
 
         Under a strategy that shares one factor, on the public test set: what the client keeps went
         through private steps, so the figures are post-processing. Else on its private records,
-        where the run allows such figures.
+        where the client's configuration allows such figures.
 
         Raises
         ------
-        FedLoRAError
-            The run does not report unprotected metrics.
+        OrderRefused
+            This client does not report unprotected metrics, or names no split to evaluate on; or
+            arrays or backbone do not fit it.
         """
-        order = Order.read(config, self._trainer.layout.names)
-        if not order.share and not self._trainer.config.report_unprotected_metrics:
-            raise FedLoRAError(
+        order, run = Order.from_config(config), self._trainer.config
+        if not order.share and not run.report_unprotected_metrics:
+            raise OrderRefused(
                 "A loss on private records is not protected. Evaluate on the server's public test "
                 "set (fraction_evaluate = 0), or set report-unprotected-metrics = true."
             )
-        self._trainer.load(self._complete(order, parameters))
-        task = self._trainer.task
-        records = task.test_records() if order.share else self._records
-        metrics = task.evaluate(self._trainer.adapted.model, records)
+        if order.share and not run.test_split:
+            raise OrderRefused(
+                "This client does not evaluate. To let it, name a public test-split in its file."
+            )
+        self._trainer.load(self._start(order, parameters))
+        records = self._open_test() if order.share else self._open()
+        metrics = self._trainer.task.evaluate(self._trainer.adapted.model, records)
         return metrics["loss"], 1, dict(metrics)
+
+    def _permit(self, order: Order) -> None:
+        """Refuse a weighting that would tell what this client does not tell."""
+        own = self._trainer.config.weighting
+        if order.weighting not in ("uniform", own):
+            raise OrderRefused(
+                f"weighting = {order.weighting!r} is refused: this client tells neither its number "
+                "of records nor its noise to this run. Use weighting = 'uniform', or set weighting "
+                "on the client."
+            )
+
+    def _open(self) -> Records:
+        records = self._records
+        return records() if callable(records) else records
+
+    def _exhausted(self, started: float) -> Reply:
+        summary = self._ledger.summary(self._account)
+        seconds, memory = time.perf_counter() - started, peak_memory() / 2**20
+        released = Released({}, summary, seconds, memory, status=STATUS_EXHAUSTED)
+        return self._reply(released, num_examples=0)
 
     def _train(
         self,
         order: Order,
+        plan: ComponentPlan | None,
         arrays: dict[str, NDArray[np.float32]],
+        records: Records,
         mechanism: Mechanism,
-        steps: int,
+        summary: LedgerSummary,
     ) -> LocalUpdate:
         # A server that names no round must not make a seeded client repeat its noise.
-        round_name = order.server_round or f"after-{steps}-steps"
+        before = summary.steps - self._trainer.config.local_steps
         update = self._trainer.train(
             arrays,
-            order.plan or ComponentPlan.uniform(BOTH),
-            self._records,
+            plan or ComponentPlan.uniform(BOTH),
+            records,
             mechanism,
-            (self._account.client, round_name),
+            (self._account.client, order.server_round or f"after-{before}-steps"),
             order.curvature,
         )
-        if order.plan is not None:
+        if plan is not None:
             return update
-        return LocalUpdate(self._trainer.adapted.read(order.names))
+        return LocalUpdate(self._trainer.adapted.read(self._names(order)))
 
-    def _complete(
+    def _names(self, order: Order) -> Sequence[str]:
+        return order.names.split(",") if order.names else self._trainer.layout.names
+
+    def _start(
         self, order: Order, parameters: list[NDArray[np.float32]]
     ) -> dict[str, NDArray[np.float32]]:
         """Return all arrays to start from: the server's, and with them what stays here."""
-        if len(order.names) != len(parameters):
-            raise InvalidValue("arrays", len(parameters), f"{len(order.names)} arrays")
-        own = self._trainer.adapted.fingerprint
-        if order.fingerprint and order.fingerprint != own:
-            raise InvalidValue(
-                "backbone", own, f"the server's, {order.fingerprint}: frozen weights differ"
+        trainer = self._trainer
+        arrays = named_arrays(self._names(order), parameters)
+        if order.fingerprint and order.fingerprint != trainer.adapted.fingerprint:
+            raise OrderRefused(
+                f"The run's backbone is {order.fingerprint}, and this client has "
+                f"{trainer.adapted.fingerprint}: their frozen weights differ. Put the same model "
+                "on server and clients."
             )
-        arrays = dict(zip(order.names, parameters, strict=True))
         if order.share:
             local = self._local.recall(self._account.client, self._account.run)
-            arrays = {**self._trainer.start, **local, **arrays}
+            arrays = {**trainer.start, **local, **arrays}
         arrays = {name: self._cut(name, array) for name, array in arrays.items()}
-        rank = self._rank or self._trainer.config.rank
-        for name, array in arrays.items():
-            factor = factor_of(name)
-            if factor and array.shape[0 if factor == A else -1] != rank:
-                raise InvalidValue(f"shape of {name}", array.shape, f"an array of rank {rank}")
+        check_shapes(arrays, trainer.start, self._rank or trainer.config.rank)
         return arrays
 
     def _cut(self, name: str, array: NDArray[np.float32]) -> NDArray[np.float32]:
         """Keep the leading ranks that this client trains; the server sorts them by weight."""
         rank, factor = self._rank, factor_of(name)
-        if rank is None or factor is None:
+        if rank is None or factor is None or array.ndim != 2:
             return array
         return array[:rank] if factor == A else array[:, :rank]
 
@@ -276,10 +236,13 @@ class LoRAClient(NumPyClient):
             raise InvalidValue("store", None, "a LocalStore where a factor stays with the client")
         return self._store
 
-    def _unprotected(self) -> dict[str, float]:
+    def _open_test(self) -> Records:
+        return self._trainer.task.test_records()
+
+    def _unprotected(self, records: Records) -> dict[str, float]:
         if not self._trainer.config.report_unprotected_metrics:
             return {}
-        return self._trainer.task.evaluate(self._trainer.adapted.model, self._records)
+        return self._trainer.task.evaluate(self._trainer.adapted.model, records)
 
     @staticmethod
     def _reply(released: Released, num_examples: int) -> Reply:

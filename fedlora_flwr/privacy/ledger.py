@@ -108,7 +108,13 @@ class Ledger:
         """
         return self._after(account, self._history(account)[1], segment)
 
-    def record(self, account: Account, server_round: int, segment: Segment) -> LedgerSummary:
+    def record(
+        self,
+        account: Account,
+        server_round: int,
+        segment: Segment,
+        planned: Segment | None = None,
+    ) -> LedgerSummary:
         """Write a release. Call it before the release leaves the client.
 
         A reply that is lost afterwards still counts, since the server may have seen it.

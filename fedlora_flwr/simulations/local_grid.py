@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedlora_flwr.acting import acting_for
+from fedlora_flwr.environment import simulating
 from fedlora_flwr.simulations.workers import Execute, one_by_one
 
 ClientAppCall: TypeAlias = Callable[[Message, Context], Message]
@@ -140,7 +141,7 @@ def _serve(
 ) -> tuple[int, RecordDict, dict[str, Message]]:
     """Serve a node's messages; return its id, its state after, and the replies."""
     context, keys, messages = job
-    with acting_for(context.run_id):
+    with acting_for(context.run_id), simulating():
         replies = {
             key: _reply(app, message, context) for key, message in zip(keys, messages, strict=True)
         }

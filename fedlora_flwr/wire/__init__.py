@@ -14,3 +14,7 @@ CLIENT = "client"
 STATUS = "status"
 STATUS_OK = "ok"
 STATUS_EXHAUSTED = "budget-exhausted"
+WEIGHTINGS = ("uniform", "size", "inverse-noise")
+# Of the arrays of a message, in magnitude. Trained factors and heads stay below a hundred; products
+# of entries up to here stay far from the largest number in fp32.
+MOST_ENTRY = 1e4

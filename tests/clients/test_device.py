@@ -10,15 +10,16 @@ from flwr.app import Context, RecordDict
 
 from fedlora_flwr.client_app import make_client
 from fedlora_flwr.clients.bridge import client_identity
-from fedlora_flwr.clients.device import OWN, Device
+from fedlora_flwr.clients.device import Device
 from fedlora_flwr.clients.trainer import process_trainer
-from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config import OWN, RunConfig
+from fedlora_flwr.environment import simulating
 from fedlora_flwr.errors import InvalidValue
 from tests.tasks.checkpoints import write_split
 from tests.tasks.texts import make_checkpoint, reviews, text_config
 
 MakeDevice = Callable[..., Path]
-BUDGET = "client-id = 'a'\nepsilon = 1\ndelta = 1e-5\n"
+BUDGET = "client-id = 'a'\ntask = 'digits'\nepsilon = 1\ndelta = 1e-5\n"
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,11 @@ def make_device(tmp_path: Path) -> MakeDevice:
         write_split(folder / "records", "train", ROWS[number::2])
         lines: dict[str, Any] = {
             "client-id": f"home-{number}",
+            "task": "text-classification",
+            "model": str(tmp_path / "model"),
             "dataset": "records",
+            "input-columns": "text",
+            "num-classes": 2,
             "state-dir": "state",
             "epsilon": 8.0,
             "delta": 1e-3,
@@ -72,7 +77,8 @@ def context(run: RunConfig, **node: Any) -> Context:
 
 def fit(where: Context) -> Any:
     process_trainer.cache_clear()
-    client = make_client(where)
+    with simulating():
+        client = make_client(where)
     return client.fit(client.get_parameters({}), {"server-round": 1, "plan": "*"})
 
 
@@ -114,7 +120,7 @@ def test_a_device_has_its_own_identity_data_budget_and_ledger(
     where = context(run, device=str(file), partition_id=5)
     assert client_identity(where) == "home-1"
     client = make_client(where)
-    assert len(client._records) == 30
+    assert len(client._open()) == 30
     reply = client.fit(client.get_parameters({}), {"server-round": 1, "plan": "*"})
     assert reply[2]["epsilon-budget"] == 2.0
     assert (tmp_path / "device-1" / "state" / "ledger.sqlite").exists()
@@ -159,7 +165,7 @@ def test_what_a_device_cannot_say_is_named(tmp_path: Path, text: str, message: s
 def test_a_missing_file_and_a_bad_value_are_named(run: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(InvalidValue, match="readable TOML file"):
         make_client(context(run, device=str(tmp_path / "none.toml")))
-    (tmp_path / "device.toml").write_text("client-id = 'a'\nepsilon = -1\ndelta = 0.1")
+    (tmp_path / "device.toml").write_text(BUDGET.replace("= 1\n", "= -1\n"))
     with pytest.raises(InvalidValue, match="epsilon = -1"):
         make_client(context(run, device=str(tmp_path / "device.toml")))
 

@@ -1,0 +1,20 @@
+"""The run configuration: the only place that reads, checks and writes its keys."""
+
+from __future__ import annotations
+
+from fedlora_flwr.config.keys import Decider, Value
+from fedlora_flwr.config.on_device import LIMITED, OWN, Limit, device_config
+from fedlora_flwr.config.run_config import RunConfig
+from fedlora_flwr.config.toml import parse_overrides, read_toml
+
+__all__ = [
+    "LIMITED",
+    "OWN",
+    "Decider",
+    "Limit",
+    "RunConfig",
+    "Value",
+    "device_config",
+    "parse_overrides",
+    "read_toml",
+]

@@ -1,0 +1,56 @@
+"""Recipes and command lines: flat TOML in, flat TOML out."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fedlora_flwr.config.keys import Value
+from fedlora_flwr.errors import InvalidValue
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a recipe: a flat TOML file of configuration keys.
+
+    Raises
+    ------
+    InvalidValue
+        The file is missing or no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # No file, no UTF-8, no TOML.
+        raise InvalidValue("recipe", str(path), f"a readable TOML file ({error})") from error
+
+
+def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
+    """Read ``key=value`` pairs as typed on a command line; values are TOML, or plain text.
+
+    Raises
+    ------
+    InvalidValue
+        A pair has no ``=``.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not separator:
+            raise InvalidValue("-c", pair, "key=value")
+        try:
+            found[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[key.strip()] = text.strip()
+    return found
+
+
+def toml_value(value: Value) -> str:
+    """Write a value."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        # TOML knows no surrogate pairs, and wants DEL escaped, which JSON does not.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)

@@ -1,0 +1,279 @@
+"""`Order`: everything that a server may send with a message, beside the arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora_flwr.errors import InvalidValue, OrderRefused
+from fedlora_flwr.plan import A, B, ComponentPlan, factor_of, is_folded
+from fedlora_flwr.wire import (
+    CURVATURE,
+    FINGERPRINT,
+    MOST_ENTRY,
+    NAMES,
+    PLAN,
+    ROUND,
+    SHARE,
+    WEIGHTING,
+    WEIGHTINGS,
+)
+
+Arrays = Mapping[str, NDArray[np.generic]]
+Scalar = bool | bytes | float | int | str
+
+MOST_ROUND = 1_000_000
+LONGEST_PLAN = 100_000  # characters
+LONGEST_FINGERPRINT = 128
+LONGEST_NAMES = 10_000_000  # characters of all names together
+CURVATURES = ("", "none", "secant")
+# Flower's own mods leave these in a message; they act on the upload, after this client.
+FLOWERS = ("clipping_norm", "norm_bit")
+
+
+def _field(
+    key: str, kind: type, holds: Callable[[Any], bool], allowed: str, why: str, default: Any
+) -> Any:
+    metadata = {
+        "key": key, "kind": kind, "holds": holds, "allowed": allowed, "why": why, "decides": "run",
+    }  # fmt: skip
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a server asks for in one message.
+
+    A field left out has its default, which is what a server without our strategies means. Anything
+    else that a message's configuration holds is refused, so nothing is ignored without a word.
+
+    Parameters
+    ----------
+    server_round : int
+        Round, from 1; 0 where the server does not say.
+    plan : str
+        What trains (see `ComponentPlan`). Empty from a server that sends no plan: then both factors
+        train and all arrays are returned, which is what plain averaging expects.
+    names : str
+        Names of the arrays with commas between them, where the message's arrays have none.
+    weighting : str
+        Which aggregation weight to report.
+    fingerprint : str
+        Hash of the server's backbone; empty where it does not say.
+    share : str
+        The factor that is exchanged; all else that trains stays with the client. Empty: nothing
+        stays.
+    curvature : str
+        Which scores to send (see `BlockScores`); empty: none.
+
+    Raises
+    ------
+    InvalidValue
+        A field is of another type, or out of range.
+    """
+
+    server_round: int = _field(
+        ROUND, int, lambda v: 0 <= v <= MOST_ROUND, f"0 to {MOST_ROUND:,}",
+        "It names the round in the ledger; the budget does not read it.", 0,
+    )  # fmt: skip
+    plan: str = _field(
+        PLAN, str, lambda v: len(v) <= LONGEST_PLAN and v.isascii(), "modes as in `ComponentPlan`",
+        "All that trains is clipped together under any plan.", "",
+    )  # fmt: skip
+    names: str = _field(
+        NAMES, str, lambda v: len(v) <= LONGEST_NAMES, "the names of the device's own arrays",
+        "Arrays with other names or shapes are refused.", "",
+    )  # fmt: skip
+    weighting: str = _field(
+        WEIGHTING, str, lambda v: v in WEIGHTINGS, f"one of {', '.join(WEIGHTINGS)}",
+        "A device tells its size or its noise only where its file says so.", "uniform",
+    )  # fmt: skip
+    fingerprint: str = _field(
+        FINGERPRINT, str, lambda v: len(v) <= LONGEST_FINGERPRINT, "a hash, or empty",
+        "A device whose frozen weights differ takes no part.", "",
+    )  # fmt: skip
+    share: str = _field(
+        SHARE, str, lambda v: v in ("", A, B), "A, B or empty",
+        "What stays with the client went through the same private steps.", "",
+    )  # fmt: skip
+    curvature: str = _field(
+        CURVATURE, str, lambda v: v in CURVATURES, "none, secant or empty",
+        "Scores read gradients that already carry the noise.", "",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            _check(entry, getattr(self, entry.name))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, object]) -> Order:
+        """Read the configuration of a message.
+
+        Parameters
+        ----------
+        config : Mapping
+            Keys and values as they came. Nothing in it is trusted.
+
+        Raises
+        ------
+        OrderRefused
+            A key is unknown, or a value is of another type or out of range.
+        """
+        known = {str(entry.metadata["key"]): entry.name for entry in fields(cls)}
+        given = {}
+        for key, value in config.items():
+            if key in known:
+                given[known[key]] = value
+            elif key not in FLOWERS:
+                raise OrderRefused(
+                    f"The message's configuration has the key {str(key)[:80]!r}, which this client "
+                    f"does not know. It reads {', '.join(known)}."
+                )
+        try:
+            return cls(**given)  # type: ignore[arg-type]
+        except InvalidValue as error:
+            raise OrderRefused(str(error)) from error
+
+    def to_config(self) -> dict[str, Scalar]:
+        """Return the configuration that `from_config` reads, without the defaults."""
+        return {
+            str(entry.metadata["key"]): getattr(self, entry.name)
+            for entry in fields(self)
+            if getattr(self, entry.name) != entry.default
+        }
+
+    def plan_for(self, num_blocks: int) -> ComponentPlan | None:
+        """Return the plan, or ``None`` where the server sent none.
+
+        Raises
+        ------
+        OrderRefused
+            The text is no plan, or one for another number of blocks.
+        """
+        if not self.plan:
+            return None
+        try:
+            plan = ComponentPlan.parse(self.plan)
+            plan.check(num_blocks)
+        except InvalidValue as error:
+            raise OrderRefused(str(error)) from error
+        return plan
+
+    def leaves(self, name: str) -> bool:
+        """Tell whether an array is exchanged."""
+        return not self.share or factor_of(name) == self.share
+
+
+def _check(entry: Field[Any], value: object) -> None:
+    about = entry.metadata
+    if type(value) is not about["kind"] or not about["holds"](value):
+        raise InvalidValue(about["key"], value, about["allowed"])
+
+
+def named_arrays(
+    names: Sequence[str], arrays: Sequence[NDArray[np.generic]]
+) -> dict[str, NDArray[np.float32]]:
+    """Put names and arrays of a message together, and refuse arrays that no model can hold.
+
+    Parameters
+    ----------
+    names, arrays
+        In the same order.
+
+    Returns
+    -------
+    dict[str, ndarray]
+        The arrays in fp32.
+
+    Raises
+    ------
+    OrderRefused
+        There are more names than arrays, or fewer; a name comes twice; or an array holds something
+        else than finite floating-point numbers of at most ``MOST_ENTRY`` in magnitude.
+    """
+    if len(names) != len(arrays):
+        raise OrderRefused(
+            f"The message has {len(arrays)} arrays and {len(names)} names. Send one name per array."
+        )
+    found = {}
+    for name, array in zip(names, arrays, strict=True):
+        if name in found:
+            raise OrderRefused(f"The array {name[:200]!r} came twice. Send each array once.")
+        found[name] = _numbers(name, array)
+    return found
+
+
+def _numbers(name: str, array: NDArray[np.generic]) -> NDArray[np.float32]:
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        raise OrderRefused(
+            f"The array {name[:200]!r} is of type {getattr(array, 'dtype', type(array))}. "
+            "Send floating-point numbers."
+        )
+    # A comparison with NaN is false, so NaN is refused as well.
+    if array.size and not (array.max() <= MOST_ENTRY and array.min() >= -MOST_ENTRY):
+        raise OrderRefused(
+            f"The array {name[:200]!r} has entries that are not finite, or above {MOST_ENTRY:g} in "
+            "magnitude. The run has diverged: lower its learning rates."
+        )
+    return np.asarray(array, np.float32)
+
+
+def check_shapes(arrays: Arrays, own: Arrays, rank: int) -> None:
+    """Refuse arrays that are not the model's own, in names and shapes.
+
+    Parameters
+    ----------
+    arrays : Mapping[str, ndarray]
+        What a message holds, with what stays at the client; folded pairs among them.
+    own : Mapping[str, ndarray]
+        The model's arrays, of any rank.
+    rank : int
+        LoRA rank r of the factors.
+
+    Raises
+    ------
+    OrderRefused
+        An array is missing, unknown or of another shape.
+    """
+    for name in own:
+        if name not in arrays:
+            raise OrderRefused(f"The array {name!r} is missing. Send all that the model trains.")
+    layers = {name.rsplit(".lora_", 1)[0]: name for name in own if factor_of(name)}
+    for name, array in arrays.items():
+        if name in own:
+            good = array.shape == _shape(name, own[name].shape, rank)
+        elif is_folded(name) and (layer := name.rsplit(".folded_", 1)[0]) in layers:
+            good = _folds(layer, arrays, own)
+        else:
+            raise OrderRefused(
+                f"The array {name[:200]!r} is not one of the model's. Server and device must adapt "
+                "the same layers."
+            )
+        if not good:
+            raise OrderRefused(
+                f"The shape of {name[:200]} is {array.shape}, which does not fit the model at rank "
+                f"{rank}. Server and device must have the same model, classes and rank."
+            )
+
+
+def _shape(name: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    factor = factor_of(name)
+    if factor == A:
+        return (rank, *shape[1:])
+    return (*shape[:-1], rank) if factor == B else shape
+
+
+def _folds(layer: str, arrays: Arrays, own: Arrays) -> bool:
+    """Tell whether a layer's folded pair fits its frozen weight."""
+    b, a = (arrays.get(f"{layer}.folded_{factor}.weight") for factor in (B, A))
+    if a is None or b is None or a.ndim != 2 or b.ndim != 2:
+        return False
+    rows = own[f"{layer}.lora_B.weight"].shape[0]
+    columns = own[f"{layer}.lora_A.weight"].shape[1]
+    ranks = {a.shape[0], b.shape[1]}
+    fits = b.shape[0] == rows and a.shape[1] == columns
+    return fits and len(ranks) == 1 and max(ranks) <= min(rows, columns)
