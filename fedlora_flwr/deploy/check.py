@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from fedlora_flwr.clients.device import Device
 from fedlora_flwr.clients.trainer import build_adapted, plan_mechanism
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.authority import in_force
 from fedlora_flwr.deploy.fleet import SETTINGS, Fleet, read_fleet
 from fedlora_flwr.deploy.identities import PRIVATE
 from fedlora_flwr.environment import versions
@@ -106,6 +107,17 @@ def check_device(folder: Path, run: RunConfig | None = None) -> Iterator[Finding
     yield from _private_keys(folder, [folder / "device.key"])
     yield _reached(fleet, folder / "ca.pem")
     yield from _device(folder, folder.name, run, None)
+    yield from _who_decides(folder / SETTINGS)
+
+
+def _who_decides(file: Path) -> Iterator[Finding]:
+    """List every key with the value that is in force on a device, or who gives it."""
+    try:
+        device = Device.read(file)
+    except FedLoRAError:
+        return  # Told already.
+    for key, text in in_force(device.settings, device.limits):
+        yield Finding(key, True, text)
 
 
 def _reached(fleet: Fleet, authority: Path) -> Finding:
@@ -251,8 +263,8 @@ def _device(
     if isinstance(settings, Finding):
         yield settings
         return
+    yield Finding(name, True, f"settings of {settings.client!r} can be read")
     if run is None:
-        yield Finding(name, True, f"settings of {settings.client!r} can be read")
         return
     config = _tried(name, lambda: settings.config(run.items()), f"see {file}")
     if isinstance(config, Finding):
