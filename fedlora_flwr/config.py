@@ -95,6 +95,7 @@ class RunConfig:
     input_columns: str = _key("", _ANY, "columns to learn from, e.g. 'premise,hypothesis'")
     label_column: str = _key("label", _ANY, "column with the class")
     num_classes: int = _key(0, _at_least(0), "classes; 0 = those of the private records")
+    class_names: str = _key("", _ANY, "names of the classes in order, e.g. 'no,yes'")
     train_limit: int = _key(0, _at_least(0), "private records to use, drawn at random; 0 = all")
     test_limit: int = _key(0, _at_least(0), "records of each public split to use; 0 = all")
     max_length: int = _key(128, _at_least(8), "tokens of a record that are read")

@@ -142,6 +142,7 @@ def test_the_tables_of_this_test_are_complete() -> None:
         "strategy",
         "lora-targets",
         "device",
+        "class-names",
     }
     assert set(BAD) == set(GOOD) == set(DEFAULTS) - free
 

@@ -79,7 +79,12 @@ class DatasetSettings(SplitSettings, Protocol):
 
     @property
     def num_classes(self) -> int:
-        """Classes; 0 counts those of the private split."""
+        """Number of classes; 0 counts those of the private split."""
+        ...
+
+    @property
+    def class_names(self) -> str:
+        """Names of the classes in the order of their numbers, with commas between them."""
         ...
 
     @property
@@ -230,13 +235,24 @@ class DatasetTask(ABC):
 
     def _usable(self, split: str, limit: int) -> Dataset:
         """Open a split; drop records that cannot be used, and all beyond the limit."""
-        settings = self._settings
-        dataset = load_split(settings.dataset, split, subset=settings.dataset_subset)
+        dataset = self._source(split)
         rows = self._rows(dataset, split)
         if limit and limit < len(rows):
             chosen = np.random.default_rng(_LIMIT_SEED).permutation(len(rows))[:limit]
             rows = rows[np.sort(chosen)]
         return dataset if len(rows) == len(dataset) else dataset.select(rows)
+
+    def _source(self, split: str) -> Dataset:
+        """Open a split once."""
+        if split not in self._sources:
+            settings = self._settings
+            found = load_split(settings.dataset, split, subset=settings.dataset_subset)
+            self._sources[split] = found
+        return self._sources[split]
+
+    @cached_property
+    def _sources(self) -> dict[str, Dataset]:
+        return {}
 
     def _rows(self, dataset: Dataset, split: str) -> NDArray[np.int64]:  # noqa: ARG002
         """Return the positions of the records that can be used."""

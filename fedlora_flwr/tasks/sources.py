@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+# Stands in a data set's info where its classes are the folders that were found.
+CLASS_FOLDERS = "class-folders"
 _LOCAL = "a local file or folder (parquet, CSV, JSON, JSON lines, class folders of pictures)"
 
 
@@ -169,7 +171,8 @@ def _read_pictures(found: Found) -> tuple[Dataset, str]:
     texts = pa.array([str(path.absolute()) for path in paths], pa.string())
     images = pa.StructArray.from_arrays([empty, texts], names=["bytes", "path"])
     table = pa.table({"image": images, "label": pa.array(labels, pa.int64())})
-    dataset = datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+    info = datasets.DatasetInfo(features=features, builder_name=CLASS_FOLDERS)
+    dataset = datasets.Dataset(table, info=info)
     return dataset, files_digest(paths, folder) + str(names)
 
 
