@@ -103,10 +103,44 @@ _FACTORIES: dict[str, str] = {
     "text-classification": "fedlora_flwr.tasks.text:TextClassification",
 }
 
+_ON_DEVICE: dict[str, tuple[tuple[str, ...], ...]] = {
+    "digits": (),
+    "image-classification": (("model",), ("dataset",), ("class-names", "num-classes")),
+    "instruction-tuning": (("model",), ("dataset",)),
+    "question-answering": (("model",), ("dataset",)),
+    "text-classification": (("model",), ("dataset",), ("class-names", "num-classes")),
+}
+
 
 def task_names() -> list[str]:
     """Return the registered task names, sorted."""
     return sorted(_FACTORIES)
+
+
+def required_on_device(name: str) -> tuple[tuple[str, ...], ...]:
+    """Return what a device's own file must say for a task.
+
+    With these keys, private records decide nothing but the values of gradients: a model of the same
+    modules and shapes is built on every device, and no record is opened for it.
+
+    Parameters
+    ----------
+    name : str
+        As for `build_task`. A task of the user's own needs nothing more than its name.
+
+    Returns
+    -------
+    tuple[tuple[str, ...], ...]
+        Groups of configuration keys. Of each group, one key must be there with a value other than
+        empty text or 0.
+
+    Raises
+    ------
+    InvalidValue
+        No task has that name.
+    """
+    _require_known(name)
+    return _ON_DEVICE.get(name, ())
 
 
 def build_task(name: str, settings: Any) -> Task:
@@ -125,13 +159,40 @@ def build_task(name: str, settings: Any) -> Task:
     InvalidValue
         No task has that name, there is no such module or function, or it makes something else.
     """
-    if name not in _FACTORIES and not _PLACE.fullmatch(name):
-        raise InvalidValue("task", name, one_of(_FACTORIES, name) + ", or your own module:function")
+    _require_known(name)
     task = _factory(_FACTORIES.get(name, name))(settings)
     if missing := [member for member in _METHODS if not hasattr(task, member)]:
         allowed = f"module:function of a task; it gives a {type(task).__name__} without {missing}"
         raise InvalidValue("task", name, allowed)
     return task
+
+
+def check_splits_apart(task: Task) -> None:
+    """Make sure that none of a task's public records is a private one, before a device evaluates.
+
+    Parameters
+    ----------
+    task : Task
+        One with a method ``check_splits_apart()``, which raises an error if there is such a record.
+
+    Raises
+    ------
+    InvalidValue
+        There is such a record, or a task of the user's own has no such method.
+    """
+    check: Callable[[], None] | None = getattr(task, "check_splits_apart", None)
+    if check is None:
+        allowed = (
+            "one with a method check_splits_apart, which refuses public records that are private: "
+            "without it, a device does not evaluate"
+        )
+        raise InvalidValue("task", task.name, allowed)
+    check()
+
+
+def _require_known(name: str) -> None:
+    if name not in _FACTORIES and not _PLACE.fullmatch(name):
+        raise InvalidValue("task", name, one_of(_FACTORIES, name) + ", or your own module:function")
 
 
 def _factory(place: str) -> TaskFactory:
