@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,31 +17,10 @@ from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks import sources
 from fedlora_flwr.tasks.sources import load_split
 from tests.tasks.pictures import picture, write_pictures
+from tests.tasks.watching import opened_in
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 INSIDE, OUTSIDE = "inside", "outside-canary"
-
-_opened: list[str] = []
-_watching = False
-
-
-def _watch(event: str, arguments: tuple[object, ...]) -> None:
-    if _watching and event in ("open", "os.listdir", "os.scandir") and arguments:
-        _opened.append(os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes) else "")
-
-
-# A hook of the interpreter's cannot be taken away.
-sys.addaudithook(_watch)
-
-
-@pytest.fixture
-def opened() -> Iterator[list[str]]:
-    """Return the files and folders that Python opens from now on."""
-    global _watching
-    _opened.clear()
-    _watching = True
-    yield _opened
-    _watching = False
 
 
 def write(folder: Path, text: str) -> Path:
@@ -66,11 +43,9 @@ LEADS_OUT = ["..", "../outside", "part/../../outside", "../set-two", "{outside}"
 
 
 @pytest.mark.parametrize("subset", [*LEADS_OUT, "no", "\0", "x" * 5000, "train.jsonl"])
-def test_a_subset_is_a_folder_inside(
-    folder: Path, subset: str, tmp_path: Path, opened: list[str]
-) -> None:
+def test_a_subset_is_a_folder_inside(folder: Path, subset: str, tmp_path: Path) -> None:
     subset = subset.format(outside=tmp_path / "outside")
-    with pytest.raises(InvalidValue, match="subset") as caught:
+    with opened_in(tmp_path) as opened, pytest.raises(InvalidValue, match="subset") as caught:
         load_split(str(folder), "train", subset=subset)
     assert OUTSIDE not in str(caught.value)
     assert opened == []
