@@ -103,10 +103,14 @@ class TextClassification(ClassifierTask):
         logits: Tensor = model(**{name: batch[name] for name in self._inputs}).logits
         return logits.float()
 
+    def _input_columns(self, dataset: Dataset) -> list[str]:
+        settings = self._settings
+        others = (settings.label_column, settings.partition_column)
+        return text_columns(dataset, settings.input_columns, others)
+
     def _prepare(self, dataset: Dataset, *, training: bool) -> ArrowRecords:
         settings, tokenizer = self._settings, self._tokenizer
-        others = (settings.label_column, settings.partition_column)
-        columns = text_columns(dataset, settings.input_columns, others)
+        columns = self._input_columns(dataset)
         prepared = prepare(
             dataset,
             partial(_tokens, tokenizer=tokenizer, columns=columns, limit=settings.max_length),
