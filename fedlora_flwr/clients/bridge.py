@@ -26,8 +26,8 @@ from flwr.common.logger import log
 from fedlora_flwr.arrays import to_numpy
 from fedlora_flwr.clients.device import DEVICE, Device
 from fedlora_flwr.errors import ClientFailed, FedLoRAError, InvalidValue
-from fedlora_flwr.results import evaluate_content, fit_content
-from fedlora_flwr.wire import CLIENT, NAMES
+from fedlora_flwr.wire import CLIENT, NAMES, partition_name
+from fedlora_flwr.wire.records import evaluate_content, fit_content
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -141,7 +141,7 @@ def client_identity(context: Context) -> str:
     if "client-id" in config:
         return str(config["client-id"])
     if "partition-id" in config:
-        return f"partition-{int(config['partition-id']):06d}"
+        return partition_name(int(config["partition-id"]))
     raise InvalidValue("node config", dict(config), "'device', 'client-id' or 'partition-id'")
 
 
