@@ -13,6 +13,7 @@ from typing import Any
 from fedlora_flwr.config.keys import Decider, allowed_values, fields_by_key
 from fedlora_flwr.config.run_config import RunConfig
 from fedlora_flwr.wire.order import Order
+from fedlora_flwr.wire.report import FURTHER, Report
 
 HEADER = ("key", "who decides on a device", "accepted", "why")
 
@@ -56,6 +57,11 @@ def rows() -> Iterator[Row]:
     for entry in fields(Order):
         about = entry.metadata
         yield Row("order", about["key"], about["decides"], about["allowed"], about["why"])
+    for entry in fields(Report):
+        about, word = entry.metadata, entry.metadata["word"]
+        # Two fields hold further numbers or texts, under names of their own.
+        key = word if word != FURTHER else f"further {entry.name}"
+        yield Row("report", key, about["decides"], about["allowed"], about["why"])
 
 
 def markdown() -> str:

@@ -10,6 +10,7 @@ from fedlora_flwr.config.authority import in_force, markdown, rows
 from fedlora_flwr.config.keys import fields_by_key
 from fedlora_flwr.config.on_device import Limit
 from fedlora_flwr.wire.order import Order
+from fedlora_flwr.wire.report import Report
 
 PRIVACY = Path(__file__).parents[2] / "docs" / "privacy.md"
 
@@ -21,6 +22,9 @@ def test_every_key_and_every_field_has_a_row() -> None:
     )
     orders = [entry.metadata["key"] for entry in fields(Order)]
     assert [key for where, key in found if where == "order"] == orders
+    reports = [key for where, key in found if where == "report"]
+    assert len(reports) == len(fields(Report))
+    assert {"client", "epsilon", "array-names", "further notes"} - set(reports) == {"array-names"}
     assert len(found) == len(set(found))
 
 

@@ -40,8 +40,10 @@ class Fleet(LocalGrid):
         return LocalGrid.pull_messages(self, LocalGrid.push_messages(self, messages))
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        here, self.answers = self.answers, []
-        return here + (list(self.errors()) if self.offline else [])
+        here = [*self.answers, *(self.errors() if self.offline else [])]
+        found = [r for r in here if r.metadata.reply_to_message_id in set(message_ids)]
+        self.answers = [reply for reply in self.answers if reply not in found]
+        return found
 
     def errors(self) -> Iterator[Message]:
         for message in self.pushed.values():
