@@ -136,7 +136,8 @@ def device(tmp_path: Path) -> Path:
     file = tmp_path / "device" / "device.toml"
     file.parent.mkdir()
     file.write_text(
-        'client-id = "home"\ntask = "digits"\nepsilon = 8.0\ndelta = 1e-4\nkeep-warm = 60\nstate-dir = "state"\n'
+        'client-id = "home"\ntask = "digits"\n'
+        'epsilon = 8.0\ndelta = 1e-4\nkeep-warm = 60\nstate-dir = "state"\n'
         "reproducible = true\n"
     )
     return file
