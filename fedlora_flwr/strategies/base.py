@@ -136,7 +136,7 @@ class FedLoRA(FedAvg):
         self.max_weight = max_weight
         self.num_rounds = 0
         self.last_round: RoundReport | None = None
-        self._identities = Identities(None)
+        self._identities: Identities | None = None
         self._ledgers = LedgerWatch()
         self._plain = 0
         self._asked: list[int] = []
@@ -279,7 +279,7 @@ class FedLoRA(FedAvg):
         """Make one message a node, and count what goes down."""
         messages = []
         for node in nodes:
-            chosen = self.download(arrays, self._identities.of(node))
+            chosen = self.download(arrays, self._who.of(node))
             content = RecordDict({self.arrayrecord_key: chosen, self.configrecord_key: config})
             report.bytes_down += size_of(content)
             messages.append(Message(content, node, kind))
@@ -326,7 +326,7 @@ class FedLoRA(FedAvg):
     def _cohort(self, server_round: int, grid: Grid) -> list[int]:
         needed = max(self.min_available_nodes, self.min_train_nodes)
         nodes = wait_for_nodes(grid, needed, self.node_timeout)
-        if server_round == 1:  # Node ids, and what clients tell, belong to one run.
+        if server_round == 1 or not self._identities:  # Node ids belong to one run.
             self._identities = Identities(grid)
         self._identities.look()
         size = max(int(len(nodes) * self.fraction_train), self.min_train_nodes)
@@ -337,9 +337,12 @@ class FedLoRA(FedAvg):
 
     def _inbox(self, kind: str, report: RoundReport) -> Inbox:
         if kind == MessageType.TRAIN:
-            return Inbox(self._identities, self._asked, kind, report)
-        silent = "no measurement in time"
-        return Inbox(self._identities, self._measuring, kind, report, silent)
+            return Inbox(self._who, self._asked, kind, report)
+        return Inbox(self._who, self._measuring, kind, report, "no measurement in time")
+
+    @property
+    def _who(self) -> Identities:
+        return self._identities or Identities(None)
 
     def _read(self, client: str, content: RecordDict, report: RoundReport) -> None:
         try:
