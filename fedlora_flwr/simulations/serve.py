@@ -159,7 +159,8 @@ class _Session:
         metrics = self._evaluate(server_round)
         self.adapted.export(self.run_dir.adapter)
         # What clients measured may have any name, and must not pass for what the server counted.
-        row = {**metrics, "round": server_round, **self._communication(server_round)}
+        row = {"round": server_round, **metrics, **self._communication(server_round)}
+        row["round"] = server_round
         now = time.perf_counter()
         row["seconds"], self._mark = now - self._mark, now
         self.rows.append(row)

@@ -213,9 +213,6 @@ class FedLoRA(FedAvg):
         InvalidValue
             It cannot be used. That counts as this client's failure.
         """
-        if upload.scores:
-            allowed = f"no scores, since {type(self).__name__} does not ask for them"
-            raise InvalidValue("scores", f"{len(upload.scores)} numbers", allowed)
         self.check_shapes(current, upload.arrays)
 
     def check_shapes(self, current: Arrays, arrays: Arrays) -> None:

@@ -306,7 +306,6 @@ REFUSED: Mapping[str, Fault] = {
     # Scores.
     "scores nan": metric("scores", [math.nan, 1.0]),
     "scores huge": metric("scores", [1e30, 1.0]),
-    "scores of one block": metric("scores", [1.0]),
     "scores of 1e5 blocks": metric("scores", [1.0] * 100_000),
     "scores a number": metric("scores", 3.0),
     "scores texts": metric("scores", ["a", "b"]),
@@ -347,6 +346,56 @@ REFUSED: Mapping[str, Fault] = {
 }
 
 
+def keep(factor: str | None) -> Fault:
+    """Upload one factor only."""
+
+    def apply(values: Numbers) -> None:
+        for name in [name for name in values if factor_of(name) != factor]:
+            del values[name]
+
+    return arrays(apply)
+
+
+def ranks(*found: int) -> Fault:
+    """Upload factors of these ranks, in turn, where the global rank is 2."""
+
+    def apply(values: Numbers) -> None:
+        for i, name in enumerate(sorted(values)):
+            rank, factor = found[i // 2 % len(found)], factor_of(name)
+            if factor:
+                values[name] = values[name][:rank] if factor == "A" else values[name][:, :rank]
+
+    return arrays(apply)
+
+
+def kept_too(case: Case) -> list[Message]:
+    """Send what stays with the client."""
+    content = case.content()
+    record = dict(content.array_records["arrays"])
+    record["blocks.0.fc.lora_B.weight"] = Array(np.ones((4, 2), np.float32))
+    content["arrays"] = ArrayRecord(record)
+    return [Message(content, reply_to=case.sent)]
+
+
+def _move_scores(content: RecordDict) -> None:
+    del content.metric_records["metrics"]["scores"]
+    content.config_records["config"]["scores"] = b"\0" * 16
+
+
+# What one method alone refuses.
+OWN: Mapping[str, Mapping[str, Fault]] = {
+    "as-lora": {
+        "no scores": without("metrics", "scores"),
+        "scores of one block": metric("scores", [1.0]),
+        "scores of three blocks": metric("scores", [1.0] * 3),
+        "scores among the texts": changed(_move_scores),
+    },
+    "la-lora": {"B only": keep("B"), "A only": keep("A"), "head only": keep(None)},
+    "flexlora": {"ranks that differ": ranks(1, 2), "rank 0": ranks(0)},
+    "fedsa-lora": {"what stays": kept_too},
+}
+
+
 def _other_kind(case: Case) -> list[Message]:
     return [case.honest(), case.honest()]
 
@@ -383,5 +432,6 @@ HARMLESS: Mapping[str, Fault] = {
     "further numbers": metric("round", 77.0),
     "further texts": text("plan", "B"),
     "a flag": text("round", True),
+    "scores of two blocks": metric("scores", [1e9, -1e9]),
     "declines": text("status", "budget-exhausted"),
 }

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.strategies import STRATEGIES, FedLoRA
+from fedlora_flwr.strategies.replies import cap_weights
 from fedlora_flwr.wire import MOST_ENTRY
-from tests.strategies.crafted import HARMLESS, REFUSED, Case, Fault
+from tests.strategies.crafted import HARMLESS, OWN, REFUSED, Case, Fault
 from tests.strategies.tiny import Tiny, arrays_of, record_of, start_arrays
 
 WEIGHTINGS = ("uniform", "size", "inverse-noise")
@@ -115,7 +116,7 @@ def test_a_crafted_reply_is_its_senders_failure_and_leaves_no_trace(
     method: str, weighting: str
 ) -> None:
     expected = without(method, weighting)
-    for name, fault in REFUSED.items():
+    for name, fault in {**REFUSED, **OWN.get(method, {})}.items():
         found = Round(method, weighting, fault)
         assert found.report.failures, name
         allowed = (*found.names, "node 00000000000000012345: ")
@@ -144,3 +145,125 @@ def test_what_is_not_refused_does_no_harm_to_the_run(method: str, weighting: str
         check_told(found)
         if name not in ("no name", "declines"):
             assert f"partition-{HOSTILE:06d}" in clients, name
+
+
+FIGURES = {"loss": 0.5, "accuracy": 0.25, "num-examples": 4}
+BAD_FIGURES: dict[str, dict[str, object]] = {
+    "nan": {**FIGURES, "loss": math.nan},
+    "inf": {**FIGURES, "accuracy": math.inf},
+    "beyond float": {**FIGURES, "loss": 10**400},
+    "huge": {**FIGURES, "loss": 1e300},
+    "a list": {**FIGURES, "loss": [0.5]},
+    "a text": {**FIGURES, "loss": "0.5"},
+    "none": {**FIGURES, "loss": None},
+    "no loss": {"accuracy": 0.25, "num-examples": 4},
+    "other figures": {**FIGURES, "round": 7.0, "plan": 3.0},
+    "escapes": {**FIGURES, "\x1b[2J\n": 1.0},
+    "many": {**FIGURES, **{f"m{i}": 1.0 for i in range(200)}},
+    "examples negative": {**FIGURES, "num-examples": -4},
+    "examples beyond the limit": {**FIGURES, "num-examples": 10**12},
+    "nothing": {},
+}
+
+
+def measured(metrics: Mapping[str, object], message: Message, partition: int) -> Message:
+    content = RecordDict(
+        {
+            "metrics": MetricRecord(),
+            "config": ConfigRecord({"client": f"partition-{partition:06d}"}),
+        }
+    )
+    content.metric_records["metrics"].__dict__["_data"].update(metrics)
+    return Message(content, reply_to=message)
+
+
+def measure(
+    method: str, bad: Mapping[str, object] | None, weighted_by: int = 4
+) -> tuple[FedLoRA, dict[str, Any] | None]:
+    """Play a round and its evaluation, in which one client sends bad figures, or an error."""
+    strategy: FedLoRA = STRATEGIES[method](fraction_evaluate=1.0)
+    with LocalGrid(Tiny(CLIENTS).app(), CLIENTS, {}).running() as grid:
+        arrays, config = record_of(start_arrays()), ConfigRecord()
+        sent = list(strategy.configure_train(1, arrays, config, grid))
+        numbers = {node: int(known.name[-6:]) for node, known in grid.known_nodes().items()}
+        strategy.aggregate_train(
+            1, [Case(m, numbers[m.metadata.dst_node_id], sent).honest() for m in sent]
+        )
+        asked = list(strategy.configure_evaluate(1, arrays, ConfigRecord(), grid))
+        assert len(asked) == CLIENTS
+        replies = []
+        for message in asked:
+            number = numbers[message.metadata.dst_node_id]
+            own = {**FIGURES, "loss": float(number), "num-examples": weighted_by}
+            if number != HOSTILE:
+                replies.append(measured(own, message, number))
+            elif bad is None:
+                replies.append(Message(Error(2, "gone"), reply_to=message))
+            else:
+                replies.append(measured(bad, message, number))
+        found = strategy.aggregate_evaluate(1, replies)
+    return strategy, None if found is None else dict(found)
+
+
+@pytest.mark.parametrize("method", ["fedsa-lora", "dp-lora"])
+@pytest.mark.parametrize("name", BAD_FIGURES)
+def test_figures_that_cannot_be_used_are_one_clients_failure(method: str, name: str) -> None:
+    _, expected = measure(method, None)
+    strategy, found = measure(method, BAD_FIGURES[name])
+    assert found == expected
+    assert found is not None
+    assert found["loss"] == pytest.approx((0 + 1 + 2 + 4) / 4)
+    report = strategy.last_round
+    assert report is not None
+    (line,) = report.failures
+    assert line.startswith(f"partition-{HOSTILE:06d}: ")
+    assert line.isprintable()
+
+
+@pytest.mark.parametrize("method", ["fedsa-lora", "dp-lora"])
+def test_a_client_that_claims_all_examples_does_not_get_all_of_the_figures(method: str) -> None:
+    _, found = measure(method, {**FIGURES, "loss": 1000.0, "num-examples": 10**9})
+    assert found is not None
+    share = 1 / 5 if method == "fedsa-lora" else 10 / 14
+    rest = (0 + 1 + 2 + 4) / 4
+    assert found["loss"] == pytest.approx(share * 1000 + (1 - share) * rest)
+
+
+def test_no_examples_at_all_are_no_figures() -> None:
+    assert measure("dp-lora", FIGURES | {"num-examples": 0}, weighted_by=0)[1] is None
+
+
+@pytest.mark.parametrize("weighting", ["size", "inverse-noise"])
+def test_a_weight_cannot_buy_more_than_ten_times_the_median(weighting: str) -> None:
+    def claim(case: Case) -> list[Message]:
+        content = case.content()
+        content.metric_records["metrics"]["weight"] = 1e9
+        return [Message(content, reply_to=case.sent)]
+
+    found = Round("dp-lora", weighting, claim)
+    weights = {u.client: u.weight for u in found.report.uploads}
+    assert sorted(weights.values()) == [10.0, 11.0, 12.0, 14.0, 120.0]
+    assert weights[f"partition-{HOSTILE:06d}"] == 120.0
+
+
+def test_weights_of_honest_clients_are_used_as_they_are() -> None:
+    assert cap_weights([1.0, 4.0, 7.0]) == [1.0, 4.0, 7.0]
+    assert cap_weights([1.0, 10.0, 100.0]) == [1.0, 10.0, 100.0]
+    assert cap_weights([3.0]) == [3.0]
+    assert cap_weights([3.0, 1e9]) == [3.0, 30.0]
+
+
+def test_a_weight_above_what_is_public_is_refused() -> None:
+    strategy = FedLoRA(weighting="size", max_weight=11.0)
+    strategy.num_rounds = 1
+    with LocalGrid(Tiny(3).app(), 3, {}).running() as grid:
+        config = ConfigRecord()
+        sent = list(strategy.configure_train(1, record_of(start_arrays()), config, grid))
+        numbers = {node: int(known.name[-6:]) for node, known in grid.known_nodes().items()}
+        strategy.aggregate_train(
+            1, [Case(m, numbers[m.metadata.dst_node_id], sent).honest() for m in sent]
+        )
+    assert strategy.last_round is not None
+    assert [u.weight for u in strategy.last_round.uploads] == [10.0, 11.0]
+    (line,) = strategy.last_round.failures
+    assert line.startswith("partition-000002: weight = 12.0 cannot be used: expected a number")
