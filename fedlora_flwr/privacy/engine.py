@@ -5,8 +5,6 @@ Opacus' ``DPOptimizer`` clips, noises and steps; `GradSampler` fills what it rea
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from fedlora_flwr.errors import InvalidValue, PrivacyViolation
 from fedlora_flwr.plan import A, B, factor_of
 from fedlora_flwr.privacy.adam import NoiseAwareAdamW
 from fedlora_flwr.privacy.apart import check_apart
+from fedlora_flwr.privacy.clipping import NoisyOptimizer as _NoisyOptimizer
 from fedlora_flwr.privacy.filters import GradientFilter, NoFilter
 from fedlora_flwr.privacy.grad_sample import GradSampler
 from fedlora_flwr.privacy.mechanism import Mechanism
@@ -28,12 +27,6 @@ from fedlora_flwr.privacy.noise import NoiseSource
 from fedlora_flwr.privacy.precondition import precondition
 from fedlora_flwr.privacy.scores import BlockScores
 from fedlora_flwr.tasks.registry import lengths_of
-
-_handlers = list(logging.getLogger().handlers)
-from opacus.optimizers import DPOptimizer  # noqa: E402
-
-# Opacus installs a handler on the root logger when imported, which prints every line twice.
-logging.getLogger().handlers[:] = _handlers
 
 if TYPE_CHECKING:
     from fedlora_flwr.tasks.registry import Batch, Records
@@ -79,55 +72,6 @@ class OptimizerSettings:
         if self.name == "adamw":
             return NoiseAwareAdamW(groups, lr=0.0, weight_decay=self.weight_decay)
         raise InvalidValue("optimizer", self.name, "'sgd' or 'adamw'")
-
-
-class _NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
-    """Opacus' optimiser with our noise source, and one row a record for all tensors together.
-
-    Opacus goes through the tensors one by one, several times; with a hundred adapters on a GPU that
-    is most of what a private step costs beyond an ordinary one.
-
-    Attributes
-    ----------
-    summed : Tensor or None
-        Sum of the clipped gradients so far, shape (D,), for all active tensors in their order.
-    """
-
-    def __init__(self, *args: object, source: NoiseSource, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
-        self._source = source
-        self.summed: Tensor | None = None
-
-    def clip_and_accumulate(self) -> None:
-        """Clip each record's gradient and add it to the sum.
-
-        A gradient that is no number would pass any clipping and name its record by ruining the
-        release, so such coordinates count as zero. Without privacy they stay visible.
-        """
-        rows = self.rows()
-        if math.isfinite(self.max_grad_norm):
-            rows.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-        norms = torch.linalg.vector_norm(rows, dim=1)
-        clipped = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0) @ rows
-        self.summed = clipped if self.summed is None else self.summed + clipped
-
-    def rows(self) -> Tensor:
-        """Return the gradients of the batch at hand, one row a record: (records, D)."""
-        like = self.params[0]
-        return torch.cat([p.grad_sample.flatten(1).to(like) for p in self.params], dim=1)
-
-    def add_noise(self) -> None:
-        """Add noise to the sum of clipped gradients."""
-        if self.noise_multiplier and self.summed is not None:
-            std = self.noise_multiplier * self.max_grad_norm
-            self.summed = self.summed + std * self._source.normal_like(self.summed)
-
-    def scale_grad(self) -> None:
-        """Write the sum over the expected batch size to each ``grad``."""
-        mean, self.summed = self.summed / self.expected_batch_size, None
-        parts = mean.split([p.numel() for p in self.params])
-        for p, part in zip(self.params, parts, strict=True):
-            p.grad = part.view_as(p).to(p)
 
 
 class PrivateEngine:

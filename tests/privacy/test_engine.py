@@ -71,7 +71,7 @@ class _PerTensorClipping(engine_module._NoisyOptimizer):
     def clip_and_accumulate(self) -> None:
         sums = []
         for rows in torch.split(self.rows(), [p.numel() for p in self.params], dim=1):
-            factors = (self.max_grad_norm / (rows.norm(dim=1) + 1e-6)).clamp(max=1)
+            factors = (1 / (rows.norm(dim=1) + 1e-6)).clamp(max=1 / self.max_grad_norm)
             sums.append(factors @ rows)
         self.summed = torch.cat(sums)
 
@@ -80,7 +80,7 @@ class _BatchMeanClipping(engine_module._NoisyOptimizer):
     def clip_and_accumulate(self) -> None:
         mean = self.rows().sum(0) / self.expected_batch_size
         factor = min(1.0, self.max_grad_norm / (joint_norm([mean]) + 1e-12))
-        self.summed = mean * factor * self.expected_batch_size
+        self.summed = mean * factor * self.expected_batch_size / self.max_grad_norm
 
 
 @pytest.mark.parametrize("broken", [_PerTensorClipping, _BatchMeanClipping])
