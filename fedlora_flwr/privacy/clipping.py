@@ -82,6 +82,8 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def scale_grad(self) -> None:
         """Write the sum, times C and over the expected batch size, to each ``grad``."""
+        if self.summed is None:
+            raise RuntimeError("a step without a sum of clipped gradients")
         mean, self.summed = self.summed * self.unit / self.expected_batch_size, None
         parts = mean.split([p.numel() for p in self.params])
         for p, part in zip(self.params, parts, strict=True):
@@ -100,9 +102,10 @@ def row_norms(rows: Tensor) -> Tensor:
         Shape (n, D).
     """
     if rows.device.type != "cpu":
-        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        return norms
     squares = rows.new_zeros(len(rows), dtype=torch.float64)
-    for block in rows.split(_COLUMNS, dim=1):
+    for block in torch.split(rows, _COLUMNS, dim=1):
         squares += torch.linalg.vector_norm(block, dim=1, dtype=torch.float64).square_()
     return squares.sqrt_()
 

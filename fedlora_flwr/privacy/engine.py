@@ -17,16 +17,15 @@ from fedlora_flwr.adapters import AdaptedLinear, AdaptedModel
 from fedlora_flwr.errors import InvalidValue, PrivacyViolation
 from fedlora_flwr.plan import A, B, factor_of
 from fedlora_flwr.privacy.adam import NoiseAwareAdamW
-from fedlora_flwr.privacy.apart import check_apart
-from fedlora_flwr.privacy.clipping import NoisyOptimizer as _NoisyOptimizer
+from fedlora_flwr.privacy.apart import Place, buffers_of, check_apart, check_buffers, states_of
+from fedlora_flwr.privacy.clipping import NoisyOptimizer
 from fedlora_flwr.privacy.filters import GradientFilter, NoFilter
 from fedlora_flwr.privacy.grad_sample import GradSampler
 from fedlora_flwr.privacy.mechanism import Mechanism
-from fedlora_flwr.privacy.microbatches import PASS_COST, PASS_COST_ELSEWHERE, microbatches
+from fedlora_flwr.privacy.microbatches import passes
 from fedlora_flwr.privacy.noise import NoiseSource
 from fedlora_flwr.privacy.precondition import precondition
 from fedlora_flwr.privacy.scores import BlockScores
-from fedlora_flwr.tasks.registry import lengths_of
 
 if TYPE_CHECKING:
     from fedlora_flwr.tasks.registry import Batch, Records
@@ -85,7 +84,7 @@ class PrivateEngine:
         Maps (model, batch) to one loss a record, shape (n,).
     microbatch_size : int, optional
         Largest number of records in one forward pass. Clipped sums add up, so it changes memory
-        only. Batches of records of different lengths are cut further, to be padded less.
+        only. Records that are padded to different widths never share a pass (see `passes`).
 
     Raises
     ------
@@ -103,8 +102,9 @@ class PrivateEngine:
         self._sampler = GradSampler(adapted)
         self._verified = self._training = False
         self._named: list[tuple[str, nn.Parameter]] = []
+        self._buffers: list[Place] = []
         self._norms: list[nn.Module] = []
-        self._optimizer: _NoisyOptimizer | None = None
+        self._optimizer: NoisyOptimizer | None = None
         self._partners: dict[str, tuple[AdaptedLinear, str, nn.Parameter]] = {}
         for layer in adapted.layers:
             self._partners[f"{layer.name}.lora_A.weight"] = (layer, A, layer.B)
@@ -143,6 +143,7 @@ class PrivateEngine:
         """
         self.adapted.check()
         self._named = list(self.adapted.model.named_parameters())
+        self._buffers = buffers_of(self.adapted.model)
         self._norms = list(self._batch_norms())
         self._mechanism = mechanism
         self._settings = settings
@@ -153,7 +154,7 @@ class PrivateEngine:
         }
         self._groups = {factor: names for factor, names in self._groups.items() if names}
         parameters = self.adapted.parameters
-        self._optimizer = _NoisyOptimizer(
+        self._optimizer = NoisyOptimizer(
             settings.build(
                 [
                     {"params": [parameters[name] for name in names], "lr": rates[factor]}
@@ -183,7 +184,8 @@ class PrivateEngine:
         Raises
         ------
         PrivacyViolation
-            Rows cannot be told apart by record, or the step touched a frozen parameter.
+            Rows cannot be told apart by record, or the step touched a frozen parameter or a
+            buffer.
         """
         optimizer = self._optimizer
         if optimizer is None:
@@ -191,15 +193,15 @@ class PrivateEngine:
         if not self._verified:
             self.verify(records)
         self._activate(active)
-        versions = self._versions()
+        versions, buffers = self._versions(), states_of(self._buffers)
         with self.training():
-            chunks = self._chunks(records, indices)
-            for position, chunk in enumerate(chunks):
-                optimizer.signal_skip_step(position + 1 < len(chunks))
-                self._fill_grad_samples(records, chunk, active)
+            for chunk, batch, is_last in self._passes(records, indices):
+                optimizer.signal_skip_step(not is_last)
+                self._fill(batch, len(chunk), active)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         self._check_touched(versions, set(active))
+        check_buffers(self._buffers, buffers)
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -242,7 +244,10 @@ class PrivateEngine:
         PrivacyViolation
             A record's gradient depends on the other records of its batch.
         """
-        self._verified = check_apart(self.adapted, self.gradients_by_record, records)
+        self._norms = list(self._batch_norms())
+        self._verified = check_apart(
+            self.adapted, self.gradients_by_record, self._train_mode, records
+        )
         if self._training:
             self._train_mode()
 
@@ -276,33 +281,35 @@ class PrivateEngine:
             if isinstance(optimizer, NoiseAwareAdamW):
                 optimizer.noise_variance[p] = variance * self._filter.noise_gain(name)
 
-    def _chunks(self, records: Records, indices: Tensor) -> list[Tensor]:
+    def _passes(self, records: Records, indices: Tensor) -> Iterator[tuple[Tensor, Batch, bool]]:
         device = next(iter(self.adapted.parameters.values())).device
-        return microbatches(
-            indices,
-            lengths_of(records, indices),
-            self._microbatch_size,
-            PASS_COST.get(device.type, PASS_COST_ELSEWHERE),
-        )
+        size = self._mechanism.batch_size
+        return passes(records, indices, size, self._microbatch_size, device.type)
 
     def _fill_grad_samples(
         self, records: Records, indices: Tensor, active: Sequence[str], of: slice = slice(None)
     ) -> None:
+        batch = records.batch(indices) if len(indices) else {}
+        self._fill(batch, len(indices), active, of)
+
+    def _fill(
+        self, batch: Batch, count: int, active: Sequence[str], of: slice = slice(None)
+    ) -> None:
         parameters = self.adapted.parameters
-        if len(indices) == 0:
+        if count == 0:
             # Models crash on empty batches; their gradient sum is known.
             for name in active:
                 p = parameters[name]
                 p.grad_sample = p.new_zeros((0, *p.shape))  # type: ignore[attr-defined]
             return
         device = next(iter(parameters.values())).device
-        batch = {key: value.to(device) for key, value in records.batch(indices).items()}
-        self._sampler.num_records = len(indices)
+        batch = {key: value.to(device) for key, value in batch.items()}
+        self._sampler.num_records = count
         with torch.enable_grad():
             losses = self._losses(self.adapted.model, batch)
-            if losses.shape != (len(indices),):
+            if losses.shape != (count,):
                 raise PrivacyViolation(
-                    f"The task returned losses of shape {tuple(losses.shape)} for {len(indices)} "
+                    f"The task returned losses of shape {tuple(losses.shape)} for {count} "
                     "records; one loss a record is needed."
                 )
             losses[of].sum().backward()  # type: ignore[no-untyped-call]
