@@ -187,8 +187,9 @@ class Trainer:
             Ask for scores of the blocks, with this curvature term (see `BlockScores`); empty for
             none.
         untrusted : bool (default: False)
-            Whether to look again, at these arrays, if the model treats each record on its own
-            (see `check_apart`). Else a process looks once.
+            Whether a server that is not trusted has chosen the arrays. Then the model is looked at
+            again, if it treats each record on its own (see `check_apart`; else a process looks
+            once), and passes are exact (see `PassPlan`).
 
         Returns
         -------
@@ -214,6 +215,7 @@ class Trainer:
                 self._noise(stream),
                 make_filter(self.config.filter),
                 scores,
+                exact=untrusted,
             )
             if untrusted:
                 self.engine.verify(records)

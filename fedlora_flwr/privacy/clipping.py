@@ -21,8 +21,8 @@ from opacus.optimizers import DPOptimizer  # noqa: E402
 # Opacus installs a handler on the root logger when imported, which prints every line twice.
 logging.getLogger().handlers[:] = _handlers
 
-# Each coordinate of a clipped gradient is rounded twice, by half an epsilon of its type each time:
-# its factor, and the product. Four epsilons below 1 leave the norm at most 1 after both.
+# Each coordinate of a clipped gradient is rounded, by half an epsilon of its type. Four epsilons
+# below 1 leave the norm at most 1 after it.
 _SLACK = 4
 _COLUMNS = 1 << 14  # On a CPU, as many columns at once as fp64 copies of them stay in its cache.
 
@@ -130,4 +130,8 @@ def clip_factors(norms: Tensor, clip_norm: float, kind: torch.dtype) -> Tensor:
     limits = torch.finfo(kind)
     # No product can overflow: it is at most 1. The factor of a tiny record alone could.
     factors = ((1 - _SLACK * limits.eps) / norms).clamp(max=min(1 / clip_norm, limits.max))
-    return torch.where(norms.isfinite(), factors, 0.0).to(kind)
+    factors = torch.where(norms.isfinite(), factors, 0.0)
+    rounded = factors.to(kind)
+    # A factor below 1e-38 has few digits left, and must not be rounded up.
+    lower = torch.nextafter(rounded, torch.zeros_like(rounded))
+    return torch.where(rounded.to(factors) > factors, lower, rounded)

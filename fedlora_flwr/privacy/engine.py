@@ -22,7 +22,7 @@ from fedlora_flwr.privacy.clipping import NoisyOptimizer
 from fedlora_flwr.privacy.filters import GradientFilter, NoFilter
 from fedlora_flwr.privacy.grad_sample import GradSampler
 from fedlora_flwr.privacy.mechanism import Mechanism
-from fedlora_flwr.privacy.microbatches import passes
+from fedlora_flwr.privacy.microbatches import PassPlan, passes
 from fedlora_flwr.privacy.noise import NoiseSource
 from fedlora_flwr.privacy.precondition import precondition
 from fedlora_flwr.privacy.scores import BlockScores
@@ -117,6 +117,7 @@ class PrivateEngine:
         noise: NoiseSource,
         gradient_filter: GradientFilter | None = None,
         scores: BlockScores | None = None,
+        exact: bool = False,
     ) -> None:
         """Begin a client's round with a fresh optimiser state.
 
@@ -135,6 +136,9 @@ class PrivateEngine:
             Post-processing of the privatised gradients, with fresh state.
         scores : BlockScores, optional
             Reads the privatised gradients as they are before any post-processing.
+        exact : bool (default: False)
+            Whether passes over records of different lengths have shapes that do not tell how many
+            there are of each (see `PassPlan`): for arrays that a server may have chosen.
 
         Raises
         ------
@@ -146,6 +150,8 @@ class PrivateEngine:
         self._buffers = buffers_of(self.adapted.model)
         self._norms = list(self._batch_norms())
         self._mechanism = mechanism
+        device = next(iter(self.adapted.parameters.values())).device.type
+        self._plan = PassPlan(mechanism.batch_size, self._microbatch_size, device, exact)
         self._settings = settings
         rates = {"A": settings.lr_a, "B": settings.lr_b, None: settings.lr_head}
         self._groups = {
@@ -195,9 +201,10 @@ class PrivateEngine:
         self._activate(active)
         versions, buffers = self._versions(), states_of(self._buffers)
         with self.training():
-            for chunk, batch, is_last in self._passes(records, indices):
-                optimizer.signal_skip_step(not is_last)
-                self._fill(batch, len(chunk), active)
+            for part in passes(records, indices, self._plan):
+                optimizer.signal_skip_step(not part.is_last)
+                # What fills a pass up has no loss, and so adds zero.
+                self._fill(part.batch, part.rows, active, slice(len(part.indices)))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         self._check_touched(versions, set(active))
@@ -280,11 +287,6 @@ class PrivateEngine:
             optimizer = self._optimizer.original_optimizer if self._optimizer else None
             if isinstance(optimizer, NoiseAwareAdamW):
                 optimizer.noise_variance[p] = variance * self._filter.noise_gain(name)
-
-    def _passes(self, records: Records, indices: Tensor) -> Iterator[tuple[Tensor, Batch, bool]]:
-        device = next(iter(self.adapted.parameters.values())).device
-        size = self._mechanism.batch_size
-        return passes(records, indices, size, self._microbatch_size, device.type)
 
     def _fill_grad_samples(
         self, records: Records, indices: Tensor, active: Sequence[str], of: slice = slice(None)

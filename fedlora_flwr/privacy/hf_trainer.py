@@ -358,10 +358,7 @@ def _check_arguments(args: Any) -> None:
 
 
 def _in_steps(collator: Any, model: Any) -> Any:
-    """Let a collator pad to multiples of 8, where the model reads so many tokens.
-
-    Records of different widths never share a pass, so a few widths take less time than many.
-    """
+    """Let a collator pad to multiples of 8: records of different widths never share a pass."""
     config = getattr(model.get_base_model(), "config", None)
     longest = getattr(config, "max_position_embeddings", None)
     # RoBERTa's 514 are two more than it reads.

@@ -3,14 +3,20 @@
 At extreme weights padding is not without effect: a score may outweigh the mask that is added to it.
 So the padded form of a record must be a function of this record alone. It is padded to a width that
 follows from its own length, and joins a pass of records of the same width only. What one record
-holds then changes nothing in the forward pass of another.
+holds then changes nothing in the forward pass of another of the same shape, to the last bit.
+
+The last bits of a product do depend on how many rows it has, and a server may choose weights that
+make last bits decide. Against that there are exact passes: those of one width all have the same
+number of records, filled up with copies, so that shapes do not tell how many records of a width
+there are.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -32,9 +38,66 @@ _GROWTH = 4  # A width is at most a quarter more than the one before it, once wi
 _LONGEST = 1 << 20
 
 
-def passes(
-    records: Records, indices: Tensor, batch_size: int, largest: int | None, device: str
-) -> Iterator[tuple[Tensor, Batch, bool]]:
+class Pass(NamedTuple):
+    """One forward and backward pass.
+
+    Parameters
+    ----------
+    indices : Tensor
+        Its records, int64, shape (n,).
+    rows : int
+        Records in ``batch``, at least n: copies of the first fill it up, after all others.
+    batch : Batch
+        The tensors.
+    is_last : bool
+        Whether the step has no further pass.
+    """
+
+    indices: Tensor
+    rows: int
+    batch: Batch
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """How batches are cut; public numbers only.
+
+    Parameters
+    ----------
+    batch_size : int
+        Expected batch size b.
+    largest : int, optional
+        Most records in a pass.
+    device : str
+        Type of the device that computes, e.g. ``"cpu"``.
+    exact : bool
+        Fill passes of one width up to one number of records. Where all records have one shape
+        nothing is filled, since then the number of records that joined is all that shapes tell, and
+        that is drawn without looking at any record.
+    """
+
+    batch_size: int
+    largest: int | None = None
+    device: str = "cpu"
+    exact: bool = False
+
+    @property
+    def step(self) -> int:
+        """Tokens between two widths."""
+        return width_step(self.batch_size, self._cost)
+
+    def rows(self, width: int) -> int:
+        """Return how many records an exact pass of a width has."""
+        tokens = self._cost * max(2.0, math.sqrt(self.batch_size) / 4)
+        return max(1, min(round(tokens / width), self.batch_size, self.largest or self.batch_size))
+
+    @property
+    def _cost(self) -> int:
+        return PASS_COST.get(self.device, PASS_COST_ELSEWHERE)
+
+
+def passes(records: Records, indices: Tensor, plan: PassPlan) -> Iterator[Pass]:
     """Cut a batch into forward passes whose records have one shape each on their own account.
 
     Parameters
@@ -46,47 +109,43 @@ def passes(
         by one, and put together by the shapes that they have alone: slower, and as safe.
     indices : Tensor
         The batch, int64, shape (n,); n may be 0.
-    batch_size : int
-        Expected batch size b, which is public.
-    largest : int, optional
-        Most records in a pass.
-    device : str
-        Type of the device that computes, e.g. ``"cpu"``.
+    plan : PassPlan
+        How to cut.
 
     Yields
     ------
-    tuple[Tensor, Batch, bool]
-        Indices and tensors of a pass, and whether it is the last one. Together they hold each index
-        once; there is one pass of none for an empty batch, without tensors.
+    Pass
+        Together they hold each index once; there is one pass of none, without tensors, for an
+        empty batch.
     """
-    held: tuple[Tensor, Batch] = (indices, {})
-    started = False
-    for made in _passes(records, indices, batch_size, largest, device):
-        if started:
-            yield *held, False
-        held, started = made, True
-    yield *held, True
+    held: tuple[Tensor, int, Batch] | None = None
+    for made in _passes(records, indices, plan) if len(indices) else ():
+        if held is not None:
+            yield Pass(*held, False)
+        held = made
+    yield Pass(*(held or (indices, 0, {})), True)
 
 
 def _passes(
-    records: Records, indices: Tensor, batch_size: int, largest: int | None, device: str
-) -> Iterator[tuple[Tensor, Batch]]:
-    if len(indices) == 0:
-        return
-    lengths = lengths_of(records, indices)
-    keys = None
-    widths: NDArray[np.int64] | None = None
+    records: Records, indices: Tensor, plan: PassPlan
+) -> Iterator[tuple[Tensor, int, Batch]]:
+    lengths, alike = lengths_of(records, indices), getattr(records, "alike", False)
+    pads = lengths is not None and getattr(records, "pads", False)
+    keys: NDArray[np.int64] | None = None
     if lengths is not None:
-        step = width_step(batch_size, PASS_COST.get(device, PASS_COST_ELSEWHERE))
-        widths, keys = widths_of(lengths, step, getattr(records, "limit", None))
-    for places in microbatches(keys, len(indices), largest):
+        widths, keys = widths_of(lengths, plan.step, getattr(records, "limit", None))
+    for places in microbatches(keys, len(indices), plan.largest):
         part = indices[places]
-        if getattr(records, "alike", False):
-            yield part, records.batch(part)
-        elif widths is not None and getattr(records, "pads", False):
-            yield part, records.padded(part, int(widths[places[0]]))  # type: ignore[attr-defined]
+        if alike:
+            yield part, len(part), records.batch(part)
+        elif pads:
+            width = int(widths[places[0]])
+            for chunk in torch.split(part, plan.rows(width)) if plan.exact else (part,):
+                rows = plan.rows(width) if plan.exact else len(chunk)
+                filled = torch.cat([chunk, chunk[:1].expand(rows - len(chunk))])
+                yield chunk, rows, records.padded(filled, width)  # type: ignore[attr-defined]
         else:
-            yield from _by_shape(records, part)
+            yield from _by_shape(records, part, alone=plan.exact)
 
 
 def microbatches(
@@ -167,16 +226,21 @@ def _widths(step: int) -> NDArray[np.int64]:
     return np.array(widths, dtype=np.int64)
 
 
-def _by_shape(records: Records, indices: Tensor) -> Iterator[tuple[Tensor, Batch]]:
-    """Collate each record alone, and put together those of one shape."""
+def _by_shape(
+    records: Records, indices: Tensor, *, alone: bool
+) -> Iterator[tuple[Tensor, int, Batch]]:
+    """Collate each record alone, and put together those of one shape, or none."""
     found: dict[object, list[tuple[Tensor, Batch]]] = {}
     for index in torch.split(indices, 1):
-        alone = records.batch(index)
-        shapes = tuple((name, tensor.shape[1:]) for name, tensor in alone.items())
-        mask = alone.get("attention_mask")
+        batch = records.batch(index)
+        if alone:
+            yield index, 1, batch
+            continue
+        shapes = tuple((name, tensor.shape[1:]) for name, tensor in batch.items())
+        mask = batch.get("attention_mask")
         unpadded = mask is not None and bool(mask.all())
-        found.setdefault((shapes, unpadded), []).append((index, alone))
+        found.setdefault((shapes, unpadded), []).append((index, batch))
     for group in found.values():
         names = group[0][1]
-        joined = {name: torch.cat([alone[name] for _, alone in group]) for name in names}
-        yield torch.cat([index for index, _ in group]), joined
+        joined = {name: torch.cat([batch[name] for _, batch in group]) for name in names}
+        yield torch.cat([index for index, _ in group]), len(group), joined

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedlora_flwr.privacy.engine import PrivateEngine
 from fedlora_flwr.privacy.mechanism import Mechanism
-from fedlora_flwr.privacy.microbatches import microbatches, passes, width_step, widths_of
+from fedlora_flwr.privacy.microbatches import PassPlan, microbatches, passes, width_step, widths_of
 from fedlora_flwr.privacy.noise import SeededNoise
 from fedlora_flwr.tasks.records import TensorRecords
 from tests.models import PLAIN_SGD, ROBERTA, VIT
@@ -103,9 +103,10 @@ def test_the_engine_cuts_by_the_lengths_of_the_batch(
 
 def parts_of(engine: PrivateEngine, records: Any, indices: Tensor) -> list[Tensor]:
     engine.start_round(Mechanism(0.0, 1.0, 4, 9), PLAIN_SGD, SeededNoise(0))
-    found = list(engine._passes(records, indices))
-    assert [is_last for *_, is_last in found] == [False] * (len(found) - 1) + [True]
-    return [chunk for chunk, *_ in found]
+    found = list(passes(records, indices, engine._plan))
+    assert [part.is_last for part in found] == [False] * (len(found) - 1) + [True]
+    assert all(part.rows == len(part.indices) for part in found)
+    return [part.indices for part in found]
 
 
 def test_records_without_lengths_are_cut_by_number_only() -> None:
@@ -131,14 +132,15 @@ class PaddedToTheLongest:
         return {"input_ids": rows, "attention_mask": (rows >= 0).long()}
 
 
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=12))
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.booleans())
 def test_records_that_say_nothing_are_put_together_by_the_shapes_they_have_alone(
-    indices: Sequence[int],
+    indices: Sequence[int], exact: bool
 ) -> None:
     records = PaddedToTheLongest()
-    found = list(passes(records, torch.tensor(indices), 4, None, "cpu"))
+    found = list(passes(records, torch.tensor(indices), PassPlan(4, exact=exact)))
 
-    assert sorted(torch.cat([chunk for chunk, *_ in found]).tolist()) == sorted(indices)
-    for chunk, batch, _ in found:
-        for i, row in zip(chunk.tolist(), batch["input_ids"], strict=True):
+    assert sorted(torch.cat([part.indices for part in found]).tolist()) == sorted(indices)
+    assert not exact or len(found) == len(indices)
+    for part in found:
+        for i, row in zip(part.indices.tolist(), part.batch["input_ids"], strict=True):
             assert torch.equal(row, records.batch(torch.tensor([i]))["input_ids"][0])
