@@ -147,7 +147,7 @@ def test_gradients_in_half_precision_are_clipped_and_summed_in_fp32() -> None:
     rows = torch.randn(4, 3000, generator=torch.Generator().manual_seed(0)).bfloat16()
     found = share(rows, 0.1)
     assert found.dtype == torch.float32
-    for row in rows.split(1):
+    for row in torch.split(rows, 1):
         assert 1 - 1e-6 <= float(share(row, 0.1).double().norm()) <= 1
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,8 @@ def test_masks_follow_every_bit_of_a_seed(bit: int) -> None:
 def test_the_generator_is_the_twister_with_all_its_words_from_the_seed() -> None:
     words = np.random.SeedSequence(7).generate_state(624, np.uint32)
     twister = np.random.MT19937()
-    twister.state = {"bit_generator": "MT19937", "state": {"key": words, "pos": 624}}
+    state: Any = {"bit_generator": "MT19937", "state": {"key": words, "pos": 624}}
+    twister.state = state
     raw = twister.random_raw(2000)
 
     with own_randomness(7):
