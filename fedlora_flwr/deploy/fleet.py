@@ -13,11 +13,15 @@ from fedlora_flwr.deploy.identities import make_certificates, make_device_key
 from fedlora_flwr.environment import versions
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import replacing
+from fedlora_flwr.simulations.app import write_app
 from fedlora_flwr.simulations.superlink import QUIET
 
 CONNECTION = "fedlora-fleet"
 MANIFEST, SETTINGS = "fleet.json", "device.toml"
 _QUIET = "export " + " ".join(f"{k}={v}" for k, v in QUIET.items() if k.startswith("FLWR_"))
+
+START = "fedlora deploy start"
+"""What a device's script hands over to."""
 
 _SUPERLINK = f"""#!/bin/sh
 # Starts Flower's SuperLink on $listen:$port. Runs, replies and registered keys are in state.sqlite.
@@ -30,10 +34,11 @@ exec flower-superlink --host $listen --port $port \\
 """
 _SUPERNODE = f"""#!/bin/sh
 # Starts this device's SuperNode, which connects to $host:$port and listens on loopback alone.
+# Without `fedlora deploy start`, Flower would run the code that a server ships.
 set -eu
 cd "$$(dirname "$$0")"
 {_QUIET}
-exec flower-supernode --superlink $host:$port --root-certificates ca.pem \\
+exec {START} --superlink $host:$port --root-certificates ca.pem \\
     --auth-supernode-private-key device.key --port "$${{FEDLORA_NODE_PORT:-$node_port}}" \\
     --node-config "device=\\"$$PWD/device.toml\\""
 """
@@ -204,6 +209,7 @@ def _fill(draft: Path, folder: Path, fleet: Fleet) -> None:
     _text(server / "fedlora-superlink.service", _UNIT, {"title": "Flower SuperLink"})
     _text(operator / "connection.toml", _CONNECTION, values)
     _script(operator / "register.sh", _REGISTER, values)
+    write_app(operator / "app")
     for number, name in enumerate(fleet.names):
         device = draft / "devices" / name
         device.mkdir(parents=True)
