@@ -10,6 +10,7 @@ from pathlib import Path
 from string import Template
 
 from fedlora_flwr.deploy.identities import make_certificates, make_device_key
+from fedlora_flwr.deploy.supernode import START
 from fedlora_flwr.environment import versions
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import replacing
@@ -17,11 +18,8 @@ from fedlora_flwr.simulations.app import write_app
 from fedlora_flwr.simulations.superlink import QUIET
 
 CONNECTION = "fedlora-fleet"
-MANIFEST, SETTINGS = "fleet.json", "device.toml"
+MANIFEST, SETTINGS, SCRIPT = "fleet.json", "device.toml", "start.sh"
 _QUIET = "export " + " ".join(f"{k}={v}" for k, v in QUIET.items() if k.startswith("FLWR_"))
-
-START = "fedlora deploy start"
-"""What a device's script hands over to."""
 
 _SUPERLINK = f"""#!/bin/sh
 # Starts Flower's SuperLink on $listen:$port. Runs, replies and registered keys are in state.sqlite.
@@ -205,7 +203,7 @@ def _fill(draft: Path, folder: Path, fleet: Fleet) -> None:
         "connection": CONNECTION,
         "ca": str((folder / "operator" / "ca.pem").resolve()),
     }
-    _script(server / "start.sh", _SUPERLINK, values)
+    _script(server / SCRIPT, _SUPERLINK, values)
     _text(server / "fedlora-superlink.service", _UNIT, {"title": "Flower SuperLink"})
     _text(operator / "connection.toml", _CONNECTION, values)
     _script(operator / "register.sh", _REGISTER, values)
@@ -216,7 +214,7 @@ def _fill(draft: Path, folder: Path, fleet: Fleet) -> None:
         make_device_key(device, name)
         shutil.copy(device / "device.pub", operator / "keys" / f"{name}.pub")
         shutil.copy(server / "ca.pem", device / "ca.pem")
-        _script(device / "start.sh", _SUPERNODE, {**values, "node_port": str(9500 + number)})
+        _script(device / SCRIPT, _SUPERNODE, {**values, "node_port": str(9500 + number)})
         _text(device / "fedlora-supernode.service", _UNIT, {"title": "Flower SuperNode"})
         _text(device / SETTINGS, _DEVICE, {"name": name})
     content = {"fleet": asdict(fleet), "versions": versions()}

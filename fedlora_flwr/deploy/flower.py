@@ -15,20 +15,41 @@ import importlib
 from collections.abc import Callable, Iterable
 from importlib.metadata import EntryPoint, distribution
 from types import SimpleNamespace
-from typing import Any, NoReturn
-
-from flwr.clientapp.typing import ClientAppCallable
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedlora_flwr.errors import FedLoRAError
+
+if TYPE_CHECKING:
+    from flwr.clientapp.typing import ClientAppCallable
 
 SUPERNODE, SUPEREXEC, CLIENT = "flower-supernode", "flower-superexec", "flwr-clientapp"
 _RUNTIME = "flwr.supernode.runtime.run_clientapp"
 _EXECUTOR = "flwr.supercore.superexec.executor"
-Loader = Callable[[bytes], ClientAppCallable]
+Loader = Callable[[bytes], "ClientAppCallable"]
 """Gives the app that serves a message, by the content of the run's bundle."""
 
 
-class OtherFlower(FedLoRAError):
+class NotSealed(FedLoRAError):
+    """A device would run other code than what is installed on it, and is not started.
+
+    Parameters
+    ----------
+    what : str
+        What was found.
+    mend : str
+        What to do about it.
+    """
+
+    def __init__(self, what: str, mend: str) -> None:
+        super().__init__(f"{what}: {mend}.")
+        self.what, self.mend = what, mend
+
+    def __reduce__(self) -> tuple[type[NotSealed], tuple[str, str]]:
+        """Rebuild from the two arguments, so that the error crosses processes."""
+        return NotSealed, (self.what, self.mend)
+
+
+class OtherFlower(NotSealed):
     """The installed version of Flower starts clients in a way that the package does not know.
 
     Parameters
@@ -40,8 +61,8 @@ class OtherFlower(FedLoRAError):
     def __init__(self, what: str) -> None:
         version = distribution("flwr").version
         super().__init__(
-            f"flwr {version} cannot be kept from running a server's code here: {what}. "
-            "Install flwr 1.42 on this device."
+            f"flwr {version} cannot be kept from running a server's code, because {what}",
+            "install flwr 1.42 on this device",
         )
 
 

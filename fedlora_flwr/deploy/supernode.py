@@ -7,15 +7,20 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import fedlora_flwr
 from fedlora_flwr.deploy import flower
-from fedlora_flwr.errors import FedLoRAError, InvalidValue
+from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import replacing
 from fedlora_flwr.simulations.superlink import QUIET
 
+COMMAND = "fedlora"
+START = f"{COMMAND} deploy start"
+"""What a device's script hands over to."""
 BIN = "bin"
 CLIENT_PROCESS = "fedlora_flwr.deploy.client_process"
 # Argparse takes their beginnings for them.
@@ -24,10 +29,6 @@ _REFUSAL = (
     "This device starts no {name}: it answers with the fedlora_flwr that is installed on it and "
     "with nothing else. Ask the server's operator what this run is for."
 )
-
-
-class NotSealed(FedLoRAError):
-    """A device would run other code than what is installed on it."""
 
 
 def start_supernode(folder: Path, arguments: Sequence[str]) -> NoReturn:
@@ -54,13 +55,62 @@ def start_supernode(folder: Path, arguments: Sequence[str]) -> NoReturn:
     try:
         write_programs(folder / BIN)
     except OSError as error:
-        raise NotSealed(
-            f"{folder / BIN} cannot be written: {error.strerror}. Start this device as the user "
-            "whose folder it is."
+        raise flower.NotSealed(
+            f"{folder / BIN} cannot be written ({error.strerror})",
+            "start this device as the user whose folder it is",
         ) from error
     env = sealed(os.environ, folder / BIN)
     program = folder / BIN / flower.SUPERNODE
     os.execve(program, [flower.SUPERNODE, *arguments], env)  # noqa: S606
+
+
+def installed_code(script: Path) -> Path:
+    """Return the folder of the package that a device's start script runs, and nothing beside it.
+
+    Nothing is started, and nothing in the device's folder is changed.
+
+    Parameters
+    ----------
+    script : Path
+        The device's ``start.sh``.
+
+    Raises
+    ------
+    NotSealed
+        The script starts Flower by itself, or the environment's ``fedlora`` is not this one.
+    OtherFlower
+        The installed version of Flower starts clients in another way.
+    """
+    check_script(script)
+    command, here = shutil.which(COMMAND), Path(sys.executable).parent
+    if command is None or Path(command).parent != here:
+        raise flower.NotSealed(
+            f"{script.name} would start {command or 'nothing'} instead of {here / COMMAND}",
+            "activate the environment that the package is installed in",
+        )
+    check_flower(os.environ)
+    with tempfile.TemporaryDirectory() as draft:
+        write_programs(Path(draft))
+        sealed(os.environ, Path(draft))
+    return Path(fedlora_flwr.__file__).parent
+
+
+def check_script(script: Path) -> None:
+    """Look whether a start script hands over to `start_supernode`.
+
+    Raises
+    ------
+    NotSealed
+        It does not, or there is none.
+    """
+    lines = script.read_text(encoding="utf-8").splitlines() if script.exists() else []
+    words = [Path(word).name for line in lines for word in line.partition("#")[0].split()]
+    starts = [line for line in lines if line.startswith(f"exec {START} ")]
+    if not starts or not flower.programs().keys().isdisjoint(words):
+        raise flower.NotSealed(
+            f"{script.name} does not start the SuperNode by `{START}`: a server's code would run",
+            f"take the {script.name} of a device that `fedlora deploy init` makes today",
+        )
 
 
 def check_flower(env: Mapping[str, str]) -> None:
@@ -88,7 +138,10 @@ def check_flower(env: Mapping[str, str]) -> None:
     )  # fmt: skip
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise NotSealed(f"A client's process does not start: {lines[-1] if lines else 'no reason'}")
+        raise flower.NotSealed(
+            f"a client's process does not start ({lines[-1] if lines else 'no reason given'})",
+            "make that right, or install flwr 1.42 on this device",
+        )
 
 
 def write_programs(folder: Path) -> None:
@@ -139,9 +192,10 @@ def sealed(env: Mapping[str, str], own: Path) -> dict[str, str]:
     for name in names:
         seen = shutil.which(name, path=path)
         if seen != str(own.resolve() / name):
-            raise NotSealed(
-                f"{name} would be {seen or 'missing'} instead of {own / name}: give this device a "
-                f"folder without {os.pathsep!r} in its name on a disk that may hold programs."
+            raise flower.NotSealed(
+                f"{name} would be {seen or 'missing'} instead of {own / name}",
+                f"put this device's folder on a disk that may hold programs, without "
+                f"{os.pathsep!r} in its name",
             )
     quiet = {key: value for key, value in QUIET.items() if key.startswith("FLWR_")}
     return {**env, **quiet, "PATH": path, "PYTHONSAFEPATH": "1"}
