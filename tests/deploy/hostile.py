@@ -11,14 +11,15 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedlora_flwr.files import replace_file
-from fedlora_flwr.simulations.app import COMPONENTS
-
 FOLDER = "FEDLORA_TEST_CANARIES"
 NAMED = "names-another-module"
 _CLIENT = "\nfrom flwr.clientapp import ClientApp\napp = ClientApp()\n"
 _SERVER = "import tests.deploy.hostile as hostile\napp = hostile.server\n"
-_OURS = COMPONENTS["clientapp"]
+# Written out: where one of these bundles is loaded, it has taken our package's place.
+_OURS = {
+    "serverapp": "fedlora_flwr.server_app:app",
+    "clientapp": "fedlora_flwr.client_app:app",
+}
 
 
 def canary(name: str) -> str:
@@ -45,7 +46,9 @@ def ask(grid: Grid, context: Context) -> None:
     replies = list(grid.send_and_receive(questions, timeout=200))
     errors = [reply.error.reason if reply.has_error() else "" for reply in replies]
     told = Path(str(context.run_config["told"]))
-    replace_file(told, json.dumps(errors).encode())
+    draft = told.with_suffix(".draft")
+    draft.write_text(json.dumps(errors))
+    draft.replace(told)
 
 
 def bundles() -> Iterator[tuple[str, dict[str, str], dict[str, str], list[str]]]:
@@ -56,14 +59,14 @@ def bundles() -> Iterator[tuple[str, dict[str, str], dict[str, str], list[str]]]
         "fedlora_flwr/client_app.py": canary(name) + _CLIENT,
         "fedlora_flwr/server_app.py": _SERVER,
     }
-    yield name, files, COMPONENTS, []
+    yield name, files, _OURS, []
     name = "brings-its-own-client"
     files = {"stranger.py": canary(name) + _CLIENT, "server.py": _SERVER}
     yield name, files, {"serverapp": "server:app", "clientapp": "stranger:app"}, []
     name = "shadows-a-library"
     hidden = ("filelock.py", "sitecustomize.py", "usercustomize.py", "conftest.py")
     files = {"server.py": _SERVER, **dict.fromkeys(hidden, canary(name))}
-    yield name, files, {"serverapp": "server:app", "clientapp": _OURS}, []
+    yield name, files, {"serverapp": "server:app", "clientapp": _OURS["clientapp"]}, []
     modules = {"serverapp": f"{__name__}:server", "clientapp": f"{__name__}:client"}
     yield NAMED, {}, modules, ["evil"]
 
