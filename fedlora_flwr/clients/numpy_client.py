@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.trainer import LocalUpdate, Trainer, plan_mechanism
-from fedlora_flwr.environment import peak_memory
+from fedlora_flwr.environment import in_simulation, peak_memory
 from fedlora_flwr.errors import BudgetExhausted, InvalidValue, OrderRefused
 from fedlora_flwr.plan import BOTH, A, ComponentPlan, factor_of
 from fedlora_flwr.privacy.budget import Segment
@@ -201,6 +201,8 @@ class LoRAClient(NumPyClient):
             mechanism,
             (self._account.client, order.server_round or f"after-{before}-steps"),
             order.curvature,
+            # In a simulation the arrays come from the same person as the records.
+            untrusted=not in_simulation(),
         )
         if plan is not None:
             return update

@@ -25,19 +25,24 @@ def init(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The server's port.")] = 9443,
     days: Annotated[int, typer.Option(help="How long the certificates hold.")] = 365,
+    recipe: Annotated[
+        str, typer.Option(help="A run: device.toml takes its task, model, classes and columns.")
+    ] = "",
 ) -> None:
     """Write certificates, keys, start scripts, units and settings of a small fleet."""
 
     def work() -> None:
         from fedlora_flwr.deploy.fleet import CONNECTION, Fleet, make_fleet
 
-        make_fleet(folder, Fleet(devices, host, port, days))
+        run = load_recipe(recipe, None) if recipe else None
+        make_fleet(folder, Fleet(devices, host, port, days), run)
         say = Console(highlight=False, soft_wrap=True).print
         say(f"Fleet     {folder}: a server and {devices} devices; private keys have mode 600")
         say("Server    carry server/ there, run start.sh; ca/ca.key belongs into a safe")
         say("Devices   carry devices/NAME/ there, fill in device.toml, run start.sh")
         say("Operator  add operator/connection.toml to ~/.flwr/config.toml, run register.sh,")
-        say(f"          then: flwr run APP {CONNECTION} --run-config RECIPE.toml")
+        app = folder / "operator" / "app"
+        say(f"          then: flwr run {app} {CONNECTION} --run-config RECIPE.toml")
         say(f"Check     fedlora deploy check {folder} --recipe RECIPE.toml")
 
     guard(work)
@@ -69,5 +74,17 @@ def check(
             bad += not finding.good
         if bad:
             raise FedLoRAError(f"{bad} to mend first.")
+
+    guard(work)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def start(context: typer.Context) -> None:
+    """Start a SuperNode that runs installed code only; a device's start.sh does it."""
+
+    def work() -> None:
+        from fedlora_flwr.deploy.supernode import start_supernode
+
+        start_supernode(Path.cwd(), context.args)
 
     guard(work)

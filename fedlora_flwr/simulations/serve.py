@@ -25,7 +25,7 @@ from fedlora_flwr.strategies import FedLoRA, strategy_class
 from fedlora_flwr.strategies.replies import to_record
 from fedlora_flwr.tasks.registry import Task, build_task
 from fedlora_flwr.wire import ACCOUNTANT, CLIENT, FINGERPRINT
-from fedlora_flwr.wire.limits import MOST_RECORDS
+from fedlora_flwr.wire.limits import MOST_RECORDS, MOST_WEIGHT
 
 OnRound = Callable[[dict[str, Any]], None]
 
@@ -101,7 +101,8 @@ def _max_weight(config: RunConfig) -> float:
     if config.weighting == "size":
         return float(MOST_RECORDS)
     # No calibration ends below the smallest σ.
-    return (config.batch_size / (MIN_NOISE * config.clip_norm)) ** 2
+    largest = config.batch_size / (MIN_NOISE * config.clip_norm)
+    return min(largest * largest, MOST_WEIGHT) if config.weighting == "inverse-noise" else 1.0
 
 
 @dataclass
@@ -158,7 +159,8 @@ class _Session:
         metrics = self._evaluate(server_round)
         self.adapted.export(self.run_dir.adapter)
         # What clients measured may have any name, and must not pass for what the server counted.
-        row = {**metrics, "round": server_round, **self._communication(server_round)}
+        row = {"round": server_round, **metrics, **self._communication(server_round)}
+        row["round"] = server_round
         now = time.perf_counter()
         row["seconds"], self._mark = now - self._mark, now
         self.rows.append(row)

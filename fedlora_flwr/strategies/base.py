@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from logging import INFO, WARNING
 from typing import Any, ClassVar
 
@@ -25,10 +25,10 @@ from fedlora_flwr.strategies.replies import (
     LedgerWatch,
     RoundReport,
     Upload,
-    cap_weights,
     combine_metrics,
     size_of,
     to_record,
+    weight_of,
     weighted_figures,
 )
 from fedlora_flwr.wire import (
@@ -40,11 +40,10 @@ from fedlora_flwr.wire import (
     ROUND,
     SHARE,
     STATUS_EXHAUSTED,
-    WEIGHT,
     WEIGHTING,
     WEIGHTINGS,
 )
-from fedlora_flwr.wire.limits import MOST_WEIGHT, Number
+from fedlora_flwr.wire.limits import MOST_WEIGHT
 from fedlora_flwr.wire.records import read_training
 
 
@@ -137,7 +136,7 @@ class FedLoRA(FedAvg):
         self.max_weight = max_weight
         self.num_rounds = 0
         self.last_round: RoundReport | None = None
-        self._identities = Identities(None)
+        self._identities: Identities | None = None
         self._ledgers = LedgerWatch()
         self._plain = 0
         self._asked: list[int] = []
@@ -214,9 +213,6 @@ class FedLoRA(FedAvg):
         InvalidValue
             It cannot be used. That counts as this client's failure.
         """
-        if upload.scores:
-            allowed = f"no scores, since {type(self).__name__} does not ask for them"
-            raise InvalidValue("scores", f"{len(upload.scores)} numbers", allowed)
         self.check_shapes(current, upload.arrays)
 
     def check_shapes(self, current: Arrays, arrays: Arrays) -> None:
@@ -238,8 +234,7 @@ class FedLoRA(FedAvg):
         **kwargs: Any,
     ) -> Result:
         self.num_rounds = num_rounds
-        # Node ids, and what clients have told, are of one run.
-        self._ledgers, self._identities = LedgerWatch(), Identities(grid)
+        self._ledgers = LedgerWatch()
         return super().start(grid, initial_arrays, num_rounds, *args, **kwargs)
 
     def configure_train(
@@ -281,7 +276,7 @@ class FedLoRA(FedAvg):
         """Make one message a node, and count what goes down."""
         messages = []
         for node in nodes:
-            chosen = self.download(arrays, self._identities.of(node))
+            chosen = self.download(arrays, self._who.of(node))
             content = RecordDict({self.arrayrecord_key: chosen, self.configrecord_key: config})
             report.bytes_down += size_of(content)
             messages.append(Message(content, node, kind))
@@ -323,15 +318,12 @@ class FedLoRA(FedAvg):
         """Average the clients' figures by the number of examples; None without any."""
         report = self.last_round or RoundReport(server_round, "", sent=0)
         reports = read_measurements(self._inbox(MessageType.EVALUATE, report), replies, report)
-        weights = cap_weights([float(found.num_examples or 0) for _, found in reports])
-        figures = [found.figures() for _, found in reports]
-        found = [(w, own) for w, own in zip(weights, figures, strict=True) if w > 0]
-        return weighted_figures(found) if found else None
+        return weighted_figures([found.numbers() for _, found in reports], self.weighted_by_key)
 
     def _cohort(self, server_round: int, grid: Grid) -> list[int]:
         needed = max(self.min_available_nodes, self.min_train_nodes)
         nodes = wait_for_nodes(grid, needed, self.node_timeout)
-        if server_round == 1:  # A wrapper may have begun the run without `start`.
+        if server_round == 1 or not self._identities:  # Node ids belong to one run.
             self._identities = Identities(grid)
         self._identities.look()
         size = max(int(len(nodes) * self.fraction_train), self.min_train_nodes)
@@ -342,9 +334,12 @@ class FedLoRA(FedAvg):
 
     def _inbox(self, kind: str, report: RoundReport) -> Inbox:
         if kind == MessageType.TRAIN:
-            return Inbox(self._identities, self._asked, kind, report)
-        silent = "no measurement in time"
-        return Inbox(self._identities, self._measuring, kind, report, silent)
+            return Inbox(self._who, self._asked, kind, report)
+        return Inbox(self._who, self._measuring, kind, report, "no measurement in time")
+
+    @property
+    def _who(self) -> Identities:
+        return self._identities or Identities(None)
 
     def _read(self, client: str, content: RecordDict, report: RoundReport) -> None:
         try:
@@ -360,7 +355,7 @@ class FedLoRA(FedAvg):
             upload = Upload(
                 client,
                 dict(found.arrays),
-                self._weight(numbers),
+                weight_of(numbers, self.weighting, self.weighted_by_key, self.max_weight),
                 numbers,
                 texts,
                 found.scores or (),
@@ -399,12 +394,3 @@ class FedLoRA(FedAvg):
         if cut:
             log(WARNING, "Entries above %g were cut, e.g. of %s.", MOST_ENTRY, cut[0])
         return found
-
-    def _weight(self, metrics: Mapping[str, float]) -> float:
-        if self.weighting == "uniform":
-            return 1.0
-        keys = (WEIGHT, self.weighted_by_key) if self.weighting == "size" else (WEIGHT,)
-        found = [metrics[key] for key in keys if key in metrics]
-        if not found:
-            raise InvalidValue("reply metrics", sorted(metrics), f"one of {keys}")
-        return Number(0, self.max_weight, above=True).read(WEIGHT, found[0])

@@ -89,7 +89,7 @@ class Inbox:
 def read_measurements(
     inbox: Inbox, replies: Iterable[Message], report: RoundReport
 ) -> list[tuple[str, Report]]:
-    """Read what clients measured, ordered by client; all figures have the same names."""
+    """Read what clients measured, ordered by client; all numbers have the same names."""
     before = len(report.failures)
     found: dict[str, Report] = {}
     for client, content in inbox.read(replies):
@@ -97,7 +97,7 @@ def read_measurements(
             found[client] = read_figures(content)
         except Exception as error:  # One client's reply must not end the others' round.
             report.fail(client, error)
-    names = {client: frozenset(own.figures()) for client, own in found.items()}
+    names = {client: frozenset(own.numbers()) for client, own in found.items()}
     common = most_common(list(names.values())) if names else frozenset()
     for client, own in names.items():
         if own != common:

@@ -15,9 +15,10 @@ from flwr.common.logger import log
 
 from fedlora_flwr.aggregation import Arrays
 from fedlora_flwr.arrays import from_numpy, record_of, travel_size
-from fedlora_flwr.errors import FederationAborted, FedLoRAError
+from fedlora_flwr.errors import FederationAborted, FedLoRAError, InvalidValue
 from fedlora_flwr.plan import factor_of
-from fedlora_flwr.wire import EPSILON, STEPS
+from fedlora_flwr.wire import EPSILON, STEPS, WEIGHT
+from fedlora_flwr.wire.limits import Number
 
 MOST_TIMES_MEDIAN = 10
 _NUMBER_BYTES = 8
@@ -261,14 +262,45 @@ def combine_metrics(metrics: Sequence[Mapping[str, float]]) -> MetricRecord:
     return _record(means)
 
 
-def weighted_figures(reports: Sequence[tuple[float, Mapping[str, float]]]) -> MetricRecord:
-    """Average figures by weight, as Flower's own strategies do; all have the same names."""
-    total = sum(weight for weight, _ in reports)
+def weighted_figures(
+    reports: Sequence[Mapping[str, float]], weighted_by: str
+) -> MetricRecord | None:
+    """Average figures as Flower's own strategies do; None where no report has a weight.
+
+    Parameters
+    ----------
+    reports : Sequence[Mapping[str, float]]
+        One mapping per client, all with the same names.
+    weighted_by : str
+        The name among them that is the weight, and no figure.
+    """
+    weights = cap_weights([max(report.get(weighted_by, 0.0), 0.0) for report in reports])
+    total = sum(weights)
+    if not total:
+        return None
     means: dict[str, float] = {}
-    for weight, figures in reports:
-        for name, value in figures.items():
-            means[name] = means.get(name, 0.0) + value * (weight / total)
+    for weight, report in zip(weights, reports, strict=True):
+        for name, value in report.items():
+            if name != weighted_by:
+                means[name] = means.get(name, 0.0) + value * (weight / total)
     return _record(means)
+
+
+def weight_of(metrics: Mapping[str, float], weighting: str, weighted_by: str, most: float) -> float:
+    """Return the aggregation weight that a client states.
+
+    Raises
+    ------
+    InvalidValue
+        It states none, or one that is not above 0 and at most ``most``.
+    """
+    if weighting == "uniform":
+        return 1.0
+    keys = (WEIGHT, weighted_by) if weighting == "size" else (WEIGHT,)
+    found = [metrics[key] for key in keys if key in metrics]
+    if not found:
+        raise InvalidValue("reply metrics", sorted(metrics), f"one of {keys}")
+    return Number(0, most, above=True).read(WEIGHT, found[0])
 
 
 def most_common(sets: Sequence[frozenset[str]]) -> frozenset[str]:

@@ -246,7 +246,8 @@ class QuestionAnswering(DatasetTask):
             packages=["tokenizers", "transformers"],
         )
         padding = {"input_ids": tokenizer.pad_token_id or 0, "begins": -1, "ends": -1}
-        return ArrowRecords(prepared if training else one_row_each(prepared), pad_collate(padding))
+        collate = pad_collate(padding, limit=limit)
+        return ArrowRecords(prepared if training else one_row_each(prepared), collate)
 
 
 def _losses(starts: Tensor, ends: Tensor, batch: Batch) -> Tensor:

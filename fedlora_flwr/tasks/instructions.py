@@ -176,7 +176,7 @@ class InstructionTuning(DatasetTask):
             packages=["tokenizers", "transformers"],
         )
         # What comes after a causal model's last token is never read: any padding does.
-        records = ArrowRecords(prepared, pad_collate())
+        records = ArrowRecords(prepared, pad_collate(limit=limit))
         split = settings.train_split if training else settings.test_split
         _check_answers(records, split, settings.max_length)
         return records

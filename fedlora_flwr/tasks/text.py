@@ -119,7 +119,8 @@ class TextClassification(ClassifierTask):
             packages=["tokenizers", "transformers"],
         )
         numbered = self._with_classes(prepared, dataset, training=training)
-        return ArrowRecords(numbered, pad_collate({"input_ids": int(tokenizer.pad_token_id)}))
+        padding = {"input_ids": int(tokenizer.pad_token_id)}
+        return ArrowRecords(numbered, pad_collate(padding, limit=settings.max_length))
 
 
 def text_columns(dataset: Dataset, chosen: str, others: Collection[str]) -> list[str]:

@@ -22,8 +22,8 @@ def checked_scores(scores: object) -> tuple[float, ...]:
     allowed = "a list of finite numbers"
     if not isinstance(scores, list | tuple):
         raise InvalidValue(wire.SCORES, shown(scores), allowed)
-    if len(scores) > limits.MOST_ARRAYS:
-        raise InvalidValue(wire.SCORES, f"{len(scores)} numbers", f"at most {limits.MOST_ARRAYS}")
+    if not 1 <= len(scores) <= limits.MOST_ARRAYS:
+        raise InvalidValue(wire.SCORES, f"{len(scores)} numbers", f"1 to {limits.MOST_ARRAYS}")
     return tuple(float(SCORE.read(f"one of the {wire.SCORES}", score)) for score in scores)
 
 

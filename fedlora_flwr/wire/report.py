@@ -109,7 +109,7 @@ class Report:
         RUN,
         "AS-LoRA asks for them; they read privatised gradients and public constants only.",
         wire.SCORES,
-        f"up to {limits.MOST_ARRAYS} numbers, each {SCORE.allowed}",
+        f"1 to {limits.MOST_ARRAYS} numbers, each {SCORE.allowed}",
     )
     epsilon: float | None = _row(
         None,
