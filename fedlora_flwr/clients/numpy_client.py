@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from flwr.client import NumPyClient
@@ -155,14 +155,18 @@ class LoRAClient(NumPyClient):
         started = time.perf_counter()
         order = Order.read(config, self._trainer.layout.names)
         arrays = self._complete(order, parameters)
-        mechanism = plan_mechanism(self._trainer.config, len(self._records))
-        segment = Segment(
-            mechanism.noise_multiplier, mechanism.sample_rate, self._trainer.config.local_steps
+        settings = self._trainer.config
+        mechanism = plan_mechanism(
+            settings,
+            len(self._records),
+            run_epsilon=self._account.run_epsilon,
+            terms=self._ledger.terms(self._account),
         )
+        planned = Segment(mechanism.noise_multiplier, mechanism.sample_rate, settings.planned_steps)
+        segment = replace(planned, steps=settings.local_steps)
         try:
-            before = self._ledger.check(self._account, segment).steps - segment.steps
-            update = self._train(order, arrays, mechanism, before)
-            summary = self._ledger.record(self._account, order.server_round, segment)
+            # Written before the first private batch, so that a failure after it counts.
+            summary = self._ledger.record(self._account, order.server_round, segment, planned)
         except BudgetExhausted:
             if order.plan is None:
                 raise
@@ -177,7 +181,7 @@ class LoRAClient(NumPyClient):
                 ),
                 num_examples=0,
             )
-        # Kept after the row is written: what a later release reads is in the ledger then.
+        update = self._train(order, arrays, mechanism, summary.steps - segment.steps)
         if order.share:
             kept = {name: a for name, a in update.arrays.items() if not order.leaves(name)}
             self._local.keep(self._account.client, self._account.run, kept)

@@ -18,9 +18,11 @@ from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.frozen import share
 from fedlora_flwr.plan import A, B, ComponentPlan, Layout, factor_of
 from fedlora_flwr.precision import run_in_bf16
+from fedlora_flwr.privacy.account import UNBOUND, Terms
 from fedlora_flwr.privacy.budget import calibrate, check_budget
 from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
 from fedlora_flwr.privacy.filters import make_filter
+from fedlora_flwr.privacy.lifetime import calibrate_run
 from fedlora_flwr.privacy.mechanism import Mechanism, poisson_batches
 from fedlora_flwr.privacy.noise import NoiseSource, SecureNoise, SeededNoise
 from fedlora_flwr.privacy.scores import BlockScores
@@ -28,15 +30,27 @@ from fedlora_flwr.randomness import stream_seed
 from fedlora_flwr.tasks.registry import Records, Task, build_task
 
 
-def plan_mechanism(config: RunConfig, num_records: int) -> Mechanism:
+def plan_mechanism(
+    config: RunConfig,
+    num_records: int,
+    *,
+    run_epsilon: float = 0.0,
+    terms: Terms = UNBOUND,
+) -> Mechanism:
     """Work out one client's mechanism: σ from its own q and the planned number of steps.
 
     Parameters
     ----------
     config : RunConfig
-        Budget, clip norm, batch size and planned steps.
+        Budget, ledger scope, clip norm, batch size and planned steps. All planned steps count,
+        also where a round takes only a share of the clients: which rounds a client joins is the
+        server's choice, and it may join all of them.
     num_records : int
         The client's number of records n.
+    run_epsilon : float (default: 0)
+        With scope ``"lifetime"``: the ε that this run alone may spend; 0 for all of it.
+    terms : Terms
+        What earlier runs on the client's data have fixed (see `Ledger.terms`).
 
     Raises
     ------
@@ -48,9 +62,20 @@ def plan_mechanism(config: RunConfig, num_records: int) -> Mechanism:
         batch_size = min(config.batch_size, num_records)
         return Mechanism(0.0, config.clip_norm, batch_size, num_records)
     check_budget(config.epsilon, config.delta, config.batch_size, num_records)
-    sigma = calibrate(
-        config.epsilon, config.delta, config.batch_size / num_records, config.planned_steps
-    )
+    rate, steps = config.batch_size / num_records, config.planned_steps
+    if config.ledger_scope == "lifetime" and (run_epsilon or terms.order):
+        sigma = calibrate_run(
+            config.epsilon,
+            config.delta,
+            rate,
+            steps,
+            run_epsilon=run_epsilon or config.epsilon,
+            order=terms.order,
+        )
+    else:
+        sigma = calibrate(config.epsilon, config.delta, rate, steps)
+    # Less noise than the first run's would be refused, where that run has fixed it.
+    sigma = max(sigma, terms.noise_multiplier)
     return Mechanism(sigma, config.clip_norm, config.batch_size, num_records)
 
 
