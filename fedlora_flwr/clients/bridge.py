@@ -27,7 +27,8 @@ from fedlora_flwr.arrays import to_numpy
 from fedlora_flwr.clients.device import DEVICE, Device
 from fedlora_flwr.errors import ClientFailed, FedLoRAError, InvalidValue
 from fedlora_flwr.wire import CLIENT, NAMES, partition_name
-from fedlora_flwr.wire.records import evaluate_content, fit_content
+from fedlora_flwr.wire.records import evaluate_content, fit_content, query_records
+from fedlora_flwr.wire.report import Report
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -60,8 +61,7 @@ def bridge(message: Message, context: Context, call_next: ClientAppCallable) -> 
     """
     kind = message.metadata.message_type
     if kind == MessageType.QUERY:
-        identity_record = ConfigRecord({CLIENT: client_identity(context)})
-        return Message(RecordDict({"config": identity_record}), reply_to=message)
+        return Message(query_records(Report(client=client_identity(context))), reply_to=message)
     if not trains_or_evaluates(message):
         return guarded(call_next, message, context)
     prefix = _LEGACY_INS[kind]
