@@ -156,6 +156,10 @@ class LoRAClient(NumPyClient):
         order = Order.read(config, self._trainer.layout.names)
         arrays = self._complete(order, parameters)
         settings = self._trainer.config
+        # Refused before a row is written: what the server sent depends on no record.
+        plan = order.plan or ComponentPlan.uniform(BOTH)
+        plan.check(len(self._trainer.layout.blocks))
+        self._trainer.load(arrays)
         mechanism = plan_mechanism(
             settings,
             len(self._records),
