@@ -88,3 +88,10 @@ def one_of(choices: Iterable[str], given: str) -> str:
     near = difflib.get_close_matches(given, names, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return "one of " + ", ".join(repr(name) for name in names) + hint
+
+
+class LedgerDamaged(FedLoRAError):
+    """A ledger cannot be trusted or used, so nothing may be released on its account.
+
+    The text names the file, what is wrong with it, and what to do.
+    """

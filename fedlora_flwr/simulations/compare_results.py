@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
-from fedlora_flwr.files import replace_file
+from fedlora_flwr.files import private_folder, replace_file
 
 SETTINGS = "settings.json"
 RATES = ("lr-a", "lr-b", "lr-head")
@@ -95,7 +95,7 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     FedLoRAError
         Another process is at work there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(folder)
     try:
         with FileLock(folder / ".lock", timeout=0):
             check_settings(folder, settings)

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.files import replace_file
+from fedlora_flwr.files import private_folder, replace_file
 
 
 class RunDirectory:
@@ -24,11 +24,11 @@ class RunDirectory:
     Parameters
     ----------
     path : Path
-        The folder; made if missing.
+        The folder; made if missing, and then for its owner alone.
     """
 
     def __init__(self, path: Path) -> None:
-        path.mkdir(parents=True, exist_ok=True)
+        private_folder(path)
         self.path = path
 
     @classmethod
@@ -36,10 +36,10 @@ class RunDirectory:
         """Make ``<parent>/<time>-<task>-<strategy>`` and point ``<parent>/latest`` at it."""
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         name = f"{stamp}-{config.task.replace(':', '.')}-{config.strategy}"
-        path, count = parent / name, 1
+        path, count = private_folder(parent) / name, 1
         while True:
             try:
-                path.mkdir(parents=True)
+                path.mkdir(mode=0o700)
                 break
             except FileExistsError:
                 count += 1

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.files import replace_file
+from fedlora_flwr.files import private_folder, replace_file
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def require_writable(folder: Path) -> None:
         It cannot be made or written to.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        private_folder(folder)
     except OSError as error:
         raise _not_writable(folder) from error
     if not os.access(folder, os.W_OK):

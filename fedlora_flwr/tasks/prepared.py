@@ -166,7 +166,7 @@ def _make(
     console: Console,
 ) -> None:
     draft = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
-    draft.mkdir()
+    draft.mkdir(mode=0o700)
     try:
         _write(draft / "data.arrow", _batches(dataset, function, columns, console))
         (draft / "digest").write_text(content_digest(draft / "data.arrow"), encoding="ascii")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import stat
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ NAMES = ["device-01", "device-02"]
 
 
 def test_a_fleet_trains_on_its_devices_own_records(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_folder: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     fleet = tmp_path / "fleet"
@@ -52,3 +54,9 @@ def test_a_fleet_trains_on_its_devices_own_records(
     assert 0 < summary["epsilon_max"] <= 3.0
     for name in NAMES:
         assert (fleet / "devices" / name / "state" / "ledger.sqlite").exists()
+    # The server keeps which key each identity is bound to.
+    kept = data_folder / "fedlora" / "identities.json"
+    bound = json.loads(kept.read_text())
+    assert set(bound) == set(NAMES)
+    assert len(set(bound.values())) == 2
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600

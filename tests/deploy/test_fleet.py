@@ -268,7 +268,8 @@ def test_a_spent_budget_too_few_records_and_another_model_are_found(
 ) -> None:
     first, second = (fleet / "devices" / name for name in ("device-01", "device-02"))
     ledger = Ledger(first / "state" / "ledger.sqlite")
-    ledger.record(Account("device-01", "earlier", 99.0, 1e-3, "lifetime"), 1, Segment(1.0, 0.2, 9))
+    spent = Segment(1.0, 0.2, 9)
+    ledger.record(Account("device-01", "earlier", 99.0, 1e-3, "lifetime"), 1, spent, spent)
     make_checkpoint("roberta", second / "other")
     (second / "device.toml").write_text(
         (second / "device.toml").read_text().replace("delta = 1e-3", "delta = 0.1")

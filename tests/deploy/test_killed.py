@@ -30,10 +30,10 @@ STEPS, DELTA = 2, 1e-3
 JOURNAL = bytes.fromhex("d9d505f920a163d7")  # How SQLite's journal of an open transaction begins.
 # What a ledger holds of the round. More than what left is a loss of budget; less would be a lie.
 ROWS = {
-    "before training": 0,
-    "after a step": 0,
     "before the row": 0,
     "in the ledger's transaction": 0,
+    "before training": 1,
+    "after a step": 1,
     "after the row": 1,
     "with all written": 1,
     REPLIED: 1,
@@ -171,7 +171,7 @@ def test_a_transaction_was_on_the_disk_and_is_rolled_back(killed: dict[str, Kill
 def record_for_ever(path: Path, account: Account, told: int) -> NoReturn:
     ledger = Ledger(path)
     while True:
-        ledger.record(account, 1, Segment(0.0, 0.1, 1))
+        ledger.record(account, 1, Segment(0.0, 0.1, 1), Segment(0.0, 0.1, 1))
         os.write(told, b".")
 
 

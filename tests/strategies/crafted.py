@@ -280,6 +280,7 @@ REFUSED: Mapping[str, Fault] = {
     "delta above 1": metric("delta", 2.0),
     "steps negative": metric("steps", -1),
     "steps of no round": metric("steps", 0),
+    "steps of half a round": metric("steps", 1),
     "steps a fraction": metric("steps", 2.5),
     "steps beyond int64": metric("steps", 2**70),
     "seconds nan": metric("seconds", math.nan),
