@@ -144,17 +144,22 @@ def test_7_large_arrays_let_no_record_move_others(make_device: MakeDevice, count
     for entry in (1e4 * 1.01, 1e15, 1e19, 3e38, -1e15):
         large = {name: np.full_like(values, entry) for name, values in start(4).items()}
         assert device.ask("train", records(large, {"plan": "*"})).kind == "refused"
-    for scale, alpha in ((1.0, 8.0), (1e4, 1e5)):
+    for scale, alpha in ((1.0, 8.0), (3.0, 8.0), (10.0, 8.0), (1e4, 8.0), (1e4, 1e5)):
         sums = []
         for words in (1, 20):
             planted = plant(make_device, _with_a_record_of(words), delta=1e-3, **CLEAR)
-            run = run_of(planted, canaries.PRIVATE, lora_alpha=alpha, max_length=48)
+            # Without dropout, whose masks are drawn for whatever shape a batch has.
+            run = run_of(
+                planted, canaries.PRIVATE, lora_alpha=alpha, max_length=48, backbone_dropout=False
+            )
             arrays = _grown(own_arrays(planted, run), scale)
             answer = planted.ask("train", records(arrays, {"plan": "*"}), run)
-            assert answer.kind == "ok", answer
-            sums.append(summed(answer, arrays, canaries.PRIVATE))
+            if answer.kind == "ok":
+                sums.append(summed(answer, arrays, canaries.PRIVATE))
+        # The look at the structure may find such arrays unfit. It reads no record for that.
+        assert len(sums) in ((2,) if scale < 5 else (0, 2)), scale
         # One record was replaced by another, so its own part may move by 2.
-        assert moved(*sums) <= 2.05, (scale, alpha)
+        assert not sums or moved(*sums) <= 2.05, (scale, alpha)
 
 
 def _with_a_record_of(words: int) -> canaries.Builder:
