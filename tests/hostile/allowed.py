@@ -189,11 +189,9 @@ def _check_account(
     assert 0 <= numbers["seconds"] < 600
     assert 1 < numbers["peak-memory-mb"] < 1e6
     assert numbers["weight"] == 1.0
-    if texts["status"] == "ok":
-        assert arrays
-        _check_arrays(arrays, device)
-    else:
-        assert not arrays
+    # A plan may train nothing of what is exchanged: then there are none.
+    assert texts["status"] == "ok" or not arrays
+    _check_arrays(arrays, device)
 
 
 def _check_scores(scores: object, device: Public, wanted: bool) -> None:

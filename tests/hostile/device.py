@@ -126,7 +126,7 @@ class Device:
             np.save(folder / "records.npy", settings.pop("records", points(1)))
             np.save(folder / "public.npy", points(2, 12))
         planted = {} if build is None else build(folder).settings
-        own = {
+        own: dict[str, Any] = {
             "client-id": CLIENT, "task": NAME, "dataset": "records.npy", "state-dir": "state",
             "epsilon": EPSILON, "delta": DELTA, "device": "cpu",
         }  # fmt: skip
@@ -148,6 +148,8 @@ class Device:
         self.account = [str(own["client-id"]), repr(own["epsilon"]), repr(own["delta"])]
         self.run = {**RUN, "task": own["task"]}
         """The run that messages are of, unless they say otherwise."""
+        self.warm = False
+        """Whether it may start a process of its own and talk to it."""
         self.inside = [folder]
         """Folders that are the device's."""
         self.sent = 0
@@ -247,6 +249,8 @@ class Device:
         for kind, what, writes in events:
             if kind == "import":
                 assert what.split(".")[0] != "bait_task", "a server chose what is imported"
+            elif self.warm and kind in ("subprocess.Popen", "socket.connect"):
+                assert "'fedlora_flwr.clients.warm'" in what or "'/tmp/pymp-" in what, what
             elif kind != "os.listdir" or what not in map(os.path.realpath, sys.path):
                 assert self._may(what, writes), f"{kind} {what} (writes: {writes})"
 

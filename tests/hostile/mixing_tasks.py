@@ -16,6 +16,9 @@ CANARY = "qzjxkvwpyh"
 class OwnNorm(nn.Module):
     """Batch normalization of the user's own: no class of torch's gives it away."""
 
+    mean: Tensor
+    var: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(FEATURES))

@@ -15,11 +15,24 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 
 from fedlora_flwr.config.keys import allowed_values, fields_by_key
 from fedlora_flwr.config.run_config import RunConfig
 from tests.hostile.device import RUN, start
+
+
+def examples(count: int) -> settings:
+    """Return settings for the same messages at each run. What fails is shown as it was sent."""
+    return settings(
+        max_examples=count,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=(Phase.explicit, Phase.generate),
+    )
+
 
 LAST = 2**63 - 1  # Flower sends whole numbers in 64 bits.
 NUMBERS: list[Any] = [

@@ -76,10 +76,10 @@ class Recorder:
             path, mode, flags = args
             if _is_path(path):
                 writes = bool(flags & _WRITES) or any(c in (mode or "") for c in "wax+")
-                place = _absolute(path)
-                # A name below an open folder, which Python does not tell: removals of whole folders.
-                if mode is not None or os.path.isabs(os.fsdecode(path)) or writes:
-                    self.events.append((event, place, writes))
+                # Python does not tell below which open folder `os.open` opens a name. Only the
+                # removal of whole folders does that here, and it reads.
+                if mode is not None or os.fsdecode(path).startswith("/") or writes:
+                    self.events.append((event, _absolute(path), writes))
         elif event in _PATHS:
             if _is_path(args[0]):
                 folder = next((a for a in args[1:] if type(a) is int and a >= 0), None)
@@ -96,8 +96,8 @@ def _is_path(value: object) -> bool:
 
 
 def _absolute(path: str | bytes | os.PathLike[Any], below: int | None = None) -> str:
-    folder = "" if below is None else os.readlink(f"/proc/self/fd/{below}")
-    return os.path.realpath(os.path.join(folder, os.fsdecode(path)))
+    folder = Path() if below is None else Path(f"/proc/self/fd/{below}").readlink()
+    return os.path.realpath(folder / os.fsdecode(path))
 
 
 class Tripwire:

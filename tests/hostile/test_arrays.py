@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.hostile.conftest import MakeDevice
 from tests.hostile.device import RUN, Device, records, start
-from tests.hostile.orders import damaged_bytes, hostile_arrays, sound_arrays
+from tests.hostile.orders import damaged_bytes, examples, hostile_arrays, sound_arrays
 from tests.hostile.test_orders import _legacy, spent
 
 __all__ = ["spent"]
@@ -22,7 +22,7 @@ def test_arrays_that_are_not_the_models(device: Device) -> None:
     kinds = st.sampled_from(["train", "train", "evaluate", "legacy"])
     configs = st.sampled_from([{}, {"plan": "*", "server-round": 1}, {"share": "A"}])
 
-    @settings(max_examples=2_500, derandomize=True, deadline=None, database=None)
+    @examples(2_500)
     @given(hostile_arrays(device.outside.mark), configs, kinds)
     def sent(arrays: dict[str, Any], config: dict[str, Any], kind: str) -> None:
         # Arrays in legacy records have no names but their order.
@@ -79,7 +79,7 @@ def test_one_entry_that_is_too_large_or_no_number(device: Device, value: float) 
 def test_sound_arrays_in_any_form_train(make_device: MakeDevice) -> None:
     device = make_device(ledger_scope="run")
 
-    @settings(max_examples=60, derandomize=True, deadline=None, database=None)
+    @examples(60)
     @given(sound_arrays(), st.sampled_from([{"plan": "*"}, {}, {"plan": "A"}, {"share": "B"}]))
     def sent(arrays: dict[str, Any], config: dict[str, Any]) -> None:
         answer = device.ask("train", records(arrays, config), run_id=100 + device.sent)

@@ -6,18 +6,19 @@ from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.hostile.conftest import MakeDevice
 from tests.hostile.device import RUN, Device, records, start
-from tests.hostile.orders import ORDER_KEYS, order_configs, scalars
+from tests.hostile.orders import ORDER_KEYS, examples, order_configs, scalars
 
 KINDS = [
     "train", "evaluate", "query", "get_parameters", "get_properties", "reconnect", "train.custom",
     "evaluate.default", "query.who", "train.", ".train", "TRAIN", "train ", "fit", "", "system",
     "../query", "\x00", "x" * 10_000,
 ]  # fmt: skip
+_SMALL: list[dict[str, Any]] = [{}, {"server-round": 1}, {"x": [1, 2]}, {"x": b"\x80"}]
 LEGACY = [
     "fitins.parameters", "fitins.config", "evaluateins.parameters", "evaluateins.config",
     "getparametersins.config", "getpropertiesins.config", "fitres.parameters", "arrays", "config",
@@ -41,7 +42,7 @@ def test_each_key_of_an_order_and_what_is_no_key(spent: Device) -> None:
             for kind in ("train", "evaluate"):
                 spent.ask(kind, records(start(4), {key: value}))
 
-    @settings(max_examples=3_000, derandomize=True, deadline=None, database=None)
+    @examples(3_000)
     @given(order_configs(), st.sampled_from(["train", "train", "train", "evaluate"]))
     def sent(config: dict[str, Any], kind: str) -> None:
         assert spent.ask(kind, records(start(4), config)).kind != "ok"
@@ -66,12 +67,12 @@ def test_every_kind_of_message_with_any_records(spent: Device) -> None:
         arrays.map(lambda found: records(found, {}).array_records["arrays"]),
         configs.map(ConfigRecord),
         configs.map(ConfigRecord),
-        metrics.map(MetricRecord),
+        metrics.map(lambda found: MetricRecord(dict(found))),
     )
     contents = st.dictionaries(st.sampled_from(LEGACY), record, max_size=4).map(RecordDict)
     likely = st.builds(_legacy, st.sampled_from(["fitins", "evaluateins"]), arrays, configs)
 
-    @settings(max_examples=2_000, derandomize=True, deadline=None, database=None)
+    @examples(2_000)
     @given(st.sampled_from(KINDS), st.one_of(contents, likely))
     def sent(kind: str, content: RecordDict) -> None:
         answer = spent.ask(kind, content)
@@ -83,7 +84,7 @@ def test_every_kind_of_message_with_any_records(spent: Device) -> None:
         spent.ask(kind)
         spent.ask(kind, records(start(4), {}))
     for kind in ("get_parameters", "get_properties"):
-        for config in ({}, {"server-round": 1}, {"x": [1, 2]}, {"x": b"\x80"}):
+        for config in _SMALL:
             spent.ask(
                 kind, RecordDict({f"{kind.replace('_', '')}ins.config": ConfigRecord(config)})
             )
@@ -93,14 +94,13 @@ def test_every_kind_of_message_with_any_records(spent: Device) -> None:
 
 def test_the_legacy_records_train_with_the_same_reply(make_device: MakeDevice) -> None:
     device = make_device(ledger_scope="run")
-    for number, (config, kind) in enumerate(
-        [
-            ({}, "ok"), ({"plan": "*"}, "ok"), ({"plan": "A", "curvature": "none"}, "ok"),
-            ({"plan": "B/A", "server-round": 3}, "ok"), ({"array-names": ",".join(start(4))}, "ok"),
-            ({"array-names": "head.bias"}, "refused"), ({"x": 1}, "refused"),
-            ({"plan": [1]}, "failed"), ({"plan": 1}, "refused"), ({"share": "A"}, "ok"),
-        ]
-    ):  # fmt: skip
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, "ok"), ({"plan": "*"}, "ok"), ({"plan": "A", "curvature": "none"}, "ok"),
+        ({"plan": "B/A", "server-round": 3}, "ok"), ({"array-names": ",".join(start(4))}, "ok"),
+        ({"array-names": "head.bias"}, "refused"), ({"x": 1}, "refused"),
+        ({"plan": [1]}, "failed"), ({"plan": 1}, "refused"), ({"share": "A"}, "ok"),
+    ]  # fmt: skip
+    for number, (config, kind) in enumerate(cases):
         content = _legacy("fitins", start(4), config)
         assert device.ask("train", content, run_id=100 + number).kind == kind, config
 

@@ -7,27 +7,24 @@ from typing import Any
 
 import pytest
 from flwr.app import RecordDict
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.hostile.conftest import MakeDevice
 from tests.hostile.device import RUN, Device
-from tests.hostile.orders import at_the_limits, run_configs
+from tests.hostile.orders import at_the_limits, examples, run_configs
 
 # Values at the ends of what a server may choose, for keys that do not change the noise. A round is
 # trained with each.
-TRAINED: list[dict[str, Any]] = [
-    {key: value}
-    for key, values in {
-        "clip-norm": [1e-6, 1e6], "lr-a": [0.0, 1e4], "lr-b": [0.0, 1e4], "lr-head": [0.0, 1e4],
-        "momentum": [0.999], "weight-decay": [0.0, 1e3], "rank": [1, 64], "lora-alpha": [1e-3, 1e5],
-        "lora-dropout": [0.999], "rslora": [True], "train-head": [False], "optimizer": ["adamw"],
-        "filter": ["binomial", "laplacian", "ema", "doppler"], "seed": [0, 2**63 - 1],
-        "backbone-dropout": [False], "precision": ["bf16"], "lora-targets": [r"blocks\.0\.fc"],
-        "blocks": [r"blocks\.\d+"], "pooling": ["mean"], "max-length": [8], "image-size": [4096],
-    }.items()
-    for value in values
-] + [
+_ENDS: dict[str, list[Any]] = {
+    "clip-norm": [1e-6, 1e6], "lr-a": [0.0, 1e4], "lr-b": [0.0, 1e4], "lr-head": [0.0, 1e4],
+    "momentum": [0.999], "weight-decay": [0.0, 1e3], "rank": [1, 64], "lora-alpha": [1e-3, 1e5],
+    "lora-dropout": [0.999], "rslora": [True], "train-head": [False], "optimizer": ["adamw"],
+    "filter": ["binomial", "laplacian", "ema", "doppler"], "seed": [0, 2**63 - 1],
+    "backbone-dropout": [False], "precision": ["bf16"], "lora-targets": [r"blocks\.0\.fc"],
+    "blocks": [r"blocks\.\d+"], "pooling": ["mean"], "max-length": [8], "image-size": [4096],
+}  # fmt: skip
+TRAINED: list[dict[str, Any]] = [{key: value} for key in _ENDS for value in _ENDS[key]] + [
     {"precondition": True, "ridge": 0.0}, {"precondition": True, "ridge": 1e6},
     {"lr-a": 1e4, "lr-b": 1e4, "lr-head": 1e4, "momentum": 0.999, "weight-decay": 1e3},
     {"optimizer": "adamw", "lr-a": 1e4, "lr-b": 1e4, "weight-decay": 1e3},
@@ -49,7 +46,7 @@ def test_each_key_at_its_limits_and_outside(device: Device) -> None:
 def test_keys_together_left_out_and_unknown(device: Device) -> None:
     content = device.order(unknown=1)
 
-    @settings(max_examples=1_500, derandomize=True, deadline=None, database=None)
+    @examples(1_500)
     @given(run_configs(device.outside.folder), st.sampled_from(["train", "evaluate"]))
     def sent(run: dict[str, Any], kind: str) -> None:
         assert device.ask(kind, content, run).kind in ("refused", "failed")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.hostile.accounting import (
@@ -16,6 +16,7 @@ from tests.hostile.accounting import (
 )
 from tests.hostile.conftest import MakeDevice
 from tests.hostile.device import DELTA, EPSILON, RUN, Device, records, start
+from tests.hostile.orders import examples
 
 # Settings that change σ, q or the plan; few, as each takes a calibration.
 SHAPES: list[dict[str, Any]] = [
@@ -43,7 +44,7 @@ Sent = tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], int]
 def test_no_sequence_spends_more_than_the_budget(make_device: MakeDevice, scope: str) -> None:
     count = 0
 
-    @settings(max_examples=25, derandomize=True, deadline=None, database=None)
+    @examples(25)
     @given(st.lists(messages, min_size=4, max_size=16))
     def sent(sequence: list[Sent]) -> None:
         nonlocal count
@@ -64,7 +65,7 @@ def test_runs_with_settings_chosen_in_between_stay_within_a_filter(
 ) -> None:
     count = 0
 
-    @settings(max_examples=12, derandomize=True, deadline=None, database=None)
+    @examples(12)
     @given(st.lists(messages, min_size=6, max_size=16))
     def sent(sequence: list[Sent]) -> None:
         nonlocal count

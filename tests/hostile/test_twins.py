@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 from flwr.app import RecordDict
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.hostile.conftest import MakeDevice
 from tests.hostile.device import RUN, Answer, Device, records, start
-from tests.hostile.orders import hostile_arrays, order_configs, run_configs
+from tests.hostile.orders import examples, hostile_arrays, order_configs, run_configs
 from tests.hostile.test_orders import KINDS
 from tests.hostile.tiny_task import FEATURES, RECORDS, points
+
+Values = dict[str, Any]
 
 
 def strange_points() -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -38,7 +40,7 @@ def seen(answer: Answer) -> tuple[object, ...]:
         *answer.content.metric_records.values(),
         *answer.content.config_records.values(),
     ]:
-        account |= {key: record[key] for key in record if key not in _VARYING}
+        account |= {key: value for key, value in record.items() if key not in _VARYING}
     return answer.kind, reason, arrays, sorted(account.items())
 
 
@@ -56,35 +58,36 @@ def test_no_message_tells_two_devices_apart(make_device: MakeDevice) -> None:
     # The folders differ, and nothing else does.
     outside = twins[0].outside
 
-    @settings(max_examples=500, derandomize=True, deadline=None, database=None)
-    @given(
-        run_configs(outside.folder), order_configs(), st.one_of(st.just(start(4)), _arrays()),
-        st.sampled_from([*KINDS, *["train"] * 20, *["evaluate"] * 6]), st.integers(1, 3),
-    )  # fmt: skip
-    def sent(
-        run: dict[str, Any], config: dict[str, Any], arrays: dict[str, Any], kind: str, run_id: int
-    ) -> None:
-        ask_both(twins, kind, records(arrays, config), {**run, "num-rounds": 4}, run_id=run_id)
+    messages: list[tuple[str, Values, Values, Values]] = []
+    arrays = st.one_of(st.just(start(4)), _arrays())
+    kinds = st.sampled_from([*KINDS, *["train"] * 20, *["evaluate"] * 6])
 
-    def _check_shipped(config: dict[str, Any], arrays: dict[str, Any], kind: str) -> None:
-        ask_both(twins, kind, records(arrays, config), {**RUN, "num-rounds": 4})
+    @examples(500)
+    @given(kinds, arrays, order_configs(), run_configs(outside.folder))
+    def any_run(kind: str, found: Values, config: Values, run: Values) -> None:
+        messages.append((kind, found, config, run))
 
-    @settings(max_examples=500, derandomize=True, deadline=None, database=None)
-    @given(
-        order_configs(), st.one_of(st.just(start(4)), _arrays()),
-        st.sampled_from([*["train"] * 3, "evaluate", "get_parameters", "get_properties"]),
-    )  # fmt: skip
-    def shipped(config: dict[str, Any], arrays: dict[str, Any], kind: str) -> None:
-        _check_shipped(config, arrays, kind)
+    @examples(700)
+    @given(kinds, arrays, order_configs())
+    def shipped_run(kind: str, found: Values, config: Values) -> None:
+        messages.append((kind, found, config, RUN))
 
-    sent()
-    shipped()
-    assert sum(device.sent for device in twins) >= 2_000
-    # In the end both have trained, and neither any more.
-    for _ in range(6):
-        last = ask_both(twins, "train", records(start(4), {"plan": "*"}), {**RUN, "num-rounds": 4})
-    assert last.kind == "budget-exhausted"
-    assert len(twins[0].rows()) == len(twins[1].rows()) == 4
+    any_run()
+    shipped_run()
+    seen_of = []
+    for device in twins:  # One after the other, as each has a model of its own.
+        seen_of.append(
+            [
+                seen(device.ask(kind, records(found, config), {**run, "num-rounds": 4}))
+                for kind, found, config, run in messages
+            ]
+        )
+        last = device.ask("train", records(start(4), {"plan": "*"}), {**RUN, "num-rounds": 4})
+        seen_of[-1].append(seen(last))
+    for message, one, other in zip([*messages, None], *seen_of, strict=True):
+        assert one == other, message
+    assert sum(device.sent for device in twins) >= 2_400
+    assert len(twins[0].rows()) == len(twins[1].rows())
 
 
 def _arrays() -> st.SearchStrategy[dict[str, Any]]:
