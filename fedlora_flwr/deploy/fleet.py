@@ -242,14 +242,14 @@ def _fill(draft: Path, folder: Path, fleet: Fleet, run: RunConfig) -> None:
         shutil.copy(server / "ca.pem", device / "ca.pem")
         _script(device / SCRIPT, _SUPERNODE, {**values, "node_port": str(9500 + number)})
         _text(device / "fedlora-supernode.service", _UNIT, {"title": "Flower SuperNode"})
-        _text(device / SETTINGS, _DEVICE, {"name": name, "stated": _stated(run)})
+        _text(device / SETTINGS, _DEVICE, {"name": name, "stated": stated(run)})
     content = {"fleet": asdict(fleet), "versions": versions()}
     # Devices look by it whether they are fit.
     for place in (draft, *(draft / "devices" / name for name in fleet.names)):
         (place / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _stated(run: RunConfig) -> str:
+def stated(run: RunConfig) -> str:
     """Return the lines of a device's file that a run suggests, or examples of them."""
     defaults, values = RunConfig().items(), run.items()
     lines = [

@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 
 import pytest
 
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.deploy.fleet import stated
 from fedlora_flwr.privacy.budget import Segment, epsilon_spent
 from fedlora_flwr.privacy.ledger import Account, Ledger
 from tests.deploy.dying import NEVER, POINTS, REPLIED
@@ -89,13 +91,13 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Kille
         write_split(base / "data", "train", reviews(60))
         config = text_config(
             model, base / "data", input_columns="text", batch_size=8, local_steps=STEPS,
-            num_rounds=4, delta=DELTA, reproducible=False,
+            num_classes=2, num_rounds=4, delta=DELTA, reproducible=False,
         )  # fmt: skip
         (base / "run.toml").write_text(config.to_toml())
-        yield walk(base)
+        yield walk(base, config)
 
 
-def walk(base: Path) -> dict[str, Killed]:
+def walk(base: Path, config: RunConfig) -> dict[str, Killed]:
     """Kill a device's process at each point, then serve every device in a fresh one."""
     files = {}
     for point in ROWS:
@@ -104,12 +106,12 @@ def walk(base: Path) -> dict[str, Killed]:
         files[point] = folder / "device.toml"
         files[point].write_text(
             f'client-id = "{folder.name}"\ndataset = "../data"\nstate-dir = "state"\n'
-            f"epsilon = 8.0\ndelta = {DELTA}\n"
+            f"epsilon = 8.0\ndelta = {DELTA}\n{stated(config)}"
         )
     run, devices = base / "run.toml", list(files.values())
     first = serve(1, run, {file: point for point, file in files.items()})
     left = [seen(file.parent) for file in devices]
-    second = serve(2, run, dict.fromkeys(devices, NEVER))
+    second = serve(1, run, dict.fromkeys(devices, NEVER))
     return {
         point: Killed(file.parent, told[-1]["ended"], len(told) - 1, *found, answer[0])
         for (point, file), told, found, answer in zip(

@@ -6,6 +6,7 @@ What a server can tell from errors is then nothing that depends on a record.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -36,10 +37,11 @@ def seen(answer: Answer) -> tuple[object, ...]:
     reason = re.sub(r"error [0-9a-f]{8}", "error", answer.reason)
     arrays = [(name, values.shape) for name, values in answer.arrays.items()]
     account: dict[str, Any] = {}
-    for record in [
+    records: list[Mapping[str, Any]] = [
         *answer.content.metric_records.values(),
         *answer.content.config_records.values(),
-    ]:
+    ]
+    for record in records:
         account |= {key: value for key, value in record.items() if key not in _VARYING}
     return answer.kind, reason, arrays, sorted(account.items())
 
