@@ -127,7 +127,8 @@ def test_6_a_model_that_mixes_records_is_refused_or_harmless(
     for other in (False, True):
         table = points(1)
         if other:  # The neighbor: this record's gradient is zero, and its content another's.
-            table[3], table[3, -1] = 30 * points(8)[0], 0
+            table[3] = points(8)[0]
+            table[3, :-2], table[3, -1] = 30 * table[3, :-2], 0
         device = make_device(task=name, records=table, **CLEAR)
         answer = device.ask("train", device.order(plan="*"), run_of(device, RECORDS))
         if answer.kind == "failed":
