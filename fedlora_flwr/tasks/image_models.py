@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.errors import InvalidValue, one_line
 from fedlora_flwr.files import cache_folder
 from fedlora_flwr.tasks.dataset_task import DatasetSettings
 from fedlora_flwr.tasks.hub import hub_answers, own_copies_only
@@ -50,9 +50,12 @@ def build(settings: DatasetSettings, num_classes: int) -> nn.Module:
     return model
 
 
-def skeleton(settings: DatasetSettings, num_classes: int) -> nn.Module:
-    """Return the model without weights, on the meta device: its modules and their names."""
-    with torch.device("meta"):
+def skeleton(settings: DatasetSettings, num_classes: int, device: str = "meta") -> nn.Module:
+    """Return the model without its weights: its modules and their names.
+
+    On the meta device there are shapes alone; on another one the weights are random.
+    """
+    with torch.device(device):
         return _create(settings, num_classes, pretrained=False)
 
 
@@ -116,8 +119,8 @@ def _create(settings: DatasetSettings, num_classes: int, *, pretrained: bool) ->
                 "them did not answer, and there is no copy from before"
             )
         else:
-            reason = f"{type(error).__name__}: {error}"
-            allowed = f"a timm model that can be built ({' '.join(reason.split())[:300]})"
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            allowed = f"a timm model that can be built ({reason})"
         raise InvalidValue("model", settings.model, allowed) from error
 
 
@@ -179,8 +182,8 @@ def _load(model: Any, file: str) -> None:
     try:
         state = _converted(load_state_dict(str(path), weights_only=True), model)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InvalidValue("weights", file, f"safetensors or a PyTorch file ({reason})") from error
+        allowed = f"safetensors or a PyTorch file ({one_line(error)})"
+        raise InvalidValue("weights", file, allowed) from error
     own = model.state_dict()
     heads = tuple(f"{name}." for name in classifier_modules(model))
     for name in list(state):

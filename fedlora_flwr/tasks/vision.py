@@ -52,9 +52,9 @@ class ImageClassification(ClassifierTask):
         """
         return build(self._settings, self.num_classes)
 
-    def skeleton(self) -> nn.Module:
-        """Return the model without weights, on the meta device."""
-        return skeleton(self._settings, self.num_classes)
+    def skeleton(self, device: str = "meta") -> nn.Module:
+        """Return the model without its weights; they are random but on ``"meta"``."""
+        return skeleton(self._settings, self.num_classes, device)
 
     def largest_batch(self, records: int) -> Batch:
         """Return pictures of the model's size."""
@@ -62,6 +62,12 @@ class ImageClassification(ClassifierTask):
             "image": torch.zeros((records, *self._data["input_size"]), dtype=torch.uint8),
             "label": torch.zeros(records, dtype=torch.int64),
         }
+
+    def made_up_batch(self, records: int) -> Batch:
+        """Return pictures of random pixels, all of the first class."""
+        generator, batch = torch.Generator().manual_seed(0), self.largest_batch(records)
+        pixels = torch.randint(256, batch["image"].shape, generator=generator, dtype=torch.uint8)
+        return {**batch, "image": pixels}
 
     @cached_property
     def _data(self) -> dict[str, Any]:

@@ -228,7 +228,9 @@ def test_the_short_way_and_flowers_legacy_records_give_the_same_reply(
         {"curvature": curvature} if curvature else {}
     )
     replies = [
-        Asker(make_config(state_dir=str(tmp_path / name), weighting="size"), client_app).train("B", **settings)
+        Asker(make_config(state_dir=str(tmp_path / name), weighting="size"), client_app).train(
+            "B", **settings
+        )
         for name, client_app in (("short", app), ("long", ClientApp(client_fn, mods=[bridge])))
     ]
 
