@@ -118,7 +118,9 @@ def test_deberta_is_adapted_beside_the_layers_that_read_positions(shared: bool) 
         for name in ("self.query_proj", "self.key_proj", "self.value_proj", "output.dense")
         if re.fullmatch(pattern, f"{attention}.{name}")
     ]
-    assert found == (["self.value_proj", "output.dense"] if shared else ["self.query_proj", "self.value_proj"])
+    assert found == (
+        ["self.value_proj", "output.dense"] if shared else ["self.query_proj", "self.value_proj"]
+    )
     assert not re.fullmatch(pattern, "deberta.encoder.layer.0.output.dense")
 
 

@@ -42,11 +42,11 @@ def check_folding(strategy: FedLoRA, adapted: AdaptedModel) -> None:
         adapted.folded.check_weights()
 
 
-def rehearse(task: Task, adapted: AdaptedModel) -> None:
+def rehearse(task: Task, adapted: AdaptedModel, *, step: bool = True) -> None:
     """Check that clients can train and measure a model; it is left as it was.
 
-    Two records take one step without noise. They are made up, or public where a task makes none
-    up. No private record is read.
+    Two records are told apart, and take one step without noise. They are made up, or public where
+    a task makes none up. No private record is read.
 
     Parameters
     ----------
@@ -54,6 +54,8 @@ def rehearse(task: Task, adapted: AdaptedModel) -> None:
         Whose loss is taken.
     adapted : AdaptedModel
         The model, on the device where it trains.
+    step : bool (default: True)
+        Whether the step is taken, in training mode and at the configured precision.
 
     Raises
     ------
@@ -72,7 +74,9 @@ def rehearse(task: Task, adapted: AdaptedModel) -> None:
         still = OptimizerSettings("sgd", lr_a=0.0, lr_b=0.0, lr_head=0.0)
         try:
             engine.start_round(mechanism, still, SeededNoise(0))
-            engine.step(records, torch.arange(count), list(adapted.parameters))
+            engine.verify(records)
+            if step:
+                engine.step(records, torch.arange(count), list(adapted.parameters))
         except PrivacyViolation as error:
             advice = "Choose other layers with lora-targets, or another model."
             raise PrivacyViolation(f"{error} {advice}") from error
@@ -103,9 +107,9 @@ def rehearse_unbuilt(config: RunConfig, task: Task, skeleton: AdaptedModel) -> N
         unread = getattr(task, "skeleton", None) if hasattr(task, "made_up_batch") else None
         model = task.build_model() if unread is None else unread("cpu")
         adapted = attach(model, lora_spec(config, task), seed=0)
-    if config.precision == "bf16":
+    if lower := config.precision == "bf16":
         run_in_bf16(adapted.model)
-    rehearse(task, adapted)
+    rehearse(task, adapted, step=lower)
 
 
 def _records(task: Task) -> Records:

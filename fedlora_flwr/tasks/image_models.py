@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,14 @@ from fedlora_flwr.tasks.dataset_task import DatasetSettings
 from fedlora_flwr.tasks.hub import hub_answers, own_copies_only
 
 SMALL_SWIN = "small-swin"
+# Queries, keys, values and the projection, as in the published protocols on Swin; then what other
+# models have.
+_LAYERS = (
+    r"(.*\.)?blocks\.\d+\.attn\.(qkv|proj)",
+    r"(.*\.)?blocks\.\d+\.attn\.proj",
+    r"(.*\.)?attn\.(qkv|q|kv|proj)",
+    r"(.*\.)?(mlp|mlp_channels)\.fc[12]",
+)
 
 
 def build(settings: DatasetSettings, num_classes: int) -> nn.Module:
@@ -66,6 +75,31 @@ def classifier_modules(model: Any) -> tuple[str, ...]:
     return tuple(
         name for name, module in model.named_modules() if any(module is one for one in chosen)
     )
+
+
+def usual_layers(model: nn.Module) -> str:
+    """Return a pattern of the layers of a timm model that get an adapter as a rule.
+
+    The first of `_LAYERS` that matches linear layers alone, or else the very first, with which
+    `fedlora_flwr.targets.check_targets` says what there is to choose from.
+    """
+    named = dict(model.named_modules())
+    for pattern in _LAYERS:
+        found = [name for name in named if re.fullmatch(pattern, name)]
+        linear = all(isinstance(named[name], nn.Linear) for name in found)
+        if found and linear and not any(_bypassed(named, name) for name in found):
+            return pattern
+    return _LAYERS[0]
+
+
+def _bypassed(named: dict[str, nn.Module], layer: str) -> bool:
+    """Tell whether attention reads a layer's weight and does not call the layer.
+
+    BEiT, EVA and Swin V2 do so where only queries and values have a bias.
+    """
+    attention: Any = named[layer.rpartition(".")[0]]
+    joined = getattr(attention, "q_bias", None) is not None
+    return layer.endswith(".qkv") and joined and not getattr(attention, "qkv_bias_separate", False)
 
 
 def data_config(model: nn.Module, image_size: int) -> dict[str, Any]:

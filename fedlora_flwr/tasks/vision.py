@@ -14,7 +14,13 @@ from fedlora_flwr.errors import InvalidValue, one_of
 from fedlora_flwr.tasks.arrow_records import ArrowRecords, Rows
 from fedlora_flwr.tasks.classifier_task import ClassifierTask
 from fedlora_flwr.tasks.dataset_task import names
-from fedlora_flwr.tasks.image_models import build, classifier_modules, data_config, skeleton
+from fedlora_flwr.tasks.image_models import (
+    build,
+    classifier_modules,
+    data_config,
+    skeleton,
+    usual_layers,
+)
 from fedlora_flwr.tasks.prepared import prepare
 from fedlora_flwr.tasks.registry import Batch
 
@@ -34,8 +40,11 @@ class ImageClassification(ClassifierTask):
     """
 
     name = "image-classification"
-    # qkv and the projection, as in the published protocols on Swin; names of timm's transformers.
-    lora_targets = r"(.*\.)?blocks\.\d+\.attn\.(qkv|proj)"
+
+    @cached_property
+    def lora_targets(self) -> str:
+        """Attention's layers in timm's transformers; in other models those of the MLPs."""
+        return usual_layers(self.skeleton())
 
     @cached_property
     def head(self) -> tuple[str, ...]:
