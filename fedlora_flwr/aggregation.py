@@ -87,6 +87,24 @@ def merge(current: Arrays, update: Arrays) -> dict[str, NDArray[np.floating]]:
     return {name: update.get(name, array) for name, array in current.items()}
 
 
+def bounded(arrays: Arrays, most: float) -> dict[str, NDArray[np.floating]]:
+    """Cut entries to a range; an array within it is returned as it is, the same object.
+
+    Parameters
+    ----------
+    arrays : Arrays
+        Finite numbers.
+    most : float
+        Largest magnitude.
+    """
+    return {
+        name: np.clip(array, -most, most)
+        if array.size and max(array.max(), -array.min()) > most
+        else array
+        for name, array in arrays.items()
+    }
+
+
 class MovingAverage:
     """An exponential moving average of a model's arrays over the rounds.
 

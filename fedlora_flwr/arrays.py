@@ -8,6 +8,7 @@ header is made and parsed once for each shape and type. The bytes are the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from io import BytesIO
@@ -81,13 +82,19 @@ def to_numpy(array: app.Array) -> NDArray[Any]:
         return array.values
     data = array.data
     if array.stype != SType.NUMPY or data[: len(_MAGIC)] != _MAGIC:
-        return array.numpy()
+        values = array.numpy()
+        if not isinstance(values, np.ndarray):  # An archive of several, which NumPy reads too.
+            raise TypeError("The array's data hold no single array.")
+        return values
     start = len(_MAGIC) + 2 + int.from_bytes(data[len(_MAGIC) : len(_MAGIC) + 2], "little")
     shape, fortran, dtype = _parsed(data[:start])
-    size = int(np.prod(shape, dtype=np.int64))
-    if fortran or dtype.hasobject or len(data) < start + size * dtype.itemsize:
+    if dtype.hasobject:
         return array.numpy()
-    return np.frombuffer(data, dtype, size, start).reshape(shape)
+    size = math.prod(shape)
+    # NumPy's reader would make room for what the header says before it finds that it is not there.
+    if min(shape, default=0) < 0 or len(data) < start + size * dtype.itemsize:
+        raise ValueError(f"The array's header says {size} entries of {dtype}; its data differ.")
+    return np.frombuffer(data, dtype, size, start).reshape(shape, order="F" if fortran else "C")
 
 
 def from_numpy(values: NDArray[np.generic]) -> app.Array:

@@ -256,8 +256,18 @@ def recipes() -> None:
 
 
 @app.command()
-def keys() -> None:
+def keys(
+    who_decides: Annotated[
+        bool,
+        typer.Option("--who-decides", help="Who decides each value on a device, as Markdown."),
+    ] = False,
+) -> None:
     """List every configuration key with its default and meaning."""
+    if who_decides:
+        from fedlora_flwr.config.authority import markdown
+
+        print(markdown(), end="")
+        return
     table = Table("key", "default", "meaning", box=None)
     values = RunConfig().items()
     for entry, (key, value) in zip(fields(RunConfig), values.items(), strict=True):

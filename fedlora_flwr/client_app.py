@@ -30,6 +30,7 @@ from fedlora_flwr.files import data_folder
 
 if TYPE_CHECKING:
     from fedlora_flwr.clients.numpy_client import LoRAClient
+    from fedlora_flwr.tasks.registry import Records, Task
 
 
 def make_client(context: Context) -> LoRAClient:
@@ -48,10 +49,11 @@ def make_client(context: Context) -> LoRAClient:
     if DEVICE in node:
         device = Device.read(Path(str(node[DEVICE])))
         identity, config = device.client, device.config(context.run_config)
-        partition, partitions = 0, 1
+        partition, partitions, open_test = 0, 1, _public_records
     elif in_simulation() and "partition-id" in node and "num-partitions" in node:
         identity, config = client_identity(context), RunConfig.of(context.run_config)
         partition, partitions = int(node["partition-id"]), int(node["num-partitions"])
+        open_test = None
     else:
         raise OrderRefused(
             "This SuperNode names no device's file, without which a server would decide everything "
@@ -71,8 +73,17 @@ def make_client(context: Context) -> LoRAClient:
         identity,
         str(context.run_id),
         store=LocalStore(folder / "local"),
+        open_test=partial(open_test, trainer.task) if open_test else None,
         rank=config.client_rank(partition) if config.client_ranks else None,
     )
+
+
+def _public_records(task: Task) -> Records:
+    """Open a device's public records, none of which may be private as well."""
+    from fedlora_flwr.tasks.registry import check_splits_apart
+
+    check_splits_apart(task)
+    return task.test_records()
 
 
 def client_fn(context: Context) -> Client:

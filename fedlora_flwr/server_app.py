@@ -25,4 +25,4 @@ def main(grid: Grid, context: Context) -> None:
     else:
         run_dir = RunDirectory.new(data_folder() / "runs", config)
     print(f"Results: {run_dir.path}", flush=True)
-    serve(WatchedGrid(grid), config, run_dir)
+    serve(WatchedGrid(grid, data_folder() / "identities.json"), config, run_dir)

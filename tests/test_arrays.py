@@ -68,6 +68,25 @@ def test_broken_bytes_raise_as_flowers_own_reader_does(cut: int) -> None:
         to_numpy(array)
 
 
+@pytest.mark.parametrize("fortran", [False, True])
+@pytest.mark.parametrize("shape", [(10**6, 10**6), (2**32, 2**32), (-1,), (-2, -3), (7,)])
+def test_a_header_that_says_more_than_there_is_makes_no_room_for_it(
+    shape: tuple[int, ...], fortran: bool
+) -> None:
+    header = f"{{'descr': '<f4', 'fortran_order': {fortran}, 'shape': {shape}, }}".encode()
+    text = header.ljust(117) + b"\n"
+    data = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + b"\0" * 24
+    with pytest.raises(ValueError, match="entries of float32; its data differ"):
+        to_numpy(Array("float32", shape, "numpy.ndarray", data))
+
+
+def test_an_archive_of_arrays_is_no_array() -> None:
+    stream = BytesIO()
+    np.savez(stream, a=np.ones(3))
+    with pytest.raises(TypeError, match="no single array"):
+        to_numpy(Array("float64", (3,), "numpy.ndarray", stream.getvalue()))
+
+
 def test_what_is_no_numpy_array_is_refused() -> None:
     with pytest.raises(TypeError, match="serialization type"):
         to_numpy(Array("float64", (1,), "torch", b"\x93NUMPY\x01\x00"))

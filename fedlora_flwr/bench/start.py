@@ -105,8 +105,9 @@ def prepare(folder: Path, setting: Setting) -> None:
     (device.parent / "data").mkdir(parents=True)
     (device.parent / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     device.write_text(
-        'client-id = "device"\ndataset = "data"\nepsilon = 3.0\ndelta = 1e-5\nstate-dir = "state"\n'
-        "keep-warm = 60\n"
+        'client-id = "device"\ntask = "text-classification"\nmodel = "../model"\nnum-classes = 2\n'
+        'input-columns = "text"\ndataset = "data"\nepsilon = 3.0\ndelta = 1e-5\n'
+        'state-dir = "state"\nkeep-warm = 60\ndevice = "cpu"\n'
     )
     (folder / started.RUN_FILE).write_text(
         f'task = "text-classification"\nmodel = "{folder / started.MODEL}"\ndataset = "none"\n'

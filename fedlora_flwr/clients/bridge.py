@@ -35,8 +35,8 @@ from fedlora_flwr.errors import (
     InvalidValue,
     OrderRefused,
 )
-from fedlora_flwr.results import evaluate_content, fit_content
-from fedlora_flwr.wire import CLIENT, NAMES
+from fedlora_flwr.wire import CLIENT, NAMES, partition_name
+from fedlora_flwr.wire.records import evaluate_content, fit_content
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -195,7 +195,7 @@ def client_identity(context: Context) -> str:
     if "client-id" in config:
         return str(config["client-id"])
     if "partition-id" in config:
-        return f"partition-{int(config['partition-id']):06d}"
+        return partition_name(int(config["partition-id"]))
     raise InvalidValue("node config", dict(config), "'device', 'client-id' or 'partition-id'")
 
 

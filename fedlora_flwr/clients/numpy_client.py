@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.trainer import LocalUpdate, Trainer, plan_mechanism
-from fedlora_flwr.environment import peak_memory
+from fedlora_flwr.environment import in_simulation, peak_memory
 from fedlora_flwr.errors import BudgetExhausted, InvalidValue, OrderRefused
 from fedlora_flwr.plan import BOTH, A, ComponentPlan, factor_of
 from fedlora_flwr.privacy.budget import Segment
@@ -44,6 +44,9 @@ class LoRAClient(NumPyClient):
         Identity of the run, which a budget of scope ``"run"`` covers.
     store : LocalStore, optional
         Keeps what a strategy such as FedSA-LoRA leaves with the client.
+    open_test : callable, optional
+        Opens the public records that this client evaluates on, where it is asked to; by default the
+        task's.
     rank : int, optional
         This client's LoRA rank, where clients have their own; the server's arrays are cut to it.
     """
@@ -57,9 +60,11 @@ class LoRAClient(NumPyClient):
         run: str,
         *,
         store: LocalStore | None = None,
+        open_test: Callable[[], Records] | None = None,
         rank: int | None = None,
     ) -> None:
         self._trainer = trainer
+        self._open_test = open_test or trainer.task.test_records
         self._records = records
         self._ledger = ledger
         if rank is not None and rank < 1:
@@ -196,6 +201,8 @@ class LoRAClient(NumPyClient):
             mechanism,
             (self._account.client, order.server_round or f"after-{before}-steps"),
             order.curvature,
+            # In a simulation the arrays come from the same person as the records.
+            untrusted=not in_simulation(),
         )
         if plan is not None:
             return update
@@ -235,9 +242,6 @@ class LoRAClient(NumPyClient):
         if self._store is None:
             raise InvalidValue("store", None, "a LocalStore where a factor stays with the client")
         return self._store
-
-    def _open_test(self) -> Records:
-        return self._trainer.task.test_records()
 
     def _unprotected(self, records: Records) -> dict[str, float]:
         if not self._trainer.config.report_unprotected_metrics:

@@ -22,6 +22,7 @@ from fedlora_flwr.precision import run_in_bf16
 from fedlora_flwr.privacy.budget import calibrate, check_budget
 from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
 from fedlora_flwr.privacy.filters import make_filter
+from fedlora_flwr.privacy.masks import own_randomness
 from fedlora_flwr.privacy.mechanism import Mechanism, poisson_batches
 from fedlora_flwr.privacy.noise import NoiseSource, SecureNoise, SeededNoise
 from fedlora_flwr.privacy.scores import BlockScores
@@ -183,6 +184,7 @@ class Trainer:
         mechanism: Mechanism,
         stream: tuple[object, ...],
         curvature: str = "",
+        untrusted: bool = False,
     ) -> LocalUpdate:
         """Train one client for one round.
 
@@ -201,6 +203,10 @@ class Trainer:
         curvature : str
             Ask for scores of the blocks, with this curvature term (see `BlockScores`); empty for
             none.
+        untrusted : bool (default: False)
+            Whether a server that is not trusted has chosen the arrays. Then the model is looked at
+            again, if it treats each record on its own (see `check_apart`; else a process looks
+            once), and passes are exact (see `PassPlan`).
 
         Returns
         -------
@@ -226,7 +232,10 @@ class Trainer:
                 self._noise(stream),
                 make_filter(self.config.filter),
                 scores,
+                exact=untrusted,
             )
+            if untrusted:
+                self.engine.verify(records)
             batches = poisson_batches(mechanism, steps, self._seed("batches", stream))
             with self.engine.training():
                 for step, indices in enumerate(batches, start=1):
@@ -297,8 +306,7 @@ def _one_client(threads: int, seed: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed % 2**63)
+        with own_randomness(seed):
             yield
     finally:
         torch.set_num_threads(before)

@@ -80,6 +80,15 @@ class Limit:
             raise InvalidValue(f"limits.{key}", value, allowed)
         return cls(key, *bounds)
 
+    def __str__(self) -> str:
+        if self.choices is not None:
+            return "one of " + ", ".join(map(repr, self.choices))
+        return " and ".join(
+            f"{which} {bound:g}"
+            for which, bound in (("at least", self.least), ("at most", self.most))
+            if bound is not None
+        )
+
     def check(self, value: Any) -> None:
         """Refuse a value of a run.
 
@@ -88,21 +97,16 @@ class Limit:
         OrderRefused
             The device does not accept it.
         """
-        if self.choices is not None and value not in self.choices:
-            raise OrderRefused(
-                f"{self.key} = {value!r} is refused: this device accepts "
-                f"{', '.join(map(repr, self.choices))}. Change the run's configuration."
-            )
-        if self.least is not None and value < self.least:
-            raise OrderRefused(self._beyond(value, "at least", self.least))
-        if self.most is not None and value > self.most:
-            raise OrderRefused(self._beyond(value, "at most", self.most))
-
-    def _beyond(self, value: Any, which: str, bound: float) -> str:
-        return (
-            f"{self.key} = {value!r} is refused: this device accepts {which} {bound:g}. "
-            "Change the run's configuration."
+        good = (
+            (self.choices is None or value in self.choices)
+            and (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
         )
+        if not good:
+            raise OrderRefused(
+                f"{self.key} = {value!r} is refused: this device accepts {self}. "
+                "Change the run's configuration."
+            )
 
 
 def device_config(

@@ -17,8 +17,11 @@ from cryptography.hazmat.primitives import serialization
 from fedlora_flwr.clients.device import Device
 from fedlora_flwr.clients.trainer import build_adapted, plan_mechanism
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.deploy.fleet import SETTINGS, Fleet, read_fleet
+from fedlora_flwr.config.authority import in_force
+from fedlora_flwr.deploy.fleet import SCRIPT, SETTINGS, Fleet, read_fleet
+from fedlora_flwr.deploy.flower import NotSealed
 from fedlora_flwr.deploy.identities import PRIVATE
+from fedlora_flwr.deploy.supernode import check_script, installed_code
 from fedlora_flwr.environment import versions
 from fedlora_flwr.errors import FedLoRAError
 from fedlora_flwr.privacy.budget import Segment
@@ -82,7 +85,9 @@ def check_fleet(folder: Path, run: RunConfig | None = None) -> Iterator[Finding]
     yield _port(fleet)
     backbone = _Backbone(run) if run else None
     for name in fleet.names:
-        yield from _device(folder / "devices" / name, name, run, backbone)
+        device = folder / "devices" / name
+        yield _own_code(name, device / SCRIPT, check_script)
+        yield from _device(device, name, run, backbone)
 
 
 def check_device(folder: Path, run: RunConfig | None = None) -> Iterator[Finding]:
@@ -104,8 +109,30 @@ def check_device(folder: Path, run: RunConfig | None = None) -> Iterator[Finding
     fleet, made_with = read_fleet(folder)
     yield _versions(made_with)
     yield from _private_keys(folder, [folder / "device.key"])
+    yield _own_code(SCRIPT, folder / SCRIPT, installed_code)
     yield _reached(fleet, folder / "ca.pem")
     yield from _device(folder, folder.name, run, None)
+    yield from _who_decides(folder / SETTINGS)
+
+
+def _who_decides(file: Path) -> Iterator[Finding]:
+    """List every key with the value that is in force on a device, or who gives it."""
+    try:
+        device = Device.read(file)
+    except FedLoRAError:
+        return  # Told already.
+    for key, text in in_force(device.settings, device.limits):
+        yield Finding(key, True, text)
+
+
+def _own_code(subject: str, script: Path, look: Callable[[Path], Path | None]) -> Finding:
+    """Look whether only installed code would run on a device, whatever a server ships."""
+    try:
+        package = look(script)
+    except NotSealed as error:
+        return Finding(subject, False, error.what, error.mend)
+    where = f" in {package}" if package else ""
+    return Finding(subject, True, f"runs only the code that is installed{where}")
 
 
 def _reached(fleet: Fleet, authority: Path) -> Finding:
@@ -251,8 +278,8 @@ def _device(
     if isinstance(settings, Finding):
         yield settings
         return
+    yield Finding(name, True, f"settings of {settings.client!r} can be read")
     if run is None:
-        yield Finding(name, True, f"settings of {settings.client!r} can be read")
         return
     config = _tried(name, lambda: settings.config(run.items()), f"see {file}")
     if isinstance(config, Finding):

@@ -37,7 +37,8 @@ def init(
         say("Server    carry server/ there, run start.sh; ca/ca.key belongs into a safe")
         say("Devices   carry devices/NAME/ there, fill in device.toml, run start.sh")
         say("Operator  add operator/connection.toml to ~/.flwr/config.toml, run register.sh,")
-        say(f"          then: flwr run APP {CONNECTION} --run-config RECIPE.toml")
+        app = folder / "operator" / "app"
+        say(f"          then: flwr run {app} {CONNECTION} --run-config RECIPE.toml")
         say(f"Check     fedlora deploy check {folder} --recipe RECIPE.toml")
 
     guard(work)
@@ -69,5 +70,17 @@ def check(
             bad += not finding.good
         if bad:
             raise FedLoRAError(f"{bad} to mend first.")
+
+    guard(work)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def start(context: typer.Context) -> None:
+    """Start a SuperNode that runs installed code only; a device's start.sh does it."""
+
+    def work() -> None:
+        from fedlora_flwr.deploy.supernode import start_supernode
+
+        start_supernode(Path.cwd(), context.args)
 
     guard(work)

@@ -10,13 +10,15 @@ from pathlib import Path
 from string import Template
 
 from fedlora_flwr.deploy.identities import make_certificates, make_device_key
+from fedlora_flwr.deploy.supernode import START
 from fedlora_flwr.environment import versions
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import replacing
+from fedlora_flwr.simulations.app import write_app
 from fedlora_flwr.simulations.superlink import QUIET
 
 CONNECTION = "fedlora-fleet"
-MANIFEST, SETTINGS = "fleet.json", "device.toml"
+MANIFEST, SETTINGS, SCRIPT = "fleet.json", "device.toml", "start.sh"
 _QUIET = "export " + " ".join(f"{k}={v}" for k, v in QUIET.items() if k.startswith("FLWR_"))
 
 _SUPERLINK = f"""#!/bin/sh
@@ -30,10 +32,11 @@ exec flower-superlink --host $listen --port $port \\
 """
 _SUPERNODE = f"""#!/bin/sh
 # Starts this device's SuperNode, which connects to $host:$port and listens on loopback alone.
+# Without `fedlora deploy start`, Flower would run the code that a server ships.
 set -eu
 cd "$$(dirname "$$0")"
 {_QUIET}
-exec flower-supernode --superlink $host:$port --root-certificates ca.pem \\
+exec {START} --superlink $host:$port --root-certificates ca.pem \\
     --auth-supernode-private-key device.key --port "$${{FEDLORA_NODE_PORT:-$node_port}}" \\
     --node-config "device=\\"$$PWD/device.toml\\""
 """
@@ -200,17 +203,18 @@ def _fill(draft: Path, folder: Path, fleet: Fleet) -> None:
         "connection": CONNECTION,
         "ca": str((folder / "operator" / "ca.pem").resolve()),
     }
-    _script(server / "start.sh", _SUPERLINK, values)
+    _script(server / SCRIPT, _SUPERLINK, values)
     _text(server / "fedlora-superlink.service", _UNIT, {"title": "Flower SuperLink"})
     _text(operator / "connection.toml", _CONNECTION, values)
     _script(operator / "register.sh", _REGISTER, values)
+    write_app(operator / "app")
     for number, name in enumerate(fleet.names):
         device = draft / "devices" / name
         device.mkdir(parents=True)
         make_device_key(device, name)
         shutil.copy(device / "device.pub", operator / "keys" / f"{name}.pub")
         shutil.copy(server / "ca.pem", device / "ca.pem")
-        _script(device / "start.sh", _SUPERNODE, {**values, "node_port": str(9500 + number)})
+        _script(device / SCRIPT, _SUPERNODE, {**values, "node_port": str(9500 + number)})
         _text(device / "fedlora-supernode.service", _UNIT, {"title": "Flower SuperNode"})
         _text(device / SETTINGS, _DEVICE, {"name": name})
     content = {"fleet": asdict(fleet), "versions": versions()}

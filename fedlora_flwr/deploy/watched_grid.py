@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Error, Message
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from fedlora_flwr.strategies.identities import KnownNode
+
 RESTARTED = "the device was restarted in this round, and what it was asked is lost"
 _NODE_UNAVAILABLE = 5
+_REPLY_UNAVAILABLE = 4
 _LEEWAY = 1.0  # seconds; the last look is not to find it void
 
 
@@ -24,17 +29,25 @@ class WatchedGrid(Grid):
     the timeout. Messages stay valid for half a day, so that a slow node trains for rounds that
     are over, and pays for them.
 
-    Here each error comes from the node that it is about, a restart is an error at once, and a
-    message is void when its round is over.
+    Flower checks who sends a reply, but it hands out the sender and the type that are written in
+    the reply itself, which a node may choose. One reply that cannot be read loses all others that
+    were pulled with it.
+
+    Here each reply is pulled on its own and belongs to the node that was asked. Each error comes
+    from the node that it is about, a restart is an error at once, and a message is void when its
+    round is over.
 
     Parameters
     ----------
     grid : Grid
         Flower's own.
+    bindings : Path, optional
+        File that keeps which node's key each identity is bound to, from run to run.
     """
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Grid, bindings: Path | None = None) -> None:
         self._grid = grid
+        self.bindings = bindings
 
     @property
     def run(self) -> Run:
@@ -56,6 +69,19 @@ class WatchedGrid(Grid):
     def get_nodes(self) -> Iterable[Any]:
         """Return Flower's description of the nodes that are connected."""
         return self._grid.get_nodes()
+
+    def known_nodes(self) -> dict[int, KnownNode]:
+        """Return each connected node's key, and the name under which it was registered.
+
+        A node that registered itself, without an operator, has no name and a key for one start.
+        """
+        return {
+            node.node_id: KnownNode(
+                hashlib.sha256(node.public_key).hexdigest(), node.name, lasting=bool(node.name)
+            )
+            for node in self._grid.get_nodes()
+            if node.public_key
+        }
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages."""
@@ -79,9 +105,10 @@ class WatchedGrid(Grid):
         while waiting:
             # First the nodes: a reply that is there counts, whatever became of its node.
             lost = _restarted(waiting, activations, self._activations())
-            for reply in self._grid.pull_messages(list(waiting)):
-                asked = waiting.pop(reply.metadata.reply_to_message_id)
-                replies.append(_of_its_node(reply, asked))
+            for key in list(waiting):
+                if (reply := self._pull(key, waiting[key])) is not None:
+                    del waiting[key]
+                    replies.append(reply)
             replies += [_lost(waiting.pop(key)) for key in lost if key in waiting]
             now = time.monotonic()
             if now >= deadline:
@@ -89,6 +116,21 @@ class WatchedGrid(Grid):
             # As often as a short round needs, and as seldom as Flower does in a long one.
             time.sleep(min(3.0, 0.1 + (now - started) / 50, deadline - now) if waiting else 0)
         return replies
+
+    def _pull(self, key: str, asked: Message) -> Message | None:
+        """Return the reply to one message, if it has come, as the reply of the node asked."""
+        try:
+            found = list(self._grid.pull_messages([key]))
+        except Exception as error:  # Flower's parsers raise errors of many types.
+            if _from_network(error):  # Flower's server is gone, and no client is to blame.
+                raise
+            return _unusable(asked, f"its reply cannot be read ({type(error).__name__})")
+        # Flower hands out here whatever nodes push to the server, under ids that they may choose;
+        # but nobody else knows the id of a message to this node.
+        for reply in found:
+            if reply.metadata.reply_to_message_id == key:
+                return _of_its_node(reply, asked)
+        return None
 
     def _activations(self) -> dict[int, str]:
         """Return when each connected node connected last."""
@@ -117,9 +159,25 @@ def _restarted(
 
 
 def _of_its_node(reply: Message, asked: Message) -> Message:
-    if not reply.has_error() or reply.metadata.src_node_id == asked.metadata.dst_node_id:
-        return reply
-    return Message(reply.error, reply_to=asked)
+    """Return a reply under the sender and type that Flower's server knows, not the reply's own."""
+    if reply.has_error():
+        return Message(reply.error, reply_to=asked)
+    about, expected = reply.metadata, asked.metadata
+    if about.src_node_id != expected.dst_node_id:
+        return _unusable(asked, "its reply says that it comes from another node")
+    if about.message_type != expected.message_type:
+        return _unusable(asked, "its reply is of another type than the message")
+    return Message(reply.content, reply_to=asked)
+
+
+def _from_network(error: Exception) -> bool:
+    """Tell whether an error comes from the way to Flower's server, not from what was pulled."""
+    kinds = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return isinstance(error, OSError) or bool(kinds & {"httpx", "grpc"})
+
+
+def _unusable(asked: Message, reason: str) -> Message:
+    return Message(Error(_REPLY_UNAVAILABLE, reason), reply_to=asked)
 
 
 def _lost(asked: Message) -> Message:

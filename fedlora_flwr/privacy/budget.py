@@ -29,7 +29,7 @@ __all__ = ["AccountantsDisagree", "Segment", "Spent", "calibrate", "check_budget
 
 _ACCOUNTANTS = ("pld", "prv", "rdp")
 _TOLERANCE = 1e-3
-_MIN_NOISE = 1e-3
+MIN_NOISE = 1e-3
 _MAX_NOISE = 1e5
 
 
@@ -188,7 +188,7 @@ def _account(segments: Sequence[Segment], delta: float, accountant: str) -> tupl
 
 def _search(budget: float, delta: float, rate: float, steps: int) -> tuple[float, str]:
     """Solve for σ by secants of log ε in log σ, inside a bracket; return σ and the accountant."""
-    unsafe, safe, accountant = _MIN_NOISE, math.inf, ""
+    unsafe, safe, accountant = MIN_NOISE, math.inf, ""
     sigma = _rdp_noise(budget, delta, rate, steps)
     tried: list[tuple[float, float]] = []
     while sigma <= _MAX_NOISE:
@@ -214,7 +214,7 @@ def _search(budget: float, delta: float, rate: float, steps: int) -> tuple[float
 
 def _rdp_noise(budget: float, delta: float, rate: float, steps: int) -> float:
     """Return a σ that RDP finds safe: a first guess at which PRV is cheap."""
-    low, high = _MIN_NOISE, _MAX_NOISE
+    low, high = MIN_NOISE, _MAX_NOISE
     while high > 1.02 * low:
         middle = math.sqrt(low * high)
         if rdp_epsilon([Segment(middle, rate, steps)], delta, coarse=True) <= budget:

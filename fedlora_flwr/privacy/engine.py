@@ -5,8 +5,6 @@ Opacus' ``DPOptimizer`` clips, noises and steps; `GradSampler` fills what it rea
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,21 +17,15 @@ from fedlora_flwr.adapters import AdaptedLinear, AdaptedModel
 from fedlora_flwr.errors import InvalidValue, PrivacyViolation
 from fedlora_flwr.plan import A, B, factor_of
 from fedlora_flwr.privacy.adam import NoiseAwareAdamW
-from fedlora_flwr.privacy.apart import check_apart
+from fedlora_flwr.privacy.apart import Place, buffers_of, check_apart, check_buffers, states_of
+from fedlora_flwr.privacy.clipping import NoisyOptimizer
 from fedlora_flwr.privacy.filters import GradientFilter, NoFilter
 from fedlora_flwr.privacy.grad_sample import GradSampler
 from fedlora_flwr.privacy.mechanism import Mechanism
-from fedlora_flwr.privacy.microbatches import PASS_COST, PASS_COST_ELSEWHERE, microbatches
+from fedlora_flwr.privacy.microbatches import PassPlan, passes
 from fedlora_flwr.privacy.noise import NoiseSource
 from fedlora_flwr.privacy.precondition import precondition
 from fedlora_flwr.privacy.scores import BlockScores
-from fedlora_flwr.tasks.registry import lengths_of
-
-_handlers = list(logging.getLogger().handlers)
-from opacus.optimizers import DPOptimizer  # noqa: E402
-
-# Opacus installs a handler on the root logger when imported, which prints every line twice.
-logging.getLogger().handlers[:] = _handlers
 
 if TYPE_CHECKING:
     from fedlora_flwr.tasks.registry import Batch, Records
@@ -81,55 +73,6 @@ class OptimizerSettings:
         raise InvalidValue("optimizer", self.name, "'sgd' or 'adamw'")
 
 
-class _NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
-    """Opacus' optimiser with our noise source, and one row a record for all tensors together.
-
-    Opacus goes through the tensors one by one, several times; with a hundred adapters on a GPU that
-    is most of what a private step costs beyond an ordinary one.
-
-    Attributes
-    ----------
-    summed : Tensor or None
-        Sum of the clipped gradients so far, shape (D,), for all active tensors in their order.
-    """
-
-    def __init__(self, *args: object, source: NoiseSource, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
-        self._source = source
-        self.summed: Tensor | None = None
-
-    def clip_and_accumulate(self) -> None:
-        """Clip each record's gradient and add it to the sum.
-
-        A gradient that is no number would pass any clipping and name its record by ruining the
-        release, so such coordinates count as zero. Without privacy they stay visible.
-        """
-        rows = self.rows()
-        if math.isfinite(self.max_grad_norm):
-            rows.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-        norms = torch.linalg.vector_norm(rows, dim=1)
-        clipped = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0) @ rows
-        self.summed = clipped if self.summed is None else self.summed + clipped
-
-    def rows(self) -> Tensor:
-        """Return the gradients of the batch at hand, one row a record: (records, D)."""
-        like = self.params[0]
-        return torch.cat([p.grad_sample.flatten(1).to(like) for p in self.params], dim=1)
-
-    def add_noise(self) -> None:
-        """Add noise to the sum of clipped gradients."""
-        if self.noise_multiplier and self.summed is not None:
-            std = self.noise_multiplier * self.max_grad_norm
-            self.summed = self.summed + std * self._source.normal_like(self.summed)
-
-    def scale_grad(self) -> None:
-        """Write the sum over the expected batch size to each ``grad``."""
-        mean, self.summed = self.summed / self.expected_batch_size, None
-        parts = mean.split([p.numel() for p in self.params])
-        for p, part in zip(self.params, parts, strict=True):
-            p.grad = part.view_as(p).to(p)
-
-
 class PrivateEngine:
     """Runs private steps on one model; built once, used for every client and round.
 
@@ -141,7 +84,7 @@ class PrivateEngine:
         Maps (model, batch) to one loss a record, shape (n,).
     microbatch_size : int, optional
         Largest number of records in one forward pass. Clipped sums add up, so it changes memory
-        only. Batches of records of different lengths are cut further, to be padded less.
+        only. Records that are padded to different widths never share a pass (see `passes`).
 
     Raises
     ------
@@ -159,8 +102,9 @@ class PrivateEngine:
         self._sampler = GradSampler(adapted)
         self._verified = self._training = False
         self._named: list[tuple[str, nn.Parameter]] = []
+        self._buffers: list[Place] = []
         self._norms: list[nn.Module] = []
-        self._optimizer: _NoisyOptimizer | None = None
+        self._optimizer: NoisyOptimizer | None = None
         self._partners: dict[str, tuple[AdaptedLinear, str, nn.Parameter]] = {}
         for layer in adapted.layers:
             self._partners[f"{layer.name}.lora_A.weight"] = (layer, A, layer.B)
@@ -173,6 +117,7 @@ class PrivateEngine:
         noise: NoiseSource,
         gradient_filter: GradientFilter | None = None,
         scores: BlockScores | None = None,
+        exact: bool = False,
     ) -> None:
         """Begin a client's round with a fresh optimiser state.
 
@@ -191,6 +136,9 @@ class PrivateEngine:
             Post-processing of the privatised gradients, with fresh state.
         scores : BlockScores, optional
             Reads the privatised gradients as they are before any post-processing.
+        exact : bool (default: False)
+            Whether passes over records of different lengths have shapes that do not tell how many
+            there are of each (see `PassPlan`): for arrays that a server may have chosen.
 
         Raises
         ------
@@ -199,8 +147,11 @@ class PrivateEngine:
         """
         self.adapted.check()
         self._named = list(self.adapted.model.named_parameters())
+        self._buffers = buffers_of(self.adapted.model)
         self._norms = list(self._batch_norms())
         self._mechanism = mechanism
+        device = next(iter(self.adapted.parameters.values())).device.type
+        self._plan = PassPlan(mechanism.batch_size, self._microbatch_size, device, exact)
         self._settings = settings
         rates = {"A": settings.lr_a, "B": settings.lr_b, None: settings.lr_head}
         self._groups = {
@@ -209,7 +160,7 @@ class PrivateEngine:
         }
         self._groups = {factor: names for factor, names in self._groups.items() if names}
         parameters = self.adapted.parameters
-        self._optimizer = _NoisyOptimizer(
+        self._optimizer = NoisyOptimizer(
             settings.build(
                 [
                     {"params": [parameters[name] for name in names], "lr": rates[factor]}
@@ -239,7 +190,8 @@ class PrivateEngine:
         Raises
         ------
         PrivacyViolation
-            Rows cannot be told apart by record, or the step touched a frozen parameter.
+            Rows cannot be told apart by record, or the step touched a frozen parameter or a
+            buffer.
         """
         optimizer = self._optimizer
         if optimizer is None:
@@ -247,15 +199,16 @@ class PrivateEngine:
         if not self._verified:
             self.verify(records)
         self._activate(active)
-        versions = self._versions()
+        versions, buffers = self._versions(), states_of(self._buffers)
         with self.training():
-            chunks = self._chunks(records, indices)
-            for position, chunk in enumerate(chunks):
-                optimizer.signal_skip_step(position + 1 < len(chunks))
-                self._fill_grad_samples(records, chunk, active)
+            for part in passes(records, indices, self._plan):
+                optimizer.signal_skip_step(not part.is_last)
+                # What fills a pass up has no loss, and so adds zero.
+                self._fill(part.batch, part.rows, active, slice(len(part.indices)))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         self._check_touched(versions, set(active))
+        check_buffers(self._buffers, buffers)
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -298,7 +251,10 @@ class PrivateEngine:
         PrivacyViolation
             A record's gradient depends on the other records of its batch.
         """
-        self._verified = check_apart(self.adapted, self.gradients_by_record, records)
+        self._norms = list(self._batch_norms())
+        self._verified = check_apart(
+            self.adapted, self.gradients_by_record, self._train_mode, records
+        )
         if self._training:
             self._train_mode()
 
@@ -332,33 +288,30 @@ class PrivateEngine:
             if isinstance(optimizer, NoiseAwareAdamW):
                 optimizer.noise_variance[p] = variance * self._filter.noise_gain(name)
 
-    def _chunks(self, records: Records, indices: Tensor) -> list[Tensor]:
-        device = next(iter(self.adapted.parameters.values())).device
-        return microbatches(
-            indices,
-            lengths_of(records, indices),
-            self._microbatch_size,
-            PASS_COST.get(device.type, PASS_COST_ELSEWHERE),
-        )
-
     def _fill_grad_samples(
         self, records: Records, indices: Tensor, active: Sequence[str], of: slice = slice(None)
     ) -> None:
+        batch = records.batch(indices) if len(indices) else {}
+        self._fill(batch, len(indices), active, of)
+
+    def _fill(
+        self, batch: Batch, count: int, active: Sequence[str], of: slice = slice(None)
+    ) -> None:
         parameters = self.adapted.parameters
-        if len(indices) == 0:
+        if count == 0:
             # Models crash on empty batches; their gradient sum is known.
             for name in active:
                 p = parameters[name]
                 p.grad_sample = p.new_zeros((0, *p.shape))  # type: ignore[attr-defined]
             return
         device = next(iter(parameters.values())).device
-        batch = {key: value.to(device) for key, value in records.batch(indices).items()}
-        self._sampler.num_records = len(indices)
+        batch = {key: value.to(device) for key, value in batch.items()}
+        self._sampler.num_records = count
         with torch.enable_grad():
             losses = self._losses(self.adapted.model, batch)
-            if losses.shape != (len(indices),):
+            if losses.shape != (count,):
                 raise PrivacyViolation(
-                    f"The task returned losses of shape {tuple(losses.shape)} for {len(indices)} "
+                    f"The task returned losses of shape {tuple(losses.shape)} for {count} "
                     "records; one loss a record is needed."
                 )
             losses[of].sum().backward()  # type: ignore[no-untyped-call]

@@ -7,6 +7,7 @@ step. What would break the guarantee is made right here, or refused by name.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from fedlora_flwr.errors import InvalidValue, PrivacyViolation
 from fedlora_flwr.privacy.budget import Segment, calibrate, check_budget
 from fedlora_flwr.privacy.engine import LossFunction, OptimizerSettings, PrivateEngine
 from fedlora_flwr.privacy.ledger import Account, Ledger, LedgerSummary
+from fedlora_flwr.privacy.masks import own_randomness
 from fedlora_flwr.privacy.mechanism import Mechanism, poisson_batches
 from fedlora_flwr.privacy.noise import SecureNoise, SeededNoise
 from fedlora_flwr.randomness import stream_seed
@@ -166,7 +168,8 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         self._engine = PrivateEngine(
             AdaptedModel(self.model), losses or _losses(smoothing), microbatch_size
         )
-        collate = self._get_collator_with_removed_columns(self.data_collator, "training")
+        collator = _in_steps(self.data_collator, model)
+        collate = self._get_collator_with_removed_columns(collator, "training")
         self._records = _CollatedRecords(self.train_dataset, collate)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -224,9 +227,11 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         if self._left < 1:
             raise PrivacyViolation("The Trainer asked for more steps than the budget was made for.")
         self._left -= 1
-        self._engine.step(
-            self._records, inputs["positions"], tuple(self._engine.adapted.parameters)
-        )
+        # The Trainer's own seed, which is 42 as a rule, is known to all.
+        with own_randomness(stream_seed(None, "dropout")):
+            self._engine.step(
+                self._records, inputs["positions"], tuple(self._engine.adapted.parameters)
+            )
         return torch.zeros((), device=self.args.device)
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
@@ -350,6 +355,19 @@ def _check_arguments(args: Any) -> None:
         value = getattr(value, "value", value)
         if hasattr(args, name) and not is_fine(value):
             raise InvalidValue(name, value, expected)
+
+
+def _in_steps(collator: Any, model: Any) -> Any:
+    """Let a collator pad to multiples of 8: records of different widths never share a pass."""
+    config = getattr(model.get_base_model(), "config", None)
+    longest = getattr(config, "max_position_embeddings", None)
+    # RoBERTa's 514 are two more than it reads.
+    fits = longest in (None, 514) or longest % 8 == 0
+    if getattr(collator, "pad_to_multiple_of", 0) is not None or not fits:
+        return collator
+    changed = copy.copy(collator)
+    changed.pad_to_multiple_of = 8
+    return changed
 
 
 def _losses(smoothing: float) -> LossFunction:

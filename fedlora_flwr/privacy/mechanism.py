@@ -12,6 +12,10 @@ from torch import Tensor
 
 from fedlora_flwr.errors import InvalidValue
 
+# Clipped sums are numbers near 1, in fp32. Noise far below is rounded away, and noise far above
+# rounds the records away.
+SMALLEST, LARGEST = 1e-3, 1e6
+
 
 @dataclass(frozen=True)
 class Mechanism:
@@ -20,7 +24,7 @@ class Mechanism:
     Parameters
     ----------
     noise_multiplier : float
-        σ: the noise's standard deviation over the clip norm. 0 adds no noise.
+        σ: the noise's standard deviation over the clip norm, 0.001 to 1e6. 0 adds no noise.
     clip_norm : float
         C: largest L2 norm of a record's gradient over all tensors that train together. Infinity
         leaves gradients as they are.
@@ -41,8 +45,9 @@ class Mechanism:
     num_records: int
 
     def __post_init__(self) -> None:
-        if not self.noise_multiplier >= 0:
-            raise InvalidValue("noise multiplier", self.noise_multiplier, "a number >= 0")
+        if self.noise_multiplier != 0 and not SMALLEST <= self.noise_multiplier <= LARGEST:
+            allowed = f"0 for no noise, or {SMALLEST:g} to {LARGEST:g}, what fp32 sums can carry"
+            raise InvalidValue("noise multiplier", self.noise_multiplier, allowed)
         if not self.clip_norm > 0:
             raise InvalidValue("clip-norm", self.clip_norm, "a number above 0")
         if self.noise_multiplier > 0 and math.isinf(self.clip_norm):
@@ -62,7 +67,9 @@ class Mechanism:
         """Variance (σC/b)² of the noise in each coordinate of the privatised mean gradient."""
         if self.noise_multiplier == 0:
             return 0.0
-        return (self.noise_multiplier * self.clip_norm / self.batch_size) ** 2
+        deviation = self.noise_multiplier * self.clip_norm / self.batch_size
+        # A power of Python floats raises an error where a product is infinite.
+        return deviation * deviation
 
 
 def poisson_batches(mechanism: Mechanism, num_steps: int, seed: int) -> Iterator[Tensor]:

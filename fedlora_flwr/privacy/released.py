@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -9,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr.privacy.ledger import LedgerSummary
-from fedlora_flwr.wire import SCORES, STATUS, STATUS_OK
+from fedlora_flwr.wire import NAMES, STATUS_OK
+from fedlora_flwr.wire.report import Report
 
 
 @dataclass(frozen=True)
@@ -45,19 +47,32 @@ class Released:
     scores: Sequence[float] | None = None
     unprotected: Mapping[str, float] = field(default_factory=dict)
 
+    def report(self) -> Report:
+        """Return what travels, held to the limits of the contract.
+
+        Raises
+        ------
+        InvalidValue
+            A value is past its limits, e.g. an array that is not finite.
+        """
+        scores = None if self.scores is None else tuple(float(score) for score in self.scores)
+        return Report(
+            status=self.status,
+            arrays=self.arrays,
+            scores=scores,
+            epsilon=float(self.ledger.epsilon),
+            epsilon_budget=float(self.ledger.epsilon_budget),
+            delta=float(self.ledger.delta),
+            accountant=self.ledger.accountant,
+            steps=int(self.ledger.steps),
+            seconds=float(self.seconds),
+            peak_memory_mb=float(self.peak_memory_mb),
+            weight=float(self.weight),
+            # A loss that is not finite says nothing, and must not cost the round.
+            unprotected={n: float(v) for n, v in self.unprotected.items() if math.isfinite(v)},
+        ).checked()
+
     def metrics(self) -> dict[str, bool | bytes | float | int | str]:
         """Return all but the arrays, as flat scalars; scores as the bytes of fp64 numbers."""
-        scores = {} if self.scores is None else {SCORES: np.array(self.scores, "<f8").tobytes()}
-        return {
-            **scores,
-            STATUS: self.status,
-            "epsilon": float(self.ledger.epsilon),
-            "epsilon-budget": float(self.ledger.epsilon_budget),
-            "delta": float(self.ledger.delta),
-            "accountant": self.ledger.accountant,
-            "steps": int(self.ledger.steps),
-            "seconds": float(self.seconds),
-            "peak-memory-mb": float(self.peak_memory_mb),
-            "weight": float(self.weight),
-            **{f"unprotected-{name}": float(value) for name, value in self.unprotected.items()},
-        }
+        _, _, flat = self.report().to_fit()
+        return {name: value for name, value in flat.items() if name != NAMES}

@@ -18,6 +18,8 @@ from flwr.supercore.run import Run
 from fedlora_flwr.acting import acting_for
 from fedlora_flwr.environment import simulating
 from fedlora_flwr.simulations.workers import Execute, one_by_one
+from fedlora_flwr.strategies.identities import KnownNode
+from fedlora_flwr.wire import partition_name
 
 ClientAppCall: TypeAlias = Callable[[Message, Context], Message]
 
@@ -83,6 +85,13 @@ class LocalGrid(Grid):
     def get_node_ids(self) -> Iterable[int]:
         """Return the ids of all nodes, in no particular order."""
         return sorted(self._partitions)
+
+    bindings = None
+
+    def known_nodes(self) -> dict[int, KnownNode]:
+        """Return each node's partition, which its identity is bound to."""
+        names = {node: partition_name(i) for node, i in self._partitions.items()}
+        return {node: KnownNode(name, name) for node, name in names.items()}
 
     def create_message(
         self,

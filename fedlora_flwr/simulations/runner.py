@@ -19,6 +19,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.plan import Layout
 from fedlora_flwr.privacy.mechanism import Mechanism
+from fedlora_flwr.simulations.app import write_app
 from fedlora_flwr.simulations.placement import Placement, place
 from fedlora_flwr.simulations.rehearsal import check_folding, rehearse
 from fedlora_flwr.simulations.run_dir import RunDirectory
@@ -29,22 +30,6 @@ from fedlora_flwr.tasks.registry import build_task
 
 OnRound = Callable[[dict[str, Any]], None]
 STATUS_INTERVAL = 10.0
-
-STUB = """[project]
-name = "fedlora-run"
-version = "0.1.0"
-license = "Apache-2.0"
-dependencies = ["fedlora-flwr"]
-
-[tool.flwr.app]
-publisher = "fedlora"
-
-[tool.flwr.app.components]
-serverapp = "fedlora_flwr.server_app:app"
-clientapp = "fedlora_flwr.client_app:app"
-
-[tool.flwr.app.config]
-"""
 
 
 class RunFailed(FedLoRAError):
@@ -217,8 +202,7 @@ def app_folder(run_dir: RunDirectory) -> Path:
     if project.exists() and "[tool.flwr.app.components]" in project.read_text(encoding="utf-8"):
         return repository
     stub = run_dir.path / "app"
-    stub.mkdir(exist_ok=True)
-    (stub / "pyproject.toml").write_text(STUB + RunConfig().to_toml(), encoding="utf-8")
+    write_app(stub)
     return stub
 
 

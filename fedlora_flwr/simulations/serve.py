@@ -20,12 +20,14 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.environment import versions
 from fedlora_flwr.errors import explained
 from fedlora_flwr.plan import Layout
+from fedlora_flwr.privacy.budget import MIN_NOISE
 from fedlora_flwr.simulations.rehearsal import check_folding, rehearse
 from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.strategies import FedLoRA, strategy_class
 from fedlora_flwr.strategies.replies import to_record
 from fedlora_flwr.tasks.registry import Task, build_task
-from fedlora_flwr.wire import FINGERPRINT
+from fedlora_flwr.wire import ACCOUNTANT, CLIENT, FINGERPRINT
+from fedlora_flwr.wire.limits import MOST_RECORDS, MOST_WEIGHT
 
 OnRound = Callable[[dict[str, Any]], None]
 
@@ -101,8 +103,19 @@ def build_strategy(config: RunConfig) -> FedLoRA:
         weighting=config.weighting,
         min_completion=config.min_completion,
         blocks=config.blocks,
+        local_steps=config.local_steps,
+        max_weight=_max_weight(config),
         **{name: getattr(config, name) for name in chosen.settings},
     )
+
+
+def _max_weight(config: RunConfig) -> float:
+    """Return the largest weight that a client can have, from what is public."""
+    if config.weighting == "size":
+        return float(MOST_RECORDS)
+    # No calibration ends below the smallest σ.
+    largest = config.batch_size / (MIN_NOISE * config.clip_norm)
+    return min(largest * largest, MOST_WEIGHT) if config.weighting == "inverse-noise" else 1.0
 
 
 @dataclass
@@ -147,7 +160,10 @@ class _Session:
         if any(len(step) == len(blocks) > 1 for plan in plans for step in plan.split("/")):
             from fedlora_flwr.simulations.plots import plot_modes
 
-            plot_modes(plans, blocks, self.run_dir.path / "modes.png")
+            try:
+                plot_modes(plans, blocks, self.run_dir.path / "modes.png")
+            except Exception as error:  # The run has its result; a picture must not take it away.
+                log(WARNING, "modes.png could not be drawn.", exc_info=error)
 
     def _after_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
         """Evaluate on the public test set, keep the arrays, write the round's rows."""
@@ -155,7 +171,9 @@ class _Session:
         self.adapted.write(kept)
         metrics = self._evaluate(server_round)
         self.adapted.export(self.run_dir.adapter)
+        # What clients measured may have any name, and must not pass for what the server counted.
         row = {"round": server_round, **metrics, **self._communication(server_round)}
+        row["round"] = server_round
         now = time.perf_counter()
         row["seconds"], self._mark = now - self._mark, now
         self.rows.append(row)
@@ -166,9 +184,10 @@ class _Session:
 
     def _evaluate(self, server_round: int) -> Mapping[str, float]:
         """Return the round's metrics, none where the round is not due."""
-        if self.strategy.last_round and self.strategy.last_round.evaluation:
+        report = self.strategy.last_round
+        if report is not None and report.evaluation is not None:
             # Where models stay with the clients, the server has none to measure.
-            return self.strategy.last_round.evaluation
+            return report.evaluation
         config = self.config
         if server_round % config.eval_every and server_round != config.num_rounds:
             return {}
@@ -190,8 +209,10 @@ class _Session:
         if server_round == 0 or report is None:
             return {}
         for upload in report.uploads:
-            row = {"round": server_round, "client": upload.client, **upload.texts, **upload.metrics}
-            self.accountants.add(str(upload.texts.get("accountant", "")))
+            told = {**upload.texts, **upload.metrics}
+            row = {"round": server_round, CLIENT: upload.client}
+            row.update({name: value for name, value in told.items() if name not in row})
+            self.accountants.add(str(upload.texts.get(ACCOUNTANT, "")))
             self.run_dir.append("clients", row)
         return {
             "plan": report.plan,

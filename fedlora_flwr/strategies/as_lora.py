@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import Result
 from numpy.typing import NDArray
 
 from fedlora_flwr.aggregation import Arrays, normalise
-from fedlora_flwr.errors import FederationAborted, InvalidValue
+from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.plan import A, B, ComponentPlan, Layout
 from fedlora_flwr.randomness import stream_seed
 from fedlora_flwr.strategies.base import FedLoRA
@@ -80,26 +80,28 @@ class ASLoRA(FedLoRA):
         modes = [self._mode(block, temperature, draw) for block, draw in enumerate(draws.tolist())]
         return ComponentPlan.uniform("".join(modes))
 
-    def aggregate(
-        self, server_round: int, current: Arrays, uploads: Sequence[Upload]
-    ) -> dict[str, NDArray[np.floating]]:
-        """Average the active factors, and move the scores of those alone.
+    def check_upload(self, current: Arrays, upload: Upload) -> None:
+        """Refuse an upload without exactly one score per block.
 
         Raises
         ------
-        FederationAborted
-            A client sent no score, or more or fewer than one a block.
+        FedLoRAError
+            There are more or fewer.
         """
+        self.check_shapes(current, upload.arrays)
+        count = len(Layout.of(current, self.blocks).blocks)
+        if len(upload.scores) != count:
+            raise FedLoRAError(
+                f"it sent {len(upload.scores)} scores for {count} blocks. as-lora needs a client "
+                "that scores blocks, such as LoRAClient or one that calls follow_plan"
+            )
+
+    def aggregate(
+        self, server_round: int, current: Arrays, uploads: Sequence[Upload]
+    ) -> dict[str, NDArray[np.floating]]:
+        """Average the active factors, and move the scores of those alone."""
         arrays = super().aggregate(server_round, current, uploads)
-        layout = Layout.of(current, self.blocks)
         modes = str(self._plan)
-        for upload in uploads:
-            if len(upload.scores) != len(layout.blocks):
-                raise FederationAborted(
-                    f"Round {server_round}: {upload.client} sent {len(upload.scores)} scores for "
-                    f"{len(layout.blocks)} blocks. as-lora needs a client that scores blocks, such "
-                    "as LoRAClient or one that calls follow_plan."
-                )
         shares = normalise([upload.weight for upload in uploads])
         # Clamped after the mean: clamping each client's estimate would turn noise into score.
         means = np.maximum(shares @ np.array([upload.scores for upload in uploads]), 0.0)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from logging import INFO, WARNING
 from typing import Any, ClassVar
 
@@ -14,28 +13,38 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from numpy.typing import NDArray
 
-from fedlora_flwr.aggregation import Arrays, merge, weighted_mean
+from fedlora_flwr.aggregation import Arrays, bounded, merge, weighted_mean
 from fedlora_flwr.arrays import to_numpy, travel_size
-from fedlora_flwr.errors import FederationAborted, FedLoRAError, InvalidValue
+from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.plan import BOTH, ComponentPlan, Layout, factor_of
-from fedlora_flwr.randomness import stream_seed
 from fedlora_flwr.strategies.clipping import check_clipping
+from fedlora_flwr.strategies.cohort import draw, identify, wait_for_nodes
+from fedlora_flwr.strategies.identities import Identities
+from fedlora_flwr.strategies.inbox import Inbox, read_measurements
 from fedlora_flwr.strategies.replies import (
     LedgerWatch,
     RoundReport,
     Upload,
-    aggregate_metrics,
     combine_metrics,
-    last_line,
-    scalars,
-    scores_of,
     size_of,
     to_record,
-    uploaded_arrays,
+    weight_of,
+    weighted_figures,
 )
-from fedlora_flwr.wire import CLIENT, PLAN, ROUND, SHARE, STATUS, STATUS_EXHAUSTED, WEIGHTING
-
-WEIGHTINGS = ("uniform", "size", "inverse-noise")
+from fedlora_flwr.wire import (
+    ARRAYS,
+    CONFIG,
+    MOST_ENTRY,
+    NUM_EXAMPLES,
+    PLAN,
+    ROUND,
+    SHARE,
+    STATUS_EXHAUSTED,
+    WEIGHTING,
+    WEIGHTINGS,
+)
+from fedlora_flwr.wire.limits import MOST_WEIGHT
+from fedlora_flwr.wire.records import read_training
 
 
 class FedLoRA(FedAvg):
@@ -43,7 +52,10 @@ class FedLoRA(FedAvg):
 
     Both factors train at every step and are averaged each on its own, so the mean of the products
     differs from the product of the means. A method of its own overrides `plan`, and what else it
-    does differently: `aggregate`, `instructions`, `download`, `check_shapes`.
+    does differently: `aggregate`, `instructions`, `download`, `check_upload`, `check_shapes`.
+
+    No client is trusted. A reply that cannot be used is its sender's failure, and the round goes on
+    with the others; what one client can still do is move the mean within the limits of `wire`.
 
     Parameters
     ----------
@@ -60,6 +72,10 @@ class FedLoRA(FedAvg):
         Seconds to wait for ``min_available_nodes``.
     blocks : str (default: "")
         Pattern of the names of blocks (see `Layout`), where a plan tells them apart.
+    local_steps : int (default: 0)
+        Local steps of a round, which say what an upload holds; 0 where the server does not know.
+    max_weight : float
+        Largest weight that a client may state, from what is public.
 
     Attributes
     ----------
@@ -83,15 +99,17 @@ class FedLoRA(FedAvg):
         min_train_nodes: int = 2,
         min_evaluate_nodes: int = 2,
         min_available_nodes: int = 2,
-        weighted_by_key: str = "num-examples",
-        arrayrecord_key: str = "arrays",
-        configrecord_key: str = "config",
+        weighted_by_key: str = NUM_EXAMPLES,
+        arrayrecord_key: str = ARRAYS,
+        configrecord_key: str = CONFIG,
         *,
         seed: int = 0,
         weighting: str = "uniform",
         min_completion: float = 0.5,
         node_timeout: float = 600.0,
         blocks: str = "",
+        local_steps: int = 0,
+        max_weight: float = MOST_WEIGHT,
     ) -> None:
         if not 0 <= min_completion <= 1:
             raise InvalidValue("min_completion", min_completion, "a number from 0 to 1")
@@ -107,7 +125,6 @@ class FedLoRA(FedAvg):
             weighted_by_key=weighted_by_key,
             arrayrecord_key=arrayrecord_key,
             configrecord_key=configrecord_key,
-            train_metrics_aggr_fn=aggregate_metrics,
         )
         self.fraction_evaluate = fraction_evaluate
         self.seed = seed
@@ -115,13 +132,15 @@ class FedLoRA(FedAvg):
         self.min_completion = min_completion
         self.node_timeout = node_timeout
         self.blocks = blocks
+        self.local_steps = local_steps
+        self.max_weight = max_weight
         self.num_rounds = 0
         self.last_round: RoundReport | None = None
-        self._identities: dict[int, str] = {}
-        self._clients: dict[int, str] = {}
+        self._identities: Identities | None = None
         self._ledgers = LedgerWatch()
         self._plain = 0
         self._asked: list[int] = []
+        self._measuring: list[int] = []
         self._global: dict[str, NDArray[np.floating]] = {}
         self._plan = ComponentPlan.uniform(BOTH)
         self._expected: list[set[str]] = []
@@ -179,6 +198,23 @@ class FedLoRA(FedAvg):
         del client
         return arrays
 
+    def check_upload(self, current: Arrays, upload: Upload) -> None:
+        """Refuse an upload that this method cannot use; its values are within `wire`'s limits.
+
+        Parameters
+        ----------
+        current : Arrays
+            The global arrays that the client started from.
+        upload : Upload
+            One client's answer, with the arrays that the plan trains.
+
+        Raises
+        ------
+        InvalidValue
+            It cannot be used. That counts as this client's failure.
+        """
+        self.check_shapes(current, upload.arrays)
+
     def check_shapes(self, current: Arrays, arrays: Arrays) -> None:
         """Refuse an upload whose arrays do not fit the global ones.
 
@@ -199,7 +235,6 @@ class FedLoRA(FedAvg):
     ) -> Result:
         self.num_rounds = num_rounds
         self._ledgers = LedgerWatch()
-        self._clients.clear()  # Node ids, and what clients have told, are of one run.
         return super().start(grid, initial_arrays, num_rounds, *args, **kwargs)
 
     def configure_train(
@@ -241,7 +276,7 @@ class FedLoRA(FedAvg):
         """Make one message a node, and count what goes down."""
         messages = []
         for node in nodes:
-            chosen = self.download(arrays, self._clients.get(node, ""))
+            chosen = self.download(arrays, self._who.of(node))
             content = RecordDict({self.arrayrecord_key: chosen, self.configrecord_key: config})
             report.bytes_down += size_of(content)
             messages.append(Message(content, node, kind))
@@ -261,94 +296,77 @@ class FedLoRA(FedAvg):
         report = self.last_round
         if report is None or report.server_round != server_round:
             raise FedLoRAError(f"aggregate_train({server_round}) without configure_train before it")
-        silent = set(self._asked)
-        for reply in replies:
-            silent.discard(reply.metadata.src_node_id)
-            self._read(reply, report)
-        report.failures += [f"{self._name(node)}: no reply in time" for node in silent]
-        # Neither sums nor reports may depend on the order in which replies arrive.
-        report.uploads.sort(key=lambda upload: upload.client)
-        report.failures.sort()
-        report.declined.sort()
-        for line in (*report.failures, *report.declined):
-            log(WARNING, "\t> round %d: %s", server_round, line)
-        self._check_completion(report)
-        arrays = self.aggregate(server_round, self._global, report.uploads)
+        for client, content in self._inbox(MessageType.TRAIN, report).read(replies):
+            self._read(client, content, report)
+        report.settle(self.min_completion)
+        arrays = self._bounded(self.aggregate(server_round, self._global, report.uploads))
         metrics = combine_metrics([upload.metrics for upload in report.uploads])
         log(INFO, "aggregate_train: %d of %d clients", len(report.uploads), report.sent)
         return to_record(arrays), metrics
 
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask clients for figures where ``fraction_evaluate`` says so, as FedAvg does."""
+        messages = list(super().configure_evaluate(server_round, arrays, config, grid))
+        self._measuring = [message.metadata.dst_node_id for message in messages]
+        return messages
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Average the clients' figures by the number of examples; None without any."""
+        report = self.last_round or RoundReport(server_round, "", sent=0)
+        reports = read_measurements(self._inbox(MessageType.EVALUATE, report), replies, report)
+        return weighted_figures([found.numbers() for _, found in reports], self.weighted_by_key)
+
     def _cohort(self, server_round: int, grid: Grid) -> list[int]:
-        nodes = self._wait_for_nodes(grid)
+        needed = max(self.min_available_nodes, self.min_train_nodes)
+        nodes = wait_for_nodes(grid, needed, self.node_timeout)
+        if server_round == 1 or not self._identities:  # Node ids belong to one run.
+            self._identities = Identities(grid)
+        self._identities.look()
         size = max(int(len(nodes) * self.fraction_train), self.min_train_nodes)
         if size >= len(nodes):
             return nodes
-        # Node ids are drawn anew for every run; who a node is, is not.
-        identities = self._identify(grid, nodes)
-        order = sorted(nodes, key=identities.__getitem__)
-        generator = np.random.default_rng(stream_seed(self.seed, "cohort", server_round))
-        return [order[i] for i in sorted(generator.choice(len(order), size, replace=False))]
+        identify(grid, nodes, self._identities, self.node_timeout)
+        return draw(nodes, self._identities, size, self.seed, server_round)
 
-    def _wait_for_nodes(self, grid: Grid) -> list[int]:
-        needed = max(self.min_available_nodes, self.min_train_nodes)
-        deadline = time.monotonic() + self.node_timeout
-        while len(nodes := sorted(grid.get_node_ids())) < needed:
-            if time.monotonic() > deadline:
-                raise FederationAborted(
-                    f"{len(nodes)} of at least {needed} nodes connected in {self.node_timeout:g} s."
-                )
-            log(INFO, "Waiting for nodes: %d of %d connected.", len(nodes), needed)
-            time.sleep(1)
-        return nodes
+    def _inbox(self, kind: str, report: RoundReport) -> Inbox:
+        if kind == MessageType.TRAIN:
+            return Inbox(self._who, self._asked, kind, report)
+        return Inbox(self._who, self._measuring, kind, report, "no measurement in time")
 
-    def _identify(self, grid: Grid, nodes: list[int]) -> dict[int, str]:
-        """Ask nodes once who they are; a client without our bridge does not answer."""
-        unknown = [node for node in nodes if node not in self._identities]
-        if unknown:
-            queries = [Message(RecordDict(), node, MessageType.QUERY) for node in unknown]
-            self._identities.update(dict.fromkeys(unknown, ""))
-            for reply in grid.send_and_receive(queries, timeout=self.node_timeout):
-                if not reply.has_error():
-                    identity = str(reply.content.config_records["config"][CLIENT])
-                    self._identities[reply.metadata.src_node_id] = identity
-            if not all(self._identities[node] for node in unknown):
-                log(
-                    WARNING, "Some clients do not say who they are: cohorts follow random node ids."
-                )
-        return self._identities
+    @property
+    def _who(self) -> Identities:
+        return self._identities or Identities(None)
 
-    def _read(self, reply: Message, report: RoundReport) -> None:
-        node = reply.metadata.src_node_id
-        if reply.has_error():
-            report.failures.append(f"{self._name(node)}: {last_line(reply.error.reason)}")
-            return
-        numbers, texts = scalars(reply.content)
-        client = self._client(node, texts)
-        report.bytes_up += size_of(reply.content)
-        report.bytes_up_adapters += size_of(reply.content, factors_only=True)
-        report.bytes_plain += self._plain
-        if texts.get(STATUS) == STATUS_EXHAUSTED:
-            report.declined.append(f"{client}: its privacy budget is spent")
-            return
+    def _read(self, client: str, content: RecordDict, report: RoundReport) -> None:
         try:
-            arrays = uploaded_arrays(reply.content)
-            self._check_arrays(arrays)
-            scores = scores_of(reply.content)
-            self._ledgers.check(client, numbers)
-            upload = Upload(client, arrays, self._weight(numbers), numbers, texts, scores)
-        except Exception as error:  # Whatever a client sends, the other clients' round goes on.
-            report.failures.append(f"{client}: {error}")
+            report.bytes_up += size_of(content)
+            report.bytes_up_adapters += size_of(content, factors_only=True)
+            report.bytes_plain += self._plain
+            found = read_training(content)
+            if found.status == STATUS_EXHAUSTED:
+                report.declined.append(f"{client}: its privacy budget is spent")
+                return
+            numbers = {word: float(value) for word, value in found.numbers().items()}
+            texts = {word: v for word, v in found.texts().items() if isinstance(v, str)}
+            upload = Upload(
+                client,
+                dict(found.arrays),
+                weight_of(numbers, self.weighting, self.weighted_by_key, self.max_weight),
+                numbers,
+                texts,
+                found.scores or (),
+            )
+            self._check_arrays(upload.arrays)
+            self.check_upload(self._global, upload)
+            self._ledgers.check(client, numbers, self.local_steps)
+        except Exception as error:  # One client's reply must not end the others' round.
+            report.fail(client, error)
             return
         report.uploads.append(upload)
-
-    def _client(self, node: int, texts: Mapping[str, str]) -> str:
-        """Say who answered, and remember."""
-        self._clients[node] = texts.get(CLIENT) or self._name(node)
-        return self._clients[node]
-
-    def _name(self, node: int) -> str:
-        known = self._identities.get(node) or self._clients.get(node)
-        return known or f"node {node:020d}"
 
     def _check_arrays(self, arrays: Arrays) -> None:
         """Refuse an upload that is not exactly what the plan trains, in names and shapes."""
@@ -358,43 +376,21 @@ class FedLoRA(FedAvg):
                 f"those that {self._plan} trains; wrong: {wrong}. The client must obey the plan"
             )
             raise InvalidValue("uploaded arrays", sorted(arrays), f"{allowed}: by follow_plan")
-        self.check_shapes(self._global, arrays)
 
     def _uploads_of(self, layout: Layout) -> list[set[str]]:
         """Return the names that an upload may have, after one step and after each further one."""
         share = self.instructions().get(SHARE)
         # A round with fewer steps than the plan has trains less of it.
+        possible = [self.local_steps] if self.local_steps else range(1, len(self._plan.steps) + 1)
         return [
-            {n for n in layout.trained(self._plan, steps + 1) if share in (None, factor_of(n))}
-            for steps in range(len(self._plan.steps))
+            {n for n in layout.trained(self._plan, steps) if share in (None, factor_of(n))}
+            for steps in possible
         ]
 
-    def _weight(self, metrics: dict[str, float]) -> float:
-        if self.weighting == "uniform":
-            return 1.0
-        keys = ("weight", self.weighted_by_key) if self.weighting == "size" else ("weight",)
-        found = [metrics[key] for key in keys if key in metrics]
-        if not found:
-            raise InvalidValue("reply metrics", sorted(metrics), f"one of {keys}")
-        if not 0 < found[0] < float("inf"):
-            raise InvalidValue("weight", found[0], "a finite number above 0")
-        return found[0]
-
-    def _check_completion(self, report: RoundReport) -> None:
-        answered = len(report.uploads) + len(report.declined)
-        lines = [*report.failures, *report.declined]
-        reasons = "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if lines[5:] else "")
-        if report.sent and answered < self.min_completion * report.sent:
-            raise FederationAborted(
-                f"Round {report.server_round}: {answered} of {report.sent} clients answered, "
-                f"fewer than min-completion = {self.min_completion:g}. Reasons: {reasons}"
-            )
-        if not report.uploads:
-            raise FederationAborted(
-                f"Round {report.server_round}: no client sent arrays. Reasons: {reasons}"
-            )
-        names = {frozenset(upload.arrays) for upload in report.uploads}
-        if len(names) > 1:
-            raise FederationAborted(
-                f"Round {report.server_round}: clients uploaded different sets of arrays."
-            )
+    def _bounded(self, arrays: dict[str, NDArray[np.floating]]) -> Arrays:
+        """Keep the next global arrays within what clients accept."""
+        found = bounded(arrays, MOST_ENTRY)
+        cut = [name for name, array in found.items() if array is not arrays[name]]
+        if cut:
+            log(WARNING, "Entries above %g were cut, e.g. of %s.", MOST_ENTRY, cut[0])
+        return found

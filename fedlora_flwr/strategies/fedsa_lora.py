@@ -10,10 +10,10 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fedlora_flwr.arrays import record_of
-from fedlora_flwr.errors import FederationAborted
 from fedlora_flwr.plan import A, factor_of
 from fedlora_flwr.strategies.base import FedLoRA
-from fedlora_flwr.strategies.replies import combine_metrics, last_line, scalars
+from fedlora_flwr.strategies.inbox import read_measurements
+from fedlora_flwr.strategies.replies import combine_metrics
 from fedlora_flwr.wire import ROUND, SHARE
 
 
@@ -42,6 +42,9 @@ class FedSALoRA(FedLoRA):
         report = self.last_round
         if report is None:
             return []
+        # From now on the clients measure; no model of the server's stands in for theirs.
+        report.evaluation = {}
+        self._measuring = list(self._asked)
         config[ROUND] = server_round
         config.update(self.instructions())
         return self._messages(MessageType.EVALUATE, arrays, config, self._asked, report)
@@ -49,37 +52,18 @@ class FedSALoRA(FedLoRA):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Average the clients' metrics.
+        """Average the clients' metrics; None where no client measured its model.
 
-        Raises
-        ------
-        FederationAborted
-            No client could measure its model.
+        A device may refuse to measure, so that is no reason to end the run.
         """
         report = self.last_round
         if report is None:
             return None
-        metrics, reasons, silent = {}, [], set(self._asked)
-        for reply in replies:
-            node = reply.metadata.src_node_id
-            silent.discard(node)
-            if reply.has_error():
-                who = self._clients.get(node) or self._name(node)
-                reasons.append(f"{who}: {last_line(reply.error.reason)}")
-                continue
-            numbers, texts = scalars(reply.content)
-            numbers.pop(self.weighted_by_key, None)
-            metrics[self._client(node, texts)] = numbers
-        reasons += [f"{self._name(node)}: no measurement in time" for node in silent]
-        report.failures += sorted(reasons)
-        for line in sorted(reasons):
-            log(WARNING, "\t> round %d: %s", server_round, line)
-        if not metrics:
-            raise FederationAborted(
-                f"Round {server_round}: no client measured its model. Reasons: "
-                + "; ".join(sorted(reasons)[:5])
-            )
+        reports = read_measurements(self._inbox(MessageType.EVALUATE, report), replies, report)
+        if not reports:
+            log(WARNING, "\t> round %d: no client measured its model.", server_round)
+            return None
         # In a fixed order, since sums depend on it.
-        mean = combine_metrics([metrics[client] for client in sorted(metrics)])
+        mean = combine_metrics([found.figures() for _, found in reports])
         report.evaluation = {k: v for k, v in mean.items() if isinstance(v, float)}
         return mean

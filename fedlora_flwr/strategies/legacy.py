@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -33,13 +34,14 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.arrays import from_numpy, record_of, to_numpy
 from fedlora_flwr.errors import FederationAborted, InvalidValue
-from fedlora_flwr.results import evaluate_content, fit_content
 from fedlora_flwr.strategies.base import FedLoRA
 from fedlora_flwr.strategies.fedex_lora import FedExLoRA
 from fedlora_flwr.strategies.flexlora import FlexLoRA
 from fedlora_flwr.strategies.flora import FLoRA
+from fedlora_flwr.strategies.identities import KnownNode, KnowsNodes
 from fedlora_flwr.strategies.replies import last_line
-from fedlora_flwr.wire import NAMES
+from fedlora_flwr.wire import LOSS, NAMES
+from fedlora_flwr.wire.records import evaluate_content, fit_content
 
 EvaluateFn = Callable[[int, NDArrays, dict[str, Scalar]], tuple[float, dict[str, Scalar]] | None]
 Res = TypeVar("Res", FitRes, EvaluateRes)
@@ -153,7 +155,7 @@ class LegacyStrategy(Strategy):
             return None, {}
         replies = self._replies(results, failures, _evaluate_content)
         metrics = _scalars(self.strategy.aggregate_evaluate(server_round, replies))
-        return cast("float | None", metrics.pop("loss", None)), metrics
+        return cast("float | None", metrics.pop(LOSS, None)), metrics
 
     def evaluate(
         self, server_round: int, parameters: Parameters
@@ -198,7 +200,9 @@ class LegacyStrategy(Strategy):
         """Turn results and failures into replies to the messages that were sent."""
         replies, unanswered = [], dict(self._sent)
         for proxy, result in results:
-            sent = unanswered.pop(_node(proxy))
+            sent = unanswered.pop(_node(proxy), None)
+            if sent is None:  # Flower gives each proxy one result.
+                continue
             try:
                 replies.append(Message(content_of(sent, result), reply_to=sent))
             except Exception as error:  # Whatever one client sends, the others' round goes on.
@@ -247,12 +251,24 @@ class _Nodes:
     def get_node_ids(self) -> Iterable[int]:
         return list(self._proxies)
 
+    def known_nodes(self) -> Mapping[int, KnownNode]:
+        """Return what the run's grid knows of the nodes."""
+        return self._grid.known_nodes() if isinstance(self._grid, KnowsNodes) else {}
+
+    @property
+    def bindings(self) -> Path | None:
+        """Where the run's grid keeps who is who."""
+        return self._grid.bindings if isinstance(self._grid, KnowsNodes) else None
+
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Ask nodes who they are, past the proxies, which have no words for it."""
-        proxy = next(iter(self._proxies.values()))
-        return proxy.grid.send_and_receive(messages, timeout=timeout)
+        return cast(Grid, self._grid).send_and_receive(messages, timeout=timeout)
+
+    @property
+    def _grid(self) -> object:
+        return next((proxy.grid for proxy in self._proxies.values()), None)
 
 
 def _grid(client_manager: ClientManager) -> Grid:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from logging import WARNING
 from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
-from numpy.typing import NDArray
+from flwr.common.logger import log
 
 from fedlora_flwr.aggregation import Arrays
-from fedlora_flwr.arrays import from_numpy, record_of, to_numpy, travel_size
-from fedlora_flwr.errors import FedLoRAError, InvalidValue
+from fedlora_flwr.arrays import from_numpy, record_of, travel_size
+from fedlora_flwr.errors import FederationAborted, FedLoRAError, InvalidValue
 from fedlora_flwr.plan import factor_of
-from fedlora_flwr.wire import SCORES
+from fedlora_flwr.wire import EPSILON, STEPS, WEIGHT
+from fedlora_flwr.wire.limits import Number
 
+MOST_TIMES_MEDIAN = 10
 _NUMBER_BYTES = 8
 
 
@@ -74,8 +78,9 @@ class RoundReport:
         Why the other answers could not be used, one line each.
     details : dict[str, Any]
         What else the strategy has to tell of the round; it goes to the round's row.
-    evaluation : dict[str, float]
-        Metrics that clients measured on public records, where the server has no model to measure.
+    evaluation : dict[str, float] or None
+        Metrics that clients measured on public records, where the server has no model to measure:
+        empty if none could. None where the server measures.
     """
 
     server_round: int
@@ -89,13 +94,62 @@ class RoundReport:
     declined: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
-    evaluation: dict[str, float] = field(default_factory=dict)
+    evaluation: dict[str, float] | None = None
+
+    def fail(self, who: str, reason: object) -> None:
+        """Count a reply as its sender's failure."""
+        self.failures.append(one_line(f"{who}: {reason}"))
 
     @property
     def epsilon_max(self) -> float | None:
         """Largest ε that a client of this round has spent; None if no client tells."""
-        spent = [u.metrics["epsilon"] for u in self.uploads if "epsilon" in u.metrics]
+        spent = [u.metrics[EPSILON] for u in self.uploads if EPSILON in u.metrics]
         return max(spent) if spent else None
+
+    def settle(self, min_completion: float) -> None:
+        """Keep what can be averaged, in an order that no reply's arrival decides.
+
+        Raises
+        ------
+        FederationAborted
+            Fewer than ``min_completion`` of the clients answered, or no answer holds arrays.
+        """
+        self._agree()
+        self.uploads.sort(key=lambda upload: upload.client)
+        self.failures.sort()
+        self.declined.sort()
+        for line in (*self.failures, *self.declined):
+            log(WARNING, "\t> round %d: %s", self.server_round, line)
+        self._check_completion(min_completion)
+        weights = cap_weights([upload.weight for upload in self.uploads])
+        self.uploads = [
+            upload if weight == upload.weight else replace(upload, weight=weight)
+            for upload, weight in zip(self.uploads, weights, strict=True)
+        ]
+
+    def _agree(self) -> None:
+        """Keep the uploads of the arrays that most clients sent: others cannot be averaged."""
+        if not self.uploads:
+            return
+        common = most_common([frozenset(upload.arrays) for upload in self.uploads])
+        for upload in self.uploads:
+            if wrong := sorted(upload.arrays.keys() ^ common):
+                self.fail(upload.client, f"it uploaded other arrays than most clients: {wrong}")
+        self.uploads = [u for u in self.uploads if u.arrays.keys() == common]
+
+    def _check_completion(self, min_completion: float) -> None:
+        answered = len(self.uploads) + len(self.declined)
+        lines = [*self.failures, *self.declined]
+        reasons = "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if lines[5:] else "")
+        if self.sent and answered < min_completion * self.sent:
+            raise FederationAborted(
+                f"Round {self.server_round}: {answered} of {self.sent} clients answered, "
+                f"fewer than min-completion = {min_completion:g}. Reasons: {reasons}"
+            )
+        if not self.uploads:
+            raise FederationAborted(
+                f"Round {self.server_round}: no client sent arrays. Reasons: {reasons}"
+            )
 
 
 class LedgerWatch:
@@ -104,15 +158,24 @@ class LedgerWatch:
     def __init__(self) -> None:
         self._steps: dict[str, float] = {}
 
-    def check(self, client: str, numbers: Mapping[str, float]) -> None:
+    def check(self, client: str, numbers: Mapping[str, float], ordered: int = 0) -> None:
         """Refuse a client whose ledger counts no more steps than before its last release.
+
+        Parameters
+        ----------
+        client : str
+            Who it is.
+        numbers : Mapping[str, float]
+            What it reports; a client that names no ``steps`` is not ours, and is let through.
+        ordered : int
+            Steps that a round has; 0 where that is not known.
 
         Raises
         ------
         FedLoRAError
-            It does; a client that names no ``steps`` is not ours, and is let through.
+            Its ledger has not counted this round's steps.
         """
-        steps = numbers.get("steps")
+        steps = numbers.get(STEPS)
         if steps is None:
             return
         before = self._steps.get(client, 0.0)
@@ -122,65 +185,12 @@ class LedgerWatch:
                 "It has lost rows, or is not the same file on every machine, or two clients share "
                 "an identity"
             )
+        if steps < before + ordered:
+            raise FedLoRAError(
+                f"its ledger counts {steps:g} private steps after {before:g} in an earlier round, "
+                f"and a round has {ordered}"
+            )
         self._steps[client] = steps
-
-
-def uploaded_arrays(content: RecordDict) -> dict[str, NDArray[np.float32]]:
-    """Read the arrays of a reply, as fp32.
-
-    Raises
-    ------
-    InvalidValue
-        The reply does not hold exactly one ArrayRecord, or an array is none of finite
-        floating-point numbers within fp32's range.
-    """
-    if len(content.array_records) != 1:
-        raise InvalidValue("ArrayRecords in a reply", len(content.array_records), "1")
-    (record,) = content.array_records.values()
-    return {name: _finite(name, to_numpy(array)) for name, array in record.items()}
-
-
-def _finite(name: str, array: NDArray[np.generic]) -> NDArray[np.float32]:
-    if array.dtype.kind != "f":
-        raise InvalidValue(f"type of {name}", str(array.dtype), "floating-point numbers")
-    with np.errstate(over="ignore"):
-        values = np.asarray(array, np.float32)
-    if not np.isfinite(values).all():
-        raise InvalidValue(f"array {name}", "NaN or infinity", "finite numbers")
-    return values
-
-
-def scalars(content: RecordDict) -> tuple[dict[str, float], dict[str, str]]:
-    """Read the numbers among a reply's metrics, and its texts."""
-    numbers = {
-        name: float(value)
-        for record in content.metric_records.values()
-        for name, value in record.items()
-        if isinstance(value, int | float)
-    }
-    texts = {
-        name: value
-        for record in content.config_records.values()
-        for name, value in record.items()
-        if isinstance(value, str)
-    }
-    return numbers, texts
-
-
-def scores_of(content: RecordDict) -> tuple[float, ...]:
-    """Read the scores of a reply; none if it has none.
-
-    Raises
-    ------
-    InvalidValue
-        They are no list of finite numbers.
-    """
-    found = [record[SCORES] for record in content.metric_records.values() if SCORES in record]
-    if not found:
-        return ()
-    if not isinstance(found[0], list) or not np.isfinite(found[0]).all():
-        raise InvalidValue(SCORES, found[0], "a list of finite numbers")
-    return tuple(float(value) for value in found[0])
 
 
 def size_of(content: RecordDict, *, factors_only: bool = False) -> int:
@@ -210,44 +220,104 @@ def to_record(arrays: Arrays) -> ArrayRecord:
     )
 
 
+_LONGEST_LINE, _LONGEST_REASON = 2000, 20_000  # characters
 _WORKER_DIED = "worker process has died"  # Ray's words
 _NO_BRIDGE = "fitins.parameters"  # what Flower's own translation of a NumPyClient looks for
 _RAISED = re.compile(r"<class '[\w.]+'>:<'(.*)'>", re.DOTALL)  # A SuperNode's, around an error's
 
 
 def last_line(text: str | None) -> str:
-    """Return the last line of an error's text that says something."""
-    if _WORKER_DIED in (text or ""):
+    """Return the last line of an error's text that says something.
+
+    A client may send any text, of any length: only its end is looked at.
+    """
+    text = (text or "")[-_LONGEST_REASON:]
+    if _WORKER_DIED in text:
         return "its worker process died: killed, or out of memory"
-    if _NO_BRIDGE in (text or ""):
+    if _NO_BRIDGE in text:
         return "it is a NumPyClient: serve it with ClientApp(client_fn, mods=[fedlora_flwr.bridge])"
-    text = _RAISED.sub(r"\1", text or "")
+    text = _RAISED.sub(r"\1", text)
     lines = [line.strip() for line in text.splitlines() if line.strip(" '>")]
     return lines[-1] if lines else "no reason given"
 
 
+def one_line(text: str) -> str:
+    """Return a text as a log may show it: on one line, of bounded length, without escapes."""
+    if len(text) > _LONGEST_LINE:
+        half = _LONGEST_LINE // 2
+        text = f"{text[:half]} … {text[-half:]}"
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def combine_metrics(metrics: Sequence[Mapping[str, float]]) -> MetricRecord:
-    """Aggregate metrics: the largest ε, the mean of everything else that all clients report.
+    """Aggregate metrics: the largest ε that anybody tells, and means of what all clients report.
 
     ε is each client's own, so it is never averaged.
     """
     shared = set.intersection(*(set(entry) for entry in metrics)) if metrics else set()
-    columns = {name: [entry[name] for entry in metrics] for name in sorted(shared)}
-    return MetricRecord(
-        {
-            name: max(values) if name == "epsilon" else float(np.mean(values))
-            for name, values in columns.items()
-        }
-    )
+    told = [entry[EPSILON] for entry in metrics if EPSILON in entry]
+    means = {name: float(np.mean([m[name] for m in metrics])) for name in sorted(shared)}
+    if told:
+        means[EPSILON] = max(told)
+    return _record(means)
 
 
-def aggregate_metrics(records: list[RecordDict], weighting_metric_name: str) -> MetricRecord:
-    """Aggregate metrics as `combine_metrics` does, under the signature that Flower calls."""
-    del weighting_metric_name
-    return combine_metrics(
-        [
-            {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
-            for content in records
-            for record in content.metric_records.values()
-        ]
-    )
+def weighted_figures(
+    reports: Sequence[Mapping[str, float]], weighted_by: str
+) -> MetricRecord | None:
+    """Average figures as Flower's own strategies do; None where no report has a weight.
+
+    Parameters
+    ----------
+    reports : Sequence[Mapping[str, float]]
+        One mapping per client, all with the same names.
+    weighted_by : str
+        The name among them that is the weight, and no figure.
+    """
+    weights = cap_weights([max(report.get(weighted_by, 0.0), 0.0) for report in reports])
+    total = sum(weights)
+    if not total:
+        return None
+    means: dict[str, float] = {}
+    for weight, report in zip(weights, reports, strict=True):
+        for name, value in report.items():
+            if name != weighted_by:
+                means[name] = means.get(name, 0.0) + value * (weight / total)
+    return _record(means)
+
+
+def weight_of(metrics: Mapping[str, float], weighting: str, weighted_by: str, most: float) -> float:
+    """Return the aggregation weight that a client states.
+
+    Raises
+    ------
+    InvalidValue
+        It states none, or one that is not above 0 and at most ``most``.
+    """
+    if weighting == "uniform":
+        return 1.0
+    keys = (WEIGHT, weighted_by) if weighting == "size" else (WEIGHT,)
+    found = [metrics[key] for key in keys if key in metrics]
+    if not found:
+        raise InvalidValue("reply metrics", sorted(metrics), f"one of {keys}")
+    return Number(0, most, above=True).read(WEIGHT, found[0])
+
+
+def most_common(sets: Sequence[frozenset[str]]) -> frozenset[str]:
+    """Return the set of names that most clients sent; of sets as common, the largest."""
+    counts = Counter(sets)
+    return max(counts, key=lambda names: (counts[names], len(names), sorted(names)))
+
+
+def cap_weights(weights: Sequence[float]) -> list[float]:
+    """Cut weights to ten times the (lower) median of all.
+
+    Clients state their weights, and nobody can check them. With N clients of equal weight one that
+    lies gets a share of at most 10 / (N + 9) of a mean, instead of all of it.
+    """
+    most = MOST_TIMES_MEDIAN * sorted(weights)[(len(weights) - 1) // 2] if weights else 0.0
+    return [min(weight, most) for weight in weights]
+
+
+def _record(means: dict[str, float]) -> MetricRecord:
+    return MetricRecord(dict(means.items()))

@@ -234,11 +234,15 @@ class QuestionAnswering(DatasetTask):
     def _inputs(self) -> list[str]:
         return input_names(self._tokenizer, self._config)
 
-    def _prepare(self, dataset: Dataset, *, training: bool) -> ArrowRecords:
+    def _input_columns(self, dataset: Dataset) -> list[str]:
         for name in _COLUMNS:
             if name not in dataset.features:
                 allowed = f"one with columns {', '.join(_COLUMNS)}, not {list(dataset.features)}"
                 raise InvalidValue("dataset", self._settings.dataset, allowed)
+        return [name for name in _COLUMNS if name != "answers"]
+
+    def _prepare(self, dataset: Dataset, *, training: bool) -> ArrowRecords:
+        self._input_columns(dataset)
         tokenizer, limit = self._tokenizer, self._settings.max_length
         cut = training_windows if training else all_windows
         prepared = prepare(
@@ -250,7 +254,8 @@ class QuestionAnswering(DatasetTask):
         )
         check_ids(prepared, self._config)
         padding = {"input_ids": tokenizer.pad_token_id or 0, "begins": -1, "ends": -1}
-        return ArrowRecords(prepared if training else one_row_each(prepared), pad_collate(padding))
+        collate = pad_collate(padding, limit=limit)
+        return ArrowRecords(prepared if training else one_row_each(prepared), collate)
 
 
 def _losses(starts: Tensor, ends: Tensor, batch: Batch) -> Tensor:

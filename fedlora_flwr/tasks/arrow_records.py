@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -74,13 +75,40 @@ class ArrowRecords:
         IndexError
             A position is negative or past the end.
         """
+        return self._collate(self._columns(indices))
+
+    def padded(self, indices: Tensor, width: int) -> dict[str, Tensor]:
+        """Return the records at ``indices``, their lists padded to ``width`` tokens at least.
+
+        A width above `limit` counts as `limit`. For records whose collate function is a
+        `PadCollate` only, as `pads` says.
+        """
+        if not isinstance(self._collate, PadCollate):
+            raise TypeError("only a PadCollate pads to a width")
+        return self._collate(self._columns(indices), width)
+
+    @property
+    def pads(self) -> bool:
+        """Whether `padded` is there for these records."""
+        return isinstance(self._collate, PadCollate)
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens that the model reads, where the collate function knows."""
+        return getattr(self._collate, "limit", None)
+
+    @property
+    def alike(self) -> bool:
+        """Whether each record has tensors of the same shape, as no column has lists or objects."""
+        kinds = [self._chunks[0].column(name).type for name in self._features if self._chunks]
+        return all(_is_array(kind) for kind in kinds)
+
+    def _columns(self, indices: Tensor) -> dict[str, Any]:
         positions = indices.numpy()
         if positions.size and positions.min() < 0:
             raise IndexError(f"position {positions.min()} of {len(self)} records")
         taken = self._take(self._rows[positions])
-        return self._collate(
-            {name: self._column(name, taken.column(name)) for name in taken.schema.names}
-        )
+        return {name: self._column(name, taken.column(name)) for name in taken.schema.names}
 
     @cached_property
     def lengths(self) -> NDArray[np.int64] | None:
@@ -159,7 +187,51 @@ class ArrowRecords:
         return array.to_numpy(zero_copy_only=False) if _numeric(kind) else array.to_pylist()
 
 
-def pad_collate(pad_values: Mapping[str, int] | None = None, multiple_of: int = 1) -> Collate:
+@dataclass(frozen=True)
+class PadCollate:
+    """Pads lists of a batch to its longest record, or to a width that is asked for.
+
+    Parameters
+    ----------
+    fill : Mapping[str, int]
+        What each list column is filled up with; 0 where it is missing.
+    multiple_of : int (default: 1)
+        Widths are rounded up to a multiple of it; 8 suits tensor cores.
+    limit : int, optional
+        Most tokens that the model reads: a batch is as wide as its longest record, or as this, but
+        never wider for a width that is asked for.
+    """
+
+    fill: Mapping[str, int]
+    multiple_of: int = 1
+    limit: int | None = None
+
+    def __call__(self, rows: Rows, width: int = 0) -> dict[str, Tensor]:
+        """Return the tensors of a batch.
+
+        Raises
+        ------
+        InvalidValue
+            A column is no number.
+        """
+        lists = [values for values in rows.values() if isinstance(values, list)]
+        for name, values in rows.items():
+            if isinstance(values, list) and not all(isinstance(v, np.ndarray) for v in values):
+                raise InvalidValue("columns", name, "a column of numbers or of lists of numbers")
+        longest = max((len(value) for values in lists for value in values), default=0)
+        width = max(longest, width if self.limit is None else min(width, self.limit))
+        width = -(-width // self.multiple_of) * self.multiple_of
+        return {
+            name: _padded(values, width, self.fill.get(name, 0))
+            if isinstance(values, list)
+            else _tensor(values)
+            for name, values in rows.items()
+        }
+
+
+def pad_collate(
+    pad_values: Mapping[str, int] | None = None, multiple_of: int = 1, limit: int | None = None
+) -> PadCollate:
     """Return a collate function that pads lists of a batch to its longest record.
 
     Parameters
@@ -169,10 +241,12 @@ def pad_collate(pad_values: Mapping[str, int] | None = None, multiple_of: int = 
         for other columns.
     multiple_of : int (default: 1)
         Widths are rounded up to a multiple of it; 8 suits tensor cores.
+    limit : int, optional
+        Most tokens that the model reads, which no record has more of.
 
     Returns
     -------
-    Collate
+    PadCollate
         Integers become int64 tensors, shape (n,) or (n, width), other numbers keep their type.
         All list columns of a batch get one width. Without ``attention_mask`` among the columns
         there is none.
@@ -184,23 +258,7 @@ def pad_collate(pad_values: Mapping[str, int] | None = None, multiple_of: int = 
     """
     if multiple_of < 1:
         raise InvalidValue("multiple_of", multiple_of, "a whole number above 0")
-    fill = {**PADDING, **(pad_values or {})}
-
-    def collate(rows: Rows) -> dict[str, Tensor]:
-        lists = [values for values in rows.values() if isinstance(values, list)]
-        for name, values in rows.items():
-            if isinstance(values, list) and not all(isinstance(v, np.ndarray) for v in values):
-                raise InvalidValue("columns", name, "a column of numbers or of lists of numbers")
-        longest = max((len(value) for values in lists for value in values), default=0)
-        width = -(-longest // multiple_of) * multiple_of
-        return {
-            name: _padded(values, width, fill.get(name, 0))
-            if isinstance(values, list)
-            else _tensor(values)
-            for name, values in rows.items()
-        }
-
-    return collate
+    return PadCollate({**PADDING, **(pad_values or {})}, multiple_of, limit)
 
 
 def _padded(values: list[NDArray[Any]], width: int, fill: int) -> Tensor:
@@ -229,6 +287,14 @@ def _is_ragged(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
     return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _numeric(kind.value_type)
+
+
+def _is_array(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    while pa.types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    return _numeric(kind)
 
 
 def _lengths(array: pa.Array) -> NDArray[np.int64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,22 +13,43 @@ from torch import Tensor, nn
 
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.classification import evaluate_classifier
-from fedlora_flwr.tasks.dataset_task import DatasetTask
+from fedlora_flwr.tasks.dataset_task import DatasetSettings, DatasetTask, names
 from fedlora_flwr.tasks.labels import Labels, with_class
 from fedlora_flwr.tasks.registry import Batch, Records
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
 
 class ClassifierTask(DatasetTask):
     """Tell classes apart; batches hold ``label``, (n,) int64.
 
-    Records without a class are left out. The private split is opened to evaluate only where it has
-    to tell the classes: where ``num-classes`` is 0, or where they are text.
+    Records without a class are left out. With ``class-names`` or ``num-classes``, the private
+    records tell nothing about the classes, and building the model does not open them.
+
+    Parameters
+    ----------
+    settings : DatasetSettings
+        Model, data set, split and classes.
+
+    Raises
+    ------
+    InvalidValue
+        As the base class; or ``class-names`` and ``num-classes`` contradict each other.
     """
 
     metric = "accuracy"
+
+    def __init__(self, settings: DatasetSettings) -> None:
+        super().__init__(settings)
+        self._labels = Labels(
+            # A limit must not change the classes.
+            lambda: self._usable(settings.train_split, 0),
+            self._private_columns,
+            settings.label_column,
+            settings.num_classes,
+            names(settings.class_names),
+        )
 
     @abstractmethod
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -53,15 +74,12 @@ class ClassifierTask(DatasetTask):
             self.test_splits,
         )
 
-    @cached_property
-    def _labels(self) -> Labels:
-        settings = self._settings
-        # A limit must not change the classes.
-        return Labels(
-            lambda: self._usable(settings.train_split, 0),
-            settings.label_column,
-            settings.num_classes,
-        )
+    def _private_columns(self) -> Features | None:
+        """Return the private split's columns; a server that only evaluates may not have it."""
+        try:
+            return self._source(self._settings.train_split).features
+        except InvalidValue:
+            return None
 
     def _rows(self, dataset: Dataset, split: str) -> NDArray[np.int64]:
         column = self._settings.label_column

@@ -13,8 +13,9 @@ from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.arrow_records import ArrowRecords
 from fedlora_flwr.tasks.partition import partition_records
 from fedlora_flwr.tasks.registry import Batch
-from fedlora_flwr.tasks.sources import load_split
+from fedlora_flwr.tasks.sources import load_split, split_files
 from fedlora_flwr.tasks.splits import Split, SplitSettings
+from fedlora_flwr.tasks.splits_apart import check_files_apart, check_records_apart
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,7 +80,12 @@ class DatasetSettings(SplitSettings, Protocol):
 
     @property
     def num_classes(self) -> int:
-        """Classes; 0 counts those of the private split."""
+        """Number of classes; 0 counts those of the private split."""
+        ...
+
+    @property
+    def class_names(self) -> str:
+        """Names of the classes in the order of their numbers, with commas between them."""
         ...
 
     @property
@@ -132,6 +138,8 @@ class DatasetTask(ABC):
 
     name: str
     metric: str
+    # Fields that are read of a column of structures; empty for all.
+    _input_fields: tuple[str, ...] = ()
 
     def __init__(self, settings: DatasetSettings) -> None:
         self._settings = settings
@@ -175,6 +183,10 @@ class DatasetTask(ABC):
     def _prepare(self, dataset: Dataset, *, training: bool) -> ArrowRecords:
         """Turn a split into records."""
 
+    @abstractmethod
+    def _input_columns(self, dataset: Dataset) -> list[str]:
+        """Return the columns that the model reads, without the class."""
+
     def client_records(self, partition_id: int, num_partitions: int) -> ArrowRecords:
         """Return the private records of one simulated client.
 
@@ -197,6 +209,43 @@ class DatasetTask(ABC):
             The data set cannot be read.
         """
         return self._public
+
+    def check_splits_apart(self) -> None:
+        """Make sure that no private record would be evaluated on, whatever splits are called.
+
+        All records of the splits are compared, also those that a limit or a missing class leaves
+        out.
+
+        Raises
+        ------
+        InvalidValue
+            A test split shares a file or a record with the private split
+            (`fedlora_flwr.tasks.splits_apart`), it is read from other columns, or a split cannot be
+            opened.
+        """
+        settings, subset = self._settings, self._settings.dataset_subset
+        everything = (settings.train_split, *self.test_splits)
+        if not self.test_splits:
+            raise InvalidValue("test-split", settings.test_split, "names of splits")
+        private, *tests = (split_files(settings.dataset, s, subset=subset) for s in everything)
+        named = dict(zip(self.test_splits, tests, strict=True))
+        check_files_apart(private, named, settings.train_split)
+        opened = {split: self._source(split) for split in everything}
+        columns = {split: self._input_columns(dataset) for split, dataset in opened.items()}
+        read = columns[settings.train_split]
+        for split in self.test_splits:
+            if set(columns[split]) != set(read):
+                allowed = (
+                    f"columns that all splits have: {split!r} has {columns[split]}, not {read}"
+                )
+                raise InvalidValue("input-columns", settings.input_columns, allowed)
+        check_records_apart(
+            opened[settings.train_split],
+            {split: opened[split] for split in self.test_splits},
+            read,
+            settings.train_split,
+            self._input_fields,
+        )
 
     @cached_property
     def test_splits(self) -> tuple[str, ...]:
@@ -234,13 +283,24 @@ class DatasetTask(ABC):
 
     def _usable(self, split: str, limit: int) -> Dataset:
         """Open a split; drop records that cannot be used, and all beyond the limit."""
-        settings = self._settings
-        dataset = load_split(settings.dataset, split, subset=settings.dataset_subset)
+        dataset = self._source(split)
         rows = self._rows(dataset, split)
         if limit and limit < len(rows):
             chosen = np.random.default_rng(_LIMIT_SEED).permutation(len(rows))[:limit]
             rows = rows[np.sort(chosen)]
         return dataset if len(rows) == len(dataset) else dataset.select(rows)
+
+    def _source(self, split: str) -> Dataset:
+        """Open a split once."""
+        if split not in self._sources:
+            settings = self._settings
+            found = load_split(settings.dataset, split, subset=settings.dataset_subset)
+            self._sources[split] = found
+        return self._sources[split]
+
+    @cached_property
+    def _sources(self) -> dict[str, Dataset]:
+        return {}
 
     def _rows(self, dataset: Dataset, split: str) -> NDArray[np.int64]:  # noqa: ARG002
         """Return the positions of the records that can be used."""

@@ -53,6 +53,7 @@ class InstructionTuning(DatasetTask):
     metric = "token_accuracy"
     lora_targets = ""
     head: tuple[str, ...] = ()
+    _input_fields = ("role", "content")
 
     def build_model(self) -> nn.Module:
         """Return the checkpoint.
@@ -170,9 +171,12 @@ class InstructionTuning(DatasetTask):
         text: str = self._tokenizer.backend_tokenizer.to_str()
         return text
 
+    def _input_columns(self, dataset: Dataset) -> list[str]:
+        return chat_columns(dataset, self._settings.input_columns)
+
     def _prepare(self, dataset: Dataset, *, training: bool) -> ArrowRecords:
         settings, tokenizer = self._settings, self._tokenizer
-        columns, limit = chat_columns(dataset, settings.input_columns), settings.max_length
+        columns, limit = self._input_columns(dataset), settings.max_length
         prepared = prepare(
             dataset,
             partial(chat_tokens, tokenizer=tokenizer, columns=columns, limit=limit),
@@ -187,7 +191,7 @@ class InstructionTuning(DatasetTask):
         )
         check_ids(prepared, self._config)
         # What comes after a causal model's last token is never read: any padding does.
-        records = ArrowRecords(prepared, pad_collate())
+        records = ArrowRecords(prepared, pad_collate(limit=limit))
         split = settings.train_split if training else settings.test_split
         _check_answers(records, split, settings.max_length)
         return records

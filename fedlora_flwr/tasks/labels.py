@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -10,27 +10,61 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr.errors import InvalidValue, one_of
+from fedlora_flwr.tasks.sources import CLASS_FOLDERS
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
+
+# Numbers may leave gaps: up to so many classes, or so many for each one that occurs.
+_FEW, _GAP = 100, 10
 
 
 class Labels:
-    """Classes by number, whatever the data set calls them: whole numbers from 0, or text.
+    """Numbers classes, which a data set may hold as names, as numbers, or as numbered names.
+
+    A class is its name wherever it has one. Where the configuration names the classes, their order
+    there is the order of their numbers, and the private records tell nothing about classes. Where
+    it gives only their number, the records must hold numbers: names would be numbered by the
+    records that happen to be there, and differently on each device. Where it gives neither, the
+    private split tells the classes, which suits a simulation.
 
     Parameters
     ----------
     private : Callable[[], Dataset]
-        Opens the private split, for what only it can tell: how many classes there are, if
-        ``num_classes`` does not say so, and their names, if they are text.
+        Opens the private split. Called only where neither ``num_classes`` nor ``class_names`` is
+        given.
+    schema : Callable[[], Features | None]
+        Returns the columns of the private split, or ``None`` where it is not on this machine. It
+        tells in which order a data set numbers its names, if ``class_names`` does not.
     column : str
         Name of the column with the class.
     num_classes : int
-        How many there are; 0 to count those of the private split.
+        Number of classes; 0 to count those of the private split.
+    class_names : Sequence[str] (default: ())
+        Names of the classes in the order of their numbers. Numbers in the data set are positions
+        in it, or, where all names are whole numbers, names.
+
+    Raises
+    ------
+    InvalidValue
+        A name is given twice, or the two settings contradict each other.
     """
 
-    def __init__(self, private: Callable[[], Dataset], column: str, num_classes: int) -> None:
-        self._private, self._column, self._num_classes = private, column, num_classes
+    def __init__(
+        self,
+        private: Callable[[], Dataset],
+        schema: Callable[[], Features | None],
+        column: str,
+        num_classes: int,
+        class_names: Sequence[str] = (),
+    ) -> None:
+        self._private, self._schema, self._column = private, schema, column
+        self._num_classes, self._class_names = num_classes, tuple(class_names)
+        if len(set(class_names)) < len(class_names):
+            raise InvalidValue("class-names", ",".join(class_names), "each name once")
+        if class_names and num_classes not in (0, len(class_names)):
+            allowed = f"0 or {len(class_names)}, as class-names holds so many"
+            raise InvalidValue("num-classes", num_classes, allowed)
 
     @cached_property
     def count(self) -> int:
@@ -39,15 +73,24 @@ class Labels:
         Raises
         ------
         InvalidValue
-            The private split has no such column, or something else in it.
+            The private split has to tell it, and has no such column, something else in it, or
+            numbers that are far apart.
         """
-        if self._num_classes:
-            return self._num_classes
-        if self._names:
-            return len(self._names)
+        if self._class_names or self._num_classes:
+            return len(self._class_names) or self._num_classes
+        if self._order:
+            return len(self._order)
         dataset = self._private()
         known = getattr(dataset.features[self._column], "num_classes", 0) or 0
-        return max(int(self._read(dataset).max()) + 1, known)
+        found = np.unique(self._read(dataset))
+        count = max(int(found[-1]) + 1, known)
+        if count > max(_FEW, _GAP * len(found), known):
+            allowed = (
+                f"a column of classes numbered from 0: {len(found)} classes have numbers up to "
+                f"{found[-1]}. Name them with class-names, or set num-classes = {count}"
+            )
+            raise InvalidValue("label-column", self._column, allowed)
+        return count
 
     def numbers(self, dataset: Dataset) -> NDArray[np.int64]:
         """Return the class of each record, shape (n,).
@@ -55,38 +98,110 @@ class Labels:
         Raises
         ------
         InvalidValue
-            There is no such column, it holds something else, or a class beyond those there are.
+            There is no such column, it holds something else, a class that is not known, or names
+            whose order nothing tells.
         """
         values = self._read(dataset)
-        if values.dtype != object:
-            if (found := int(values.max()) + 1) > self.count:
-                allowed = f"at least {found}: a record is of class {found - 1}"
-                raise InvalidValue("num-classes", self.count, allowed)
+        if own := self._stated(dataset.features[self._column]):
+            return self._known(self._renumbered(values, own, dataset))
+        if values.dtype != object and not self._numbers_are_names(values):
+            return self._known(values.astype(np.int64))
+        found, codes = np.unique(values, return_inverse=True)
+        names, order = [str(value) for value in found], self._name_order()
+        if values.dtype == bool:
+            names, order = ([name.lower() for name in each] for each in (names, order))
+        return self._by_name(codes, names, order)
+
+    def _renumbered(
+        self, values: NDArray[np.int64], own: tuple[str, ...], dataset: Dataset
+    ) -> NDArray[np.int64]:
+        """Turn the numbers that a data set gives its names into ours."""
+        folders = dataset.info.builder_name == CLASS_FOLDERS
+        if folders and not self._class_names and len(own) < self._num_classes:
+            allowed = (
+                f"the names of the {self._num_classes} classes in the order of their numbers: "
+                f"there are {len(own)} class folders, which cannot tell it"
+            )
+            raise InvalidValue("class-names", "", allowed)
+        order = self._order
+        if not order or own == order:
             return values
-        index = {name: number for number, name in enumerate(self._names)}
-        if unknown := sorted(set(values) - set(index)):
-            allowed = f"a column of {list(self._names)}; another split has {unknown}"
+        if int(values.max()) >= len(own):
+            allowed = f"a column whose numbers have names: {values.max()} has none"
             raise InvalidValue("label-column", self._column, allowed)
-        if len(index) > self.count:
-            allowed = f"at least {len(index)}, or 0 to count them"
+        return self._by_name(values, own, order)
+
+    def _by_name(
+        self, codes: NDArray[np.int64], names: Sequence[str], order: Sequence[str]
+    ) -> NDArray[np.int64]:
+        """Return the numbers of classes that are given as positions in ``names``."""
+        index = {name: number for number, name in enumerate(order)}
+        numbers = np.array([index.get(name, -1) for name in names], dtype=np.int64)
+        found: NDArray[np.int64] = numbers[codes]
+        if (found < 0).any():
+            unknown = sorted({names[code] for code in np.unique(codes[found < 0])})
+            allowed = f"a column of {list(order)}; a record's class is in {unknown}"
+            raise InvalidValue("label-column", self._column, allowed)
+        return found
+
+    def _known(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        if (found := int(numbers.max()) + 1) > self.count:
+            allowed = f"at least {found}: a record is of class {found - 1}"
             raise InvalidValue("num-classes", self.count, allowed)
-        return np.array([index[value] for value in values], dtype=np.int64)
+        return numbers
+
+    def _name_order(self) -> Sequence[str]:
+        if not self._order and self._num_classes:
+            allowed = (
+                f"the names of the {self._num_classes} classes in the order of their numbers, as "
+                f"column {self._column!r} holds text"
+            )
+            raise InvalidValue("class-names", "", allowed)
+        return self._order
 
     @cached_property
-    def _names(self) -> tuple[str, ...]:
+    def _order(self) -> tuple[str, ...]:
+        """Names of the classes, or none where they are numbers."""
+        if self._class_names:
+            return self._class_names
+        columns = self._schema() or {}
+        if stated := self._stated(columns.get(self._column)):
+            return stated
+        if self._num_classes:
+            return ()
         values = self._read(self._private())
         return tuple(sorted(set(values))) if values.dtype == object else ()
 
+    def _stated(self, feature: Any) -> tuple[str, ...]:
+        """Return the names that a column's type gives its numbers.
+
+        The library gives names of its own, "0", "1" and so on, where nobody did.
+        """
+        names = tuple(getattr(feature, "names", None) or ())
+        made_up = names == tuple(map(str, range(len(names))))
+        return () if made_up and not set(names) <= set(self._class_names) else names
+
+    def _numbers_are_names(self, values: NDArray[Any]) -> bool:
+        names = self._class_names
+        if values.dtype == bool:
+            return bool(names) and {name.lower() for name in names} <= {"false", "true"}
+        return bool(names) and all(name.isdecimal() for name in names)
+
     def _read(self, dataset: Dataset) -> NDArray[Any]:
+        """Return the column as int64, bool, or text of dtype object."""
         if self._column not in dataset.features:
             allowed = one_of(dataset.features, self._column)
             raise InvalidValue("label-column", self._column, allowed)
         if _is_scalar(dataset, self._column):
-            values = np.asarray(dataset[self._column][:])
-            if values.dtype.kind in "iub":
+            held = dataset[self._column][:]
+            values = np.asarray(held)
+            if values.dtype.kind in "iu":
                 return values.astype(np.int64)
+            if values.dtype.kind == "b":
+                return values
             if values.dtype.kind == "U":
-                return values.astype(object)
+                # NumPy's own text loses zeros at its end.
+                return np.array(held, dtype=object)
         allowed = f"a column of whole numbers or text, not of {dataset.features[self._column]}"
         raise InvalidValue("label-column", self._column, allowed)
 

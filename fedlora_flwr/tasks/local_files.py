@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.tasks.source_folder import SourceFolder
 
 TABLES = {
     ".parquet": "parquet",
@@ -35,14 +36,17 @@ class Found:
         ``"saved"`` (a folder made by ``Dataset.save_to_disk``).
     paths : tuple[Path, ...]
         Files in order, or one folder.
+    source : SourceFolder
+        What all of them are in.
     """
 
     kind: str
     paths: tuple[Path, ...]
+    source: SourceFolder
 
 
-def find_splits(path: Path) -> dict[str, Found]:
-    """Return the splits at ``path`` by name.
+def find_splits(path: Path, source: SourceFolder) -> dict[str, Found]:
+    """Return the splits at ``path``, which is in ``source``, by name.
 
     A file is one split: the one that its name says (``test.csv``), or ``train``. In a folder a
     split is a file ``<split>.<type>``, its shards ``<split>-00000-of-00002.<type>``, a folder
@@ -52,16 +56,17 @@ def find_splits(path: Path) -> dict[str, Found]:
     Raises
     ------
     InvalidValue
-        Shards are missing, or a split is there in two types.
+        Shards are missing, a split is there in two types, or a link leads out of the source.
     """
     if path.is_file():
         kind = TABLES.get(path.suffix.lower())
-        return {_split_of(path): Found(kind, (path,))} if kind else {}
+        return {_split_of(path): Found(kind, (path,), source)} if kind else {}
+    entries = source.entries(path)
     if (path / "state.json").is_file():
-        return {_saved_name(path): Found("saved", (path,))}
-    found = {**_folders(path), **_tables(path)}
+        return {_saved_name(path): Found("saved", (path,), source)}
+    found = {**_folders(entries, source), **_tables(entries, source)}
     inner = path / "data"
-    return found if found or not inner.is_dir() else find_splits(inner)
+    return found if found or inner not in entries else find_splits(inner, source)
 
 
 def pick(splits: dict[str, Found], split: str) -> Found | None:
@@ -72,30 +77,31 @@ def pick(splits: dict[str, Found], split: str) -> Found | None:
     return splits[others[0]] if len(others) == 1 else None
 
 
-def class_names(folder: Path) -> list[str]:
-    """Return the class folders of a split and of the splits beside it, sorted.
+def class_names(found: Found) -> list[str]:
+    """Return the class folders of a split of pictures and of the splits beside it, sorted.
 
     A class that one split lacks has its number in all.
     """
-    beside = [entry for entry in _visible(folder.parent) if entry.is_dir() and _classes(entry)]
-    return sorted({entry.name for split in beside for entry in _classes(split)})
+    source, (folder,) = found.source, found.paths
+    beside = [entry for entry in source.entries(folder.parent) if entry.is_dir()]
+    return sorted({entry.name for split in beside for entry in _classes(split, source)})
 
 
-def pictures(folder: Path) -> Iterator[Path]:
+def pictures(folder: Path, source: SourceFolder) -> Iterator[Path]:
     """Return the picture files of a class folder, by name."""
-    return (entry for entry in _visible(folder) if entry.suffix.lower() in IMAGES)
+    return (entry for entry in source.entries(folder) if entry.suffix.lower() in IMAGES)
 
 
-def _tables(folder: Path) -> dict[str, Found]:
+def _tables(entries: list[Path], source: SourceFolder) -> dict[str, Found]:
     groups: dict[str, list[Path]] = {}
-    for entry in _visible(folder):
+    for entry in entries:
         if entry.is_file() and entry.suffix.lower() in TABLES and entry.name not in _CARDS:
             shard = _SHARD.fullmatch(entry.stem)
             groups.setdefault(shard["split"] if shard else entry.stem, []).append(entry)
-    return {split: _table(paths) for split, paths in groups.items()}
+    return {split: _table(paths, source) for split, paths in groups.items()}
 
 
-def _table(paths: list[Path]) -> Found:
+def _table(paths: list[Path], source: SourceFolder) -> Found:
     """Check that files are one table, whole."""
     first = paths[0]
     shards = [_SHARD.fullmatch(path.stem) for path in paths]
@@ -108,23 +114,24 @@ def _table(paths: list[Path]) -> Found:
         )
     if numbers and (len(counts) > 1 or numbers != list(range(int(min(counts))))):
         raise InvalidValue("source", str(first.parent), f"all shards of {first.name}")
-    return Found(TABLES[first.suffix.lower()], tuple(paths))
+    return Found(TABLES[first.suffix.lower()], tuple(paths), source)
 
 
-def _folders(folder: Path) -> dict[str, Found]:
+def _folders(entries: list[Path], source: SourceFolder) -> dict[str, Found]:
     found = {}
-    for entry in _visible(folder):
+    for entry in entries:
         if (entry / "state.json").is_file():
-            found[entry.name] = Found("saved", (entry,))
-        elif entry.is_dir() and _classes(entry):
-            found[entry.name] = Found("images", (entry,))
+            source.entries(entry)
+            found[entry.name] = Found("saved", (entry,), source)
+        elif entry.is_dir() and _classes(entry, source):
+            found[entry.name] = Found("images", (entry,), source)
     return found
 
 
-def _classes(folder: Path) -> list[Path]:
+def _classes(folder: Path, source: SourceFolder) -> list[Path]:
     """Return the class folders of a folder, or none where no folder in it holds a picture."""
-    inner = [entry for entry in _visible(folder) if entry.is_dir()]
-    return inner if any(next(pictures(entry), None) for entry in inner) else []
+    inner = [entry for entry in source.entries(folder) if entry.is_dir()]
+    return inner if any(next(pictures(entry, source), None) for entry in inner) else []
 
 
 def _split_of(path: Path) -> str:
@@ -138,7 +145,3 @@ def _split_of(path: Path) -> str:
 
 def _saved_name(folder: Path) -> str:
     return folder.name if folder.name in _KNOWN else "train"
-
-
-def _visible(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))

@@ -23,6 +23,9 @@ class TensorRecords:
         There is no field, or the fields differ in length.
     """
 
+    alike = True
+    """Each record has tensors of the same shape, whatever it is batched with."""
+
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         lengths = {name: len(tensor) for name, tensor in tensors.items()}
         if len(set(lengths.values())) != 1:

@@ -169,6 +169,29 @@ def build_task(name: str, settings: Any) -> Task:
     return task
 
 
+def check_splits_apart(task: Task) -> None:
+    """Make sure that none of a task's public records is a private one, before a device evaluates.
+
+    Parameters
+    ----------
+    task : Task
+        One with a method ``check_splits_apart()``, which raises an error if there is such a record.
+
+    Raises
+    ------
+    InvalidValue
+        There is such a record, or a task of the user's own has no such method.
+    """
+    check: Callable[[], None] | None = getattr(task, "check_splits_apart", None)
+    if check is None:
+        allowed = (
+            "one with a method check_splits_apart, which refuses public records that are private: "
+            "without it, a device does not evaluate"
+        )
+        raise InvalidValue("task", task.name, allowed)
+    check()
+
+
 def _require_known(name: str) -> None:
     if name not in _FACTORIES and not _PLACE.fullmatch(name):
         raise InvalidValue("task", name, one_of(_FACTORIES, name) + ", or your own module:function")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -17,11 +18,16 @@ from fedlora_flwr.tasks.cached_file import require_writable
 from fedlora_flwr.tasks.fingerprint import files_digest
 from fedlora_flwr.tasks.hub import hub_answers
 from fedlora_flwr.tasks.local_files import TABLES, Found, class_names, find_splits, pick, pictures
+from fedlora_flwr.tasks.source_folder import SourceFolder
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"[A-Za-z0-9](?!.*\.\.)[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+# The hub's library reads more into other names: paths, and sums and slices of splits.
+_HUB_SUBSET, _HUB_SPLIT = re.compile(r"(\w[^/\\]*)?"), re.compile(r"(?!all$)\w[\w.-]*")
+# Stands in a data set's info where its classes are the folders that were found.
+CLASS_FOLDERS = "class-folders"
 _LOCAL = "a local file or folder (parquet, CSV, JSON, JSON lines, class folders of pictures)"
 
 
@@ -51,11 +57,12 @@ def load_split(source: str, split: str, *, subset: str = "") -> Dataset:
     Raises
     ------
     InvalidValue
-        There is no such source, split or subset, it cannot be read, or it has no records.
+        There is no such source, split or subset, it cannot be read, it has no records, or a name
+        or a link leads out of the source.
     """
-    path = Path(source).expanduser()
-    if path.exists():
-        dataset = _local(path, source, split, subset)
+    path = _existing(source)
+    if path is not None:
+        dataset = _read(_found(path, source, split, subset), source, split)
     elif _is_hub_name(source):
         dataset = _from_hub(source, split, subset)
     else:
@@ -65,16 +72,37 @@ def load_split(source: str, split: str, *, subset: str = "") -> Dataset:
     return dataset
 
 
+def split_files(source: str, split: str, *, subset: str = "") -> tuple[Path, ...]:
+    """Return the files that a local split's table is in; none for pictures and names on the hub.
+
+    Parameters and errors are those of `load_split`.
+    """
+    path = _existing(source)
+    if path is None:
+        return ()
+    found = _found(path, source, split, subset)
+    if found.kind == "saved":
+        return tuple(sorted(found.paths[0].glob("*.arrow")))
+    return () if found.kind == "images" else found.paths
+
+
 def _is_hub_name(source: str) -> bool:
     return bool(_HUB_NAME.fullmatch(source)) and Path(source).suffix.lower() not in TABLES
 
 
-def _local(path: Path, source: str, split: str, subset: str) -> Dataset:
-    if subset and not (path / subset).is_dir():
-        raise InvalidValue("subset", subset, f"empty, or a folder in {source!r}")
-    root = path / subset
+def _existing(source: str) -> Path | None:
     try:
-        splits = find_splits(root)
+        path = Path(source).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # A name that no file, or nobody's home, can have.
+        return None
+
+
+def _found(path: Path, source: str, split: str, subset: str) -> Found:
+    whole = SourceFolder.of(path)
+    root = whole.inner(subset) if subset else path
+    try:
+        splits = find_splits(root, whole)
     except OSError as error:
         raise _unreadable(source, error) from error
     if not splits:
@@ -82,7 +110,7 @@ def _local(path: Path, source: str, split: str, subset: str) -> Dataset:
     found = pick(splits, split)
     if found is None:
         raise InvalidValue("split", split, f"{one_of(splits, split)}: what {source!r} holds")
-    return _read(found, source, split)
+    return found
 
 
 def _read(found: Found, source: str, split: str) -> Dataset:
@@ -98,6 +126,7 @@ def _read(found: Found, source: str, split: str) -> Dataset:
         # Parsers of five formats raise errors of many types.
         raise _unreadable(source, error) from error
     dataset = _with_images(dataset)
+    _require_pictures_inside(dataset, found)
     fingerprint = datasets.fingerprint.Hasher.hash([digest, split, str(dataset.features)])
     return datasets.Dataset(
         dataset.data,
@@ -150,6 +179,9 @@ def _read_saved(found: Found) -> tuple[Dataset, str]:
     import datasets
 
     (folder,) = found.paths
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if any(Path(file["filename"]).name != file["filename"] for file in state["_data_files"]):
+        raise InvalidValue("source", str(folder), "a saved data set whose files are all in it")
     dataset = datasets.load_from_disk(str(folder))
     return dataset, files_digest(folder.glob("*"), folder)
 
@@ -159,8 +191,13 @@ def _read_pictures(found: Found) -> tuple[Dataset, str]:
     import pyarrow as pa
 
     (folder,) = found.paths
-    names = class_names(folder)
-    files = [(file, names.index(name)) for name in names for file in _class_files(folder / name)]
+    names = class_names(found)
+    files = [
+        (file, number)
+        for number, name in enumerate(names)
+        if (folder / name).is_dir()
+        for file in pictures(folder / name, found.source)
+    ]
     paths, labels = [file for file, _ in files], [label for _, label in files]
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
@@ -169,12 +206,9 @@ def _read_pictures(found: Found) -> tuple[Dataset, str]:
     texts = pa.array([str(path.absolute()) for path in paths], pa.string())
     images = pa.StructArray.from_arrays([empty, texts], names=["bytes", "path"])
     table = pa.table({"image": images, "label": pa.array(labels, pa.int64())})
-    dataset = datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+    info = datasets.DatasetInfo(features=features, builder_name=CLASS_FOLDERS)
+    dataset = datasets.Dataset(table, info=info)
     return dataset, files_digest(paths, folder) + str(names)
-
-
-def _class_files(folder: Path) -> list[Path]:
-    return list(pictures(folder)) if folder.is_dir() else []
 
 
 def _with_images(dataset: Dataset) -> Dataset:
@@ -187,6 +221,22 @@ def _with_images(dataset: Dataset) -> Dataset:
             if first and first["bytes"] and _is_picture(first["bytes"]):
                 dataset = dataset.cast_column(name, datasets.Image())
     return dataset
+
+
+def _require_pictures_inside(dataset: Dataset, found: Found) -> None:
+    """Refuse tables that name pictures by a path or an address: decoding would follow it."""
+    import datasets
+    import pyarrow.compute as pc
+
+    if found.kind == "images":
+        return
+    for name, feature in dataset.features.items():
+        if isinstance(feature, datasets.Image):
+            column = dataset.data.table.column(name)
+            content, path = (pc.struct_field(column, part) for part in ("bytes", "path"))
+            if pc.any(pc.and_(pc.is_null(content), pc.is_valid(path))).as_py():
+                allowed = f"pictures that are in the file: column {name!r} only names some"
+                raise InvalidValue("source", str(found.paths[0]), allowed)
 
 
 def _is_picture(content: bytes) -> bool:
@@ -202,6 +252,9 @@ def _is_picture(content: bytes) -> bool:
 def _from_hub(name: str, split: str, subset: str) -> Dataset:
     from datasets import config
 
+    for key, value, pattern in (("subset", subset, _HUB_SUBSET), ("split", split, _HUB_SPLIT)):
+        if not pattern.fullmatch(value):
+            raise InvalidValue(key, value, f"the name of a {key} of {name!r}, and no more")
     if not config.HF_HUB_OFFLINE and not hub_answers():
         reason = (
             f"{_LOCAL}, or a name on a hub that can be reached: it did not answer (a copy that "

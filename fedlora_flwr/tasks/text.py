@@ -110,10 +110,14 @@ class TextClassification(ClassifierTask):
         logits: Tensor = model(**{name: batch[name] for name in self._inputs}).logits
         return logits.float()
 
+    def _input_columns(self, dataset: Dataset) -> list[str]:
+        settings = self._settings
+        others = (settings.label_column, settings.partition_column)
+        return text_columns(dataset, settings.input_columns, others)
+
     def _prepare(self, dataset: Dataset, *, training: bool) -> ArrowRecords:
         settings, tokenizer = self._settings, self._tokenizer
-        others = (settings.label_column, settings.partition_column)
-        columns = text_columns(dataset, settings.input_columns, others)
+        columns = self._input_columns(dataset)
         prepared = prepare(
             dataset,
             partial(_tokens, tokenizer=tokenizer, columns=columns, limit=settings.max_length),
@@ -123,7 +127,8 @@ class TextClassification(ClassifierTask):
         )
         check_ids(prepared, self._config)
         numbered = self._with_classes(prepared, dataset, training=training)
-        return ArrowRecords(numbered, pad_collate({"input_ids": int(tokenizer.pad_token_id)}))
+        padding = {"input_ids": int(tokenizer.pad_token_id)}
+        return ArrowRecords(numbered, pad_collate(padding, limit=settings.max_length))
 
 
 def text_columns(dataset: Dataset, chosen: str, others: Collection[str]) -> list[str]:

@@ -86,8 +86,11 @@ class ImageClassification(ClassifierTask):
         found: Tensor = model(normalised(batch["image"], self._data))
         return found.float()
 
+    def _input_columns(self, dataset: Dataset) -> list[str]:
+        return [image_column(dataset, self._settings.input_columns)]
+
     def _prepare(self, dataset: Dataset, *, training: bool) -> ArrowRecords:
-        column = image_column(dataset, self._settings.input_columns)
+        (column,) = self._input_columns(dataset)
         prepared = pixels(dataset, column, self._data)
         return ArrowRecords(self._with_classes(prepared, dataset, training=training), collate)
 

@@ -18,3 +18,25 @@ WEIGHTINGS = ("uniform", "size", "inverse-noise")
 # Of the arrays of a message, in magnitude. Trained factors and heads stay below a hundred; products
 # of entries up to here stay far from the largest number in fp32.
 MOST_ENTRY = 1e4
+# The account that a client gives, and what its round took.
+EPSILON = "epsilon"
+EPSILON_BUDGET = "epsilon-budget"
+DELTA = "delta"
+ACCOUNTANT = "accountant"
+STEPS = "steps"
+SECONDS = "seconds"
+PEAK_MEMORY = "peak-memory-mb"
+WEIGHT = "weight"
+NUM_EXAMPLES = "num-examples"
+# The name of a metric on private records that nothing protects begins with this.
+UNPROTECTED = "unprotected-"
+LOSS = "loss"
+# Names of a message's records.
+ARRAYS = "arrays"
+METRICS = "metrics"
+CONFIG = "config"
+
+
+def partition_name(number: int) -> str:
+    """Return the identity of a simulated partition."""
+    return f"partition-{number:06d}"

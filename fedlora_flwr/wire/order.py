@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
@@ -22,26 +22,29 @@ from fedlora_flwr.wire import (
     WEIGHTING,
     WEIGHTINGS,
 )
+from fedlora_flwr.wire.limits import Number, Text, shown
 
 Arrays = Mapping[str, NDArray[np.generic]]
 Scalar = bool | bytes | float | int | str
 
 MOST_ROUND = 1_000_000
 LONGEST_PLAN = 100_000  # characters
-LONGEST_FINGERPRINT = 128
+LONGEST = 128
 LONGEST_NAMES = 10_000_000  # characters of all names together
-CURVATURES = ("", "none", "secant")
+CURVATURES = ("none", "secant")
 # Flower's own mods leave these in a message; they act on the upload, after this client.
 FLOWERS = ("clipping_norm", "norm_bit")
 
 
-def _field(
-    key: str, kind: type, holds: Callable[[Any], bool], allowed: str, why: str, default: Any
-) -> Any:
-    metadata = {
-        "key": key, "kind": kind, "holds": holds, "allowed": allowed, "why": why, "decides": "run",
-    }  # fmt: skip
-    return field(default=default, metadata=metadata)
+def _row(key: str, default: Any, limit: Number | Text, why: str) -> Any:
+    """Make a field: its word on the wire, its limits, and why the run may decide it."""
+    allowed = limit.allowed if isinstance(limit, Number) else f"empty, or {limit.allowed}"
+    return field(
+        default=default,
+        metadata={
+            "key": key, "limit": limit, "allowed": allowed, "why": why, "decides": "run",
+        },
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,33 +79,30 @@ class Order:
         A field is of another type, or out of range.
     """
 
-    server_round: int = _field(
-        ROUND, int, lambda v: 0 <= v <= MOST_ROUND, f"0 to {MOST_ROUND:,}",
-        "It names the round in the ledger; the budget does not read it.", 0,
+    server_round: int = _row(
+        ROUND, 0, Number(0, MOST_ROUND, whole=True),
+        "It names the round in the ledger; the budget does not read it.",
     )  # fmt: skip
-    plan: str = _field(
-        PLAN, str, lambda v: len(v) <= LONGEST_PLAN and v.isascii(), "modes as in `ComponentPlan`",
-        "All that trains is clipped together under any plan.", "",
+    plan: str = _row(
+        PLAN, "", Text(LONGEST_PLAN), "All that trains is clipped together under any plan."
+    )
+    names: str = _row(
+        NAMES, "", Text(LONGEST_NAMES), "Arrays with other names or shapes are refused."
+    )
+    weighting: str = _row(
+        WEIGHTING, "uniform", Text(LONGEST, WEIGHTINGS),
+        "A device tells its size or its noise only where its file says so.",
     )  # fmt: skip
-    names: str = _field(
-        NAMES, str, lambda v: len(v) <= LONGEST_NAMES, "the names of the device's own arrays",
-        "Arrays with other names or shapes are refused.", "",
+    fingerprint: str = _row(
+        FINGERPRINT, "", Text(LONGEST), "A device whose frozen weights differ takes no part."
+    )
+    share: str = _row(
+        SHARE, "", Text(LONGEST, (A, B)),
+        "What stays with the client went through the same private steps.",
     )  # fmt: skip
-    weighting: str = _field(
-        WEIGHTING, str, lambda v: v in WEIGHTINGS, f"one of {', '.join(WEIGHTINGS)}",
-        "A device tells its size or its noise only where its file says so.", "uniform",
-    )  # fmt: skip
-    fingerprint: str = _field(
-        FINGERPRINT, str, lambda v: len(v) <= LONGEST_FINGERPRINT, "a hash, or empty",
-        "A device whose frozen weights differ takes no part.", "",
-    )  # fmt: skip
-    share: str = _field(
-        SHARE, str, lambda v: v in ("", A, B), "A, B or empty",
-        "What stays with the client went through the same private steps.", "",
-    )  # fmt: skip
-    curvature: str = _field(
-        CURVATURE, str, lambda v: v in CURVATURES, "none, secant or empty",
-        "Scores read gradients that already carry the noise.", "",
+    curvature: str = _row(
+        CURVATURE, "", Text(LONGEST, CURVATURES),
+        "Scores read gradients that already carry the noise.",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -170,8 +170,10 @@ class Order:
 
 def _check(entry: Field[Any], value: object) -> None:
     about = entry.metadata
-    if type(value) is not about["kind"] or not about["holds"](value):
-        raise InvalidValue(about["key"], value, about["allowed"])
+    if type(value) is not type(entry.default):
+        raise InvalidValue(about["key"], shown(value), about["allowed"])
+    if value != entry.default:
+        about["limit"].read(about["key"], value)
 
 
 def named_arrays(

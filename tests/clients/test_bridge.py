@@ -209,7 +209,7 @@ def test_a_status_that_is_not_ok_is_an_error() -> None:
 def test_a_message_with_other_than_one_record_of_arrays_is_refused(number: int) -> None:
     content = RecordDict({f"arrays-{i}": record() for i in range(number)})
     content["config"] = ConfigRecord({})
-    with pytest.raises(RuntimeError, match="The message has . ArrayRecords"):
+    with pytest.raises(RuntimeError, match=f"The message has {number} ArrayRecords"):
         ask(app_of(AddOwnNumber), content=content)
 
 

@@ -18,8 +18,9 @@ from fedlora_flwr.privacy.engine import PrivateEngine
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.noise import NoiseSource, SeededNoise
 from fedlora_flwr.strategies import ASLoRA, FedLoRA
-from fedlora_flwr.strategies.replies import scores_of, size_of, to_record
+from fedlora_flwr.strategies.replies import size_of, to_record
 from fedlora_flwr.tasks.records import TensorRecords
+from fedlora_flwr.wire.records import read_training
 from tests.clients.asking import Asker
 from tests.conftest import MakeConfig
 
@@ -181,7 +182,7 @@ def test_scores_travel_as_one_number_a_block(make_config: MakeConfig, curvature:
     assert isinstance(scores, list)
     assert len(scores) == 4
     assert all(type(score) is float and np.isfinite(score) for score in scores)
-    assert scores_of(content) == tuple(scores)
+    assert read_training(content).scores == tuple(scores)
     # The very numbers that the trainer found.
     trainer = Trainer.build(config)
     records = trainer.task.client_records(0, config.num_clients)
@@ -203,7 +204,7 @@ def test_no_scores_leave_where_none_are_asked_for(make_config: MakeConfig) -> No
     content = Asker(make_config()).train("BABA")
     assert "scores" not in replied(content)
     assert "scores" not in content.config_records["config"]
-    assert scores_of(content) == ()
+    assert read_training(content).scores is None
 
 
 def test_an_exhausted_client_sends_no_scores(make_config: MakeConfig) -> None:

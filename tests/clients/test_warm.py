@@ -20,7 +20,7 @@ from fedlora_flwr.clients.device import Device
 from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.clients.warm import WarmProcess
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.errors import ClientFailed, InvalidValue
+from fedlora_flwr.errors import ClientFailed, InvalidValue, OrderRefused
 from fedlora_flwr.privacy.ledger import Account, Ledger
 from fedlora_flwr.strategies.replies import to_record
 from tests.clients.called import count_others, die, refuse, who
@@ -136,7 +136,8 @@ def device(tmp_path: Path) -> Path:
     file = tmp_path / "device" / "device.toml"
     file.parent.mkdir()
     file.write_text(
-        'client-id = "home"\nepsilon = 8.0\ndelta = 1e-4\nkeep-warm = 60\nstate-dir = "state"\n'
+        'client-id = "home"\ntask = "digits"\n'
+        'epsilon = 8.0\ndelta = 1e-4\nkeep-warm = 60\nstate-dir = "state"\n'
         "reproducible = true\n"
     )
     return file
@@ -205,7 +206,7 @@ def test_a_warm_device_sends_what_a_cold_one_sends(
 def test_a_warm_devices_refusal_is_its_cold_ones(device: Path) -> None:
     said = []
     for file in (device, copy_of(device, "cold", keep_warm=0)):
-        with pytest.raises(InvalidValue) as refusal:
+        with pytest.raises(OrderRefused) as refusal:
             train(file, RUN, 1, plan="AB" * 40)
         said.append(str(refusal.value))
         assert spent(file) == 0
@@ -251,7 +252,7 @@ def test_the_server_does_not_learn_names_of_files(device: Path) -> None:
     (records / "ward-7.jsonl").symlink_to(device.parent / "gone")
     device.write_text(device.read_text() + 'dataset = "records"\n')
     content = RecordDict({"config": ConfigRecord({"server-round": 1})})
-    with acting_for(77, 2), pytest.raises(ClientFailed, match=r"^FileNotFoundError on the client"):
+    with acting_for(77, 2), pytest.raises(ClientFailed, match=r"^The client could not do what"):
         app(
             Message(content, 2, MessageType.TRAIN),
             Context(77, 2, {"device": str(device)}, RecordDict(), RUN.items()),

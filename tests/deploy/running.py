@@ -17,7 +17,6 @@ from pathlib import Path
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy.fleet import CONNECTION, read_fleet
-from fedlora_flwr.simulations.runner import STUB
 from fedlora_flwr.simulations.superlink import free_port
 
 BIN = Path(sys.executable).parent
@@ -79,14 +78,13 @@ class RunningFleet:
         )
         return run.stdout + run.stderr
 
-    def run(self, config: RunConfig, timeout: float = 600) -> str:
-        """Submit the package's own app and follow it to its end."""
-        app, recipe = self.home / "app", self.home / "recipe.toml"
-        app.mkdir(exist_ok=True)
-        (app / "pyproject.toml").write_text(STUB + RunConfig().to_toml())
+    def run(self, config: RunConfig, timeout: float = 600, app: Path | None = None) -> str:
+        """Submit the fleet's app, or another one, and follow it to its end."""
+        recipe = self.home / "recipe.toml"
         recipe.write_text(config.to_toml())
+        shipped = app or self.folder / "operator" / "app"
         return self.operator(
-            "flwr", "run", app, CONNECTION, "--run-config", recipe, "--stream", timeout=timeout
+            "flwr", "run", shipped, CONNECTION, "--run-config", recipe, "--stream", timeout=timeout
         )
 
     def stop(self, names: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ import socket
 import ssl
 import stat
 import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
@@ -27,6 +28,12 @@ from fedlora_flwr.privacy.ledger import Account, Ledger
 from fedlora_flwr.simulations.superlink import free_port
 from tests.tasks.checkpoints import write_split
 from tests.tasks.texts import make_checkpoint, reviews, text_config
+
+
+@pytest.fixture(autouse=True)
+def activated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Find commands as in a shell in which the package's environment is active."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
 
 @pytest.fixture
@@ -183,6 +190,11 @@ def unreadable_settings(fleet: Path) -> None:
     (fleet / "devices" / "device-02" / "device.toml").write_text("client-id = ")
 
 
+def old_script(fleet: Path) -> None:
+    script = fleet / "devices" / "device-01" / "start.sh"
+    script.write_text(script.read_text().replace("fedlora deploy start", "flower-supernode"))
+
+
 @pytest.mark.parametrize(
     ("fault", "subject", "text"),
     [
@@ -193,6 +205,7 @@ def unreadable_settings(fleet: Path) -> None:
         (broken_certificate, "server certificate", "cannot be read"),
         (other_host, "server certificate", "holds for 127.0.0.1"),
         (other_version, "versions", "flwr .* here, 1.0.0 in the fleet"),
+        (old_script, "device-01", "a server's code would run"),
         (unreadable_settings, "device-02", "readable TOML file"),
     ],
 )
@@ -299,6 +312,9 @@ def test_a_device_is_looked_at_where_it_is(
     good = texts(found, good=True)
     assert good[f"server 127.0.0.1:{port}"] == ["answers with a certificate of ca.pem"]
     assert good["private keys"] == ["1 of mode 600, each fits its public key"]
+    assert [text.split(" in ")[0] for text in good["start.sh"]] == [
+        "runs only the code that is installed"
+    ]
     assert any("records, ε ≤ 3" in text for text in good["device-01"])
     assert any(text.startswith("backbone ") for text in good["device-01"])
 

@@ -12,6 +12,7 @@ from fedlora_flwr.bench.figures import operators
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.plan import factor_of
 from fedlora_flwr.privacy import engine as engine_module
+from fedlora_flwr.privacy.clipping import NoisyOptimizer
 from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
 from fedlora_flwr.privacy.mechanism import Mechanism, poisson_batches
 from fedlora_flwr.privacy.noise import SeededNoise
@@ -67,20 +68,20 @@ def test_one_record_moves_the_sum_by_at_most_c_over_all_tensors_together(
     assert largest_influence(family, mode, large) < 0.5 * large
 
 
-class _PerTensorClipping(engine_module._NoisyOptimizer):
+class _PerTensorClipping(NoisyOptimizer):
     def clip_and_accumulate(self) -> None:
         sums = []
         for rows in torch.split(self.rows(), [p.numel() for p in self.params], dim=1):
-            factors = (self.max_grad_norm / (rows.norm(dim=1) + 1e-6)).clamp(max=1)
+            factors = (1 / (rows.norm(dim=1) + 1e-6)).clamp(max=1 / self.max_grad_norm)
             sums.append(factors @ rows)
         self.summed = torch.cat(sums)
 
 
-class _BatchMeanClipping(engine_module._NoisyOptimizer):
+class _BatchMeanClipping(NoisyOptimizer):
     def clip_and_accumulate(self) -> None:
         mean = self.rows().sum(0) / self.expected_batch_size
         factor = min(1.0, self.max_grad_norm / (joint_norm([mean]) + 1e-12))
-        self.summed = mean * factor * self.expected_batch_size
+        self.summed = mean * factor * self.expected_batch_size / self.max_grad_norm
 
 
 @pytest.mark.parametrize("broken", [_PerTensorClipping, _BatchMeanClipping])
@@ -88,7 +89,7 @@ class _BatchMeanClipping(engine_module._NoisyOptimizer):
 def test_the_bound_catches_broken_clipping(
     monkeypatch: pytest.MonkeyPatch, broken: type, mode: str
 ) -> None:
-    monkeypatch.setattr(engine_module, "_NoisyOptimizer", broken)
+    monkeypatch.setattr(engine_module, "NoisyOptimizer", broken)
 
     with pytest.raises(AssertionError):
         assert_bounded(largest_influence(VIT, mode, 1e-2), 1e-2)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,83 +12,68 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlora_flwr.privacy.engine import PrivateEngine
-from fedlora_flwr.privacy.microbatches import microbatches
+from fedlora_flwr.privacy.mechanism import Mechanism
+from fedlora_flwr.privacy.microbatches import PassPlan, microbatches, passes, width_step, widths_of
+from fedlora_flwr.privacy.noise import SeededNoise
 from fedlora_flwr.tasks.records import TensorRecords
-from tests.models import ROBERTA, VIT
+from tests.models import PLAIN_SGD, ROBERTA, VIT
 
-sizes = st.lists(st.integers(0, 512), max_size=60)
-limits = st.none() | st.integers(1, 70)
-costs = st.integers(0, 5000)
-
-
-def cut(
-    lengths: Sequence[int], largest: int | None = None, cost: int = 64
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Return the parts of a batch, as indices and as lengths."""
-    # Indices are no positions in the batch.
-    indices = torch.arange(len(lengths)) * 7 + 1000
-    found = microbatches(indices, np.array(lengths, dtype=np.int64), largest, cost)
-    places = [((part - 1000) // 7).tolist() for part in found]
-    return [part.tolist() for part in found], [[lengths[i] for i in part] for part in places]
+keys = st.lists(st.integers(0, 6), max_size=60)
+lengths_ = st.lists(st.integers(0, 600), min_size=1, max_size=40)
+sizes = st.none() | st.integers(1, 70)
+steps = st.integers(4, 64)
+limits = st.none() | st.integers(1, 700)
 
 
-def padded(parts: Sequence[Sequence[int]]) -> int:
-    return sum(len(part) * max(part, default=0) for part in parts)
+@given(keys, sizes)
+def test_each_position_is_in_one_part_and_a_part_has_one_key(
+    values: list[int], largest: int | None
+) -> None:
+    parts = microbatches(np.array(values, dtype=np.int64), len(values), largest)
+
+    found = [part.tolist() for part in parts]
+    assert sorted(place for part in found for place in part) == list(range(len(values)))
+    assert all(found) or found == [[]]
+    assert all(len({values[place] for place in part}) == 1 for part in found if part)
+    assert largest is None or all(len(part) <= largest for part in found)
 
 
-@given(sizes, limits, costs)
-def test_each_index_is_in_one_part(lengths: list[int], largest: int | None, cost: int) -> None:
-    parts, _ = cut(lengths, largest, cost)
-
-    assert sorted(index for part in parts for index in part) == [
-        1000 + 7 * i for i in range(len(lengths))
-    ]
-    assert all(parts) or parts == [[]]
-    assert largest is None or all(len(part) <= largest for part in parts)
-
-
-@given(sizes, costs)
-def test_every_cut_saves_more_padding_than_a_pass_costs(lengths: list[int], cost: int) -> None:
-    _, parts = cut(lengths, None, cost)
-
-    assert padded(parts) <= padded([lengths]) - (cost + 1) * (len(parts) - 1)
-    joined = [length for part in parts for length in part]
-    assert joined == sorted(lengths)
-
-
-@given(sizes, limits, costs)
-def test_a_limit_adds_no_padding(lengths: list[int], largest: int | None, cost: int) -> None:
-    assert padded(cut(lengths, largest, cost)[1]) <= padded(cut(lengths, None, cost)[1])
-
-
-@given(sizes, costs)
-def test_no_cut_in_two_that_pays_is_left(lengths: list[int], cost: int) -> None:
-    for part in cut(lengths, None, cost)[1]:
-        for place in range(1, len(part)):
-            assert padded([part]) - padded([part[:place], part[place:]]) <= cost
-
-
-@given(st.integers(0, 40), limits)
-def test_without_lengths_the_order_is_kept(count: int, largest: int | None) -> None:
-    indices = torch.arange(count).flip(0)
-    parts = microbatches(indices, None, largest)
-    assert torch.equal(torch.cat(parts), indices)
+@given(st.integers(0, 40), sizes)
+def test_without_keys_the_order_is_kept(count: int, largest: int | None) -> None:
+    parts = microbatches(None, count, largest)
+    assert torch.cat(parts).tolist() == list(range(count))
     assert {len(part) for part in parts[:-1]} <= {largest}
     assert len(parts) == max(1, -(-count // (largest or max(count, 1))))
 
 
-def test_records_of_one_length_are_not_cut_and_keep_their_order() -> None:
-    parts, _ = cut([9] * 30, None, 0)
-    assert parts == [[1000 + 7 * i for i in range(30)]]
+def test_parts_by_hand() -> None:
+    parts = microbatches(np.array([3, 1, 3, 1, 1]), 5, 2)
+    assert [part.tolist() for part in parts] == [[1, 3], [4], [0, 2]]
 
 
-def test_a_cut_by_hand() -> None:
-    # A cut behind the 1s saves 3 * 9 tokens, which pays at 26 and not at 27.
-    lengths = [10, 1, 10, 1, 1]
-    assert cut(lengths, None, 26)[1] == [[1, 1, 1], [10, 10]]
-    assert cut(lengths, None, 27)[1] == [[1, 1, 1, 10, 10]]
-    assert cut(lengths, 2, 26)[1] == [[1, 1], [1], [10, 10]]
-    assert cut(lengths, None, 26)[0] == [[1007, 1021, 1028], [1000, 1014]]
+@given(lengths_, steps, limits, st.integers(0, 39))
+def test_a_width_follows_from_a_records_own_length(
+    lengths: list[int], step: int, limit: int | None, place: int
+) -> None:
+    together = np.array([min(n, limit or n) for n in lengths])
+    own = together[[place % len(lengths)]]
+    widths, keys = widths_of(together, step, limit)
+    width, key = widths_of(own, step, limit)
+
+    assert widths[place % len(lengths)] == width[0]
+    assert keys[place % len(lengths)] == key[0]
+    assert (widths >= together).all()
+    # A mask that hides nothing is left out, and another computation done.
+    assert all(len(set((together == widths)[keys == k])) == 1 for k in keys)
+    assert limit is not None or (widths > together).all()
+
+
+@pytest.mark.parametrize(("batch_size", "cost", "step"), [(64, 64, 8), (4, 64, 32), (4096, 64, 4)])
+def test_widths_are_near_each_other_for_large_batches(
+    batch_size: int, cost: int, step: int
+) -> None:
+    assert width_step(batch_size, cost) == step
+    assert step <= width_step(batch_size, 4096) <= 64
 
 
 class Lengthy(TensorRecords):
@@ -104,15 +90,57 @@ def test_the_engine_cuts_by_the_lengths_of_the_batch(
     records = Lengthy(tensors.batch(torch.arange(9)))
     # Of the whole data set; the batch is another order of some.
     records.lengths = np.array([1000, 1, 90, 1, 90, 1, 90, 1, 1000])
-    engine = PrivateEngine(ROBERTA.adapted(), ROBERTA.losses, microbatch)
 
-    parts = engine._chunks(records, torch.tensor([2, 1, 6, 5, 4, 7, 3]))
+    parts = parts_of(
+        PrivateEngine(ROBERTA.adapted(), ROBERTA.losses, microbatch),
+        records,
+        torch.tensor([2, 1, 6, 5, 4, 7, 3]),
+    )
 
     assert [len(part) for part in parts] == sizes
     assert torch.cat(parts).tolist() == [1, 5, 7, 3, 2, 6, 4]
 
 
+def parts_of(engine: PrivateEngine, records: Any, indices: Tensor) -> list[Tensor]:
+    engine.start_round(Mechanism(0.0, 1.0, 4, 9), PLAIN_SGD, SeededNoise(0))
+    found = list(passes(records, indices, engine._plan))
+    assert [part.is_last for part in found] == [False] * (len(found) - 1) + [True]
+    assert all(part.rows == len(part.indices) for part in found)
+    return [part.indices for part in found]
+
+
 def test_records_without_lengths_are_cut_by_number_only() -> None:
     engine = PrivateEngine(VIT.adapted(), VIT.losses, 3)
-    indices: Tensor = torch.tensor([5, 0, 2, 4])
-    assert [part.tolist() for part in engine._chunks(VIT.records(6), indices)] == [[5, 0, 2], [4]]
+    found = parts_of(engine, VIT.records(6), torch.tensor([5, 0, 2, 4]))
+    assert [part.tolist() for part in found] == [[5, 0, 2], [4]]
+
+
+class PaddedToTheLongest:
+    """Records of a user's own, whose batches are as wide as their longest."""
+
+    texts = (3, 5, 3, 8, 5, 1)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def batch(self, indices: Tensor) -> dict[str, Tensor]:
+        chosen = [self.texts[i] for i in indices.tolist()]
+        width = max(chosen)
+        rows = torch.tensor(
+            [[i] * n + [0] * (width - n) for i, n in zip(indices, chosen, strict=True)]
+        )
+        return {"input_ids": rows, "attention_mask": (rows >= 0).long()}
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.booleans())
+def test_records_that_say_nothing_are_put_together_by_the_shapes_they_have_alone(
+    indices: Sequence[int], exact: bool
+) -> None:
+    records = PaddedToTheLongest()
+    found = list(passes(records, torch.tensor(indices), PassPlan(4, exact=exact)))
+
+    assert sorted(torch.cat([part.indices for part in found]).tolist()) == sorted(indices)
+    assert not exact or len(found) == len(indices)
+    for part in found:
+        for i, row in zip(part.indices.tolist(), part.batch["input_ids"], strict=True):
+            assert torch.equal(row, records.batch(torch.tensor([i]))["input_ids"][0])

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Context, Message
 from peft import PeftModel
 from safetensors.numpy import load_file
 
@@ -201,6 +202,63 @@ def test_a_run_that_dies_later_keeps_its_last_round(
     assert (summary["status"], summary["rounds_done"]) == ("failed", 2)
     assert summary["final_accuracy"] == run_dir.rows("rounds")[2]["accuracy"]
     assert adapter(run_dir)
+
+
+def test_what_clients_call_their_numbers_does_not_change_what_the_server_counts(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """All clients measure under the names of a row's own columns; a run of FedSA writes them."""
+    own = {"round": 77.0, "plan": 1.0, "failures": 2.0, "clients_used": 9.0, "seconds": -1.0}
+
+    def respond(message: Message, context: Context) -> Message:
+        reply = app(message, context)
+        if message.metadata.message_type in ("train", "evaluate"):
+            reply.content.metric_records["metrics"].update(
+                {name: v for name, v in own.items() if name != "seconds"}
+            )
+        return reply
+
+    config = make_config(strategy="fedsa-lora", num_rounds=1)
+    run_dir = RunDirectory(tmp_path / "run")
+    with LocalGrid(respond, config.num_clients, config.items()).running() as grid:
+        summary = serve(grid, config, run_dir)
+    row = run_dir.rows("rounds")[1]
+    assert (row["round"], row["plan"], row["clients_used"], row["failures"]) == (1, "*", 3, [])
+    assert row["seconds"] > 0
+    assert [entry["round"] for entry in run_dir.rows("clients")] == [1, 1, 1]
+    assert summary["final_accuracy"] == row["accuracy"]
+
+
+def test_a_run_in_which_no_client_measures_goes_on_without_figures(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    def respond(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "evaluate":
+            raise RuntimeError("this device measures nothing")
+        return app(message, context)
+
+    config = make_config(strategy="fedsa-lora")
+    run_dir = RunDirectory(tmp_path / "run")
+    with LocalGrid(respond, config.num_clients, config.items()).running() as grid:
+        summary = serve(grid, config, run_dir)
+    assert (summary["status"], summary["rounds_done"]) == ("completed", 2)
+    for row in run_dir.rows("rounds")[1:]:
+        assert "accuracy" not in row
+        assert row["clients_used"] == 3
+        assert len(row["failures"]) == 3
+        assert describe_round(row)
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_take_the_result_away(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("fedlora_flwr.simulations.plots.plot_modes", fail)
+    run_dir, summary = run(make_config(strategy="as-lora"), tmp_path / "run")
+    assert summary["status"] == "completed"
+    assert not (run_dir.path / "modes.png").exists()
 
 
 def test_an_unknown_strategy_fails_before_training(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -378,7 +378,7 @@ def unscored(asked: Asked) -> RecordDict:
 
 def test_clients_that_score_nothing_end_the_run_with_the_reason() -> None:
     with pytest.raises(
-        FederationAborted, match=r"Round 1: partition-000000 sent 0 scores for 2 bl"
+        FederationAborted, match=r"0 of 2.*partition-000000: it sent 0 scores for 2 bl"
     ):
         Tiny(2, unscored).run(ASLoRA())
 

@@ -90,7 +90,7 @@ def unknown(arrays: Numbers) -> None:
 # The fault, the client's line in the round's failures, and the rows of its ledger.
 FAULTS: Mapping[str, tuple[Fault, str, int]] = {
     "raises": (unreadable, "ValueError on the client; its own log says more", 0),
-    "other backbone": (other_backbone, "backbone = ", 0),
+    "other backbone": (other_backbone, "their frozen weights differ", 0),
     "NaN": (spoilt(nan), "= 'NaN or infinity' cannot be used: expected finite numbers.", 1),
     "shape": (spoilt(shape), "shape of ", 1),
     "frozen factor": (spoilt(frozen), "uploaded arrays = ", 1),

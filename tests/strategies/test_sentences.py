@@ -64,8 +64,11 @@ def test_a_pattern_of_blocks_is_what_such_a_model_needs() -> None:
 
 def test_a_client_that_sends_no_scores() -> None:
     assert sentence(ASLoRA(), Tiny(2, honest)) == (
-        "Round 1: partition-000000 sent 0 scores for 2 blocks. as-lora needs a client that scores "
-        "blocks, such as LoRAClient or one that calls follow_plan."
+        "Round 1: 0 of 2 clients answered, fewer than min-completion = 0.5. Reasons: "
+        "partition-000000: it sent 0 scores for 2 blocks. as-lora needs a client that scores "
+        "blocks, such as LoRAClient or one that calls follow_plan; "
+        "partition-000001: it sent 0 scores for 2 blocks. as-lora needs a client that scores "
+        "blocks, such as LoRAClient or one that calls follow_plan"
     )
 
 

@@ -94,7 +94,11 @@ def test_labels_may_be_names(make_task: Make, folder: Path, values: Sequence[Any
 
     assert task.num_classes == 2
     assert all_of(task.test_records())["label"] == expected
-    assert all_of(make_task(num_classes=2).test_records())["label"] == expected
+    if isinstance(values[0], str):
+        with pytest.raises(InvalidValue, match="class-names = ''"):
+            make_task(num_classes=2).test_records()
+    named = make_task(num_classes=2, class_names="no, yes")
+    assert all_of(named.test_records())["label"] == expected
 
 
 def test_records_without_a_class_are_dropped(make_task: Make, folder: Path) -> None:

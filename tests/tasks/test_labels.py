@@ -20,12 +20,21 @@ def column(values: Sequence[Any], kind: Any = None) -> Dataset:
     return Dataset.from_dict({"kind": list(values)}, features=features)
 
 
-def labels(private: Dataset | None, num_classes: int = 0) -> Labels:
+def labels(
+    private: Dataset | None,
+    num_classes: int = 0,
+    names: Sequence[str] = (),
+    schema: Dataset | None = None,
+) -> Labels:
+    """Return labels of a private split; with ``schema`` only its columns may be looked at."""
+
     def opened() -> Dataset:
         assert private is not None, OPENED
         return private
 
-    return Labels(opened, "kind", num_classes)
+    known = private if schema is None else schema
+    columns = None if known is None else known.features
+    return Labels(opened, lambda: columns, "kind", num_classes, names)
 
 
 @given(st.lists(st.integers(0, 9), min_size=1), st.lists(st.integers(0, 9), min_size=1))
@@ -64,22 +73,93 @@ def test_a_number_of_classes_that_is_given_needs_no_private_split() -> None:
     assert numbers.dtype == np.int64
     with pytest.raises(InvalidValue, match=r"num-classes = 4 .*at least 5: a record is of class 4"):
         found.numbers(column([0, 4]))
-    with pytest.raises(AssertionError, match=OPENED):
-        found.numbers(column(["a"]))
 
 
-def test_more_classes_than_names_are_allowed_and_fewer_are_not() -> None:
-    private = column(["b", "a", "b"])
-    assert labels(private, 5).count == 5
-    assert labels(private, 5).numbers(private).tolist() == [1, 0, 1]
-    with pytest.raises(InvalidValue, match=r"num-classes = 1 .*at least 2, or 0"):
-        labels(private, 1).numbers(private)
+def test_text_is_not_numbered_by_the_records_that_are_there() -> None:
+    """One device has all classes, another some of them: each would number them its own way."""
+    private = column(["good", "good"])
+    for each in (private, None):
+        with pytest.raises(InvalidValue, match=r"class-names = '' .*2 classes .*'kind' holds text"):
+            labels(each, 2).numbers(private)
+    assert labels(private, 2).count == 2
+
+
+@given(
+    st.lists(st.text(max_size=4), min_size=1, max_size=6, unique=True),
+    st.data(),
+    st.sampled_from(["text", "numbered names"]),
+)
+def test_names_that_are_given_number_any_split(
+    names: list[str], data: st.DataObject, form: str
+) -> None:
+    held = data.draw(st.lists(st.sampled_from(names), min_size=1))
+    if form == "text":
+        dataset = column(held, Value("string"))
+    else:
+        own = data.draw(st.permutations(sorted(set(held))))
+        dataset = column([own.index(name) for name in held], ClassLabel(names=own))
+    found = labels(None, data.draw(st.sampled_from([0, len(names)])), names)
+    assert found.count == len(names)
+    assert [names[number] for number in found.numbers(dataset)] == held
+    assert len(labels(None, 0, [*names, "another one"]).numbers(dataset)) == len(held)
+    others = labels(None, 0, [*(name for name in names if name != held[0]), "another one"])
+    with pytest.raises(InvalidValue, match="label-column = 'kind'"):
+        others.numbers(dataset)
+
+
+def test_numbers_are_positions_among_names_or_names_themselves() -> None:
+    values = column([1, 0, 1])
+    assert labels(None, 0, ["no", "yes"]).numbers(values).tolist() == [1, 0, 1]
+    assert labels(None, 0, ["1", "0"]).numbers(values).tolist() == [0, 1, 0]
+    far = column([1_000_001, 1_000_000])
+    assert labels(None, 0, ["1000000", "1000001"]).numbers(far).tolist() == [1, 0]
+    assert labels(None, 0, ["no", "yes"]).numbers(column([0, 1], ClassLabel(2))).tolist() == [0, 1]
+    # The library calls a class without a name "0"; and somebody may have called one so.
+    assert labels(None, 0, ["no", "0"]).numbers(column([0], ClassLabel(1))).tolist() == [1]
+    truth = column([True, False])
+    assert labels(None, 0, ["True", "false"]).numbers(truth).tolist() == [0, 1]
+    assert labels(None, 0, ["no", "yes"]).numbers(truth).tolist() == [1, 0]
+    with pytest.raises(InvalidValue, match=r"num-classes = 2 .*a record is of class 2"):
+        labels(None, 0, ["no", "yes"]).numbers(column([2]))
+    with pytest.raises(InvalidValue, match=r"label-column = 'kind' .*\['5'\]"):
+        labels(None, 0, ["1", "0"]).numbers(column([1, 5]))
+
+
+def test_names_that_a_type_gives_are_followed_across_splits() -> None:
+    train = column([0, 1, 2], ClassLabel(names=["no", "yes", "perhaps"]))
+    other = column([0, 1, 2], ClassLabel(names=["perhaps", "no", "yes"]))
+    for count in (0, 3):
+        found = labels(train if count == 0 else None, count, schema=train)
+        assert found.count == 3
+        assert found.numbers(train).tolist() == [0, 1, 2]
+        assert found.numbers(other).tolist() == [2, 0, 1]
+        assert found.numbers(column(["yes", "no"])).tolist() == [1, 0]
+    with pytest.raises(InvalidValue, match=r"a record's class is in \['maybe'\]"):
+        labels(train).numbers(column([1], ClassLabel(names=["no", "maybe"])))
+    # A server without the private split has its own order.
+    assert labels(None, 3).numbers(other).tolist() == [0, 1, 2]
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(InvalidValue, match=r"num-classes = 3 .*0 or 2, as class-names"):
+        labels(None, 3, ["a", "b"])
+    with pytest.raises(InvalidValue, match=r"class-names = 'a,b,a' .*each name once"):
+        labels(None, 0, ["a", "b", "a"])
+
+
+def test_numbers_that_are_far_apart_do_not_make_a_huge_classifier() -> None:
+    far = column([1_000_000, 1_000_001])
+    with pytest.raises(InvalidValue, match=r"2 classes have numbers up to 1000001\. Name them"):
+        _ = labels(far).count
+    assert labels(column([0, 99])).count == 100
+    assert labels(column([*range(20), 199])).count == 200
+    assert labels(far, 1_000_002).count == 1_000_002
 
 
 def test_a_name_that_the_private_split_does_not_have_is_refused_by_name() -> None:
-    with pytest.raises(InvalidValue, match=r"\['a', 'b'\]; another split has \['c', 'd'\]"):
+    with pytest.raises(InvalidValue, match=r"\['a', 'b'\]; a record's class is in \['c', 'd'\]"):
         labels(column(["b", "a"])).numbers(column(["d", "a", "c"]))
-    with pytest.raises(InvalidValue, match=r"\[\]; another split has \['a'\]"):
+    with pytest.raises(InvalidValue, match=r"\[\]; a record's class is in \['a'\]"):
         labels(column([0, 1])).numbers(column(["a"]))
 
 

@@ -14,7 +14,7 @@ from fedlora_flwr.config import RunConfig, parse_overrides, read_toml
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.privacy.filters import FILTERS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "fedlora_flwr" / "simulations" / "recipes" / "digits.toml"
 DEFAULTS = RunConfig().items()
 

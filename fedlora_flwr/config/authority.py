@@ -1,0 +1,112 @@
+"""Who decides on a device, as one table: every configuration key and every field of a message.
+
+The rows are read from the declarations that the code itself reads: a key's `Decider`, an order's
+fields, a report's fields. So the table cannot differ from what the package does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fedlora_flwr.config.keys import Decider, allowed_values, fields_by_key
+from fedlora_flwr.config.run_config import RunConfig
+from fedlora_flwr.wire.order import Order
+from fedlora_flwr.wire.report import FURTHER, Report
+
+HEADER = ("key", "who decides on a device", "accepted", "why")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One value, and who decides it on a device.
+
+    Parameters
+    ----------
+    where : str
+        ``"configuration"``, ``"order"`` (a message to a device) or ``"report"`` (its answer).
+    key : str
+        As it is written.
+    decides : str
+        One of `Decider`.
+    accepted : str
+        The hard limits of type and range.
+    why : str
+        One sentence of reason.
+    default : object, optional
+        What a device has where neither its file nor the run says anything.
+    """
+
+    where: str
+    key: str
+    decides: str
+    accepted: str
+    why: str
+    default: Any = None
+
+
+def rows() -> Iterator[Row]:
+    """Yield the whole table: configuration, order, report."""
+    for key, entry in fields_by_key(RunConfig).items():
+        about = entry.metadata
+        yield Row(
+            "configuration", key, about["decides"], allowed_values(entry), about["why"],
+            about["on_device"],
+        )  # fmt: skip
+    for entry in fields(Order):
+        about = entry.metadata
+        yield Row("order", about["key"], about["decides"], about["allowed"], about["why"])
+    for entry in fields(Report):
+        about, word = entry.metadata, entry.metadata["word"]
+        # Two fields hold further numbers or texts, under names of their own.
+        key = word if word != FURTHER else f"further {entry.name}"
+        yield Row("report", key, about["decides"], about["allowed"], about["why"])
+
+
+def markdown() -> str:
+    """Return the table as Markdown, one section for each kind of row."""
+    parts = []
+    titles = {
+        "configuration": "Keys of the run configuration",
+        "order": "Fields of a message to a device",
+        "report": "Fields of a device's answer",
+    }
+    for where, title in titles.items():
+        lines = [" | ".join(HEADER), "|".join(["---"] * len(HEADER))]
+        lines += [
+            f"`{row.key}` | {row.decides} | {_cell(row.accepted)} | {row.why}"
+            for row in rows()
+            if row.where == where
+        ]
+        parts.append(f"### {title}\n\n" + "\n".join(f"| {line} |" for line in lines) + "\n")
+    return "\n".join(parts)
+
+
+def in_force(settings: Mapping[str, Any], limits: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield each key with what decides it on one device, in words.
+
+    Parameters
+    ----------
+    settings : Mapping[str, Any]
+        What the device's file gives.
+    limits : Mapping[str, Limit]
+        What the device's file accepts of a run.
+    """
+    for row in rows():
+        if row.where != "configuration":
+            continue
+        if row.decides == Decider.DEVICE:
+            given = row.key in settings
+            value = settings.get(row.key, row.default)
+            yield row.key, f"{value!r}, {'its file' if given else 'default: its file is silent'}"
+        elif row.decides == Decider.PACKAGE:
+            yield row.key, f"{row.default!r}, always"
+        elif row.key in limits:
+            yield row.key, f"the run, {limits[row.key]}"
+        else:
+            yield row.key, f"the run, {row.accepted}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -1,0 +1,199 @@
+"""All that this package relies on inside Flower to keep other code off a device.
+
+Flower has no setting for it: by default a device imports what the server ships. Flower's SuperNode
+starts a SuperExec, which starts a program for each message by its name; that program unpacks the
+app bundle and imports the app from it. Here the last two steps get stand-ins. Each function looks
+whether Flower is still made that way, and refuses a version that is not.
+
+Source: flwr 1.42, ``supercore/superexec/executor/subprocess_executor.py`` and
+``supernode/runtime/run_clientapp.py``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from importlib.metadata import EntryPoint, distribution
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fedlora_flwr.errors import FedLoRAError
+
+if TYPE_CHECKING:
+    from flwr.clientapp.typing import ClientAppCallable
+
+SUPERNODE, SUPEREXEC, CLIENT = "flower-supernode", "flower-superexec", "flwr-clientapp"
+_RUNTIME = "flwr.supernode.runtime.run_clientapp"
+_EXECUTOR = "flwr.supercore.superexec.executor"
+Loader = Callable[[bytes], "ClientAppCallable"]
+"""Gives the app that serves a message, by the content of the run's bundle."""
+
+
+class NotSealed(FedLoRAError):
+    """A device would run other code than what is installed on it, and is not started.
+
+    Parameters
+    ----------
+    what : str
+        What was found.
+    mend : str
+        What to do about it.
+    """
+
+    def __init__(self, what: str, mend: str) -> None:
+        super().__init__(f"{what}: {mend}.")
+        self.what, self.mend = what, mend
+
+    def __reduce__(self) -> tuple[type[NotSealed], tuple[str, str]]:
+        """Rebuild from the two arguments, so that the error crosses processes."""
+        return NotSealed, (self.what, self.mend)
+
+
+class OtherFlower(NotSealed):
+    """The installed version of Flower starts clients in a way that the package does not know.
+
+    Parameters
+    ----------
+    what : str
+        What is missing in it.
+    """
+
+    def __init__(self, what: str) -> None:
+        version = distribution("flwr").version
+        super().__init__(
+            f"flwr {version} cannot be kept from running a server's code, because {what}",
+            "install flwr 1.42 on this device",
+        )
+
+
+def programs() -> dict[str, EntryPoint]:
+    """Return every program that Flower installs, by its name.
+
+    Raises
+    ------
+    OtherFlower
+        One that a device needs is missing.
+    """
+    points = distribution("flwr").entry_points.select(group="console_scripts")
+    found = {point.name: point for point in points}
+    for name in (SUPERNODE, SUPEREXEC, CLIENT):
+        if name not in found:
+            raise OtherFlower(f"it has no program {name}")
+    return found
+
+
+def started_by_superexec() -> set[str]:
+    """Return the names under which SuperExec looks for the programs that it starts.
+
+    Its own executor is asked, with a recorder where it would start a process.
+
+    Raises
+    ------
+    OtherFlower
+        It does not start a client's program by its bare name.
+    """
+    commands: list[list[str]] = []
+    recorder = SimpleNamespace(
+        Popen=lambda arguments, **_: commands.append(list(arguments)), DEVNULL=None
+    )
+    try:
+        executor: Any = importlib.import_module(f"{_EXECUTOR}.subprocess_executor")
+        kinds: Any = importlib.import_module("flwr.supercore.constant").TaskType
+        real, executor.subprocess = executor.subprocess, recorder
+        try:
+            for kind in kinds:
+                executor.SubprocessExecutor().launch(_execution(kind))
+        finally:
+            executor.subprocess = real
+    except Exception as error:
+        raise OtherFlower(f"its SuperExec is another ({error})") from error
+    names = {command[0] for command in commands}
+    if len(commands) != len(kinds) or CLIENT not in names or any("/" in name for name in names):
+        raise OtherFlower(f"its SuperExec starts {', '.join(sorted(names)) or 'nothing'}")
+    return names
+
+
+def _execution(kind: object) -> object:
+    types: Any = importlib.import_module(f"{_EXECUTOR}.types")
+    return types.ExecutionSpec(
+        task_type=kind, runtime_api_address="127.0.0.1:1", token=str(kind), insecure=True,
+        root_certificates_path=None, runtime_dependency_install=False, parent_pid=None,
+        suppress_output=False, task_id=1,
+    )  # fmt: skip
+
+
+def serve_with(load: Loader) -> Callable[[], object]:
+    """Replace, for the rest of this process, what Flower does with an app bundle.
+
+    Nothing of a bundle is written to the disk, put on the path of imports, imported or installed;
+    the app that serves the message is the one that `load` gives.
+
+    Parameters
+    ----------
+    load : callable
+        Called once with the bundle's content. What it raises becomes an error reply.
+
+    Returns
+    -------
+    callable
+        Flower's own ``flwr-clientapp``, which reads its command line and answers one message.
+
+    Raises
+    ------
+    OtherFlower
+        A function that has to be replaced is not where it is expected.
+    """
+    loading = _Loading(load)
+    stand_ins: Iterable[tuple[str, str, Callable[..., object]]] = (
+        ("flwr.supercore.object_ref", "load_app", _never),
+        ("flwr.supercore.superexec.dependency_installer", "install_app_dependencies", _never),
+        ("flwr.cli.install", "install_from_fab", loading.look_at),
+        ("flwr.clientapp.utils", "get_load_client_app_fn", loading.loader),
+    )
+    # Where each is defined, so that the runtime, imported only then, gets it wherever it asks.
+    for module, name, stand_in in stand_ins:
+        owner = _module(module)
+        if not callable(getattr(owner, name, None)):
+            raise OtherFlower(f"{module} has no {name}")
+        setattr(owner, name, stand_in)
+    runtime = _module(_RUNTIME)
+    for _, name, stand_in in stand_ins:
+        if name != "load_app" and getattr(runtime, name, None) != stand_in:
+            raise OtherFlower(f"{_RUNTIME} does not use {name}")
+    serve: Callable[[], object] = programs()[CLIENT].load()
+    return serve
+
+
+class _Loading:
+    """Takes the place of two of Flower's functions: the first is called before the second."""
+
+    def __init__(self, load: Loader) -> None:
+        self._load = load
+        self._app: ClientAppCallable | None = None
+
+    def look_at(self, bundle: object, *_: object, **__: object) -> None:
+        """Stand in for what unpacks a bundle."""
+        if not isinstance(bundle, bytes):
+            raise OtherFlower("it hands over something else than a bundle's bytes")
+        self._app = self._load(bundle)
+
+    def loader(self, *_: object, **__: object) -> Callable[..., ClientAppCallable]:
+        """Stand in for what imports the app of a bundle."""
+
+        def load(*_: object, **__: object) -> ClientAppCallable:
+            if self._app is None:
+                raise OtherFlower("it loads an app before the bundle has been looked at")
+            return self._app
+
+        return load
+
+
+def _never(*_: object, **__: object) -> NoReturn:
+    raise OtherFlower("it wants to import or install something of a bundle")
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise OtherFlower(f"there is no {name}") from error

@@ -1,0 +1,213 @@
+"""Start a device's SuperNode so that only code runs there which is installed there."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import fedlora_flwr
+from fedlora_flwr.deploy import flower
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.files import replacing
+from fedlora_flwr.simulations.superlink import QUIET
+
+COMMAND = "fedlora"
+START = f"{COMMAND} deploy start"
+"""What a device's script hands over to."""
+BIN = "bin"
+CLIENT_PROCESS = "fedlora_flwr.deploy.client_process"
+# Argparse takes their beginnings for them.
+_UNSAFE = ("--isolation", "--allow-runtime-dependency-installation")
+_REFUSAL = (
+    "This device starts no {name}: it answers with the fedlora_flwr that is installed on it and "
+    "with nothing else. Ask the server's operator what this run is for."
+)
+
+
+def start_supernode(folder: Path, arguments: Sequence[str]) -> NoReturn:
+    """Become a SuperNode that cannot reach any of Flower's programs but those in ``bin``.
+
+    Parameters
+    ----------
+    folder : Path
+        The device's; its ``bin`` is made anew.
+    arguments : sequence of str
+        What ``flower-supernode`` is given.
+
+    Raises
+    ------
+    InvalidValue
+        An argument lets other code run.
+    NotSealed
+        Flower's own programs would be found before, or beside, those in ``bin``.
+    OtherFlower
+        The installed version of Flower starts clients in another way.
+    """
+    _check_arguments(arguments)
+    check_flower(os.environ)
+    try:
+        write_programs(folder / BIN)
+    except OSError as error:
+        raise flower.NotSealed(
+            f"{folder / BIN} cannot be written ({error.strerror})",
+            "start this device as the user whose folder it is",
+        ) from error
+    env = sealed(os.environ, folder / BIN)
+    program = folder / BIN / flower.SUPERNODE
+    os.execve(program, [flower.SUPERNODE, *arguments], env)  # noqa: S606
+
+
+def installed_code(script: Path) -> Path:
+    """Return the folder of the package that a device's start script runs, and nothing beside it.
+
+    Nothing is started, and nothing in the device's folder is changed.
+
+    Parameters
+    ----------
+    script : Path
+        The device's ``start.sh``.
+
+    Raises
+    ------
+    NotSealed
+        The script starts Flower by itself, or the environment's ``fedlora`` is not this one.
+    OtherFlower
+        The installed version of Flower starts clients in another way.
+    """
+    check_script(script)
+    command, here = shutil.which(COMMAND), Path(sys.executable).parent
+    if command is None or Path(command).parent != here:
+        raise flower.NotSealed(
+            f"{script.name} would start {command or 'nothing'} instead of {here / COMMAND}",
+            "activate the environment that the package is installed in",
+        )
+    check_flower(os.environ)
+    with tempfile.TemporaryDirectory() as draft:
+        write_programs(Path(draft))
+        sealed(os.environ, Path(draft))
+    return Path(fedlora_flwr.__file__).parent
+
+
+def check_script(script: Path) -> None:
+    """Look whether a start script hands over to `start_supernode`.
+
+    Raises
+    ------
+    NotSealed
+        It does not, or there is none.
+    """
+    lines = script.read_text(encoding="utf-8").splitlines() if script.exists() else []
+    words = [Path(word).name for line in lines for word in line.partition("#")[0].split()]
+    starts = [line for line in lines if line.startswith(f"exec {START} ")]
+    if not starts or not flower.programs().keys().isdisjoint(words):
+        raise flower.NotSealed(
+            f"{script.name} does not start the SuperNode by `{START}`: a server's code would run",
+            f"take the {script.name} of a device that `fedlora deploy init` makes today",
+        )
+
+
+def check_flower(env: Mapping[str, str]) -> None:
+    """Look whether the installed version of Flower is one that can be kept to installed code.
+
+    Parameters
+    ----------
+    env : mapping of str to str
+        What the device's processes know.
+
+    Raises
+    ------
+    OtherFlower
+        SuperExec starts clients in another way than by a program's name.
+    NotSealed
+        The client's program finds that Flower loads apps in another way.
+    """
+    unknown = flower.started_by_superexec() - flower.programs().keys()
+    if unknown:
+        raise flower.OtherFlower(f"its SuperExec starts {', '.join(sorted(unknown))}")
+    # In a process of its own, as it changes Flower in the memory of the one that looks.
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", CLIENT_PROCESS, "--try"],
+        env=dict(env), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise flower.NotSealed(
+            f"a client's process does not start ({lines[-1] if lines else 'no reason given'})",
+            "make that right, or install flwr 1.42 on this device",
+        )
+
+
+def write_programs(folder: Path) -> None:
+    """Write a program for each name that Flower may start; others than three do nothing.
+
+    Parameters
+    ----------
+    folder : Path
+        Where to.
+    """
+    folder.mkdir(mode=0o700, exist_ok=True)
+    for name, point in flower.programs().items():
+        if name in (flower.SUPERNODE, flower.SUPEREXEC):
+            code = f"import sys; sys.argv[0] = {name!r}; from {point.module} import {point.attr}"
+            lines = _python("-c", f"{code}; sys.exit({point.attr}())")
+            if name == flower.SUPEREXEC:
+                lines += " --executor subprocess"
+        elif name == flower.CLIENT:
+            lines = _python("-m", CLIENT_PROCESS)
+        else:
+            lines = f"echo {shlex.quote(_REFUSAL.format(name=name))} >&2\nexit 1"
+        with replacing(folder / name) as draft:
+            draft.write_text(f"#!/bin/sh\n{lines}\n", encoding="utf-8")
+            draft.chmod(0o700)
+
+
+def sealed(env: Mapping[str, str], own: Path) -> dict[str, str]:
+    """Return an environment in which Flower's programs are those of a folder, or none.
+
+    Parameters
+    ----------
+    env : mapping of str to str
+        The environment to begin with.
+    own : Path
+        Folder with the programs.
+
+    Raises
+    ------
+    NotSealed
+        A program would still be found elsewhere.
+    """
+    names = flower.programs().keys()
+    found = env.get("PATH", os.defpath).split(os.pathsep)
+    # Without Flower's own folder a program that vanishes is not found, rather than Flower's.
+    folders = [Path(entry) for entry in found if Path(entry).is_absolute()]
+    kept = [folder for folder in folders if not any((folder / name).exists() for name in names)]
+    path = os.pathsep.join(map(str, (own.resolve(), *kept)))
+    for name in names:
+        seen = shutil.which(name, path=path)
+        if seen != str(own.resolve() / name):
+            raise flower.NotSealed(
+                f"{name} would be {seen or 'missing'} instead of {own / name}",
+                f"put this device's folder on a disk that may hold programs, without "
+                f"{os.pathsep!r} in its name",
+            )
+    quiet = {key: value for key, value in QUIET.items() if key.startswith("FLWR_")}
+    return {**env, **quiet, "PATH": path, "PYTHONSAFEPATH": "1"}
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if len(name) > 3 and any(option.startswith(name) for option in _UNSAFE):
+            allowed = f"none of {' and '.join(_UNSAFE)}, which let a server's code run"
+            raise InvalidValue("argument", argument, allowed)
+
+
+def _python(*arguments: str) -> str:
+    return f'exec {shlex.join([sys.executable, "-P", *arguments])} "$@"'

@@ -1,0 +1,137 @@
+"""Clip each record to norm 1, add noise of deviation σ, and only then multiply by the clip norm.
+
+In units of the clip norm, clipped sums and noise are numbers near 1. So no clip norm, however small
+or large, can round the noise to zero, or a record's share to infinity. What is multiplied after the
+noise is public, and what overflows there is a function of the noisy sum alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+from torch import Tensor
+
+from fedlora_flwr.privacy.noise import NoiseSource
+
+_handlers = list(logging.getLogger().handlers)
+from opacus.optimizers import DPOptimizer  # noqa: E402
+
+# Opacus installs a handler on the root logger when imported, which prints every line twice.
+logging.getLogger().handlers[:] = _handlers
+
+# Each coordinate of a clipped gradient is rounded, by half an epsilon of its type. Four epsilons
+# below 1 leave the norm at most 1 after it.
+_SLACK = 4
+_COLUMNS = 1 << 14  # On a CPU, as many columns at once as fp64 copies of them stay in its cache.
+
+
+class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
+    """Opacus' optimiser with our noise source, and one row a record for all tensors together.
+
+    Opacus goes through the tensors one by one, several times; with a hundred adapters on a GPU that
+    is most of what a private step costs beyond an ordinary one.
+
+    Attributes
+    ----------
+    summed : Tensor or None
+        Sum of the clipped gradients so far, in units of the clip norm, shape (D,), for all active
+        tensors in their order; fp32 at least.
+    """
+
+    def __init__(self, *args: object, source: NoiseSource, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self._source = source
+        self.summed: Tensor | None = None
+
+    @property
+    def unit(self) -> float:
+        """What ``summed`` is to be multiplied by: C, or 1 where nothing is clipped."""
+        return self.max_grad_norm if math.isfinite(self.max_grad_norm) else 1.0
+
+    def clip_and_accumulate(self) -> None:
+        """Clip each record's gradient and add it to the sum.
+
+        A record whose gradient has an entry that is not finite counts as zero, as a whole: its
+        share of the sum is at most 1 for any array of numbers, and it cannot ruin the release.
+        Without privacy such entries stay visible.
+        """
+        rows = self.rows()
+        if math.isfinite(self.max_grad_norm):
+            factors = clip_factors(row_norms(rows), self.max_grad_norm, rows.dtype)
+            # The factor of such a record is 0, and 0 times infinity is no number.
+            rows.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        else:
+            factors = rows.new_ones(len(rows))
+        clipped = factors @ rows
+        self.summed = clipped if self.summed is None else self.summed + clipped
+
+    def rows(self) -> Tensor:
+        """Return the gradients of the batch at hand, one row a record: (records, D)."""
+        like = self.params[0]
+        wide = torch.promote_types(like.dtype, torch.float32)
+        parts = [p.grad_sample.flatten(1).to(like.device, wide) for p in self.params]
+        return torch.cat(parts, dim=1)
+
+    def add_noise(self) -> None:
+        """Add noise of deviation σ to the sum, which is in units of the clip norm."""
+        if self.noise_multiplier and self.summed is not None:
+            noise = self._source.normal_like(self.summed)
+            self.summed = self.summed + self.noise_multiplier * noise
+
+    def scale_grad(self) -> None:
+        """Write the sum, times C and over the expected batch size, to each ``grad``."""
+        if self.summed is None:
+            raise RuntimeError("a step without a sum of clipped gradients")
+        mean, self.summed = self.summed * self.unit / self.expected_batch_size, None
+        parts = mean.split([p.numel() for p in self.params])
+        for p, part in zip(self.params, parts, strict=True):
+            p.grad = part.view_as(p).to(p)
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """Return the L2 norm of each row, shape (n,), in fp64.
+
+    Squares of fp32 overflow above 1.8e19 and vanish below 1e-23, and an fp32 sum of half a million
+    squares is off by 6e-6. In fp64 the norm of any finite fp32 row is finite, and right to 1e-12.
+
+    Parameters
+    ----------
+    rows : Tensor
+        Shape (n, D).
+    """
+    if rows.device.type != "cpu":
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        return norms
+    squares = rows.new_zeros(len(rows), dtype=torch.float64)
+    for block in torch.split(rows, _COLUMNS, dim=1):
+        squares += torch.linalg.vector_norm(block, dim=1, dtype=torch.float64).square_()
+    return squares.sqrt_()
+
+
+def clip_factors(norms: Tensor, clip_norm: float, kind: torch.dtype) -> Tensor:
+    """Return what each record is multiplied by, so that its norm is at most 1 after rounding.
+
+    Parameters
+    ----------
+    norms : Tensor
+        Norms of the records, fp64, shape (n,).
+    clip_norm : float
+        C. A record of norm up to C is divided by it, and a longer one by its own norm.
+    kind : dtype
+        Type of the gradients and of the result.
+
+    Returns
+    -------
+    Tensor
+        ``min(1/C, (1 - 4 eps)/norm)``, shape (n,); 0 for a record whose norm is not finite.
+    """
+    limits = torch.finfo(kind)
+    # No product can overflow: it is at most 1. The factor of a tiny record alone could.
+    factors = ((1 - _SLACK * limits.eps) / norms).clamp(max=min(1 / clip_norm, limits.max))
+    factors = torch.where(norms.isfinite(), factors, 0.0)
+    rounded = factors.to(kind)
+    # A factor below 1e-38 has few digits left, and must not be rounded up.
+    lower = torch.nextafter(rounded, torch.zeros_like(rounded))
+    return torch.where(rounded.to(factors) > factors, lower, rounded)

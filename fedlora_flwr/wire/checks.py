@@ -1,0 +1,71 @@
+"""Checks of what a report holds beside single values; each raises `InvalidValue`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora_flwr import wire
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.wire import limits
+from fedlora_flwr.wire.limits import ARRAY_NAME, NAME, Number, Text, shown
+
+SCORE = Number(-limits.MOST_SCORE, limits.MOST_SCORE)
+_FLOATS = (2, 4, 8)
+
+
+def checked_scores(scores: object) -> tuple[float, ...]:
+    """Return scores of blocks that are finite, within range, and not too many."""
+    allowed = "a list of finite numbers"
+    if not isinstance(scores, list | tuple):
+        raise InvalidValue(wire.SCORES, shown(scores), allowed)
+    if not 1 <= len(scores) <= limits.MOST_ARRAYS:
+        raise InvalidValue(wire.SCORES, f"{len(scores)} numbers", f"1 to {limits.MOST_ARRAYS}")
+    return tuple(float(SCORE.read(f"one of the {wire.SCORES}", score)) for score in scores)
+
+
+def checked_notes(notes: Mapping[str, object]) -> dict[str, bool | bytes | str]:
+    """Return flags, texts and bytes that a log can show."""
+    if len(notes) > limits.MOST_NOTES:
+        raise InvalidValue("further texts", len(notes), f"at most {limits.MOST_NOTES}")
+    found: dict[str, bool | bytes | str] = {}
+    for name, value in notes.items():
+        NAME.read("name", name)
+        if isinstance(value, bytes) and len(value) > limits.LONGEST_BYTES:
+            raise InvalidValue(name, shown(value), f"at most {limits.LONGEST_BYTES} bytes")
+        if isinstance(value, bool | bytes) or value == "":
+            found[name] = value
+        else:
+            found[name] = Text(limits.LONGEST_TEXT).read(name, value)
+    return found
+
+
+def checked_arrays(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+    """Return arrays in fp32 that are finite and within range."""
+    if len(arrays) > limits.MOST_ARRAYS:
+        raise InvalidValue("uploaded arrays", len(arrays), f"at most {limits.MOST_ARRAYS}")
+    total = sum(array.size for array in arrays.values())
+    if total > limits.MOST_ENTRIES:
+        raise InvalidValue("entries of all arrays", total, f"at most {limits.MOST_ENTRIES}")
+    return {ARRAY_NAME.read("array name", n): _checked_array(n, a) for n, a in arrays.items()}
+
+
+def _checked_array(name: str, array: NDArray[Any]) -> NDArray[np.float32]:
+    if array.dtype.kind != "f" or array.dtype.itemsize not in _FLOATS:
+        raise InvalidValue(f"type of {name}", str(array.dtype)[:60], "floating-point numbers")
+    with np.errstate(over="ignore"):
+        values = np.asarray(array, np.float32)
+    if values.size == 0:
+        return values
+    lowest, highest = float(values.min()), float(values.max())
+    if not (np.isfinite(lowest) and np.isfinite(highest)):
+        raise InvalidValue(f"array {name}", "NaN or infinity", "finite numbers")
+    if max(highest, -lowest) > limits.MOST_UPLOADED_ENTRY:
+        largest = f"entries up to {max(highest, -lowest):g}"
+        raise InvalidValue(
+            f"array {name}", largest, f"entries of at most {limits.MOST_UPLOADED_ENTRY:g}"
+        )
+    return values

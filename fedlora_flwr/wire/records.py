@@ -1,0 +1,140 @@
+"""A client's report in Flower's records, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from numpy.typing import NDArray
+
+from fedlora_flwr.arrays import from_numpy, record_of, to_numpy
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.wire import ARRAYS, CLIENT, CONFIG, LOSS, METRICS, SCORES, limits
+from fedlora_flwr.wire.limits import NAME
+from fedlora_flwr.wire.report import Report
+
+T = TypeVar("T")
+
+
+def train_records(report: Report) -> RecordDict:
+    """Write the answer to a message that trains: arrays, numbers and texts."""
+    arrays = {name: from_numpy(array) for name, array in report.arrays.items()}
+    return RecordDict({ARRAYS: record_of(arrays), **_scalars(report)})
+
+
+def evaluate_records(report: Report) -> RecordDict:
+    """Write the answer to a message that measures: numbers and texts."""
+    return RecordDict(_scalars(report))  # type: ignore[arg-type,unused-ignore]
+
+
+def query_records(report: Report) -> RecordDict:
+    """Write the answer to a message that asks who the client is: texts."""
+    return RecordDict({CONFIG: ConfigRecord({CLIENT: report.client})})
+
+
+def fit_content(
+    arrays: Sequence[NDArray[Any]], sent: Iterable[str], metrics: Mapping[str, Any], examples: int
+) -> RecordDict:
+    """Write what a NumPyClient's ``fit`` returned (see `Report.of_fit`).
+
+    Nothing is held to limits here, since the server may be another strategy's; ours reads with
+    `read_training`.
+
+    Raises
+    ------
+    InvalidValue
+        There are more or fewer names than arrays.
+    """
+    return train_records(Report.of_fit(arrays, sent, metrics, examples))
+
+
+def evaluate_content(loss: float, metrics: Mapping[str, Any], examples: int) -> RecordDict:
+    """Write what a NumPyClient's ``evaluate`` returned; limits as in `fit_content`."""
+    return evaluate_records(Report.of_scalars({**metrics, LOSS: loss}, examples))
+
+
+def client_of(content: RecordDict) -> str:
+    """Return who a reply says it is from, or an empty text if it does not say.
+
+    Raises
+    ------
+    InvalidValue
+        That is not a name.
+    """
+    texts = _texts(content)
+    return NAME.read(CLIENT, texts[CLIENT]) if CLIENT in texts else ""
+
+
+def read_training(content: RecordDict) -> Report:
+    """Read the answer to a message that trains.
+
+    Raises
+    ------
+    InvalidValue
+        There is not exactly one ArrayRecord, or something else is not allowed (see `Report`).
+    TypeError, ValueError
+        An array cannot be read.
+    """
+    _check_records(content)
+    if len(content.array_records) != 1:
+        raise InvalidValue("ArrayRecords in a reply", len(content.array_records), "1")
+    (record,) = content.array_records.values()
+    if len(record) > limits.MOST_ARRAYS:
+        raise InvalidValue("uploaded arrays", len(record), f"at most {limits.MOST_ARRAYS}")
+    return _read(content, _arrays(record))
+
+
+def read_figures(content: RecordDict) -> Report:
+    """Read the answer to a message that measures, or one without arrays.
+
+    Raises
+    ------
+    InvalidValue
+        Something is not allowed (see `Report`).
+    """
+    _check_records(content)
+    return _read(content, {})
+
+
+def _read(content: RecordDict, arrays: Mapping[str, NDArray[Any]]) -> Report:
+    return Report.of_words(arrays, _numbers(content), _texts(content)).checked()
+
+
+def _scalars(report: Report) -> dict[str, MetricRecord | ConfigRecord]:
+    """Numbers are metrics; Flower keeps texts and flags in a ConfigRecord."""
+    numbers = MetricRecord(dict(report.numbers()))
+    if report.scores is not None:
+        numbers[SCORES] = list(report.scores)
+    return {METRICS: numbers, CONFIG: ConfigRecord(dict(report.texts()))}
+
+
+def _check_records(content: RecordDict) -> None:
+    """Refuse more records than a report has."""
+    for kind, records in (
+        ("MetricRecords", content.metric_records),
+        ("ConfigRecords", content.config_records),
+    ):
+        if len(records) > 1:
+            raise InvalidValue(f"{kind} in a reply", len(records), "1")
+
+
+def _arrays(record: ArrayRecord) -> dict[str, NDArray[Any]]:
+    return {name: to_numpy(array) for name, array in record.items()}
+
+
+def _numbers(content: RecordDict) -> Mapping[str, object]:
+    return _only(content.metric_records, limits.MOST_NUMBERS)
+
+
+def _texts(content: RecordDict) -> Mapping[str, object]:
+    return _only(content.config_records, limits.MOST_NOTES)
+
+
+def _only(records: Mapping[str, Mapping[str, Any]], further: int) -> Mapping[str, Any]:
+    """Return the one record, or an empty one, before anybody walks over a hundred thousand."""
+    record: Mapping[str, Any] = next(iter(records.values()), {})
+    most = further + 32
+    if len(record) > most:
+        raise InvalidValue("entries of a record", len(record), f"at most {most}")
+    return record

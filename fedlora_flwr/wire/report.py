@@ -1,0 +1,367 @@
+"""Everything that a client may answer: one type, one writer and one parser.
+
+This module knows nothing of Flower. `fedlora_flwr.wire.records` puts a report in Flower's records,
+and a NumPyClient's ``fit`` returns it as flat scalars.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import lru_cache
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora_flwr import wire
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.wire import limits
+from fedlora_flwr.wire.checks import SCORE, checked_arrays, checked_notes, checked_scores
+from fedlora_flwr.wire.limits import NAME, Number, Text, shown
+
+Scalars = dict[str, bool | bytes | float | int | str]
+Arrays = Mapping[str, NDArray[Any]]
+
+FURTHER = "…"
+"""Stands for words of a project's own."""
+DEVICE, RUN, PACKAGE = "device", "run", "package"
+_FURTHER = Number(-limits.MOST_NUMBER, limits.MOST_NUMBER)
+
+
+def _row(
+    default: Any, decides: str, why: str, word: str = "", limit: Number | Text | str = ""
+) -> Any:
+    """Make a field: who decides it on a device, what is allowed, and why."""
+    metadata = {
+        "decides": decides,
+        "allowed": limit if isinstance(limit, str) else limit.allowed,
+        "why": why,
+        "word": word,
+        "limit": None if isinstance(limit, str) else limit,
+    }
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Report:
+    """One answer of a client, to a message that trains, measures, or asks who it is.
+
+    Each field's metadata say who decides it on a device (``decides``), what is allowed
+    (``allowed``) and why (``why``). A field that is None or empty does not travel.
+
+    Parameters
+    ----------
+    client : str
+        Who answers.
+    status : str
+        ``"ok"`` or nothing, or ``"budget-exhausted"``: then no array counts.
+    arrays : Mapping[str, ndarray]
+        What trained.
+    scores : tuple of float, optional
+        One per block, from privatised gradients and public constants only.
+    epsilon, epsilon_budget, delta, accountant, steps
+        The account that the client's ledger gives.
+    seconds : float
+        Wall-clock time of the round.
+    peak_memory_mb : float
+        Largest resident memory of the client's process so far, MiB.
+    weight : float
+        Aggregation weight.
+    num_examples : int
+        Number of records, where the run's weighting makes it public; otherwise 1.
+    unprotected : Mapping[str, float]
+        Metrics on private records *without* protection, by name.
+    measured : Mapping[str, float]
+        Figures of an evaluation, and further numbers of a project's own client.
+    notes : Mapping
+        Further texts, flags and bytes of a project's own client.
+    """
+
+    client: str = _row(
+        "",
+        DEVICE,
+        "Budget and cohorts belong to the data, which the device alone can name; the server binds "
+        "the name to the node's key.",
+        wire.CLIENT,
+        NAME,
+    )
+    status: str = _row(
+        "",
+        PACKAGE,
+        "A client whose budget is spent says so instead of failing.",
+        wire.STATUS,
+        Text(limits.LONGEST_NAME, (wire.STATUS_OK, wire.STATUS_EXHAUSTED)),
+    )
+    arrays: Mapping[str, NDArray[Any]] = _row(
+        {},
+        RUN,
+        "The plan says what trains; only private steps and their post-processing made the values.",
+        wire.ARRAYS,
+        f"up to {limits.MOST_ARRAYS} named arrays of fp16, fp32 or fp64, together "
+        f"{limits.MOST_ENTRIES} finite entries of at most {limits.MOST_UPLOADED_ENTRY:g} in "
+        "absolute value",
+    )
+    scores: tuple[float, ...] | None = _row(
+        None,
+        RUN,
+        "AS-LoRA asks for them; they read privatised gradients and public constants only.",
+        wire.SCORES,
+        f"1 to {limits.MOST_ARRAYS} numbers, each {SCORE.allowed}",
+    )
+    epsilon: float | None = _row(
+        None,
+        PACKAGE,
+        "The ledger's own account; an ε above 1e6 promises nothing.",
+        wire.EPSILON,
+        Number(0, 1e6, unbounded=True),
+    )
+    epsilon_budget: float | None = _row(
+        None,
+        DEVICE,
+        "The device's file says what may be spent on its data.",
+        wire.EPSILON_BUDGET,
+        Number(0, 1e6, unbounded=True),
+    )
+    delta: float | None = _row(
+        None,
+        DEVICE,
+        "The device's file says at which δ its ε holds.",
+        wire.DELTA,
+        Number(0, 1),
+    )
+    accountant: str = _row(
+        "",
+        PACKAGE,
+        "An ε means nothing without the name of what computed it.",
+        wire.ACCOUNTANT,
+        Text(64),
+    )
+    steps: int | None = _row(
+        None,
+        PACKAGE,
+        "The server refuses a client whose ledger has lost rows.",
+        wire.STEPS,
+        Number(0, 1e12, whole=True),
+    )
+    seconds: float | None = _row(
+        None,
+        PACKAGE,
+        "Operators find slow devices by it; it is a side channel.",
+        wire.SECONDS,
+        Number(0, 1e9),
+    )
+    peak_memory_mb: float | None = _row(
+        None,
+        PACKAGE,
+        "Operators plan memory by it; it is a side channel.",
+        wire.PEAK_MEMORY,
+        Number(0, 1e9),
+    )
+    weight: float | None = _row(
+        None,
+        DEVICE,
+        "It tells n or σ, which leave only where the device agrees to the run's weighting.",
+        wire.WEIGHT,
+        Number(0, limits.MOST_WEIGHT, above=True),
+    )
+    num_examples: int | None = _row(
+        None,
+        DEVICE,
+        "The number of records leaves only where the device agrees to weighting by size.",
+        wire.NUM_EXAMPLES,
+        Number(0, limits.MOST_RECORDS, whole=True),
+    )
+    unprotected: Mapping[str, float] = _row(
+        {},
+        DEVICE,
+        "Metrics on private records are not protected, so the device's file must ask for them.",
+        wire.UNPROTECTED + FURTHER,
+        f"up to {limits.MOST_NUMBERS} further numbers together, each {_FURTHER.allowed}",
+    )
+    measured: Mapping[str, float] = _row(
+        {},
+        DEVICE,
+        "An evaluation's figures, where the device's file names its records; a project's own "
+        "client may report numbers here, this package's client reports none.",
+        FURTHER,
+        f"up to {limits.MOST_NUMBERS} further numbers together, each {_FURTHER.allowed}",
+    )
+    notes: Mapping[str, bool | bytes | str] = _row(
+        {},
+        PACKAGE,
+        "A project's own client may add notes, which the server only writes down; this package's "
+        "client adds none.",
+        FURTHER,
+        f"up to {limits.MOST_NOTES} flags, texts of at most {limits.LONGEST_TEXT} printable "
+        f"characters, or up to {limits.LONGEST_BYTES} bytes",
+    )
+
+    # The writer.
+
+    def numbers(self) -> dict[str, int | float]:
+        """Return all single numbers, by their words on the wire."""
+        own = {word: getattr(self, name) for word, name in _words(Number).items()}
+        rest = {wire.UNPROTECTED + name: value for name, value in self.unprotected.items()}
+        return {**_present(own), **rest, **self.measured}
+
+    def figures(self) -> dict[str, float]:
+        """Return what an evaluation measured."""
+        own = {wire.UNPROTECTED + name: value for name, value in self.unprotected.items()}
+        return {**own, **self.measured}
+
+    def texts(self) -> dict[str, bool | bytes | str]:
+        """Return all texts and flags, by their words on the wire."""
+        own = {word: getattr(self, name) for word, name in _words(Text).items()}
+        return {**_present(own), **self.notes}
+
+    def to_fit(self) -> tuple[list[NDArray[Any]], int, Scalars]:
+        """Return what a NumPyClient's ``fit`` returns, whose metrics are flat scalars.
+
+        Only there names travel as one text, with commas between them, and scores as the bytes of
+        fp64 numbers.
+        """
+        numbers = self.numbers()
+        examples = int(numbers.pop(wire.NUM_EXAMPLES, 1))
+        flat: Scalars = {**numbers, **self.texts(), wire.NAMES: ",".join(self.arrays)}
+        if self.scores is not None:
+            flat[wire.SCORES] = np.array(self.scores, "<f8").tobytes()
+        return list(self.arrays.values()), examples, flat
+
+    # The parser.
+
+    @classmethod
+    def of_fit(
+        cls,
+        arrays: Sequence[NDArray[Any]],
+        sent: Iterable[str],
+        metrics: Mapping[str, object],
+        examples: object,
+    ) -> Report:
+        """Read what a NumPyClient's ``fit`` returned, unchecked (see `checked`).
+
+        Parameters
+        ----------
+        arrays, metrics, examples
+            What it returned.
+        sent : Iterable[str]
+            Names of the arrays that the client was sent. It may name what it uploads itself.
+
+        Raises
+        ------
+        InvalidValue
+            There are more or fewer names than arrays, or a word has another type.
+        """
+        flat = dict(metrics)
+        names = [n for n in str(flat.pop(wire.NAMES, ",".join(sent))).split(",") if n]
+        if len(names) != len(arrays):
+            allowed = f"one for each of {len(names)} names"
+            raise InvalidValue("uploaded arrays", len(arrays), allowed)
+        return cls.of_scalars(flat, examples, dict(zip(names, arrays, strict=True)))
+
+    @classmethod
+    def of_scalars(
+        cls, metrics: Mapping[str, object], examples: object, arrays: Arrays | None = None
+    ) -> Report:
+        """Read a NumPyClient's flat metrics, unchecked (see `checked`)."""
+        numbers: dict[str, object] = {wire.NUM_EXAMPLES: examples}
+        texts: dict[str, object] = {}
+        for name, value in metrics.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if name == wire.SCORES and isinstance(value, bytes):
+                numbers[name] = np.frombuffer(value, "<f8").tolist()
+            elif name != wire.NUM_EXAMPLES:
+                (numbers if number else texts)[name] = value
+        return cls.of_words(arrays or {}, numbers, texts)
+
+    @classmethod
+    def of_words(
+        cls, arrays: Arrays, numbers: Mapping[str, object], texts: Mapping[str, object]
+    ) -> Report:
+        """Sort words and values into fields, unchecked (see `checked`).
+
+        Raises
+        ------
+        InvalidValue
+            A word for a number came as a text, or the other way round.
+        """
+        found: dict[str, Any] = {"arrays": arrays}
+        further: dict[str, dict[str, object]] = {"unprotected": {}, "measured": {}, "notes": {}}
+        by_number, by_text = _words(Number), _words(Text)
+        for word, value in numbers.items():
+            if word in by_text:
+                raise InvalidValue(word, shown(value), "a text")
+            if word == wire.SCORES:
+                found["scores"] = value
+            elif word in by_number:
+                found[by_number[word]] = value
+            elif word.startswith(wire.UNPROTECTED):
+                further["unprotected"][word.removeprefix(wire.UNPROTECTED)] = value
+            else:
+                further["measured"][word] = value
+        for word, value in texts.items():
+            if word in by_number or word in (wire.SCORES, wire.NAMES):
+                raise InvalidValue(word, shown(value), "a number among the metrics")
+            if word in by_text and value == "":
+                raise InvalidValue(word, value, _text_limit(word).allowed)
+            if word in by_text:
+                found[by_text[word]] = value
+            else:
+                further["notes"][word] = value
+        return cls(**found, **cast(Any, further))
+
+    def checked(self) -> Report:
+        """Return this report with every value held to its limits; arrays as fp32.
+
+        Raises
+        ------
+        InvalidValue
+            A value has another type, is not finite or out of range, or there are too many. The
+            error names the field, the value and what is allowed.
+        """
+        values: dict[str, Any] = {}
+        for entry in fields(self):
+            value, limit = getattr(self, entry.name), entry.metadata["limit"]
+            if limit is not None and not (value is None or value == entry.default):
+                values[entry.name] = limit.read(entry.metadata["word"], value)
+        if self.scores is not None:
+            values["scores"] = checked_scores(self.scores)
+        count = len(self.unprotected) + len(self.measured)
+        if count > limits.MOST_NUMBERS:
+            raise InvalidValue("further numbers", count, f"at most {limits.MOST_NUMBERS}")
+        for name in ("unprotected", "measured"):
+            given = getattr(self, name)
+            values[name] = {NAME.read("name", n): _FURTHER.read(n, v) for n, v in given.items()}
+        values["notes"] = checked_notes(self.notes)
+        values["arrays"] = checked_arrays(self.arrays)
+        found = replace(self, **values)
+        if None not in (found.epsilon, found.epsilon_budget) and not (
+            cast(float, found.epsilon) <= cast(float, found.epsilon_budget) * (1 + 1e-9)
+        ):
+            allowed = f"at most the budget, {found.epsilon_budget:g}"
+            raise InvalidValue(wire.EPSILON, found.epsilon, allowed)
+        return found
+
+
+def _present(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {word: value for word, value in values.items() if value is not None and value != ""}
+
+
+@lru_cache
+def _words(kind: type[Number] | type[Text]) -> dict[str, str]:
+    """Return the fields that hold one number or one text, by their words on the wire."""
+    rows = [(entry.metadata["word"], entry.name, entry.metadata["limit"]) for entry in _rows()]
+    return {word: name for word, name, limit in rows if isinstance(limit, kind)}
+
+
+def _rows() -> tuple[Any, ...]:
+    assert all(entry.default is not MISSING or entry.default_factory for entry in fields(Report))
+    return fields(Report)
+
+
+def _text_limit(word: str) -> Text:
+    """Return the limit of a text by its word on the wire."""
+    (found,) = [entry.metadata["limit"] for entry in _rows() if entry.metadata["word"] == word]
+    return cast(Text, found)

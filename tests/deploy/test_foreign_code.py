@@ -1,0 +1,129 @@
+"""A real fleet whose operator ships code of his own: nothing of it runs on a device."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.deploy.fleet import CONNECTION
+from fedlora_flwr.deploy.supernode import START
+from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.simulations.runner import make_plan, run_in_process
+from tests.deploy import hostile
+from tests.deploy.hostile import write_hostile
+from tests.deploy.running import RunningFleet, running
+from tests.deploy.test_equality import NAMES, adapter, of, prepare, set_up_devices
+
+pytestmark = pytest.mark.deploy
+ROOT = Path(__file__).parents[2]
+OWN, BARE = NAMES
+"""Started by its own script; started by Flower's program alone."""
+REFUSED = "The app bundle "
+MEND = "ship the folder operator/app that `fedlora deploy init` writes."
+
+
+@dataclass
+class Story:
+    """What is left when all has happened."""
+
+    base: Path
+    answers: dict[str, list[str]]
+    repository: str
+    honest: str
+    alive: bool
+    log: str
+
+    def canaries(self, device: str) -> set[str]:
+        return {path.name for path in (self.base / "canaries" / device).iterdir()}
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    base = tmp_path_factory.mktemp("foreign")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(base / "cache"))
+        patch.setenv("PYTHONPATH", str(ROOT))
+        config = RunConfig.of(prepare(base).items(), {"num-rounds": 1, "min-completion": 1.0})
+        run_in_process(make_plan(config), RunDirectory(base / "simulated"), lambda row: None)
+        set_up_devices(base, reproducible=True)
+        with running(base / "fleet", base / "operator", []) as fleet:
+            yield play(base, fleet, config)
+
+
+def play(base: Path, fleet: RunningFleet, config: RunConfig) -> Story:
+    script = fleet.folder / "devices" / BARE / "start.sh"
+    script.write_text(script.read_text().replace(START, "flower-supernode"))
+    for name in NAMES:
+        (base / "canaries" / name).mkdir(parents=True)
+        folder = str(base / "canaries" / name)
+        fleet.start(name, **{hostile.FOLDER: folder, "FLWR_HOME": str(base / f"home-{name}")})
+    (base / "told").mkdir()
+    for app in write_hostile(base / "apps", base / "told").values():
+        said = fleet.operator("flwr", "run", app, CONNECTION)
+        assert "Successfully started run" in said, said
+    answers = {name: answer(base / "told" / name, fleet) for name, *_ in hostile.bundles()}
+    repository = fleet.run(of(config, RunDirectory(base / "repository"), 1), app=ROOT)
+    honest = fleet.run(of(config, RunDirectory(base / "honest"), 1))
+    alive = fleet.processes[OWN].poll() is None
+    return Story(base, answers, repository, honest, alive, fleet.log(OWN).read_text())
+
+
+def answer(told: Path, fleet: RunningFleet, patience: float = 90.0) -> list[str]:
+    deadline = time.monotonic() + patience
+    while not told.exists():
+        assert time.monotonic() < deadline, fleet.log(OWN).read_text()[-3000:]
+        time.sleep(0.2)
+    found: list[str] = json.loads(told.read_text())
+    return found
+
+
+def test_nothing_of_a_foreign_bundle_is_imported_or_unpacked(story: Story) -> None:
+    assert story.canaries(OWN) == set()
+    assert not (story.base / f"home-{OWN}" / "apps").exists()
+    # These bundles do harm: Flower's own program imports them.
+    assert story.canaries(BARE) == {name for name, *_ in hostile.bundles()}
+    assert (story.base / f"home-{BARE}" / "apps").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        (
+            "shadows-the-package",
+            "holds files besides its pyproject.toml: 'fedlora_flwr/__init__.py'",
+        ),
+        ("brings-its-own-client", "holds files besides its pyproject.toml: 'server.py'"),
+        ("shadows-a-library", "holds files besides its pyproject.toml: 'conftest.py'"),
+        (hostile.NAMED, "asks for the dependencies ['evil']"),
+    ],
+)
+def test_the_operator_and_the_devices_owner_are_told_why(
+    story: Story, name: str, reason: str
+) -> None:
+    (refusal,) = [text for text in story.answers[name] if text.startswith(REFUSED)]
+    assert len(story.answers[name]) == 2
+    assert reason in refusal
+    assert refusal.endswith(MEND)
+    assert refusal in story.log
+
+
+def test_the_repository_as_the_app_fails_the_run_and_says_what_to_ship(story: Story) -> None:
+    summary = RunDirectory(story.base / "repository").summary() or {}
+    assert summary["status"] != "completed"
+    assert MEND in story.repository
+
+
+def test_an_honest_run_on_the_same_fleet_is_as_before(story: Story) -> None:
+    summary = RunDirectory(story.base / "honest").summary()
+    assert summary is not None, story.honest
+    assert (summary["status"], summary["failures"]) == ("completed", 0)
+    assert adapter(RunDirectory(story.base / "honest")) == adapter(
+        RunDirectory(story.base / "simulated")
+    )
+    assert story.alive
