@@ -22,7 +22,8 @@ from fedlora_flwr.tasks.registry import Records, Task
 if TYPE_CHECKING:
     from fedlora_flwr.strategies import FedLoRA
 
-_LARGEST = 200_000_000  # parameters of a model that is built for nothing but a rehearsal
+# Parameters of a model that is built for nothing but a rehearsal, and of one that is tried whole.
+_LARGEST, _SMALL = 200_000_000, 20_000_000
 
 _ADVICE = (
     "No client could train. Set another model, pooling, lora-targets or max-length; where memory "
@@ -42,11 +43,11 @@ def check_folding(strategy: FedLoRA, adapted: AdaptedModel) -> None:
         adapted.folded.check_weights()
 
 
-def rehearse(task: Task, adapted: AdaptedModel, *, step: bool = True) -> None:
+def rehearse(task: Task, adapted: AdaptedModel, *, whole: bool = True) -> None:
     """Check that clients can train and measure a model; it is left as it was.
 
-    Two records are told apart, and take one step without noise. They are made up, or public where
-    a task makes none up. No private record is read.
+    Two records pass through it, are told apart, and take one step without noise. They are made up,
+    or public where a task makes none up. No private record is read.
 
     Parameters
     ----------
@@ -54,8 +55,8 @@ def rehearse(task: Task, adapted: AdaptedModel, *, step: bool = True) -> None:
         Whose loss is taken.
     adapted : AdaptedModel
         The model, on the device where it trains.
-    step : bool (default: True)
-        Whether the step is taken, in training mode and at the configured precision.
+    whole : bool (default: True)
+        Whether more is done than the one pass. The rest takes about as long as thirty records.
 
     Raises
     ------
@@ -69,14 +70,14 @@ def rehearse(task: Task, adapted: AdaptedModel, *, step: bool = True) -> None:
     with explained("A private step on two made-up records", _ADVICE), _as_it_was(adapted):
         records = _records(task)
         engine = PrivateEngine(adapted, task.losses)
-        count = min(len(records), 2)
+        count, names = min(len(records), 2), list(adapted.parameters)
         mechanism = Mechanism(0.0, 1.0, count, count)
         still = OptimizerSettings("sgd", lr_a=0.0, lr_b=0.0, lr_head=0.0)
         try:
-            engine.start_round(mechanism, still, SeededNoise(0))
-            engine.verify(records)
-            if step:
-                engine.step(records, torch.arange(count), list(adapted.parameters))
+            engine.gradients_by_record(records, torch.arange(count), names)
+            if whole:
+                engine.start_round(mechanism, still, SeededNoise(0))
+                engine.step(records, torch.arange(count), names)
         except PrivacyViolation as error:
             advice = "Choose other layers with lora-targets, or another model."
             raise PrivacyViolation(f"{error} {advice}") from error
@@ -85,7 +86,8 @@ def rehearse(task: Task, adapted: AdaptedModel, *, step: bool = True) -> None:
 def rehearse_unbuilt(config: RunConfig, task: Task, skeleton: AdaptedModel) -> None:
     """Do the same with random weights on the CPU, so that no checkpoint is read.
 
-    A model of more than 200 million parameters is not built: its first round tells.
+    A model of more than 20 million parameters makes one pass and no more, and one of more than 200
+    million is not built: `rehearse` finds the rest, before the first round.
 
     Parameters
     ----------
@@ -101,15 +103,16 @@ def rehearse_unbuilt(config: RunConfig, task: Task, skeleton: AdaptedModel) -> N
     FedLoRAError
         As `rehearse`.
     """
-    if sum(parameter.numel() for parameter in skeleton.model.parameters()) > _LARGEST:
+    size = sum(parameter.numel() for parameter in skeleton.model.parameters())
+    if size > _LARGEST:
         return
     with _random_streams(), explained("Building the model", _ADVICE):
         unread = getattr(task, "skeleton", None) if hasattr(task, "made_up_batch") else None
         model = task.build_model() if unread is None else unread("cpu")
         adapted = attach(model, lora_spec(config, task), seed=0)
-    if lower := config.precision == "bf16":
+    if config.precision == "bf16":
         run_in_bf16(adapted.model)
-    rehearse(task, adapted, step=lower)
+    rehearse(task, adapted, whole=size <= _SMALL)
 
 
 def _records(task: Task) -> Records:
