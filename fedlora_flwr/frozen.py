@@ -9,7 +9,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from fedlora_flwr.adapters import AdaptedModel
+from fedlora_flwr.adapters import AdaptedModel, in_bytes
 from fedlora_flwr.files import cache_folder, replacing
 
 _LOGGER = logging.getLogger(__name__)
@@ -66,7 +66,10 @@ def _mapped(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor] | None
         _LOGGER.warning("%s cannot be read and is written again: %s", path, error)
         return None
     same = found.keys() == expected.keys() and all(
-        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+        found[name].dtype == tensor.dtype
+        and found[name].shape == tensor.shape
+        # By their bytes: NaN differs from itself, and some types know no comparison.
+        and torch.equal(in_bytes(found[name]), in_bytes(tensor))
         for name, tensor in expected.items()
     )
     return found if same else None

@@ -21,6 +21,7 @@ from fedlora_flwr.plan import Layout
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.simulations.app import write_app
 from fedlora_flwr.simulations.placement import Placement, place
+from fedlora_flwr.simulations.rehearsal import check_folding, rehearse
 from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.simulations.serve import build_strategy, serve
 from fedlora_flwr.simulations.superlink import LOCAL, SimulationSuperLink
@@ -51,6 +52,8 @@ class RunPlan:
         Parameters of the adapters, and of the head if it trains.
     metric : str (default: "accuracy")
         The figure to show.
+    head : bool (default: True)
+        Whether a head trains beside the adapters.
     """
 
     config: RunConfig
@@ -58,6 +61,7 @@ class RunPlan:
     parameters: int
     trained: int
     metric: str = "accuracy"
+    head: bool = True
 
 
 def make_plan(config: RunConfig, console: Console | None = None) -> RunPlan:
@@ -74,12 +78,16 @@ def make_plan(config: RunConfig, console: Console | None = None) -> RunPlan:
     ------
     InvalidValue
         A setting cannot be used, or a client could not keep its promise.
+    PrivacyViolation, ModelFailed
+        The model cannot train (see `fedlora_flwr.simulations.rehearsal`).
     """
     strategy = build_strategy(config)
     task = build_task(config.task, config)
     adapted = build_adapted(config, task)
     # A method may refuse a model, e.g. one whose blocks have no name.
     strategy.plan(1, Layout.of(adapted.parameters, config.blocks))
+    check_folding(strategy, adapted)
+    rehearse(task, adapted)
     sizes = [
         len(task.client_records(client, config.num_clients)) for client in range(config.num_clients)
     ]
@@ -97,6 +105,7 @@ def make_plan(config: RunConfig, console: Console | None = None) -> RunPlan:
         parameters=sum(parameter.numel() for parameter in adapted.model.parameters()) - trained,
         trained=trained,
         metric=task.metric,
+        head=bool(adapted.head),
     )
 
 
@@ -183,7 +192,7 @@ def run_in_process(
             execute = stack.enter_context(executor(workers, run_dir.log))
         grid = LocalGrid(respond, config.num_clients, config.items(), execute)
         stack.enter_context(grid.running())
-        return serve(grid, config, run_dir, on_round)
+        return serve(grid, config, run_dir, on_round, rehearsed=True)
 
 
 def app_folder(run_dir: RunDirectory) -> Path:

@@ -18,8 +18,10 @@ from fedlora_flwr.arrays import to_numpy
 from fedlora_flwr.clients.trainer import build_adapted
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.environment import versions
+from fedlora_flwr.errors import explained
 from fedlora_flwr.plan import Layout
 from fedlora_flwr.privacy.budget import MIN_NOISE
+from fedlora_flwr.simulations.rehearsal import check_folding, rehearse
 from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.strategies import FedLoRA, strategy_class
 from fedlora_flwr.strategies.replies import to_record
@@ -31,7 +33,12 @@ OnRound = Callable[[dict[str, Any]], None]
 
 
 def serve(
-    grid: Grid, config: RunConfig, run_dir: RunDirectory, on_round: OnRound | None = None
+    grid: Grid,
+    config: RunConfig,
+    run_dir: RunDirectory,
+    on_round: OnRound | None = None,
+    *,
+    rehearsed: bool = False,
 ) -> dict[str, Any]:
     """Run a federation from the first round to the summary.
 
@@ -45,6 +52,8 @@ def serve(
         Where the results go.
     on_round : callable, optional
         Called with each row of ``rounds.jsonl``, round 0 (before training) included.
+    rehearsed : bool (default: False)
+        Whether a private step was tried already, with `fedlora_flwr.simulations.rehearsal`.
 
     Returns
     -------
@@ -66,7 +75,11 @@ def serve(
     try:
         task = build_task(config.task, config)
         strategy = build_strategy(config)
-        session = _Session(config, task, build_adapted(config, task), strategy, run_dir, on_round)
+        adapted = build_adapted(config, task)
+        if not rehearsed:
+            check_folding(strategy, adapted)
+            rehearse(task, adapted)
+        session = _Session(config, task, adapted, strategy, run_dir, on_round)
         session.run(grid)
         session.draw_modes()
     except BaseException as error:
@@ -178,7 +191,9 @@ class _Session:
         config = self.config
         if server_round % config.eval_every and server_round != config.num_rounds:
             return {}
-        return self.task.evaluate(self.adapted.model, self.task.test_records())
+        advice = "Set another model or test-split, or a smaller eval-batch-size."
+        with explained("Measuring the model on the public records", advice):
+            return self.task.evaluate(self.adapted.model, self.task.test_records())
 
     def _absent(self) -> int:
         """Return how many nodes have been connected in this run, and are not."""
