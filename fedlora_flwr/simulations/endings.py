@@ -48,32 +48,31 @@ def recorded(run_dir: RunDirectory, config: RunConfig) -> Iterator[None]:
     """
     run_dir.take()
     with Lifeline() as lifeline:
-        last_words = to_json(_short_summary(config, [], INTERRUPTED, _KILLED), indent=2) + "\n"
+        last_words = to_json(_short_summary(config, INTERRUPTED, _KILLED), indent=2) + "\n"
         lifeline.start(last_words=(run_dir.summary_file, last_words))
         try:
             yield
         except BaseException as error:
             with uninterrupted(), suppress(OSError):  # The first error is the one to show.
                 if run_dir.summary() is None:
-                    rows = run_dir.rows("rounds")
-                    status, reason = status_of(error), reason_of(error)
-                    run_dir.write_summary(_short_summary(config, rows, status, reason))
+                    short = _short_summary(config, status_of(error), reason_of(error))
+                    run_dir.write_summary({**short, **_progress(run_dir.rows("rounds"))})
             raise
 
 
-def _short_summary(
-    config: RunConfig, rows: list[dict[str, Any]], status: str, error: str
-) -> dict[str, Any]:
-    spent = [row["epsilon_max"] for row in rows if row.get("epsilon_max") is not None]
+def _short_summary(config: RunConfig, status: str, error: str) -> dict[str, Any]:
     return {
         "status": status,
         "error": error,
         "task": config.task,
         "strategy": config.strategy,
         "num_rounds": config.num_rounds,
-        "rounds_done": max(len(rows) - 1, 0),
-        "epsilon_max": max(spent, default=None),
         "epsilon_budget": config.epsilon if math.isfinite(config.epsilon) else None,
         "delta": config.delta,
         "seed": config.seed,
     }
+
+
+def _progress(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    spent = [row["epsilon_max"] for row in rows if row.get("epsilon_max") is not None]
+    return {"rounds_done": max(len(rows) - 1, 0), "epsilon_max": max(spent, default=None)}
