@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 import re
 import secrets
@@ -13,8 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from fedlora_flwr.errors import FedLoRAError
 
+_LOGGER = logging.getLogger(__name__)
+_PATIENCE = 10.0  # seconds to wait for a lock in silence
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -67,6 +72,47 @@ def data_folder() -> Path:
     What is in it, ledgers among it, cannot be made again.
     """
     return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "fedlora"
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder, those above it included, unless it is there; return it.
+
+    Raises
+    ------
+    FileTrouble
+        It cannot be made, or not be written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileTrouble.of(error, path) from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise FileTrouble.of(PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)))
+    return path
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold ``<path>.lock``, and say so where another process makes this one wait.
+
+    Raises
+    ------
+    FileTrouble
+        The lock cannot be made.
+    """
+    lock = FileLock(f"{path}.lock")
+    try:
+        try:
+            lock.acquire(timeout=_PATIENCE)
+        except Timeout:
+            _LOGGER.warning("Waiting for another process, which holds %s.lock.", path)
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:  # A file system without locks is the latter.
+        raise FileTrouble.of(error, Path(lock.lock_file)) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def replace_file(path: Path, content: bytes) -> None:

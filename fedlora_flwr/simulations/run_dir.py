@@ -14,7 +14,7 @@ from typing import Any
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.files import append, replace_file
+from fedlora_flwr.files import append, make_folder, replace_file
 
 CLAIM = "FEDLORA_CLAIM"
 """Environment variable with the claim of the run that this process works for."""
@@ -41,8 +41,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: Path, claim: str = "") -> None:
-        path.mkdir(parents=True, exist_ok=True)
-        self.path = path
+        self.path = make_folder(path)
         self.claim = claim or secrets.token_hex(16)
 
     @classmethod
@@ -50,10 +49,11 @@ class RunDirectory:
         """Make ``<parent>/<time>-<task>-<strategy>`` and point ``<parent>/latest`` at it."""
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         name = f"{stamp}-{config.task.replace(':', '.')}-{config.strategy}"
+        make_folder(parent)
         path, count = parent / name, 1
         while True:
             try:
-                path.mkdir(parents=True)
+                path.mkdir()
                 break
             except FileExistsError:
                 count += 1

@@ -17,7 +17,7 @@ import fedlora_flwr
 from fedlora_flwr.clients.trainer import build_adapted, plan_mechanism
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
-from fedlora_flwr.files import replace_file
+from fedlora_flwr.files import make_folder, replace_file
 from fedlora_flwr.plan import Layout
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.simulations.placement import Placement, place
@@ -219,6 +219,8 @@ def app_folder(run_dir: RunDirectory) -> Path:
 def _placed(config: RunConfig, run_dir: RunDirectory) -> RunConfig:
     """Put results and ledger in the run directory, and wait for every client that is made."""
     folder = str(run_dir.path.resolve())
+    if config.state_dir:  # Else each client would find out by itself, in the first round.
+        make_folder(Path(config.state_dir))
     return replace(
         config,
         run_dir=config.run_dir or folder,

@@ -1,4 +1,4 @@
-"""Real processes of a test, found by a mark in their environment, and the sockets they listen on."""
+"""Real processes of a test, found by a mark in their environment, and what they listen on."""
 
 from __future__ import annotations
 
