@@ -14,6 +14,7 @@ from fedlora_flwr.clients.device import OWN, Device
 from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.wire import STATUS_EXHAUSTED
 from tests.tasks.checkpoints import write_split
 from tests.tasks.texts import make_checkpoint, reviews, text_config
 
@@ -119,14 +120,12 @@ def test_a_device_has_its_own_identity_data_budget_and_ledger(
     assert reply[2]["epsilon-budget"] == 2.0
     assert (tmp_path / "device-1" / "state" / "ledger.sqlite").exists()
     assert not (tmp_path / "state").exists()
-    # A budget for life: another run on the same data goes on from there.
+    # A budget for life: all of it is promised to the first run, and a second is told at its start.
     other = Context(78, 1, {"device": str(file)}, RecordDict(), run.items())
-    assert (
-        make_client(other).fit(client.get_parameters({}), {"server-round": 1, "plan": "*"})[2][
-            "steps"
-        ]
-        == 2 * reply[2]["steps"]
-    )
+    again = make_client(other).fit(client.get_parameters({}), {"server-round": 1, "plan": "*"})
+    assert again[0] == []
+    assert again[2]["status"] == STATUS_EXHAUSTED
+    assert again[2]["steps"] == reply[2]["steps"]
 
 
 def test_a_device_whose_data_cannot_keep_the_promise_says_why(

@@ -109,7 +109,7 @@ def walk(base: Path) -> dict[str, Killed]:
     run, devices = base / "run.toml", list(files.values())
     first = serve(1, run, {file: point for point, file in files.items()})
     left = [seen(file.parent) for file in devices]
-    second = serve(2, run, dict.fromkeys(devices, NEVER))
+    second = serve(1, run, dict.fromkeys(devices, NEVER))
     return {
         point: Killed(file.parent, told[-1]["ended"], len(told) - 1, *found, answer[0])
         for (point, file), told, found, answer in zip(
