@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import random
@@ -16,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from fedlora_flwr import files
@@ -148,9 +148,9 @@ def test_who_waits_for_a_lock_says_for_which(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(files, "_PATIENCE", 0.0)
-    other = FileLock(f"{tmp_path}/cache.lock")
-    other.acquire()
-    threading.Timer(0.2, other.release).start()
+    other = (tmp_path / "cache.lock").open("w")
+    fcntl.flock(other, fcntl.LOCK_EX)  # As another process does.
+    threading.Timer(0.2, other.close).start()
     with locked(tmp_path / "cache"):
         assert "holds " + str(tmp_path / "cache.lock") in caplog.text
     with pytest.raises(FileTrouble, match="/proc/cache"), locked(Path("/proc/cache")):

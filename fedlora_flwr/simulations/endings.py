@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -13,7 +13,8 @@ from fedlora_flwr.simulations.run_dir import RunDirectory, to_json
 from fedlora_flwr.terminal import uninterrupted
 
 COMPLETED, FAILED, INTERRUPTED = "completed", "failed", "interrupted"
-_KILLED = "The process was killed, and could not say more."
+UNTOLD = "The process ended without a word, as one does that is killed."
+"""Error of a summary that another process had to write."""
 
 
 def status_of(error: BaseException) -> str:
@@ -25,6 +26,11 @@ def status_of(error: BaseException) -> str:
 def reason_of(error: BaseException) -> str:
     """Return the text that a summary keeps of an error."""
     return f"{type(error).__name__}: {error}"
+
+
+def untold(summary: Mapping[str, Any] | None) -> bool:
+    """Return whether a run has not said itself how it ended."""
+    return summary is None or summary.get("error") == UNTOLD
 
 
 @contextmanager
@@ -48,13 +54,13 @@ def recorded(run_dir: RunDirectory, config: RunConfig) -> Iterator[None]:
     """
     run_dir.take()
     with Lifeline() as lifeline:
-        last_words = to_json(_short_summary(config, INTERRUPTED, _KILLED), indent=2) + "\n"
+        last_words = to_json(_short_summary(config, INTERRUPTED, UNTOLD), indent=2) + "\n"
         lifeline.start(last_words=(run_dir.summary_file, last_words))
         try:
             yield
         except BaseException as error:
             with uninterrupted(), suppress(OSError):  # The first error is the one to show.
-                if run_dir.summary() is None:
+                if untold(run_dir.summary()):
                     short = _short_summary(config, status_of(error), reason_of(error))
                     run_dir.write_summary({**short, **_progress(run_dir.rows("rounds"))})
             raise

@@ -21,6 +21,7 @@ from fedlora_flwr.files import private_folder
 from fedlora_flwr.plan import Layout
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.simulations.app import write_app
+from fedlora_flwr.simulations.endings import COMPLETED, untold
 from fedlora_flwr.simulations.placement import Placement, place
 from fedlora_flwr.simulations.rehearsal import check_folding, rehearse
 from fedlora_flwr.simulations.run_dir import CLAIM, RunDirectory
@@ -156,9 +157,8 @@ def run_on_flower(
         superlink.submit(app_folder(run_dir), placed, _federation(config, placement))
         _follow(superlink, run_dir, on_round)
     summary = run_dir.summary()
-    if summary is None or summary["status"] != "completed":
-        reason = summary["error"] if summary else _last_error(run_dir.log)
-        raise RunFailed(f"The run failed: {reason}")
+    if summary is None or summary["status"] != COMPLETED:
+        raise RunFailed(f"The run failed: {_reason(run_dir)}")
     return summary
 
 
@@ -246,13 +246,15 @@ def _follow(superlink: SimulationSuperLink, run_dir: RunDirectory, on_round: OnR
             if status == "finished:completed":
                 return
             if status.startswith("finished"):
-                summary = run_dir.summary() or {}
-                reason = summary.get("error") or _last_error(run_dir.log)
-                raise RunFailed(f"Flower reports {status}: {reason}")
+                raise RunFailed(f"Flower reports {status}: {_reason(run_dir)}")
         time.sleep(0.2)
 
 
-def _last_error(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+def _reason(run_dir: RunDirectory) -> str:
+    """Return why a run failed: its own word, or else the log's last error."""
+    summary = run_dir.summary()
+    if summary is not None and not untold(summary):
+        return str(summary["error"])
+    lines = run_dir.log.read_text(encoding="utf-8", errors="replace").splitlines()
     errors = [line.strip() for line in lines if "Error" in line or "ERROR" in line]
     return errors[-1] if errors else "no error in the log"

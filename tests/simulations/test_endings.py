@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,7 +186,15 @@ def test_a_run_repeats_from_the_recipe_that_it_wrote(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def started(tmp_path: Path) -> Iterator[Any]:
+def temporary() -> Iterator[Path]:
+    """Return a folder for temporary files, of a short name, as Ray has sockets in it."""
+    folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def started(tmp_path: Path, temporary: Path) -> Iterator[Any]:
     """Return a function that starts the command on a run without end, and waits for a file."""
     processes = []
 
@@ -192,7 +202,7 @@ def started(tmp_path: Path) -> Iterator[Any]:
         output = tmp_path / "runs"
         process = subprocess.Popen(
             [sys.executable, "-m", "fedlora_flwr.cli", *arguments, "--output", str(output)],
-            env={**os.environ, MARK: str(tmp_path), "TMPDIR": str(tmp_path / "temporary")},
+            env={**os.environ, MARK: str(tmp_path), "TMPDIR": str(temporary)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -203,7 +213,6 @@ def started(tmp_path: Path) -> Iterator[Any]:
             time.sleep(0.05)
         return process, only_run(output)
 
-    (tmp_path / "temporary").mkdir()
     yield start
     for process in processes:
         process.kill()
@@ -221,20 +230,20 @@ def test_a_simulation_that_is_asked_to_end_does(started: Any, tmp_path: Path) ->
 
 @pytest.mark.flower
 def test_a_run_that_is_ended_in_set_up_leaves_nothing_but_its_summary(
-    started: Any, tmp_path: Path
+    started: Any, tmp_path: Path, temporary: Path
 ) -> None:
     process, run = started("run", *ENDLESS, wait_for="run.log")
     process.send_signal(signal.SIGHUP)
     process.communicate()
     assert process.returncode == 129
     assert left_of(str(tmp_path)) == []
-    assert list((tmp_path / "temporary").iterdir()) == []
+    assert list(temporary.iterdir()) == []
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["status"], summary["rounds_done"]) == ("interrupted", 0)
 
 
 @pytest.mark.flower
-def test_a_run_that_is_killed_stops_training(started: Any, tmp_path: Path) -> None:
+def test_a_run_that_is_killed_stops_training(started: Any, tmp_path: Path, temporary: Path) -> None:
     process, run = started("run", *ENDLESS, wait_for="clients.jsonl")
     # The command, keepers, SuperLink, its helpers, the simulation, Ray's daemons and workers.
     assert len(marked(str(tmp_path))) > 10
@@ -242,7 +251,7 @@ def test_a_run_that_is_killed_stops_training(started: Any, tmp_path: Path) -> No
     process.communicate()
     assert left_of(str(tmp_path)) == []
     before = digests(run)
-    assert list((tmp_path / "temporary").glob("fedlora-*")) == []
+    assert list(temporary.glob("fedlora-*")) == []
     assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
     assert digests(run) == before
 
