@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,11 +19,10 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import Tensor, nn
 
 from fedlora_flwr.errors import InvalidValue, PrivacyViolation, one_of
+from fedlora_flwr.exported import is_saved, outermost, plain_name, write_adapter
 from fedlora_flwr.folding import FoldedWeights
 from fedlora_flwr.plan import Layout, is_folded
 from fedlora_flwr.targets import check_targets, usual_targets
-
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,9 @@ class LoRASpec:
         Rank-stabilised scaling (arXiv 2312.03732).
     backbone_dropout : bool (default: True)
         Whether the backbone drops in training what it was made to drop: units, attention, paths.
+    drawn : tuple[str, ...]
+        Names of modules whose start is drawn at random, whether they train or not. An export holds
+        them in full.
     """
 
     rank: int
@@ -58,6 +58,7 @@ class LoRASpec:
     head: tuple[str, ...] = ()
     rslora: bool = False
     backbone_dropout: bool = True
+    drawn: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +104,8 @@ class AdaptedModel:
         Model with one active LoRA adapter and, in ``modules_to_save``, the head if it trains.
     backbone_dropout : bool (default: True)
         Whether `train` turns on all dropout, or that of the adapters alone.
+    drawn : tuple[str, ...]
+        Modules that an export holds in full beside those that train.
 
     Raises
     ------
@@ -112,18 +115,22 @@ class AdaptedModel:
         other layers than `torch.nn.Linear`, or any other trainable parameter. The message names it.
     """
 
-    def __init__(self, model: PeftModel, backbone_dropout: bool = True) -> None:
+    def __init__(
+        self, model: PeftModel, backbone_dropout: bool = True, drawn: tuple[str, ...] = ()
+    ) -> None:
         self.model = model
         self._backbone_dropout = backbone_dropout
-        self._adapter = _single_adapter(model)
+        self.adapter = _single_adapter(model)
         self.layers = [
-            _adapted_linear(name, module, self._adapter)
+            _adapted_linear(name, module, self.adapter)
             for name, module in model.named_modules()
             if isinstance(module, LoraLayer)
         ]
         self.head = list(self._head_linears())
         self.parameters: dict[str, nn.Parameter] = dict(self._named_parameters())
-        self._folded = FoldedWeights(self.layers, model)
+        self.folded = FoldedWeights(self.layers, model)
+        trained = model.peft_config[self.adapter].modules_to_save or ()
+        self.saved = outermost((*trained, *drawn))
         self.check()
 
     @cached_property
@@ -143,8 +150,8 @@ class AdaptedModel:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and id(parameter) not in known:
                 raise PrivacyViolation(
-                    f"Parameter {_plain(name)!r} is trainable, but only LoRA factors and linear "
-                    "heads are clipped record by record. Freeze it (requires_grad = False)."
+                    f"Parameter {plain_name(name)!r} is trainable, but only LoRA factors and "
+                    "linear heads are clipped record by record. Freeze it (requires_grad = False)."
                 )
         for layer in self.layers:
             if layer.module.merged:
@@ -203,7 +210,7 @@ class AdaptedModel:
         InvalidValue
             An array is unknown or has another shape. Nothing is written then.
         """
-        self._folded.check(arrays)
+        self.folded.check(arrays)
         trainable = {name: array for name, array in arrays.items() if not is_folded(name)}
         for name, array in trainable.items():
             if name not in self.parameters:
@@ -215,7 +222,7 @@ class AdaptedModel:
         with torch.no_grad():
             for name, array in trainable.items():
                 self.parameters[name].copy_(torch.from_numpy(np.array(array)))
-        self._folded.apply(arrays)
+        self.folded.apply(arrays)
 
     def frozen(self) -> Iterator[tuple[str, Tensor]]:
         """Find every array that is not exchanged, by its name in the model."""
@@ -229,54 +236,29 @@ class AdaptedModel:
         """Hash of everything frozen: names, shapes and values of the backbone."""
         digest = hashlib.sha256()
         for name, tensor in self.frozen():
-            digest.update(f"{_plain(name)} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(f"{plain_name(name)} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(in_bytes(tensor).numpy().tobytes())
         return digest.hexdigest()[:32]
 
     def export(self, folder: Path) -> None:
         """Write an adapter folder that `peft.PeftModel.from_pretrained` loads onto the backbone.
 
-        Pairs that are folded into frozen weights become further ranks of their layer's adapter, at
-        a ``rank_pattern`` and an ``alpha_pattern`` that keep its scaling, so that the folder on the
-        backbone as it came gives the same model.
+        On the backbone as it came, it gives the same model (see `exported.write_adapter`).
         """
-        config, state = self.model.peft_config[self._adapter], self.model.state_dict()
-        exported = copy.copy(config)
-        exported.rank_pattern, exported.alpha_pattern = {}, {}
-
-        def spread(rank: int) -> float:
-            return math.sqrt(rank) if config.use_rslora else rank
-
-        for layer in self.layers:
-            b, a = layer.B.detach(), layer.A.detach()
-            if layer.name in self._folded.pairs:
-                folded_b, folded_a = self._folded.pairs[layer.name]
-                b, a = torch.cat((b, folded_b.to(b)), 1), torch.cat((a, folded_a.to(a)), 0)
-            rank, usual = a.shape[0], config.lora_alpha / spread(config.r)
-            if rank != config.r or not math.isclose(layer.scaling, usual):
-                pattern = "^" + re.escape(layer.name)
-                exported.rank_pattern[pattern] = rank
-                exported.alpha_pattern[pattern] = layer.scaling * spread(rank)
-            state[f"{_PREFIX}{layer.name}.lora_A.{self._adapter}.weight"] = a
-            state[f"{_PREFIX}{layer.name}.lora_B.{self._adapter}.weight"] = b
-        self.model.peft_config[self._adapter] = exported
-        try:
-            self.model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
-        finally:
-            self.model.peft_config[self._adapter] = config
+        write_adapter(self, folder)
 
     def _head_linears(self) -> Iterable[HeadLinear]:
         for name, module in self.model.named_modules():
-            if f".modules_to_save.{self._adapter}" not in f".{name}" or not list(
+            if f".modules_to_save.{self.adapter}" not in f".{name}" or not list(
                 module.parameters(recurse=False)
             ):
                 continue
             if type(module) is not nn.Linear:
                 raise PrivacyViolation(
-                    f"The head's {_plain(name)!r} is a {type(module).__name__}, and only "
+                    f"The head's {plain_name(name)!r} is a {type(module).__name__}, and only "
                     "torch.nn.Linear is clipped record by record. Leave it out of the head."
                 )
-            yield HeadLinear(_plain(name), module)
+            yield HeadLinear(plain_name(name), module)
 
     def _named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         for layer in self.layers:
@@ -317,6 +299,7 @@ def attach(model: nn.Module, spec: LoRASpec, seed: int) -> AdaptedModel:
     )
     check_targets(model, targets, spec.head)
     _check_head(model, spec)
+    _check_exportable(model, targets, spec.drawn)
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,  # type: ignore[arg-type,unused-ignore]
@@ -331,9 +314,20 @@ def attach(model: nn.Module, spec: LoRASpec, seed: int) -> AdaptedModel:
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
         torch.manual_seed(seed % 2**63)
-        adapted = AdaptedModel(get_peft_model(model, config), spec.backbone_dropout)
+        adapted = AdaptedModel(get_peft_model(model, config), spec.backbone_dropout, spec.drawn)
     adapted.model.eval()
     return adapted
+
+
+def in_bytes(tensor: Tensor) -> Tensor:
+    """Return a tensor's values as bytes, shape (n,), on the CPU.
+
+    Tensors of every shape and type have bytes: a number without an axis, an empty one, and types
+    that know no comparison.
+    """
+    held = tensor.detach()
+    dense = held if held.layout == torch.strided else held.to_dense()
+    return dense.cpu().resolve_conj().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _check_head(model: nn.Module, spec: LoRASpec) -> None:
@@ -346,6 +340,17 @@ def _check_head(model: nn.Module, spec: LoRASpec) -> None:
             raise InvalidValue("head", head, f"a name that {also[0]!r} does not end with")
 
 
+def _check_exportable(model: nn.Module, targets: str, drawn: tuple[str, ...]) -> None:
+    pattern = re.compile(targets)
+    found = [name for name, _ in model.named_modules() if pattern.fullmatch(name)]
+    if all(is_saved(name, drawn) for name in found):
+        allowed = (
+            f"also a layer of the checkpoint: the weights of {found[0]!r} are new, and an exported "
+            "adapter would hold them in full instead of an adapter on them"
+        )
+        raise InvalidValue("lora-targets", targets, allowed)
+
+
 def _single_adapter(model: PeftModel) -> str:
     active = model.active_adapters
     if len(active) != 1:
@@ -354,7 +359,7 @@ def _single_adapter(model: PeftModel) -> str:
 
 
 def _adapted_linear(name: str, module: LoraLayer, adapter: str) -> AdaptedLinear:
-    plain = _plain(name)
+    plain = plain_name(name)
     if adapter not in module.lora_A or not isinstance(module.lora_A[adapter], nn.Linear):
         kind = type(module.get_base_layer()).__name__
         raise PrivacyViolation(
@@ -374,9 +379,3 @@ def _adapted_linear(name: str, module: LoraLayer, adapter: str) -> AdaptedLinear
         scaling=float(module.scaling[adapter]),
         dropout=module.lora_dropout[adapter],
     )
-
-
-def _plain(name: str) -> str:
-    """Strip what PEFT adds to a module's or parameter's name."""
-    name = name.removeprefix(_PREFIX)
-    return re.sub(r"\.(modules_to_save\.\w+|base_layer|original_module)(?=\.|$)", "", name)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 _LONGEST = 1000  # characters of a value that an error shows
+_LONGEST_REASON = 300  # characters of another package's error
 
 
 class FedLoRAError(Exception):
@@ -65,6 +69,10 @@ class ClientFailed(FedLoRAError):
     """A client could not do a round; says of what kind the error was, and no more."""
 
 
+class ModelFailed(FedLoRAError):
+    """A model could not be built, trained or measured; says what failed, and what to change."""
+
+
 class FederationAborted(FedLoRAError):
     """The server stopped a run because going on would give a wrong result."""
 
@@ -95,3 +103,44 @@ class LedgerDamaged(FedLoRAError):
 
     The text names the file, what is wrong with it, and what to do.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """Return the text of an error of another package in one line, cut where it is long."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}…"
+
+
+@contextmanager
+def explained(doing: str, advice: str) -> Iterator[None]:
+    """Turn errors of other packages and of a user's own code into one sentence.
+
+    Parameters
+    ----------
+    doing : str
+        What may fail, as the subject of the sentence.
+    advice : str
+        What to change then: whole sentences.
+
+    Raises
+    ------
+    ModelFailed
+        Anything but an error of this package was raised. The message names the place in the user's
+        own code, if the error comes from there.
+    """
+    try:
+        yield
+    except FedLoRAError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(error)}".rstrip(".: ")
+        raise ModelFailed(f"{doing} failed ({reason}{_place(error)}). {advice}") from error
+
+
+def _place(error: BaseException) -> str:
+    own = str(Path(__file__).parent)
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        foreign = "site-packages" in frame.filename or "lib/python" in frame.filename
+        if not foreign and not frame.filename.startswith((own, "<")):
+            return f", in {frame.filename}, line {frame.lineno}"
+    return ""

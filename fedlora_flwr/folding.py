@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.exported import plain_name
 from fedlora_flwr.plan import folded_names, is_folded
 
 if TYPE_CHECKING:
@@ -61,14 +62,33 @@ class FoldedWeights:
             if not (b and a and len(b) == len(a) == 2 and b == (m, a[0]) and a[1] == n):
                 allowed = f"({m}, q) and (q, {n})"
                 raise InvalidValue(f"shapes folded into {layer.name}", shapes, allowed)
-            weight = _weight(layer)
-            own = weight.T if _transposed(layer) else weight
-            if not weight.is_floating_point() or own.shape != (m, n):
-                found = f"{weight.dtype} of shape {tuple(weight.shape)}"
-                raise InvalidValue(f"weight of {layer.name}", found, f"floats of shape ({m}, {n})")
-            named = self._model.named_parameters(remove_duplicate=False)
-            if len(owners := [name for name, parameter in named if parameter is weight]) > 1:
-                raise InvalidValue(f"weight of {layer.name}", owners, "a weight of its own")
+            self._check_weight(layer)
+
+    def check_weights(self) -> None:
+        """Refuse layers whose weight cannot change, before anything is to be folded into them.
+
+        Raises
+        ------
+        InvalidValue
+            A layer's weight is quantised, or another layer's too.
+        """
+        for layer in self._layers.values():
+            self._check_weight(layer)
+
+    def _check_weight(self, layer: AdaptedLinear) -> None:
+        weight, (m, n) = _weight(layer), (layer.B.shape[0], layer.A.shape[1])
+        own = weight.T if _transposed(layer) else weight
+        if not weight.is_floating_point() or own.shape != (m, n):
+            found = f"{weight.dtype} of shape {tuple(weight.shape)}"
+            raise InvalidValue(f"weight of {layer.name}", found, f"floats of shape ({m}, {n})")
+        named = self._model.named_parameters(remove_duplicate=False)
+        owners = [plain_name(name) for name, parameter in named if parameter is weight]
+        if len(owners) > 1:
+            allowed = (
+                "a weight of its own, as updates are folded into it: leave the layer out of "
+                "lora-targets, or choose another strategy than 'flora' and 'fedex-lora'"
+            )
+            raise InvalidValue(f"weight of {layer.name}", owners, allowed)
 
     @torch.no_grad()
     def apply(self, arrays: Mapping[str, NDArray[np.floating]]) -> None:

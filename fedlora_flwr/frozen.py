@@ -6,11 +6,10 @@ import logging
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
-from fedlora_flwr.adapters import AdaptedModel
-from fedlora_flwr.files import cache_folder, replacing
+from fedlora_flwr.adapters import AdaptedModel, in_bytes
+from fedlora_flwr.files import cache_folder, locked, replacing
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ def share(adapted: AdaptedModel) -> Path | None:
     path = cache_folder() / "frozen" / f"{adapted.fingerprint}.pt"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        with locked(path):
             mapped = _mapped(path, tensors)
             if mapped is None:
                 with replacing(path) as draft:
@@ -66,7 +65,10 @@ def _mapped(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor] | None
         _LOGGER.warning("%s cannot be read and is written again: %s", path, error)
         return None
     same = found.keys() == expected.keys() and all(
-        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+        found[name].dtype == tensor.dtype
+        and found[name].shape == tensor.shape
+        # By their bytes: NaN differs from itself, and some types know no comparison.
+        and torch.equal(in_bytes(found[name]), in_bytes(tensor))
         for name, tensor in expected.items()
     )
     return found if same else None

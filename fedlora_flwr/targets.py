@@ -17,6 +17,13 @@ _USUAL = {
     "distilbert": ["q_lin", "v_lin"],
     "modernbert": ["Wqkv"],
 }
+# Names that other families give to queries and values, or to all of attention's inputs.
+_ATTENTION = (
+    ("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"),
+    ("qkv_proj",), ("query_key_value",), ("Wqkv",), ("c_attn",),
+)  # fmt: skip
+# DeBERTa can use one layer for queries and for the positions, which are no record's.
+_BESIDE_POSITIONS = r".*\.attention\.(self\.value_proj|output\.dense)"
 _SHOWN = 8
 
 
@@ -37,14 +44,30 @@ def usual_targets(
     Raises
     ------
     InvalidValue
-        Nothing is known of the family. The message names layers to choose from.
+        Nothing is known of the family, and its attention has none of the usual names. The message
+        names layers to choose from.
     """
-    family = getattr(getattr(model, "config", None), "model_type", "")
-    found = known.get(family) or _USUAL.get(family)
+    config = getattr(model, "config", None)
+    family = getattr(config, "model_type", "")
+    if family == "deberta-v2" and getattr(config, "share_att_key", False):
+        return _BESIDE_POSITIONS
+    found = known.get(family) or _USUAL.get(family) or _attention(model, head)
     if not found:
         allowed = f"a pattern, as nothing is usual for a {family or type(model).__name__}"
         raise InvalidValue("lora-targets", "", f"{allowed}; {_choice(model, '', head)}")
     return found if isinstance(found, str) else rf"(.*\.)?({'|'.join(map(re.escape, found))})"
+
+
+def _attention(model: nn.Module, head: tuple[str, ...]) -> Sequence[str]:
+    """Return the names of a model's attention layers, if they are among those in use."""
+    if not hasattr(model, "config"):
+        return ()
+    ends = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and not _is_in(name, head)
+    }
+    return next((names for names in _ATTENTION if ends.issuperset(names)), ())
 
 
 def check_targets(model: nn.Module, targets: str, head: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from fedlora_flwr.adapters import AdaptedModel, LoRASpec, attach
+from fedlora_flwr.adapters import AdaptedModel, LoRASpec, attach, in_bytes
 from fedlora_flwr.errors import InvalidValue, PrivacyViolation
 from fedlora_flwr.privacy.engine import PrivateEngine
 from tests.models import FAMILIES, ROBERTA, SWIN, VIT, Family
@@ -205,6 +205,37 @@ def test_the_fingerprint_covers_the_base_weight_under_an_adapter_and_buffers() -
         "layers.0.blocks.0.attn.relative_position_index",
     )
     assert len({fingerprint(name) for name in names}) == len(names)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool,
+     torch.complex64],
+)  # fmt: skip
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3), (0, 4), (1, 1, 1)])
+def test_every_shape_and_type_of_a_frozen_array_has_a_fingerprint(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    def fingerprint(value: int) -> str:
+        model = Small()
+        for parameter in model.parameters():
+            parameter.data.fill_(0.5)
+        model.register_buffer("kept", torch.full(shape, value).to(dtype))
+        return attach(model, LoRASpec(2, 4.0, 0.0, "first"), seed=0).fingerprint
+
+    empty = 0 in shape
+    assert fingerprint(0) == fingerprint(0)
+    assert (fingerprint(0) == fingerprint(1)) is empty
+
+
+def test_a_frozen_array_has_the_bytes_of_its_values_in_order() -> None:
+    values = torch.arange(6, dtype=torch.float32).reshape(2, 3)
+    plain = values.numpy().tobytes()
+    assert in_bytes(values).numpy().tobytes() == plain
+    assert in_bytes(values.T.contiguous().T).numpy().tobytes() == plain
+    assert in_bytes(values.to_sparse()).numpy().tobytes() == plain
+    turned = torch.tensor([1 + 2j]).conj()
+    assert in_bytes(turned).numpy().tobytes() == turned.resolve_conj().numpy().tobytes()
 
 
 @every_family

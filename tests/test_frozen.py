@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedlora_flwr.adapters import AdaptedModel, attach, in_bytes
 from fedlora_flwr.frozen import share
 from tests.models import FAMILIES, SWIN, VIT, Family, active
 
@@ -50,6 +51,30 @@ def test_a_model_on_shared_weights_is_the_same_model(family: Family, cache: Path
     content = torch.load(path, weights_only=True)
     assert not any(name.startswith(tuple(active(adapted, "*"))) for name in content)
     assert len(content) == len(before)
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [torch.tensor(3), torch.tensor(0.5), torch.tensor([float("nan"), 1.0]),
+     torch.zeros(3).to(torch.float8_e4m3fn), torch.zeros(0, 2)],
+    ids=["counter", "scale", "nan", "float8", "empty"],
+)  # fmt: skip
+def test_arrays_of_any_shape_and_type_are_shared(kept: torch.Tensor) -> None:
+    def adapted() -> AdaptedModel:
+        model = VIT.model().float()
+        model.register_buffer("kept", kept.clone())
+        return attach(model, VIT.spec(), seed=0)
+
+    first, second = adapted(), adapted()
+    path = share(first)
+    assert path is not None
+    written = path.stat().st_mtime_ns
+    assert share(second) == path
+    assert path.stat().st_mtime_ns == written
+    for model in (first, second):
+        shared = dict(model.frozen())["base_model.model.kept"]
+        assert torch.equal(in_bytes(shared), in_bytes(kept))
+        assert shared.shape == kept.shape
 
 
 def test_what_a_process_writes_is_its_own() -> None:
@@ -112,6 +137,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from fedlora_flwr.adapters import AdaptedModel
+from fedlora_flwr.adapters import AdaptedModel, attach, in_bytes
 from fedlora_flwr.frozen import share
 
 def own_memory():

@@ -82,15 +82,46 @@ def test_families_are_known_from_the_given_table_or_our_own(family: str, layer: 
     assert not re.fullmatch(pattern, layer.replace(".", "-"))
 
 
-def test_an_unknown_family_is_refused_with_layers_to_choose_from() -> None:
+def test_an_unknown_family_is_adapted_by_the_usual_names_of_attention() -> None:
     model = ROBERTA.model()
+    expected = usual_targets(model, ("classifier",), {"roberta": ["query", "value"]})
     model.config.model_type = "bird"  # type: ignore[union-attr]
-    allowed = refusal(model, "", ("classifier",))
+    assert usual_targets(model, ("classifier",), {}) == expected
+
+
+def test_an_unknown_family_without_such_names_is_refused_with_layers_to_choose_from() -> None:
+    class Bird(nn.Module):
+        config = type("Config", (), {"model_type": "bird"})()
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.nest = nn.ModuleList(nn.ModuleDict({"egg": nn.Linear(2, 2)}) for _ in range(2))
+            self.query, self.value = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    allowed = refusal(Bird(), "", ("query", "value"))
     assert "nothing is usual for a bird" in allowed
-    assert "'roberta.encoder.layer.0.attention.self.query'" in allowed
-    assert "layer.1" not in allowed
-    assert "classifier" not in allowed
+    assert "'nest.0.egg'" in allowed
+    assert "nest.1" not in allowed
+    assert "query" not in allowed
     assert "usual for a VisionTransformer" in refusal(vit(), "")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_deberta_is_adapted_beside_the_layers_that_read_positions(shared: bool) -> None:
+    class Model(nn.Module):
+        config = type("Config", (), {"model_type": "deberta-v2", "share_att_key": shared})()
+
+    pattern = usual_targets(Model(), (), {"deberta-v2": ["query_proj", "value_proj"]})
+    attention = "deberta.encoder.layer.0.attention"
+    found = [
+        name
+        for name in ("self.query_proj", "self.key_proj", "self.value_proj", "output.dense")
+        if re.fullmatch(pattern, f"{attention}.{name}")
+    ]
+    assert found == (
+        ["self.value_proj", "output.dense"] if shared else ["self.query_proj", "self.value_proj"]
+    )
+    assert not re.fullmatch(pattern, "deberta.encoder.layer.0.output.dense")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from fedlora_flwr.adapters import AdaptedModel, LoRASpec, attach
 from fedlora_flwr.compiled import compile_backbone
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.errors import InvalidValue, explained
+from fedlora_flwr.exported import outermost
 from fedlora_flwr.frozen import share
 from fedlora_flwr.plan import A, B, ComponentPlan, Layout, factor_of
 from fedlora_flwr.precision import run_in_bf16
@@ -28,7 +29,7 @@ from fedlora_flwr.privacy.mechanism import Mechanism, poisson_batches
 from fedlora_flwr.privacy.noise import NoiseSource, SecureNoise, SeededNoise
 from fedlora_flwr.privacy.scores import BlockScores
 from fedlora_flwr.randomness import stream_seed
-from fedlora_flwr.tasks.registry import Records, Task, build_task
+from fedlora_flwr.tasks.registry import DRAWN, Records, Task, build_task
 
 
 def plan_mechanism(
@@ -84,19 +85,34 @@ def build_adapted(config: RunConfig, task: Task) -> AdaptedModel:
     ------
     InvalidValue
         The device does not exist here, or the adapters cannot be attached.
+    ModelFailed
+        The model cannot be built, or does not fit on the device.
     """
     device = resolve_device(config.device)
-    model = task.build_model()
-    # A quantised backbone is made on its device, and must not be moved.
-    model = model if getattr(model, "is_quantized", False) else model.to(device)
-    adapted = attach(model, lora_spec(config, task), stream_seed(config.seed, "adapters"))
+    advice = "Set another model, quantization or device."
+    with explained(f"Building the model of task {config.task!r}", advice):
+        model = task.build_model()
+        # A quantised backbone is made on its device, and must not be moved.
+        model = model if getattr(model, "is_quantized", False) else model.to(device)
+        spec = lora_spec(config, task, getattr(model, DRAWN, ()))
+        adapted = attach(model, spec, stream_seed(config.seed, "adapters"))
     if config.precision == "bf16":
         run_in_bf16(adapted.model)
     return adapted
 
 
-def lora_spec(config: RunConfig, task: Task) -> LoRASpec:
-    """Return what to attach to a task's backbone."""
+def lora_spec(config: RunConfig, task: Task, drawn: tuple[str, ...] = ()) -> LoRASpec:
+    """Return what to attach to a task's backbone.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run.
+    task : Task
+        Whose head may train.
+    drawn : tuple[str, ...]
+        Modules beside the head whose weights are in no checkpoint.
+    """
     return LoRASpec(
         rank=config.rank,
         alpha=config.lora_alpha,
@@ -105,6 +121,7 @@ def lora_spec(config: RunConfig, task: Task) -> LoRASpec:
         head=task.head if config.train_head else (),
         rslora=config.rslora,
         backbone_dropout=config.backbone_dropout,
+        drawn=outermost((*task.head, *drawn)),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import Field, field, fields
 from enum import StrEnum
 from re import _constants as codes  # type: ignore[attr-defined]
@@ -174,9 +175,10 @@ def allowed_values(entry: Field[Any]) -> str:
 
 
 def widen(entry: Field[Any], value: Any) -> Any:
-    """Turn a whole number into a float where the key is one."""
-    if type(entry.default) is float and type(value) is int and abs(value) < 2**53:
-        return float(value)
+    """Turn a whole number into a float where the key is one, and the number is that of a float."""
+    if type(entry.default) is float and type(value) is int:
+        with suppress(OverflowError):
+            return float(value)
     return value
 
 
@@ -199,6 +201,9 @@ def check_value(entry: Field[Any], value: Any, which: str = "check") -> None:
     """
     check, allowed = entry.metadata[which]
     if type(value) is not type(entry.default):
-        raise InvalidValue(dashed(entry.name), value, _TYPES[type(entry.default)])
+        kind = _TYPES[type(entry.default)]
+        if type(entry.default) is float and type(value) is int:
+            kind = "a number of at most 308 digits"
+        raise InvalidValue(dashed(entry.name), value, kind)
     if not check(value):
         raise InvalidValue(dashed(entry.name), value, allowed)

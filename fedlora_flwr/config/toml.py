@@ -21,7 +21,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         The file is missing or no TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        # Editors on Windows begin a file with a byte-order mark.
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:  # No file, no UTF-8, no TOML.
         raise InvalidValue("recipe", str(path), f"a readable TOML file ({error})") from error
 
@@ -41,7 +42,7 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
             raise InvalidValue("-c", pair, "key=value")
         try:
             found[key.strip()] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except ValueError:  # No TOML, or a number of thousands of digits.
             found[key.strip()] = text.strip()
     return found
 

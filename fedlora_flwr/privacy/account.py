@@ -15,6 +15,9 @@ early is to take fewer.
 *Rényi filter.* With scope ``"lifetime"`` and ``run_epsilon``, later runs may choose any settings.
 `fedlora_flwr.privacy.lifetime` says how they are bounded, and why.
 
+The device's owner chooses the rule, by scope and ``run_epsilon``, before the first release. If the
+owner changes it later and a server could influence when, the two rules together give (ε, 2δ).
+
 A run's first record reserves all steps that the run plans. They count against every other run until
 the run has taken them or has been silent for too long.
 """

@@ -99,7 +99,7 @@ class LedgerFile:
 
     def __init__(self, path: Path, witness: Path | None, patience: float) -> None:
         self.path = path
-        self.witness = Witness(witness or witness_of(path))
+        self.witness = Witness(witness or witness_of(path), patience)
         self.patience = patience
         with self._named():
             private_folder(path.parent)

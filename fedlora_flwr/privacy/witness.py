@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,9 +54,12 @@ class Witness:
     ----------
     path : Path
         Where it is, in an existing folder.
+    patience : float (default: 60)
+        Seconds to wait for another process that has locked it.
     """
 
     path: Path
+    patience: float = 60.0
 
     def read(self) -> Head | None:
         """Return the newest state; None where there is no file, or none that was made whole.
@@ -72,14 +76,33 @@ class Witness:
 
     @contextmanager
     def locked(self) -> Iterator[HeldWitness]:
-        """Hold the file for this thread alone; it is made if missing."""
+        """Hold the file for this thread alone; it is made if missing.
+
+        Raises
+        ------
+        LedgerDamaged
+            Neither slot is whole, or another process does not let go of the file.
+        """
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            self._lock(descriptor)
             newest, at = self._slots(os.pread(descriptor, 2 * _SLOT, 0))
             yield HeldWitness(descriptor, newest, at)
         finally:
             os.close(descriptor)
+
+    def _lock(self, descriptor: int) -> None:
+        end = time.monotonic() + self.patience
+        while True:
+            try:
+                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > end:
+                    raise LedgerDamaged(
+                        f"{self.path}, which says how a ledger ends, cannot be used: another "
+                        "process has locked it; end that process."
+                    ) from error
+                time.sleep(0.001)
 
     def _slots(self, content: bytes) -> tuple[Head | None, int]:
         """Return the newest state, and the place of the slot that doesn't hold it."""

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from fedlora_flwr.adapters import AdaptedModel, attach
 from fedlora_flwr.clients.trainer import lora_spec, plan_mechanism
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.errors import FedLoRAError, InvalidValue, explained
 from fedlora_flwr.plan import ComponentPlan, Layout, factor_of
 from fedlora_flwr.privacy.grad_sample import GradSampler
 from fedlora_flwr.privacy.mechanism import Mechanism
+from fedlora_flwr.simulations.rehearsal import check_folding, rehearse_unbuilt
 from fedlora_flwr.simulations.serve import build_strategy
 from fedlora_flwr.strategies import FedLoRA
 from fedlora_flwr.tasks.registry import Batch, Task, build_task
@@ -135,10 +136,14 @@ def forecast(config: RunConfig, records: int | None = None) -> Forecast:
     ------
     InvalidValue
         A setting cannot be used, or model or data cannot be found.
+    PrivacyViolation, ModelFailed
+        The model cannot train (see `fedlora_flwr.simulations.rehearsal`).
     """
     task = build_task(config.task, config)
     strategy = build_strategy(config)
     model = skeleton(config, task)
+    check_folding(strategy, model)
+    rehearse_unbuilt(config, task, model)
     layout = Layout.of(model.parameters, config.blocks)
     sizes = {name: parameter.numel() for name, parameter in model.parameters.items()}
     sent = {name: _BYTES * size + _HEADER for name, size in sizes.items()}
@@ -209,9 +214,10 @@ def skeleton(config: RunConfig, task: Task) -> AdaptedModel:
         The adapters cannot be attached.
     """
     bare = getattr(task, "skeleton", None)
-    model: nn.Module = bare() if bare else task.build_model().to("meta")
-    with torch.device("meta"):
-        return attach(model, lora_spec(config, task), seed=0)
+    with explained(f"Building the model of task {config.task!r}", "Set another model."):
+        model: nn.Module = bare() if bare else task.build_model().to("meta")
+        with torch.device("meta"):
+            return attach(model, lora_spec(config, task), seed=0)
 
 
 def activation_bytes(task: Task, adapted: AdaptedModel, batch: Batch) -> int | None:
@@ -232,6 +238,11 @@ def activation_bytes(task: Task, adapted: AdaptedModel, batch: Batch) -> int | N
     -------
     int or None
         Bytes, the model's own parameters left out; ``None`` where the model looks at values.
+
+    Raises
+    ------
+    FedLoRAError
+        The model cannot train: a setting cannot be used, or a layer cannot be clipped.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -256,6 +267,8 @@ def activation_bytes(task: Task, adapted: AdaptedModel, batch: Batch) -> int | N
             shapes = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in batch.items()}
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 task.losses(adapted.model, shapes)
+    except FedLoRAError:
+        raise
     except Exception:
         # Whatever a model of the user's does with values, it cannot be done here.
         return None

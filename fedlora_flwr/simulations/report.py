@@ -76,7 +76,7 @@ def describe_plan(plan: RunPlan) -> list[str]:
     sizes = [m.num_records for m in plan.mechanisms]
     lines = [
         f"Task      {config.task}: {plan.parameters:,} parameters frozen, {plan.trained:,} trained "
-        f"(LoRA of rank {config.rank}{', head' if config.train_head else ''})",
+        f"(LoRA of rank {config.rank}{', head' if plan.head else ''})",
         f"Strategy  {config.strategy}: {config.num_rounds} rounds of {config.local_steps} private "
         f"steps, expected batch {config.batch_size}",
         f"Clients   {config.num_clients} with {min(sizes)} to {max(sizes)} private records "

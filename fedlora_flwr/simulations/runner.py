@@ -17,11 +17,14 @@ import fedlora_flwr
 from fedlora_flwr.clients.trainer import build_adapted, plan_mechanism
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
+from fedlora_flwr.files import private_folder
 from fedlora_flwr.plan import Layout
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.simulations.app import write_app
+from fedlora_flwr.simulations.endings import COMPLETED, untold
 from fedlora_flwr.simulations.placement import Placement, place
-from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.simulations.rehearsal import check_folding, rehearse
+from fedlora_flwr.simulations.run_dir import CLAIM, RunDirectory
 from fedlora_flwr.simulations.serve import build_strategy, serve
 from fedlora_flwr.simulations.superlink import LOCAL, SimulationSuperLink
 from fedlora_flwr.simulations.workers import Execute, executor, one_by_one
@@ -51,6 +54,8 @@ class RunPlan:
         Parameters of the adapters, and of the head if it trains.
     metric : str (default: "accuracy")
         The figure to show.
+    head : bool (default: True)
+        Whether a head trains beside the adapters.
     """
 
     config: RunConfig
@@ -58,6 +63,7 @@ class RunPlan:
     parameters: int
     trained: int
     metric: str = "accuracy"
+    head: bool = True
 
 
 def make_plan(config: RunConfig, console: Console | None = None) -> RunPlan:
@@ -74,12 +80,16 @@ def make_plan(config: RunConfig, console: Console | None = None) -> RunPlan:
     ------
     InvalidValue
         A setting cannot be used, or a client could not keep its promise.
+    PrivacyViolation, ModelFailed
+        The model cannot train (see `fedlora_flwr.simulations.rehearsal`).
     """
     strategy = build_strategy(config)
     task = build_task(config.task, config)
     adapted = build_adapted(config, task)
     # A method may refuse a model, e.g. one whose blocks have no name.
     strategy.plan(1, Layout.of(adapted.parameters, config.blocks))
+    check_folding(strategy, adapted)
+    rehearse(task, adapted)
     sizes = [
         len(task.client_records(client, config.num_clients)) for client in range(config.num_clients)
     ]
@@ -97,6 +107,7 @@ def make_plan(config: RunConfig, console: Console | None = None) -> RunPlan:
         parameters=sum(parameter.numel() for parameter in adapted.model.parameters()) - trained,
         trained=trained,
         metric=task.metric,
+        head=bool(adapted.head),
     )
 
 
@@ -136,18 +147,18 @@ def run_on_flower(
         placement = replace(placement, workers=None)
     # A task of the user's own is imported from the folder that the command runs in.
     modules = Path.cwd() if ":" in config.task else None
+    run_dir.take()
+    claim = {CLAIM: run_dir.claim}
     with (
-        run_dir.log.open("w", encoding="utf-8") as log,
-        SimulationSuperLink(log, config.client_threads, modules) as superlink,
+        run_dir.log.open("a", encoding="utf-8") as log,
+        SimulationSuperLink(log, config.client_threads, modules, claim) as superlink,
     ):
-        superlink.submit(
-            app_folder(run_dir), run_dir.write_config(config), _federation(config, placement)
-        )
+        placed = superlink.file("run.toml", config.to_toml())
+        superlink.submit(app_folder(run_dir), placed, _federation(config, placement))
         _follow(superlink, run_dir, on_round)
     summary = run_dir.summary()
-    if summary is None or summary["status"] != "completed":
-        reason = summary["error"] if summary else _last_error(run_dir.log)
-        raise RunFailed(f"The run failed: {reason}")
+    if summary is None or summary["status"] != COMPLETED:
+        raise RunFailed(f"The run failed: {_reason(run_dir)}")
     return summary
 
 
@@ -175,6 +186,7 @@ def run_in_process(
 
     config = _placed(plan.config, run_dir)
     place(config, workers)
+    run_dir.take()
     execute: Execute = one_by_one
     with ExitStack() as stack:
         if workers == 1:
@@ -183,7 +195,7 @@ def run_in_process(
             execute = stack.enter_context(executor(workers, run_dir.log))
         grid = LocalGrid(respond, config.num_clients, config.items(), execute)
         stack.enter_context(grid.running())
-        return serve(grid, config, run_dir, on_round)
+        return serve(grid, config, run_dir, on_round, rehearsed=True)
 
 
 def app_folder(run_dir: RunDirectory) -> Path:
@@ -200,6 +212,8 @@ def app_folder(run_dir: RunDirectory) -> Path:
 def _placed(config: RunConfig, run_dir: RunDirectory) -> RunConfig:
     """Put results and ledger in the run directory, and wait for every client that is made."""
     folder = str(run_dir.path.resolve())
+    if config.state_dir:  # Else each client would find out by itself, in the first round.
+        private_folder(Path(config.state_dir))
     return replace(
         config,
         run_dir=config.run_dir or folder,
@@ -232,13 +246,15 @@ def _follow(superlink: SimulationSuperLink, run_dir: RunDirectory, on_round: OnR
             if status == "finished:completed":
                 return
             if status.startswith("finished"):
-                summary = run_dir.summary() or {}
-                reason = summary.get("error") or _last_error(run_dir.log)
-                raise RunFailed(f"Flower reports {status}: {reason}")
+                raise RunFailed(f"Flower reports {status}: {_reason(run_dir)}")
         time.sleep(0.2)
 
 
-def _last_error(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+def _reason(run_dir: RunDirectory) -> str:
+    """Return why a run failed: its own word, or else the log's last error."""
+    summary = run_dir.summary()
+    if summary is not None and not untold(summary):
+        return str(summary["error"])
+    lines = run_dir.log.read_text(encoding="utf-8", errors="replace").splitlines()
     errors = [line.strip() for line in lines if "Error" in line or "ERROR" in line]
     return errors[-1] if errors else "no error in the log"

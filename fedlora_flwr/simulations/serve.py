@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from logging import WARNING
 from typing import Any
@@ -18,12 +19,17 @@ from fedlora_flwr.arrays import to_numpy
 from fedlora_flwr.clients.trainer import build_adapted
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.environment import versions
+from fedlora_flwr.errors import explained
+from fedlora_flwr.files import replacing
 from fedlora_flwr.plan import Layout
 from fedlora_flwr.privacy.budget import MIN_NOISE
+from fedlora_flwr.simulations.endings import reason_of, status_of
+from fedlora_flwr.simulations.rehearsal import check_folding, rehearse
 from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.strategies import FedLoRA, strategy_class
 from fedlora_flwr.strategies.replies import to_record
 from fedlora_flwr.tasks.registry import Task, build_task
+from fedlora_flwr.terminal import uninterrupted
 from fedlora_flwr.wire import ACCOUNTANT, CLIENT, FINGERPRINT
 from fedlora_flwr.wire.limits import MOST_RECORDS, MOST_WEIGHT
 
@@ -31,7 +37,12 @@ OnRound = Callable[[dict[str, Any]], None]
 
 
 def serve(
-    grid: Grid, config: RunConfig, run_dir: RunDirectory, on_round: OnRound | None = None
+    grid: Grid,
+    config: RunConfig,
+    run_dir: RunDirectory,
+    on_round: OnRound | None = None,
+    *,
+    rehearsed: bool = False,
 ) -> dict[str, Any]:
     """Run a federation from the first round to the summary.
 
@@ -45,6 +56,8 @@ def serve(
         Where the results go.
     on_round : callable, optional
         Called with each row of ``rounds.jsonl``, round 0 (before training) included.
+    rehearsed : bool (default: False)
+        Whether a private step was tried already, with `fedlora_flwr.simulations.rehearsal`.
 
     Returns
     -------
@@ -60,19 +73,24 @@ def serve(
         arrays.
     """
     started = time.perf_counter()
-    run_dir.check_unused()
+    run_dir.take()
     run_dir.write_config(config)
     session: _Session | None = None
     try:
         task = build_task(config.task, config)
         strategy = build_strategy(config)
-        session = _Session(config, task, build_adapted(config, task), strategy, run_dir, on_round)
+        adapted = build_adapted(config, task)
+        if not rehearsed:
+            check_folding(strategy, adapted)
+            rehearse(task, adapted)
+        session = _Session(config, task, adapted, strategy, run_dir, on_round)
         session.run(grid)
         session.draw_modes()
     except BaseException as error:
         summary = _summary(config, session, time.perf_counter() - started)
-        reason = f"{type(error).__name__}: {error}"
-        run_dir.write_summary({**summary, "status": "failed", "error": reason})
+        ending = {"status": status_of(error), "error": reason_of(error)}
+        with uninterrupted(), suppress(OSError):  # The first error is the one to show.
+            run_dir.write_summary({**summary, **ending})
         raise
     summary = _summary(config, session, time.perf_counter() - started)
     run_dir.write_summary(summary)
@@ -157,7 +175,8 @@ class _Session:
         kept = self._average.add({name: to_numpy(array) for name, array in arrays.items()})
         self.adapted.write(kept)
         metrics = self._evaluate(server_round)
-        self.adapted.export(self.run_dir.adapter)
+        with replacing(self.run_dir.adapter) as draft:
+            self.adapted.export(draft)
         # What clients measured may have any name, and must not pass for what the server counted.
         row = {"round": server_round, **metrics, **self._communication(server_round)}
         row["round"] = server_round
@@ -178,7 +197,9 @@ class _Session:
         config = self.config
         if server_round % config.eval_every and server_round != config.num_rounds:
             return {}
-        return self.task.evaluate(self.adapted.model, self.task.test_records())
+        advice = "Set another model or test-split, or a smaller eval-batch-size."
+        with explained("Measuring the model on the public records", advice):
+            return self.task.evaluate(self.adapted.model, self.task.test_records())
 
     def _absent(self) -> int:
         """Return how many nodes have been connected in this run, and are not."""

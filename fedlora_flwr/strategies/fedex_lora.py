@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,8 @@ class FedExLoRA(FedLoRA):
     over the rounds since a client may be new: the download grows by rank (N - 1) r a round, up to
     min(m, n). Source: arXiv 2410.09432.
     """
+
+    folds: ClassVar[bool] = True
 
     def aggregate(
         self, server_round: int, current: Arrays, uploads: Sequence[Upload]

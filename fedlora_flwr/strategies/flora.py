@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,8 @@ class FLoRA(FedLoRA):
     travel as factors, summed over the rounds since a client may be new: the download grows by rank
     N r a round, up to min(m, n). Source: arXiv 2409.05976.
     """
+
+    folds: ClassVar[bool] = True
 
     def aggregate(
         self, server_round: int, current: Arrays, uploads: Sequence[Upload]

@@ -27,6 +27,7 @@ from fedlora_flwr.tasks.language_models import (
 from fedlora_flwr.tasks.prepared import prepare
 from fedlora_flwr.tasks.registry import Batch, Records
 from fedlora_flwr.tasks.squad import exact_match, f1
+from fedlora_flwr.tasks.tokens import check_ids, made_up_texts
 from fedlora_flwr.tasks.windows import (
     NO_TARGET,
     all_windows,
@@ -93,9 +94,9 @@ class QuestionAnswering(DatasetTask):
         """The layer that scores tokens as starts and ends."""
         return head_modules(self.skeleton())
 
-    def skeleton(self) -> nn.Module:
-        """Return the model without weights, on the meta device."""
-        model = skeleton(self._auto, self._config)
+    def skeleton(self, device: str = "meta") -> nn.Module:
+        """Return the model without the checkpoint's weights; they are random but on ``"meta"``."""
+        model = skeleton(self._auto, self._config, device)
         check_length(self._settings.max_length, model)
         return model
 
@@ -104,6 +105,12 @@ class QuestionAnswering(DatasetTask):
         shape = (records, self._settings.max_length)
         tokens = {name: torch.ones(shape, dtype=torch.int64) for name in self._inputs}
         return {**tokens, **{name: torch.zeros(records, dtype=torch.int64) for name in _TARGETS}}
+
+    def made_up_batch(self, records: int) -> Batch:
+        """Return windows of random words of up to ``max-length`` tokens, without an answer."""
+        shape = (records, self._settings.max_length)
+        texts = made_up_texts(self._tokenizer, self._config, self._inputs, shape, pair=True)
+        return {**texts, **{name: torch.zeros(records, dtype=torch.int64) for name in _TARGETS}}
 
     def build_model(self) -> nn.Module:
         """Return the checkpoint with a head whose start follows from the seed.
@@ -245,6 +252,7 @@ class QuestionAnswering(DatasetTask):
             [*self._inputs, *_TARGETS, *(() if training else _EVALUATION)],
             packages=["tokenizers", "transformers"],
         )
+        check_ids(prepared, self._config)
         padding = {"input_ids": tokenizer.pad_token_id or 0, "begins": -1, "ends": -1}
         collate = pad_collate(padding, limit=limit)
         return ArrowRecords(prepared if training else one_row_each(prepared), collate)

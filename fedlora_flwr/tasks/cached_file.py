@@ -8,10 +8,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock
-
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.files import private_folder, replace_file
+from fedlora_flwr.files import locked, private_folder, replace_file
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -42,7 +40,7 @@ def read_or_build(path: Path, build: Callable[[], bytes]) -> bytes:
     if (content := _intact(path)) is not None:
         return content
     require_writable(path.parent)
-    with FileLock(f"{path}.lock"):
+    with locked(path):
         # Another process may have built it while this one waited.
         if (content := _intact(path)) is not None:
             return content

@@ -164,12 +164,16 @@ class DatasetTask(ABC):
         """Return a new model with its head, the same weights in every process."""
 
     @abstractmethod
-    def skeleton(self) -> nn.Module:
-        """Return the model without weights, on the meta device."""
+    def skeleton(self, device: str = "meta") -> nn.Module:
+        """Return the model without its weights: shapes alone on ``"meta"``, random elsewhere."""
 
     @abstractmethod
     def largest_batch(self, records: int) -> Batch:
         """Return a batch of the largest shapes there can be; its values mean nothing."""
+
+    @abstractmethod
+    def made_up_batch(self, records: int) -> Batch:
+        """Return records as large as there can be, with values that a model can read."""
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.errors import InvalidValue, one_line
 from fedlora_flwr.files import cache_folder
 from fedlora_flwr.tasks.dataset_task import DatasetSettings
 from fedlora_flwr.tasks.hub import hub_answers, own_copies_only
 
 SMALL_SWIN = "small-swin"
+# Queries, keys, values and the projection, as in the published protocols on Swin; then what other
+# models have.
+_LAYERS = (
+    r"(.*\.)?blocks\.\d+\.attn\.(qkv|proj)",
+    r"(.*\.)?blocks\.\d+\.attn\.proj",
+    r"(.*\.)?attn\.(qkv|q|kv|proj)",
+    r"(.*\.)?(mlp|mlp_channels)\.fc[12]",
+)
 
 
 def build(settings: DatasetSettings, num_classes: int) -> nn.Module:
@@ -50,9 +59,12 @@ def build(settings: DatasetSettings, num_classes: int) -> nn.Module:
     return model
 
 
-def skeleton(settings: DatasetSettings, num_classes: int) -> nn.Module:
-    """Return the model without weights, on the meta device: its modules and their names."""
-    with torch.device("meta"):
+def skeleton(settings: DatasetSettings, num_classes: int, device: str = "meta") -> nn.Module:
+    """Return the model without its weights: its modules and their names.
+
+    On the meta device there are shapes alone; on another one the weights are random.
+    """
+    with torch.device(device):
         return _create(settings, num_classes, pretrained=False)
 
 
@@ -63,6 +75,31 @@ def classifier_modules(model: Any) -> tuple[str, ...]:
     return tuple(
         name for name, module in model.named_modules() if any(module is one for one in chosen)
     )
+
+
+def usual_layers(model: nn.Module) -> str:
+    """Return a pattern of the layers of a timm model that get an adapter as a rule.
+
+    The first of `_LAYERS` that matches linear layers alone, or else the very first, with which
+    `fedlora_flwr.targets.check_targets` says what there is to choose from.
+    """
+    named = dict(model.named_modules())
+    for pattern in _LAYERS:
+        found = [name for name in named if re.fullmatch(pattern, name)]
+        linear = all(isinstance(named[name], nn.Linear) for name in found)
+        if found and linear and not any(_bypassed(named, name) for name in found):
+            return pattern
+    return _LAYERS[0]
+
+
+def _bypassed(named: dict[str, nn.Module], layer: str) -> bool:
+    """Tell whether attention reads a layer's weight and does not call the layer.
+
+    BEiT, EVA and Swin V2 do so where only queries and values have a bias.
+    """
+    attention: Any = named[layer.rpartition(".")[0]]
+    joined = getattr(attention, "q_bias", None) is not None
+    return layer.endswith(".qkv") and joined and not getattr(attention, "qkv_bias_separate", False)
 
 
 def data_config(model: nn.Module, image_size: int) -> dict[str, Any]:
@@ -116,8 +153,8 @@ def _create(settings: DatasetSettings, num_classes: int, *, pretrained: bool) ->
                 "them did not answer, and there is no copy from before"
             )
         else:
-            reason = f"{type(error).__name__}: {error}"
-            allowed = f"a timm model that can be built ({' '.join(reason.split())[:300]})"
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            allowed = f"a timm model that can be built ({reason})"
         raise InvalidValue("model", settings.model, allowed) from error
 
 
@@ -179,8 +216,8 @@ def _load(model: Any, file: str) -> None:
     try:
         state = _converted(load_state_dict(str(path), weights_only=True), model)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InvalidValue("weights", file, f"safetensors or a PyTorch file ({reason})") from error
+        allowed = f"safetensors or a PyTorch file ({one_line(error)})"
+        raise InvalidValue("weights", file, allowed) from error
     own = model.state_dict()
     heads = tuple(f"{name}." for name in classifier_modules(model))
     for name in list(state):

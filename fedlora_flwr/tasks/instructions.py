@@ -23,7 +23,8 @@ from fedlora_flwr.tasks.language_models import (
     skeleton,
 )
 from fedlora_flwr.tasks.prepared import prepare
-from fedlora_flwr.tasks.registry import Batch, Records
+from fedlora_flwr.tasks.registry import DRAWN, Batch, Records
+from fedlora_flwr.tasks.tokens import check_ids, made_up_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,18 +61,23 @@ class InstructionTuning(DatasetTask):
         Raises
         ------
         InvalidValue
-            See `fedlora_flwr.tasks.language_models.build`.
+            See `fedlora_flwr.tasks.language_models.build`; or the checkpoint lacks the layer that
+            scores words, which no adapter makes up for.
         """
         model: Any = build(self._auto, self._settings, self._config)
+        if self._settings.weights != "random" and (drawn := getattr(model, DRAWN)):
+            allowed = f"a language model with all its weights: those of {drawn[0]!r} are missing"
+            raise InvalidValue("model", self._settings.model, allowed)
         # Keys and values are of use to generation only.
         model.config.use_cache = False
         return model  # type: ignore[no-any-return]
 
-    def skeleton(self) -> nn.Module:
-        """Return the model without weights, on the meta device."""
-        model = skeleton(self._auto, self._config)
+    def skeleton(self, device: str = "meta") -> nn.Module:
+        """Return the model without the checkpoint's weights; they are random but on ``"meta"``."""
+        model: Any = skeleton(self._auto, self._config, device)
+        model.config.use_cache = False
         check_length(self._settings.max_length, model)
-        return model
+        return model  # type: ignore[no-any-return]
 
     def largest_batch(self, records: int) -> Batch:
         """Return conversations of ``max-length`` tokens, all of them answers."""
@@ -79,6 +85,14 @@ class InstructionTuning(DatasetTask):
         names = ("input_ids", "attention_mask", "labels")
         tokens = {name: torch.ones(shape, dtype=torch.int64) for name in names}
         return {**tokens, "answer_tokens": torch.full((records,), shape[1] - 1)}
+
+    def made_up_batch(self, records: int) -> Batch:
+        """Return random texts of up to ``max-length`` tokens, all of them answers."""
+        names, shape = ["input_ids", "attention_mask"], (records, self._settings.max_length)
+        texts = made_up_texts(self._tokenizer, self._config, names, shape)
+        labels = texts["input_ids"].masked_fill(texts["attention_mask"] == 0, IGNORED)
+        answers = (labels[:, 1:] != IGNORED).sum(dim=1)
+        return {**texts, "labels": labels, "answer_tokens": answers}
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean negative log likelihood of a record's answer tokens, shape (n,).
@@ -175,6 +189,7 @@ class InstructionTuning(DatasetTask):
             ["input_ids", "attention_mask", "labels", "answer_tokens"],
             packages=["tokenizers", "transformers"],
         )
+        check_ids(prepared, self._config)
         # What comes after a causal model's last token is never read: any padding does.
         records = ArrowRecords(prepared, pad_collate(limit=limit))
         split = settings.train_split if training else settings.test_split

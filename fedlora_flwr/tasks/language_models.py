@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.errors import InvalidValue, one_line
 from fedlora_flwr.tasks.dataset_task import DatasetSettings
 from fedlora_flwr.tasks.hub import hub_answers, own_copies_only
+from fedlora_flwr.tasks.registry import DRAWN
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -88,6 +90,8 @@ def check_length(limit: int, model: nn.Module) -> None:
     """
     config: Any = model.config
     longest = getattr(config, "max_position_embeddings", None) or limit
+    if longest < 0:  # XLNet says so that it has no limit.
+        longest = limit
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             # RoBERTa counts from behind the position that stands for padding.
@@ -97,8 +101,17 @@ def check_length(limit: int, model: nn.Module) -> None:
         raise InvalidValue("max-length", limit, f"at most {longest}, what the model reads")
 
 
-def skeleton(auto: Any, config: PretrainedConfig) -> nn.Module:
-    """Return the model without weights, on the meta device: its modules and their names.
+def skeleton(auto: Any, config: PretrainedConfig, device: str = "meta") -> nn.Module:
+    """Return the model without the checkpoint's weights: its modules and their names.
+
+    Parameters
+    ----------
+    auto : type
+        One of transformers' auto classes.
+    config : PretrainedConfig
+        As of `load_config`.
+    device : str (default: "meta")
+        ``"meta"`` for shapes alone; on another device the weights are random.
 
     Raises
     ------
@@ -106,10 +119,13 @@ def skeleton(auto: Any, config: PretrainedConfig) -> nn.Module:
         Models of this family do not do what is asked.
     """
     try:
-        with torch.device("meta"):
-            model: nn.Module = auto.from_config(config)
-    except ValueError as error:
-        allowed = f"a model for this task, not one of type {config.model_type!r}"
+        with torch.device(device):
+            model: nn.Module = auto.from_config(config, dtype=torch.float32)
+    except InvalidValue:
+        raise
+    except Exception as error:
+        reason = "" if isinstance(error, ValueError) else f" ({one_line(error)})"
+        allowed = f"a model for this task, not one of type {config.model_type!r}{reason}"
         raise InvalidValue("model", config.name_or_path, allowed) from error
     return model
 
@@ -137,8 +153,20 @@ class MeanPooledClassifier(nn.Module):
         self.classifier = nn.Linear(backbone.config.hidden_size, num_labels)
 
     def forward(self, attention_mask: Tensor, **inputs: Tensor) -> SequenceClassifierOutput:
-        """Return ``logits``, shape (n, classes), for inputs of shape (n, t)."""
-        states = self.backbone(attention_mask=attention_mask, **inputs).last_hidden_state
+        """Return ``logits``, shape (n, classes), for inputs of shape (n, t).
+
+        Raises
+        ------
+        InvalidValue
+            The backbone has a decoder that does not read the text.
+        """
+        try:
+            states = self.backbone(attention_mask=attention_mask, **inputs).last_hidden_state
+        except ValueError as error:
+            if not getattr(self.config, "is_encoder_decoder", False):
+                raise
+            allowed = f"'model' for a model of type {self.config.model_type!r}, as its decoder"
+            raise InvalidValue("pooling", "mean", f"{allowed} does not read the text") from error
         mask = attention_mask.unsqueeze(-1).to(states.dtype)
         means = (states * mask).sum(1) / mask.sum(1).clamp_min(1)
         return SequenceClassifierOutput(logits=self.classifier(means.to(self.classifier.weight)))
@@ -160,7 +188,10 @@ class MeanPooled:
         from transformers import AutoModel
 
         backbone, report = AutoModel.from_pretrained(config=config, **options)
-        return MeanPooledClassifier(backbone, config.num_labels), report
+        model = MeanPooledClassifier(backbone, config.num_labels)
+        missing = {f"{model.base_model_prefix}.{name}" for name in report["missing_keys"]}
+        classifier = {f"classifier.{name}" for name, _ in model.classifier.named_parameters()}
+        return model, {**report, "missing_keys": missing | classifier}
 
 
 def head_modules(model: nn.Module) -> tuple[str, ...]:
@@ -183,10 +214,14 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
 
 def _beside(model: nn.Module) -> tuple[str, ...]:
     backbone = getattr(model, "base_model_prefix", "")
+    children = dict(model.named_children())
     return tuple(
         name
-        for name, child in model.named_children()
-        if name != backbone and any(True for _ in child.parameters())
+        for name, child in children.items()
+        if name != backbone
+        and any(True for _ in child.parameters())
+        # T5 for questions has the parts of its backbone beside the head.
+        and (backbone in children or not isinstance(child, (PreTrainedModel, nn.Embedding)))
     )
 
 
@@ -220,7 +255,8 @@ def build(auto: Any, settings: DatasetSettings, config: PretrainedConfig) -> nn.
         # torch.manual_seed would also seed the accelerators, which the fork does not restore.
         torch.default_generator.manual_seed(settings.seed)
         if settings.weights == "random":
-            model: nn.Module = auto.from_config(config, dtype=torch.float32)
+            model: nn.Module = skeleton(auto, config, "cpu")
+            setattr(model, DRAWN, _beside(bare))
             return model
         model, report = _fetched(
             settings.model,
@@ -233,18 +269,24 @@ def build(auto: Any, settings: DatasetSettings, config: PretrainedConfig) -> nn.
                 **options,
             ),
         )
-    _check_weights(settings.model, report, _beside(bare))
+    missing = _drawn_weights(report)
+    _check_weights(settings.model, missing, _beside(bare))
+    setattr(model, DRAWN, tuple(sorted({name.rpartition(".")[0] for name in missing})))
     return model
 
 
-def _check_weights(model: str, report: Mapping[str, Any], beside: tuple[str, ...]) -> None:
+def _drawn_weights(report: Mapping[str, Any]) -> dict[str, str]:
+    """Return the names of weights that were drawn, and why each was."""
+    missing = dict.fromkeys(report["missing_keys"], "is missing")
+    return {**missing, **{name: "does not fit" for name, *_ in report["mismatched_keys"]}}
+
+
+def _check_weights(model: str, drawn: Mapping[str, str], beside: tuple[str, ...]) -> None:
     """Refuse a backbone of which some weights were not in the checkpoint, and so were drawn."""
-    misfits = {name for name, *_ in report["mismatched_keys"]}
-    for name in sorted({*misfits, *report["missing_keys"]}):
+    for name in sorted(drawn):
         # A backbone that was trained without a pooler has none, and few heads read it.
         if name.split(".")[0] not in beside and "pooler" not in name.split("."):
-            how = "does not fit" if name in misfits else "is missing"
-            raise InvalidValue("model", model, f"weights of this model: {name!r} {how}")
+            raise InvalidValue("model", model, f"weights of this model: {name!r} {drawn[name]}")
 
 
 def quantized(quantization: str, head: tuple[str, ...]) -> dict[str, Any]:
@@ -296,7 +338,7 @@ def _fetched(model: str, load: Callable[..., _Found]) -> _Found:
                 "did not answer, and there is no copy from before"
             )
         else:
-            allowed = f"a transformers model ({' '.join(str(error).split())[:300]})"
+            allowed = f"a transformers model ({one_line(error)})"
         raise InvalidValue("model", model, allowed) from error
 
 

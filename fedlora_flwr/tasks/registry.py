@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Batch = Mapping[str, "Tensor"]
+DRAWN = "drawn_modules"
+"""Attribute of a model: names of its modules, head included, that are in no checkpoint."""
 
 
 class Records(Protocol):

@@ -25,6 +25,7 @@ from fedlora_flwr.tasks.language_models import (
 )
 from fedlora_flwr.tasks.prepared import prepare
 from fedlora_flwr.tasks.registry import Batch
+from fedlora_flwr.tasks.tokens import check_ids, made_up_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,9 +49,9 @@ class TextClassification(ClassifierTask):
         """The classifier beside the backbone."""
         return head_modules(self.skeleton())
 
-    def skeleton(self) -> nn.Module:
-        """Return the model without weights, on the meta device."""
-        model = skeleton(self._auto, self._config)
+    def skeleton(self, device: str = "meta") -> nn.Module:
+        """Return the model without the checkpoint's weights; they are random but on ``"meta"``."""
+        model = skeleton(self._auto, self._config, device)
         check_length(self._settings.max_length, model)
         return model
 
@@ -59,6 +60,12 @@ class TextClassification(ClassifierTask):
         shape = (records, self._settings.max_length)
         tokens = {name: torch.ones(shape, dtype=torch.int64) for name in self._inputs}
         return {**tokens, "label": torch.zeros(records, dtype=torch.int64)}
+
+    def made_up_batch(self, records: int) -> Batch:
+        """Return random texts of up to ``max-length`` tokens, all of the first class."""
+        shape = (records, self._settings.max_length)
+        texts = made_up_texts(self._tokenizer, self._config, self._inputs, shape)
+        return {**texts, "label": torch.zeros(records, dtype=torch.int64)}
 
     def build_model(self) -> nn.Module:
         """Return the checkpoint with a classifier whose start follows from the seed.
@@ -118,6 +125,7 @@ class TextClassification(ClassifierTask):
             self._inputs,
             packages=["tokenizers", "transformers"],
         )
+        check_ids(prepared, self._config)
         numbered = self._with_classes(prepared, dataset, training=training)
         padding = {"input_ids": int(tokenizer.pad_token_id)}
         return ArrowRecords(numbered, pad_collate(padding, limit=settings.max_length))

@@ -14,7 +14,13 @@ from fedlora_flwr.errors import InvalidValue, one_of
 from fedlora_flwr.tasks.arrow_records import ArrowRecords, Rows
 from fedlora_flwr.tasks.classifier_task import ClassifierTask
 from fedlora_flwr.tasks.dataset_task import names
-from fedlora_flwr.tasks.image_models import build, classifier_modules, data_config, skeleton
+from fedlora_flwr.tasks.image_models import (
+    build,
+    classifier_modules,
+    data_config,
+    skeleton,
+    usual_layers,
+)
 from fedlora_flwr.tasks.prepared import prepare
 from fedlora_flwr.tasks.registry import Batch
 
@@ -34,8 +40,11 @@ class ImageClassification(ClassifierTask):
     """
 
     name = "image-classification"
-    # qkv and the projection, as in the published protocols on Swin; names of timm's transformers.
-    lora_targets = r"(.*\.)?blocks\.\d+\.attn\.(qkv|proj)"
+
+    @cached_property
+    def lora_targets(self) -> str:
+        """Attention's layers in timm's transformers; in other models those of the MLPs."""
+        return usual_layers(self.skeleton())
 
     @cached_property
     def head(self) -> tuple[str, ...]:
@@ -52,9 +61,9 @@ class ImageClassification(ClassifierTask):
         """
         return build(self._settings, self.num_classes)
 
-    def skeleton(self) -> nn.Module:
-        """Return the model without weights, on the meta device."""
-        return skeleton(self._settings, self.num_classes)
+    def skeleton(self, device: str = "meta") -> nn.Module:
+        """Return the model without its weights; they are random but on ``"meta"``."""
+        return skeleton(self._settings, self.num_classes, device)
 
     def largest_batch(self, records: int) -> Batch:
         """Return pictures of the model's size."""
@@ -62,6 +71,12 @@ class ImageClassification(ClassifierTask):
             "image": torch.zeros((records, *self._data["input_size"]), dtype=torch.uint8),
             "label": torch.zeros(records, dtype=torch.int64),
         }
+
+    def made_up_batch(self, records: int) -> Batch:
+        """Return pictures of random pixels, all of the first class."""
+        generator, batch = torch.Generator().manual_seed(0), self.largest_batch(records)
+        pixels = torch.randint(256, batch["image"].shape, generator=generator, dtype=torch.uint8)
+        return {**batch, "image": pixels}
 
     @cached_property
     def _data(self) -> dict[str, Any]:

@@ -288,6 +288,28 @@ def test_a_recipe_that_is_no_text_is_named(tmp_path: Path) -> None:
         read_toml(path)
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_recipe_may_begin_with_a_byte_order_mark(mark: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(f'{mark}strategy = "la-lora"\n', encoding="utf-8")
+    assert read_toml(path) == {"strategy": "la-lora"}
+
+
+@pytest.mark.parametrize("key", [k for k, v in DEFAULTS.items() if type(v) is float])
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_a_whole_number_beyond_all_floats_is_refused_by_key(key: str, digits: int) -> None:
+    for value in (10**digits, -(10**digits)):
+        with pytest.raises(InvalidValue, match="a number of at most 308 digits") as caught:
+            RunConfig.of({key: value})
+        assert caught.value.key == key
+    with pytest.raises(InvalidValue, match=f"^{key} = .*cannot be used: expected a number"):
+        RunConfig.of(parse_overrides([f"{key}={'9' * digits}"]))
+
+
+def test_a_whole_number_of_many_digits_is_a_number_where_it_is_one() -> None:
+    assert RunConfig.of({"epsilon": 10**300}).epsilon == 1e300
+
+
 def test_overrides_are_toml_or_plain_text() -> None:
     pairs = [
         "strategy=ffa-lora",

@@ -288,6 +288,30 @@ def test_a_spent_budget_too_few_records_and_another_model_are_found(
     assert any("the server's is" in text or "lora-targets" in text for text in bad["device-02"])
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_text("no ledger"),
+        lambda path: (path.unlink(), path.mkdir()),
+        lambda path: path.unlink(),
+        lambda path: path.with_name(f"{path.name}.witness").unlink(),
+    ],
+)
+def test_a_damaged_ledger_is_a_finding(
+    fleet: Path, planned: RunConfig, damage: Callable[[Path], object]
+) -> None:
+    path = fleet / "devices" / "device-01" / "state" / "ledger.sqlite"
+    spent = Segment(1.0, 0.2, 9)
+    Ledger(path).record(Account("device-01", "r", 99.0, 1e-3, "lifetime"), 1, spent, spent)
+    damage(path)
+
+    bad = [f for f in findings(fleet, planned)[False] if f.subject == "device-01"]
+
+    assert len(bad) == 1
+    assert str(path) in bad[0].text
+
+
 @pytest.fixture
 def on_device(fleet: Path, tmp_path: Path) -> Path:
     """Return the folder of a device, carried to where nothing else of the fleet is."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import sqlite3
 import stat
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -168,15 +170,36 @@ def test_a_ledger_that_another_program_has_locked_is_named(path: Path) -> None:
     assert ledger.record(ACCOUNT, 9, ONE, PLAN).steps == 9
 
 
+def test_a_witness_that_another_program_has_locked_is_named(path: Path) -> None:
+    ledger = Ledger(path, patience=0.05)
+    with witness_of(path).open("rb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        with pytest.raises(LedgerDamaged, match="another process has locked it"):
+            ledger.record(ACCOUNT, 9, ONE, PLAN)
+    assert ledger.record(ACCOUNT, 9, ONE, PLAN).steps == 9
+
+
 def test_a_folder_that_cannot_be_written_is_named(path: Path) -> None:
-    if not os.geteuid():
-        pytest.skip("The superuser may write anywhere.")
-    path.parent.chmod(0o500)
-    try:
-        with pytest.raises(LedgerDamaged, match="permissions"):
-            Ledger(path).record(ACCOUNT, 9, ONE, PLAN)
-    finally:
-        path.parent.chmod(0o700)
+    """As nobody, where the tests run as the superuser, who may write anywhere."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copytree(path.parent, folder, dirs_exist_ok=True)
+        read_only = folder / path.name
+        for one in folder.iterdir():
+            one.chmod(0o444)
+        folder.chmod(0o555)
+        if not (child := os.fork()):
+            forget()
+            try:
+                if not os.geteuid():
+                    os.setuid(65534)
+                Ledger(read_only).record(ACCOUNT, 9, ONE, PLAN)
+            except LedgerDamaged as error:
+                os._exit(0 if "permissions" in str(error) else 1)
+            os._exit(2)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        folder.chmod(0o755)
+    assert status == 0
 
 
 def test_a_place_that_cannot_be_is_named(tmp_path: Path) -> None:

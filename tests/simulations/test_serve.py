@@ -73,7 +73,8 @@ def finished(make_config: MakeConfig, tmp_path: Path) -> tuple[RunConfig, RunDir
 
 def test_the_files_of_a_run(finished: tuple[RunConfig, RunDirectory]) -> None:
     files = {entry.name for entry in finished[1].path.iterdir()}
-    assert files == {"config.toml", "rounds.jsonl", "clients.jsonl", "summary.json", "adapter"}
+    results = {"config.toml", "rounds.jsonl", "clients.jsonl", "summary.json", "adapter"}
+    assert files == {".claim", *results}
 
 
 def test_the_summary(finished: tuple[RunConfig, RunDirectory]) -> None:

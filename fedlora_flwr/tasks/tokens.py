@@ -1,0 +1,120 @@
+"""Tokens that a model can read, and made-up texts of them."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.tasks.registry import Batch
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+_SEED = 0
+
+
+def check_ids(prepared: Dataset, config: PretrainedConfig) -> None:
+    """Refuse records with tokens that a model has no embedding for.
+
+    Parameters
+    ----------
+    prepared : Dataset
+        With the column ``input_ids``.
+    config : PretrainedConfig
+        The model's.
+
+    Raises
+    ------
+    InvalidValue
+        Names the model, the id and the number of embeddings.
+    """
+    import pyarrow.compute as pc
+
+    known = _embeddings(config)
+    if known is None:
+        return
+    chunks = prepared.data.table.column("input_ids").chunks
+    largest = max((pc.max(_flat(chunk)).as_py() or 0 for chunk in chunks), default=0)
+    if largest >= known:
+        raise _beyond(config, f"records have token {largest}", known)
+
+
+def _flat(values: pa.Array) -> pa.Array:
+    while hasattr(values.type, "value_type"):  # A question has a list for each of its windows.
+        values = values.flatten()
+    return values
+
+
+def made_up_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    names: list[str],
+    shape: tuple[int, int],
+    *,
+    pair: bool = False,
+) -> Batch:
+    """Return texts of random words as a model's inputs.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+        The model's; it is left as it was.
+    config : PretrainedConfig
+        The model's.
+    names : list[str]
+        As of `fedlora_flwr.tasks.language_models.input_names`.
+    shape : tuple[int, int]
+        Number of texts, and how many tokens each has at most.
+    pair : bool (default: False)
+        Whether a text is a pair of texts.
+
+    Returns
+    -------
+    Batch
+        int64 tensors of shape (n, t).
+
+    Raises
+    ------
+    InvalidValue
+        The tokenizer has words that the model has no embedding for.
+    """
+    count, length = shape
+    others = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    words = sorted({*tokenizer.get_vocab().values()} - others)
+    known = _embeddings(config)
+    if known is not None and words and words[-1] >= known:
+        raise _beyond(config, f"the tokenizer has token {words[-1]}", known)
+    generator = torch.Generator().manual_seed(_SEED)
+    drawn = torch.randint(max(len(words), 1), (2, count, length), generator=generator).tolist()
+    own = copy.deepcopy(tokenizer)  # A call leaves its truncation behind.
+    texts = [[own.decode([words[i] for i in text]) for text in part] for part in drawn]
+    found = own(
+        *texts[: 1 + pair],
+        truncation=True,
+        max_length=length,
+        padding=True,
+        return_token_type_ids=True,
+        return_attention_mask=True,
+        return_tensors="pt",
+        verbose=False,
+    )
+    return {name: found[name].long() for name in names}
+
+
+def _embeddings(config: PretrainedConfig) -> int | None:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "vocab_size", None)
+
+
+def _beyond(config: PretrainedConfig, found: str, known: int) -> InvalidValue:
+    allowed = (
+        f"a model that its tokenizer belongs to: {found}, and the model has embeddings for tokens "
+        f"0 to {known - 1}. Save the model after model.resize_token_embeddings, or use its "
+        "own tokenizer"
+    )
+    return InvalidValue("model", config.name_or_path, allowed)
