@@ -208,10 +208,10 @@ def _check_answers(records: ArrowRecords, split: str, limit: int, *, training: b
         raise InvalidValue("max-length", limit, allowed)
     if without:
         _LOGGER.warning(
-            "%d of %d records of split %r have no answer within max-length = %d tokens.",
+            "%d of %d %s records have no answer within max-length = %d tokens.",
             without,
             len(records),
-            split,
+            "private" if training else "public",
             limit,
         )
 

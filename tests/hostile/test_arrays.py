@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
@@ -49,12 +50,21 @@ def _is_hostile(arrays: dict[str, Any], config: dict[str, Any]) -> bool:
     for name, usual in start(4).items():
         values = arrays[name]
         if isinstance(values, Array):
-            return True
+            values = _read(values.data)
         if values.shape != usual.shape or values.dtype.kind != "f":
             return True
         if not (np.abs(values) <= 1e4).all():
             return True
     return False
+
+
+def _read(data: bytes) -> Any:
+    """Return what NumPy reads of bytes, and something that no model has where it reads nothing."""
+    try:
+        found = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception:  # NumPy's reader raises errors of many types.
+        return np.zeros(0, object)
+    return found if isinstance(found, np.ndarray) else np.zeros(0, object)
 
 
 def test_each_damaged_array_runs_no_code(spent: Device) -> None:

@@ -43,14 +43,14 @@ def test_each_key_of_an_order_and_what_is_no_key(spent: Device) -> None:
             for kind in ("train", "evaluate"):
                 spent.ask(kind, records(start(4), {key: value}))
 
-    @examples(3_000)
+    @examples(2_000)
     @given(order_configs(), st.sampled_from(["train", "train", "train", "evaluate"]))
     def sent(config: dict[str, Any], kind: str) -> None:
         assert spent.ask(kind, records(start(4), config)).kind != "ok"
 
     sent()
-    assert spent.sent >= 3_000, spent.sent
-    assert spent.kinds["refused"] > 1_500
+    assert spent.sent >= 2_000, spent.sent
+    assert spent.kinds["refused"] > 1_000
     assert spent.kinds["budget-exhausted"] > 10
 
 
@@ -73,7 +73,7 @@ def test_every_kind_of_message_with_any_records(spent: Device) -> None:
     contents = st.dictionaries(st.sampled_from(LEGACY), record, max_size=4).map(RecordDict)
     likely = st.builds(_legacy, st.sampled_from(["fitins", "evaluateins"]), arrays, configs)
 
-    @examples(2_000)
+    @examples(1_500)
     @given(st.sampled_from(KINDS), st.one_of(contents, likely))
     def sent(kind: str, content: RecordDict) -> None:
         answer = spent.ask(kind, content)
@@ -89,7 +89,7 @@ def test_every_kind_of_message_with_any_records(spent: Device) -> None:
             spent.ask(
                 kind, RecordDict({f"{kind.replace('_', '')}ins.config": ConfigRecord(config)})
             )
-    assert spent.sent >= 2_000, spent.sent
+    assert spent.sent >= 1_500, spent.sent
     assert spent.kinds["ok"] > 50
 
 

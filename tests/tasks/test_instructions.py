@@ -147,9 +147,7 @@ def test_records_without_answers_count_as_records_and_are_reported(
         task.client_records(0, 1)
 
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message == (
-        "2 of 3 records of split 'train' have no answer within max-length = 64 tokens."
-    )
+    assert message == "2 of 3 private records have no answer within max-length = 64 tokens."
     whole = task.evaluate(task.build_model(), task.test_records())
     last = task.test_records().subset(np.array([2]))
     assert whole == pytest.approx(task.evaluate(task.build_model(), last), rel=1e-6)
@@ -167,7 +165,7 @@ def test_a_split_without_any_answer_is_refused_unless_it_is_private(
         all_records(task, training=False)
     # A run chooses the length: an error would tell it that no private answer begins within it.
     assert len(all_records(task)) == 3
-    assert "3 of 3 records of split 'train' have no answer" in caplog.text
+    assert "3 of 3 private records have no answer" in caplog.text
 
 
 @pytest.mark.parametrize(
