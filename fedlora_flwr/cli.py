@@ -316,24 +316,30 @@ def _launch(
     console = Console(quiet=json_only)
 
     def work() -> None:
+        from fedlora_flwr.simulations.endings import recorded
         from fedlora_flwr.simulations.report import Screen, closing_table
-        from fedlora_flwr.simulations.run_dir import RunDirectory
+        from fedlora_flwr.simulations.run_dir import RunDirectory, check_unused
         from fedlora_flwr.simulations.runner import make_plan
         from fedlora_flwr.simulations.workers import log_to_file
 
         config = load_recipe(recipe, overrides)
+        if config.run_dir:
+            check_unused(Path(config.run_dir))
         plan = make_plan(config, console)
         run_dir = (
             RunDirectory(Path(config.run_dir))
             if config.run_dir
             else RunDirectory.new(output.resolve(), config)
         )
-        log_to_file(run_dir.log)
         try:
-            with Screen(console, plan) as screen:
+            with recorded(run_dir, config), Screen(console, plan) as screen:
+                log_to_file(run_dir.log)
                 summary = launch(plan, run_dir, screen.round)
         except FedLoRAError as error:
             raise FedLoRAError(f"{error}\nLog: {run_dir.log}") from error
+        except KeyboardInterrupt:
+            console.print(f"Results   {run_dir.path}", highlight=False, soft_wrap=True)
+            raise
         console.print(closing_table(summary), highlight=False)
         console.print(f"Results   {run_dir.path}", highlight=False, soft_wrap=True)
         if json_only:

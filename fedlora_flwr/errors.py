@@ -98,6 +98,13 @@ def one_of(choices: Iterable[str], given: str) -> str:
     return "one of " + ", ".join(repr(name) for name in names) + hint
 
 
+class LedgerDamaged(FedLoRAError):
+    """A ledger cannot be trusted or used, so nothing may be released on its account.
+
+    The text names the file, what is wrong with it, and what to do.
+    """
+
+
 def one_line(error: BaseException) -> str:
     """Return the text of an error of another package in one line, cut where it is long."""
     text = " ".join(str(error).split())

@@ -6,11 +6,10 @@ import logging
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from fedlora_flwr.adapters import AdaptedModel, in_bytes
-from fedlora_flwr.files import cache_folder, replacing
+from fedlora_flwr.files import cache_folder, locked, replacing
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ def share(adapted: AdaptedModel) -> Path | None:
     path = cache_folder() / "frozen" / f"{adapted.fingerprint}.pt"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        with locked(path):
             mapped = _mapped(path, tensors)
             if mapped is None:
                 with replacing(path) as draft:

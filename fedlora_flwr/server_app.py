@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from flwr.app import Context
@@ -10,7 +11,8 @@ from flwr.serverapp import Grid, ServerApp
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy.watched_grid import WatchedGrid
 from fedlora_flwr.files import data_folder
-from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.simulations.endings import recorded
+from fedlora_flwr.simulations.run_dir import CLAIM, RunDirectory
 from fedlora_flwr.simulations.serve import serve
 
 app = ServerApp()
@@ -21,8 +23,9 @@ def main(grid: Grid, context: Context) -> None:
     """Serve one run; results go to ``run-dir``, or to a new folder in the user's data folder."""
     config = RunConfig.of(context.run_config)
     if config.run_dir:
-        run_dir = RunDirectory(Path(config.run_dir))
+        run_dir = RunDirectory(Path(config.run_dir), os.environ.get(CLAIM, ""))
     else:
         run_dir = RunDirectory.new(data_folder() / "runs", config)
     print(f"Results: {run_dir.path}", flush=True)
-    serve(WatchedGrid(grid, data_folder() / "identities.json"), config, run_dir)
+    with recorded(run_dir, config):
+        serve(WatchedGrid(grid, data_folder() / "identities.json"), config, run_dir)

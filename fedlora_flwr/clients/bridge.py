@@ -36,7 +36,8 @@ from fedlora_flwr.errors import (
     OrderRefused,
 )
 from fedlora_flwr.wire import CLIENT, NAMES, partition_name
-from fedlora_flwr.wire.records import evaluate_content, fit_content
+from fedlora_flwr.wire.records import evaluate_content, fit_content, query_records
+from fedlora_flwr.wire.report import Report
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -78,8 +79,7 @@ def bridge(message: Message, context: Context, call_next: ClientAppCallable) -> 
 def _bridged(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     kind = message.metadata.message_type
     if kind == MessageType.QUERY:
-        identity_record = ConfigRecord({CLIENT: client_identity(context)})
-        return Message(RecordDict({"config": identity_record}), reply_to=message)
+        return Message(query_records(Report(client=client_identity(context))), reply_to=message)
     if not trains_or_evaluates(message):
         return call_next(message, context)
     prefix = _LEGACY_INS[kind]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.files import replace_file
+from fedlora_flwr.files import private_folder, replace_file
 
 
 class LocalStore:
@@ -33,7 +33,7 @@ class LocalStore:
 
     def keep(self, client: str, run: str, arrays: Mapping[str, NDArray[np.float32]]) -> None:
         """Replace what is kept, in one piece."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        private_folder(self._folder)
         content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
         replace_file(self.path(client, run), content)
 

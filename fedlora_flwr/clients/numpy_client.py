@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from flwr.client import NumPyClient
@@ -72,7 +73,9 @@ class LoRAClient(NumPyClient):
         self._store = store
         self._rank = rank
         config = trainer.config
-        self._account = Account(client, run, config.epsilon, config.delta, config.ledger_scope)
+        self._account = Account(
+            client, run, config.epsilon, config.delta, config.ledger_scope, config.run_epsilon
+        )
 
     @property
     def identity(self) -> str:
@@ -106,12 +109,11 @@ class LoRAClient(NumPyClient):
         self._permit(order)
         arrays = self._start(order, parameters)
         run, records = self._trainer.config, self._open()
-        mechanism = plan_mechanism(run, len(records))
-        segment, planned = (
-            Segment(mechanism.noise_multiplier, mechanism.sample_rate, steps)
-            for steps in (run.local_steps, run.planned_steps)
-        )
+        mechanism = plan_mechanism(run, len(records), terms=self._ledger.terms(self._account))
+        planned = Segment(mechanism.noise_multiplier, mechanism.sample_rate, run.planned_steps)
+        segment = replace(planned, steps=run.local_steps)
         try:
+            # Written before the first private batch, so that a failure after it counts.
             summary = self._ledger.record(self._account, order.server_round, segment, planned)
         except BudgetExhausted:
             if plan is None:

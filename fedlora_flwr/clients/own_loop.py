@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message
 from numpy.typing import NDArray
 from torch import nn
 from torch.optim import Optimizer
 
-from fedlora_flwr.arrays import from_numpy, record_of, to_numpy
+from fedlora_flwr.arrays import to_numpy
 from fedlora_flwr.errors import FedLoRAError, InvalidValue, one_of
 from fedlora_flwr.plan import BOTH, ComponentPlan, Layout, is_folded
 from fedlora_flwr.privacy.scores import BlockScores
-from fedlora_flwr.wire import CURVATURE, NAMES, PLAN, SCORES, SHARE
+from fedlora_flwr.wire import CURVATURE, NAMES, PLAN, SHARE
+from fedlora_flwr.wire.records import train_records
+from fedlora_flwr.wire.report import Report
 
 Scalars = dict[str, bool | bytes | float | int | str]
 
@@ -107,11 +110,8 @@ class PlannedRound:
         self, num_examples: int, metrics: Mapping[str, bool | bytes | float | int | str]
     ) -> tuple[list[NDArray[np.float32]], int, Scalars]:
         """End the round and return what a NumPyClient's ``fit`` returns."""
-        arrays = self.upload()
-        found: Scalars = {**metrics, NAMES: ",".join(arrays)}
-        if self._scores is not None:
-            found[SCORES] = np.array(self._scores.result(), "<f8").tobytes()
-        return list(arrays.values()), num_examples, found
+        report = Report.of_scalars(metrics, num_examples, self.upload())
+        return replace(report, scores=self._result()).to_fit()
 
     def reply(self, to: Message, metrics: Mapping[str, float | int]) -> Message:
         """End the round and answer the message that began it.
@@ -123,11 +123,11 @@ class PlannedRound:
         metrics : Mapping[str, float]
             The project's own metrics, ``num-examples`` among them. They leave as they are.
         """
-        record = MetricRecord(dict(metrics))
-        arrays = record_of({name: from_numpy(array) for name, array in self.upload().items()})
-        if self._scores is not None:
-            record[SCORES] = self._scores.result()
-        return Message(RecordDict({"arrays": arrays, "metrics": record}), reply_to=to)
+        report = Report.of_words(self.upload(), metrics, {})
+        return Message(train_records(replace(report, scores=self._result())), reply_to=to)
+
+    def _result(self) -> tuple[float, ...] | None:
+        return None if self._scores is None else tuple(self._scores.result())
 
     def _trained(self, plan: ComponentPlan) -> tuple[str, ...]:
         return self._layout.trained(plan, self._steps)

@@ -19,9 +19,11 @@ from fedlora_flwr.exported import outermost
 from fedlora_flwr.frozen import share
 from fedlora_flwr.plan import A, B, ComponentPlan, Layout, factor_of
 from fedlora_flwr.precision import run_in_bf16
+from fedlora_flwr.privacy.account import UNBOUND, Terms
 from fedlora_flwr.privacy.budget import calibrate, check_budget
 from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
 from fedlora_flwr.privacy.filters import make_filter
+from fedlora_flwr.privacy.lifetime import calibrate_run
 from fedlora_flwr.privacy.masks import own_randomness
 from fedlora_flwr.privacy.mechanism import Mechanism, poisson_batches
 from fedlora_flwr.privacy.noise import NoiseSource, SecureNoise, SeededNoise
@@ -30,15 +32,24 @@ from fedlora_flwr.randomness import stream_seed
 from fedlora_flwr.tasks.registry import DRAWN, Records, Task, build_task
 
 
-def plan_mechanism(config: RunConfig, num_records: int) -> Mechanism:
+def plan_mechanism(
+    config: RunConfig,
+    num_records: int,
+    *,
+    terms: Terms = UNBOUND,
+) -> Mechanism:
     """Work out one client's mechanism: σ from its own q and the planned number of steps.
 
     Parameters
     ----------
     config : RunConfig
-        Budget, clip norm, batch size and planned steps.
+        Budget, ledger scope, clip norm, batch size and planned steps. All planned steps count,
+        also where a round takes only a share of the clients: which rounds a client joins is the
+        server's choice, and it may join all of them.
     num_records : int
         The client's number of records n.
+    terms : Terms
+        What earlier runs on the client's data have fixed (see `Ledger.terms`).
 
     Raises
     ------
@@ -50,9 +61,20 @@ def plan_mechanism(config: RunConfig, num_records: int) -> Mechanism:
         batch_size = min(config.batch_size, num_records)
         return Mechanism(0.0, config.clip_norm, batch_size, num_records)
     check_budget(config.epsilon, config.delta, config.batch_size, num_records)
-    sigma = calibrate(
-        config.epsilon, config.delta, config.batch_size / num_records, config.planned_steps
-    )
+    rate, steps = config.batch_size / num_records, config.planned_steps
+    if config.ledger_scope == "lifetime" and (config.run_epsilon or terms.order):
+        sigma = calibrate_run(
+            config.epsilon,
+            config.delta,
+            rate,
+            steps,
+            run_epsilon=config.run_epsilon or config.epsilon,
+            order=terms.order,
+        )
+    else:
+        sigma = calibrate(config.epsilon, config.delta, rate, steps)
+    # Less noise than the first run's would be refused, where that run has fixed it.
+    sigma = max(sigma, terms.noise_multiplier)
     return Mechanism(sigma, config.clip_norm, config.batch_size, num_records)
 
 

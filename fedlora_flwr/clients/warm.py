@@ -27,7 +27,7 @@ from filelock import FileLock
 
 from fedlora_flwr.clients.device import Device
 from fedlora_flwr.errors import ClientFailed
-from fedlora_flwr.files import data_folder, replace_file
+from fedlora_flwr.files import data_folder, private_folder, replace_file
 
 Result = TypeVar("Result")
 
@@ -82,7 +82,7 @@ class WarmProcess:
         Exception
             Whatever the function raises.
         """
-        self.address.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(self.address.parent)
         with FileLock(f"{self.address}.lock"):
             connection = self._reach() or self._start()
         with connection:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import Field, field, fields
 from enum import StrEnum
@@ -23,7 +23,8 @@ Value: TypeAlias = bool | int | float | str
 Check: TypeAlias = tuple[Callable[[Any], bool], str]
 
 _LONGEST_PATTERN = 500  # characters
-_REPEATS = 3  # of unbounded length, in a pattern that a server may send
+_LONGEST_NAME = 128  # characters of a module's name that a repetition is counted for
+_MOST_WAYS = 10_000_000  # in which a matcher may try a pattern on one name
 _TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -63,7 +64,11 @@ def choice(*names: str) -> Check:
 def _is_pattern(text: str) -> bool:
     try:
         re.compile(text)
-    except re.error:
+    except (
+        re.error,
+        OverflowError,
+        RecursionError,
+    ):  # The last two: a number or nesting too large.
         return False
     return True
 
@@ -71,34 +76,36 @@ def _is_pattern(text: str) -> bool:
 def is_quick_pattern(text: str) -> bool:
     """Tell whether a regular expression can be matched in a short time against any name.
 
-    A repetition inside a repetition can take a time that grows exponentially with the name. So only
-    single characters and sets may repeat without a bound, and only a few of them.
+    Python's matcher tries one way after another, and what is optional, alternative or repeated
+    multiplies their number. So this counts them, and refuses a repetition inside a repetition.
     """
     if len(text) > _LONGEST_PATTERN or not _is_pattern(text):
         return False
-    repeats = 0
-    for code, argument in _codes(parser.parse(text)):
-        if code in (codes.GROUPREF, codes.GROUPREF_EXISTS):
-            return False
-        if code in (codes.MAX_REPEAT, codes.MIN_REPEAT, codes.POSSESSIVE_REPEAT):
-            _, most, repeated = argument
-            single = len(repeated) == 1 and repeated[0][0] in (
-                codes.LITERAL, codes.NOT_LITERAL, codes.IN, codes.ANY,
-            )  # fmt: skip
-            repeats += most > 1 and not single and 100
-            repeats += most > _LONGEST_PATTERN
-    return repeats <= _REPEATS
+    return _ways(parser.parse(text)) <= _MOST_WAYS
 
 
-def _codes(tree: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield the operations of a parsed pattern, nested ones too."""
-    for code, argument in tree:
-        yield code, argument
-        parts = argument if isinstance(argument, tuple | list) else [argument]
-        for part in parts:
-            for inner in part if isinstance(part, list) else [part]:
-                if isinstance(inner, parser.SubPattern):
-                    yield from _codes(inner)
+def _ways(tree: Any) -> float:
+    """Bound the number of ways in which a parsed pattern can be tried at one place of a name."""
+    return math.prod(_ways_of(code, argument) for code, argument in tree)
+
+
+def _ways_of(code: Any, argument: Any) -> float:
+    if code in (codes.GROUPREF, codes.GROUPREF_EXISTS):
+        return math.inf
+    if code is codes.BRANCH:
+        return sum(_ways(branch) for branch in argument[1])
+    if code in (codes.MAX_REPEAT, codes.MIN_REPEAT, codes.POSSESSIVE_REPEAT):
+        least, most, repeated = argument
+        lengths = max(1, min(most, _LONGEST_NAME) - least + 1)
+        single = len(repeated) == 1 and repeated[0][0] in (
+            codes.LITERAL, codes.NOT_LITERAL, codes.IN, codes.ANY,
+        )  # fmt: skip
+        if single:
+            return float(lengths)
+        return math.inf if most > 1 else lengths - 1 + _ways(repeated)
+    # A group, or a look ahead or behind: the pattern in it is the last that it holds.
+    inner = argument[-1] if isinstance(argument, tuple) else argument
+    return _ways(inner) if isinstance(inner, parser.SubPattern) else 1.0
 
 
 ANY: Check = (lambda _: True, "anything")
@@ -106,8 +113,8 @@ FLAG: Check = (lambda _: True, "true or false")
 PATTERN: Check = (_is_pattern, "a regular expression")
 QUICK_PATTERN: Check = (
     is_quick_pattern,
-    f"a regular expression of at most {_LONGEST_PATTERN} characters, in which at most {_REPEATS} "
-    "single characters or sets repeat without a bound, and no group repeats",
+    f"a regular expression of at most {_LONGEST_PATTERN} characters, in which at most 3 single "
+    "characters or sets repeat without a bound, little else is optional, and no group repeats",
 )
 BUDGET: Check = (lambda value: value > 0, "a number above 0, or inf")
 

@@ -138,8 +138,8 @@ def device_config(
         mine = own.get(key, _KEYS[key].default)
         if key in values and values[key] != mine:
             raise OrderRefused(
-                f"{key} = {values[key]!r} is refused: this device takes part in another {key}. "
-                "Run what its owner agreed to."
+                f"{key} = {str(values[key])[:80]!r} is refused: this device takes part in another "
+                f"{key}. Run what its owner agreed to."
             )
     for key, limit in (limits or {}).items():
         limit.check(values.get(key, _KEYS[key].default))

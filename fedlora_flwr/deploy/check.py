@@ -24,8 +24,10 @@ from fedlora_flwr.deploy.identities import PRIVATE
 from fedlora_flwr.deploy.supernode import check_script, installed_code
 from fedlora_flwr.environment import versions
 from fedlora_flwr.errors import FedLoRAError
+from fedlora_flwr.privacy.account import UNBOUND
 from fedlora_flwr.privacy.budget import Segment
 from fedlora_flwr.privacy.ledger import Account, Ledger
+from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.tasks.registry import build_task
 
 SOON = timedelta(days=14)
@@ -307,9 +309,22 @@ def _promise(name: str, client: str, config: RunConfig, file: Path) -> Iterator[
     if isinstance(count, Finding):
         yield count
         return
-    mechanism = _tried(
-        name, lambda: plan_mechanism(config, count), "more records, or another epsilon and delta"
+    path = Path(config.state_dir) / "ledger.sqlite"
+    account = Account(
+        client, "", config.epsilon, config.delta, config.ledger_scope, config.run_epsilon
     )
+    ledger = None
+    if config.state_dir and Ledger.exists(path):
+        ledger = _tried(name, lambda: Ledger(path, patience=_PATIENCE), "do what the sentence says")
+        if isinstance(ledger, Finding):
+            yield ledger
+            return
+
+    def plan() -> Mechanism:
+        terms = ledger.terms(account) if ledger else UNBOUND
+        return plan_mechanism(config, count, terms=terms)
+
+    mechanism = _tried(name, plan, "more records, or another epsilon and delta")
     if isinstance(mechanism, Finding):
         yield mechanism
         return
@@ -319,25 +334,19 @@ def _promise(name: str, client: str, config: RunConfig, file: Path) -> Iterator[
         f"{count} records, ε ≤ {config.epsilon:g} at δ = {config.delta:g} with noise multiplier "
         f"{mechanism.noise_multiplier:.3g}",
     )
-    if not config.state_dir:
-        return
-    folder = Path(config.state_dir)
-    if not (folder / "ledger.sqlite").exists():
+    if not ledger:
         yield Finding(name, True, "nothing spent yet")
         return
-    account = Account(client, "", config.epsilon, config.delta, "lifetime")
-    segment = Segment(mechanism.noise_multiplier, mechanism.sample_rate, config.planned_steps)
-    ledger = Ledger(folder / "ledger.sqlite")
-    spent = ledger.summary(account).epsilon
-    after = _tried(
+    planned = Segment(mechanism.noise_multiplier, mechanism.sample_rate, config.planned_steps)
+    both = _tried(
         name,
-        lambda: ledger.check(account, segment),
+        lambda: (ledger.summary(account).epsilon, ledger.check(account, planned).epsilon),
         "fewer rounds, or another epsilon if the data's owners agree",
     )
-    if isinstance(after, Finding):
-        yield after
+    if isinstance(both, Finding):
+        yield both
     else:
-        yield Finding(name, True, f"ε = {spent:.3g} spent, {after.epsilon:.3g} after the run")
+        yield Finding(name, True, f"ε = {both[0]:.3g} spent, {both[1]:.3g} after the run")
 
 
 def _tried(subject: str, work: Callable[[], Any], mend: str) -> Any:

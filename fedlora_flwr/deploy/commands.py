@@ -25,13 +25,17 @@ def init(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The server's port.")] = 9443,
     days: Annotated[int, typer.Option(help="How long the certificates hold.")] = 365,
+    recipe: Annotated[
+        str, typer.Option(help="A run: device.toml takes its task, model, classes and columns.")
+    ] = "",
 ) -> None:
     """Write certificates, keys, start scripts, units and settings of a small fleet."""
 
     def work() -> None:
         from fedlora_flwr.deploy.fleet import CONNECTION, Fleet, make_fleet
 
-        make_fleet(folder, Fleet(devices, host, port, days))
+        run = load_recipe(recipe, None) if recipe else None
+        make_fleet(folder, Fleet(devices, host, port, days), run)
         say = Console(highlight=False, soft_wrap=True).print
         say(f"Fleet     {folder}: a server and {devices} devices; private keys have mode 600")
         say("Server    carry server/ there, run start.sh; ca/ca.key belongs into a safe")

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import Template
 
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.toml import toml_value
 from fedlora_flwr.deploy.identities import make_certificates, make_device_key
 from fedlora_flwr.deploy.supernode import START
 from fedlora_flwr.environment import versions
@@ -60,19 +62,22 @@ PrivateTmp=true
 [Install]
 WantedBy=multi-user.target
 """
-_DEVICE = """# What this device says about itself. The run says the rest; see `fedlora keys`.
+_DEVICE = """# What this device says about itself. A run says the rest, within limits.
+# `fedlora keys --who-decides` lists who decides what, and `fedlora deploy check` what is in force.
 client-id = "$name"
 
-# Its records: parquet, CSV, JSON lines or pictures. Columns are the run's unless named here.
+# What it takes part in. Task, model, classes and columns never come from a run.
+$stated
+# Its records: parquet, CSV, JSON lines or pictures.
 dataset = "data"
-# input-columns = "sentence"
-# label-column = "label"
 
-# What may be spent on them, over all runs together. delta is below 1/n.
+# What may be spent on them, over all runs together. delta is below 1/n. One run may plan for all of
+# epsilon, unless run-epsilon says how much.
 epsilon = 3.0
 delta = 1e-5
 ledger-scope = "lifetime"
 state-dir = "state"
+# run-epsilon = 1.0
 
 # Flower starts a process for each message. One that stays for so many seconds serves the next, with
 # the model and records that it holds in memory; 0 keeps nothing.
@@ -80,7 +85,25 @@ keep-warm = 600
 
 # device = "auto"
 # client-threads = 1
-# model = "model"
+# A run may evaluate on this device only if a split of public records is named here.
+# test-split = "validation"
+# A run may weigh this device by its number of records only if this says so: it tells that number.
+# weighting = "size"
+
+# What this device accepts of a run, where that is less than the package does.
+# [limits]
+# clip-norm = 10.0
+# local-steps = [1, 100]
+# precision = ["fp32"]
+"""
+_STATED = (
+    "task", "model", "weights", "num-classes", "class-names", "input-columns", "label-column",
+)  # fmt: skip
+_EXAMPLES = """# model = "model"
+# num-classes = 2
+# class-names = "negative,positive"
+# input-columns = "sentence"
+# label-column = "label"
 """
 _CONNECTION = """# Belongs into the operator's ~/.flwr/config.toml.
 [superlink.$connection]
@@ -144,7 +167,7 @@ class Fleet:
         return "127.0.0.1" if local else "0.0.0.0"  # noqa: S104  # Devices come from outside.
 
 
-def make_fleet(folder: Path, fleet: Fleet) -> None:
+def make_fleet(folder: Path, fleet: Fleet, run: RunConfig | None = None) -> None:
     """Write everything that a fleet needs, in one piece.
 
     Parameters
@@ -153,6 +176,9 @@ def make_fleet(folder: Path, fleet: Fleet) -> None:
         A folder that does not exist yet, or an empty one.
     fleet : Fleet
         What to make.
+    run : RunConfig, optional
+        A run that the devices are for. Their files state what it says about task, model, classes
+        and columns, for their owners to read and change; by default those of digits.
 
     Raises
     ------
@@ -165,7 +191,7 @@ def make_fleet(folder: Path, fleet: Fleet) -> None:
     with replacing(folder) as draft:
         draft.mkdir(mode=0o700)
         try:
-            _fill(draft, folder, fleet)
+            _fill(draft, folder, fleet, run or RunConfig())
         except BaseException:
             shutil.rmtree(draft)
             raise
@@ -187,7 +213,7 @@ def read_fleet(folder: Path) -> tuple[Fleet, dict[str, str]]:
         raise InvalidValue("folder", str(folder), allowed) from error
 
 
-def _fill(draft: Path, folder: Path, fleet: Fleet) -> None:
+def _fill(draft: Path, folder: Path, fleet: Fleet, run: RunConfig) -> None:
     server, operator = draft / "server", draft / "operator"
     for made in (server, operator, operator / "keys", draft / "ca"):
         made.mkdir()
@@ -216,11 +242,22 @@ def _fill(draft: Path, folder: Path, fleet: Fleet) -> None:
         shutil.copy(server / "ca.pem", device / "ca.pem")
         _script(device / SCRIPT, _SUPERNODE, {**values, "node_port": str(9500 + number)})
         _text(device / "fedlora-supernode.service", _UNIT, {"title": "Flower SuperNode"})
-        _text(device / SETTINGS, _DEVICE, {"name": name})
+        _text(device / SETTINGS, _DEVICE, {"name": name, "stated": stated(run)})
     content = {"fleet": asdict(fleet), "versions": versions()}
     # Devices look by it whether they are fit.
     for place in (draft, *(draft / "devices" / name for name in fleet.names)):
         (place / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def stated(run: RunConfig) -> str:
+    """Return the lines of a device's file that a run suggests, or examples of them."""
+    defaults, values = RunConfig().items(), run.items()
+    lines = [
+        f"{key} = {toml_value(values[key])}\n"
+        for key in _STATED
+        if key == "task" or values[key] != defaults[key]
+    ]
+    return "".join(lines) + (_EXAMPLES if len(lines) == 1 else "")
 
 
 def _text(path: Path, template: str, values: dict[str, str]) -> None:

@@ -1,7 +1,15 @@
 """Privacy-loss accountants for stretches of Poisson-subsampled Gaussian steps.
 
-Every function here returns an upper bound on ε for adding or removing one record. Nothing is cached
-on disk and nothing is checked against a budget: see `fedlora_flwr.privacy.budget`.
+Adjacency is zero-out: two data sets differ in one record, whose gradient is replaced by zero at
+every step. The number of records n, the batch size b and the rate q = b/n are public and the same
+for both. With the record, a step's output is the mixture M = (1-q)·normal(0, σ²) + q·normal(1, σ²)
+along the record's clipped gradient; with the record zeroed it is N = normal(0, σ²). Either data set
+may be the true one, so ε has to cover M against N and N against M. These are the two distributions
+that the literature calls removal and addition of a record, so its accountants apply as they are.
+Adding or removing a record in the literal sense would change n, which is public here.
+
+Every function here returns an upper bound on ε over both directions. Nothing is cached on disk and
+nothing is checked against a budget: see `fedlora_flwr.privacy.budget`.
 
 Opacus and dp-accounting are imported on first use, because importing Opacus takes seconds.
 """
@@ -22,7 +30,7 @@ from scipy.special import ndtr  # type: ignore[import-untyped]
 
 from fedlora_flwr.errors import InvalidValue
 
-__all__ = ["Segment", "merge", "pld_epsilon", "prv_epsilon", "rdp_epsilon"]
+__all__ = ["Segment", "merge", "pld_epsilon", "prv_epsilon", "rdp_epsilon", "step_divergence"]
 
 Direction = Literal["add", "remove"]
 
@@ -38,6 +46,15 @@ _MAX_POINTS = 2**21
 _MAX_LOSS = 300.0
 _MIN_DELTA = 1e-10
 
+# A server may plan anything. Outside these limits PRV and PLD take minutes or gigabytes, or their
+# rounding grows to the size of the loss, and RDP answers.
+_MAX_GRID_STEPS = 2**17
+_MIN_GRID_RATE = 1e-6
+# Rounding in a step's divergence is below this, and times so many steps it is still small.
+_ROUNDING = 1e-14
+_MAX_STEPS = 10**9
+_SLOW_NOISE = 50.0
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -50,7 +67,7 @@ class Segment:
     sample_rate : float
         q: probability that a record joins a step, above 0 and at most 1.
     steps : int
-        Number of steps, at least 0.
+        Number of steps, from 0 to a thousand million.
 
     Raises
     ------
@@ -67,8 +84,8 @@ class Segment:
             raise InvalidValue("noise-multiplier", self.noise_multiplier, "a finite number from 0")
         if not 0 < self.sample_rate <= 1:
             raise InvalidValue("sample-rate", self.sample_rate, "a number above 0 and at most 1")
-        if not 0 <= self.steps < math.inf or self.steps != int(self.steps):
-            raise InvalidValue("steps", self.steps, "a whole number from 0")
+        if not 0 <= self.steps <= _MAX_STEPS or self.steps != int(self.steps):
+            raise InvalidValue("steps", self.steps, f"a whole number from 0 to {_MAX_STEPS:,}")
 
 
 def merge(history: Sequence[Segment]) -> tuple[Segment, ...]:
@@ -114,7 +131,8 @@ def rdp_epsilon(segments: Sequence[Segment], delta: float, *, coarse: bool = Fal
     orders = np.asarray(_COARSE_ORDERS if coarse else _FINE_ORDERS + _LARGE_ORDERS)
     divergence = np.zeros_like(orders)
     for s in segments:
-        divergence += s.steps * _divergences(s.noise_multiplier, s.sample_rate, coarse)
+        once = _divergences(s.noise_multiplier, s.sample_rate, coarse)
+        divergence += s.steps * (once + _ROUNDING)
     bounds = divergence - (np.log(delta) + np.log(orders)) / (orders - 1) + np.log1p(-1 / orders)
     return max(0.0, float(np.min(bounds)))
 
@@ -122,25 +140,58 @@ def rdp_epsilon(segments: Sequence[Segment], delta: float, *, coarse: bool = Fal
 @functools.lru_cache(maxsize=256)
 def _divergences(sigma: float, rate: float, coarse: bool) -> npt.NDArray[np.float64]:
     """Return the Rényi divergence of one step at each order."""
+    orders = _COARSE_ORDERS if coarse else _FINE_ORDERS + _LARGE_ORDERS
+    return np.asarray([_divergence(sigma, rate, order) for order in orders])
+
+
+def step_divergence(sigma: float, rate: float, order: float) -> float:
+    """Bound the Rényi divergence of one step at an order, in both directions.
+
+    Parameters
+    ----------
+    sigma : float
+        σ; infinite divergence at 0.
+    rate : float
+        q, above 0 and at most 1.
+    order : float
+        α, above 1.
+
+    References
+    ----------
+    arXiv 1908.10530, theorem 5 (directions) and section 3.3 (value).
+    """
+    return _one_divergence(sigma, rate, order)
+
+
+@functools.lru_cache(maxsize=4096)
+def _one_divergence(sigma: float, rate: float, order: float) -> float:
+    return _divergence(sigma, rate, order) + _ROUNDING
+
+
+def _divergence(sigma: float, rate: float, order: float) -> float:
     _, rdp = _opacus()
-    found = []
-    for order in _COARSE_ORDERS if coarse else _FINE_ORDERS + _LARGE_ORDERS:
-        try:
-            value = float(rdp.compute_rdp(q=rate, noise_multiplier=sigma, steps=1, orders=order))
-        except (ValueError, OverflowError):
-            # The series failed at this order. The least of the other orders is still a bound.
-            value = math.inf
-        found.append(math.inf if math.isnan(value) else value)
-    return np.asarray(found)
+    if sigma > _SLOW_NOISE and abs(rate - 0.5) < 0.01 and order != int(order):
+        # The series of fractional orders takes seconds here. (α-1) times the divergence is convex
+        # in α and 0 at α = 1, so a line between the whole orders around α bounds it.
+        low, share = int(order), order % 1
+        below = (low - 1) * _divergence(sigma, rate, float(low)) if low > 1 else 0.0
+        above = low * _divergence(sigma, rate, float(low + 1))
+        return ((1 - share) * below + share * above) / (order - 1)
+    try:
+        value = float(rdp.compute_rdp(q=rate, noise_multiplier=sigma, steps=1, orders=order))
+    except (ValueError, ArithmeticError):
+        # The series failed at this order: infinity is a bound.
+        return math.inf
+    return math.inf if math.isnan(value) else value
 
 
 def prv_epsilon(segments: Sequence[Segment], delta: float) -> float | None:
     """Bound ε by numerical composition of privacy-loss random variables.
 
     Opacus has the variable of one direction only: the loss log(M/N) under M, where M is the output
-    with the record and N without, which is *removal* of a record. No proof is known to us that
-    it stays the larger one under composition (see arXiv 2405.20769), so this adds the variable of
-    *addition*, log(N/M) under N, and returns the larger ε of the two.
+    with the record and N the output with the record zeroed (*removal*). No proof is known to us
+    that it stays the larger one under composition (see arXiv 2405.20769), so this adds the variable
+    of the other direction, log(N/M) under N (*addition*), and returns the larger ε of the two.
 
     The grid is laid out for the next power of two of each segment's steps. The error bound is
     monotone in the number of steps, so the result is sound, and the grid can be kept while a
@@ -163,7 +214,7 @@ def prv_epsilon(segments: Sequence[Segment], delta: float) -> float | None:
     ----------
     arXiv 2106.02848, theorem 5.5 and remark 5.6.
     """
-    if delta < _MIN_DELTA:
+    if delta < _MIN_DELTA or not _fits_a_grid(segments):
         return None
     planned = [
         Segment(s.noise_multiplier, s.sample_rate, 1 << (s.steps - 1).bit_length())
@@ -180,6 +231,12 @@ def prv_epsilon(segments: Sequence[Segment], delta: float) -> float | None:
     except (RuntimeError, ValueError):  # Opacus found its own discretisation unfit.
         return None
     return max(0.0, *both) if all(map(math.isfinite, both)) else None
+
+
+def _fits_a_grid(segments: Sequence[Segment]) -> bool:
+    return sum(s.steps for s in segments) <= _MAX_GRID_STEPS and all(
+        s.sample_rate >= _MIN_GRID_RATE for s in segments
+    )
 
 
 def _grid(segments: Sequence[Segment], delta: float) -> tuple[float, int, float]:

@@ -1,6 +1,8 @@
 """From a privacy budget to a noise multiplier, and from steps taken to ε spent.
 
-ε is per client, for adding or removing one record, under Poisson sampling.
+ε is per client, under Poisson sampling, for one record whose gradient is replaced by zero (zero-out
+adjacency). The number of records, the batch size and the sampling rate are public and do not
+change. `fedlora_flwr.privacy.accountants` says why PRV in both directions covers this.
 
 Results are kept in memory and in small files in ``$XDG_CACHE_HOME/fedlora/accounting``, shared by
 processes. A file counts only if it holds the very inputs, library versions and source code in use,
@@ -21,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fedlora_flwr.errors import FedLoRAError, InvalidValue, one_of
-from fedlora_flwr.files import cache_folder, replace_file
+from fedlora_flwr.files import cache_folder, private_folder, replace_file
 from fedlora_flwr.privacy import accountants
 from fedlora_flwr.privacy.accountants import Segment, merge, pld_epsilon, prv_epsilon, rdp_epsilon
 
@@ -270,7 +272,7 @@ def _save(path: Path, key: str, found: tuple[float, str]) -> None:
     value, name = found
     check = _digest(key, value, name)
     content = json.dumps({"key": key, "value": value, "accountant": name, "check": check})
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    private_folder(path.parent)
     replace_file(path, content.encode())
 
 

@@ -103,7 +103,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
     **kwargs
         The other arguments of `transformers.Trainer`.
     epsilon, delta : float
-        The budget of each record, for adding or removing it.
+        The budget of each record, whose gradient may be replaced by zero.
     losses : callable, optional
         Maps (model, batch) to one loss a record, shape (n,). By default the cross entropy of
         ``labels``: of a class, or the mean over a record's own tokens, shifted by one for models
@@ -208,7 +208,8 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         sigma = calibrate(self._epsilon, self._delta, rate, steps)
         self.mechanism = Mechanism(sigma, float(self.args.max_grad_norm), size, len(self._records))
         account = Account("train_dataset", self._run, self._epsilon, self._delta)
-        self.privacy = Ledger(self._ledger_path).record(account, 0, Segment(sigma, rate, steps))
+        plan = Segment(sigma, rate, steps)
+        self.privacy = Ledger(self._ledger_path).record(account, 0, plan, plan)
         self._left = steps
         kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
             self.args, self.model

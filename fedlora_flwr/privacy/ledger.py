@@ -1,228 +1,187 @@
-"""The ledger: what a client's data have spent, on disk, written before anything is released."""
+"""The ledger: what a client's data have spent, on disk, written before anything is computed."""
 
 from __future__ import annotations
 
-import math
-import os
 import sqlite3
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from fedlora_flwr.errors import BudgetExhausted
-from fedlora_flwr.privacy.budget import Segment, epsilon_spent
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.privacy.account import (
+    UNBOUND,
+    Account,
+    LedgerSummary,
+    Tally,
+    Terms,
+    admit,
+    summarize,
+    terms,
+)
+from fedlora_flwr.privacy.budget import Segment
+from fedlora_flwr.privacy.ledger_file import LedgerFile, witness_of
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS releases (
-    id INTEGER PRIMARY KEY,
-    client TEXT NOT NULL,
-    run TEXT NOT NULL,
-    round INTEGER NOT NULL,
-    noise_multiplier REAL NOT NULL,
-    sample_rate REAL NOT NULL,
-    steps INTEGER NOT NULL,
-    written_at TEXT NOT NULL
-);
-CREATE INDEX IF NOT EXISTS releases_of_client ON releases (client, run);
-"""
-_KEPT = 8  # files that a thread has open at most
-_threads = threading.local()
+__all__ = ["LAPSE", "Account", "Ledger", "LedgerSummary", "Terms"]
 
+LAPSE = 86_400.0
+"""Seconds of silence after which a run loses what it has reserved: a day."""
 
-@dataclass(frozen=True)
-class Account:
-    """Whose budget it is, and how large.
-
-    Parameters
-    ----------
-    client : str
-        Stable identity of the client's data, never Flower's node id.
-    run : str
-        Identity of the run.
-    epsilon, delta : float
-        The budget.
-    scope : str
-        ``"run"`` counts this run's releases, ``"lifetime"`` all releases on the client's data.
-    """
-
-    client: str
-    run: str
-    epsilon: float
-    delta: float
-    scope: str = "run"
-
-
-@dataclass(frozen=True)
-class LedgerSummary:
-    """What a client tells about its own account.
-
-    Parameters
-    ----------
-    epsilon : float
-        Spent so far, the release at hand included.
-    epsilon_budget, delta : float
-        The budget.
-    accountant : str
-        Which accountant gave ``epsilon``.
-    steps : int
-        Private steps counted so far.
-    """
-
-    epsilon: float
-    epsilon_budget: float
-    delta: float
-    accountant: str
-    steps: int
+_PATIENCE = 60.0
+_MAX_ROUND = 10**9
 
 
 class Ledger:
-    """A durable list of releases.
+    """A durable list of releases, and of what runs have reserved.
 
     Parameters
     ----------
     path : Path
-        SQLite file; made with its folder if missing. Any number of processes may share it.
+        SQLite file; made with its folder if missing, with mode 600 and 700. Any number of processes
+        may share it.
+    lapse : float (default: one day)
+        Seconds of silence after which a run loses what it has reserved and not taken.
+    witness : Path, optional
+        File that tells a whole ledger from one that lost rows; ``<path>.witness`` by default. In
+        another folder, it also notices that the ledger's folder was deleted.
+    patience : float (default: 60)
+        Seconds to wait for another process that writes.
+
+    Raises
+    ------
+    LedgerDamaged
+        The file or its witness is not what it was left as, or cannot be used. Every method raises
+        this too.
     """
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(
+        self,
+        path: Path,
+        *,
+        lapse: float = LAPSE,
+        witness: Path | None = None,
+        patience: float = _PATIENCE,
+    ) -> None:
         self.path = path
-        with self._connection():
-            pass
+        self.lapse = lapse
+        self._file = LedgerFile(path, witness, patience)
+
+    @staticmethod
+    def exists(path: Path, witness: Path | None = None) -> bool:
+        """Tell whether there is a ledger, or a witness that one was there."""
+        return path.exists() or (witness or witness_of(path)).exists()
 
     def summary(self, account: Account) -> LedgerSummary:
         """Return what the account has spent."""
-        return self._summarise(account, self._history(account)[1])
+        return summarize(account, self._read(account))
 
-    def check(self, account: Account, segment: Segment) -> LedgerSummary:
-        """Return what the account will have spent after ``segment``, writing nothing.
+    def terms(self, account: Account) -> Terms:
+        """Return what earlier runs have fixed for the plan of the account's run."""
+        return UNBOUND if account.scope == "run" else terms(account, self._read(account))
+
+    def check(self, account: Account, planned: Segment) -> LedgerSummary:
+        """Return what the account will have spent after a planned run, writing nothing.
 
         Raises
         ------
         BudgetExhausted
-            The release would take the account past its budget.
+            The run would take the account past its budget.
         """
-        return self._after(account, self._history(account)[1], segment)
+        tallies = self._read(account)
+        taken = sum(t.mechanism.steps for t in tallies if t.run == account.run)
+        rest = max(0, planned.steps - taken)
+        return admit(account, tallies, planned, rest, self.lapse)[0]
 
     def record(
-        self,
-        account: Account,
-        server_round: int,
-        segment: Segment,
-        planned: Segment | None = None,
+        self, account: Account, server_round: int, segment: Segment, planned: Segment
     ) -> LedgerSummary:
-        """Write a release. Call it before the release leaves the client.
+        """Write a release. Call it before the first private batch is read.
 
-        A reply that is lost afterwards still counts, since the server may have seen it.
+        A release that fails or is lost afterwards still counts: a failure may depend on records,
+        and the server may have seen a lost reply. The first record of a run fixes σ and q and
+        reserves the planned steps.
+
+        Parameters
+        ----------
+        account : Account
+            Whose data they are.
+        server_round : int
+            Round, from 0.
+        segment : Segment
+            The private steps of this release.
+        planned : Segment
+            All private steps of the client's run, with the same σ and q.
+
+        Returns
+        -------
+        LedgerSummary
+            The account with this release.
 
         Raises
         ------
+        InvalidValue
+            σ, q or the plan are not those that the run began with.
         BudgetExhausted
-            The release would take the account past its budget; nothing is written.
+            The release is beyond the plan, or the plan is beyond the budget. Nothing is written.
         """
-        with self._connection() as db:
-            while True:
-                seen, history = self._rows(db, account)
-                # ε takes up to seconds, so it is worked out without the lock and kept only if no
-                # other process has written to the account meanwhile.
-                summary = self._after(account, history, segment)
-                db.execute("BEGIN IMMEDIATE")
-                if self._rows(db, account)[0] == seen:
-                    self._insert(db, account, server_round, segment)
-                    db.execute("COMMIT")
-                    return summary
-                db.execute("ROLLBACK")
-
-    def _after(self, account: Account, history: list[Segment], segment: Segment) -> LedgerSummary:
-        summary = self._summarise(account, [*history, segment])
-        if not summary.epsilon <= account.epsilon:
-            steps = sum(entry.steps for entry in history)
-            raise BudgetExhausted(
-                f"budget exhausted: {segment.steps} more steps after {steps} would spend "
-                f"ε = {summary.epsilon:.4g} of {account.epsilon:g} at δ = {account.delta:g}"
-            )
-        return summary
-
-    @staticmethod
-    def _summarise(account: Account, history: list[Segment]) -> LedgerSummary:
-        spent = epsilon_spent(history, account.delta)
-        return LedgerSummary(
-            epsilon=spent.epsilon,
-            epsilon_budget=account.epsilon,
-            delta=account.delta,
-            accountant="none" if math.isinf(spent.epsilon) else spent.accountant,
-            steps=sum(segment.steps for segment in history),
-        )
-
-    def _history(self, account: Account) -> tuple[int, list[Segment]]:
-        with self._connection() as db:
-            return self._rows(db, account)
-
-    @staticmethod
-    def _rows(db: sqlite3.Connection, account: Account) -> tuple[int, list[Segment]]:
-        """Return the number of rows and their segments, equal mechanisms summed."""
-        where, values = "client = ?", [account.client]
-        if account.scope == "run":
-            where, values = where + " AND run = ?", [*values, account.run]
-        rows = db.execute(
-            "SELECT noise_multiplier, sample_rate, SUM(steps), COUNT(*) FROM releases "  # noqa: S608
-            f"WHERE {where} GROUP BY noise_multiplier, sample_rate ORDER BY MIN(id)",
-            values,
-        ).fetchall()
-        return sum(row[3] for row in rows), [Segment(*row[:3]) for row in rows]
-
-    @staticmethod
-    def _insert(
-        db: sqlite3.Connection, account: Account, server_round: int, segment: Segment
-    ) -> None:
-        db.execute(
-            "INSERT INTO releases (client, run, round, noise_multiplier, sample_rate, steps, "
-            "written_at) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (
+        _check_request(server_round, segment, planned)
+        while True:
+            with self._file.glancing() as db:
+                tallies = _tallies(db, account)
+            # ε takes up to seconds, so it is worked out without the lock and kept only if no other
+            # process has written to the account meanwhile.
+            summary, order = admit(account, tallies, planned, segment.steps, self.lapse)
+            values = (
                 account.client,
                 account.run,
                 server_round,
-                segment.noise_multiplier,
-                segment.sample_rate,
-                segment.steps,
+                float(segment.noise_multiplier),
+                float(segment.sample_rate),
+                int(segment.steps),
                 datetime.now(UTC).isoformat(timespec="seconds"),
-            ),
-        )
+                int(planned.steps),
+                order,
+            )
+            with self._file.writing() as writer:
+                if _same(_tallies(writer.db, account), tallies):
+                    writer.append(values)
+            if writer.appended:
+                return summary
 
-    @contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection]:
-        """Give this thread's connection, kept open: opening takes as long as writing a row."""
-        kept: dict[Any, sqlite3.Connection] = vars(_threads)
-        db = kept.pop(self._key(), None) if self.path.exists() else None
-        if db is None:
-            db = _open(self.path)
-        while len(kept) >= _KEPT:
-            kept.pop(next(iter(kept))).close()
-        # Last in, as the one used last.
-        kept[self._key()] = db
-        try:
-            yield db
-        finally:
-            if db.in_transaction:
-                db.rollback()
-
-    def _key(self) -> tuple[object, ...]:
-        # A connection is of no use after a fork, or to a file that has taken the place of its own.
-        at = self.path.stat()
-        return os.getpid(), self.path, at.st_dev, at.st_ino
+    def _read(self, account: Account) -> list[Tally]:
+        with self._file.reading() as db:
+            return _tallies(db, account)
 
 
-def _open(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, timeout=60, isolation_level=None)
-    # A row must survive a power cut right after the reply has left. SQLite's default removes its
-    # journal without a sync of the folder: were the journal back after the cut, the row would be
-    # undone. One that stays is emptied and synced. A write-ahead log would need a sync less, but
-    # rows would lie beside the file, and no network folder could hold it.
-    db.execute("PRAGMA journal_mode = PERSIST")
-    db.execute("PRAGMA synchronous = FULL")
-    db.executescript(_SCHEMA)
-    return db
+def _check_request(server_round: int, segment: Segment, planned: Segment) -> None:
+    if not 0 <= server_round <= _MAX_ROUND:
+        raise InvalidValue("server-round", server_round, f"a whole number from 0 to {_MAX_ROUND:,}")
+    mechanism = segment.noise_multiplier, segment.sample_rate
+    if mechanism != (planned.noise_multiplier, planned.sample_rate):
+        allowed = f"the plan's {planned.noise_multiplier!r} and {planned.sample_rate!r}"
+        raise InvalidValue("noise multiplier and sample rate", mechanism, allowed)
+
+
+def _tallies(db: sqlite3.Connection, account: Account) -> list[Tally]:
+    """Return the account's rows, summed by run and mechanism, oldest first."""
+    where, values = "client = ?", [account.client]
+    if account.scope == "run":
+        where, values = where + " AND run = ?", [*values, account.run]
+    rows = db.execute(
+        "SELECT run, noise_multiplier, sample_rate, SUM(steps), MAX(planned), MAX(rdp_order), "  # noqa: S608
+        f"MAX(written_at) FROM releases WHERE {where} "
+        "GROUP BY run, noise_multiplier, sample_rate ORDER BY MIN(id)",
+        values,
+    )
+    now = datetime.now(UTC)
+    return [
+        Tally(run, Segment(*mechanism), planned, order, _silent(last, now))
+        for run, *mechanism, planned, order, last in rows
+    ]
+
+
+def _silent(last: str, now: datetime) -> float:
+    return (now - datetime.fromisoformat(last)).total_seconds()
+
+
+def _same(now: list[Tally], before: list[Tally]) -> bool:
+    """Tell whether nothing was written to an account meanwhile."""
+    return [(t.run, t.mechanism) for t in now] == [(t.run, t.mechanism) for t in before]

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
-from fedlora_flwr.files import replace_file
+from fedlora_flwr.files import append, private_folder, replace_file
 
 SETTINGS = "settings.json"
 RATES = ("lr-a", "lr-b", "lr-head")
@@ -61,8 +61,7 @@ class Journal:
     def append(self, row: Row) -> None:
         """Keep a finished run."""
         line = pd.DataFrame([row], columns=list(COLUMNS)).to_csv(index=False, header=False)
-        with self._path.open("a", encoding="utf-8", newline="") as stream:
-            stream.write(line)
+        append(self._path, line.encode())
         self.rows[row_key(row)] = row
 
 
@@ -95,7 +94,7 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     FedLoRAError
         Another process is at work there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(folder)
     try:
         with FileLock(folder / ".lock", timeout=0):
             check_settings(folder, settings)

@@ -17,12 +17,13 @@ import fedlora_flwr
 from fedlora_flwr.clients.trainer import build_adapted, plan_mechanism
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
+from fedlora_flwr.files import private_folder
 from fedlora_flwr.plan import Layout
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.simulations.app import write_app
 from fedlora_flwr.simulations.placement import Placement, place
 from fedlora_flwr.simulations.rehearsal import check_folding, rehearse
-from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.simulations.run_dir import CLAIM, RunDirectory
 from fedlora_flwr.simulations.serve import build_strategy, serve
 from fedlora_flwr.simulations.superlink import LOCAL, SimulationSuperLink
 from fedlora_flwr.simulations.workers import Execute, executor, one_by_one
@@ -145,13 +146,14 @@ def run_on_flower(
         placement = replace(placement, workers=None)
     # A task of the user's own is imported from the folder that the command runs in.
     modules = Path.cwd() if ":" in config.task else None
+    run_dir.take()
+    claim = {CLAIM: run_dir.claim}
     with (
-        run_dir.log.open("w", encoding="utf-8") as log,
-        SimulationSuperLink(log, config.client_threads, modules) as superlink,
+        run_dir.log.open("a", encoding="utf-8") as log,
+        SimulationSuperLink(log, config.client_threads, modules, claim) as superlink,
     ):
-        superlink.submit(
-            app_folder(run_dir), run_dir.write_config(config), _federation(config, placement)
-        )
+        placed = superlink.file("run.toml", config.to_toml())
+        superlink.submit(app_folder(run_dir), placed, _federation(config, placement))
         _follow(superlink, run_dir, on_round)
     summary = run_dir.summary()
     if summary is None or summary["status"] != "completed":
@@ -184,6 +186,7 @@ def run_in_process(
 
     config = _placed(plan.config, run_dir)
     place(config, workers)
+    run_dir.take()
     execute: Execute = one_by_one
     with ExitStack() as stack:
         if workers == 1:
@@ -209,6 +212,8 @@ def app_folder(run_dir: RunDirectory) -> Path:
 def _placed(config: RunConfig, run_dir: RunDirectory) -> RunConfig:
     """Put results and ledger in the run directory, and wait for every client that is made."""
     folder = str(run_dir.path.resolve())
+    if config.state_dir:  # Else each client would find out by itself, in the first round.
+        private_folder(Path(config.state_dir))
     return replace(
         config,
         run_dir=config.run_dir or folder,

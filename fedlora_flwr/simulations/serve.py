@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from logging import WARNING
 from typing import Any
@@ -19,13 +20,16 @@ from fedlora_flwr.clients.trainer import build_adapted
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.environment import versions
 from fedlora_flwr.errors import explained
+from fedlora_flwr.files import replacing
 from fedlora_flwr.plan import Layout
 from fedlora_flwr.privacy.budget import MIN_NOISE
+from fedlora_flwr.simulations.endings import reason_of, status_of
 from fedlora_flwr.simulations.rehearsal import check_folding, rehearse
 from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.strategies import FedLoRA, strategy_class
 from fedlora_flwr.strategies.replies import to_record
 from fedlora_flwr.tasks.registry import Task, build_task
+from fedlora_flwr.terminal import uninterrupted
 from fedlora_flwr.wire import ACCOUNTANT, CLIENT, FINGERPRINT
 from fedlora_flwr.wire.limits import MOST_RECORDS, MOST_WEIGHT
 
@@ -69,7 +73,7 @@ def serve(
         arrays.
     """
     started = time.perf_counter()
-    run_dir.check_unused()
+    run_dir.take()
     run_dir.write_config(config)
     session: _Session | None = None
     try:
@@ -84,8 +88,9 @@ def serve(
         session.draw_modes()
     except BaseException as error:
         summary = _summary(config, session, time.perf_counter() - started)
-        reason = f"{type(error).__name__}: {error}"
-        run_dir.write_summary({**summary, "status": "failed", "error": reason})
+        ending = {"status": status_of(error), "error": reason_of(error)}
+        with uninterrupted(), suppress(OSError):  # The first error is the one to show.
+            run_dir.write_summary({**summary, **ending})
         raise
     summary = _summary(config, session, time.perf_counter() - started)
     run_dir.write_summary(summary)
@@ -170,7 +175,8 @@ class _Session:
         kept = self._average.add({name: to_numpy(array) for name, array in arrays.items()})
         self.adapted.write(kept)
         metrics = self._evaluate(server_round)
-        self.adapted.export(self.run_dir.adapter)
+        with replacing(self.run_dir.adapter) as draft:
+            self.adapted.export(draft)
         # What clients measured may have any name, and must not pass for what the server counted.
         row = {"round": server_round, **metrics, **self._communication(server_round)}
         row["round"] = server_round

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from fedlora_flwr.errors import FedLoRAError
+from fedlora_flwr.simulations.lifeline import Lifeline
+from fedlora_flwr.terminal import uninterrupted
 
 CONNECTION = "fedlora"
 LOCAL = "local"
@@ -28,6 +30,12 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+LOOPBACK = {
+    # Ray asks the network for this machine's address, and listens on all of its interfaces; where
+    # it is told that there are no other machines, it listens on the loopback alone.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 
 
@@ -49,58 +57,73 @@ class SimulationSuperLink:
         CPU threads that numerical libraries use in each process.
     modules : Path, optional
         Folder with modules of the user's that every process can import.
+    environment : Mapping, optional
+        Variables that every process gets.
     """
 
-    def __init__(self, log: TextIO, threads: int = 1, modules: Path | None = None) -> None:
+    def __init__(
+        self,
+        log: TextIO,
+        threads: int = 1,
+        modules: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._log = log
-        self._home = Path(tempfile.mkdtemp(prefix="fedlora-"))
         self._env = {
             # Else Ray joins whatever cluster it finds traces of on this machine, dead ones too.
             "RAY_ADDRESS": LOCAL,
             **os.environ,
             **QUIET,
-            "FLWR_HOME": str(self._home / "flwr"),
+            **(environment or {}),
             "OMP_NUM_THREADS": str(threads),
             "PYTHONUNBUFFERED": "1",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         }
+        if self._env["RAY_ADDRESS"] == LOCAL:
+            self._env |= LOOPBACK
         if modules is not None:
             path = (os.environ.get("PYTHONPATH"), str(modules))
             self._env["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         self._process: subprocess.Popen[bytes] | None = None
         self._stream: subprocess.Popen[bytes] | None = None
         self._run_id: str | None = None
-        self._finished = False
-        self._port = free_port()
 
     def __enter__(self) -> SimulationSuperLink:
         """Start the SuperLink without waiting for it."""
+        self._lifeline = Lifeline()
+        self._home = Path(tempfile.mkdtemp(prefix="fedlora-"))
+        try:
+            self._begin()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _begin(self) -> None:
         (self._home / "flwr").mkdir()
         (self._home / "cwd").mkdir()
+        self._env["FLWR_HOME"] = str(self._home / "flwr")
+        self._port = free_port()
         (self._home / "flwr" / "config.toml").write_text(
             f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
             f'address = "127.0.0.1:{self._port}"\ninsecure = true\n',
             encoding="utf-8",
         )
         address = ("--host", "127.0.0.1", "--port", str(self._port))
-        self._process = self._start("flower-superlink", "--insecure", "--simulation", *address)
-        return self
+        command = ("flower-superlink", "--insecure", "--simulation", *address)
+        self._process = self._start(command, clear=self._home)
 
     def __exit__(self, *_: object) -> None:
-        """Stop the run if it still goes on, end every process, remove the folder."""
-        if self._run_id is not None and not self._finished and self._alive():
-            subprocess.run(
-                ["flwr", "stop", self._run_id, CONNECTION],
-                env=self._env,
-                stdout=self._log,
-                stderr=subprocess.STDOUT,
-                check=False,
-                timeout=60,
-            )
-        for process in (self._stream, self._process):
-            if process is not None:
-                _end_group(process)
-        shutil.rmtree(self._home, ignore_errors=True)
+        """End every process, and with them a run that still goes on; remove the folder."""
+        with uninterrupted():
+            self._lifeline.cut()
+            shutil.rmtree(self._home, ignore_errors=True)
+
+    def file(self, name: str, text: str) -> Path:
+        """Write a file that is there as long as the SuperLink is; return its path."""
+        path = self._home / name
+        path.write_text(text, encoding="utf-8")
+        return path
 
     def submit(self, app: Path, run_config: Path, federation: str) -> None:
         """Submit a run.
@@ -133,7 +156,7 @@ class SimulationSuperLink:
         if not answer.get("success") or not self._run_id:
             raise SuperLinkError(f"flwr run refused the app: {answer}")
         # The SuperLink keeps what ServerApp and workers print to itself; this brings it to the log.
-        self._stream = self._start("flwr", "log", self._run_id, CONNECTION, "--stream")
+        self._stream = self._start(("flwr", "log", self._run_id, CONNECTION, "--stream"))
 
     def wait(self) -> str:
         """Wait until the run is over; return Flower's own status of it.
@@ -163,20 +186,14 @@ class SimulationSuperLink:
             raise SuperLinkError("The SuperLink has ended.")
         answer = self._flwr("list", CONNECTION, "--run-id", str(self._run_id))
         runs = answer.get("runs") or [{}]
-        status = str(runs[0].get("status", "unknown"))
-        self._finished = status.startswith("finished")
-        return status
+        return str(runs[0].get("status", "unknown"))
 
-    def _start(self, *command: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            command,
-            cwd=self._home / "cwd",
-            env=self._env,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    def _start(
+        self, command: Sequence[str], *, clear: Path | None = None, **output: Any
+    ) -> subprocess.Popen[Any]:
+        settings = {"stdout": self._log, "stderr": subprocess.STDOUT, **output}
+        folder = self._home / "cwd"
+        return self._lifeline.start(command, clear=clear, cwd=folder, env=self._env, **settings)
 
     def _alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -195,19 +212,14 @@ class SimulationSuperLink:
         raise SuperLinkError(f"The SuperLink did not answer within {timeout:g} s.")
 
     def _flwr(self, *arguments: str) -> dict[str, Any]:
-        done = subprocess.run(
-            ["flwr", *arguments, "--format", "json"],
-            cwd=self._home / "cwd",
-            env=self._env,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = ("flwr", *arguments, "--format", "json")
+        pipe = subprocess.PIPE
+        asked = self._start(command, stdout=pipe, stderr=pipe, text=True)
+        output, errors = asked.communicate()
         try:
-            start = done.stdout.index("{")
-            answer: dict[str, Any] = json.loads(done.stdout[start:])
+            answer: dict[str, Any] = json.loads(output[output.index("{") :])
         except ValueError:
-            text = (done.stderr or done.stdout).strip()
+            text = (errors or output).strip()
             raise SuperLinkError(f"flwr {arguments[0]} failed: {text}") from None
         return answer
 
@@ -217,17 +229,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a process and what it started, asking first."""
-    for sign, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
-        try:
-            os.killpg(process.pid, sign)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
-    process.wait()

@@ -34,12 +34,17 @@ class WorkerDied(FedLoRAError):
     """A worker process ended before its job did."""
 
 
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Lose a line where the disk is full: the run itself says what it cannot write."""
+
+
 def log_to_file(path: Path) -> None:
     """Keep Flower's lines off the screen."""
     # Flower adds a handler for the screen when it is first imported, which must not come later.
     importlib.import_module("flwr.common.logger")
     logger = logging.getLogger("flwr")
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.handlers[:] = [handler]
     logger.propagate = False

@@ -8,10 +8,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock
-
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.files import replace_file
+from fedlora_flwr.files import locked, private_folder, replace_file
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -42,7 +40,7 @@ def read_or_build(path: Path, build: Callable[[], bytes]) -> bytes:
     if (content := _intact(path)) is not None:
         return content
     require_writable(path.parent)
-    with FileLock(f"{path}.lock"):
+    with locked(path):
         # Another process may have built it while this one waited.
         if (content := _intact(path)) is not None:
             return content
@@ -80,7 +78,7 @@ def require_writable(folder: Path) -> None:
         It cannot be made or written to.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        private_folder(folder)
     except OSError as error:
         raise _not_writable(folder) from error
     if not os.access(folder, os.W_OK):

@@ -20,12 +20,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
 from rich.console import Console
 from rich.progress import track
 
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.files import cache_folder
+from fedlora_flwr.files import cache_folder, locked
 from fedlora_flwr.tasks.cached_file import require_writable
 from fedlora_flwr.tasks.fingerprint import content_digest
 
@@ -90,7 +89,7 @@ def prepare(
     if (ready := _intact(folder, len(dataset))) is not None:
         return ready
     require_writable(folder.parent)
-    with FileLock(f"{folder}.lock"):
+    with locked(folder):
         # Another process may have made it while this one waited.
         if (ready := _intact(folder, len(dataset))) is not None:
             return ready
@@ -166,7 +165,7 @@ def _make(
     console: Console,
 ) -> None:
     draft = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
-    draft.mkdir()
+    draft.mkdir(mode=0o700)
     try:
         _write(draft / "data.arrow", _batches(dataset, function, columns, console))
         (draft / "digest").write_text(content_digest(draft / "data.arrow"), encoding="ascii")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.files import replacing
 from fedlora_flwr.tasks.arrow_records import ArrowRecords
 from fedlora_flwr.tasks.cached_file import require_writable
 from fedlora_flwr.tasks.image_models import SMALL_SWIN, data_config, model_folder
@@ -258,10 +258,7 @@ def _keep(model: nn.Module, card: dict[str, Any]) -> Path:
     from timm.models import save_for_hf
 
     folder = model_folder(SMALL_SWIN)
-    draft = folder.with_name(f".{folder.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    save_for_hf(model.cpu(), str(draft), model_args=MODEL_ARGS, safe_serialization=True)
-    (draft / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.rename(folder)
+    with replacing(folder) as draft:
+        save_for_hf(model.cpu(), str(draft), model_args=MODEL_ARGS, safe_serialization=True)
+        (draft / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     return folder

@@ -125,14 +125,23 @@ def test_a_device_has_its_own_identity_data_budget_and_ledger(
     assert reply[2]["epsilon-budget"] == 2.0
     assert (tmp_path / "device-1" / "state" / "ledger.sqlite").exists()
     assert not (tmp_path / "state").exists()
-    # A budget for life: another run on the same data goes on from there.
-    other = Context(78, 1, {"device": str(file)}, RecordDict(), run.items())
-    assert (
-        make_client(other).fit(client.get_parameters({}), {"server-round": 1, "plan": "*"})[2][
-            "steps"
-        ]
-        == 2 * reply[2]["steps"]
-    )
+
+
+def test_a_budget_for_life_covers_all_runs(run: RunConfig, make_device: MakeDevice) -> None:
+    def ask(file: Path, run_id: int) -> Any:
+        where = Context(run_id, 1, {"device": str(file)}, RecordDict(), run.items())
+        client = make_client(where)
+        return client.fit(client.get_parameters({}), {"server-round": 1, "plan": "*"})[2]
+
+    file = make_device(1, epsilon=2.0, run_epsilon=0.5)
+    first, second = ask(file, 77), ask(file, 78)
+    assert second["steps"] == 2 * first["steps"]
+    assert first["epsilon"] < second["epsilon"] <= 2.0
+    assert second["accountant"] == "rdp-filter"
+    # The first run reserves all that it has planned, and the second is told at its start.
+    file = make_device(0, epsilon=2.0)
+    assert ask(file, 77)["accountant"] == "prv"
+    assert ask(file, 78)["status"] == "budget-exhausted"
 
 
 def test_a_device_whose_data_cannot_keep_the_promise_says_why(

@@ -170,13 +170,24 @@ def test_every_key_that_can_be_limited_has_a_limit(key: str) -> None:
         (r"(a)\1", False),
         ("(", False),
         ("a" * 501, False),
+        # Exponential without a repetition of a group.
+        (".?" * 150 + "!", False),
+        (".{0,500}" * 40 + "!", False),
+        ("(|a)" * 100 + "!", False),
+        ("(?:.|.)" * 60 + "!", False),
+        ("(?=" + ".?" * 150 + "!)", False),
+        ("(?>" + ".?" * 150 + "!)", False),
+        ("(" + ".?" * 60 + "!)?", False),
+        # Python refuses this with an error of another type.
+        ("a{99999999999}", False),
     ],
 )
 def test_patterns_of_a_server_are_quick(pattern: str, quick: bool) -> None:
     assert is_quick_pattern(pattern) is quick
 
 
-def test_a_refusal_shows_no_endless_value() -> None:
+@pytest.mark.parametrize("value", [{"rank": 10**5000}, {"task": "x" * 10_000}])
+def test_a_refusal_shows_no_endless_value(value: dict[str, Any]) -> None:
     with pytest.raises(FedLoRAError) as caught:
-        device_config({"rank": 10**5000}, MINE)
+        device_config(value, MINE)
     assert len(str(caught.value)) < 2000

@@ -26,6 +26,7 @@ from fedlora_flwr.clients.trainer import Trainer, process_trainer
 from fedlora_flwr.config import read_toml
 from fedlora_flwr.privacy.engine import PrivateEngine
 from fedlora_flwr.privacy.ledger import Ledger
+from fedlora_flwr.privacy.ledger_file import Writer
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.strategies.replies import to_record
 
@@ -63,8 +64,8 @@ def with_pages_on_the_disk() -> None:
             inserted(db, *args)
         die()
 
-    inserted = Ledger._insert
-    Ledger._insert = staticmethod(insert)  # type: ignore[method-assign,assignment]
+    inserted = Writer._insert
+    Writer._insert = staticmethod(insert)  # type: ignore[method-assign,assignment]
 
 
 POINTS: dict[str, Callable[[], None]] = {

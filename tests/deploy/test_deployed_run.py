@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import stat
 from pathlib import Path
 
 import pytest
@@ -18,26 +20,25 @@ NAMES = ["device-01", "device-02"]
 
 
 def test_a_fleet_trains_on_its_devices_own_records(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_folder: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     fleet = tmp_path / "fleet"
-    make_fleet(fleet, Fleet(2, port=free_port()))
     model = make_checkpoint("bert", tmp_path / "model")
     rows = reviews(90)
     write_split(tmp_path / "public", "train", rows[80:])
     write_split(tmp_path / "public", "validation", rows[80:])
+    config = text_config(
+        model, tmp_path / "public", input_columns="text", num_classes=2, batch_size=8,
+        local_steps=2, num_rounds=2, num_clients=2, delta=1e-3, epsilon=50.0, lr_head=0.1,
+        run_dir=str(tmp_path / "run"), reproducible=False,
+    )  # fmt: skip
+    make_fleet(fleet, Fleet(2, port=free_port()), config)
     for name, part in zip(NAMES, (rows[:30], rows[30:80]), strict=True):
         device = fleet / "devices" / name
         write_split(device / "data", "train", part)
         settings = (device / "device.toml").read_text().replace("1e-5", "1e-3")
         (device / "device.toml").write_text(settings)
-    config = text_config(
-        model, tmp_path / "public", input_columns="text", batch_size=8, local_steps=2,
-        num_rounds=2, num_clients=2, delta=1e-3, epsilon=50.0, lr_head=0.1,
-        run_dir=str(tmp_path / "run"), reproducible=False,
-    )  # fmt: skip
-
     with running(fleet, tmp_path / "operator", NAMES) as alive:
         said = alive.run(config)
 
@@ -52,3 +53,9 @@ def test_a_fleet_trains_on_its_devices_own_records(
     assert 0 < summary["epsilon_max"] <= 3.0
     for name in NAMES:
         assert (fleet / "devices" / name / "state" / "ledger.sqlite").exists()
+    # The server keeps which key each identity is bound to.
+    kept = data_folder / "fedlora" / "identities.json"
+    bound = json.loads(kept.read_text())
+    assert set(bound) == set(NAMES)
+    assert len(set(bound.values())) == 2
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load
 
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.deploy.fleet import Fleet, make_fleet
+from fedlora_flwr.deploy.fleet import Fleet, make_fleet, stated
 from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import make_plan, run_in_process
 from fedlora_flwr.simulations.superlink import free_port
@@ -48,17 +48,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, RunDire
 
 def prepare(base: Path) -> RunConfig:
     """Write all records in one place, and each home's in its device's."""
-    make_fleet(base / "fleet", Fleet(len(NAMES), port=free_port()))
     model = make_checkpoint("bert", base / "model")
     homes = [home for home, size in enumerate(SIZES) for _ in range(size)]
     rows = [{**row, "home": home} for row, home in zip(reviews(sum(SIZES)), homes, strict=True)]
     write_split(base / "all", "train", rows)
     write_split(base / "all", "validation", reviews(40, seed=1))
+    config = planned(base, model)
+    make_fleet(base / "fleet", Fleet(len(NAMES), port=free_port()), config)
     for home, name in enumerate(NAMES):
         folder = base / "fleet" / "devices" / name / "data"
         write_split(folder, "train", [row for row in rows if row["home"] == home])
+    return config
+
+
+def planned(base: Path, model: Path) -> RunConfig:
     return text_config(
-        model, base / "all", strategy="dp-lora", partitioner="natural-id",
+        model, base / "all", num_classes=2, strategy="dp-lora", partitioner="natural-id",
         partition_column="home", num_clients=2, input_columns="text", batch_size=8, local_steps=2,
         num_rounds=2, weighting="inverse-noise", delta=1e-3, seed=7,
         reproducible=True,
@@ -74,6 +79,7 @@ def set_up_devices(base: Path, reproducible: bool) -> None:
         lines = [
             f'client-id = "partition-{home:06d}"', 'dataset = "data"', 'state-dir = "state"',
             "epsilon = 8.0", "delta = 1e-3", 'ledger-scope = "run"',
+            'weighting = "inverse-noise"', stated(planned(base, base / "model")),
             *["reproducible = true"] * reproducible, f"keep-warm = {60 * (name == WARM)}",
         ]  # fmt: skip
         (base / "fleet" / "devices" / name / "device.toml").write_text("\n".join(lines))

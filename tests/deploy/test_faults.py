@@ -65,10 +65,16 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
 
 
 def prepare(base: Path) -> RunConfig:
-    make_fleet(base / "fleet", Fleet(len(NAMES), port=free_port()))
     model, rows = make_checkpoint("bert", base / "model"), reviews(30 * len(NAMES))
     for split in ("train", "validation"):
         write_split(base / "public", split, rows[:20])
+    config = text_config(
+        model, base / "public", task=faulty.NAME, input_columns="text", num_classes=2, batch_size=8,
+        local_steps=STEPS, num_rounds=4, num_clients=4, min_clients=3, min_completion=0.25,
+        round_timeout=TIMEOUT, delta=1e-3, epsilon=50.0, run_dir=str(base / "run"),
+        reproducible=False,
+    )  # fmt: skip
+    make_fleet(base / "fleet", Fleet(len(NAMES), port=free_port()), config)
     for number, name in enumerate(NAMES):
         device = base / "fleet" / "devices" / name
         write_split(device / "data", "train", rows[number::4])
@@ -78,12 +84,7 @@ def prepare(base: Path) -> RunConfig:
             assert "keep-warm = 0" in settings
         (device / "device.toml").write_text(settings)
         (base / name).mkdir()
-    return text_config(
-        model, base / "public", task=faulty.NAME, input_columns="text", batch_size=8,
-        local_steps=STEPS, num_rounds=4, num_clients=4, min_clients=3, min_completion=0.25,
-        round_timeout=TIMEOUT, delta=1e-3, epsilon=50.0, run_dir=str(base / "run"),
-        reproducible=False,
-    )  # fmt: skip
+    return config
 
 
 @dataclass

@@ -21,7 +21,7 @@ from fedlora_flwr.cli import app
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy import check as checks
 from fedlora_flwr.deploy.check import Finding, check_device, check_fleet
-from fedlora_flwr.deploy.fleet import Fleet, make_fleet, read_fleet
+from fedlora_flwr.deploy.fleet import Fleet, make_fleet, read_fleet, stated
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.privacy.budget import Segment
 from fedlora_flwr.privacy.ledger import Account, Ledger
@@ -238,6 +238,10 @@ def planned(fleet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run
     """Return a run whose model and records every device has."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = make_checkpoint("bert", tmp_path / "model")
+    config = text_config(
+        model, tmp_path / "public", input_columns="text", num_classes=2, batch_size=8,
+        local_steps=2, num_rounds=3, delta=1e-3,
+    )  # fmt: skip
     rows = reviews(80)
     write_split(tmp_path / "public", "train", rows[:4])
     write_split(tmp_path / "public", "validation", rows[:4])
@@ -245,11 +249,9 @@ def planned(fleet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run
         folder = fleet / "devices" / name
         write_split(folder / "data", "train", rows[number::2])
         settings = (folder / "device.toml").read_text().replace("1e-5", "1e-3")
+        settings = settings.replace('task = "digits"\n', stated(config))
         (folder / "device.toml").write_text(settings)
-    return text_config(
-        model, tmp_path / "public", input_columns="text", batch_size=8, local_steps=2,
-        num_rounds=3, delta=1e-3,
-    )  # fmt: skip
+    return config
 
 
 def test_with_the_run_records_budget_and_model_are_looked_at(
@@ -268,11 +270,14 @@ def test_a_spent_budget_too_few_records_and_another_model_are_found(
 ) -> None:
     first, second = (fleet / "devices" / name for name in ("device-01", "device-02"))
     ledger = Ledger(first / "state" / "ledger.sqlite")
-    ledger.record(Account("device-01", "earlier", 99.0, 1e-3, "lifetime"), 1, Segment(1.0, 0.2, 9))
+    spent = Segment(1.0, 0.2, 9)
+    ledger.record(Account("device-01", "earlier", 99.0, 1e-3, "lifetime"), 1, spent, spent)
     make_checkpoint("roberta", second / "other")
     (second / "device.toml").write_text(
-        (second / "device.toml").read_text().replace("delta = 1e-3", "delta = 0.1")
-        + 'model = "other"\n'
+        (second / "device.toml")
+        .read_text()
+        .replace("delta = 1e-3", "delta = 0.1")
+        .replace(f'model = "{tmp_path / "model"}"', 'model = "other"')
     )
 
     bad = {f.subject: [g.text for g in findings(fleet, planned)[False] if g.subject == f.subject]
@@ -281,6 +286,30 @@ def test_a_spent_budget_too_few_records_and_another_model_are_found(
     assert "budget exhausted" in " ".join(bad["device-01"])
     assert "delta = 0.1" in " ".join(bad["device-02"])
     assert any("the server's is" in text or "lora-targets" in text for text in bad["device-02"])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_text("no ledger"),
+        lambda path: (path.unlink(), path.mkdir()),
+        lambda path: path.unlink(),
+        lambda path: path.with_name(f"{path.name}.witness").unlink(),
+    ],
+)
+def test_a_damaged_ledger_is_a_finding(
+    fleet: Path, planned: RunConfig, damage: Callable[[Path], object]
+) -> None:
+    path = fleet / "devices" / "device-01" / "state" / "ledger.sqlite"
+    spent = Segment(1.0, 0.2, 9)
+    Ledger(path).record(Account("device-01", "r", 99.0, 1e-3, "lifetime"), 1, spent, spent)
+    damage(path)
+
+    bad = [f for f in findings(fleet, planned)[False] if f.subject == "device-01"]
+
+    assert len(bad) == 1
+    assert str(path) in bad[0].text
 
 
 @pytest.fixture
@@ -334,7 +363,7 @@ def test_what_is_not_fit_on_a_device_is_found_there(
     assert "self-signed certificate" in found or "unable to get local issuer" in found
 
     (on_device / "device.toml").write_text(
-        'client-id = "a"\nepsilon = 3.0\ndelta = 1e-3\ndataset = "nowhere"\n'
+        'client-id = "a"\nepsilon = 3.0\ndelta = 1e-3\ndataset = "nowhere"\n' + stated(planned)
     )
     found, *_ = texts(check_device(on_device, planned), good=False)["device-01"]
     assert "nowhere" in found

@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 
 import pytest
 
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.deploy.fleet import stated
 from fedlora_flwr.privacy.budget import Segment, epsilon_spent
 from fedlora_flwr.privacy.ledger import Account, Ledger
 from tests.deploy.dying import NEVER, POINTS, REPLIED
@@ -30,10 +32,10 @@ STEPS, DELTA = 2, 1e-3
 JOURNAL = bytes.fromhex("d9d505f920a163d7")  # How SQLite's journal of an open transaction begins.
 # What a ledger holds of the round. More than what left is a loss of budget; less would be a lie.
 ROWS = {
-    "before training": 0,
-    "after a step": 0,
     "before the row": 0,
     "in the ledger's transaction": 0,
+    "before training": 1,
+    "after a step": 1,
     "after the row": 1,
     "with all written": 1,
     REPLIED: 1,
@@ -89,13 +91,13 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Kille
         write_split(base / "data", "train", reviews(60))
         config = text_config(
             model, base / "data", input_columns="text", batch_size=8, local_steps=STEPS,
-            num_rounds=4, delta=DELTA, reproducible=False,
+            num_classes=2, num_rounds=4, delta=DELTA, reproducible=False,
         )  # fmt: skip
         (base / "run.toml").write_text(config.to_toml())
-        yield walk(base)
+        yield walk(base, config)
 
 
-def walk(base: Path) -> dict[str, Killed]:
+def walk(base: Path, config: RunConfig) -> dict[str, Killed]:
     """Kill a device's process at each point, then serve every device in a fresh one."""
     files = {}
     for point in ROWS:
@@ -104,12 +106,12 @@ def walk(base: Path) -> dict[str, Killed]:
         files[point] = folder / "device.toml"
         files[point].write_text(
             f'client-id = "{folder.name}"\ndataset = "../data"\nstate-dir = "state"\n'
-            f"epsilon = 8.0\ndelta = {DELTA}\n"
+            f"epsilon = 8.0\ndelta = {DELTA}\n{stated(config)}"
         )
     run, devices = base / "run.toml", list(files.values())
     first = serve(1, run, {file: point for point, file in files.items()})
     left = [seen(file.parent) for file in devices]
-    second = serve(2, run, dict.fromkeys(devices, NEVER))
+    second = serve(1, run, dict.fromkeys(devices, NEVER))
     return {
         point: Killed(file.parent, told[-1]["ended"], len(told) - 1, *found, answer[0])
         for (point, file), told, found, answer in zip(
@@ -171,7 +173,7 @@ def test_a_transaction_was_on_the_disk_and_is_rolled_back(killed: dict[str, Kill
 def record_for_ever(path: Path, account: Account, told: int) -> NoReturn:
     ledger = Ledger(path)
     while True:
-        ledger.record(account, 1, Segment(0.0, 0.1, 1))
+        ledger.record(account, 1, Segment(0.0, 0.1, 1), Segment(0.0, 0.1, 1))
         os.write(told, b".")
 
 

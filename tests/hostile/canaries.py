@@ -148,6 +148,15 @@ def prompts(folder: Path) -> Planted:
     return _language(folder, "instruction-tuning", model, **{"input-columns": columns})
 
 
+def late_answers(folder: Path) -> Planted:
+    """Write prompts so long that no response begins within 48 tokens."""
+    planted = prompts(folder)
+    for split, rows in _splits(_prompt):
+        long = [{**row, f"asked-{CANARY}": "which " * 90} for row in rows]
+        checkpoints.write_split(_data(folder), split, long)
+    return planted
+
+
 def broken_csv(folder: Path) -> Planted:
     """Write a table that a parser complains about, with the line."""
     planted = text_csv(folder)

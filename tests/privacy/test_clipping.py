@@ -96,6 +96,13 @@ def test_norms_of_long_rows_are_right_to_the_last_digits() -> None:
     assert gaps.max() > 4 * torch.finfo(torch.float32).eps
 
 
+def test_no_factor_is_rounded_up_past_its_norm() -> None:
+    norms = torch.logspace(30, 41, 20_000, dtype=torch.float64)
+    factors = clip_factors(norms, 1e-300, torch.float32)
+    # Above 1e38 the factor has few digits left.
+    assert bool((factors.double() * norms <= 1 - 4e-7).all())
+
+
 def test_factors_of_norms_that_are_no_numbers_are_zero() -> None:
     norms = torch.tensor([math.nan, math.inf, 0.0, 2.0], dtype=torch.float64)
     factors = clip_factors(norms, 1.0, torch.float32)

@@ -6,22 +6,28 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fedlora_flwr.errors import BudgetExhausted
+from fedlora_flwr.errors import BudgetExhausted, InvalidValue
 from fedlora_flwr.privacy.budget import Segment, epsilon_spent
 from fedlora_flwr.privacy.ledger import Account, Ledger
 
-SEGMENT = Segment(2.0, 0.1, 10)
+ROUND = Segment(2.0, 0.1, 10)
 DELTA = 1e-5
 
 
+def plan(rounds: int) -> Segment:
+    return replace(ROUND, steps=10 * rounds)
+
+
 def cost(rounds: int) -> float:
-    """Return ε of a number of rounds of `SEGMENT`."""
-    return epsilon_spent([Segment(2.0, 0.1, 10 * rounds)], DELTA).epsilon
+    """Return ε of a number of rounds of `ROUND`."""
+    return epsilon_spent([plan(rounds)], DELTA).epsilon
 
 
 def account(
@@ -49,109 +55,197 @@ def test_a_new_account_has_spent_nothing(ledger: Ledger) -> None:
 
 
 def test_the_summary_is_what_the_accountant_says(ledger: Ledger) -> None:
-    history = [SEGMENT, Segment(1.5, 0.1, 5), SEGMENT, Segment(2.0, 0.2, 3)]
-    wealthy = Account("ward-1", "run-1", 100.0, DELTA)
-    for number, segment in enumerate(history, start=1):
-        returned = ledger.record(wealthy, number, segment)
-    summary = ledger.summary(wealthy)
-    spent = epsilon_spent(history, DELTA)
-    assert returned == summary
-    assert summary.epsilon == pytest.approx(spent.epsilon, rel=1e-6)
-    assert summary.accountant == spent.accountant
-    assert summary.steps == 28
+    for number in (1, 2, 3):
+        returned = ledger.record(account(rounds=3), number, ROUND, plan(3))
+        spent = epsilon_spent([plan(number)], DELTA)
+        assert returned == ledger.summary(account(rounds=3))
+        assert (returned.epsilon, returned.accountant) == (spent.epsilon, "prv")
+        assert returned.steps == 10 * number
 
 
-def test_a_release_past_the_budget_is_refused_and_not_written(ledger: Ledger) -> None:
+def test_a_release_past_the_plan_is_refused_and_not_written(ledger: Ledger) -> None:
+    wealthy = account(rounds=9)
     for server_round in (1, 2):
-        ledger.record(account(), server_round, SEGMENT)
-    before = ledger.summary(account())
-    with pytest.raises(BudgetExhausted, match="10 more steps after 20"):
-        ledger.record(account(), 3, SEGMENT)
-    with pytest.raises(BudgetExhausted):
-        ledger.check(account(), SEGMENT)
-    assert ledger.summary(account()) == before
+        ledger.record(wealthy, server_round, ROUND, plan(2))
+    before = ledger.summary(wealthy)
+    with pytest.raises(BudgetExhausted, match="10 more steps after 20 are beyond the 20"):
+        ledger.record(wealthy, 3, ROUND, plan(2))
+    assert ledger.summary(wealthy) == before
     assert rows(ledger.path) == [("ward-1", "run-1", 1, 10), ("ward-1", "run-1", 2, 10)]
-    assert before.epsilon <= account().epsilon
+
+
+def test_a_plan_past_the_budget_is_refused_at_its_start(ledger: Ledger) -> None:
+    with pytest.raises(BudgetExhausted, match="30 more steps after 0 would spend"):
+        ledger.record(account(rounds=2), 1, ROUND, plan(3))
+    with pytest.raises(BudgetExhausted):
+        ledger.check(account(rounds=2), plan(3))
+    assert rows(ledger.path) == []
 
 
 def test_a_smaller_release_still_fits(ledger: Ledger) -> None:
-    ledger.record(account(rounds=1), 1, Segment(2.0, 0.1, 9))
+    ledger.record(account(rounds=1), 1, replace(ROUND, steps=9), plan(1))
     with pytest.raises(BudgetExhausted):
-        ledger.record(account(rounds=1), 2, SEGMENT)
-    assert ledger.record(account(rounds=1), 3, Segment(2.0, 0.1, 1)).steps == 10
+        ledger.record(account(rounds=1), 2, ROUND, plan(1))
+    assert ledger.record(account(rounds=1), 3, replace(ROUND, steps=1), plan(1)).steps == 10
+
+
+@pytest.mark.parametrize(
+    ("other", "key"),
+    [
+        (Segment(2.5, 0.1, 20), "noise-multiplier"),
+        (Segment(2.0, 0.05, 20), "sample-rate"),
+        (Segment(2.0, 0.1, 10), "planned steps"),
+        (Segment(2.0, 0.1, 21), "planned steps"),
+    ],
+)
+def test_the_first_record_fixes_the_settings_of_a_run(
+    ledger: Ledger, other: Segment, key: str
+) -> None:
+    ledger.record(account(rounds=9), 1, ROUND, plan(2))
+    with pytest.raises(InvalidValue, match=f"^{key} = .*first round has fixed"):
+        ledger.record(account(rounds=9), 2, replace(other, steps=1), other)
+    assert len(rows(ledger.path)) == 1
+    ledger.record(account(run="run-2", rounds=9), 1, replace(other, steps=1), other)
+
+
+def test_a_release_with_other_settings_than_its_plan_is_refused(ledger: Ledger) -> None:
+    with pytest.raises(InvalidValue, match="noise multiplier and sample rate"):
+        ledger.record(account(), 1, Segment(0.1, 0.1, 1), plan(2))
+    with pytest.raises(InvalidValue, match="server-round"):
+        ledger.record(account(), 2**70, ROUND, plan(2))
 
 
 def test_check_writes_nothing(ledger: Ledger) -> None:
-    summary = ledger.check(account(), SEGMENT)
+    summary = ledger.check(account(), plan(1))
     assert (summary.epsilon, summary.steps) == (cost(1), 10)
     assert rows(ledger.path) == []
 
 
 def test_accounts_are_kept_by_client(ledger: Ledger) -> None:
-    ledger.record(account("ward-1"), 1, SEGMENT)
+    ledger.record(account("ward-1"), 1, ROUND, plan(2))
     assert ledger.summary(account("ward-1")).steps == 10
     assert ledger.summary(account("ward-2")).steps == 0
     assert ledger.summary(account("ward-1", scope="lifetime")).steps == 10
     assert ledger.summary(account("ward-2", scope="lifetime")).steps == 0
 
 
-def test_scope_run_starts_anew_and_scope_lifetime_does_not(ledger: Ledger) -> None:
+def test_scope_run_starts_from_zero_and_scope_lifetime_does_not(ledger: Ledger) -> None:
     for server_round in (1, 2):
-        ledger.record(account(run="run-1"), server_round, SEGMENT)
-    assert ledger.record(account(run="run-2"), 1, SEGMENT).epsilon == cost(1)
+        ledger.record(account(run="run-1"), server_round, ROUND, plan(2))
+    assert ledger.record(account(run="run-2"), 1, ROUND, plan(1)).epsilon == cost(1)
     lifetime = account(run="run-3", rounds=4, scope="lifetime")
     assert ledger.summary(lifetime).epsilon == cost(3)
-    assert ledger.record(lifetime, 1, SEGMENT).epsilon == cost(4)
+    assert ledger.record(lifetime, 1, ROUND, plan(1)).epsilon == cost(4)
     with pytest.raises(BudgetExhausted):
-        ledger.record(lifetime, 2, SEGMENT)
+        ledger.record(replace(lifetime, run="run-4"), 1, ROUND, plan(1))
 
 
 def test_a_release_without_noise_counts_for_ever(ledger: Ledger) -> None:
     without_noise = Account("ward-1", "run-1", math.inf, DELTA)
-    summary = ledger.record(without_noise, 1, Segment(0.0, 0.1, 10))
+    nothing = Segment(0.0, 0.1, 10)
+    for server_round in (1, 2):  # It has promised nothing, so it may go on past its plan.
+        summary = ledger.record(without_noise, server_round, nothing, nothing)
     assert (summary.epsilon, summary.accountant) == (math.inf, "none")
-    assert rows(ledger.path) == [("ward-1", "run-1", 1, 10)]
-    with pytest.raises(BudgetExhausted):
-        ledger.record(account(run="run-2", rounds=100, scope="lifetime"), 1, SEGMENT)
+    for run_epsilon in (0.0, 1.0):
+        lifetime = account(run="run-2", rounds=100, scope="lifetime")
+        with pytest.raises(BudgetExhausted):
+            ledger.record(replace(lifetime, run_epsilon=run_epsilon), 1, ROUND, plan(1))
     # Another run's budget of its own does not see it.
-    ledger.record(account(run="run-2"), 1, SEGMENT)
+    ledger.record(account(run="run-2"), 1, ROUND, plan(1))
 
 
 def test_a_new_object_reads_what_another_wrote(ledger: Ledger) -> None:
-    ledger.record(account(), 1, SEGMENT)
+    ledger.record(account(), 1, ROUND, plan(2))
     assert Ledger(ledger.path).summary(account()) == ledger.summary(account())
-
-
-def test_a_file_in_the_place_of_another_is_a_ledger_of_its_own(ledger: Ledger) -> None:
-    ledger.record(account(), 1, SEGMENT)
-    ledger.path.rename(ledger.path.with_name("old.sqlite"))
-    assert ledger.summary(account()).steps == 0
-    ledger.record(account(), 7, SEGMENT)
-    assert rows(ledger.path) == [("ward-1", "run-1", 7, 10)]
-    ledger.path.with_name("old.sqlite").replace(ledger.path)
-    assert rows(ledger.path) == [("ward-1", "run-1", 1, 10)]
-    ledger.record(account(), 2, SEGMENT)
-    assert [row[2] for row in rows(ledger.path)] == [1, 2]
 
 
 def test_any_number_of_ledgers_in_turns(tmp_path: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     for number in (1, 2):
         for i in range(30):
-            Ledger(tmp_path / f"{i}.sqlite").record(account(), number, SEGMENT)
+            Ledger(tmp_path / f"{i}.sqlite").record(account(), number, ROUND, plan(2))
     assert all(len(rows(tmp_path / f"{i}.sqlite")) == 2 for i in range(30))
     assert len(list(Path("/proc/self/fd").iterdir())) < before + 20
 
 
+# --- reservations ---
+
+LIFETIME = account(rounds=4, scope="lifetime")
+
+
+@pytest.mark.parametrize("run_epsilon", [0.0, 0.5])
+def test_a_second_run_is_told_at_its_start_what_is_left(ledger: Ledger, run_epsilon: float) -> None:
+    first = replace(LIFETIME, run_epsilon=run_epsilon)
+    second = replace(first, run="run-2")
+    ledger.record(first, 1, ROUND, plan(3))
+    with pytest.raises(BudgetExhausted, match=r"steps .*left") as caught:
+        ledger.record(second, 1, ROUND, plan(3))
+    assert "reserved" in str(caught.value)
+    # The first run gets all that it was promised.
+    for number in (2, 3):
+        assert ledger.record(first, number, ROUND, plan(3)).steps == 10 * number
+
+
+def test_what_is_left_may_be_reserved_by_the_second(ledger: Ledger) -> None:
+    second = replace(LIFETIME, run="run-2")
+    ledger.record(LIFETIME, 1, ROUND, plan(3))
+    ledger.record(second, 1, ROUND, plan(1))
+    for number in (2, 3):
+        ledger.record(LIFETIME, number, ROUND, plan(3))
+    assert ledger.summary(LIFETIME).epsilon <= LIFETIME.epsilon
+
+
+def test_a_silent_run_gives_back_what_it_did_not_use(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    patient, hasty = Ledger(path), Ledger(path, lapse=0)
+    first, second = LIFETIME, replace(LIFETIME, run="run-2")
+    patient.record(first, 1, ROUND, plan(4))
+    with pytest.raises(BudgetExhausted):
+        patient.record(second, 1, ROUND, plan(2))
+    assert hasty.record(second, 1, ROUND, plan(2)).steps == 20
+    # The first comes back, and all that it has left to take is not there any more.
+    with pytest.raises(BudgetExhausted, match="10 steps that other runs have reserved"):
+        patient.record(first, 2, ROUND, plan(4))
+
+
+def test_a_run_that_comes_back_reserves_the_rest_again(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    patient, hasty = Ledger(path), Ledger(path, lapse=0)
+    second = replace(LIFETIME, run="run-2")
+    hasty.record(LIFETIME, 1, ROUND, plan(3))
+    hasty.record(second, 1, ROUND, plan(1))
+    hasty.record(LIFETIME, 2, ROUND, plan(3))
+    with pytest.raises(BudgetExhausted, match="10 steps that other runs have reserved"):
+        patient.record(replace(LIFETIME, run="run-3"), 1, ROUND, plan(1))
+    assert patient.record(LIFETIME, 3, ROUND, plan(3)).epsilon == cost(4)
+
+
+# --- threads, processes, kills ---
+
+
 def test_a_forked_process_and_its_parent_write_to_one_ledger(ledger: Ledger) -> None:
-    ledger.record(account(rounds=9), 1, SEGMENT)
+    ledger.record(account(rounds=9), 1, ROUND, plan(3))
     child = os.fork()
     if not child:
-        ledger.record(account(rounds=9), 2, SEGMENT)
+        ledger.record(account(rounds=9), 2, ROUND, plan(3))
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
-    ledger.record(account(rounds=9), 3, SEGMENT)
+    ledger.record(account(rounds=9), 3, ROUND, plan(3))
     assert [row[2] for row in rows(ledger.path)] == [1, 2, 3]
+
+
+def test_threads_write_to_one_ledger(ledger: Ledger) -> None:
+    def work(number: int) -> None:
+        for server_round in range(5):
+            ledger.record(account(f"ward-{number}", rounds=5), server_round, ROUND, plan(5))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(rows(ledger.path)) == 30
+    assert {Ledger(ledger.path).summary(account(f"ward-{n}")).steps for n in range(6)} == {50}
 
 
 RECORDER = """
@@ -161,12 +255,13 @@ from fedlora_flwr.errors import BudgetExhausted
 from fedlora_flwr.privacy.budget import Segment
 from fedlora_flwr.privacy.ledger import Account, Ledger
 
-path, epsilon, wait = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
+path, epsilon, run, wait = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3], sys.argv[4]
 ledger = Ledger(path)
 print("ready", flush=True)
 sys.stdin.readline()
+one = Segment(2.0, 0.1, 10)
 try:
-    ledger.record(Account("ward-1", "run-1", epsilon, 1e-5), 1, Segment(2.0, 0.1, 10))
+    ledger.record(Account("ward-1", run, epsilon, 1e-5, "lifetime"), 1, one, one)
     print("recorded", flush=True)
 except BudgetExhausted:
     print("exhausted", flush=True)
@@ -176,9 +271,9 @@ if wait == "wait":
 """
 
 
-def recorder(path: Path, epsilon: float, wait: str = "") -> subprocess.Popen[str]:
+def recorder(path: Path, epsilon: float, run: str, wait: str = "") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", RECORDER, str(path), repr(epsilon), wait],
+        [sys.executable, "-c", RECORDER, str(path), repr(epsilon), run, wait],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -198,23 +293,22 @@ def go(process: subprocess.Popen[str]) -> None:
 
 def test_a_release_survives_the_kill_of_its_process(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
-    with recorder(path, account().epsilon, "wait") as process:
+    with recorder(path, account().epsilon, "run-1", "wait") as process:
         assert read(process) == "ready"
         go(process)
         assert read(process) == "recorded"
         os.kill(process.pid, signal.SIGKILL)
         assert read(process) == ""
     assert process.returncode == -signal.SIGKILL
-    ledger = Ledger(path)
-    assert ledger.summary(account()).steps == 10
-    ledger.record(account(), 2, SEGMENT)
+    lifetime = account(run="run-2", scope="lifetime")
+    assert Ledger(path).record(lifetime, 1, ROUND, plan(1)).steps == 20
     with pytest.raises(BudgetExhausted):
-        ledger.record(account(), 3, SEGMENT)
+        Ledger(path).record(replace(lifetime, run="run-3"), 1, ROUND, plan(1))
 
 
 def test_processes_at_once_never_exceed_the_budget(tmp_path: Path) -> None:
-    path, budget = tmp_path / "ledger.sqlite", account(rounds=3)
-    processes = [recorder(path, budget.epsilon) for _ in range(6)]
+    path, budget = tmp_path / "ledger.sqlite", account(rounds=3, scope="lifetime")
+    processes = [recorder(path, budget.epsilon, f"run-{i}") for i in range(6)]
     try:
         assert [read(process) for process in processes] == ["ready"] * 6
         for process in processes:

@@ -82,3 +82,12 @@ def test_a_summary_is_replaced_in_one_piece(tmp_path: Path) -> None:
 
 def test_versions_name_what_results_depend_on() -> None:
     assert {"python", "fedlora-flwr", "flwr", "torch", "peft", "opacus"} <= set(versions())
+
+
+def test_a_runs_folder_is_its_owners_alone(tmp_path: Path) -> None:
+    before = tmp_path.stat().st_mode
+    made = RunDirectory.new(tmp_path / "runs", RunConfig())
+    named = RunDirectory(tmp_path / "named" / "deep")
+    for folder in (made.path, made.path.parent, named.path, named.path.parent):
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert tmp_path.stat().st_mode == before

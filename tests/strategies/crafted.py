@@ -1,217 +1,40 @@
-"""Replies that no honest client sends, each made from one that an honest client would send."""
+"""Replies that no honest client sends, by the name of the fault."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from io import BytesIO
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from numpy.typing import NDArray
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedlora_flwr.plan import ComponentPlan, Layout, factor_of
-from fedlora_flwr.wire.records import train_records
-from fedlora_flwr.wire.report import Report
-from tests.strategies.tiny import arrays_of, record_of
-
-Numbers = dict[str, NDArray[Any]]
-Content = Callable[[RecordDict], None]
-Fault = Callable[["Case"], list[Message]]
-HUGE = 10_000_000
-
-
-@dataclass
-class Case:
-    """One message to one of a few clients, and how an honest client answers it."""
-
-    sent: Message
-    number: int
-    others: list[Message]
-
-    @property
-    def name(self) -> str:
-        return f"partition-{self.number:06d}"
-
-    def content(self) -> RecordDict:
-        """Answer as the package's own client does."""
-        config = self.sent.content.config_records["config"]
-        start = arrays_of(self.sent.content.array_records["arrays"])
-        layout = Layout.of(start)
-        plan = ComponentPlan.parse(str(config["plan"]))
-        share = str(config.get("share", ""))
-        rng = np.random.default_rng((self.number, int(str(config["server-round"]))))
-        arrays = {
-            name: (start[name] + 0.1 * rng.normal(size=start[name].shape)).astype(np.float32)
-            for name in layout.trained(plan, len(plan.steps))
-            if share in ("", factor_of(name))
-        }
-        blocks = len(layout.blocks)
-        return train_records(
-            Report(
-                client=self.name,
-                status="ok",
-                arrays=arrays,
-                scores=tuple(rng.random(blocks).tolist()) if "curvature" in config else None,
-                epsilon=1.0,
-                epsilon_budget=8.0,
-                delta=1e-3,
-                accountant="prv",
-                steps=2 * int(str(config["server-round"])),
-                seconds=0.5,
-                peak_memory_mb=100.0,
-                weight=10.0 + self.number,
-                num_examples=10 + self.number,
-            )
-        )
-
-    def honest(self) -> Message:
-        return Message(self.content(), reply_to=self.sent)
-
-
-def changed(change: Content) -> Fault:
-    """Send an honest reply with a change."""
-
-    def fault(case: Case) -> list[Message]:
-        content = case.content()
-        change(content)
-        return [Message(content, reply_to=case.sent)]
-
-    return fault
-
-
-def arrays(change: Callable[[Numbers], None]) -> Fault:
-    """Send other arrays."""
-
-    def apply(content: RecordDict) -> None:
-        values: Numbers = {n: a.numpy().copy() for n, a in content.array_records["arrays"].items()}
-        change(values)
-        content["arrays"] = record_of(values)
-
-    return changed(apply)
-
-
-def entry(value: float, dtype: Any = np.float32) -> Fault:
-    """Put one value in one array, which may need another type."""
-
-    def apply(values: Numbers) -> None:
-        name = next(iter(values))
-        values[name] = values[name].astype(dtype)
-        values[name].flat[0] = value
-
-    return arrays(apply)
-
-
-def every(value: float, dtype: Any = np.float32) -> Fault:
-    """Put one value in all entries of all arrays."""
-    return arrays(lambda v: v.update({n: np.full(a.shape, value, dtype) for n, a in v.items()}))
-
-
-def first(make: Callable[[NDArray[Any]], Any]) -> Fault:
-    """Replace the first array."""
-
-    def apply(values: Numbers) -> None:
-        name = next(iter(values))
-        values[name] = make(values[name])
-
-    return arrays(apply)
-
-
-def drop_first(values: Numbers) -> None:
-    del values[next(iter(values))]
-
-
-def rename_all(values: Numbers) -> None:
-    for name in list(values):
-        values[f"x.{name}"] = values.pop(name)
-
-
-def raw(make: Callable[[Array], Array]) -> Fault:
-    """Replace the first array by one that lies about itself."""
-
-    def apply(content: RecordDict) -> None:
-        record = dict(content.array_records["arrays"])
-        name = next(iter(record))
-        record[name] = make(record[name])
-        content["arrays"] = ArrayRecord(record)
-
-    return changed(apply)
-
-
-def npy(header: str, data: bytes = b"\0" * 64, version: int = 1) -> Fault:
-    """Send bytes whose header says something else."""
-    text = header.encode().ljust(117 if version == 1 else 115) + b"\n"
-    length = len(text).to_bytes(2 if version == 1 else 4, "little")
-    content = b"\x93NUMPY" + bytes([version, 0]) + length + text + data
-    return raw(lambda array: Array(array.dtype, array.shape, array.stype, content))
-
-
-def metric(name: str, value: object) -> Fault:
-    """Set a number, past the checks of Flower's own record, which a grid need not make."""
-    return changed(lambda c: c.metric_records["metrics"].__dict__["_data"].update({name: value}))
-
-
-def text(name: str, value: object) -> Fault:
-    """Set a text, past the checks of Flower's own record."""
-    return changed(lambda c: c.config_records["config"].__dict__["_data"].update({name: value}))
-
-
-def without(record: str, name: str) -> Fault:
-    """Leave a number or a text out."""
-    return changed(lambda content: content[record].__delitem__(name))
-
-
-def many(record: str, count: int, value: object) -> Fault:
-    """Send many entries, past Flower's own checks, which take a second for them."""
-    entries = {f"m{i}": value for i in range(count)}
-    return changed(lambda content: content[record].__dict__["_data"].update(entries))
-
-
-def deflated(values: NDArray[Any]) -> bytes:
-    stream = BytesIO()
-    np.savez_compressed(stream, a=values)
-    return stream.getvalue()
-
-
-def raised(reason: str) -> Fault:
-    return lambda case: [Message(Error(2, reason), reply_to=case.sent)]
-
-
-def sent_by(node: int) -> Fault:
-    """Answer well, under the id of a node that nobody asked."""
-
-    def fault(case: Case) -> list[Message]:
-        reply = case.honest()
-        reply.metadata.__dict__["_src_node_id"] = node
-        return [reply]
-
-    return fault
-
-
-def of_type(kind: str) -> Fault:
-    def fault(case: Case) -> list[Message]:
-        reply = case.honest()
-        reply.metadata.__dict__["_message_type"] = kind
-        return [reply]
-
-    return fault
-
-
-def named(name: object) -> Fault:
-    return text("client", name)
-
-
-def _rename(content: RecordDict, name: str) -> None:
-    record = dict(content.array_records["arrays"])
-    record[name] = record.pop(next(iter(record)))
-    content["arrays"] = ArrayRecord(record)
-
-
-def _second(content: RecordDict) -> None:
-    content["more"] = content.array_records["arrays"]
-
+from fedlora_flwr.plan import factor_of
+from tests.strategies.crafting import (
+    HUGE,
+    Case,
+    Fault,
+    Numbers,
+    arrays,
+    changed,
+    deflated,
+    drop_first,
+    entry,
+    every,
+    first,
+    many,
+    metric,
+    named,
+    npy,
+    of_type,
+    raised,
+    raw,
+    rename_all,
+    rename_first,
+    second_record,
+    sent_by,
+    text,
+    without,
+)
 
 SPOOF = "ok\n\x1b[2J\x1b[31m> round 1: partition-000000: NaN\r\u202e"
 
@@ -249,9 +72,9 @@ REFUSED: Mapping[str, Fault] = {
     "a folded pair": arrays(
         lambda v: v.update({"blocks.0.fc.folded_B.weight": np.ones((4, 1), np.float32)})
     ),
-    "name with escapes": changed(lambda content: _rename(content, SPOOF)),
-    "name of a megabyte": changed(lambda content: _rename(content, "x" * 1_000_000)),
-    "empty array name": changed(lambda content: _rename(content, "")),
+    "name with escapes": changed(lambda content: rename_first(content, SPOOF)),
+    "name of a megabyte": changed(lambda content: rename_first(content, "x" * 1_000_000)),
+    "empty array name": changed(lambda content: rename_first(content, "")),
     # Bytes that are no array, or another one than they say.
     "no bytes": raw(lambda a: Array(a.dtype, a.shape, a.stype, b"")),
     "junk": raw(lambda a: Array(a.dtype, a.shape, a.stype, b"\x93NUMPY\x01\x00junk")),
@@ -280,6 +103,7 @@ REFUSED: Mapping[str, Fault] = {
     "delta above 1": metric("delta", 2.0),
     "steps negative": metric("steps", -1),
     "steps of no round": metric("steps", 0),
+    "steps of half a round": metric("steps", 1),
     "steps a fraction": metric("steps", 2.5),
     "steps beyond int64": metric("steps", 2**70),
     "seconds nan": metric("seconds", math.nan),
@@ -322,7 +146,7 @@ REFUSED: Mapping[str, Fault] = {
     "1e5 texts": many("config", 100_000, "x"),
     # Records.
     "no arrays record": changed(lambda content: content.__delitem__("arrays")),
-    "two array records": changed(_second),
+    "two array records": changed(second_record),
     "two metric records": changed(lambda c: c.__setitem__("m", MetricRecord({"a": 1.0}))),
     "two texts records": changed(lambda c: c.__setitem__("t", ConfigRecord({"a": "b"}))),
     "nothing": changed(lambda content: content.clear()),

@@ -17,7 +17,8 @@ from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.strategies import STRATEGIES, FedLoRA
 from fedlora_flwr.strategies.replies import cap_weights
 from fedlora_flwr.wire import MOST_ENTRY
-from tests.strategies.crafted import HARMLESS, OWN, REFUSED, Case, Fault
+from tests.strategies.crafted import HARMLESS, OWN, REFUSED
+from tests.strategies.crafting import Case, Fault
 from tests.strategies.tiny import Tiny, arrays_of, record_of, start_arrays
 
 WEIGHTINGS = ("uniform", "size", "inverse-noise")

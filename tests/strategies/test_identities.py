@@ -15,7 +15,7 @@ from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.strategies import FedLoRA
 from fedlora_flwr.strategies.identities import Identities, KnownNode
-from tests.strategies.crafted import Case
+from tests.strategies.crafting import Case
 from tests.strategies.tiny import Tiny, arrays_of, record_of, start_arrays
 
 

@@ -74,6 +74,8 @@ def test_splits_without_a_record_in_common_pass(folder: Path) -> None:
     check_splits_apart(text_task(folder))
     write_split(folder, "test", texts(900, 10))
     check_splits_apart(text_task(folder, test_split="validation,test"))
+    write_split(folder, "test", texts(599, 10))
+    refused(text_task(folder, test_split="validation,test"), "record 0 is record 599", "test")
 
 
 def test_the_private_split_by_its_own_name_is_refused(folder: Path) -> None:

@@ -1,0 +1,346 @@
+"""An account of a client's data: what it has spent, and whether a run may go on.
+
+Two rules decide.
+
+*Fixed settings.* The first record fixes σ and q, and PRV gives the ε of all steps that may be
+taken. With scope ``"run"``, a run's settings are fixed for that run. With scope ``"lifetime"`` and
+no ``run_epsilon``, the client's first run fixes them for its life: a later run may have more noise
+or a smaller rate, and each of its steps counts as one of the first run's. PRV is valid here even
+if a server chooses in between. A step with σ' ≥ σ and q' ≤ q is post-processing of a step with σ
+and q (draw from the output without the record with probability 1 - q'/q, then add the noise that
+is missing), so every step is bounded by the same pair of distributions whatever was seen before,
+and at most N of them compose to at most N times that pair (arXiv 2106.08567, theorem 10). To stop
+early is to take fewer.
+
+*Rényi filter.* With scope ``"lifetime"`` and ``run_epsilon``, later runs may choose any settings.
+`fedlora_flwr.privacy.lifetime` says how they are bounded, and why.
+
+The device's owner chooses the rule, by scope and ``run_epsilon``, before the first release. If the
+owner changes it later and a server could influence when, the two rules together give (ε, 2δ).
+
+A run's first record reserves all steps that the run plans. They count against every other run until
+the run has taken them or has been silent for too long.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fedlora_flwr.errors import BudgetExhausted, InvalidValue
+from fedlora_flwr.privacy.accountants import Segment, merge
+from fedlora_flwr.privacy.budget import epsilon_spent
+from fedlora_flwr.privacy.lifetime import (
+    allowance,
+    choose_order,
+    filtered_epsilon,
+    run_divergence,
+)
+
+__all__ = ["UNBOUND", "Account", "LedgerSummary", "Tally", "Terms", "admit", "summarize", "terms"]
+
+RDP_FILTER = "rdp-filter"
+
+
+@dataclass(frozen=True)
+class Account:
+    """Whose budget it is, and how large.
+
+    Parameters
+    ----------
+    client : str
+        Stable identity of the client's data, never Flower's node id.
+    run : str
+        Identity of the run.
+    epsilon, delta : float
+        The budget.
+    scope : str
+        ``"run"`` counts this run's releases, ``"lifetime"`` all releases on the client's data.
+    run_epsilon : float (default: 0)
+        With scope ``"lifetime"``: how much of ε one run may plan for. 0: all of it, and the first
+        run fixes the settings of all runs.
+    """
+
+    client: str
+    run: str
+    epsilon: float
+    delta: float
+    scope: str = "run"
+    run_epsilon: float = 0.0
+
+
+@dataclass(frozen=True)
+class LedgerSummary:
+    """What a client tells about its own account.
+
+    Parameters
+    ----------
+    epsilon : float
+        Spent so far, the release at hand included.
+    epsilon_budget, delta : float
+        The budget.
+    accountant : str
+        Which guarantee ``epsilon`` is: ``"prv"`` or ``"rdp"`` for settings that were fixed before
+        the first release, ``"rdp-filter"`` for runs whose settings may depend on earlier releases,
+        ``"none"`` where ε is infinite.
+    steps : int
+        Private steps counted so far.
+    """
+
+    epsilon: float
+    epsilon_budget: float
+    delta: float
+    accountant: str
+    steps: int
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a ledger holds of one run of a client, for one mechanism.
+
+    Parameters
+    ----------
+    run : str
+        The run.
+    mechanism : Segment
+        σ, q and the steps taken.
+    planned : int
+        Steps that the run has planned; 0 where a ledger of an earlier version doesn't say.
+    order : float or None
+        Order of the client's Rényi filter, where a row fixed it.
+    silent : float
+        Seconds since the last record.
+    """
+
+    run: str
+    mechanism: Segment
+    planned: int
+    order: float | None
+    silent: float
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What earlier runs on a client's data have fixed for the next plan.
+
+    Parameters
+    ----------
+    order : float or None
+        Order of the Rényi filter.
+    noise_multiplier, sample_rate : float
+        Under fixed settings: the least σ and the largest q that a run may have. 0 and 1 where
+        nothing is fixed.
+    """
+
+    order: float | None = None
+    noise_multiplier: float = 0.0
+    sample_rate: float = 1.0
+
+
+UNBOUND = Terms()
+"""The terms of a client without a history."""
+
+
+def terms(account: Account, tallies: Sequence[Tally]) -> Terms:
+    """Return what the account's history fixes for the next plan."""
+    if account.scope == "run" or not tallies:
+        return UNBOUND
+    if _filtered(account, tallies):
+        return Terms(order=_order(account, tallies, tallies[0].mechanism))
+    first = tallies[0].mechanism
+    return Terms(None, first.noise_multiplier, first.sample_rate)
+
+
+def summarize(account: Account, tallies: Sequence[Tally]) -> LedgerSummary:
+    """Return what the account has spent."""
+    steps = sum(t.mechanism.steps for t in tallies)
+    if _filtered(account, tallies):
+        epsilon, name = 0.0, RDP_FILTER
+        if steps:
+            order = _order(account, tallies, tallies[0].mechanism)
+            taken = sum(run_divergence(t.mechanism, order) for t in tallies)
+            epsilon = filtered_epsilon(taken, account.delta, order)
+    else:
+        spent = epsilon_spent(_counted(account, tallies), account.delta)
+        epsilon, name = spent.epsilon, spent.accountant
+    name = "none" if math.isinf(epsilon) else name
+    return LedgerSummary(epsilon, account.epsilon, account.delta, name, steps)
+
+
+def admit(
+    account: Account, tallies: Sequence[Tally], planned: Segment, steps: int, lapse: float
+) -> tuple[LedgerSummary, float | None]:
+    """Decide whether a run may take its next steps.
+
+    Parameters
+    ----------
+    account : Account
+        Whose budget it is.
+    tallies : Sequence[Tally]
+        What the ledger holds in the account's scope, oldest first.
+    planned : Segment
+        σ, q and all steps of the run.
+    steps : int
+        Steps of the next release.
+    lapse : float
+        Seconds of silence after which other runs lose what they have reserved.
+
+    Returns
+    -------
+    tuple[LedgerSummary, float | None]
+        The account after those steps, and the order of the client's filter, if it has one.
+
+    Raises
+    ------
+    InvalidValue
+        The settings are not those that the run began with.
+    BudgetExhausted
+        The steps are beyond the plan, or plan, history and reservations are beyond the budget.
+    """
+    own = [t for t in tallies if t.run == account.run]
+    _check_settings(own, planned)
+    taken = sum(t.mechanism.steps for t in own)
+    # A run without noise promises nothing, so it has nothing to reserve.
+    rest = planned.steps - taken if planned.noise_multiplier else steps
+    if steps > rest:
+        raise BudgetExhausted(
+            f"budget exhausted: {steps} more steps after {taken} are beyond the {planned.steps} "
+            "that this run has planned; start a new run for more"
+        )
+    held = [
+        replace(t, mechanism=replace(t.mechanism, steps=_reserved(t, tallies)))
+        for t in tallies
+        if t.run != account.run and t.silent < lapse
+    ]
+    after = [*tallies, _tally(account.run, planned, steps)]
+    worst = [*tallies, *held, _tally(account.run, planned, rest)]
+    if _filtered(account, tallies):
+        order = _order(account, tallies, tallies[0].mechanism if tallies else planned)
+        _check_filter(account, order, worst, planned)
+        after = [replace(t, order=order) for t in after]
+        return summarize(account, after), order
+    _check_fixed(account, tallies, held, worst, planned)
+    return summarize(account, after), None
+
+
+def _tally(run: str, planned: Segment, steps: int) -> Tally:
+    return Tally(run, replace(planned, steps=steps), planned.steps, None, 0.0)
+
+
+def _reserved(tally: Tally, tallies: Sequence[Tally]) -> int:
+    """Return the steps that another run has planned and not taken."""
+    taken = sum(t.mechanism.steps for t in tallies if t.run == tally.run)
+    # A run of an earlier version may have several rows of settings: the first holds the rest.
+    first = next(t for t in tallies if t.run == tally.run) is tally
+    return max(0, tally.planned - taken) if first and tally.mechanism.noise_multiplier else 0
+
+
+def _check_settings(own: Sequence[Tally], planned: Segment) -> None:
+    if not own:
+        return
+    first, before = own[0].mechanism, own[0].planned
+    given = planned.noise_multiplier, planned.sample_rate
+    for key, value, fixed in zip(
+        ("noise-multiplier", "sample-rate"),
+        given,
+        (first.noise_multiplier, first.sample_rate),
+        strict=True,
+    ):
+        if value != fixed:
+            raise InvalidValue(key, value, f"{fixed!r}, which this run's first round has fixed")
+    if before and planned.noise_multiplier and planned.steps != before:
+        allowed = f"{before}, which this run's first round has fixed"
+        raise InvalidValue("planned steps", planned.steps, allowed)
+
+
+def _filtered(account: Account, tallies: Sequence[Tally]) -> bool:
+    """Tell whether the Rényi filter decides, and not PRV of fixed settings.
+
+    Nothing here depends on what a server sends: the owner sets ``run_epsilon``, an order stays once
+    it is stored, and under fixed settings no run can add a row that the first run doesn't bound.
+    """
+    if account.scope == "run" or math.isinf(account.epsilon):
+        return False
+    mixed = any(not _bounded(t.mechanism, tallies[0].mechanism) for t in tallies)
+    return account.run_epsilon > 0 or mixed or any(t.order for t in tallies)
+
+
+def _bounded(mechanism: Segment, first: Segment) -> bool:
+    return (
+        mechanism.noise_multiplier >= first.noise_multiplier
+        and mechanism.sample_rate <= first.sample_rate
+    )
+
+
+def _order(account: Account, tallies: Sequence[Tally], first: Segment) -> float:
+    stored = next((t.order for t in tallies if t.order), None)
+    return stored or choose_order(account.epsilon, account.delta, first)
+
+
+def _counted(account: Account, tallies: Sequence[Tally]) -> tuple[Segment, ...]:
+    """Return the segments that PRV has to count, equal mechanisms joined."""
+    if account.scope == "lifetime" and tallies and math.isfinite(account.epsilon):
+        steps = sum(t.mechanism.steps for t in tallies)
+        return merge([replace(tallies[0].mechanism, steps=steps)])
+    joined: dict[tuple[float, float], int] = {}
+    for t in tallies:
+        key = t.mechanism.noise_multiplier, t.mechanism.sample_rate
+        joined[key] = joined.get(key, 0) + t.mechanism.steps
+    return merge([Segment(*key, steps) for key, steps in joined.items()])
+
+
+def _check_fixed(
+    account: Account,
+    tallies: Sequence[Tally],
+    held: Sequence[Tally],
+    worst: Sequence[Tally],
+    planned: Segment,
+) -> None:
+    if account.scope == "lifetime" and math.isfinite(account.epsilon) and tallies:
+        first = tallies[0].mechanism
+        if not _bounded(planned, first):
+            raise BudgetExhausted(
+                f"budget exhausted: the first run on this data has fixed a noise multiplier of at "
+                f"least {first.noise_multiplier:.6g} and a sampling rate of at most "
+                f"{first.sample_rate:.6g} for all runs; plan within them, or let the data's owner "
+                "set run-epsilon"
+            )
+    epsilon = epsilon_spent(_counted(account, worst), account.delta).epsilon
+    if not epsilon <= account.epsilon:
+        taken = sum(t.mechanism.steps for t in tallies)
+        more = sum(t.mechanism.steps for t in worst) - taken - (other := _steps(held))
+        promised = max((t.planned for t in tallies), default=0)
+        text = _waiting(other)
+        if account.scope == "lifetime" and promised:
+            left = max(0, promised - taken - other)
+            text += f"; {left} of the {promised} steps that the first plans promised are left"
+        raise BudgetExhausted(
+            f"budget exhausted: {more} more steps after {taken} would spend ε = {epsilon:.4g} of "
+            f"{account.epsilon:g} at δ = {account.delta:g}{text}"
+        )
+
+
+def _check_filter(account: Account, order: float, worst: Sequence[Tally], planned: Segment) -> None:
+    total = sum(run_divergence(t.mechanism, order) for t in worst)
+    limit = allowance(account.epsilon, account.delta, order)
+    if total <= limit:
+        return
+    rest = worst[-1].mechanism
+    before = sum(run_divergence(t.mechanism, order) for t in worst[:-1])
+    each = run_divergence(replace(planned, steps=1), order)
+    left = math.floor(max(0.0, limit - before) / each)
+    raise BudgetExhausted(
+        f"budget exhausted: {rest.steps} more steps would take this data past ε = "
+        f"{account.epsilon:g} at δ = {account.delta:g} over all its runs (Rényi filter of order "
+        f"{order:g}); {left} steps of this kind are left, with what other runs have reserved "
+        "taken off"
+    )
+
+
+def _steps(tallies: Sequence[Tally]) -> int:
+    return sum(t.mechanism.steps for t in tallies)
+
+
+def _waiting(steps: int) -> str:
+    return f", with {steps} steps that other runs have reserved" if steps else ""

@@ -1,0 +1,357 @@
+"""The ledger's file: rows that are durable once written, and whose loss or change is noticed.
+
+Each row holds a SHA-256 over the digest of the row before it and its own content, so an edited,
+inserted or missing row breaks the chain. A witness beside the file (`fedlora_flwr.privacy.witness`)
+holds the number of rows and the last digest, so a ledger that was cut off, put back from a copy,
+replaced, emptied or deleted doesn't pass for a whole one.
+
+Order of writes. A row is committed and synced, then the witness is, then the caller is told. The
+witness is therefore never ahead of the file, and a kill between the two leaves it behind by rows
+that nobody was told of: the next opening accepts them, since they continue the chain, and advances
+the witness. To make a ledger, the witness is written first, with 0 rows, then the file is put in
+its place complete. A kill between leaves a witness of 0 rows without a file, where nothing is lost.
+
+What can't be noticed: file and witness both put back from copies of the same time, both deleted, or
+both rewritten by somebody who knows this format. This guards against accidents and careless hands,
+not against the device's own administrator. A witness in another folder, on another disk, or where
+backups don't reach makes such accidents rarer.
+
+A process checks the whole chain once, when it first opens a file, and after that only rows that it
+has not seen. A ledger of an earlier version has no chain. The first opening adds it, in one
+transaction, over the rows as they are found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sqlite3
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlora_flwr.errors import LedgerDamaged
+from fedlora_flwr.files import private_folder, replacing, sync_folder
+from fedlora_flwr.privacy.witness import Head, Witness
+
+_VERSION = 1
+_COLUMNS = (
+    "client", "run", "round", "noise_multiplier", "sample_rate", "steps", "written_at",
+    "planned", "rdp_order",
+)  # fmt: skip
+_EARLIER = ("id", *_COLUMNS[:7])
+_RELEASES = """
+CREATE TABLE releases (
+    id INTEGER PRIMARY KEY,
+    client TEXT NOT NULL,
+    run TEXT NOT NULL,
+    round INTEGER NOT NULL,
+    noise_multiplier REAL NOT NULL,
+    sample_rate REAL NOT NULL,
+    steps INTEGER NOT NULL,
+    written_at TEXT NOT NULL
+)"""
+_INDEX = "CREATE INDEX IF NOT EXISTS releases_of_client ON releases (client, run)"
+_CHAINED = (
+    "ALTER TABLE releases ADD COLUMN planned INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE releases ADD COLUMN rdp_order REAL",
+    "ALTER TABLE releases ADD COLUMN digest TEXT NOT NULL DEFAULT ''",
+    "CREATE TABLE origin (ledger TEXT NOT NULL)",
+)
+_SELECT = f"SELECT id, digest, {', '.join(_COLUMNS)} FROM releases"  # noqa: S608
+_INSERT = (
+    f"INSERT INTO releases (digest, {', '.join(_COLUMNS)}) "  # noqa: S608
+    f"VALUES ({', '.join('?' * (len(_COLUMNS) + 1))})"
+)
+_COPIES = "put back the newest copies of it and of its witness, or count its data's budget as spent"
+_KEPT = 8  # files that a thread has open at most
+_threads = threading.local()
+Key = tuple[object, ...]
+_checked: dict[Key, Head] = {}
+
+Values = tuple[Any, ...]
+"""A row's content, in the order of its columns."""
+
+
+class LedgerFile:
+    """A file with its witness.
+
+    Parameters
+    ----------
+    path : Path
+        SQLite file; made with its folder if missing.
+    witness : Path, optional
+        Its witness; ``<path>.witness`` by default.
+    patience : float
+        Seconds to wait for other processes.
+
+    Raises
+    ------
+    LedgerDamaged
+        The file or its witness is not what it was left as, or cannot be used.
+    """
+
+    def __init__(self, path: Path, witness: Path | None, patience: float) -> None:
+        self.path = path
+        self.witness = Witness(witness or witness_of(path), patience)
+        self.patience = patience
+        with self._named():
+            private_folder(path.parent)
+            private_folder(self.witness.path.parent)
+        with self.reading():
+            pass
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """Give the rows as they are at one moment, checked."""
+        with self._named(), self._connection() as (db, key):
+            db.execute("BEGIN")
+            seen = self.witness.read()
+            head = self._check(db, key, seen)
+            yield db
+            db.execute("ROLLBACK")
+            # Not before: a writer that holds the witness waits for readers.
+            if seen is None or seen.rows < head.rows:
+                with self.witness.locked() as witness:
+                    witness.advance(head)
+
+    @contextmanager
+    def glancing(self) -> Iterator[sqlite3.Connection]:
+        """Give the rows unchecked, for what is checked again in `writing`."""
+        with self._named(), self._connection() as (db, _):
+            yield db
+
+    @contextmanager
+    def writing(self) -> Iterator[Writer]:
+        """Give the rows, checked, while no other process can write.
+
+        A row that is appended is durable, and in the witness, when this returns.
+        """
+        with self._named(), self._connection() as (db, key):
+            db.execute("BEGIN IMMEDIATE")
+            with self.witness.locked() as witness:
+                writer = Writer(db, self._check(db, key, witness.newest))
+                yield writer
+                if writer.appended:
+                    db.execute("COMMIT")
+                    witness.advance(writer.head)
+                    _checked[key] = writer.head
+
+    def _check(self, db: sqlite3.Connection, key: Key, seen: Head | None) -> Head:
+        """Check the chain from where this process has seen it, and against the witness."""
+        known = _checked.get(key)
+        if known is None:
+            self._check_pages(db)
+            (ledger,) = db.execute("SELECT ledger FROM origin").fetchone() or ("",)
+            known = Head.empty(str(ledger))
+        head = self._follow(db, known, seen)
+        if seen is None and head.rows:
+            raise self._damaged(f"its witness {self.witness.path} is missing", _COPIES)
+        _checked[key] = head
+        return head
+
+    def _follow(self, db: sqlite3.Connection, head: Head, seen: Head | None) -> Head:
+        """Follow the chain to its end, past the row that the witness has seen."""
+        if seen is not None and seen.ledger != head.ledger:
+            raise self._damaged("it is another ledger than its witness knows", _COPIES)
+        ledger, count, digest = head.ledger, head.rows, head.digest
+        passed = seen is None or seen.rows < count or (seen.rows, seen.digest) == (count, digest)
+        rows = db.execute(f"{_SELECT} WHERE id >= ? ORDER BY id", (count,))
+        if count and ((last := rows.fetchone()) is None or last[:2] != (count, digest)):
+            raise self._damaged("rows that were in it are gone", _COPIES)
+        for number, stored, *values in rows:
+            count, digest = count + 1, chained(digest, values)
+            if (number, stored) != (count, digest):
+                raise self._damaged(f"its row {number} was changed, or one before it", _COPIES)
+            passed = passed or (seen is not None and (seen.rows, seen.digest) == (count, digest))
+        if not passed and seen is not None:
+            text = f"its {count} rows are not the {seen.rows} that its witness has seen"
+            raise self._damaged(text, _COPIES)
+        return Head(ledger, count, digest)
+
+    def _check_pages(self, db: sqlite3.Connection) -> None:
+        """Check what the chain doesn't cover: pages, and the index that sums are read by."""
+        (found,) = db.execute("PRAGMA integrity_check(1)").fetchone()
+        if found != "ok":
+            raise self._damaged("its pages are damaged", _COPIES)
+
+    @contextmanager
+    def _connection(self) -> Iterator[tuple[sqlite3.Connection, Key]]:
+        """Give this thread's connection, kept open: opening takes as long as writing a row."""
+        kept: dict[Any, sqlite3.Connection] = vars(_threads)
+        key = self._key()
+        db = kept.pop(key, None) if key else None
+        if db is None:
+            db = self._open()
+            key = self._key()
+        while len(kept) >= _KEPT:
+            kept.pop(next(iter(kept))).close()
+        # Last in, as the one used last.
+        kept[key] = db
+        try:
+            yield db, key
+        finally:
+            if db.in_transaction:
+                db.rollback()
+
+    def _key(self) -> Key:
+        """Name the file as it is now; empty where there is none."""
+        # A connection is of no use after a fork, or to a file that has taken the place of its own.
+        try:
+            at = self.path.stat()
+        except FileNotFoundError:
+            return ()
+        return os.getpid(), self.path, self.witness.path, self.patience, at.st_dev, at.st_ino
+
+    def _open(self) -> sqlite3.Connection:
+        if not self.path.exists():
+            self._make()
+        if not self.path.is_file():
+            raise self._damaged("it is not a file", "name another place, or move it away")
+        if not self.path.stat().st_size:
+            raise self._damaged("it is empty", _COPIES)
+        with contextlib.suppress(OSError):  # It may be another user's.
+            self.path.chmod(0o600)
+        db = _connect(self.path, self.patience)
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version > _VERSION:
+            raise self._damaged("a newer version of this package wrote it", "use that version")
+        if version < _VERSION:
+            self._migrate(db)
+        if _columns(db) != (*_EARLIER, "planned", "rdp_order", "digest"):
+            raise self._damaged("it is not a ledger", "name another file")
+        return db
+
+    def _make(self) -> None:
+        with self.witness.locked() as witness:
+            if self.path.exists():  # Another process was first.
+                return
+            seen = witness.newest
+            if seen is not None and seen.rows:
+                text = f"it is gone, and had {seen.rows} rows by its witness {self.witness.path}"
+                raise self._damaged(text, _COPIES)
+            head = Head.empty(seen.ledger if seen else uuid.uuid4().hex)
+            witness.advance(head)
+            # The journal of a file that was deleted must not be taken for the new one's.
+            self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)
+            with replacing(self.path) as draft:
+                os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+                with contextlib.closing(_connect(draft, self.patience)) as db:
+                    db.execute("BEGIN")
+                    db.execute(_RELEASES)
+                    _chain(db, head)
+                    db.execute("COMMIT")
+                draft.with_name(f"{draft.name}-journal").unlink(missing_ok=True)
+            sync_folder(self.path.parent)
+            sync_folder(self.witness.path.parent)
+
+    def _migrate(self, db: sqlite3.Connection) -> None:
+        """Add the chain to a ledger of an earlier version."""
+        with self.witness.locked() as witness:
+            # Asked without SQLite's lock, whose holder may be waiting for the witness.
+            if db.execute("PRAGMA user_version").fetchone() == (_VERSION,):
+                return
+            db.execute("BEGIN IMMEDIATE")
+            if _columns(db) != _EARLIER:
+                db.execute("ROLLBACK")
+                raise self._damaged("it is not a ledger", "name another file")
+            seen = witness.newest
+            head = _chain(db, Head.empty(seen.ledger if seen else uuid.uuid4().hex))
+            if head is None:
+                raise self._damaged("rows that were in it are gone", _COPIES)
+            # A kill right here leaves a witness of the very chain that the next opening makes.
+            if seen is not None and seen != head:
+                text = f"its witness {self.witness.path} knows it with a chain of digests"
+                raise self._damaged(text, _COPIES)
+            witness.advance(head)
+            db.execute("COMMIT")
+
+    def _damaged(self, what: str, remedy: str) -> LedgerDamaged:
+        return LedgerDamaged(f"The ledger {self.path} cannot be used: {what}; {remedy}.")
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Turn every error of SQLite and of the file system into one that names the file."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                raise self._damaged("another process has locked it", "end that process") from error
+            raise self._damaged(str(error), "see to its disk, folder and permissions") from error
+        except sqlite3.Error as error:
+            raise self._damaged(str(error), _COPIES) from error
+        except OSError as error:
+            text = f"{error.strerror or error} ({error.filename or self.witness.path})"
+            raise self._damaged(text, "see to its disk, folder and permissions") from error
+
+
+@dataclass
+class Writer:
+    """Rows of a file that nobody else can write to.
+
+    Parameters
+    ----------
+    db : sqlite3.Connection
+        In a transaction.
+    head : Head
+        Where the rows end.
+    """
+
+    db: sqlite3.Connection
+    head: Head
+    appended: bool = False
+
+    def append(self, values: Values) -> None:
+        """Append a row."""
+        digest = chained(self.head.digest, values)
+        self._insert(self.db, (digest, *values))
+        self.head = Head(self.head.ledger, self.head.rows + 1, digest)
+        self.appended = True
+
+    @staticmethod
+    def _insert(db: sqlite3.Connection, values: Values) -> None:
+        db.execute(_INSERT, values)
+
+
+def witness_of(path: Path) -> Path:
+    """Return where a ledger's witness is unless something else is said."""
+    return path.with_name(f"{path.name}.witness")
+
+
+def chained(digest: str, values: Values | list[Any]) -> str:
+    """Return the digest of a row that follows one with ``digest``."""
+    return hashlib.sha256(json.dumps([digest, *values]).encode()).hexdigest()
+
+
+def _chain(db: sqlite3.Connection, head: Head) -> Head | None:
+    """Add the chain to the rows that there are; None if their numbers have gaps."""
+    for statement in (*_CHAINED, _INDEX, f"PRAGMA user_version = {_VERSION}"):
+        db.execute(statement)
+    db.execute("INSERT INTO origin VALUES (?)", (head.ledger,))
+    for number, _, *values in db.execute(f"{_SELECT} ORDER BY id").fetchall():
+        head = Head(head.ledger, head.rows + 1, chained(head.digest, values))
+        if number != head.rows:
+            return None
+        db.execute("UPDATE releases SET digest = ? WHERE id = ?", (head.digest, number))
+    return head
+
+
+def _columns(db: sqlite3.Connection) -> tuple[str, ...]:
+    return tuple(row[1] for row in db.execute("PRAGMA table_info(releases)"))
+
+
+def _connect(path: Path, patience: float) -> sqlite3.Connection:
+    db = sqlite3.connect(path, timeout=patience, isolation_level=None)
+    # A row must survive a power cut right after the reply has left. SQLite's default removes its
+    # journal without a sync of the folder: were the journal back after the cut, the row would be
+    # undone. One that stays is emptied and synced. A write-ahead log would need a sync less, but
+    # rows would lie beside the file, and no network folder could hold it.
+    db.execute("PRAGMA journal_mode = PERSIST")
+    db.execute("PRAGMA synchronous = FULL")
+    return db

@@ -1,0 +1,168 @@
+"""A ledger's witness: a small file that says how many rows the ledger has and how they end.
+
+Without it, a ledger that was cut off at a row, put back from a copy, or deleted looks like a whole
+one. The file has two slots of 512 bytes. A write goes to the slot that doesn't hold the newest
+state, in place, and is synced: after a kill or a power cut one slot is always whole. The file is
+also what processes lock while they make a ledger or advance its witness.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedlora_flwr.errors import LedgerDamaged
+
+_SLOT = 512
+
+
+@dataclass(frozen=True)
+class Head:
+    """Where a ledger ends.
+
+    Parameters
+    ----------
+    ledger : str
+        Identity of the ledger, drawn when it is made.
+    rows : int
+        Number of rows.
+    digest : str
+        Digest of the last row, which covers all rows before it.
+    """
+
+    ledger: str
+    rows: int
+    digest: str
+
+    @classmethod
+    def empty(cls, ledger: str) -> Head:
+        """Return the head of a ledger without rows."""
+        return cls(ledger, 0, hashlib.sha256(ledger.encode()).hexdigest())
+
+
+@dataclass(frozen=True)
+class Witness:
+    """The file.
+
+    Parameters
+    ----------
+    path : Path
+        Where it is, in an existing folder.
+    patience : float (default: 60)
+        Seconds to wait for another process that has locked it.
+    """
+
+    path: Path
+    patience: float = 60.0
+
+    def read(self) -> Head | None:
+        """Return the newest state; None where there is no file, or none that was made whole.
+
+        Raises
+        ------
+        LedgerDamaged
+            Neither slot is whole.
+        """
+        try:
+            return self._slots(self.path.read_bytes())[0]
+        except FileNotFoundError:
+            return None
+
+    @contextmanager
+    def locked(self) -> Iterator[HeldWitness]:
+        """Hold the file for this thread alone; it is made if missing.
+
+        Raises
+        ------
+        LedgerDamaged
+            Neither slot is whole, or another process does not let go of the file.
+        """
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            self._lock(descriptor)
+            newest, at = self._slots(os.pread(descriptor, 2 * _SLOT, 0))
+            yield HeldWitness(descriptor, newest, at)
+        finally:
+            os.close(descriptor)
+
+    def _lock(self, descriptor: int) -> None:
+        end = time.monotonic() + self.patience
+        while True:
+            try:
+                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > end:
+                    raise LedgerDamaged(
+                        f"{self.path}, which says how a ledger ends, cannot be used: another "
+                        "process has locked it; end that process."
+                    ) from error
+                time.sleep(0.001)
+
+    def _slots(self, content: bytes) -> tuple[Head | None, int]:
+        """Return the newest state, and the place of the slot that doesn't hold it."""
+        first, second = _unpack(content[:_SLOT]), _unpack(content[_SLOT:])
+        # A kill or a power cut while the file is made may leave a part of it, or zeros.
+        made = len(content) >= 2 * _SLOT and content.strip(b"\0")
+        if made and not first and not second:
+            raise LedgerDamaged(
+                f"{self.path}, which says how a ledger ends, is damaged: put back the newest "
+                "copies of it and of its ledger."
+            )
+        if second and (not first or second.rows > first.rows):
+            return second, 0
+        return first, _SLOT if first else 0
+
+
+@dataclass(frozen=True)
+class HeldWitness:
+    """The file while no other thread or process may lock it.
+
+    Parameters
+    ----------
+    descriptor : int
+        Of the open file.
+    newest : Head or None
+        What the file says.
+    at : int
+        Where the next state is written.
+    """
+
+    descriptor: int
+    newest: Head | None
+    at: int
+
+    def advance(self, head: Head) -> None:
+        """Write a state and sync it, unless the file has a newer one."""
+        if self.newest is not None and self.newest.rows >= head.rows:
+            return
+        os.pwrite(self.descriptor, _pack(head), self.at)
+        if self.newest is None:
+            os.ftruncate(self.descriptor, 2 * _SLOT)
+            os.fsync(self.descriptor)
+        else:
+            # The file keeps its size, so there is nothing but content to sync.
+            os.fdatasync(self.descriptor)
+
+
+def _pack(head: Head) -> bytes:
+    line = f"{head.ledger} {head.rows} {head.digest}"
+    return f"{line} {_check(line)}\n".encode().ljust(_SLOT, b"\0")
+
+
+def _unpack(slot: bytes) -> Head | None:
+    text = slot.rstrip(b"\0").decode("ascii", "replace").rstrip("\n")
+    line, _, check = text.rpartition(" ")
+    if not line or check != _check(line):
+        return None
+    ledger, rows, digest = line.split(" ")
+    return Head(ledger, int(rows), digest)
+
+
+def _check(line: str) -> str:
+    return hashlib.sha256(line.encode()).hexdigest()

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from flwr.app import Message, MessageType, RecordDict
+from flwr.cli.build import build_fab_from_disk
+from flwr.common.constant import ErrorCode
+
+from fedlora_flwr import client_app
+from fedlora_flwr.deploy.client_process import app_for
+from fedlora_flwr.simulations.app import write_app
+from fedlora_flwr.simulations.local_grid import LocalGrid
+from tests.deploy.test_bundles import packed
+
+
+def test_the_fleets_app_is_answered_by_the_installed_package(tmp_path: Path) -> None:
+    write_app(tmp_path / "app")
+    assert app_for(build_fab_from_disk(tmp_path / "app")) is client_app.app
+
+
+@pytest.mark.parametrize("kind", [MessageType.QUERY, MessageType.TRAIN, MessageType.EVALUATE])
+def test_every_message_of_another_app_is_answered_with_the_refusal(kind: str) -> None:
+    with LocalGrid(app_for(packed(("evil.py", ""))), 1, {}).running() as grid:
+        asked = [Message(RecordDict(), node, kind) for node in grid.get_node_ids()]
+        (reply,) = grid.send_and_receive(asked)
+    assert reply.error.code == ErrorCode.INVALID_FAB
+    assert reply.error.reason == (
+        "The app bundle holds files besides its pyproject.toml: 'evil.py'. A device runs the code "
+        "that is installed on it and no other: ship the folder operator/app that "
+        "`fedlora deploy init` writes."
+    )

@@ -1,0 +1,56 @@
+"""Real processes of a test, found by a mark in their environment, and what they listen on."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+MARK = "FEDLORA_TEST_MARK"
+_LISTENS = "0A"
+
+
+def marked(mark: str) -> list[int]:
+    """Return the processes that were started with a mark, by whatever way."""
+    wanted, found = f"{MARK}={mark}".encode(), []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):  # It has ended meanwhile.
+                if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+    return found
+
+
+def left_of(mark: str, patience: float = 60.0) -> list[str]:
+    """Return the command lines of those that do not end."""
+    deadline = time.monotonic() + patience
+    while (found := marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    lines = []
+    for process in found:
+        with suppress(OSError):
+            line = Path(f"/proc/{process}/cmdline").read_bytes()
+            lines.append(line.replace(b"\0", b" ").decode())
+    return lines
+
+
+def listening(processes: list[int]) -> set[str]:
+    """Return the addresses that processes listen on, in the kernel's hexadecimal form."""
+    sockets = set()
+    for process in processes:
+        with suppress(OSError):
+            for entry in os.scandir(f"/proc/{process}/fd"):
+                with suppress(OSError):
+                    sockets.add(str(Path(entry.path).readlink()))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_rest = fields = line.split()
+            if state == _LISTENS and f"socket:[{fields[9]}]" in sockets:
+                found.add(local.split(":")[0])
+    return found
+
+
+# As /proc/net writes 127.0.0.1, ::ffff:127.0.0.1 and ::1.
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
