@@ -44,6 +44,8 @@ class Public:
     blocks: int
     figures: frozenset[str] = frozenset()
     """Figures of evaluations, where the device's file names a split for them."""
+    weighting: str = "uniform"
+    """What the device's file lets a reply tell as its weight."""
 
 
 def check_error(reason: str, private: Collection[str]) -> str:
@@ -80,7 +82,7 @@ def check_training(content: RecordDict, device: Public, scored: bool) -> str:
     assert set(numbers) == _NUMBERS
     arrays = _values(content.array_records["arrays"])
     _check_account(numbers, texts, arrays, device)
-    assert numbers["num-examples"] == (1 if texts["status"] == "ok" else 0)
+    _check_weight(numbers["weight"], numbers["num-examples"], str(texts["status"]), device)
     _check_scores(scores, device, wanted=scored and texts["status"] == "ok")
     return str(texts["status"])
 
@@ -105,7 +107,8 @@ def check_legacy_training(content: RecordDict, device: Public, scored: bool) -> 
     arrays = dict(zip(listed, values.values(), strict=True))
     _check_account(found, texts, arrays, device)
     examples = dict(content.metric_records["fitres.num_examples"])
-    assert examples == {"num_examples": 1 if texts["status"] == "ok" else 0}
+    assert set(examples) == {"num_examples"}
+    _check_weight(found["weight"], examples["num_examples"], str(texts["status"]), device)
     listed_scores = None if scores is None else np.frombuffer(scores, "<f8").tolist()  # type: ignore[arg-type]
     _check_scores(listed_scores, device, wanted=scored and texts["status"] == "ok")
     return str(texts["status"])
@@ -188,10 +191,19 @@ def _check_account(
     assert numbers["delta"] == device.delta
     assert 0 <= numbers["seconds"] < 600
     assert 1 < numbers["peak-memory-mb"] < 1e6
-    assert numbers["weight"] == 1.0
     # A plan may train nothing of what is exchanged: then there are none.
     assert texts["status"] == "ok" or not arrays
     _check_arrays(arrays, device)
+
+
+def _check_weight(weight: Any, examples: Any, status: str, device: Public) -> None:
+    told = (weight, examples)
+    if status != "ok":
+        assert told == (1.0, 0)
+    elif told != (1.0, 1):
+        size = device.weighting == "size" and weight == examples > 0
+        noise = device.weighting == "inverse-noise" and weight > 0 and examples == 1
+        assert size or noise, f"a weight that the device does not tell: {told}"
 
 
 def _check_scores(scores: object, device: Public, wanted: bool) -> None:

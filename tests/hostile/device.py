@@ -149,6 +149,7 @@ class Device:
         self.public = allowed.Public(
             str(own["client-id"]), float(own["epsilon"]), float(own["delta"]), SHAPES, 2,
             frozenset({"loss", "accuracy"}) if "test-split" in own else frozenset(),
+            own.get("weighting", "uniform"),
         )  # fmt: skip
         self.secret = [str(folder), "records.npy", *_parts(CANARY)]
         # A reply that holds an account states the budget, and says whose it is. No error does.

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.hostile.conftest import MakeDevice
 from tests.hostile.device import RUN, Device, records, start
 from tests.hostile.orders import ORDER_KEYS, examples, order_configs, scalars
+from tests.hostile.tiny_task import RECORDS
 
 KINDS = [
     "train", "evaluate", "query", "get_parameters", "get_properties", "reconnect", "train.custom",
@@ -126,6 +127,21 @@ def test_a_device_that_names_a_split_gives_its_figures_and_no_others(
         assert device.ask("evaluate", shared, {**RUN, **changes}).content == answer.content
         unshared = device.ask("evaluate", device.order(), {**RUN, **changes})
         assert unshared.kind == "refused"
+
+
+@pytest.mark.parametrize("own", ["uniform", "size", "inverse-noise"])
+def test_the_device_says_whether_its_size_or_noise_is_told(
+    make_device: MakeDevice, own: str
+) -> None:
+    device = make_device(weighting=own)
+    for asked in ("uniform", "size", "inverse-noise"):
+        run = {**RUN, "weighting": asked}
+        for content in (device.order(plan="*", weighting=asked), device.order(plan="*")):
+            wanted = content.config_records["config"].get("weighting", "uniform")
+            answer = device.ask("train", content, run)
+            assert answer.kind == ("ok" if wanted in ("uniform", own) else "refused")
+            if answer.kind == "ok" and wanted == "size":
+                assert answer.numbers["weight"] == answer.numbers["num-examples"] == RECORDS
 
 
 def _legacy(prefix: str, arrays: dict[str, Any], config: dict[str, Any]) -> RecordDict:

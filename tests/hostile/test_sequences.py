@@ -24,7 +24,7 @@ SHAPES: list[dict[str, Any]] = [
     {"max-rounds": 1, "num-rounds": 4},
 ]  # fmt: skip
 OTHERS: list[dict[str, Any]] = [
-    {}, {}, {"lr-a": 1e4}, {"clip-norm": 1e-6}, {"optimizer": "adamw"}, {"filter": "ema"},
+    {}, {}, {"lr-a": 10.0}, {"clip-norm": 1e-6}, {"optimizer": "adamw"}, {"filter": "ema"},
     {"epsilon": 1e6}, {"delta": 0.5}, {"ledger-scope": "run"}, {"state-dir": "/tmp/x"},
     {"reproducible": True}, {"run-epsilon": 100.0}, {"batch-size": 17}, {"batch-size": 10_000_000},
 ]  # fmt: skip
