@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import random
 import resource
+import subprocess
 import sys
 import threading
 import time
@@ -148,11 +148,18 @@ def test_who_waits_for_a_lock_says_for_which(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(files, "_PATIENCE", 0.0)
-    other = (tmp_path / "cache.lock").open("w")
-    fcntl.flock(other, fcntl.LOCK_EX)  # As another process does.
-    threading.Timer(0.2, other.close).start()
-    with locked(tmp_path / "cache"):
-        assert "holds " + str(tmp_path / "cache.lock") in caplog.text
+    # Another process holds it, as one thread cannot wait for itself.
+    holder = (
+        "import sys, time; from filelock import FileLock\n"
+        "with FileLock(sys.argv[1]): print('held', flush=True); time.sleep(1)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, f"{tmp_path}/cache.lock"], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with locked(tmp_path / "cache"):
+            assert "holds " + str(tmp_path / "cache.lock") in caplog.text
     with pytest.raises(FileTrouble, match="/proc/cache"), locked(Path("/proc/cache")):
         pass
 

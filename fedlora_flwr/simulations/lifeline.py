@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fedlora_flwr.terminal import uninterrupted
+
 KEEPER = Path(__file__).with_name("keeper.py")
 _PATIENCE = 60.0
 
@@ -79,8 +81,9 @@ class Lifeline:
 
     def cut(self) -> None:
         """End all that was started, and wait until it has ended."""
-        while self._open:
-            os.close(self._open.pop())
-        for keeper in self._keepers:
-            with suppress(subprocess.TimeoutExpired):  # The kernel holds a process of it back.
-                keeper.wait(_PATIENCE)
+        with uninterrupted():
+            while self._open:
+                os.close(self._open.pop())
+            for keeper in self._keepers:
+                with suppress(subprocess.TimeoutExpired):  # The kernel holds a process of it back.
+                    keeper.wait(_PATIENCE)

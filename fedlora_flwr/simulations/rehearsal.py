@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fedlora_flwr.strategies import FedLoRA
 
 # Parameters of a model that is built for nothing but a rehearsal, and of one that is tried whole.
-_LARGEST, _SMALL = 200_000_000, 20_000_000
+_LARGEST, _SMALL = 200_000_000, 2_000_000
 
 _ADVICE = (
     "No client could train. Set another model, pooling, lora-targets or max-length; where memory "
@@ -86,7 +86,7 @@ def rehearse(task: Task, adapted: AdaptedModel, *, whole: bool = True) -> None:
 def rehearse_unbuilt(config: RunConfig, task: Task, skeleton: AdaptedModel) -> None:
     """Do the same with random weights on the CPU, so that no checkpoint is read.
 
-    A model of more than 20 million parameters makes one pass and no more, and one of more than 200
+    A model of more than 2 million parameters makes one pass and no more, and one of more than 200
     million is not built: `rehearse` finds the rest, before the first round.
 
     Parameters

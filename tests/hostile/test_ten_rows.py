@@ -223,7 +223,8 @@ def test_9_runs_that_follow_the_first_ones_result_stay_within_the_budget(
 ) -> None:
     """ε was 3.25 under a budget of 3: the second run was chosen after the first one's result."""
     if late:  # What the first run has reserved and not taken is free again.
-        monkeypatch.setitem(Ledger.__init__.__kwdefaults__, "lapse", 0.0)
+        defaults: dict[str, Any] = Ledger.__init__.__kwdefaults__ or {}
+        monkeypatch.setitem(defaults, "lapse", 0.0)
     second: list[dict[str, Any]] = [
         {"num-rounds": 1}, {"num-rounds": 8}, {"num-rounds": 2, "batch-size": 12},
         {"num-rounds": 16, "batch-size": 1},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +24,7 @@ def marked(mark: str) -> list[int]:
 
 
 def left_of(mark: str, patience: float = 60.0) -> list[str]:
-    """Return the command lines of those that do not end."""
+    """Return the command lines of those that do not end, and end them."""
     deadline = time.monotonic() + patience
     while (found := marked(mark)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -32,6 +33,7 @@ def left_of(mark: str, patience: float = 60.0) -> list[str]:
         with suppress(OSError):
             line = Path(f"/proc/{process}/cmdline").read_bytes()
             lines.append(line.replace(b"\0", b" ").decode())
+            os.kill(process, signal.SIGKILL)
     return lines
 
 

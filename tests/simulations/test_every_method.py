@@ -216,4 +216,12 @@ def test_options_run_and_give_finite_figures(
     if options["strategy"] == "as-lora":
         assert all(math.isfinite(s) and s >= 0 for r in session.rounds[1:] for s in r["scores"])
     if not options.get("train_head", True):
-        assert {factor_of(name) for name in session.adapter()} == {"A", "B"}
+        # A head that does not train is exported as it was at the start, and does not travel.
+        exported, start = (
+            session.adapter(),
+            build_task("digits", session.config).build_model().state_dict(),
+        )
+        head = {name: array for name, array in exported.items() if not factor_of(name)}
+        assert head.keys() == {"head.weight", "head.bias"}
+        assert all(np.array_equal(array, start[name].numpy()) for name, array in head.items())
+        assert all(factor_of(name) for arrays in session.downloads for name in arrays)

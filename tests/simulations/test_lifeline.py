@@ -64,16 +64,17 @@ app(args=[])
 """
 
 
-def start(folder: Path, how: str = "") -> tuple[subprocess.Popen[str], str]:
+def start(folder: Path, how: str = "") -> tuple[subprocess.Popen[bytes], str]:
     (folder / "scratch").mkdir()
     (folder / "scratch" / "file").touch()
     mark = str(folder)
-    process = subprocess.Popen(
-        [sys.executable, "-c", PARENT.format(family=FAMILY), str(folder), how],
-        env={**os.environ, MARK: mark},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    # Not a pipe, which whoever is left would hold open.
+    with (folder / "errors").open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", PARENT.format(family=FAMILY), str(folder), how],
+            env={**os.environ, MARK: mark},
+            stderr=errors,
+        )
     while not (folder / "begun").exists():
         assert process.poll() is None
         time.sleep(0.01)
@@ -81,7 +82,7 @@ def start(folder: Path, how: str = "") -> tuple[subprocess.Popen[str], str]:
 
 
 def check_gone(folder: Path, mark: str) -> None:
-    assert left_of(mark) == []
+    assert left_of(mark, patience=10) == []
     assert not (folder / "scratch").exists()
     assert (folder / "words").read_text() == "killed"
 
@@ -107,10 +108,10 @@ def test_nothing_outlives_a_process_that_a_signal_ends(
     for sign in signs:
         process.send_signal(sign)
         time.sleep(0.01)
-    _, errors = process.communicate()
+    process.wait()
     assert code is None or process.returncode == code
     if signs[0] != signal.SIGKILL:
-        assert errors == "Interrupted.\n"
+        assert (tmp_path / "errors").read_text() == "Interrupted.\n"
         assert process.returncode > 128
     check_gone(tmp_path, mark)
 
@@ -118,7 +119,7 @@ def test_nothing_outlives_a_process_that_a_signal_ends(
 @pytest.mark.parametrize(("how", "code"), [("error", 1), ("exit", 5), ("os._exit", 6)])
 def test_nothing_outlives_a_process_that_ends_itself(how: str, code: int, tmp_path: Path) -> None:
     process, mark = start(tmp_path, how)
-    process.communicate()
+    process.wait()
     assert process.returncode == code
     check_gone(tmp_path, mark)
 
@@ -134,7 +135,7 @@ def test_a_keeper_takes_its_command_with_it(tmp_path: Path) -> None:
     # The command's family is nobody's now.
     for left in marked(mark):
         os.kill(left, signal.SIGKILL)
-    process.communicate()
+    process.wait()
 
 
 def children(process: int) -> list[int]:
@@ -170,3 +171,25 @@ def test_ignored_signals_stay_ignored() -> None:
     """)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "went on\n"
+
+
+def test_clearing_up_is_not_cut_short_and_a_later_signal_counts() -> None:
+    code = textwrap.dedent("""
+        import os, signal, typer
+        from fedlora_flwr.terminal import guard, uninterrupted
+
+        def work():
+            with uninterrupted():
+                for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                    os.kill(os.getpid(), sign)
+                print("cleared up", flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            print("not reached")
+
+        app = typer.Typer()
+        app.command()(lambda: guard(work))
+        app(args=[])
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 143
+    assert (done.stdout, done.stderr) == ("cleared up\n", "Interrupted.\n")

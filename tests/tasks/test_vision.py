@@ -78,10 +78,15 @@ def test_a_layer_whose_weight_timm_reads_itself_is_refused_by_name(
     sizes = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4}
     model = timm.create_model("swinv2_tiny_window8_256", img_size=32, **sizes)
     save_for_hf(model, str(tmp_path / "v2"), model_args={"img_size": 32, **sizes})
-    task = make_task(model=str(tmp_path / "v2"), image_size=0)
-    trainer = Trainer.build(task._settings, task)  # type: ignore[arg-type]
-    with pytest.raises(PrivacyViolation, match=r"'layers\.0\.blocks\.0\.attn\.qkv\.lora_A"):
-        trainer.engine.verify(task.client_records(0, 2))
+    for targets in (TARGETS, ""):
+        task = make_task(model=str(tmp_path / "v2"), image_size=0, lora_targets=targets)
+        trainer = Trainer.build(task._settings, task)  # type: ignore[arg-type]
+        records = task.client_records(0, 2)
+        if targets:
+            with pytest.raises(PrivacyViolation, match=r"'layers\.0\.blocks\.0\.attn\.qkv\.lora_A"):
+                trainer.engine.verify(records)
+        else:
+            trainer.engine.verify(records)
 
 
 @pytest.mark.parametrize("mode", MODES)
