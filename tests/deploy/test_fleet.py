@@ -346,6 +346,11 @@ def test_a_device_is_looked_at_where_it_is(
     ]
     assert any("records, ε ≤ 3" in text for text in good["device-01"])
     assert any(text.startswith("backbone ") for text in good["device-01"])
+    # Who decides what here.
+    assert good["epsilon"] == ["3.0, its file"]
+    assert good["test-split"] == ["'', default: its file is silent"]
+    assert good["partitioner"] == ["'iid', always"]
+    assert good["clip-norm"][0].startswith("the run, a number from")
 
 
 def test_what_is_not_fit_on_a_device_is_found_there(
