@@ -102,7 +102,9 @@ def trains_or_evaluates(message: Message) -> bool:
     return prefix is not None and f"{prefix}.parameters" not in message.content.array_records
 
 
-def answer(make_client: Callable[[], NumPyClient], message: Message, identity: str) -> Message:
+def answer(
+    client: NumPyClient | Callable[[], NumPyClient], message: Message, identity: str
+) -> Message:
     """Serve a train or evaluate message with a NumPyClient, past Flower's legacy records.
 
     The reply is that of `bridge`, at a fraction of its time: `bridge` hands arrays on through
@@ -110,8 +112,8 @@ def answer(make_client: Callable[[], NumPyClient], message: Message, identity: s
 
     Parameters
     ----------
-    make_client : callable
-        Makes the client that serves the message, once the message can be read.
+    client : NumPyClient or callable
+        Serves the message; or what makes it, once the message can be read.
     message : Message
         What a Message-API strategy sent.
     identity : str
@@ -121,7 +123,15 @@ def answer(make_client: Callable[[], NumPyClient], message: Message, identity: s
     ------
     OrderRefused
         The message does not hold one ArrayRecord and one ConfigRecord, or an array is broken.
+    OrderRefused, BudgetExhausted, ClientFailed
+        See `guarded`.
     """
+    return guarded(_answered, client, message, identity)
+
+
+def _answered(
+    client: NumPyClient | Callable[[], NumPyClient], message: Message, identity: str
+) -> Message:
     arrays = _only(message.content.array_records, "ArrayRecord")
     config = dict(_only(message.content.config_records, "ConfigRecord"))
     if NAMES in config:
@@ -132,7 +142,8 @@ def answer(make_client: Callable[[], NumPyClient], message: Message, identity: s
     except Exception as error:  # NumPy's reader raises errors of many types.
         raise OrderRefused("An array of the message cannot be read: it is damaged.") from error
     scalars = cast(dict[str, Scalar], config)
-    client = make_client()
+    if not isinstance(client, NumPyClient):
+        client = client()
     if message.metadata.message_type == MessageType.TRAIN:
         trained, examples, metrics = client.fit(values, scalars)
         content = fit_content(trained, arrays, {**metrics, CLIENT: identity}, examples)
