@@ -61,6 +61,24 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextmanager
+def held() -> Iterator[None]:
+    """Let a signal wait until a process has started, which could not read the rest of its orders.
+
+    A process that starts meanwhile does not see Ctrl-C, which a terminal sends to all: it ends
+    with this one.
+    """
+    waiting: list[int] = []
+    with _handlers(lambda number, _: waiting.append(number)):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for number in waiting[:1]:
+        signal.raise_signal(number)
+
+
+@contextmanager
 def _handlers(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
     """Answer signals that end a process, except for those that are ignored, e.g. by nohup."""
     if threading.current_thread() is not threading.main_thread():

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from fedlora_flwr.errors import FedLoRAError
+from fedlora_flwr.terminal import held
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -85,7 +86,8 @@ def one_by_one(function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterat
 def _side_by_side(
     pool: ProcessPoolExecutor, function: Callable[[Job], Result], jobs: Sequence[Job]
 ) -> Iterator[Result]:
-    futures = [pool.submit(function, job) for job in jobs]
+    with held():  # The first jobs start the processes.
+        futures = [pool.submit(function, job) for job in jobs]
     return (future.result() for future in as_completed(futures))
 
 

@@ -193,3 +193,26 @@ def test_clearing_up_is_not_cut_short_and_a_later_signal_counts() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 143
     assert (done.stdout, done.stderr) == ("cleared up\n", "Interrupted.\n")
+
+
+def test_a_signal_waits_for_a_process_that_starts_and_ctrl_c_does_not_reach_it() -> None:
+    code = textwrap.dedent("""
+        import os, signal, subprocess, sys, typer
+        from fedlora_flwr.terminal import guard, held
+
+        child = "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('lived', flush=True)"
+
+        def work():
+            with held():
+                os.kill(os.getpid(), signal.SIGINT)
+                subprocess.run([sys.executable, "-c", child], check=True)
+                print("started", flush=True)
+            print("not reached")
+
+        app = typer.Typer()
+        app.command()(lambda: guard(work))
+        app(args=[])
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert (done.stdout, done.stderr) == ("lived\nstarted\n", "Interrupted.\n")
