@@ -86,7 +86,7 @@ def test_under_uniform_weighting_no_size_leaves(make_config: MakeConfig) -> None
 def test_weights_are_the_public_quantities_that_they_are_named_for(
     make_config: MakeConfig, weighting: str
 ) -> None:
-    asker = Asker(make_config(clip_norm=0.5))
+    asker = Asker(make_config(clip_norm=0.5, weighting=weighting))
     _, metrics, _ = split(asker.train(weighting=weighting))
     config = asker.config
     n = len(process_trainer(config).task.client_records(0, config.num_clients))
