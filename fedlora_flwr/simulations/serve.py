@@ -30,7 +30,7 @@ from fedlora_flwr.strategies import FedLoRA, strategy_class
 from fedlora_flwr.strategies.replies import to_record
 from fedlora_flwr.tasks.registry import Task, build_task
 from fedlora_flwr.terminal import uninterrupted
-from fedlora_flwr.wire import ACCOUNTANT, CLIENT, FINGERPRINT
+from fedlora_flwr.wire import ACCOUNTANT, CLIENT, DELTA, EPSILON_BUDGET, FINGERPRINT
 from fedlora_flwr.wire.limits import MOST_RECORDS, MOST_WEIGHT
 
 OnRound = Callable[[dict[str, Any]], None]
@@ -133,6 +133,7 @@ class _Session:
     on_round: OnRound | None
     rows: list[dict[str, Any]] = field(default_factory=list)
     accountants: set[str] = field(default_factory=set)
+    budgets: dict[str, tuple[float, float]] = field(default_factory=dict)
     nodes: set[int] = field(default_factory=set)
     connected: Callable[[], Iterable[int]] = tuple
     _mark: float = field(default_factory=time.perf_counter)
@@ -219,6 +220,9 @@ class _Session:
             row = {"round": server_round, CLIENT: upload.client}
             row.update({name: value for name, value in told.items() if name not in row})
             self.accountants.add(str(upload.texts.get(ACCOUNTANT, "")))
+            if {EPSILON_BUDGET, DELTA} <= upload.metrics.keys():
+                budget, delta = upload.metrics[EPSILON_BUDGET], upload.metrics[DELTA]
+                self.budgets[upload.client] = budget, delta
             self.run_dir.append("clients", row)
         return {
             "plan": report.plan,
@@ -244,6 +248,9 @@ def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dic
     def total(key: str) -> int:
         return sum(row[key] for row in rounds)
 
+    # Devices decide their own budgets; the run's own is what simulated clients have.
+    told = list(session.budgets.values()) if session else []
+    epsilons, deltas = zip(*told, strict=True) if told else ((config.epsilon,), (config.delta,))
     spent = [row["epsilon_max"] for row in rounds if row["epsilon_max"] is not None]
     return {
         "status": "completed",
@@ -256,8 +263,8 @@ def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dic
         f"initial_{metric}": measured[0] if measured else None,
         f"final_{metric}": measured[-1] if measured else None,
         "epsilon_max": max(spent, default=0.0),
-        "epsilon_budget": config.epsilon,
-        "delta": config.delta,
+        "epsilon_budget": max(epsilons),
+        "delta": max(deltas),
         "accountant": ", ".join(sorted(session.accountants)) if session else "",
         "bytes_up": total("bytes_up"),
         "bytes_up_adapters": total("bytes_up_adapters"),

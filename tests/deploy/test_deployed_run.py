@@ -51,6 +51,7 @@ def test_a_fleet_trains_on_its_devices_own_records(
     assert {row["client"] for row in rows_of_clients} == set(NAMES)
     # Each device spends its own budget, not the run's, and its ledger is its own.
     assert 0 < summary["epsilon_max"] <= 3.0
+    assert (summary["epsilon_budget"], summary["delta"]) == (3.0, 1e-3)
     for name in NAMES:
         assert (fleet / "devices" / name / "state" / "ledger.sqlite").exists()
     # The server keeps which key each identity is bound to.

@@ -77,6 +77,17 @@ def test_the_files_of_a_run(finished: tuple[RunConfig, RunDirectory]) -> None:
     assert files == {".claim", *results}
 
 
+def test_the_summary_states_the_budgets_that_clients_told(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config, run_dir = make_config(), RunDirectory(tmp_path / "run")
+    clients = {**config.items(), "epsilon": 4.0, "delta": 5e-4}
+    with LocalGrid(app, config.num_clients, clients).running() as grid:
+        summary = serve(grid, config, run_dir)
+    assert (config.epsilon, config.delta) == (8.0, 1e-3)
+    assert (summary["epsilon_budget"], summary["delta"]) == (4.0, 5e-4)
+
+
 def test_the_summary(finished: tuple[RunConfig, RunDirectory]) -> None:
     config, run_dir = finished
     summary = run_dir.summary()
