@@ -204,7 +204,7 @@ class LoRAClient(NumPyClient):
             (self._account.client, order.server_round or f"after-{before}-steps"),
             order.curvature,
             # In a simulation the arrays come from the same person as the records.
-            untrusted=not in_simulation(),
+            untrusted=self._trainer.config.exact_passes or not in_simulation(),
         )
         if plan is not None:
             return update

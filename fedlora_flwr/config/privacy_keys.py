@@ -47,6 +47,14 @@ class PrivacyKeys:
         False, FLAG, "noise from the operating system's generator",
         _DEVICE, "It chooses the source of the noise.",
     )  # fmt: skip
+    exact_passes: bool = key(
+        False,
+        FLAG,
+        "fill passes over texts so that their shapes tell nothing, and check the model each round",
+        _PACKAGE,
+        "Arrays that a server chose could let rounding tell how long other records are.",
+        on_device=True,
+    )
     report_unprotected_metrics: bool = key(
         False, FLAG, "also report figures without privacy",
         _DEVICE, "Such figures are outside the promise.",
