@@ -128,6 +128,8 @@ def locked(path: Path) -> Iterator[None]:
     """
     lock = FileLock(f"{path}.lock")
     try:
+        # FileLock tries without end where the file cannot be made.
+        Path(lock.lock_file).open("ab").close()
         try:
             lock.acquire(timeout=_PATIENCE)
         except Timeout:
