@@ -66,6 +66,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fedlora"
 
 
+SERVER_STATE = "FEDLORA_SERVER_STATE"
+"""Environment variable with the folder in which a server keeps what lasts beyond a run."""
+
+
+def server_folder() -> Path:
+    """Return where a server keeps what lasts beyond a run: a fleet's own folder, or the user's."""
+    return Path(os.environ.get(SERVER_STATE) or data_folder())
+
+
 def data_folder() -> Path:
     """Return this package's folder under ``XDG_DATA_HOME``, or ``~/.local/share`` without it.
 

@@ -15,7 +15,7 @@ from fedlora_flwr.deploy.identities import make_certificates, make_device_key
 from fedlora_flwr.deploy.supernode import START
 from fedlora_flwr.environment import versions
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.files import replacing
+from fedlora_flwr.files import SERVER_STATE, replacing
 from fedlora_flwr.simulations.app import write_app
 from fedlora_flwr.simulations.superlink import QUIET
 
@@ -28,6 +28,8 @@ _SUPERLINK = f"""#!/bin/sh
 set -eu
 cd "$$(dirname "$$0")"
 {_QUIET}
+# Which device has which key is kept here, for this fleet alone.
+export {SERVER_STATE}="$$PWD"
 exec flower-superlink --host $listen --port $port \\
     --ssl-ca-certfile ca.pem --ssl-certfile server.pem --ssl-keyfile server.key \\
     --enable-supernode-auth --database state.sqlite

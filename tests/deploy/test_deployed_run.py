@@ -20,7 +20,7 @@ NAMES = ["device-01", "device-02"]
 
 
 def test_a_fleet_trains_on_its_devices_own_records(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_folder: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     fleet = tmp_path / "fleet"
@@ -55,7 +55,7 @@ def test_a_fleet_trains_on_its_devices_own_records(
     for name in NAMES:
         assert (fleet / "devices" / name / "state" / "ledger.sqlite").exists()
     # The server keeps which key each identity is bound to.
-    kept = data_folder / "fedlora" / "identities.json"
+    kept = fleet / "server" / "identities.json"
     bound = json.loads(kept.read_text())
     assert set(bound) == set(NAMES)
     assert len(set(bound.values())) == 2
