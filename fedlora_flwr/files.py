@@ -67,12 +67,7 @@ def cache_folder() -> Path:
 
 
 SERVER_STATE = "FEDLORA_SERVER_STATE"
-"""Environment variable with the folder in which a server keeps what lasts beyond a run."""
-
-
-def server_folder() -> Path:
-    """Return where a server keeps what lasts beyond a run: a fleet's own folder, or the user's."""
-    return Path(os.environ.get(SERVER_STATE) or data_folder())
+"""Environment variable with the folder in which a fleet's server keeps what outlives a run."""
 
 
 def data_folder() -> Path:

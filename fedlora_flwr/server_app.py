@@ -10,7 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy.watched_grid import WatchedGrid
-from fedlora_flwr.files import data_folder, server_folder
+from fedlora_flwr.files import SERVER_STATE, data_folder
 from fedlora_flwr.simulations.endings import recorded
 from fedlora_flwr.simulations.run_dir import CLAIM, RunDirectory
 from fedlora_flwr.simulations.serve import serve
@@ -27,5 +27,8 @@ def main(grid: Grid, context: Context) -> None:
     else:
         run_dir = RunDirectory.new(data_folder() / "runs", config)
     print(f"Results: {run_dir.path}", flush=True)
+    # A simulation has no such folder: its nodes have no keys, and their names are its own.
+    state = os.environ.get(SERVER_STATE)
+    identities = Path(state) / "identities.json" if state else None
     with recorded(run_dir, config):
-        serve(WatchedGrid(grid, server_folder() / "identities.json"), config, run_dir)
+        serve(WatchedGrid(grid, identities), config, run_dir)
