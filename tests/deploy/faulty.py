@@ -28,7 +28,6 @@ class Faulty(TextClassification):
             (faults / KILL).unlink()
             os.kill(os.getpid(), signal.SIGKILL)
         if (faults / RAISE).exists():
-            (faults / RAISE).unlink()
             raise RuntimeError("Record 17 says: Jane Doe, born 1970.")
         while (faults / HANG).exists():
             (faults / HANGING).touch()
