@@ -16,6 +16,8 @@ from fedlora_flwr.config.keys import (
     choice,
     key,
 )
+from fedlora_flwr.wire import WEIGHTINGS
+from fedlora_flwr.wire.order import CURVATURES
 
 _DEVICE, _LIMITED, _RUN, _PACKAGE = Decider.DEVICE, Decider.LIMITED, Decider.RUN, Decider.PACKAGE
 _SERVER = "Only the server reads it."
@@ -46,7 +48,7 @@ class FederationKeys:
         1.0, between(1e-9, 1), "share of the clients in each round", _RUN, _SERVER
     )
     weighting: str = key(
-        "uniform", choice("uniform", "size", "inverse-noise"), "weights of the clients' means",
+        "uniform", choice(*WEIGHTINGS), "weights of the clients' means",
         _DEVICE, "It decides whether the number of records, or the noise, is told.",
     )  # fmt: skip
     average_decay: float = key(
@@ -60,7 +62,7 @@ class FederationKeys:
         3600.0, above(0), "seconds to wait for a round's replies", _RUN, _SERVER
     )
     curvature: str = key(
-        "none", choice("none", "secant"), "as-lora: weigh scores by the loss's curvature",
+        "none", choice(*CURVATURES), "as-lora: weigh scores by the loss's curvature",
         _RUN, "Scores read gradients that already carry the noise.",
     )  # fmt: skip
     blocks: str = key(

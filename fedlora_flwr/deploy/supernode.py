@@ -37,7 +37,7 @@ def start_supernode(folder: Path, arguments: Sequence[str]) -> NoReturn:
     Parameters
     ----------
     folder : Path
-        The device's; its ``bin`` is made anew.
+        The device's; its ``bin`` is written again.
     arguments : sequence of str
         What ``flower-supernode`` is given.
 
