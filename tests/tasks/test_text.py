@@ -156,7 +156,11 @@ def test_cuts_by_length_change_the_clipped_sum_by_rounding_only(
     for name in names:
         scale = steps[0][name].abs().max().item()
         assert scale > 1e-4, name
-        torch.testing.assert_close(steps[1][name], steps[0][name], rtol=0, atol=1e-3 * scale)
+        # A parameter is rounded when it moves, and the wider step is that difference times 20.
+        rounding = 20 * torch.finfo(torch.float32).eps * start[name].abs().max().item()
+        atol = 1e-3 * scale + rounding
+        assert atol < 0.02 * scale, name
+        torch.testing.assert_close(steps[1][name], steps[0][name], rtol=0, atol=atol)
 
 
 DROPS = ["hidden_dropout_prob", "attention_probs_dropout_prob"]
