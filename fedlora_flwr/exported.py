@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from fedlora_flwr.fused import fused_factors, fused_name
 
 if TYPE_CHECKING:
     from fedlora_flwr.adapters import AdaptedLinear, AdaptedModel
@@ -30,7 +32,8 @@ def write_adapter(adapted: AdaptedModel, folder: Path) -> None:
     the weight that is written.
 
     Pairs that are folded into frozen weights become further ranks of their layer's adapter, at a
-    ``rank_pattern`` and an ``alpha_pattern`` that keep its scaling.
+    ``rank_pattern`` and an ``alpha_pattern`` that keep its scaling. So do the adapters of the parts
+    of a fused layer (`fedlora_flwr.fused`), which become one adapter of the layer.
 
     Parameters
     ----------
@@ -49,15 +52,18 @@ def write_adapter(adapted: AdaptedModel, folder: Path) -> None:
         if is_saved(layer.name, saved):
             delta = layer.module.get_delta_weight(adapter)
             state[f"{PREFIX}{layer.name}.weight"] = layer.base.weight + delta
-            continue
-        b, a = _factors(adapted, layer)
-        state[f"{PREFIX}{layer.name}.lora_A.weight"] = a
-        state[f"{PREFIX}{layer.name}.lora_B.weight"] = b
+    found = list(_adapters(adapted))
+    if any(fused_name(model.get_base_model(), layer.name) for layer in adapted.layers):
+        names = "|".join(re.escape(name) for name, *_ in found)
+        written.target_modules = rf"({names})"
+    for name, b, a, scaling in found:
+        state[f"{PREFIX}{name}.lora_A.weight"] = a
+        state[f"{PREFIX}{name}.lora_B.weight"] = b
         rank, usual = a.shape[0], config.lora_alpha / _spread(config.r, config.use_rslora)
-        if rank != config.r or not math.isclose(layer.scaling, usual):
-            pattern = "^" + re.escape(layer.name)
+        if rank != config.r or not math.isclose(scaling, usual):
+            pattern = "^" + re.escape(name)
             written.rank_pattern[pattern] = rank
-            written.alpha_pattern[pattern] = layer.scaling * _spread(rank, config.use_rslora)
+            written.alpha_pattern[pattern] = scaling * _spread(rank, config.use_rslora)
     folder.mkdir(parents=True, exist_ok=True)
     model.create_or_update_model_card(str(folder))
     # The file format refuses tensors that share memory.
@@ -100,6 +106,22 @@ def _saved_state(adapted: AdaptedModel) -> dict[str, Tensor]:
         if is_saved(name.rpartition(".")[0], adapted.saved):
             state[f"{PREFIX}{name}"] = tensor
     return state
+
+
+def _adapters(adapted: AdaptedModel) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+    """Find the adapters of the backbone's own layers: name, B, A and scaling."""
+    model = adapted.model.get_base_model()
+    parts: dict[str, dict[str, AdaptedLinear]] = {}
+    for layer in adapted.layers:
+        if fused := fused_name(model, layer.name):
+            parts.setdefault(fused, {})[layer.name.rpartition(".")[2]] = layer
+        elif not is_saved(layer.name, adapted.saved):
+            yield (layer.name, *_factors(adapted, layer), layer.scaling)
+    for fused, layers in parts.items():
+        if not is_saved(fused, adapted.saved):
+            first = next(iter(layers.values()))
+            pairs = {name: _factors(adapted, layer) for name, layer in layers.items()}
+            yield (fused, *fused_factors(pairs, first.B.shape[0]), first.scaling)
 
 
 def _factors(adapted: AdaptedModel, layer: AdaptedLinear) -> tuple[Tensor, Tensor]:

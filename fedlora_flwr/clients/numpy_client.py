@@ -107,6 +107,11 @@ class LoRAClient(NumPyClient):
         order = Order.from_config(config)
         plan = order.plan_for(len(self._trainer.layout.blocks))
         self._permit(order)
+        if self._trainer.config.rates_change and not order.server_round:
+            raise OrderRefused(
+                "The learning rates change over the rounds, and the message does not say which "
+                "round it is. Send 'server-round', or set lr-schedule = 'constant'."
+            )
         arrays = self._start(order, parameters)
         run, records = self._trainer.config, self._open()
         mechanism = plan_mechanism(run, len(records), terms=self._ledger.terms(self._account))
@@ -205,6 +210,7 @@ class LoRAClient(NumPyClient):
             order.curvature,
             # In a simulation the arrays come from the same person as the records.
             untrusted=self._trainer.config.exact_passes or not in_simulation(),
+            server_round=order.server_round or 1,
         )
         if plan is not None:
             return update

@@ -207,6 +207,7 @@ class Trainer:
         stream: tuple[object, ...],
         curvature: str = "",
         untrusted: bool = False,
+        server_round: int = 1,
     ) -> LocalUpdate:
         """Train one client for one round.
 
@@ -229,6 +230,8 @@ class Trainer:
             Whether a server that is not trusted has chosen the arrays. Then the model is looked at
             again, if it treats each record on its own (see `check_apart`; else a process looks
             once), and passes are exact (see `PassPlan`).
+        server_round : int (default: 1)
+            The round, which learning rates may depend on.
 
         Returns
         -------
@@ -245,12 +248,13 @@ class Trainer:
         layout = self.layout
         plan.check(len(layout.blocks))
         self.load(arrays)
-        scores = self._scores(curvature) if curvature else None
+        settings = self._optimizer(server_round)
+        scores = self._scores(curvature, settings) if curvature else None
         steps = self.config.local_steps
         with _one_client(self.config.client_threads, self._seed("dropout", stream)):
             self.engine.start_round(
                 mechanism,
-                self._optimizer(),
+                settings,
                 self._noise(stream),
                 make_filter(self.config.filter),
                 scores,
@@ -280,8 +284,8 @@ class Trainer:
             self.adapted.resize(rank)
         self.adapted.write(arrays)
 
-    def _scores(self, curvature: str) -> BlockScores:
-        rates = {A: self.config.lr_a, B: self.config.lr_b}
+    def _scores(self, curvature: str, settings: OptimizerSettings) -> BlockScores:
+        rates = {A: settings.lr_a, B: settings.lr_b}
         index = self.layout.block_index
         return BlockScores(
             index,
@@ -299,13 +303,14 @@ class Trainer:
             return SecureNoise()
         return SeededNoise(self._seed("noise", stream))
 
-    def _optimizer(self) -> OptimizerSettings:
+    def _optimizer(self, server_round: int) -> OptimizerSettings:
         config = self.config
+        lr_a, lr_b, lr_head = config.learning_rates(server_round)
         return OptimizerSettings(
             name=config.optimizer,
-            lr_a=config.lr_a,
-            lr_b=config.lr_b,
-            lr_head=config.lr_head,
+            lr_a=lr_a,
+            lr_b=lr_b,
+            lr_head=lr_head,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             precondition=config.precondition,

@@ -56,6 +56,14 @@ def between(low: float, high: float) -> Check:
     return lambda value: low <= value <= high, f"a number from {low:,} to {high:,}"
 
 
+def between_or_inf(low: float, high: float) -> Check:
+    """Accept numbers from ``low`` to ``high``, both included, and infinity."""
+    return (
+        lambda value: low <= value <= high or value == math.inf,
+        f"a number from {low:,} to {high:,}, or inf",
+    )
+
+
 def choice(*names: str) -> Check:
     """Accept one of a few texts."""
     return lambda value: value in names, "one of " + ", ".join(map(repr, names))

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedlora_flwr.config.keys import ANY, BUDGET, FLAG, Decider, at_least, between, choice, key
+from fedlora_flwr.config.keys import (
+    ANY,
+    BUDGET,
+    FLAG,
+    Decider,
+    at_least,
+    between,
+    between_or_inf,
+    choice,
+    key,
+)
 
 _DEVICE, _LIMITED, _PACKAGE = Decider.DEVICE, Decider.LIMITED, Decider.PACKAGE
 _PROMISE = "It is the promise that the device makes to its records."
@@ -27,8 +37,10 @@ class PrivacyKeys:
         _DEVICE, _PROMISE,
     )  # fmt: skip
     clip_norm: float = key(
-        1.0, between(1e-6, 1e6), "C: largest norm of one record's gradient",
+        1.0, between_or_inf(1e-6, 1e6),
+        "C: largest norm of one record's gradient; inf = no clipping, where epsilon = inf",
         _LIMITED, "Noise is drawn in units of C; the range keeps the product exact.",
+        device_check=between(1e-6, 1e6),
     )  # fmt: skip
     max_rounds: int = key(
         0, between(0, 1_000_000), "rounds a client may join; 0 = num-rounds",

@@ -13,6 +13,7 @@ from typing import Any
 
 from fedlora_flwr.config.keys import Value, check_value, dashed, fields_by_key, widen
 from fedlora_flwr.config.privacy_keys import PrivacyKeys, ProcessKeys
+from fedlora_flwr.config.schedules import Schedule
 from fedlora_flwr.config.task_keys import DataKeys, PartitionKeys, TaskKeys
 from fedlora_flwr.config.toml import toml_value
 from fedlora_flwr.config.training_keys import FederationKeys, LoRAKeys, TrainingKeys
@@ -63,6 +64,9 @@ class RunConfig(
             )
         if self.weighting == "inverse-noise" and math.isinf(self.epsilon):
             raise InvalidValue("weighting", self.weighting, "another one where epsilon = inf")
+        if math.isinf(self.clip_norm) and self.private:
+            allowed = "a finite number, or epsilon = inf: noise is made for a bound"
+            raise InvalidValue("clip-norm", self.clip_norm, allowed)
         if self.max_rounds > self.num_rounds:
             raise InvalidValue("max-rounds", self.max_rounds, f"at most {self.num_rounds} rounds")
         if self.planned_steps > MOST_STEPS:
@@ -104,6 +108,23 @@ class RunConfig(
             raise InvalidValue("client-ranks", self.client_ranks, "empty, or strategy = 'flexlora'")
         if not all(1 <= rank <= self.rank for rank in self._client_ranks()):
             raise InvalidValue("client-ranks", self.client_ranks, f"ranks of 1 to {self.rank}")
+
+    def learning_rates(self, server_round: int) -> tuple[float, float, float]:
+        """Return the learning rates of factor A, factor B and the head in a round, from 1."""
+        return tuple(  # type: ignore[return-value]
+            rate * Schedule.parse(own or self.lr_schedule).factor(server_round, self.num_rounds)
+            for rate, own in (
+                (self.lr_a, self.lr_schedule_a),
+                (self.lr_b, self.lr_schedule_b),
+                (self.lr_head, self.lr_schedule_head),
+            )
+        )
+
+    @property
+    def rates_change(self) -> bool:
+        """Whether a learning rate depends on the round."""
+        own = (self.lr_schedule_a, self.lr_schedule_b, self.lr_schedule_head)
+        return any((text or self.lr_schedule) != "constant" for text in own)
 
     def client_rank(self, partition_id: int) -> int:
         """Return the LoRA rank of a simulated client."""

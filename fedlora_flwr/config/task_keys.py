@@ -124,3 +124,8 @@ class PartitionKeys:
     partition_sizes: str = key(
         "", ANY, "size: records of each client, e.g. '100,200,300'", _PACKAGE, _WHOLE
     )
+    label_shares: str = key(
+        "", ANY,
+        "label-shares: each client's shares of the classes, e.g. '0.9,0.1; 0.1,0.9; 0.5,0.5'",
+        _PACKAGE, _WHOLE,
+    )  # fmt: skip

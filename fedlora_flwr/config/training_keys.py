@@ -16,6 +16,7 @@ from fedlora_flwr.config.keys import (
     choice,
     key,
 )
+from fedlora_flwr.config.schedules import OWN_SCHEDULE, SCHEDULE
 from fedlora_flwr.wire import WEIGHTINGS
 from fedlora_flwr.wire.order import CURVATURES
 
@@ -23,6 +24,7 @@ _DEVICE, _LIMITED, _RUN, _PACKAGE = Decider.DEVICE, Decider.LIMITED, Decider.RUN
 _SERVER = "Only the server reads it."
 _AFTER = "It acts on gradients that already carry the noise."
 _RATE = "It acts on gradients that already carry the noise; the range keeps arrays finite."
+_RATE_CHANGE = "It only lowers rates, which act on gradients that already carry the noise."
 _MOST_RATE = 10_000.0
 
 
@@ -104,6 +106,10 @@ class LoRAKeys:
         _LIMITED, "Any set of layers is clipped together; a slow pattern would never end.",
         device_check=QUICK_PATTERN,
     )  # fmt: skip
+    split_qkv: bool = key(
+        False, FLAG, "timm: adapt q, k and v of a fused qkv layer apart, as …attn.qkv.q and so on",
+        _RUN, "All that trains is clipped together, however a layer is cut.",
+    )  # fmt: skip
     rslora: bool = key(
         False, FLAG, "scale by lora-alpha / sqrt(rank)",
         _RUN, "It scales gradients before they are clipped.",
@@ -130,7 +136,11 @@ class TrainingKeys:
         0, at_least(0), "records in one forward pass; 0 = all",
         _DEVICE, "It depends on the device's memory.",
     )  # fmt: skip
-    optimizer: str = key("sgd", choice("sgd", "adamw"), "local optimizer", _RUN, _AFTER)
+    optimizer: str = key(
+        "sgd", choice("sgd", "adamw", "adamw-plain"),
+        "local optimizer; adamw takes the noise out of its second moment, adamw-plain does not",
+        _RUN, _AFTER,
+    )  # fmt: skip
     filter: str = key(
         "none", choice("none", "binomial", "laplacian", "ema", "doppler"),
         "low-pass filter on the privatized gradient", _RUN, _AFTER,
@@ -142,5 +152,19 @@ class TrainingKeys:
     lr_a: float = key(0.5, between(0, _MOST_RATE), "learning rate of factor A", _LIMITED, _RATE)
     lr_b: float = key(0.5, between(0, _MOST_RATE), "learning rate of factor B", _LIMITED, _RATE)
     lr_head: float = key(0.5, between(0, _MOST_RATE), "learning rate of the head", _LIMITED, _RATE)
+    lr_schedule: str = key(
+        "constant", SCHEDULE,
+        "how the rates change over rounds, e.g. 'exponential:0.99' or 'warmup:5 cosine:0'",
+        _RUN, _RATE_CHANGE,
+    )  # fmt: skip
+    lr_schedule_a: str = key(
+        "", OWN_SCHEDULE, "that of factor A; empty = lr-schedule", _RUN, _RATE_CHANGE
+    )
+    lr_schedule_b: str = key(
+        "", OWN_SCHEDULE, "that of factor B; empty = lr-schedule", _RUN, _RATE_CHANGE
+    )
+    lr_schedule_head: str = key(
+        "", OWN_SCHEDULE, "that of the head; empty = lr-schedule", _RUN, _RATE_CHANGE
+    )
     momentum: float = key(0.0, between(0, 0.999), "momentum of sgd", _RUN, _AFTER)
     weight_decay: float = key(0.0, between(0, 1_000), "weight decay of what trains", _RUN, _AFTER)

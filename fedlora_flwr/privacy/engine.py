@@ -40,7 +40,8 @@ class OptimizerSettings:
     Parameters
     ----------
     name : str
-        ``"sgd"`` or ``"adamw"``.
+        ``"sgd"``; ``"adamw"``, which takes the noise out of its second moment; or
+        ``"adamw-plain"``, torch's own.
     lr_a, lr_b, lr_head : float
         Learning rates of A, of B and of the head.
     momentum : float
@@ -70,7 +71,9 @@ class OptimizerSettings:
             )
         if self.name == "adamw":
             return NoiseAwareAdamW(groups, lr=0.0, weight_decay=self.weight_decay)
-        raise InvalidValue("optimizer", self.name, "'sgd' or 'adamw'")
+        if self.name == "adamw-plain":
+            return torch.optim.AdamW(groups, lr=0.0, weight_decay=self.weight_decay)
+        raise InvalidValue("optimizer", self.name, "'sgd', 'adamw' or 'adamw-plain'")
 
 
 class PrivateEngine:

@@ -321,7 +321,7 @@ def _memory(config: RunConfig, task: Task, model: AdaptedModel, coordinates: int
     trained = sum(p.numel() for p in model.parameters.values())
     everything = sum(p.numel() * p.element_size() for p in model.model.parameters())
     # A value and a gradient; AdamW keeps two moments, momentum one.
-    copies = 2 + (2 if config.optimizer == "adamw" else int(config.momentum > 0))
+    copies = 2 + (2 if config.optimizer.startswith("adamw") else int(config.momentum > 0))
     records = min(config.batch_size, config.microbatch_size or config.batch_size)
     activations = activation_bytes(task, model, _example(task, records))
     return Memory(

@@ -104,6 +104,11 @@ class DatasetSettings(SplitSettings, Protocol):
         ...
 
     @property
+    def split_qkv(self) -> bool:
+        """Whether fused queries, keys and values of a timm model become layers of their own."""
+        ...
+
+    @property
     def image_size(self) -> int:
         """Height and width of pictures; 0 for the model's own."""
         ...

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from fedlora_flwr.errors import InvalidValue, one_line
 from fedlora_flwr.files import cache_folder
+from fedlora_flwr.fused import SplitLinear, split_fused
 from fedlora_flwr.tasks.dataset_task import DatasetSettings
 from fedlora_flwr.tasks.hub import hub_answers, own_copies_only
 
 SMALL_SWIN = "small-swin"
 # Queries, keys, values and the projection, as in the published protocols on Swin; then what other
 # models have.
+_SPLIT = r"(.*\.)?attn\.qkv\.[qv]"
 _LAYERS = (
     r"(.*\.)?blocks\.\d+\.attn\.(qkv|proj)",
     r"(.*\.)?blocks\.\d+\.attn\.proj",
@@ -56,6 +58,8 @@ def build(settings: DatasetSettings, num_classes: int) -> nn.Module:
         model = _create(settings, num_classes, pretrained=file == "pretrained")
     if file not in ("pretrained", "random"):
         _load(model, file)
+    if settings.split_qkv:
+        split_fused(model)
     return model
 
 
@@ -65,7 +69,10 @@ def skeleton(settings: DatasetSettings, num_classes: int, device: str = "meta") 
     On the meta device there are shapes alone; on another one the weights are random.
     """
     with torch.device(device):
-        return _create(settings, num_classes, pretrained=False)
+        model = _create(settings, num_classes, pretrained=False)
+        if settings.split_qkv:
+            split_fused(model)
+    return model
 
 
 def classifier_modules(model: Any) -> tuple[str, ...]:
@@ -84,6 +91,8 @@ def usual_layers(model: nn.Module) -> str:
     `fedlora_flwr.targets.check_targets` says what there is to choose from.
     """
     named = dict(model.named_modules())
+    if any(isinstance(module, SplitLinear) for module in named.values()):
+        return _SPLIT  # Queries and values, as in the first work on LoRA.
     for pattern in _LAYERS:
         found = [name for name in named if re.fullmatch(pattern, name)]
         linear = all(isinstance(named[name], nn.Linear) for name in found)

@@ -105,7 +105,8 @@ PARTITIONERS: dict[str, Callable[[Split], Partitioner]] = {
     "square": _by_place("SquarePartitioner"),
     "exponential": _by_place("ExponentialPartitioner"),
 }
-_BY_COLUMN = ("dirichlet", "pathological", "shard", "natural-id")
+LABEL_SHARES = "label-shares"
+_BY_COLUMN = ("dirichlet", "pathological", "shard", "natural-id", LABEL_SHARES)
 
 
 def partition_records(columns: Mapping[str, NDArray[Any]], split: Split) -> list[NDArray[np.int64]]:
@@ -124,6 +125,8 @@ def partition_records(columns: Mapping[str, NDArray[Any]], split: Split) -> list
         balancing; ``"shard"`` that of McMahan et al. (arXiv:1602.05629): records sorted by label
         are cut into ``num_partitions * classes_per_partition`` equal shards, and what is over
         after the last is dropped. The clients of ``"natural-id"`` are the column's sorted values.
+        ``"label-shares"`` gives all clients equally many records, as many as the classes allow,
+        with the given shares of the column's sorted values; the rest of the records is left out.
 
     Returns
     -------
@@ -135,10 +138,9 @@ def partition_records(columns: Mapping[str, NDArray[Any]], split: Split) -> list
     InvalidValue
         A setting is out of range, or does not suit these records.
     """
-    if split.partitioner not in PARTITIONERS:
-        raise InvalidValue(
-            "partitioner", split.partitioner, one_of(PARTITIONERS, split.partitioner)
-        )
+    known = [*PARTITIONERS, LABEL_SHARES]
+    if split.partitioner not in known:
+        raise InvalidValue("partitioner", split.partitioner, one_of(known, split.partitioner))
     if split.partitioner in _BY_COLUMN:
         _require_column(columns, split)
     records = len(next(iter(columns.values())))
@@ -146,7 +148,10 @@ def partition_records(columns: Mapping[str, NDArray[Any]], split: Split) -> list
     if (split.partitioner, split.num_partitions) == ("iid", 1):
         # A device's own records, for each message: flwr-datasets would import its plots first.
         return [np.arange(records)]
-    parts = _dealt(columns, PARTITIONERS[split.partitioner](split), split)
+    if split.partitioner == LABEL_SHARES:
+        parts = _by_shares(columns[split.by], split)
+    else:
+        parts = _dealt(columns, PARTITIONERS[split.partitioner](split), split)
     if min(map(len, parts)) < split.min_size:
         raise _unmet(split, min(map(len, parts)))
     if split.partitioner == "pathological":
@@ -248,6 +253,30 @@ def _dealt(
         except (ValueError, TypeError, ArithmeticError) as error:
             raise _refused(split, error) from error
     return [np.sort(np.asarray(part, dtype=np.int64)) for part in parts]
+
+
+def _by_shares(values: NDArray[Any], split: Split) -> list[NDArray[np.int64]]:
+    """Deal each class out in the given shares, to clients of one size."""
+    classes, codes = np.unique(values, return_inverse=True)
+    shares = np.asarray(split.shares, dtype=np.float64)
+    if shares.shape != (split.num_partitions, len(classes)):
+        text = "; ".join(",".join(f"{share:g}" for share in row) for row in split.shares)
+        allowed = f"{split.num_partitions} clients with a share for each of {len(classes)} classes"
+        raise InvalidValue("label-shares", text, allowed)
+    order = np.random.default_rng(split.seed).permutation(len(values))
+    pools = [order[codes[order] == number] for number in range(len(classes))]
+    asked = shares.sum(axis=0)
+    sizes = [len(pool) / share for pool, share in zip(pools, asked, strict=True) if share]
+    counts = np.floor(min(sizes) * shares + 1e-9).astype(int)
+    left = len(values) - int(counts.sum())
+    if left:
+        _LOGGER.warning("%s of %s records fit no client's label shares.", left, len(values))
+    ends = np.cumsum(counts, axis=0)
+    parts = [
+        [pool[end - count : end] for pool, end, count in zip(pools, row, taken, strict=True)]
+        for row, taken in zip(ends, counts, strict=True)
+    ]
+    return [np.sort(np.concatenate(part)).astype(np.int64) for part in parts]
 
 
 def _refused(split: Split, error: Exception) -> InvalidValue:

@@ -42,6 +42,11 @@ class SplitSettings(Protocol):
         ...
 
     @property
+    def label_shares(self) -> str:
+        """Shares of the classes, one row per client."""
+        ...
+
+    @property
     def seed(self) -> int:
         """Seed of the partition."""
         ...
@@ -70,6 +75,8 @@ class Split:
         is ``"label"``, which ``"natural-id"`` does not take.
     sizes : tuple[int, ...] (default: ())
         Records of each client (``"size"``).
+    shares : tuple[tuple[float, ...], ...] (default: ())
+        Shares of the classes in each client's records, one row per client (``"label-shares"``).
     """
 
     partitioner: str
@@ -80,6 +87,7 @@ class Split:
     classes_per_partition: int = 2
     column: str = ""
     sizes: tuple[int, ...] = ()
+    shares: tuple[tuple[float, ...], ...] = ()
 
     @classmethod
     def of(cls, settings: SplitSettings, num_partitions: int) -> Split:
@@ -88,7 +96,7 @@ class Split:
         Raises
         ------
         InvalidValue
-            ``partition-sizes`` are no numbers.
+            ``partition-sizes`` are no numbers, or ``label-shares`` no shares.
         """
         return cls(
             partitioner=settings.partitioner,
@@ -99,6 +107,7 @@ class Split:
             classes_per_partition=settings.classes_per_client,
             column=settings.partition_column,
             sizes=_whole_numbers(settings.partition_sizes),
+            shares=_shares(settings.label_shares),
         )
 
     @property
@@ -116,3 +125,15 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
     if any(number < 1 for number in numbers):
         raise InvalidValue("partition-sizes", text, allowed)
     return numbers
+
+
+def _shares(text: str) -> tuple[tuple[float, ...], ...]:
+    allowed = "numbers that add up to 1 for each client, e.g. '0.9,0.1; 0.1,0.9'"
+    try:
+        rows = [[float(one) for one in row.split(",")] for row in text.split(";") if row.strip()]
+    except ValueError as error:
+        raise InvalidValue("label-shares", text, allowed) from error
+    good = all(min(row) >= 0 and abs(sum(row) - 1) < 1e-6 for row in rows)
+    if not good or len({len(row) for row in rows}) > 1:
+        raise InvalidValue("label-shares", text, allowed)
+    return tuple(map(tuple, rows))

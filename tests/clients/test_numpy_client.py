@@ -244,3 +244,13 @@ def test_the_short_way_and_flowers_legacy_records_give_the_same_reply(
         content["arrays"] = {name: array.data for name, array in content["arrays"].items()}
     assert contents[0] == contents[1]
     assert list(contents[0]["arrays"]) == list(contents[1]["arrays"])
+
+
+def test_rates_that_change_need_to_know_the_round(make_config: MakeConfig) -> None:
+    asker = Asker(make_config(lr_schedule="exponential:0.5"))
+
+    reason = asker.error(plan="B")
+
+    assert "does not say which round" in reason
+    assert "lr-schedule = 'constant'" in reason
+    asker.train("B", 1)

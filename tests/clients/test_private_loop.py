@@ -108,7 +108,7 @@ def by_hand(
     trainer.load(trainer.start)
     engine = trainer.engine
     with own_randomness(seed("dropout", stream)):
-        engine.start_round(mechanism, trainer._optimizer(), SeededNoise(seed("noise", stream)))
+        engine.start_round(mechanism, trainer._optimizer(1), SeededNoise(seed("noise", stream)))
         for batch in poisson_batches(mechanism, steps, seed("batches", stream)):
             engine.step(records, batch, trainer.layout.active(BOTH, 1))
     return trainer.adapted.read()

@@ -231,6 +231,38 @@ def test_microbatches_and_optimiser_come_from_the_configuration(make_config: Mak
     assert differing(whole, adam) == {"A", "B", None}
 
 
+def test_rates_follow_their_schedule_over_the_rounds(trainer: Trainer) -> None:
+    start, records = start_of(trainer), trainer.task.client_records(0, 3)
+    config = replace(trainer.config, local_steps=1, num_rounds=5, lr_schedule="linear:0")
+    changed = replace(trainer, config=replace(config, lr_schedule_head="constant"))
+    moved = {}
+    for server_round in (1, 3, 5):
+        update = changed.train(
+            start, BOTH, records, MECHANISM, STREAM, server_round=server_round
+        ).arrays
+        moved[server_round] = {name: update[name] - start[name] for name in start}
+
+    for name, first in moved[1].items():
+        half, none = (0.5, 0.0) if factor_of(name) else (1.0, 1.0)
+        np.testing.assert_allclose(moved[3][name], half * first, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(moved[5][name], none * first, rtol=1e-3, atol=1e-6)
+
+
+def test_without_a_clip_norm_the_step_is_the_sum_of_the_gradients(trainer: Trainer) -> None:
+    mechanism = Mechanism(0.0, math.inf, 8, 100)
+    small, large, none = (
+        run(trainer, BOTH, mechanism=replace(mechanism, clip_norm=norm), local_steps=1)
+        for norm in (0.1, 1e6, math.inf)
+    )
+    start = start_of(trainer)
+    for name in start:
+        np.testing.assert_allclose(large[name], none[name], rtol=0, atol=1e-6)
+    assert differing(small, none) == {"A", "B", None}
+    assert plan_mechanism(
+        replace(trainer.config, epsilon=math.inf, clip_norm=math.inf), 100
+    ) == Mechanism(0.0, math.inf, trainer.config.batch_size, 100)
+
+
 def test_arrays_that_miss_a_name_are_refused_by_that_name(trainer: Trainer) -> None:
     start = dict(start_of(trainer))
     del start["head.bias"]

@@ -50,7 +50,11 @@ GOOD: dict[str, list[Any]] = {
     "local-steps": [1],
     "batch-size": [1],
     "microbatch-size": [0, 8],
-    "optimizer": ["sgd", "adamw"],
+    "optimizer": ["sgd", "adamw", "adamw-plain"],
+    "lr-schedule": ["constant", "exponential:0.99", "warmup:5 cosine:0", "linear:1", "warmup:3"],
+    "lr-schedule-a": ["", "linear:0.1"],
+    "lr-schedule-b": ["", "cosine:.5"],
+    "lr-schedule-head": ["", "constant"],
     "filter": list(FILTERS),
     "ridge": [0.0],
     "lr-a": [0.0, 2.0],
@@ -102,6 +106,18 @@ BAD: dict[str, list[Any]] = {
     "batch-size": [0],
     "microbatch-size": [-1],
     "optimizer": ["adam"],
+    "lr-schedule": [
+        "",
+        "exponential",
+        "cosine:1.1",
+        "linear:-1",
+        "warmup:5 ",
+        "step:0.1",
+        "cosine:",
+    ],
+    "lr-schedule-a": [" ", "exponential:nan"],
+    "lr-schedule-b": ["warmup:-1"],
+    "lr-schedule-head": ["Constant"],
     "filter": ["gaussian"],
     "ridge": [-0.1],
     "lr-a": [-0.1, math.inf, math.nan],
@@ -142,6 +158,7 @@ def test_the_tables_of_this_test_are_complete() -> None:
         "partitioner",
         "partition-column",
         "partition-sizes",
+        "label-shares",
         "strategy",
         "lora-targets",
         "device",
@@ -383,3 +400,9 @@ def test_the_secant_needs_movements_whose_noise_is_known(other: dict[str, Any]) 
 def test_adam_and_preconditioning_exclude_each_other() -> None:
     with pytest.raises(InvalidValue, match="optimizer = 'adamw'"):
         RunConfig.of({"precondition": True, "optimizer": "adamw"})
+
+
+def test_no_clipping_is_for_runs_without_noise() -> None:
+    assert RunConfig.of({"clip-norm": math.inf, "epsilon": math.inf}).clip_norm == math.inf
+    with pytest.raises(InvalidValue, match=r"clip-norm = inf.*epsilon = inf"):
+        RunConfig.of({"clip-norm": math.inf})

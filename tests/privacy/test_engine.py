@@ -245,6 +245,7 @@ def adam_state(engine: PrivateEngine, name: str) -> Mapping[str, Tensor]:
     [
         OptimizerSettings("sgd", 0.1, 0.2, 0.05, momentum=0.9, weight_decay=0.1),
         OptimizerSettings("adamw", 0.01, 0.02, 0.005, weight_decay=0.1),
+        OptimizerSettings("adamw-plain", 0.01, 0.02, 0.005, weight_decay=0.1),
     ],
     ids=lambda settings: settings.name,
 )
@@ -277,6 +278,25 @@ def test_each_factor_is_optimised_as_if_it_were_alone(settings: OptimizerSetting
     if settings.name == "adamw":
         steps = {factor_of(n): int(adam_state(engine, n)["step"]) for n in parameters}
         assert steps == {"A": 3, "B": 4, None: 6}
+
+
+def test_plain_adamw_is_torchs_on_the_noisy_gradient() -> None:
+    mechanism, indices = Mechanism(2.0, 0.5, 4, 8), torch.arange(4)
+    moved = {}
+    for name in ("sgd", "adamw-plain", "adamw"):
+        engine, records = engine_of(VIT), VIT.records(8)
+        before = values(engine.adapted)
+        rates = (0.01,) * 3
+        engine.start_round(mechanism, OptimizerSettings(name, *rates), SeededNoise(5))
+        engine.step(records, indices, list(before))
+        after = values(engine.adapted)
+        moved[name] = {n: (before[n] - after[n]) / 0.01 for n in before}
+
+    for name, gradient in moved["sgd"].items():
+        # The first step of Adam is g / (|g| + eps).
+        expected = gradient / (gradient.abs() + 1e-8)
+        torch.testing.assert_close(moved["adamw-plain"][name], expected, rtol=1e-6, atol=1e-6)
+        assert (moved["adamw"][name] - expected).abs().max() > 0.1
 
 
 def _rates(settings: OptimizerSettings) -> list[tuple[str | None, float]]:

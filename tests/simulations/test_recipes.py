@@ -36,12 +36,12 @@ PUBLISHED = {
     "paper/as-lora-tiny-imagenet": (0.00384, 1000, (0.851, 0.703, 0.629, 0.515)),
     "paper/as-lora-sst2": (0.01140, 1000, (1.563, 1.026, 0.857, 0.668)),
     "paper/as-lora-mnli": (0.00196, 1000, (0.722, 0.620, 0.560, 0.460)),
-    "paper/la-lora-swin-b-cifar100": (0.00256, 1000, (0.764, 0.649, 0.585, 0.480)),
+    "paper/la-lora-swin-b-cifar100-as-published": (0.00256, 1000, (0.764, 0.649, 0.585, 0.480)),
 }
 # Adapted layers and blocks of the full models.
 SHAPES = {
     "as-lora": (48, 24),
-    "as-lora-vision": (24, 24),
+    "as-lora-vision": (48, 24),
     "la-lora-swin-t": (24, 12),
     "la-lora-swin-b": (48, 24),
     "la-lora": (72, 12),
@@ -51,14 +51,18 @@ SHAPES = {
 }
 WORDS = ["a bad film", "what a good film it was", "so dull that nobody laughed", "fine and warm"]
 TINY_VIT = {
-    "vit_large_patch16_224.augreg_in21k": "vit_tiny_patch16_224",
+    "vit_large_patch16_224.orig_in21k": "vit_tiny_patch16_224",
     "swin_tiny_patch4_window7_224.ms_in1k": "swin_tiny_patch4_window7_224",
     "swin_base_patch4_window7_224.ms_in22k": "swin_tiny_patch4_window7_224",
 }
 
 
 def data_of(name: str) -> str:
-    return max((key for key in RECORDS if name.endswith(f"-{key}")), key=len)
+    return max((key for key in RECORDS if f"-{key}" in name), key=len)
+
+
+def kind_of(name: str) -> str:
+    return name.removeprefix("paper/").split(f"-{data_of(name)}")[0]
 
 
 def is_text(config: RunConfig) -> bool:
@@ -96,13 +100,14 @@ def test_each_published_protocol_has_its_recipes() -> None:
     named = {name.removeprefix("paper/") for name in PAPER}
     text = ("sst2", "qnli", "qqp", "mnli")
     expected = {f"as-lora-{data}" for data in (*RECORDS,)}
-    methods = ("ffa-lora", "rolora", "la-lora")
-    expected |= {f"{method}-{data}" for method in methods for data in text}
+    expected |= {f"{method}-{data}" for method in ("ffa-lora", "rolora") for data in text}
     expected |= {f"fedsvd-{data}" for data in (*text, "snli")}
+    sets = ("cifar100", "tiny-imagenet")
+    pictures = [f"{swin}-{data}" for swin in ("swin-t", "swin-b") for data in sets]
     expected |= {
-        f"la-lora-{swin}-{data}"
-        for swin in ("swin-t", "swin-b")
-        for data in ("cifar100", "tiny-imagenet")
+        f"la-lora-{data}-{version}"
+        for data in (*text, *pictures)
+        for version in ("as-published", "as-coded")
     }
     assert named == expected
 
@@ -113,6 +118,24 @@ def test_a_recipe_is_what_flwr_run_reads_and_says_what_it_is(name: str) -> None:
     assert text.startswith("# ")
     assert "[" not in re.sub(r"(#.*|'[^']*')", "", text)  # Flat: no table, no list.
     assert load_recipe(name).num_rounds >= 1
+
+
+SOURCES = ("abstract", "code", "note", "ours")
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_recipe_says_where_each_value_comes_from(name: str) -> None:
+    head, rows = [], []
+    for line in (RECIPES / f"{name}.toml").read_text(encoding="utf-8").splitlines():
+        (rows if " = " in line else head).append(line)
+
+    named = {row.rpartition("  # ")[2] for row in rows}
+    assert named <= set(SOURCES)
+    legend = " ".join(head)
+    for source in named:
+        assert f" {source}: " in legend, source
+    # Nobody publishes how our simulation is repeated.
+    assert "reproducible = true  # ours" in rows
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -155,7 +178,7 @@ def test_the_full_model_has_the_layers_and_blocks(name: str, models: dict[str, P
     changes = [f"model={models[config.model]}"] if is_text(config) else []
     config = load_recipe(name, [*changes, "weights=random"])
     found = forecast(config, records=RECORDS[data_of(name)] // config.num_clients)
-    kind = name.removeprefix("paper/").removesuffix(f"-{data_of(name)}")
+    kind = kind_of(name)
     shape = SHAPES[kind if is_text(config) or kind != "as-lora" else "as-lora-vision"]
     assert (found.layers, found.blocks) == shape
     assert found.broken == 0

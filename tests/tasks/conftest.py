@@ -23,6 +23,7 @@ def settings(**changes: object) -> SimpleNamespace:
         "classes_per_client": 2,
         "partition_column": "",
         "partition_sizes": "",
+        "label_shares": "",
         "seed": 42,
     }
     return SimpleNamespace(**{**defaults, **changes})

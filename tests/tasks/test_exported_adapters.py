@@ -61,6 +61,11 @@ CASES = [
     *both("answers", "bert", "QuestionAnswering"),
     *both("pictures", "vit", "image"),
     Case("instructions", "llama", "CausalLM"),
+    Case("queries-and-values", "vit", "image", {"split_qkv": True}),
+    Case("queries-and-keys-folded", "vit", "image", {
+        "split_qkv": True, "train_head": False, "rslora": True, "lora_alpha": 5.0,
+        "lora_targets": r"blocks\.\d+\.attn\.(qkv\.[qk]|proj)",
+    }, folds=True),
     # The pooler and the head have adapters, too.
     Case("adapters-on-new-layers", "bert", changes={"train_head": False, "lora_targets": DENSE}),
     Case("folded", "roberta", changes={"train_head": False}, folds=True),

@@ -259,3 +259,45 @@ def test_the_table_counts_records_by_client_and_class() -> None:
     assert table.columns.to_numpy().tolist() == [1, 3, 7]
     assert table.index.tolist() == [0, 1, 2]
     assert table.to_numpy().tolist() == [[1, 2, 0], [0, 0, 0], [1, 1, 0]]
+
+
+SHARES = ((0.9, 0.1), (0.1, 0.9), (0.5, 0.5))
+
+
+@pytest.mark.parametrize("of_first", [300, 100])
+def test_label_shares_give_clients_of_one_size_the_stated_mixes(of_first: int) -> None:
+    labels = np.repeat([0, 1], [of_first, 300])
+    split = Split("label-shares", 3, seed=5, shares=SHARES)
+
+    parts = partition_records({"label": labels}, split)
+
+    size = of_first / 1.5  # The scarce class decides: clients ask for 1.5 of their size of it.
+    counts = [np.bincount(labels[part], minlength=2) for part in parts]
+    np.testing.assert_allclose(counts, np.array(SHARES) * size, atol=1)
+    together = np.concatenate(parts)
+    assert len(np.unique(together)) == len(together)
+    np.testing.assert_array_equal(parts[0], partition_records({"label": labels}, split)[0])
+
+
+def test_records_that_no_share_asks_for_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    labels = np.repeat([0, 1, 2], 10)
+    split = Split("label-shares", 2, seed=5, shares=((1.0, 0.0, 0.0), (0.5, 0.5, 0.0)))
+
+    parts = partition_records({"label": labels}, split)
+
+    assert [len(part) for part in parts] == [6, 6]
+    assert "18 of 30 records" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["0.9,0.2", "a,b", "1.5,-0.5", "0.5,0.5; 1"])
+def test_what_is_no_label_share(text: str) -> None:
+    with pytest.raises(InvalidValue, match="label-shares"):
+        Split.of(RunConfig.of({"label-shares": text}), 3)
+
+
+@pytest.mark.parametrize("shares", [(), SHARES[:2], ((1.0,),) * 3])
+def test_label_shares_for_other_clients_or_classes(shares: tuple[tuple[float, ...], ...]) -> None:
+    with pytest.raises(InvalidValue, match="3 clients with a share for each of 2 classes"):
+        partition_records(
+            {"label": np.array([0, 1] * 9)}, Split("label-shares", 3, seed=5, shares=shares)
+        )

@@ -71,6 +71,54 @@ def test_timms_transformers_are_adapted_and_clipped_record_by_record(
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-4 * scale)
 
 
+def test_queries_and_values_of_a_fused_layer_are_adapted_apart(make_task: Make) -> None:
+    whole, task = make_task(), make_task(split_qkv=True, rank=3)
+    fused, batch = whole.build_model().eval(), whole.made_up_batch(2)
+    trainer = Trainer.build(task._settings, task)  # type: ignore[arg-type]
+    with torch.no_grad():
+        expected = whole._logits(fused, batch)
+        torch.testing.assert_close(task._logits(trainer.adapted.model, batch), expected)
+    names = {layer.name.rpartition(".")[2] for layer in trainer.adapted.layers}
+    assert names == {"q", "v"}
+
+    # One third of the fused layer's outputs moves for each adapter, and no other.
+    fill(trainer.adapted)
+    layer = trainer.adapted.layers[0]
+    fused_layer = fused.get_submodule(layer.name.rpartition(".")[0])
+    x = torch.randn(5, fused_layer.in_features)  # type: ignore[arg-type]
+    parent = trainer.adapted.model.get_base_model().get_submodule(layer.name.rpartition(".")[0])
+    with torch.no_grad():
+        moved = (parent(x) - fused_layer(x)).view(5, 3, -1).abs().amax(dim=(0, 2))
+    assert moved[0] > 1e-3
+    assert moved[2] > 1e-3
+    assert moved[1] < 1e-5
+
+    config = LoraConfig(r=3, lora_alpha=8, target_modules=r".*\.qkv\.[qv]")
+    twin = get_peft_model(task.build_model(), config).eval()
+    own = trainer.adapted.parameters
+    with torch.no_grad():
+        for name, parameter in plain_parameters(twin).items():
+            parameter.copy_(own[name])
+        for name in ("weight", "bias"):
+            twin.get_submodule("base_model.model.head").get_parameter(name).copy_(
+                own[f"head.{name}"]
+            )
+    records, indices = task.client_records(0, 2), torch.tensor([4, 0, 7])
+    trainer.engine.verify(records)
+    found = trainer.engine.gradients_by_record(records, indices, list(own))
+    expected = gradients_alone(task, twin, records, indices)
+    for name in expected:
+        scale = expected[name].norm().item()
+        assert scale > 0
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("model", ["test_convnext", "beit_base_patch16_224"])
+def test_a_model_whose_attention_cannot_be_split_is_refused(make_task: Make, model: str) -> None:
+    with pytest.raises(InvalidValue, match="split-qkv"):
+        make_task(model=model, split_qkv=True, image_size=0).skeleton()
+
+
 def test_a_layer_whose_weight_timm_reads_itself_is_refused_by_name(
     make_task: Make, tmp_path: Path
 ) -> None:
