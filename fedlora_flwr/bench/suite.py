@@ -28,6 +28,15 @@ def private_step(on_figure: OnFigure) -> None:
     measure(shapes, records=4, repetitions=5, device=torch.device("cpu"), on_figure=on_figure)
 
 
+def one_factor_per_step(on_figure: OnFigure) -> None:
+    """Compare steps that train A and B in turn with steps that train both."""
+    from fedlora_flwr.bench.alternation import measure
+    from fedlora_flwr.bench.step import roberta, swin
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    measure([swin(), roberta()], 4, 9, torch.device("cpu"), on_figure)
+
+
 def growth(on_figure: OnFigure) -> None:
     """Show how a step's cost grows with rank, records and model."""
     from fedlora_flwr.bench.growth import Setting, measure
@@ -79,6 +88,7 @@ def on_a_gpu(on_figure: OnFigure) -> None:
 
 BENCHMARKS: Mapping[str, Benchmark] = {
     "step": private_step,
+    "alternation": one_factor_per_step,
     "growth": growth,
     "engine": in_process,
     "clients": registered_clients,
@@ -89,7 +99,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 }
 
 
-BY_NAME_ONLY = ("growth", "start", "gpu")
+BY_NAME_ONLY = ("alternation", "growth", "start", "gpu")
 """What `run_suite` leaves out unless named: no bar, no matter of simulations, or for a GPU."""
 
 
