@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test test-deploy lint bench bench-gpu
+.PHONY: setup run test test-deploy recipes lint bench bench-gpu
 
 setup: $(STAMP)
 
@@ -22,6 +22,10 @@ test: lint
 
 test-deploy: setup
 	$(BIN)/python -m pytest -m deploy tests/deploy
+
+# Every paper recipe for one private round on random weights of its full architecture.
+recipes: setup
+	$(BIN)/python -m pytest -n 0 -m recipes tests/simulations/test_recipes.py
 
 bench: setup
 	@$(BIN)/fedlora bench --output benchmarks/results/bench.json

@@ -15,6 +15,8 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.privacy.budget import Segment, calibrate, epsilon_spent
 from fedlora_flwr.recipes import RECIPES, load_recipe, recipe_names
 from fedlora_flwr.simulations.forecast import forecast
+from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.simulations.runner import make_plan, run_in_process
 from fedlora_flwr.simulations.serve import build_strategy
 from tests.tasks import checkpoints
 
@@ -205,6 +207,29 @@ def test_a_shrunken_twin_takes_a_private_step(
     assert all(moved) if config.private else any(moved)
     metrics = trainer.task.evaluate(trainer.adapted.model, trainer.task.test_records())
     assert 0 <= metrics[trainer.task.metric] <= 1
+
+
+@pytest.mark.recipes
+@pytest.mark.parametrize("name", PAPER)
+def test_a_round_on_the_full_architecture(
+    name: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    config = load_recipe(name)
+    shrunken = _shrunken(config, models["tiny"], tmp_path)
+    # The architecture is the recipe's own; only weights, records and their number are not.
+    kept = [text for text in shrunken if not text.startswith(("model=", "image-size="))]
+    model = [f"model={models[config.model]}"] if is_text(config) else []
+    config = load_recipe(name, [*kept, *model, "num-rounds=1", "max-rounds=0", "fraction-train=1"])
+    run_dir = RunDirectory(tmp_path / "run")
+
+    summary = run_in_process(make_plan(config), run_dir, lambda row: None)
+
+    assert (summary["status"], summary["failures"]) == ("completed", 0)
+    assert all(math.isfinite(row["loss"]) for row in run_dir.rows("rounds"))
+    spent = [row["epsilon"] for row in run_dir.rows("clients")]
+    assert len(spent) == 2
+    if config.private:
+        assert all(0 < epsilon <= config.epsilon for epsilon in spent)
 
 
 def _shrunken(config: RunConfig, tiny: Path, folder: Path) -> list[str]:
