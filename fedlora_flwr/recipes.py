@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora_flwr.config import RunConfig, parse_overrides, read_toml
-from fedlora_flwr.errors import InvalidValue, one_of
+from fedlora_flwr.errors import unknown
 
 RECIPES = Path(__file__).parent / "simulations" / "recipes"
 _PATHS = ("model", "weights", "dataset")
@@ -29,7 +29,7 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> RunConfig:
     """
     names = recipe_names()
     if not name.endswith(".toml") and name not in names:
-        raise InvalidValue("recipe", name, one_of(names, name) + ", or a path that ends in .toml")
+        raise unknown("recipe", name, names, after=", or a path that ends in .toml")
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     config = RunConfig.of(read_toml(path), parse_overrides(overrides or []))
     located: dict[str, Any] = {key: _located(getattr(config, key)) for key in _PATHS}

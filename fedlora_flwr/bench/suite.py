@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from fedlora_flwr.bench.figures import Figure, table, write
-from fedlora_flwr.errors import InvalidValue, one_of
+from fedlora_flwr.errors import unknown
 
 OnFigure: TypeAlias = Callable[[Figure], None]
 Benchmark: TypeAlias = Callable[[OnFigure], None]
@@ -122,7 +122,7 @@ def run_suite(names: Sequence[str], output: Path | None, console: Console) -> No
     """
     for name in names:
         if name not in BENCHMARKS:
-            raise InvalidValue("benchmark", name, one_of(BENCHMARKS, name))
+            raise unknown("benchmark", name, BENCHMARKS)
     _quiet()
     found: dict[str, list[Figure]] = {}
     begin = time.perf_counter()
