@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,7 +33,7 @@ class InvalidValue(FedLoRAError, ValueError):
     """
 
     def __init__(self, key: str, value: object, allowed: str, near: tuple[str, ...] = ()) -> None:
-        expected = f"did you mean {_either(near)}? Expected" if near else "expected"
+        expected = f"did you mean {either(near)}? Expected" if near else "expected"
         super().__init__(f"{key} = {_shown(value)} cannot be used: {expected} {allowed}.")
         self.key = key
         self.value = value
@@ -122,7 +122,8 @@ def near_names(given: str, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(longer[:_MOST_NEAR] or similar)
 
 
-def _either(names: tuple[str, ...]) -> str:
+def either(names: Sequence[str]) -> str:
+    """Write names as a choice: ``'a', 'b' or 'c'``."""
     *others, last = map(repr, names)
     return f"{', '.join(others)} or {last}" if others else last
 

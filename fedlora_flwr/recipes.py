@@ -19,6 +19,12 @@ def recipe_names() -> list[str]:
     return sorted(path.as_posix() for path in found)
 
 
+def about_recipe(name: str) -> str:
+    """Return what a recipe of the package is: its file's first line."""
+    first = (RECIPES / f"{name}.toml").read_text(encoding="utf-8").splitlines()[0]
+    return first.removeprefix("# ")
+
+
 def load_recipe(name: str, overrides: list[str] | None = None) -> RunConfig:
     """Resolve a recipe by name or path, with overrides in force over it.
 
