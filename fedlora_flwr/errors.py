@@ -10,7 +10,7 @@ from pathlib import Path
 
 _LONGEST = 1000  # characters of a value that an error shows
 _LONGEST_REASON = 300  # characters of another package's error
-_MOST_NEAR = 5  # names that an error asks about
+_MOST_NEAR = 8  # names that an error asks about
 
 
 class FedLoRAError(Exception):

@@ -63,7 +63,7 @@ def test_the_version_is_that_of_the_package() -> None:
         (["simulate"], "paper/ffa-lora-s", ["paper/ffa-lora-sst2"]),
         (["compare", "--task"], "sst", ["sst2-minilm"]),
         (["deploy", "check", "--recipe"], "sst", ["sst2-minilm"]),
-        (["run", "-c"], "lr-", ["lr-a=", "lr-b=", "lr-head="]),
+        (["run", "-c"], "client-", ["client-ranks=", "client-threads="]),
         (["plan", "-c"], "filter=b", ["filter=binomial"]),
         (["plan", "-c"], "strategy=ro", ["strategy=rolora"]),
         (["plan", "-c"], "task=dig", ["task=digits"]),
@@ -119,7 +119,7 @@ def test_a_key_is_explained_in_full() -> None:
 def test_an_unknown_key_names_the_near_ones_first() -> None:
     result = CliRunner().invoke(app, ["keys", "rank", "lr"])
     assert result.exit_code == 1
-    start = "Error: key = 'lr' cannot be used: did you mean 'lr-a', 'lr-b' or 'lr-head'? Expected"
+    start = "Error: key = 'lr' cannot be used: did you mean 'lr-a', 'lr-b', 'lr-head', "
     assert result.stderr.startswith(start)
     assert result.stdout == ""
 

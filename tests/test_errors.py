@@ -47,7 +47,7 @@ def test_words_stand_around_the_list_and_the_whole_value_is_shown() -> None:
         ("r", ()),
         ("", ()),
         ("quick", ()),
-        ("rank", ("rank-1", "rank-2", "rank-3", "rank-4", "rank-5")),
+        ("rank", tuple(f"rank-{number}" for number in range(1, 9))),
     ],
 )
 def test_names_that_begin_so_are_near_or_else_the_most_similar(

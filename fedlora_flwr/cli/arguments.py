@@ -58,9 +58,9 @@ def names_of(key: str) -> tuple[str, ...]:
 
         return tuple(task_names())
     if key == "partitioner":
-        from fedlora_flwr.tasks.partition import PARTITIONERS
+        from fedlora_flwr.tasks.partition import LABEL_SHARES, PARTITIONERS
 
-        return tuple(PARTITIONERS)
+        return (*PARTITIONERS, LABEL_SHARES)
     entry = fields_by_key(RunConfig)[key]
     if isinstance(entry.default, bool):
         return ("true", "false")

@@ -75,7 +75,7 @@ def between(low: float, high: float) -> Check:
 
 def between_or_inf(low: float, high: float) -> Check:
     """Accept numbers from ``low`` to ``high``, both included, and infinity."""
-    return (
+    return Check(
         lambda value: low <= value <= high or value == math.inf,
         f"a number from {low:,} to {high:,}, or inf",
     )
@@ -236,5 +236,5 @@ def check_value(entry: Field[Any], value: Any, which: str = "check") -> None:
             kind = "a number of at most 308 digits"
         raise InvalidValue(dashed(entry.name), value, kind)
     if not check.holds(value):
-        near = near_names(str(value), check.names)
+        near = near_names(value, check.names) if isinstance(value, str) else ()
         raise InvalidValue(dashed(entry.name), value, check.words, near)
