@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from fedlora_flwr.errors import InvalidValue, PrivacyViolation, one_of
+from fedlora_flwr.errors import InvalidValue, PrivacyViolation, unknown
 from fedlora_flwr.exported import is_saved, outermost, plain_name, write_adapter
 from fedlora_flwr.folding import FoldedWeights
 from fedlora_flwr.plan import Layout, is_folded
@@ -214,7 +214,7 @@ class AdaptedModel:
         trainable = {name: array for name, array in arrays.items() if not is_folded(name)}
         for name, array in trainable.items():
             if name not in self.parameters:
-                raise InvalidValue("array", name, one_of(self.parameters, name))
+                raise unknown("array", name, self.parameters)
             shape = tuple(self.parameters[name].shape)
             if array.shape != shape:
                 raise InvalidValue(f"shape of {name}", array.shape, str(shape))
@@ -334,7 +334,7 @@ def _check_head(model: nn.Module, spec: LoRASpec) -> None:
     names = [name for name, _ in model.named_modules()]
     for head in spec.head:
         if head not in names:
-            raise InvalidValue("head", head, one_of(names, head))
+            raise unknown("head", head, names)
         # PEFT takes every module whose name ends like this.
         if also := [name for name in names if name.endswith(head) and name not in spec.head]:
             raise InvalidValue("head", head, f"a name that {also[0]!r} does not end with")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 _LONGEST = 1000  # characters of a value that an error shows
 _LONGEST_REASON = 300  # characters of another package's error
+_MOST_NEAR = 8  # names that an error asks about
 
 
 class FedLoRAError(Exception):
@@ -27,17 +28,21 @@ class InvalidValue(FedLoRAError, ValueError):
         The value that was given.
     allowed : str
         What would be accepted, e.g. ``"a number above 0"``.
+    near : tuple[str, ...] (default: none)
+        Accepted names that resemble the given one; the text asks about them first.
     """
 
-    def __init__(self, key: str, value: object, allowed: str) -> None:
-        super().__init__(f"{key} = {_shown(value)} cannot be used: expected {allowed}.")
+    def __init__(self, key: str, value: object, allowed: str, near: tuple[str, ...] = ()) -> None:
+        expected = f"did you mean {either(near)}? Expected" if near else "expected"
+        super().__init__(f"{key} = {_shown(value)} cannot be used: {expected} {allowed}.")
         self.key = key
         self.value = value
         self.allowed = allowed
+        self.near = near
 
-    def __reduce__(self) -> tuple[type[InvalidValue], tuple[str, object, str]]:
-        """Rebuild from the three arguments, so that the error crosses processes."""
-        return type(self), (self.key, self.value, self.allowed)
+    def __reduce__(self) -> tuple[type[InvalidValue], tuple[str, object, str, tuple[str, ...]]]:
+        """Rebuild from the arguments, so that the error crosses processes."""
+        return type(self), (self.key, self.value, self.allowed, self.near)
 
 
 def _shown(value: object) -> str:
@@ -77,25 +82,50 @@ class FederationAborted(FedLoRAError):
     """The server stopped a run because going on would give a wrong result."""
 
 
-def one_of(choices: Iterable[str], given: str) -> str:
-    """Describe allowed names, the nearest match first.
+def unknown(
+    key: str,
+    given: str,
+    names: Iterable[str],
+    *,
+    before: str = "",
+    after: str = "",
+    value: object = None,
+) -> InvalidValue:
+    """Return the error for a name that is none of those accepted, the nearest ones first.
 
     Parameters
     ----------
-    choices : Iterable[str]
-        Every accepted name.
+    key : str
+        Name of the setting.
     given : str
-        What the user wrote.
-
-    Returns
-    -------
-    str
-        Text for the ``allowed`` argument of `InvalidValue`.
+        The name that the user wrote.
+    names : Iterable[str]
+        Every accepted name.
+    before, after : str (default: "")
+        Words around the list of names.
+    value : object, optional
+        The whole value, where ``given`` is a part of it.
     """
-    names = sorted(choices)
-    near = difflib.get_close_matches(given, names, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return "one of " + ", ".join(repr(name) for name in names) + hint
+    every = sorted(names)
+    allowed = f"{before}one of {', '.join(map(repr, every))}{after}"
+    return InvalidValue(key, given if value is None else value, allowed, near_names(given, every))
+
+
+def near_names(given: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Return the names that someone may have meant: those that begin so, or else the most similar.
+
+    Case does not count, and an underscore is a dash.
+    """
+    plain, every = given.strip().lower().replace("_", "-"), list(names)
+    longer = [name for name in every if len(plain) > 1 and name.lower().startswith(plain)]
+    similar = difflib.get_close_matches(plain, every, n=1)
+    return tuple(longer[:_MOST_NEAR] or similar)
+
+
+def either(names: Sequence[str]) -> str:
+    """Write names as a choice: ``'a', 'b' or 'c'``."""
+    *others, last = map(repr, names)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 class LedgerDamaged(FedLoRAError):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import logging
+import math
 import os
 import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -204,6 +207,20 @@ def append(path: Path, content: bytes) -> None:
                 raise
     except OSError as error:
         raise FileTrouble.of(error, path) from error
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Write JSON; what is not finite becomes null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: an ε without bound is null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _names_a_path(error: OSError) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora_flwr.config import RunConfig, parse_overrides, read_toml
-from fedlora_flwr.errors import InvalidValue, one_of
+from fedlora_flwr.errors import unknown
 
 RECIPES = Path(__file__).parent / "simulations" / "recipes"
 _PATHS = ("model", "weights", "dataset")
@@ -17,6 +17,12 @@ def recipe_names() -> list[str]:
     """Return the names of the recipes that come with the package, e.g. ``paper/ffa-lora-mnli``."""
     found = (path.relative_to(RECIPES).with_suffix("") for path in RECIPES.rglob("*.toml"))
     return sorted(path.as_posix() for path in found)
+
+
+def about_recipe(name: str) -> str:
+    """Return what a recipe of the package is: its file's first line."""
+    first = (RECIPES / f"{name}.toml").read_text(encoding="utf-8").splitlines()[0]
+    return first.removeprefix("# ")
 
 
 def load_recipe(name: str, overrides: list[str] | None = None) -> RunConfig:
@@ -29,7 +35,7 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> RunConfig:
     """
     names = recipe_names()
     if not name.endswith(".toml") and name not in names:
-        raise InvalidValue("recipe", name, one_of(names, name) + ", or a path that ends in .toml")
+        raise unknown("recipe", name, names, after=", or a path that ends in .toml")
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     config = RunConfig.of(read_toml(path), parse_overrides(overrides or []))
     located: dict[str, Any] = {key: _located(getattr(config, key)) for key in _PATHS}

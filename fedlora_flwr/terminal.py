@@ -1,22 +1,135 @@
-"""What every command does with an error, and with a signal that ends it."""
+"""What every command does with tables, with errors, and with a signal that ends it."""
 
 from __future__ import annotations
 
 import signal
 import sqlite3
+import textwrap
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import click
 import typer
+from rich.cells import cell_len
 from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
 
-from fedlora_flwr.errors import FedLoRAError
-from fedlora_flwr.files import FileTrouble
+from fedlora_flwr.errors import FedLoRAError, either, near_names, one_line
+from fedlora_flwr.files import FileTrouble, append, data_folder, private_folder, to_json
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_GAP = 2  # blanks between two columns
+_LEAST_TEXT = 30  # columns that wrapped text needs to be readable
+_NAME = 8  # columns of the shortest name in front of a line of `show_lines`
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table for people: a row per line in a pipe or a file, and fitted to a terminal.
+
+    Parameters
+    ----------
+    heads : Sequence[str]
+        Names of the columns; empty for a table without a head.
+    rows : Sequence[Sequence[str]]
+        Cells.
+    align : str
+        For each column ``"<"`` (text) or ``">"`` (numbers).
+    """
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    align: str
+
+    def lines(self, width: int | None = None) -> list[str]:
+        """Return the table as lines.
+
+        Nothing is cut. What is too wide for a terminal wraps in its last column, if that is text
+        and has room; else columns continue below, each part with the first column.
+
+        Parameters
+        ----------
+        width : int, optional
+            Columns of the terminal; by default every row is one line.
+        """
+        given = [self.heads, *self.rows] if self.heads else list(self.rows)
+        if not given:
+            return []
+        every = [[" ".join(cell.splitlines()) for cell in row] for row in given]
+        widths = [max(map(cell_len, column)) for column in zip(*every, strict=True)]
+        *most, last = widths
+        room = 0 if width is None else width - sum(most) - _GAP * len(most)
+        if width is None or room >= last:
+            return [line for row in every for line in self._fitted(row, widths, last)]
+        if self.align[-1] == "<" and (room >= _LEAST_TEXT or len(widths) == 1):
+            return [line for row in every for line in self._fitted(row, widths, max(room, 1))]
+        if len(widths) <= 2:  # One line of the terminal does not hold it: let the terminal wrap.
+            return self.lines()
+        return self._parts(widths, width)
+
+    def _fitted(self, row: Sequence[str], widths: Sequence[int], room: int) -> list[str]:
+        """Return the lines of a row whose last cell has ``room`` columns."""
+        *cells, last = row
+        start = ""
+        for cell, size, side in zip(cells, widths, self.align, strict=False):
+            blanks = " " * (size - cell_len(cell))
+            start += (cell + blanks if side == "<" else blanks + cell) + " " * _GAP
+        if self.align[-1] == ">":
+            return [start + " " * (widths[-1] - cell_len(last)) + last]
+        wrapped = textwrap.wrap(last, room, break_long_words=False, break_on_hyphens=False)
+        if cell_len(last) <= room or not wrapped:
+            return [(start + last).rstrip()]
+        inset = " " * cell_len(start)
+        return [start + wrapped[0], *(inset + line for line in wrapped[1:])]
+
+    def _parts(self, widths: Sequence[int], width: int) -> list[str]:
+        """Return the lines of several tables, each with the first column and as many as fit."""
+        parts: list[list[int]] = []
+        for column in range(1, len(widths)):
+            taken = [0, *(parts[-1] if parts else ()), column]
+            if parts and sum(widths[i] + _GAP for i in taken) - _GAP <= width:
+                parts[-1].append(column)
+            else:
+                parts.append([column])
+        lines: list[str] = []
+        for part in parts:
+            columns = [0, *part]
+            table = Table(
+                [self.heads[i] for i in columns] if self.heads else (),
+                [[row[i] for i in columns] for row in self.rows],
+                "".join(self.align[i] for i in columns),
+            )
+            lines += [*([""] if lines else []), *table.lines(width)]
+        return lines
+
+
+def show(console: Console, table: Table) -> None:
+    """Print a table."""
+    for line in table.lines(console.width if console.is_terminal else None):
+        show_line(console, line)
+
+
+def show_lines(console: Console, pairs: Iterable[tuple[str, str]]) -> None:
+    """Print lines, each behind a name, e.g. ``Privacy   ε ≤ 8``."""
+    rows = [(name.ljust(_NAME), text) for name, text in pairs]
+    show(console, Table((), rows, "<<"))
+
+
+def show_line(console: Console, line: str) -> None:
+    """Print a line as it is: no markup, no color, nothing wrapped or cut by us."""
+    console.print(Text(line), soft_wrap=True)
+
+
+def show_json(value: Any) -> None:
+    """Print JSON, which has no infinity: a number that is not finite is null."""
+    print(to_json(value, indent=2))
 
 
 class Interrupted(KeyboardInterrupt):
@@ -33,24 +146,67 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
-def guard(work: Callable[[], None]) -> None:
-    """Turn an error that the package raises on purpose into one message and exit code 1.
+class Commands(TyperGroup):
+    """A group of commands that all run under `guard`."""
 
-    So is trouble with a file. The signals that ask a process to end, among them that of a closed
-    terminal, all end the work as Ctrl-C does: what it has begun is cleared up.
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that is named, or ask which one was meant."""
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            near = near_names(args[0], self.list_commands(ctx))
+            hint = f" Did you mean {either(near)}?" if near else ""
+            ctx.fail(f"There is no command {args[0]!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was named."""
+        return guard(lambda: super(Commands, self).invoke(ctx))
+
+
+def guard(work: Callable[[], Any]) -> Any:
+    """Turn every error into one message and exit code 1.
+
+    The signals that ask a process to end, among them that of a closed terminal, all end the work
+    as Ctrl-C does: what it has begun is cleared up.
     """
     with _handlers(_interrupt):
         try:
-            work()
-        except FedLoRAError as error:
-            raise _ended(f"Error: {error}", 1) from None
+            return work()
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise  # Wrong usage, and ends on purpose.
         except BrokenPipeError:  # Whoever reads the output has had enough.
             raise
-        except (OSError, sqlite3.Error) as error:
-            raise _ended(f"Error: {FileTrouble.of(error)}", 1) from None
+        except Exception as error:
+            raise _ended(f"Error: {told(error)}", 1) from None
         except KeyboardInterrupt as error:
             number = error.number if isinstance(error, Interrupted) else signal.SIGINT
             raise _ended("Interrupted.", 128 + number) from None
+
+
+def told(error: Exception, log: Path | None = None) -> str:
+    """Describe an error to the user, and keep the traceback of one that nobody expected.
+
+    Parameters
+    ----------
+    error : Exception
+        What ended the work.
+    log : Path, optional
+        File for the traceback; by default ``errors.log`` in this package's data folder.
+    """
+    if isinstance(error, FedLoRAError):
+        return str(error)
+    if isinstance(error, OSError | sqlite3.Error):
+        return str(FileTrouble.of(error))
+    path, kept = log or data_folder() / "errors.log", "could not be written to"
+    with suppress(FileTrouble):
+        private_folder(path.parent)
+        append(path, "".join(traceback.format_exception(error)).encode())
+        kept = "is in"
+    return (
+        f"This was not expected: {type(error).__name__}: {one_line(error)}. It is a fault of the "
+        f"program. The traceback {kept} {path}; please report it."
+    )
 
 
 @contextmanager
@@ -100,5 +256,5 @@ def _interrupt(number: int, _: FrameType | None) -> None:
 
 
 def _ended(text: str, code: int) -> typer.Exit:
-    Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
+    show_line(Console(stderr=True), text)
     return typer.Exit(code)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,7 +15,11 @@ from typer.testing import CliRunner
 
 from fedlora_flwr.cli import app
 from fedlora_flwr.simulations.compare_results import Journal, read_rows
+from fedlora_flwr.strategies import STRATEGIES
 
+ONE = ("--epsilon", "none", "--seeds", "1", "--trials", "0")
+SOME = ("--epsilon", "8")  # In place of none.
+ROOT = Path(__file__).parents[1]
 QUICK = ("partitioner=iid", "num-clients=2", "num-rounds=1", "local-steps=1", "device=cpu")
 
 
@@ -24,9 +31,36 @@ def compare(folder: Path, *arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+def cells(text: str) -> dict[str, list[str]]:
+    """Return the cells of a comparison's first table by row, as printed or as Markdown."""
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        row = re.split(r"\s*\|\s*|\s{2,}", line.strip("| "))
+        if len(row) > 1 and not row[0].startswith("-"):
+            found.setdefault(row[0], row[1:])
+    return {name: row for name, row in found.items() if name.split(",")[0] in STRATEGIES}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--row", "la-lore"], "did you mean 'la-lora'? Expected"),
+        (["--row", ""], "strategy = ''"),
+        (["--row", "la-lora 'filter=ema"], '--row = "la-lora \'filter=ema"'),
+        (["--row", "la-lora binomial"], "-c = 'binomial'"),
+        (["--row", "la-lora filters=ema"], "did you mean 'filter'?"),
+        (["--row", "la-lora filter=emo"], "did you mean 'ema'?"),
+        (["--row", "la-lora lr-a=many"], "lr-a = 'many'"),
+        (["--row", "la-lora epsilon=3"], "--row = 'epsilon'"),
+        (["--row", "la-lora num-rounds=3"], "--row = 'num-rounds'"),
+        (["--row", "dp-lora", "--row", "la-lora rank=0"], "(row 'la-lora rank=0')"),
+        (["--row", "la-lora client-ranks=2"], "client-ranks = '2'"),
+        (
+            ["--row", "dp-lora", "--row", "ffa-lora batch-size=5000", *ONE, *SOME],
+            "batch-size = 5000",
+        ),
+        (["--row", "dp-lora weighting=inverse-noise", "--epsilon", "8,none"], "epsilon = inf"),
+        (["--row", "dp-lora", "--row", "flora lora-targets=none", *ONE], "lora-targets = 'none'"),
         (["--strategies", "ffa-lora,roloro"], "strategy = 'roloro'"),
         (["--strategies", ""], "strategy = ''"),
         (["--epsilon", "1,two"], "epsilon = 'two'"),
@@ -68,7 +102,7 @@ def test_a_comparison_prints_each_run_and_the_table(tmp_path: Path) -> None:
     lines = [line for line in output.splitlines() if line.startswith("run ")]
     assert [line.split(":")[0] for line in lines] == ["run 1/2", "run 2/2"]
     assert [line.split()[3] for line in lines] == ["rolora", "ffa-lora"]
-    assert (folder / "table.md").read_text() in output
+    assert cells(output) == cells((folder / "table.md").read_text())
     assert str(folder) in output
     rows = read_rows(folder / "rows.csv")
     assert rows["strategy"].tolist() == ["rolora", "ffa-lora"]
@@ -78,13 +112,56 @@ def test_a_comparison_prints_each_run_and_the_table(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(read_rows(folder / "rows.csv"), rows)
 
 
+def documented(title: str) -> list[str]:
+    """Return the arguments of the command that the page shows below a title."""
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    block = page.split(f"**{title}**")[1].split("\n    fedlora compare ")[1].split("\n\n")[0]
+    return shlex.split(block.replace("\\\n", " "))
+
+
+LAYOUTS = {
+    "A main table": ["dp-lora", "ffa-lora", "rolora", "la-lora, binomial"],
+    "A four-cell ablation": [
+        "dp-lora, no filter",
+        "dp-lora, binomial",
+        "la-lora, no filter",
+        "la-lora, binomial",
+    ],
+}
+
+
+@pytest.mark.parametrize("title", LAYOUTS)
+def test_each_documented_layout_is_one_command(title: str, tmp_path: Path) -> None:
+    names = LAYOUTS[title]
+    small = [*ONE, "--json"]
+    folder = tmp_path / "layout"
+    settings = [part for pair in (*QUICK, "local-steps=3") for part in ("-c", pair)]
+    command = ["compare", *documented(title), *small, "--output", str(folder), *settings]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert "run 4/4" in result.stderr
+    assert (found["metric"], found["folder"]) == ("accuracy", str(folder))
+    assert [row["row"] for row in found["rows"]] == names
+    assert [row["strategy"] for row in found["rows"]] == [name.split(",")[0] for name in names]
+    filters = ["binomial" if "binomial" in name else None for name in names]
+    assert [row["settings"].get("filter") for row in found["rows"]] == filters
+    rows = read_rows(folder / "rows.csv").set_index("row")
+    assert list(rows.index) == names
+    table = cells((folder / "table.md").read_text())
+    for row in found["rows"]:
+        assert row["mean"] == rows.loc[row["row"], "final"]
+        assert table[row["row"]][0].strip("*") == f"{100 * row['mean']:.1f}"
+    assert (folder / "accuracy.png").exists()
+
+
 def test_failed_runs_end_in_exit_code_1(tmp_path: Path) -> None:
     arguments = ["--strategies", "ffa-lora", "--epsilon", "8", "--seeds", "1", "--trials", "0"]
     late = ("-c", "num-rounds=2", "-c", "max-rounds=1")  # The second round has no budget.
     code, output = compare(tmp_path / "cmp", *arguments, *late)
     assert code == 1
     assert "1 runs failed" in output
-    assert "| failed" in output
+    assert cells(output)["ffa-lora"][0] == "failed"
 
 
 def test_an_interrupt_leaves_files_that_can_be_gone_on_from(tmp_path: Path) -> None:

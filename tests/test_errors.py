@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pickle
 
-from fedlora_flwr.errors import FedLoRAError, InvalidValue, one_of
+import pytest
+
+from fedlora_flwr.errors import FedLoRAError, InvalidValue, near_names, unknown
 
 
 def test_an_invalid_value_names_key_value_and_what_is_allowed() -> None:
@@ -18,11 +20,45 @@ def test_an_invalid_value_crosses_processes() -> None:
     assert str(error) == "epsilon = 0.0 cannot be used: expected a number above 0."
 
 
-def test_the_nearest_name_is_suggested() -> None:
-    assert one_of(["rolora", "ffa-lora"], "rolor") == (
-        "one of 'ffa-lora', 'rolora' (did you mean 'rolora'?)"
+def test_the_nearest_name_comes_before_the_list() -> None:
+    assert str(unknown("strategy", "rolor", ["rolora", "ffa-lora"])) == (
+        "strategy = 'rolor' cannot be used: did you mean 'rolora'? "
+        "Expected one of 'ffa-lora', 'rolora'."
     )
 
 
-def test_nothing_is_suggested_for_a_name_like_no_other() -> None:
-    assert one_of(["rolora", "ffa-lora"], "xyz") == "one of 'ffa-lora', 'rolora'"
+def test_words_stand_around_the_list_and_the_whole_value_is_shown() -> None:
+    error = unknown("columns", "b", ["a", "c"], before="a text, ", after=", or none", value="a,b")
+    assert str(error) == (
+        "columns = 'a,b' cannot be used: expected a text, one of 'a', 'c', or none."
+    )
+    again = pickle.loads(pickle.dumps(unknown("key", "lr", ["lr-a", "lr-b"])))
+    assert again.near == ("lr-a", "lr-b")
+    assert "did you mean 'lr-a' or 'lr-b'? Expected" in str(again)
+
+
+@pytest.mark.parametrize(
+    ("given", "near"),
+    [
+        ("lr", ("lr-a", "lr-b", "lr-head")),
+        ("LR_A", ("lr-a",)),
+        ("num_round", ("num-rounds",)),
+        ("epsilom", ("epsilon",)),
+        ("r", ()),
+        ("", ()),
+        ("quick", ()),
+        ("rank", tuple(f"rank-{number}" for number in range(1, 9))),
+    ],
+)
+def test_names_that_begin_so_are_near_or_else_the_most_similar(
+    given: str, near: tuple[str, ...]
+) -> None:
+    names = [
+        "epsilon",
+        "lr-a",
+        "lr-b",
+        "lr-head",
+        "num-rounds",
+        *(f"rank-{i}" for i in range(1, 9)),
+    ]
+    assert near_names(given, names) == near

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedlora_flwr.environment import machine, versions
 from fedlora_flwr.files import replace_file
+from fedlora_flwr.terminal import Table
 
 Call: TypeAlias = Callable[[], object]
 
@@ -129,14 +129,10 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def table(title: str, figures: Sequence[Figure]) -> Table:
+def table(figures: Sequence[Figure]) -> Table:
     """Return the figures as a table."""
-    shown = Table("what", title=title, title_justify="left")
-    for column in ("ours", "reference", "ratio", "bar", "met"):
-        shown.add_column(column, justify="right")
-    shown.add_column("against")
-    for figure in figures:
-        shown.add_row(
+    rows = [
+        (
             figure.what,
             _number(figure.ours, figure.unit),
             _number(figure.reference, figure.unit),
@@ -145,7 +141,10 @@ def table(title: str, figures: Sequence[Figure]) -> Table:
             _MARKS[figure.met],
             figure.against + (f" ({figure.note})" if figure.note else ""),
         )
-    return shown
+        for figure in figures
+    ]
+    heads = ("what", "ours", "reference", "ratio", "bar", "met", "against")
+    return Table(heads, rows, "<>>>>><")
 
 
 def write(path: Path, command: str, found: Mapping[str, Sequence[Figure]], seconds: float) -> None:

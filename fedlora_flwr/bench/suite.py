@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 
 from fedlora_flwr.bench.figures import Figure, table, write
-from fedlora_flwr.errors import InvalidValue, one_of
+from fedlora_flwr.errors import unknown
+from fedlora_flwr.terminal import show, show_line, show_lines
 
 OnFigure: TypeAlias = Callable[[Figure], None]
 Benchmark: TypeAlias = Callable[[OnFigure], None]
@@ -122,7 +123,7 @@ def run_suite(names: Sequence[str], output: Path | None, console: Console) -> No
     """
     for name in names:
         if name not in BENCHMARKS:
-            raise InvalidValue("benchmark", name, one_of(BENCHMARKS, name))
+            raise unknown("benchmark", name, BENCHMARKS)
     _quiet()
     found: dict[str, list[Figure]] = {}
     begin = time.perf_counter()
@@ -141,11 +142,12 @@ def run_suite(names: Sequence[str], output: Path | None, console: Console) -> No
                 BENCHMARKS[name](told)
             seconds = time.perf_counter() - started
         title = f"{name}: {(BENCHMARKS[name].__doc__ or '').strip()} ({seconds:.0f} s)"
-        console.print(table(title, figures))
+        show_line(console, title)
+        show(console, table(figures))
     if output:
         command = " ".join(["fedlora bench", *names])
         write(output, command, found, time.perf_counter() - begin)
-        console.print(f"Results   {output}", highlight=False, soft_wrap=True)
+        show_lines(console, [("Results", str(output))])
 
 
 def _quiet() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora_flwr.config import OWN, Limit, RunConfig, device_config, read_toml
-from fedlora_flwr.errors import InvalidValue, one_of
+from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.tasks.registry import required_on_device
 
 DEVICE = "device"
@@ -68,7 +68,7 @@ class Device:
             raise InvalidValue(LIMITS, limits, "a table, [limits]")
         for key in found:
             if key not in OWN:
-                raise InvalidValue(f"key of {path.name}", key, one_of(OWN, key))
+                raise unknown(f"key of {path.name}", key, OWN)
         _check_complete(found, path)
         settings = {key: _local(key, value, path.parent) for key, value in found.items()}
         read_limits = {key: Limit.read(key, value) for key, value in limits.items()}

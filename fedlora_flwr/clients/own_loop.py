@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fedlora_flwr.arrays import to_numpy
-from fedlora_flwr.errors import FedLoRAError, InvalidValue, one_of
+from fedlora_flwr.errors import FedLoRAError, InvalidValue, unknown
 from fedlora_flwr.plan import BOTH, ComponentPlan, Layout, is_folded
 from fedlora_flwr.privacy.scores import BlockScores
 from fedlora_flwr.wire import CURVATURE, NAMES, PLAN, SHARE
@@ -244,7 +244,8 @@ def _parameters_of(
         plain = _PEFT.sub("", name)
         if plain not in own:
             trainable = [n for n, p in own.items() if p.requires_grad]
-            raise InvalidValue("array", name, f"an array of this model: {one_of(trainable, plain)}")
+            before = "an array of this model: "
+            raise unknown("array", plain, trainable, before=before, value=name)
         if array.shape != tuple(own[plain].shape):
             raise InvalidValue(f"shape of {name}", array.shape, str(tuple(own[plain].shape)))
         found[name] = own[plain]

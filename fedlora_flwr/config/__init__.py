@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from fedlora_flwr.config.keys import Decider, Value
 from fedlora_flwr.config.on_device import LIMITED, OWN, Limit, device_config
+from fedlora_flwr.config.overrides import parse_overrides
 from fedlora_flwr.config.run_config import RunConfig
-from fedlora_flwr.config.toml import parse_overrides, read_toml
+from fedlora_flwr.config.toml import read_toml
 
 __all__ = [
     "LIMITED",

@@ -15,17 +15,34 @@ from dataclasses import Field, field, fields
 from enum import StrEnum
 from re import _constants as codes  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
-from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.errors import InvalidValue, near_names
 
 Value: TypeAlias = bool | int | float | str
-Check: TypeAlias = tuple[Callable[[Any], bool], str]
 
 _LONGEST_PATTERN = 500  # characters
 _LONGEST_NAME = 128  # characters of a module's name that a repetition is counted for
 _MOST_WAYS = 10_000_000  # in which a matcher may try a pattern on one name
 _TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+class Check(NamedTuple):
+    """Which values of a key's type are allowed.
+
+    Parameters
+    ----------
+    holds : callable
+        Tells whether a value is allowed.
+    words : str
+        Which values are.
+    names : tuple[str, ...] (default: none)
+        The only texts that are allowed, where they can be listed.
+    """
+
+    holds: Callable[[Any], bool]
+    words: str
+    names: tuple[str, ...] = ()
 
 
 class Decider(StrEnum):
@@ -43,22 +60,22 @@ class Decider(StrEnum):
 
 def above(low: float) -> Check:
     """Accept finite numbers above ``low``."""
-    return lambda value: value > low and math.isfinite(value), f"a number above {low}"
+    return Check(lambda value: value > low and math.isfinite(value), f"a number above {low}")
 
 
 def at_least(low: float) -> Check:
     """Accept finite numbers from ``low``."""
-    return lambda value: value >= low and math.isfinite(value), f"a number >= {low}"
+    return Check(lambda value: value >= low and math.isfinite(value), f"a number >= {low}")
 
 
 def between(low: float, high: float) -> Check:
     """Accept numbers from ``low`` to ``high``, both included."""
-    return lambda value: low <= value <= high, f"a number from {low:,} to {high:,}"
+    return Check(lambda value: low <= value <= high, f"a number from {low:,} to {high:,}")
 
 
 def between_or_inf(low: float, high: float) -> Check:
     """Accept numbers from ``low`` to ``high``, both included, and infinity."""
-    return (
+    return Check(
         lambda value: low <= value <= high or value == math.inf,
         f"a number from {low:,} to {high:,}, or inf",
     )
@@ -66,7 +83,7 @@ def between_or_inf(low: float, high: float) -> Check:
 
 def choice(*names: str) -> Check:
     """Accept one of a few texts."""
-    return lambda value: value in names, "one of " + ", ".join(map(repr, names))
+    return Check(lambda value: value in names, "one of " + ", ".join(map(repr, names)), names)
 
 
 def _is_pattern(text: str) -> bool:
@@ -116,15 +133,15 @@ def _ways_of(code: Any, argument: Any) -> float:
     return _ways(inner) if isinstance(inner, parser.SubPattern) else 1.0
 
 
-ANY: Check = (lambda _: True, "anything")
-FLAG: Check = (lambda _: True, "true or false")
-PATTERN: Check = (_is_pattern, "a regular expression")
-QUICK_PATTERN: Check = (
+ANY = Check(lambda _: True, "anything")
+FLAG = Check(lambda _: True, "true or false")
+PATTERN = Check(_is_pattern, "a regular expression")
+QUICK_PATTERN = Check(
     is_quick_pattern,
     f"a regular expression of at most {_LONGEST_PATTERN} characters, in which at most 3 single "
     "characters or sets repeat without a bound, little else is optional, and no group repeats",
 )
-BUDGET: Check = (lambda value: value > 0, "a number above 0, or inf")
+BUDGET = Check(lambda value: value > 0, "a number above 0, or inf")
 
 
 def key(
@@ -176,10 +193,15 @@ def fields_by_key(config: Any) -> dict[str, Field[Any]]:
     return {dashed(entry.name): entry for entry in fields(config)}
 
 
-def allowed_values(entry: Field[Any]) -> str:
-    """Say in words which values a device accepts for a key."""
-    text: str = entry.metadata["device_check"][1]
-    return _TYPES[type(entry.default)] if text == ANY[1] else text
+def allowed_values(entry: Field[Any], which: str = "device_check") -> str:
+    """Say in words which values a key takes; ``which`` as of `check_value`."""
+    check: Check = entry.metadata[which]
+    return type_words(entry) if check is ANY else check.words
+
+
+def type_words(entry: Field[Any]) -> str:
+    """Say in words of which type a key's value is."""
+    return _TYPES[type(entry.default)]
 
 
 def widen(entry: Field[Any], value: Any) -> Any:
@@ -207,11 +229,12 @@ def check_value(entry: Field[Any], value: Any, which: str = "check") -> None:
     InvalidValue
         It cannot be used; names key, value and what is allowed.
     """
-    check, allowed = entry.metadata[which]
+    check: Check = entry.metadata[which]
     if type(value) is not type(entry.default):
-        kind = _TYPES[type(entry.default)]
+        kind = type_words(entry)
         if type(entry.default) is float and type(value) is int:
             kind = "a number of at most 308 digits"
         raise InvalidValue(dashed(entry.name), value, kind)
-    if not check(value):
-        raise InvalidValue(dashed(entry.name), value, allowed)
+    if not check.holds(value):
+        near = near_names(value, check.names) if isinstance(value, str) else ()
+        raise InvalidValue(dashed(entry.name), value, check.words, near)

@@ -13,7 +13,7 @@ from typing import Any
 
 from fedlora_flwr.config.keys import Decider, check_value, fields_by_key, widen
 from fedlora_flwr.config.run_config import RunConfig
-from fedlora_flwr.errors import InvalidValue, OrderRefused, one_of
+from fedlora_flwr.errors import InvalidValue, OrderRefused, unknown
 
 _KEYS = fields_by_key(RunConfig)
 _OF_THE_RUN = (Decider.RUN, Decider.LIMITED)
@@ -63,7 +63,7 @@ class Limit:
             The key cannot be limited, or the value is of another form.
         """
         if key not in LIMITED:
-            raise InvalidValue("key of [limits]", key, one_of(LIMITED, key))
+            raise unknown("key of [limits]", key, LIMITED)
         entry = _KEYS[key]
         if type(entry.default) is str:
             allowed = 'a list of accepted values, such as ["fp32"]'

@@ -17,7 +17,7 @@ from fedlora_flwr.config.schedules import Schedule
 from fedlora_flwr.config.task_keys import DataKeys, PartitionKeys, TaskKeys
 from fedlora_flwr.config.toml import toml_value
 from fedlora_flwr.config.training_keys import FederationKeys, LoRAKeys, TrainingKeys
-from fedlora_flwr.errors import InvalidValue, one_of
+from fedlora_flwr.errors import InvalidValue, unknown
 
 MOST_STEPS = 1_000_000_000
 """Private steps that a run may plan for; accountants answer up to here."""
@@ -153,7 +153,7 @@ class RunConfig(
         merged = {key: value for layer in layers for key, value in layer.items()}
         for key in merged:
             if key not in known:
-                raise InvalidValue("configuration key", key, one_of(known, key))
+                raise unknown("configuration key", key, known)
         return cls(**{known[key].name: widen(known[key], value) for key, value in merged.items()})
 
     @property

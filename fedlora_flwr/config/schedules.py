@@ -81,5 +81,5 @@ def _is_schedule(text: str) -> bool:
     return True
 
 
-SCHEDULE: Check = (_is_schedule, ALLOWED)
-OWN_SCHEDULE: Check = (lambda text: not text or _is_schedule(text), f"empty, or {ALLOWED}")
+SCHEDULE = Check(_is_schedule, ALLOWED)
+OWN_SCHEDULE = Check(lambda text: not text or _is_schedule(text), f"empty, or {ALLOWED}")

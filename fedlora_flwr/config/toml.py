@@ -1,10 +1,9 @@
-"""Recipes and command lines: flat TOML in, flat TOML out."""
+"""Recipes: flat TOML in, flat TOML out."""
 
 from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +24,6 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:  # No file, no UTF-8, no TOML.
         raise InvalidValue("recipe", str(path), f"a readable TOML file ({error})") from error
-
-
-def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
-    """Read ``key=value`` pairs as typed on a command line; values are TOML, or plain text.
-
-    Raises
-    ------
-    InvalidValue
-        A pair has no ``=``.
-    """
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        key, separator, text = pair.partition("=")
-        if not separator:
-            raise InvalidValue("-c", pair, "key=value")
-        try:
-            found[key.strip()] = tomllib.loads(f"value = {text}")["value"]
-        except ValueError:  # No TOML, or a number of thousands of digits.
-            found[key.strip()] = text.strip()
-    return found
 
 
 def toml_value(value: Value) -> str:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from fedlora_flwr.errors import FedLoRAError, InvalidValue, one_of
+from fedlora_flwr.errors import FedLoRAError, InvalidValue, unknown
 from fedlora_flwr.files import cache_folder, private_folder, replace_file
 from fedlora_flwr.privacy import accountants
 from fedlora_flwr.privacy.accountants import Segment, merge, pld_epsilon, prv_epsilon, rdp_epsilon
@@ -146,7 +146,7 @@ def epsilon_spent(history: Sequence[Segment], delta: float, accountant: str = "p
     """
     _check_delta(delta)
     if accountant not in _ACCOUNTANTS:
-        raise InvalidValue("accountant", accountant, one_of(_ACCOUNTANTS, accountant))
+        raise unknown("accountant", accountant, _ACCOUNTANTS)
     segments = merge(history)
     if not segments:
         return Spent(0.0, accountant)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlora_flwr.errors import InvalidValue, one_of
+from fedlora_flwr.errors import unknown
 from fedlora_flwr.plan import B, factor_of
 
 _LAMBDA = 1.0  # strength of Laplacian smoothing
@@ -174,5 +174,5 @@ def make_filter(name: str) -> GradientFilter:
         No filter has this name.
     """
     if name not in _MAKERS:
-        raise InvalidValue("filter", name, one_of(FILTERS, name))
+        raise unknown("filter", name, FILTERS)
     return _MAKERS[name]()

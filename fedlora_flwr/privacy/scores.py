@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedlora_flwr.errors import InvalidValue, one_of
+from fedlora_flwr.errors import InvalidValue, unknown
 
 CURVATURES = ("none", "secant")
 
@@ -73,7 +73,7 @@ class BlockScores:
         curvature: str = "none",
     ) -> None:
         if curvature not in CURVATURES:
-            raise InvalidValue("curvature", curvature, one_of(CURVATURES, curvature))
+            raise unknown("curvature", curvature, CURVATURES)
         for name, block in block_of.items():
             if not 0 <= block < num_blocks:
                 raise InvalidValue(f"block of {name!r}", block, f"0 to {num_blocks - 1}")

@@ -1,4 +1,4 @@
-"""Compare strategies over privacy budgets, each with rates tuned on the same number of runs."""
+"""Compare methods over privacy budgets, each with rates tuned on the same number of runs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.files import replace_file
+from fedlora_flwr.simulations.compare_methods import Method, settings_of
 from fedlora_flwr.simulations.compare_results import (
     KEY,
+    RATES,
     Journal,
     Pair,
     Rates,
@@ -25,13 +28,13 @@ from fedlora_flwr.simulations.compare_results import (
     RowKey,
     check_settings,
     claim,
+    document_of,
     markdown,
     summarise,
 )
 from fedlora_flwr.simulations.plots import plot_accuracy
 from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.simulations.workers import Execute, executor
-from fedlora_flwr.strategies import strategy_class
 from fedlora_flwr.tasks.registry import build_task
 
 # Reported seeds start at 1: rates are chosen on another partition, noise and cohort.
@@ -50,17 +53,20 @@ class Job:
     ----------
     phase : str
         ``"tune"`` or ``"report"``.
+    row : str
+        Name of the method's row.
     config : RunConfig
         The run.
     """
 
     phase: str
+    row: str
     config: RunConfig
 
     @property
     def pair(self) -> Pair:
-        """Strategy and ε."""
-        return self.config.strategy, self.config.epsilon
+        """Row and ε."""
+        return self.row, self.config.epsilon
 
     @property
     def rates(self) -> Rates:
@@ -81,48 +87,55 @@ class Comparison:
     ----------
     config : RunConfig
         What all runs share; its strategy, epsilon, seed and learning rates are replaced.
-    strategies : tuple[str, ...]
-        Methods.
+    methods : tuple[Method, ...]
+        Rows of the table.
     epsilons : tuple[float, ...]
         Privacy budgets; infinity is no privacy.
     seeds : int
         Reported seeds are 1 to ``seeds``.
     trials : int
-        Settings of the learning rates tried for each strategy and ε; 0 takes the configuration's.
+        Settings of the learning rates tried for each row and ε; 0 takes the configuration's. A
+        rate that a row sets itself is kept in all of them.
     """
 
     config: RunConfig
-    strategies: tuple[str, ...]
+    methods: tuple[Method, ...]
     epsilons: tuple[float, ...]
     seeds: int
     trials: int
 
     @property
     def pairs(self) -> list[Pair]:
-        """Every strategy at every ε; runs of one ε follow each other, to share calibrations."""
-        return [(name, epsilon) for epsilon in self.epsilons for name in self.strategies]
+        """Every row at every ε; runs of one ε follow each other, to share calibrations."""
+        return [(method.name, epsilon) for epsilon in self.epsilons for method in self.methods]
 
-    @property
-    def candidates(self) -> list[Rates]:
-        """Rates to choose from: the configuration's own, then its multiples, Halton's in `RANGES`.
+    def candidates(self, row: str) -> list[Rates]:
+        """Return a row's rates to choose from: its own, then multiples, Halton's in `RANGES`.
 
         The sequence is not scrambled, so that it is the same in every version of SciPy. Scales are
         logarithmic, and a longer list begins with the shorter.
         """
         from scipy.stats import qmc  # type: ignore[import-untyped,unused-ignore]
 
-        own = (self.config.lr_a, self.config.lr_b, self.config.lr_head)
+        method = self._method(row)
+        config = method.of(self.config)
+        own = (config.lr_a, config.lr_b, config.lr_head)
         points = qmc.Halton(d=len(RANGES), scramble=False)
         points.fast_forward(1)  # Its first point is the corner of the smallest rates.
-        return [own, *(_spread(point, own) for point in points.random(max(self.trials - 1, 0)))]
+        spread = (_spread(point, own) for point in points.random(max(self.trials - 1, 0)))
+        kept = [name in method.settings for name in RATES]
+        fixed = [tuple(np.where(kept, own, rates).tolist()) for rates in spread]
+        return list(dict.fromkeys([own, *fixed]))  # A row that sets every rate has one candidate.
 
     def tune_jobs(self) -> list[Job]:
         """Return the runs that rates are chosen by."""
-        candidates = self.candidates if self.trials else []
+        if not self.trials:
+            return []
+        candidates = {method.name: self.candidates(method.name) for method in self.methods}
         return [
-            Job("tune", self._config(pair, TUNING_SEED, rates))
+            self._job("tune", pair, TUNING_SEED, rates)
             for pair in self.pairs
-            for rates in candidates
+            for rates in candidates[pair[0]]
         ]
 
     def choose(self, rows: Mapping[RowKey, Row]) -> dict[Pair, Rates | None]:
@@ -131,7 +144,7 @@ class Comparison:
         Where every trial failed there are none.
         """
         if not self.trials:
-            return dict.fromkeys(self.pairs, self.candidates[0])
+            return self._own()
         chosen: dict[Pair, Rates | None] = dict.fromkeys(self.pairs)
         best: dict[Pair, float] = {}
         for job in self.tune_jobs():
@@ -143,7 +156,7 @@ class Comparison:
     def report_jobs(self, chosen: Mapping[Pair, Rates | None]) -> list[Job]:
         """Return the runs that are reported; none of a pair without rates."""
         return [
-            Job("report", self._config(pair, seed, rates))
+            self._job("report", pair, seed, rates)
             for seed in range(1, self.seeds + 1)
             for pair, rates in chosen.items()
             if rates is not None
@@ -160,35 +173,41 @@ class Comparison:
         from fedlora_flwr.privacy.budget import check_budget
         from fedlora_flwr.simulations.runner import make_plan
 
-        for name in self.strategies:
-            strategy_class(name)
-        reports = self.report_jobs(dict.fromkeys(self.pairs, self.candidates[0]))
-        jobs = [*self.tune_jobs(), *reports]
-        for config in {(job.pair[1], job.config.seed): job.config for job in jobs}.values():
+        jobs = [*self.tune_jobs(), *self.report_jobs(self._own())]
+        batches = {(j.config.epsilon, j.config.batch_size, j.config.seed): j.config for j in jobs}
+        for config in batches.values():
             task = build_task(config.task, config)
             for client in range(config.num_clients):
                 records = task.client_records(client, config.num_clients)
                 if config.private:
                     check_budget(config.epsilon, config.delta, config.batch_size, len(records))
-        # All strategies need this calibration, and it is kept for the runs.
-        for name in self.strategies:
-            make_plan(replace(jobs[0].config, strategy=name), console)
+        # The calibrations are kept for the runs.
+        for config in {job.row: job.config for job in reversed(jobs)}.values():
+            make_plan(config, console)
 
     def document(self) -> dict[str, Any]:
         """Return the settings as ``settings.json`` holds them; ε as text, for infinity's sake."""
         replaced = ("strategy", "epsilon", "seed")
         return {
             **{key: value for key, value in self.config.items().items() if key not in replaced},
-            "strategies": list(self.strategies),
+            "rows": settings_of(self.methods),
             "epsilons": [str(epsilon) for epsilon in self.epsilons],
             "seeds": self.seeds,
             "trials": self.trials,
         }
 
-    def _config(self, pair: Pair, seed: int, rates: Rates) -> RunConfig:
-        strategy, epsilon = pair
-        config = replace(self.config, strategy=strategy, epsilon=epsilon, seed=seed)
-        return replace(config, lr_a=rates[0], lr_b=rates[1], lr_head=rates[2])
+    def _method(self, row: str) -> Method:
+        return next(method for method in self.methods if method.name == row)
+
+    def _own(self) -> dict[Pair, Rates | None]:
+        """Return every pair with the rates of its row, without tuning."""
+        return {pair: self.candidates(pair[0])[0] for pair in self.pairs}
+
+    def _job(self, phase: str, pair: Pair, seed: int, rates: Rates) -> Job:
+        row, epsilon = pair
+        config = self._method(row).of(replace(self.config, epsilon=epsilon, seed=seed))
+        a, b, head = rates
+        return Job(phase, row, replace(config, lr_a=a, lr_b=b, lr_head=head))
 
 
 def compare(
@@ -236,8 +255,8 @@ def compare(
             chosen = _run_all(comparison, journal, execute, partial(_run, scratch), on_row)
         rows = [journal.rows[job.key] for job in comparison.report_jobs(chosen)]
         summary = summarise(rows, chosen, comparison.seeds)
-        table = markdown(summary, comparison.config, metric, comparison.trials)
-        replace_file(folder / "table.md", table.encode())
+        parts = document_of(summary, comparison.config, metric, comparison.trials)
+        replace_file(folder / "table.md", markdown(parts).encode())
         plot_accuracy(summary, folder / "accuracy.png", metric)
     return summary
 
@@ -270,7 +289,7 @@ def _run(scratch: str, job: Job) -> Row:
     """Run one job; an error is a result."""
     from fedlora_flwr.simulations.runner import make_plan, run_in_process
 
-    row = dict(zip(KEY, job.key, strict=True))
+    row = dict(zip(KEY, job.key, strict=True)) | {"strategy": job.config.strategy}
     started = time.perf_counter()
     try:
         metric = build_task(job.config.task, job.config).metric

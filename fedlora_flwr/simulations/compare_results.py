@@ -16,13 +16,15 @@ from filelock import FileLock, Timeout
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.files import append, private_folder, replace_file
+from fedlora_flwr.simulations.compare_methods import Method, settings_of
 
 SETTINGS = "settings.json"
 RATES = ("lr-a", "lr-b", "lr-head")
-KEY = ("phase", "strategy", "epsilon", "seed", *RATES)
+KEY = ("phase", "row", "epsilon", "seed", *RATES)
 COUNTS = ("bytes_up", "bytes_down", "failures")
 COLUMNS = (
     *KEY,
+    "strategy",
     *("initial", "final", "epsilon_max", "bytes_up", "bytes_down", "seconds", "failures", "error"),
 )
 
@@ -120,7 +122,7 @@ def read_rows(path: Path) -> pd.DataFrame:
 
 
 def summarise(rows: Sequence[Row], chosen: Mapping[Pair, Rates | None], seeds: int) -> pd.DataFrame:
-    """Summarise the reported runs of each strategy and ε.
+    """Summarise the reported runs of each row and ε.
 
     Parameters
     ----------
@@ -134,16 +136,16 @@ def summarise(rows: Sequence[Row], chosen: Mapping[Pair, Rates | None], seeds: i
     Returns
     -------
     pandas.DataFrame
-        One row a pair in the order of ``chosen``: ``strategy``, ``epsilon``, ``mean`` and ``std``
+        One row a pair in the order of ``chosen``: ``row``, ``epsilon``, ``mean`` and ``std``
         (sample standard deviation, NaN for one run) of the final round's metric, ``failed``,
         ``bytes_up`` and ``bytes_down`` (means), and the rates.
     """
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     good = frame[frame["error"] == ""].astype({"final": float})
-    groups = good.groupby(["strategy", "epsilon"])
+    groups = good.groupby(["row", "epsilon"])
     found = groups["final"].agg(["mean", "std", "count"])
     found = found.join(groups[["bytes_up", "bytes_down"]].mean())
-    index = pd.MultiIndex.from_tuples(list(chosen), names=["strategy", "epsilon"])
+    index = pd.MultiIndex.from_tuples(list(chosen), names=["row", "epsilon"])
     summary = found.reindex(index)
     summary["failed"] = (seeds - summary.pop("count").fillna(0)).astype(int)
     nothing = (math.nan,) * len(RATES)
@@ -156,8 +158,12 @@ def budget_name(epsilon: float) -> str:
     return "none" if math.isinf(epsilon) else f"{epsilon:g}"
 
 
-def markdown(summary: pd.DataFrame, config: RunConfig, metric: str, trials: int) -> str:
-    """Return ``table.md``.
+Part = str | list[list[str]]
+"""A sentence, or a table whose first row is its head."""
+
+
+def document_of(summary: pd.DataFrame, config: RunConfig, metric: str, trials: int) -> list[Part]:
+    """Return what a comparison tells its reader: a title, two tables and what they mean.
 
     Parameters
     ----------
@@ -175,30 +181,48 @@ def markdown(summary: pd.DataFrame, config: RunConfig, metric: str, trials: int)
     best = summary[summary["failed"] == 0].groupby("epsilon")["mean"].max()
     head = ["method", *names]
     figures, rates = [[*head, "kB up", "kB down"]], [head]
-    for strategy, group in summary.groupby("strategy", sort=False):
+    for name, group in summary.groupby("row", sort=False):
         rows = group.to_dict("records")
-        sent = [group[name].mean() / 1e3 for name in ("bytes_up", "bytes_down")]
+        sent = [group[column].mean() / 1e3 for column in ("bytes_up", "bytes_down")]
         cells = [_figure(row, best.get(row["epsilon"])) for row in rows]
         kilobytes = ["–" if math.isnan(count) else f"{count:,.1f}" for count in sent]
-        figures.append([str(strategy), *cells, *kilobytes])
-        rates.append([str(strategy), *(_rates(row) for row in rows)])
-    return "\n".join(
-        [
-            f"# {config.task}: {metric} in % after round {config.num_rounds}",
-            "",
-            *_table(figures),
-            "",
-            "Mean ± sample standard deviation over the seeds, final round; bold: best of its "
-            "column. Bytes: mean of a whole run, all clients together.",
-            "",
-            f"Learning rates ({' / '.join(RATES)})",
-            "",
-            *_table(rates),
-            "",
-            _rates_note(trials),
-            "",
-        ]
-    )
+        figures.append([str(name), *cells, *kilobytes])
+        rates.append([str(name), *(_rates(row) for row in rows)])
+    return [
+        f"# {config.task}: {metric} in % after round {config.num_rounds}",
+        figures,
+        "Mean ± sample standard deviation over the seeds, final round; bold: best of its "
+        "column. Bytes: mean of a whole run, all clients together.",
+        f"Learning rates ({' / '.join(RATES)})",
+        rates,
+        _rates_note(trials),
+    ]
+
+
+def markdown(parts: Sequence[Part]) -> str:
+    """Return ``table.md``."""
+    lines: list[str] = []
+    for part in parts:
+        lines += [part] if isinstance(part, str) else _table(part)
+        lines.append("")
+    return "\n".join(lines)
+
+
+def as_json(summary: pd.DataFrame, methods: Sequence[Method], metric: str) -> dict[str, Any]:
+    """Return a comparison in JSON types: an entry per row and ε."""
+    known = settings_of(methods)
+    rows = [
+        {
+            "row": row["row"],
+            **{"strategy": known[row["row"]]["strategy"]},
+            "settings": {k: v for k, v in known[row["row"]].items() if k != "strategy"},
+            "epsilon": row["epsilon"],
+            "rates": {name: row[name] for name in RATES},
+            **{name: row[name] for name in ("mean", "std", "failed", "bytes_up", "bytes_down")},
+        }
+        for row in summary.to_dict("records")
+    ]
+    return {"metric": metric, "rows": rows}
 
 
 def _figure(row: Mapping[Any, Any], best: float | None) -> str:
@@ -221,13 +245,15 @@ def _rates_note(trials: int) -> str:
     if trials == 0:
         return "The configuration's own, without tuning."
     return (
-        f"The best of {trials} settings, the same for every method and ε, by the final round on "
-        "the public test set with a seed that is not reported: somewhat optimistic."
+        f"The best of {trials} settings, the same for every method and ε but for rates that a row "
+        "sets itself, by the final round on the public test set with a seed that is not reported: "
+        "somewhat optimistic."
     )
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a Markdown table whose columns also align as plain text."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)) + " |"

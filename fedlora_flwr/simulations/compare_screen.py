@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,7 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fedlora_flwr.simulations.compare_results import RATES, Row, budget_name
+from fedlora_flwr.simulations.compare_results import RATES, Part, Row, budget_name
+from fedlora_flwr.terminal import Table, show, show_line, show_lines
 
 # Runs take from seconds to hours; the remaining time is told from all of them.
 SPEED_WINDOW = 1e9
@@ -60,27 +61,27 @@ class CompareScreen:
         state = "starting" if row is None else describe_row(row)
         if not self._console.is_terminal:
             if row is not None:
-                text = f"run {done}/{total}: {state}"
-                self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+                show_line(self._console, f"run {done}/{total}: {state}")
         elif self._bar is None:
             self._progress.start()
             self._bar = self._progress.add_task("", total=total, completed=done, state=state)
         else:
             self._progress.update(self._bar, completed=done, state=state)
 
-    def table(self, folder: Path) -> None:
-        """Print the finished table and where the files are."""
-        text = (folder / "table.md").read_text(encoding="utf-8")
-        if self._console.is_terminal:
-            self._console.print(Markdown(text))
-        else:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-        self._console.print(f"Results   {folder}", highlight=False, soft_wrap=True)
+    def document(self, parts: Sequence[Part], folder: Path) -> None:
+        """Print the finished tables with their notes, and where the files are."""
+        for part in parts:
+            if isinstance(part, str):
+                show(self._console, Table((), [(part,)], "<"))
+            else:
+                show(self._console, Table(part[0], part[1:], "<" * len(part[0])))
+            show_line(self._console, "")
+        show_lines(self._console, [("Results", str(folder))])
 
 
 def describe_row(row: Row) -> str:
     """Return what one run came to, in one line."""
-    what = f"{row['phase']} {row['strategy']} ε {budget_name(row['epsilon'])}"
+    what = f"{row['phase']} {row['row']} ε {budget_name(row['epsilon'])}"
     how = (
         " / ".join(f"{row[name]:g}" for name in RATES)
         if row["phase"] == "tune"

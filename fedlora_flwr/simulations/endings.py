@@ -8,8 +8,9 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.files import to_json
 from fedlora_flwr.simulations.lifeline import Lifeline
-from fedlora_flwr.simulations.run_dir import RunDirectory, to_json
+from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.terminal import uninterrupted
 
 COMPLETED, FAILED, INTERRUPTED = "completed", "failed", "interrupted"

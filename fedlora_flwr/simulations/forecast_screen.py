@@ -5,43 +5,41 @@ from __future__ import annotations
 import math
 
 from rich.console import Console
-from rich.table import Table
 
 from fedlora_flwr.simulations.forecast import Forecast
+from fedlora_flwr.terminal import Table, show, show_lines
 
-# More clients than this are shown by their smallest and largest.
+# More clients than this are shown by their smallest, middle and largest.
 _MOST_ROWS = 20
 
 
-def show(found: Forecast, console: Console) -> None:
+def show_forecast(found: Forecast, console: Console) -> None:
     """Print a forecast: clients, noise, memory, bytes, warnings."""
-    width = max(console.width, 60)
-    console.print(_clients(found), width=width)
-    for name, text in _lines(found):
-        console.print(f"{name:<9} {text}", highlight=False, soft_wrap=True)
-    for warning in found.warnings:
-        console.print(f"[bold]Warning[/bold]   {warning}", highlight=False, soft_wrap=True)
+    show(console, _clients(found))
+    if len(found.clients) > _MOST_ROWS:
+        text = f"{len(found.clients):,}: the smallest, the middle and the largest are shown"
+        show_lines(console, [("Clients", text)])
+    show_lines(console, [*_lines(found), *(("Warning", text) for text in found.warnings)])
 
 
 def _clients(found: Forecast) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for head in ("client", "records", "q = b/n", "σ", "steps"):
-        table.add_column(head, justify="right")
+    heads = ("client", "records", "q = b/n", "σ", "steps")
     rows = sorted(enumerate(found.clients), key=lambda row: (row[1].records, row[0]))
     if len(rows) > _MOST_ROWS:
         rows = [rows[0], rows[len(rows) // 2], rows[-1]]
     else:
         rows.sort()
-    for number, client in rows:
-        made = client.mechanism
-        table.add_row(
+    cells = [
+        (
             str(number),
             f"{client.records:,}",
-            f"{made.sample_rate:.5f}" if made else "–",
-            f"{made.noise_multiplier:.3f}" if made else "cannot",
+            f"{client.mechanism.sample_rate:.5f}" if client.mechanism else "–",
+            f"{client.mechanism.noise_multiplier:.3f}" if client.mechanism else "cannot",
             str(found.config.planned_steps),
         )
-    return table
+        for number, client in rows
+    ]
+    return Table(heads, cells, ">" * len(heads))
 
 
 def _lines(found: Forecast) -> list[tuple[str, str]]:

@@ -37,8 +37,8 @@ def plot_accuracy(table: pd.DataFrame, path: Path, metric: str) -> None:
     Parameters
     ----------
     table : pandas.DataFrame
-        Columns ``strategy``, ``epsilon`` (infinity: no privacy), ``mean`` and ``std`` (fractions;
-        NaN where there is none).
+        Columns ``row`` (the method's name), ``epsilon`` (infinity: no privacy), ``mean`` and
+        ``std`` (fractions; NaN where there is none).
     path : Path
         The PNG file, written in one piece.
     metric : str
@@ -56,10 +56,10 @@ def accuracy_figure(table: pd.DataFrame, metric: str) -> Figure:
     figure = Figure(figsize=(8.5, 5), layout="constrained")
     axes = figure.add_subplot()
     ticks = _positions(sorted(table["epsilon"].unique()))
-    methods = list(dict.fromkeys(table["strategy"]))
+    methods = list(dict.fromkeys(table["row"]))
     colours = colormaps["tab10"].colors  # type: ignore[attr-defined]
     for number, method in enumerate(methods):
-        rows = table[table["strategy"] == method].sort_values("epsilon")
+        rows = table[table["row"] == method].sort_values("epsilon")
         axes.errorbar(
             [ticks[e] + _offset(number, len(methods), ticks) for e in rows["epsilon"]],
             rows["mean"],

@@ -13,9 +13,9 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-from rich.table import Table
 
 from fedlora_flwr.simulations.runner import RunPlan
+from fedlora_flwr.terminal import show_line, show_lines
 
 UNPROTECTED = "unprotected metrics were reported"
 
@@ -46,8 +46,7 @@ class Screen:
 
     def __enter__(self) -> Screen:
         """Say what is about to happen and begin to show progress."""
-        for line in describe_plan(self._plan):
-            self._console.print(line, highlight=False, soft_wrap=True)
+        show_lines(self._console, describe_plan(self._plan))
         if self._console.is_terminal:
             self._progress.start()
             self._bar = self._progress.add_task(
@@ -65,35 +64,44 @@ class Screen:
         if self._bar is not None:
             self._progress.update(self._bar, completed=row["round"], state=state)
         else:
-            self._console.print(
-                f"round {row['round']}/{self._plan.config.num_rounds}: {state}", highlight=False
-            )
+            last = self._plan.config.num_rounds
+            show_line(self._console, f"round {row['round']}/{last}: {state}")
 
 
-def describe_plan(plan: RunPlan) -> list[str]:
-    """Return the lines that announce a run."""
+def describe_plan(plan: RunPlan) -> list[tuple[str, str]]:
+    """Return names and texts of the lines that announce a run."""
     config, sigmas = plan.config, [m.noise_multiplier for m in plan.mechanisms]
     sizes = [m.num_records for m in plan.mechanisms]
     lines = [
-        f"Task      {config.task}: {plan.parameters:,} parameters frozen, {plan.trained:,} trained "
-        f"(LoRA of rank {config.rank}{', head' if plan.head else ''})",
-        f"Strategy  {config.strategy}: {config.num_rounds} rounds of {config.local_steps} private "
-        f"steps, expected batch {config.batch_size}",
-        f"Clients   {config.num_clients} with {min(sizes)} to {max(sizes)} private records "
-        f"({config.partitioner})",
+        (
+            "Task",
+            f"{config.task}: {plan.parameters:,} parameters frozen, {plan.trained:,} trained "
+            f"(LoRA of rank {config.rank}{', head' if plan.head else ''})",
+        ),
+        (
+            "Strategy",
+            f"{config.strategy}: {config.num_rounds} rounds of {config.local_steps} private "
+            f"steps, expected batch {config.batch_size}",
+        ),
+        (
+            "Clients",
+            f"{config.num_clients} with {min(sizes)} to {max(sizes)} private records "
+            f"({config.partitioner})",
+        ),
     ]
     if config.private:
-        lines.append(
-            f"Privacy   ε ≤ {config.epsilon:g} at δ = {config.delta:g} for each record of each "
+        promise = (
+            f"ε ≤ {config.epsilon:g} at δ = {config.delta:g} for each record of each "
             f"client; noise multiplier {min(sigmas):.2f} to {max(sigmas):.2f}, clip norm "
             f"{config.clip_norm:g}"
         )
+        lines.append(("Privacy", promise))
     else:
-        lines.append("Privacy   none: epsilon = inf adds no noise")
+        lines.append(("Privacy", "none: epsilon = inf adds no noise"))
     if config.reproducible and config.private:
-        lines.append("          noise follows the seed: a reproducible simulation, not a release")
+        lines.append(("", "noise follows the seed: a reproducible simulation, not a release"))
     if config.report_unprotected_metrics:
-        lines.append(f"          {UNPROTECTED}")
+        lines.append(("", UNPROTECTED))
     return lines
 
 
@@ -109,14 +117,6 @@ def describe_round(row: dict[str, Any], metric: str = "accuracy") -> str:
     if row.get("failures"):
         parts.append(f"{len(row['failures'])} failed")
     return "  ".join(parts) or "not evaluated"
-
-
-def closing_table(summary: dict[str, Any]) -> Table:
-    """Return the table that ends a run."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in closing_rows(summary):
-        table.add_row(name, value)
-    return table
 
 
 def closing_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import secrets
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from typing import Any
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.files import append, private_folder, replace_file
+from fedlora_flwr.files import append, private_folder, replace_file, to_json
 
 CLAIM = "FEDLORA_CLAIM"
 """Environment variable with the claim of the run that this process works for."""
@@ -145,17 +144,3 @@ def check_unused(folder: Path) -> None:
 
 def _used(folder: Path) -> InvalidValue:
     return InvalidValue("run-dir", str(folder), "a folder that no other run has written to")
-
-
-def to_json(row: Mapping[str, Any], indent: int | None = None) -> str:
-    """Write a row; what is not finite becomes null."""
-    return json.dumps(_finite(row), indent=indent, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: an ε without bound is null."""
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

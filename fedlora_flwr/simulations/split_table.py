@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.tasks.partition import partition_table
 from fedlora_flwr.tasks.registry import Records, build_task
+from fedlora_flwr.terminal import Table
 
 if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
-    from rich.table import Table
 
-# More columns do not fit on a screen.
+# More columns are hard to read, even on several lines.
 MAX_COLUMNS = 12
 _READ_AT_ONCE = 1024
 
@@ -48,20 +48,36 @@ def split_table(counts: pd.DataFrame, config: RunConfig) -> Table:
 
     Up to 12 classes have a column each; of more, the number that a client has is shown.
     """
-    from rich.table import Table
-
     few = counts.shape[1] <= MAX_COLUMNS
-    table = Table(box=None, pad_edge=False)
     heads = [str(name) for name in counts.columns] if few else ["classes"]
-    for head in ("client", "records", *heads, "δ < 1/n", "b ≤ n"):
-        table.add_column(head, justify="right")
+    heads, rows = ["client", "records", *heads, "δ < 1/n", "b ≤ n"], []
+    for client, row in counts.iterrows():
+        cells = row.tolist() if few else [int((row > 0).sum())]
+        words = ["yes" if check else "no" for check in _checks(int(row.sum()), config)]
+        rows.append([str(client), str(row.sum()), *map(str, cells), *words])
+    return Table(heads, rows, ">" * len(heads))
+
+
+def split_json(counts: pd.DataFrame, config: RunConfig) -> dict[str, Any]:
+    """Return a split in JSON types: every class of every client."""
+    names = [str(name) for name in counts.columns]
+    clients = []
     for client, row in counts.iterrows():
         records = int(row.sum())
-        cells = row.tolist() if few else [int((row > 0).sum())]
-        checks = (config.delta * records < 1, config.batch_size <= records)
-        words = ["yes" if check else "no" for check in checks]
-        table.add_row(str(client), str(records), *map(str, cells), *words)
-    return table
+        delta, batch = _checks(records, config)
+        by_class = dict(zip(names, map(int, row.tolist()), strict=True))
+        clients.append(
+            {
+                "client": client, "records": records, "by_class": by_class,
+                "delta_below_one_over_n": delta, "batch_within_n": batch,
+            }
+        )  # fmt: skip
+    return {"task": config.task, "partitioner": config.partitioner, "clients": clients}
+
+
+def _checks(records: int, config: RunConfig) -> tuple[bool, bool]:
+    """Tell whether a client's budget can be kept: δ < 1/n and b ≤ n."""
+    return config.delta * records < 1, config.batch_size <= records
 
 
 def _labels(records: Records) -> NDArray[np.int64]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedlora_flwr.errors import InvalidValue, one_of
+from fedlora_flwr.errors import unknown
 from fedlora_flwr.strategies.as_lora import ASLoRA
 from fedlora_flwr.strategies.base import FedLoRA
 from fedlora_flwr.strategies.fedex_lora import FedExLoRA
@@ -38,7 +38,7 @@ def strategy_class(name: str) -> type[FedLoRA]:
         No strategy has that name.
     """
     if name not in STRATEGIES:
-        raise InvalidValue("strategy", name, one_of(STRATEGIES, name))
+        raise unknown("strategy", name, STRATEGIES)
     return STRATEGIES[name]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_flwr.errors import InvalidValue, one_of
+from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.tasks.dataset_task import names
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def chat_columns(dataset: Dataset, chosen: str) -> list[str]:
         raise InvalidValue("input-columns", chosen, "one column of conversations, or two of text")
     for name in found:
         if name not in dataset.features:
-            raise InvalidValue("input-columns", chosen, one_of(dataset.features, name))
+            raise unknown("input-columns", name, dataset.features, value=chosen)
     return found
 
 

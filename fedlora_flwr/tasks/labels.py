@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_flwr.errors import InvalidValue, one_of
+from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.tasks.sources import CLASS_FOLDERS
 
 if TYPE_CHECKING:
@@ -190,8 +190,7 @@ class Labels:
     def _read(self, dataset: Dataset) -> NDArray[Any]:
         """Return the column as int64, bool, or text of dtype object."""
         if self._column not in dataset.features:
-            allowed = one_of(dataset.features, self._column)
-            raise InvalidValue("label-column", self._column, allowed)
+            raise unknown("label-column", self._column, dataset.features)
         if _is_scalar(dataset, self._column):
             held = dataset[self._column][:]
             values = np.asarray(held)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_flwr.errors import InvalidValue, one_of
+from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.tasks.splits import Split
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def partition_records(columns: Mapping[str, NDArray[Any]], split: Split) -> list
     """
     known = [*PARTITIONERS, LABEL_SHARES]
     if split.partitioner not in known:
-        raise InvalidValue("partitioner", split.partitioner, one_of(known, split.partitioner))
+        raise unknown("partitioner", split.partitioner, known)
     if split.partitioner in _BY_COLUMN:
         _require_column(columns, split)
     records = len(next(iter(columns.values())))
@@ -206,9 +206,10 @@ def _require_column(columns: Mapping[str, NDArray[Any]], split: Split) -> None:
     named = split.column if split.partitioner == "natural-id" else split.by
     if named not in columns:
         known = set(columns) - {"row"}
-        column = one_of(known, split.column) if known else "a column"
-        allowed = f"{column}, or partitioner = 'iid' where no column divides the records"
-        raise InvalidValue("partition-column", split.column, allowed)
+        otherwise = ", or partitioner = 'iid' where no column divides the records"
+        if known:
+            raise unknown("partition-column", split.column, known, after=otherwise)
+        raise InvalidValue("partition-column", split.column, f"a column{otherwise}")
     values = columns[named]
     if values.dtype == object and any(value is None for value in values):
         raise InvalidValue("partition-column", named, "a column without missing values")

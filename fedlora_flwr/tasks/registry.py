@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from fedlora_flwr.errors import InvalidValue, one_of
+from fedlora_flwr.errors import InvalidValue, unknown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -194,7 +194,7 @@ def check_splits_apart(task: Task) -> None:
 
 def _require_known(name: str) -> None:
     if name not in _FACTORIES and not _PLACE.fullmatch(name):
-        raise InvalidValue("task", name, one_of(_FACTORIES, name) + ", or your own module:function")
+        raise unknown("task", name, _FACTORIES, after=", or your own module:function")
 
 
 def _factory(place: str) -> TaskFactory:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedlora_flwr.errors import InvalidValue, one_of
+from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.files import cache_folder
 from fedlora_flwr.tasks.cached_file import require_writable
 from fedlora_flwr.tasks.fingerprint import files_digest
@@ -109,7 +109,7 @@ def _found(path: Path, source: str, split: str, subset: str) -> Found:
         raise InvalidValue("source", source, _LOCAL)
     found = pick(splits, split)
     if found is None:
-        raise InvalidValue("split", split, f"{one_of(splits, split)}: what {source!r} holds")
+        raise unknown("split", split, splits, after=f": what {source!r} holds")
     return found
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fedlora_flwr.errors import InvalidValue, one_of
+from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.tasks.arrow_records import ArrowRecords, pad_collate
 from fedlora_flwr.tasks.classifier_task import ClassifierTask
 from fedlora_flwr.tasks.dataset_task import names
@@ -156,7 +156,7 @@ def text_columns(dataset: Dataset, chosen: str, others: Collection[str]) -> list
     found = list(names(chosen)) or [name for name in texts if name not in others]
     for name in found:
         if name not in texts:
-            raise InvalidValue("input-columns", name, one_of(texts, name))
+            raise unknown("input-columns", name, texts)
     if not 1 <= len(found) <= 2:
         raise InvalidValue("input-columns", chosen, f"one or two of {texts}")
     return found

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedlora_flwr.errors import InvalidValue, one_of
+from fedlora_flwr.errors import unknown
 from fedlora_flwr.tasks.arrow_records import ArrowRecords, Rows
 from fedlora_flwr.tasks.classifier_task import ClassifierTask
 from fedlora_flwr.tasks.dataset_task import names
@@ -137,7 +137,7 @@ def image_column(dataset: Dataset, chosen: str) -> str:
     found = [name for name, kind in dataset.features.items() if isinstance(kind, datasets.Image)]
     wanted = names(chosen) or tuple(found)
     if len(wanted) != 1 or wanted[0] not in found:
-        raise InvalidValue("input-columns", chosen, f"a column of pictures, {one_of(found, '')}")
+        raise unknown("input-columns", chosen, found, before="a column of pictures, ")
     return wanted[0]
 
 

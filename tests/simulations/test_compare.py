@@ -18,10 +18,12 @@ from filelock import FileLock
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.simulations.compare import RANGES, TUNING_SEED, Comparison, compare
+from fedlora_flwr.simulations.compare_methods import plain_methods
 from fedlora_flwr.simulations.compare_results import (
     COLUMNS,
     KEY,
     RATES,
+    document_of,
     markdown,
     read_rows,
     summarise,
@@ -46,7 +48,8 @@ Told = list[tuple[str | None, int, int]]
 
 
 def comparison(**changes: Any) -> Comparison:
-    return replace(Comparison(SHARED, STRATEGIES, EPSILONS, seeds=2, trials=2), **changes)
+    methods = plain_methods(changes.pop("strategies", STRATEGIES))
+    return replace(Comparison(SHARED, methods, EPSILONS, seeds=2, trials=2), **changes)
 
 
 def run(what: Comparison, folder: Path, workers: int = 1) -> tuple[pd.DataFrame, Told]:
@@ -116,7 +119,7 @@ def test_a_row_is_what_that_run_alone_gives(
 
 def test_the_best_trial_is_reported(original: tuple[Path, pd.DataFrame, Told]) -> None:
     rows = read_rows(original[0] / "rows.csv")
-    for _, pair in rows.groupby(["strategy", "epsilon"]):
+    for _, pair in rows.groupby(["row", "epsilon"]):
         tuned, reported = (pair[pair["phase"] == phase] for phase in ("tune", "report"))
         best = tuned.sort_values("final", ascending=False, kind="stable").iloc[0]
         assert len(tuned) == 2
@@ -189,7 +192,7 @@ def test_what_is_missing_runs_in_worker_processes_and_gives_the_same(finished: P
         ({"trials": 3}, r"trials = 2 \(now 3\)"),
         ({"seeds": 1}, "seeds"),
         ({"epsilons": (8.0,)}, "epsilons"),
-        ({"strategies": ("la-lora", "rolora")}, "strategies"),
+        ({"strategies": ("la-lora", "rolora")}, "rows"),
         ({"config": replace(SHARED, clip_norm=2.0)}, r"clip-norm = 1.0 \(now 2.0\)"),
     ],
 )
@@ -237,7 +240,7 @@ def test_a_failed_run_is_recorded_shown_and_tried_again(tmp_path: Path) -> None:
     for strategy in STRATEGIES:
         assert "privacy budget is spent" in str(rows.loc[(strategy, 8.0), "error"])
         assert rows.loc[(strategy, math.inf), "error"] == ""
-    failed = summary.set_index(["strategy", "epsilon"])["failed"]
+    failed = summary.set_index(["row", "epsilon"])["failed"]
     assert {pair: failed[pair] for pair in failed.index} == {
         (strategy, epsilon): int(epsilon == 8) for strategy in STRATEGIES for epsilon in EPSILONS
     }
@@ -256,20 +259,24 @@ def test_a_pair_whose_every_trial_failed_is_not_reported() -> None:
         error = "" if final else "ValueError: no"
         rows[job.key] = {"final": final, "error": error}
     chosen = what.choose(rows)
-    assert chosen == {("rolora", 1.0): None, ("rolora", 2.0): what.candidates[0]}
+    assert chosen == {("rolora", 1.0): None, ("rolora", 2.0): what.candidates("rolora")[0]}
     assert {job.pair for job in what.report_jobs(chosen)} == {("rolora", 2.0)}
-    table = markdown(summarise([], chosen, 2), what.config, "accuracy", 2)
+    table = markdown(document_of(summarise([], chosen, 2), what.config, "accuracy", 2))
     line = next(line for line in table.splitlines() if line.startswith("| rolora"))
     assert [cell.strip() for cell in line.split("|")[2:4]] == ["failed", "failed"]
 
 
 def test_rates_to_try_start_with_the_configurations_own_and_cover_the_ranges_around_them() -> None:
     config = replace(SHARED, lr_a=0.001, lr_b=0.3, lr_head=5.0)
-    candidates = comparison(config=config, trials=60).candidates
+
+    def tried(trials: int) -> list[tuple[float, float, float]]:
+        return comparison(config=config, trials=trials).candidates("la-lora")
+
+    candidates = tried(60)
     assert candidates[0] == (0.001, 0.3, 5.0)
     assert len(set(candidates)) == 60
-    assert comparison(config=config, trials=8).candidates == candidates[:8]
-    assert comparison(config=config, trials=1).candidates == candidates[:1]
+    assert tried(8) == candidates[:8]
+    assert tried(1) == candidates[:1]
     columns = zip(*candidates[1:], strict=True)
     for own, rates, (low, high) in zip(candidates[0], columns, RANGES.values(), strict=True):
         multiples = [rate / own for rate in rates]
@@ -283,5 +290,5 @@ def test_every_pair_is_tuned_on_the_same_settings() -> None:
     what = comparison(trials=4)
     jobs = what.tune_jobs()
     for pair in what.pairs:
-        assert [job.rates for job in jobs if job.pair == pair] == what.candidates
+        assert [job.rates for job in jobs if job.pair == pair] == what.candidates("la-lora")
     assert not comparison(trials=0).tune_jobs()

@@ -11,6 +11,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.simulations.compare_results import (
     COLUMNS,
     Journal,
+    document_of,
     markdown,
     read_rows,
     summarise,
@@ -22,12 +23,12 @@ def table_of(finals: Sequence[float | None], seeds: int) -> str:
     names = ("bytes_up", "bytes_down")
     rows = [
         dict.fromkeys(COLUMNS, "")
-        | {"strategy": "rolora", "epsilon": 1.0, "final": final, "error": "" if final else "no"}
+        | {"row": "rolora", "epsilon": 1.0, "final": final, "error": "" if final else "no"}
         | dict.fromkeys(names, 1500)
         for final in finals
     ]
     summary = summarise(rows, {("rolora", 1.0): (0.1, 0.02, 1.0)}, seeds)
-    return markdown(summary, RunConfig(), "accuracy", 0)
+    return markdown(document_of(summary, RunConfig(), "accuracy", 0))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_cells_of_the_table(finals: list[float | None], cell: str) -> None:
 
 def test_a_journal_reads_back_what_it_wrote(tmp_path: Path) -> None:
     values: dict[str, Any] = dict.fromkeys(COLUMNS, 1)
-    texts = {"phase": "report", "strategy": "rolora", "error": ""}
+    texts = {"phase": "report", "row": "rolora", "strategy": "rolora", "error": ""}
     row = {**values, **texts, "epsilon": math.inf, "lr-a": 0.1 + 0.2, "final": 1 / 3}
     bad = {**row, "seed": 2, "final": None, "error": 'Error: "a, b" ε'}
     journal = Journal(tmp_path / "rows.csv")

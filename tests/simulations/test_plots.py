@@ -35,7 +35,7 @@ TRAINED = [["B", "A", "B", "AB", "B"], ["B", "A", "A", "A", "AB"], ["B", "A", "B
 def table(methods: int = 10) -> pd.DataFrame:
     draw = np.random.default_rng(0)
     rows = [
-        {"strategy": f"method-{number}", "epsilon": epsilon}
+        {"row": f"method-{number}", "epsilon": epsilon}
         for number in range(methods)
         for epsilon in (3.0, 1.0, 8.0, math.inf)
     ]
@@ -64,7 +64,7 @@ def test_accuracy_is_drawn_as_given() -> None:
     frame = table()
     drawn = lines(frame)
     assert [line.get_label() for line in drawn] == [f"method-{number}" for number in range(10)]
-    for line, (_, rows) in zip(drawn, frame.groupby("strategy", sort=False), strict=True):
+    for line, (_, rows) in zip(drawn, frame.groupby("row", sort=False), strict=True):
         expected = rows.sort_values("epsilon")
         np.testing.assert_array_equal(line.lines[0].get_ydata(), expected["mean"])
         bars = [segment[:, 1] for segment in line.lines[2][0].get_segments()]

@@ -17,11 +17,8 @@ from fedlora_flwr.tasks.registry import build_task
 
 
 def cells(counts: pd.DataFrame, config: RunConfig) -> list[list[str]]:
-    columns = [
-        [str(column.header), *map(str, column.cells)]
-        for column in split_table(counts, config).columns
-    ]
-    return [list(row) for row in zip(*columns, strict=True)]
+    table = split_table(counts, config)
+    return [list(row) for row in (table.heads, *table.rows)]
 
 
 def test_counts_are_those_of_the_clients_records() -> None:

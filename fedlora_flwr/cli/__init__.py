@@ -1,0 +1,50 @@
+"""The ``fedlora`` command: one file per group of commands, put together here."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fedlora_flwr.cli import compare, deploy, explain, forecast, measure, run
+from fedlora_flwr.environment import versions
+from fedlora_flwr.terminal import Commands
+
+app = typer.Typer(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},  # Of every command below, too.
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Differentially private federated LoRA on Flower.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fedlora-flwr {versions()['fedlora-flwr']}")
+        raise typer.Exit
+
+
+@app.callback()
+def fedlora(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Differentially private federated LoRA on Flower."""
+
+
+app.command()(run.run)
+app.command()(run.simulate)
+app.command()(compare.compare)
+app.command()(forecast.budget)
+app.command()(forecast.plan)
+app.command("inspect-split")(forecast.inspect_split)
+app.command()(explain.recipes)
+app.command()(explain.keys)
+app.command()(measure.pretrain)
+app.command()(measure.bench)
+app.add_typer(deploy.app, name="deploy")
+
+__all__ = ["app"]

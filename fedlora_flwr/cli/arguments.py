@@ -1,0 +1,94 @@
+"""Arguments that several commands take, and what a shell completes them to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.keys import Check, fields_by_key
+from fedlora_flwr.recipes import recipe_names
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Return the recipes that begin so."""
+    return _beginning(recipe_names(), incomplete)
+
+
+def complete_key(incomplete: str) -> list[str]:
+    """Return the configuration keys that begin so."""
+    return _beginning(fields_by_key(RunConfig), incomplete)
+
+
+def complete_override(incomplete: str) -> list[str]:
+    """Return ``key=`` for keys that begin so, and ``key=value`` for names that a key takes."""
+    key, separator, text = incomplete.partition("=")
+    if not separator:
+        return [f"{name}=" for name in complete_key(incomplete)]
+    entry = fields_by_key(RunConfig).get(key)
+    return [f"{key}={name}" for name in _beginning(names_of(key) if entry else (), text)]
+
+
+def complete_strategies(incomplete: str) -> list[str]:
+    """Return continuations of a list of strategies with commas."""
+    before, comma, last = incomplete.rpartition(",")
+    names = names_of("strategy")
+    return [before + comma + name for name in _beginning((*names, "all"), last)]
+
+
+def complete_row(incomplete: str) -> list[str]:
+    """Return continuations of a row of a comparison: its strategy first, then keys."""
+    before, space, last = incomplete.rpartition(" ")
+    if not space:
+        return _beginning(names_of("strategy"), incomplete)
+    return [before + space + name for name in complete_override(last)]
+
+
+def names_of(key: str) -> tuple[str, ...]:
+    """Return the names that a key takes; none for a number or a free text."""
+    if key == "strategy":
+        from fedlora_flwr.strategies import STRATEGIES
+
+        return tuple(STRATEGIES)
+    if key == "task":
+        from fedlora_flwr.tasks.registry import task_names
+
+        return tuple(task_names())
+    if key == "partitioner":
+        from fedlora_flwr.tasks.partition import LABEL_SHARES, PARTITIONERS
+
+        return (*PARTITIONERS, LABEL_SHARES)
+    entry = fields_by_key(RunConfig)[key]
+    if isinstance(entry.default, bool):
+        return ("true", "false")
+    check: Check = entry.metadata["check"]
+    return check.names
+
+
+def _beginning(names: Iterable[str], incomplete: str) -> list[str]:
+    return [name for name in names if name.startswith(incomplete)]
+
+
+Recipe = Annotated[
+    str,
+    typer.Argument(
+        help="A recipe's name (see `fedlora recipes`), or a TOML file of keys.",
+        autocompletion=complete_recipe,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-c",
+        metavar="KEY=VALUE",
+        help="A key (see `fedlora keys`), in force over the recipe; repeatable.",
+        autocompletion=complete_override,
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON and nothing else; progress goes to stderr.")
+]
+Output = Annotated[Path, typer.Option(help="Folder in which run directories are made.")]

@@ -1,0 +1,124 @@
+"""``fedlora compare``."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fedlora_flwr.cli.arguments import (
+    AsJson,
+    Overrides,
+    complete_recipe,
+    complete_row,
+    complete_strategies,
+)
+from fedlora_flwr.config import parse_overrides
+from fedlora_flwr.errors import FedLoRAError, InvalidValue
+from fedlora_flwr.recipes import load_recipe
+from fedlora_flwr.terminal import show_json
+
+
+def compare(
+    task: Annotated[
+        str,
+        typer.Option(
+            help="A recipe, as for `run`: what all runs share.", autocompletion=complete_recipe
+        ),
+    ] = "digits",
+    strategies: Annotated[
+        str | None,
+        typer.Option(
+            help="Names joined by commas, or all; all if neither this nor --row is given.",
+            autocompletion=complete_strategies,
+        ),
+    ] = None,
+    rows: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--row",
+            metavar="'STRATEGY KEY=VALUE …'",
+            help="A row with settings of its own, e.g. 'la-lora filter=binomial'; repeatable.",
+            autocompletion=complete_row,
+        ),
+    ] = None,
+    epsilon: Annotated[
+        str, typer.Option(help="Privacy budgets joined by commas; none = no privacy.")
+    ] = "1,3,8,none",
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 1 to N are reported.")] = 5,
+    trials: Annotated[
+        int,
+        typer.Option(min=0, help="Learning rates tried per row and ε; 0 = the row's own."),
+    ] = 6,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the results; runs/compare-TASK if not given.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare strategies over privacy budgets; the same command again goes on where it stopped."""
+    from fedlora_flwr.simulations.compare import Comparison
+    from fedlora_flwr.simulations.compare import compare as run_comparison
+    from fedlora_flwr.simulations.compare_methods import read_methods
+    from fedlora_flwr.simulations.compare_results import as_json as in_json
+    from fedlora_flwr.simulations.compare_results import document_of, read_rows
+    from fedlora_flwr.simulations.compare_screen import CompareScreen
+    from fedlora_flwr.tasks.registry import build_task
+
+    texts, budgets = _rows(strategies, rows or []), _budgets(epsilon)
+    config = load_recipe(task, _shared(overrides or [], texts[0].split(), budgets[0]))
+    comparison = Comparison(config, read_methods(texts, config), budgets, seeds, trials)
+    folder = (output or Path("runs") / f"compare-{Path(task).stem}").resolve()
+    console = Console(stderr=as_json)
+    with CompareScreen(console) as screen:
+        summary = run_comparison(comparison, folder, screen.row, workers, console)
+    metric = build_task(config.task, config).metric
+    if as_json:
+        show_json({"folder": str(folder), **in_json(summary, comparison.methods, metric)})
+    else:
+        screen.document(document_of(summary, config, metric, trials), folder)
+    if failed := int((read_rows(folder / "rows.csv")["error"] != "").sum()):
+        raise FedLoRAError(
+            f"{failed} runs failed. rows.csv says why; the same command tries them again."
+        )
+
+
+def _rows(strategies: str | None, rows: list[str]) -> list[str]:
+    """Return the text of every row: first the strategies without settings of their own."""
+    from fedlora_flwr.strategies import STRATEGIES, strategy_class
+
+    if strategies is None:
+        plain = [] if rows else list(STRATEGIES)
+    else:
+        plain = list(STRATEGIES) if strategies == "all" else strategies.split(",")
+    names = [name.strip() for name in plain]
+    for name in names:
+        strategy_class(name)
+    return [*names, *rows]
+
+
+def _budgets(text: str) -> tuple[float, ...]:
+    """Read privacy budgets, smallest first."""
+    found = set()
+    for part in text.split(","):
+        try:
+            value = math.inf if part.strip() == "none" else float(part)
+        except ValueError:
+            value = math.nan
+        if not value > 0:
+            raise InvalidValue("epsilon", part.strip(), "a number above 0, or none")
+        found.add(value)
+    return tuple(sorted(found))
+
+
+def _shared(overrides: list[str], strategy: list[str], epsilon: float) -> list[str]:
+    """Return overrides for what all runs of a comparison share; it sets the other keys itself."""
+    own = {"strategy": "", "epsilon": epsilon, "seed": 0, "run-dir": "", "state-dir": ""}
+    for key in parse_overrides(overrides).keys() & own.keys():
+        raise InvalidValue("-c", key, "a key that all runs of a comparison share")
+    own["strategy"] = strategy[0] if strategy else ""
+    return [*overrides, *(f"{key}={value}" for key, value in own.items())]

@@ -1,0 +1,93 @@
+"""``fedlora deploy``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fedlora_flwr.cli.arguments import AsJson, Overrides, complete_recipe
+from fedlora_flwr.errors import FedLoRAError
+from fedlora_flwr.recipes import load_recipe
+from fedlora_flwr.terminal import Commands, show_json, show_line, show_lines
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, help="Real clients on real devices.")
+Folder = Annotated[Path, typer.Argument(help="The fleet's folder.")]
+
+
+@app.command()
+def init(
+    folder: Folder,
+    devices: Annotated[int, typer.Option(help="Number of devices.")],
+    host: Annotated[
+        str, typer.Option(help="Name or address under which devices reach the server.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The server's port.")] = 9443,
+    days: Annotated[int, typer.Option(help="How long the certificates hold.")] = 365,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="A run: device.toml takes its task, model, classes and columns.",
+            autocompletion=complete_recipe,
+        ),
+    ] = "",
+) -> None:
+    """Write certificates, keys, start scripts, units and settings of a small fleet."""
+    from fedlora_flwr.deploy.fleet import CONNECTION, Fleet, make_fleet
+
+    run = load_recipe(recipe, None) if recipe else None
+    make_fleet(folder, Fleet(devices, host, port, days), run)
+    app_folder = folder / "operator" / "app"
+    lines = [
+        ("Fleet", f"{folder}: a server and {devices} devices; private keys have mode 600"),
+        ("Server", "carry server/ there, run start.sh; ca/ca.key belongs into a safe"),
+        ("Devices", "carry devices/NAME/ there, fill in device.toml, run start.sh"),
+        ("Operator", "add operator/connection.toml to ~/.flwr/config.toml, run register.sh,"),
+        ("", f"then: flwr run {app_folder} {CONNECTION} --run-config RECIPE.toml"),
+        ("Check", f"fedlora deploy check {folder} --recipe RECIPE.toml"),
+    ]
+    show_lines(Console(), lines)
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="The fleet's folder, or on a device its own.")],
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="The planned run: records, budgets and models are looked at, too.",
+            autocompletion=complete_recipe,
+        ),
+    ] = "",
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look at everything that can be known before a fleet, or a device, starts; one line each."""
+    from fedlora_flwr.deploy.check import check_device, check_fleet
+    from fedlora_flwr.deploy.fleet import SETTINGS
+
+    look = check_device if (folder / SETTINGS).exists() else check_fleet
+    run = load_recipe(recipe, overrides) if recipe else None
+    console, found = Console(), []
+    for finding in look(folder.resolve(), run):
+        found.append(finding)
+        if not as_json:
+            mark = "ok  " if finding.good else "MEND"
+            show_line(console, f"{mark} {finding.subject}: {finding.text}")
+            if not finding.good:
+                show_line(console, f"     → {finding.mend}")
+    if as_json:
+        show_json([asdict(finding) for finding in found])
+    if bad := sum(not finding.good for finding in found):
+        raise FedLoRAError(f"{bad} to mend first.")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def start(context: typer.Context) -> None:
+    """Start a SuperNode that runs installed code only; a device's start.sh does it."""
+    from fedlora_flwr.deploy.supernode import start_supernode
+
+    start_supernode(Path.cwd(), context.args)

@@ -1,0 +1,100 @@
+"""``fedlora recipes`` and ``fedlora keys``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import Field
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fedlora_flwr.cli.arguments import AsJson, complete_key, names_of
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.keys import allowed_values, fields_by_key, type_words
+from fedlora_flwr.config.toml import toml_value
+from fedlora_flwr.errors import unknown
+from fedlora_flwr.recipes import about_recipe, recipe_names
+from fedlora_flwr.terminal import Table, show, show_json, show_line, show_lines
+
+
+def recipes(as_json: AsJson = False) -> None:
+    """List the recipes that come with the package."""
+    found = {name: about_recipe(name) for name in recipe_names()}
+    if as_json:
+        show_json([{"recipe": name, "about": about} for name, about in found.items()])
+    else:
+        show(Console(), Table(("recipe", "about"), list(found.items()), "<<"))
+
+
+def keys(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Keys to explain in full; all keys in short if none.", autocompletion=complete_key
+        ),
+    ] = None,
+    who_decides: Annotated[
+        bool,
+        typer.Option("--who-decides", help="Who decides each value on a device, as Markdown."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List every configuration key with its default and meaning, or explain some in full."""
+    if who_decides:
+        from fedlora_flwr.config.authority import markdown
+
+        print(markdown(), end="")
+        return
+    entries = fields_by_key(RunConfig)
+    for name in names or ():
+        if name not in entries:
+            raise unknown("key", name, entries)
+    chosen = {name: entries[name] for name in names or entries}
+    console = Console()
+    if as_json:
+        show_json([_explained(name, entry) for name, entry in chosen.items()])
+    elif names:
+        _show_in_full(console, chosen)
+    else:
+        defaults = RunConfig().items()
+        rows = [(k, toml_value(defaults[k]), e.metadata["about"]) for k, e in chosen.items()]
+        show(console, Table(("key", "default", "meaning"), rows, "<<<"))
+
+
+def _explained(key: str, entry: Field[Any]) -> dict[str, Any]:
+    about, names = entry.metadata, names_of(key)
+    open_ended = "or your own, as module:function" if key == "task" else ""
+    listed = ", ".join(filter(None, (*names, open_ended)))
+    return {
+        "key": key,
+        "about": about["about"],
+        "type": type_words(entry),
+        "default": entry.default,
+        "allowed": listed or allowed_values(entry, "check"),
+        "names": list(names),
+        "decides": str(about["decides"]),
+        "why": about["why"],
+        "default_on_device": about["on_device"],
+        "allowed_on_device": listed or allowed_values(entry),
+    }
+
+
+def _show_in_full(console: Console, chosen: Mapping[str, Field[Any]]) -> None:
+    for number, (key, entry) in enumerate(chosen.items()):
+        if number:
+            show_line(console, "")
+        found = _explained(key, entry)
+        lines = [
+            ("Key", key),
+            ("Meaning", found["about"]),
+            ("Default", toml_value(found["default"])),
+            ("Type", found["type"]),
+            ("Allowed", found["allowed"]),
+            ("Decides", f"on a device: {found['decides']}. {found['why']}"),
+        ]
+        if found["default_on_device"] != found["default"]:
+            lines.append(("", f"default there: {toml_value(found['default_on_device'])}"))
+        if found["allowed_on_device"] != found["allowed"]:
+            lines.append(("", f"allowed there: {found['allowed_on_device']}"))
+        show_lines(console, lines)

@@ -1,0 +1,98 @@
+"""What can be known before a run: ``fedlora budget``, ``plan`` and ``inspect-split``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fedlora_flwr.cli.arguments import AsJson, Overrides, Recipe
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.recipes import load_recipe
+from fedlora_flwr.terminal import show, show_json, show_lines
+
+
+def budget(
+    epsilon: Annotated[float, typer.Option(help="Privacy budget.")],
+    delta: Annotated[float, typer.Option(help="Failure probability.")],
+    records: Annotated[int, typer.Option(help="Records n of the client.")],
+    batch_size: Annotated[int, typer.Option(help="Expected batch size b; q = b/n.")],
+    steps: Annotated[int, typer.Option(help="Private steps T·K over the whole run.")],
+    as_json: AsJson = False,
+) -> None:
+    """Print the noise multiplier σ for a budget, and what each accountant says of it."""
+    from fedlora_flwr.privacy.budget import Segment, calibrate, check_budget, epsilon_spent
+
+    check_budget(epsilon, delta, batch_size, records)
+    rate = batch_size / records
+    sigma = calibrate(epsilon, delta, rate, steps)
+    spent = {
+        name: epsilon_spent([Segment(sigma, rate, steps)], delta, name).epsilon
+        for name in ("prv", "pld", "rdp")
+    }
+    if as_json:
+        show_json({"noise_multiplier": sigma, "sample_rate": rate, "epsilon": spent})
+        return
+    print(f"noise multiplier σ = {sigma:.4f}  (q = {rate:.5f})")
+    for name, value in spent.items():
+        print(f"ε by {name.upper()} = {value:.4f}")
+
+
+def plan(
+    recipe: Recipe = "digits",
+    overrides: Overrides = None,
+    records: Annotated[
+        int | None, typer.Option(min=1, help="Records of each client, instead of opening the data.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a run would cost and whether it can work; trains nothing.
+
+    Exits with 1 where a client could not keep its promise.
+    """
+    from fedlora_flwr.simulations import forecast
+    from fedlora_flwr.simulations.forecast_screen import show_forecast
+
+    found = forecast.forecast(load_recipe(recipe, overrides), records)
+    if as_json:
+        show_json(forecast.as_json(found))
+    else:
+        show_forecast(found, Console())
+    if found.broken:
+        raise typer.Exit(1)
+
+
+def inspect_split(
+    recipe: Recipe = "digits",
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The plot, a PNG file; split-RECIPE.png if not given.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which client of a simulation gets how many records of which class; trains nothing."""
+    from fedlora_flwr.simulations.plots import plot_split
+    from fedlora_flwr.simulations.split_table import (
+        MAX_COLUMNS,
+        split_counts,
+        split_json,
+        split_table,
+    )
+
+    config = load_recipe(recipe, overrides)
+    path = (output or Path(f"split-{Path(recipe).stem}.png")).resolve()
+    if path.suffix.lower() != ".png" or not path.parent.is_dir():
+        raise InvalidValue("--output", str(path), "a .png file in a folder that exists")
+    counts = split_counts(config)
+    plot_split(counts, path, f"{config.task}, {config.partitioner}")
+    if as_json:
+        show_json({**split_json(counts, config), "plot": str(path)})
+        return
+    console = Console()
+    show(console, split_table(counts, config))
+    if counts.shape[1] > MAX_COLUMNS:
+        text = f"{counts.shape[1]}: how many each client has; the plot and --json show them all"
+        show_lines(console, [("Classes", text)])
+    show_lines(console, [("Plot", str(path))])

@@ -1,0 +1,85 @@
+"""``fedlora run`` and ``fedlora simulate``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fedlora_flwr.cli.arguments import AsJson, Output, Overrides, Recipe
+from fedlora_flwr.errors import FedLoRAError
+from fedlora_flwr.recipes import load_recipe
+from fedlora_flwr.terminal import show_json, show_lines, told
+
+
+def run(
+    recipe: Recipe = "digits",
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    output: Output = Path("runs"),
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Ray workers; by default one per core.")
+    ] = None,
+) -> None:
+    """Run a recipe with `flwr run` on Flower's simulation engine."""
+    from fedlora_flwr.simulations.runner import run_on_flower
+
+    _launch(partial(run_on_flower, workers=workers), recipe, overrides, as_json, output)
+
+
+def simulate(
+    recipe: Recipe = "digits",
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    output: Output = Path("runs"),
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that serve clients; 1 = this one.")
+    ] = 1,
+) -> None:
+    """Run a recipe without Ray or a server: same seed, same arrays."""
+    from fedlora_flwr.simulations.runner import run_in_process
+
+    _launch(partial(run_in_process, workers=workers), recipe, overrides, as_json, output)
+
+
+def _launch(
+    launch: Callable[..., dict[str, Any]],
+    recipe: str,
+    overrides: list[str] | None,
+    as_json: bool,
+    output: Path,
+) -> None:
+    from fedlora_flwr.simulations.endings import recorded
+    from fedlora_flwr.simulations.report import Screen, closing_rows
+    from fedlora_flwr.simulations.run_dir import RunDirectory, check_unused
+    from fedlora_flwr.simulations.runner import make_plan
+    from fedlora_flwr.simulations.workers import log_to_file
+
+    console = Console(stderr=as_json)
+    config = load_recipe(recipe, overrides)
+    if config.run_dir:
+        check_unused(Path(config.run_dir))
+    plan = make_plan(config, console)
+    run_dir = (
+        RunDirectory(Path(config.run_dir))
+        if config.run_dir
+        else RunDirectory.new(output.resolve(), config)
+    )
+    try:
+        with recorded(run_dir, config), Screen(console, plan) as screen:
+            log_to_file(run_dir.log)
+            summary = launch(plan, run_dir, screen.round)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        raise FedLoRAError(f"{told(error, run_dir.log)}\nLog: {run_dir.log}") from error
+    except KeyboardInterrupt:
+        show_lines(console, [("Results", str(run_dir.path))])
+        raise
+    show_lines(console, [*closing_rows(summary), ("Results", str(run_dir.path))])
+    if as_json:
+        show_json(run_dir.summary())

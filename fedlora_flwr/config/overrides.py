@@ -1,0 +1,66 @@
+"""``key=value`` as a person types it: the key's own type says how its value is read."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+from fedlora_flwr.config.keys import fields_by_key
+from fedlora_flwr.config.run_config import RunConfig
+from fedlora_flwr.errors import InvalidValue
+
+_KEYS = fields_by_key(RunConfig)
+_WHOLE = re.compile(r"[+-]?\d+(_\d+)*")
+
+
+def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
+    """Read ``key=value`` pairs as typed on a command line.
+
+    A number may be written in any usual way: ``.5``, ``5.``, ``+3``, ``1_000``, ``1e-3``, ``inf``.
+    A text needs no quotes, even if it looks like a number. What cannot be read as the key's type
+    is returned as TOML reads it, or as the text that it is, for the configuration to refuse.
+
+    Raises
+    ------
+    InvalidValue
+        A pair has no ``=``.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, text = (part.strip() for part in pair.partition("="))
+        if not separator:
+            raise InvalidValue("-c", pair, "key=value")
+        found[key] = _read(key, text)
+    return found
+
+
+def _read(key: str, text: str) -> Any:
+    kind = type(_KEYS[key].default) if key in _KEYS else None
+    if kind in (int, float):
+        number = _number(text)
+        # Of a key that counts, 1e3 is a thousand; 2.5 is left for the configuration to refuse.
+        return int(number) if kind is int and _is_whole(number) else number
+    value = _toml(text)
+    return text if kind is str and not isinstance(value, str) else value
+
+
+def _number(text: str) -> Any:
+    """Return a number of the usual forms; anything else as `_toml` does."""
+    # Python refuses integers of thousands of digits. A float of them would be infinite.
+    with suppress(ValueError):
+        return int(text) if _WHOLE.fullmatch(text) else float(text)
+    return text if _WHOLE.fullmatch(text) else _toml(text)
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, float) and number.is_integer()
+
+
+def _toml(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except ValueError:
+        return text

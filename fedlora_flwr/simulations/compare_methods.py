@@ -1,0 +1,125 @@
+"""Rows of a comparison: strategies, each with settings of its own, and their names."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fedlora_flwr.config import RunConfig, Value, parse_overrides
+from fedlora_flwr.config.keys import fields_by_key
+from fedlora_flwr.config.training_keys import LoRAKeys, TrainingKeys
+from fedlora_flwr.errors import InvalidValue, unknown
+from fedlora_flwr.strategies import strategy_class
+
+ROW_KEYS = (
+    *fields_by_key(LoRAKeys),
+    *fields_by_key(TrainingKeys),
+    *("weighting", "average-decay", "curvature", "blocks", "clip-norm", "max-rounds"),
+)
+"""Keys that a row may set: how a method trains. Data, clients, rounds and budget are shared."""
+_OPTION = "--row"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of a comparison.
+
+    Parameters
+    ----------
+    name : str
+        What the row ran, e.g. ``"la-lora, binomial"``.
+    strategy : str
+        Name of the strategy.
+    settings : Mapping[str, Value]
+        Keys of `ROW_KEYS` that the row sets over what all rows share.
+    """
+
+    name: str
+    strategy: str
+    settings: Mapping[str, Value] = field(default_factory=dict)
+
+    def of(self, shared: RunConfig) -> RunConfig:
+        """Return what all rows share with this row's strategy and settings.
+
+        Raises
+        ------
+        InvalidValue
+            A setting cannot be used; the text names the row.
+        """
+        try:
+            return RunConfig.of(shared.items(), {"strategy": self.strategy}, self.settings)
+        except InvalidValue as error:
+            expected = f"{error.allowed} (row {self.name!r})"
+            raise InvalidValue(error.key, error.value, expected, error.near) from error
+
+
+def plain_methods(strategies: Iterable[str]) -> tuple[Method, ...]:
+    """Return a row for each strategy, without settings of its own."""
+    return read_methods(strategies, RunConfig())
+
+
+def read_methods(rows: Iterable[str], shared: RunConfig) -> tuple[Method, ...]:
+    """Read rows such as ``la-lora filter=binomial lr-b=0.2``, each once.
+
+    A row is named for its strategy and for what it sets. What another row of the same strategy
+    sets is named, too: beside ``la-lora filter=binomial``, ``la-lora`` is ``la-lora, no filter``.
+
+    Parameters
+    ----------
+    rows : Iterable[str]
+        A strategy, then ``key=value`` words; quotes as in a shell.
+    shared : RunConfig
+        What all rows share: the values where a row says nothing.
+
+    Raises
+    ------
+    InvalidValue
+        A row names no strategy, or sets what rows share, or a value that cannot be used.
+    """
+    read = [_read(text) for text in rows]
+    found: dict[str, Method] = {}
+    for row in read:
+        values = row.of(shared).items()
+        same = [other for other in read if other.strategy == row.strategy]
+        told = dict.fromkeys(key for other in same for key in other.settings)
+        name = ", ".join([row.strategy, *(_word(key, values[key]) for key in told)])
+        # Values as the configuration has them: 1 and 1.0 are one row.
+        settings = {key: values[key] for key in row.settings}
+        found[name] = Method(name, row.strategy, settings)
+    return tuple(found.values())
+
+
+def _read(text: str) -> Method:
+    """Read one row; its name is its text."""
+    try:
+        strategy, *pairs = shlex.split(text) or [""]
+    except ValueError as error:
+        raise InvalidValue(_OPTION, text, f"a strategy and key=value words ({error})") from error
+    strategy_class(strategy)
+    settings = parse_overrides(pairs)
+    known = fields_by_key(RunConfig)
+    for key in settings:
+        if key not in known:
+            raise unknown("configuration key", key, ROW_KEYS)
+        if key not in ROW_KEYS:
+            raise unknown(_OPTION, key, ROW_KEYS, before="a key that rows may differ in, ")
+    return Method(text, strategy, settings)
+
+
+def _word(key: str, value: Value) -> str:
+    """Name a setting: a choice by itself, a switch by its key, and a number with its key."""
+    if isinstance(value, bool):
+        return key if value else f"no {key}"
+    if value == "none":
+        return f"no {key}"
+    if isinstance(value, str) and fields_by_key(RunConfig)[key].metadata["check"].names:
+        return value
+    if isinstance(value, str):
+        return f"{key} {value}" if value else f"default {key}"
+    return f"{key} {str(value).removesuffix('.0')}"
+
+
+def settings_of(methods: Sequence[Method]) -> dict[str, dict[str, Value]]:
+    """Return every row's strategy and settings by its name, as ``settings.json`` holds them."""
+    return {method.name: {"strategy": method.strategy, **method.settings} for method in methods}
