@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,11 @@ from fedlora_flwr.errors import FedLoRAError, InvalidValue, explained
 from fedlora_flwr.plan import ComponentPlan, Layout, factor_of
 from fedlora_flwr.privacy.grad_sample import GradSampler
 from fedlora_flwr.privacy.mechanism import Mechanism
+from fedlora_flwr.simulations.participation import participation
 from fedlora_flwr.simulations.rehearsal import check_folding, rehearse_unbuilt
 from fedlora_flwr.simulations.serve import build_strategy
 from fedlora_flwr.strategies import FedLoRA
+from fedlora_flwr.strategies.cohort import cohort_size
 from fedlora_flwr.tasks.registry import Batch, Task, build_task
 from fedlora_flwr.wire import SHARE
 
@@ -200,7 +202,7 @@ def noise_to_signal(
     weights = {"uniform": np.ones_like(sigma), "size": sizes, "inverse-noise": sigma**-2.0}
     chosen = weights[config.weighting] / weights[config.weighting].sum()
     # A cohort of a share f has fewer clients, each with 1/f times the weight.
-    cohort = max(round(config.fraction_train * len(mechanisms)), 1)
+    cohort = cohort_size(len(mechanisms), config.fraction_train)
     variance = float((chosen**2 * sigma**2).sum()) * len(mechanisms) / cohort
     return math.sqrt(coordinates * variance / config.local_steps) / mechanisms[0].batch_size
 
@@ -356,10 +358,12 @@ def _warnings(found: Forecast) -> list[str]:
             "be. More records a client, a larger batch, more clients, a lower rank, fewer targets "
             "or a larger ε bring it down."
         )
-    if config.max_rounds and config.fraction_train * config.num_rounds > config.max_rounds:
+    rounds = participation(config)
+    if rounds.ends_early:
         lines.append(
-            f"Clients join {config.fraction_train * config.num_rounds:.0f} rounds on average, and "
-            f"may join {config.max_rounds} (max-rounds): later rounds will lack clients."
+            f"The run ends after round {rounds.last_round} of {config.num_rounds}: no client has "
+            f"budget left then, since each may join {config.max_rounds} (max-rounds). Raise "
+            "max-rounds, or lower num-rounds or fraction-train, to use all rounds."
         )
     return lines
 
@@ -372,6 +376,7 @@ def as_json(found: Forecast) -> dict[str, Any]:
         "epsilon": found.config.epsilon if found.config.private else None,
         "delta": found.config.delta,
         "steps": found.config.planned_steps,
+        "rounds": asdict(participation(found.config)),
         "clients": [
             {
                 "records": client.records,

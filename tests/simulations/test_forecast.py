@@ -18,7 +18,13 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.privacy.mechanism import Mechanism, poisson_batches
-from fedlora_flwr.simulations.forecast import activation_bytes, forecast, noise_to_signal
+from fedlora_flwr.simulations.forecast import (
+    activation_bytes,
+    as_json,
+    forecast,
+    noise_to_signal,
+)
+from fedlora_flwr.simulations.participation import participation
 from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import make_plan, run_in_process
 from tests.conftest import MakeConfig
@@ -149,8 +155,32 @@ def test_a_promise_that_cannot_be_kept_is_a_warning_for_each_client(
 
 
 def test_a_cap_below_the_mean_number_of_rounds_is_a_warning(make_config: MakeConfig) -> None:
-    found = forecast(make_config(num_rounds=10, max_rounds=4, fraction_train=0.5))
-    assert "may join 4 (max-rounds)" in found.warnings[0]
+    config = make_config(num_clients=4, num_rounds=10, max_rounds=3, fraction_train=0.5)
+    found = forecast(config)
+    assert "The run ends after round 6 of 10" in found.warnings[0]
+    assert "may join 3 (max-rounds)" in found.warnings[0]
+    assert as_json(found)["rounds"] == {
+        "cohort": 2, "num_rounds": 10, "last_round": 6, "least": 3, "most": 3, "mean": 3.0
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"max_rounds": 5}, "10 of 2 clients; each client joins 5"),
+        ({"max_rounds": 7}, "10 of 2 clients; each client joins 5"),
+        ({"max_rounds": 3}, "each client joins 3; no client has budget left after round 6"),
+        ({"max_rounds": 3, "num_rounds": 5}, "5 of 2 clients; each client joins 2 or 3"),
+        ({}, "10 of 2 clients; each client joins 5 on average"),
+        ({"fraction_train": 1.0}, "10 of 4 clients; each client joins 10"),
+        ({"fraction_train": 0.3, "max_rounds": 2}, "10 of 1 client; each client joins 2; no"),
+    ],
+)
+def test_the_plan_says_how_often_each_client_joins(
+    changes: dict[str, Any], line: str, make_config: MakeConfig
+) -> None:
+    config = make_config(**{"num_clients": 4, "num_rounds": 10, "fraction_train": 0.5, **changes})
+    assert line in str(participation(config))
 
 
 def test_records_can_be_given_instead_of_data(make_config: MakeConfig) -> None:
