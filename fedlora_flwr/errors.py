@@ -70,6 +70,10 @@ class BudgetExhausted(FedLoRAError):
     """A release would take a client past its privacy budget."""
 
 
+class BudgetsSpent(FedLoRAError):
+    """No client may be asked for another round; a run that has trained is complete."""
+
+
 class ClientFailed(FedLoRAError):
     """A client could not do a round; says of what kind the error was, and no more."""
 

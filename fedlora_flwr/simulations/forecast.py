@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,15 +17,17 @@ from fedlora_flwr.errors import FedLoRAError, InvalidValue, explained
 from fedlora_flwr.plan import ComponentPlan, Layout, factor_of
 from fedlora_flwr.privacy.grad_sample import GradSampler
 from fedlora_flwr.privacy.mechanism import Mechanism
+from fedlora_flwr.simulations.noise import noise_to_signal, noisy_coordinates
+from fedlora_flwr.simulations.participation import participation
 from fedlora_flwr.simulations.rehearsal import check_folding, rehearse_unbuilt
 from fedlora_flwr.simulations.serve import build_strategy
 from fedlora_flwr.strategies import FedLoRA
 from fedlora_flwr.tasks.registry import Batch, Task, build_task
 from fedlora_flwr.wire import SHARE
 
-# Learning was seen up to about 2 (digits, see docs/results.md), and nowhere above 5.
-NOISY = 2.0
-HOPELESS = 5.0
+# Of all our measured runs none with more noise has ended above its start; see docs/results.md and
+# `benchmarks.learning`, which finds it. It says nothing for certain of other data and models.
+MOST_THAT_GAINED = 5.0
 _BYTES = 4  # fp32
 _HEADER = 128  # Of NumPy's format, in which Flower's records hold arrays.
 
@@ -99,8 +100,9 @@ class Forecast:
     bytes_up, bytes_down : int
         Arrays of one client and round; up is the mean of two rounds.
     noise_to_signal : float or None
-        Norm of a round's averaged noise over the largest norm that its averaged gradients can
-        have (see `noise_to_signal`); ``None`` without privacy, or where no client can train.
+        Norm of a round's averaged noise, less what a filter removes, over the largest norm that
+        its averaged gradients can have (see `noise_to_signal`); ``None`` without privacy, or where
+        no client can train.
     warnings : list[str]
         What will not work, or hardly.
     """
@@ -154,7 +156,9 @@ def forecast(config: RunConfig, records: int | None = None) -> Forecast:
     active = _active(plans, layout, config.local_steps)
     coordinates = [sum(sizes[name] for name in names) for names in active]
     made = [client.mechanism for client in clients if client.mechanism is not None]
-    ratio = noise_to_signal(config, made, round(float(np.mean(coordinates)))) if made else None
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.parameters.items()}
+    noisy = noisy_coordinates(plans, layout, shapes, config.local_steps, config.filter)
+    ratio = noise_to_signal(config, made, noisy) if made else None
     found = Forecast(
         config=config,
         clients=clients,
@@ -168,41 +172,6 @@ def forecast(config: RunConfig, records: int | None = None) -> Forecast:
     )
     found.warnings.extend(_warnings(found))
     return found
-
-
-def noise_to_signal(
-    config: RunConfig, mechanisms: Sequence[Mechanism], coordinates: int
-) -> float | None:
-    """Compare a round's noise with the most that it can hold of signal.
-
-    A step adds noise of standard deviation σ_i C/b to each of D coordinates. Over K steps, averaged
-    over a cohort with weights w_i, its norm is about ``(C/b) √(D K Σ w_i² σ_i²)``; clipped
-    gradients that all agree have norm ``K C``. Real gradients agree less, so this is the best case.
-
-    Parameters
-    ----------
-    config : RunConfig
-        Steps, weights, share of the clients in a round.
-    mechanisms : Sequence[Mechanism]
-        Of all clients; at least one.
-    coordinates : int
-        D, of what trains in a step.
-
-    Returns
-    -------
-    float or None
-        ``√(D Σ w_i² σ_i² / K) / b``; ``None`` without privacy.
-    """
-    if not config.private:
-        return None
-    sigma = np.array([m.noise_multiplier for m in mechanisms])
-    sizes = np.array([m.num_records for m in mechanisms], dtype=float)
-    weights = {"uniform": np.ones_like(sigma), "size": sizes, "inverse-noise": sigma**-2.0}
-    chosen = weights[config.weighting] / weights[config.weighting].sum()
-    # A cohort of a share f has fewer clients, each with 1/f times the weight.
-    cohort = max(round(config.fraction_train * len(mechanisms)), 1)
-    variance = float((chosen**2 * sigma**2).sum()) * len(mechanisms) / cohort
-    return math.sqrt(coordinates * variance / config.local_steps) / mechanisms[0].batch_size
 
 
 def skeleton(config: RunConfig, task: Task) -> AdaptedModel:
@@ -349,17 +318,19 @@ def _warnings(found: Forecast) -> list[str]:
     if len(broken) > 3:
         lines.append(f"{len(broken) - 3} more clients cannot keep it.")
     ratio = found.noise_to_signal
-    if ratio is not None and ratio > NOISY:
-        verdict = "cannot learn" if ratio > HOPELESS else "will hardly learn"
+    if ratio is not None and ratio > MOST_THAT_GAINED:
         lines.append(
-            f"This {verdict}: a round's noise is {ratio:.1f} times the most that its signal can "
-            "be. More records a client, a larger batch, more clients, a lower rank, fewer targets "
-            "or a larger ε bring it down."
+            f"A round's noise is {ratio:.1f} times the most that its signal can be. Of the runs "
+            f"that this project has measured, none above {MOST_THAT_GAINED:g} ended better than it "
+            "began; other data may differ. More records per client, a larger batch, more clients, "
+            "a lower rank, fewer targets or a larger ε bring it down."
         )
-    if config.max_rounds and config.fraction_train * config.num_rounds > config.max_rounds:
+    rounds = participation(config)
+    if rounds.ends_early:
         lines.append(
-            f"Clients join {config.fraction_train * config.num_rounds:.0f} rounds on average, and "
-            f"may join {config.max_rounds} (max-rounds): later rounds will lack clients."
+            f"The run ends after round {rounds.last_round} of {config.num_rounds}: no client has "
+            f"budget left then, since each may join {config.max_rounds} (max-rounds). Raise "
+            "max-rounds, or lower num-rounds or fraction-train, to use all rounds."
         )
     return lines
 
@@ -372,6 +343,7 @@ def as_json(found: Forecast) -> dict[str, Any]:
         "epsilon": found.config.epsilon if found.config.private else None,
         "delta": found.config.delta,
         "steps": found.config.planned_steps,
+        "rounds": asdict(participation(found.config)),
         "clients": [
             {
                 "records": client.records,

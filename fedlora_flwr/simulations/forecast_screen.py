@@ -7,6 +7,7 @@ import math
 from rich.console import Console
 
 from fedlora_flwr.simulations.forecast import Forecast
+from fedlora_flwr.simulations.participation import participation
 from fedlora_flwr.terminal import Table, show, show_lines
 
 # More clients than this are shown by their smallest, middle and largest.
@@ -52,9 +53,11 @@ def _lines(found: Forecast) -> list[tuple[str, str]]:
     ratio = found.noise_to_signal
     noise = "none" if ratio is None else f"{ratio:.2f} × the most its signal can be"
     kept = "not known" if memory.activations is None else megabytes(memory.activations)
-    rounds = config.num_rounds * max(round(config.fraction_train * config.num_clients), 1)
+    rounds = participation(config)
+    messages = round(rounds.mean * config.num_clients)
     return [
         ("Privacy", promise),
+        ("Rounds", str(rounds)),
         (
             "Trains",
             f"{found.coordinates:,} numbers a step, of {found.layers} layers in "
@@ -70,7 +73,7 @@ def _lines(found: Forecast) -> list[tuple[str, str]]:
         (
             "Bytes",
             f"{megabytes(found.bytes_up)} up and {megabytes(found.bytes_down)} down for a "
-            f"client and round; {megabytes(rounds * (found.bytes_up + found.bytes_down))} "
+            f"client and round; {megabytes(messages * (found.bytes_up + found.bytes_down))} "
             "for the run",
         ),
     ]

@@ -14,6 +14,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from fedlora_flwr.simulations.participation import participation
 from fedlora_flwr.simulations.runner import RunPlan
 from fedlora_flwr.terminal import show_line, show_lines
 
@@ -89,6 +90,8 @@ def describe_plan(plan: RunPlan) -> list[tuple[str, str]]:
             f"({config.partitioner})",
         ),
     ]
+    if config.fraction_train < 1 or config.max_rounds:
+        lines.append(f"Rounds    {participation(config)}")
     if config.private:
         promise = (
             f"ε ≤ {config.epsilon:g} at δ = {config.delta:g} for each record of each "
@@ -142,8 +145,11 @@ def closing_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             ("", f"{used / plain:.0%} of the {_megabytes(plain)} that plain LoRA averaging sends")
         )
+    done, planned = summary["rounds_done"], summary["num_rounds"]
+    rounds = f"{done} rounds" if done == planned else f"{done} of {planned} rounds"
+    early = "" if done == planned else f": {summary['end']}"
     rows += [
-        ("Time", f"{summary['seconds']:.0f} s for {summary['rounds_done']} rounds"),
+        ("Time", f"{summary['seconds']:.0f} s for {rounds}{early}"),
         ("Failures", f"{summary['failures']} replies, {summary['declined']} out of budget"),
     ]
     if summary["unprotected_metrics"]:

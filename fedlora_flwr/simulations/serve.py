@@ -34,6 +34,7 @@ from fedlora_flwr.wire import ACCOUNTANT, CLIENT, DELTA, EPSILON_BUDGET, FINGERP
 from fedlora_flwr.wire.limits import MOST_RECORDS, MOST_WEIGHT
 
 OnRound = Callable[[dict[str, Any]], None]
+ALL_ROUNDS, BUDGETS_SPENT = "all rounds are done", "no client has budget left"
 
 
 def serve(
@@ -93,6 +94,8 @@ def serve(
             run_dir.write_summary({**summary, **ending})
         raise
     summary = _summary(config, session, time.perf_counter() - started)
+    early = summary["rounds_done"] < config.num_rounds
+    summary["end"] = BUDGETS_SPENT if early else ALL_ROUNDS
     run_dir.write_summary(summary)
     return summary
 
@@ -107,6 +110,7 @@ def build_strategy(config: RunConfig) -> FedLoRA:
         seed=config.seed,
         weighting=config.weighting,
         min_completion=config.min_completion,
+        max_rounds=config.max_rounds,
         blocks=config.blocks,
         local_steps=config.local_steps,
         max_weight=_max_weight(config),
@@ -158,6 +162,9 @@ class _Session:
             evaluate_config=ConfigRecord({FINGERPRINT: self.adapted.fingerprint}),
             evaluate_fn=self._after_round,
         )
+        if self.task.metric not in self.rows[-1]:
+            # The last clients with budget left have gone since, so nobody knew that it was the end.
+            self.rows[-1].update(self._evaluate(self.config.num_rounds))
 
     def draw_modes(self) -> None:
         """Draw which factor each block trained in each round, where the plan tells blocks apart."""
@@ -196,7 +203,8 @@ class _Session:
             # Where models stay with the clients, the server has none to measure.
             return report.evaluation
         config = self.config
-        if server_round % config.eval_every and server_round != config.num_rounds:
+        last = server_round == config.num_rounds or self.strategy.finished
+        if server_round % config.eval_every and not last:
             return {}
         advice = "Set another model or test-split, or a smaller eval-batch-size."
         with explained("Measuring the model on the public records", advice):

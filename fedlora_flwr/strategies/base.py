@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from logging import INFO, WARNING
-from typing import Any, ClassVar
+from logging import INFO
+from typing import ClassVar
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -13,12 +13,14 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from numpy.typing import NDArray
 
-from fedlora_flwr.aggregation import Arrays, bounded, merge, weighted_mean
+from fedlora_flwr.aggregation import Arrays, merge, weighted_mean
 from fedlora_flwr.arrays import to_numpy, travel_size
-from fedlora_flwr.errors import FedLoRAError, InvalidValue
-from fedlora_flwr.plan import BOTH, ComponentPlan, Layout, factor_of
+from fedlora_flwr.errors import BudgetsSpent, FedLoRAError, InvalidValue
+from fedlora_flwr.plan import BOTH, ComponentPlan, Layout
 from fedlora_flwr.strategies.clipping import check_clipping
-from fedlora_flwr.strategies.cohort import draw, identify, wait_for_nodes
+from fedlora_flwr.strategies.cohort import Cohorts
+from fedlora_flwr.strategies.early_end import EvaluateFn, keeping
+from fedlora_flwr.strategies.expected import Expected
 from fedlora_flwr.strategies.identities import Identities
 from fedlora_flwr.strategies.inbox import Inbox, read_measurements
 from fedlora_flwr.strategies.replies import (
@@ -28,13 +30,12 @@ from fedlora_flwr.strategies.replies import (
     combine_metrics,
     size_of,
     to_record,
-    weight_of,
     weighted_figures,
+    within_limits,
 )
 from fedlora_flwr.wire import (
     ARRAYS,
     CONFIG,
-    MOST_ENTRY,
     NUM_EXAMPLES,
     PLAN,
     ROUND,
@@ -70,6 +71,9 @@ class FedLoRA(FedAvg):
         Share of a round's clients that must answer. Fewer abort the run.
     node_timeout : float (default: 600)
         Seconds to wait for ``min_available_nodes``.
+    max_rounds : int (default: 0)
+        Rounds that one client may be asked for; 0 for all. With a cap each client gets its share
+        exactly, and the run ends when nobody has rounds left.
     blocks : str (default: "")
         Pattern of the names of blocks (see `Layout`), where a plan tells them apart.
     local_steps : int (default: 0)
@@ -107,43 +111,42 @@ class FedLoRA(FedAvg):
         weighting: str = "uniform",
         min_completion: float = 0.5,
         node_timeout: float = 600.0,
+        max_rounds: int = 0,
         blocks: str = "",
         local_steps: int = 0,
         max_weight: float = MOST_WEIGHT,
     ) -> None:
         if not 0 <= min_completion <= 1:
             raise InvalidValue("min_completion", min_completion, "a number from 0 to 1")
+        if max_rounds < 0:
+            raise InvalidValue("max_rounds", max_rounds, "a whole number of at least 0")
         if weighting not in WEIGHTINGS:
             raise InvalidValue("weighting", weighting, f"one of {WEIGHTINGS}")
-        super().__init__(
-            fraction_train=fraction_train,
-            # FedAvg warns of 0, which is the rule here: the server evaluates.
-            fraction_evaluate=fraction_evaluate or 1.0,
-            min_train_nodes=min_train_nodes,
-            min_evaluate_nodes=min_evaluate_nodes,
-            min_available_nodes=min_available_nodes,
-            weighted_by_key=weighted_by_key,
-            arrayrecord_key=arrayrecord_key,
-            configrecord_key=configrecord_key,
-        )
+        nodes = min_train_nodes, min_evaluate_nodes, min_available_nodes
+        keys = weighted_by_key, arrayrecord_key, configrecord_key
+        # FedAvg warns of 0, which is the rule here: the server evaluates.
+        super().__init__(fraction_train, fraction_evaluate or 1.0, *nodes, *keys)
         self.fraction_evaluate = fraction_evaluate
         self.seed = seed
         self.weighting = weighting
         self.min_completion = min_completion
         self.node_timeout = node_timeout
+        self.max_rounds = max_rounds
         self.blocks = blocks
         self.local_steps = local_steps
         self.max_weight = max_weight
         self.num_rounds = 0
         self.last_round: RoundReport | None = None
-        self._identities: Identities | None = None
+        self._cohorts: Cohorts | None = None
         self._ledgers = LedgerWatch()
+        self._trained = False
+        self._result = Result()
         self._plain = 0
         self._asked: list[int] = []
         self._measuring: list[int] = []
         self._global: dict[str, NDArray[np.floating]] = {}
         self._plan = ComponentPlan.uniform(BOTH)
-        self._expected: list[set[str]] = []
+        self._expected = Expected(self._plan, ())
 
     def plan(self, server_round: int, layout: Layout) -> ComponentPlan:
         """Say what trains in a round.
@@ -225,17 +228,36 @@ class FedLoRA(FedAvg):
         """
         merge(current, arrays)
 
-    def start(  # noqa: D102
+    @property
+    def finished(self) -> bool:
+        """Whether no client that was connected in the last round may be asked for another."""
+        return self._cohorts is not None and not self._cohorts.left()
+
+    def start(
         self,
         grid: Grid,
         initial_arrays: ArrayRecord,
         num_rounds: int = 3,
-        *args: Any,
-        **kwargs: Any,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: EvaluateFn | None = None,
     ) -> Result:
+        """Run the federation, as Flower's strategies do, until nobody has budget left.
+
+        Returns
+        -------
+        Result
+            Arrays and metrics of the rounds that took place.
+        """
         self.num_rounds = num_rounds
-        self._ledgers = LedgerWatch()
-        return super().start(grid, initial_arrays, num_rounds, *args, **kwargs)
+        self._ledgers, self._trained, self._result = LedgerWatch(), False, Result()
+        rest = train_config, evaluate_config, keeping(self._result, evaluate_fn)
+        try:
+            return super().start(grid, initial_arrays, num_rounds, timeout, *rest)
+        except BudgetsSpent as end:
+            log(INFO, "The run ends here. %s", end)
+            return self._result
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -248,15 +270,23 @@ class FedLoRA(FedAvg):
             The arrays hold no LoRA factors.
         FederationAborted
             Too few nodes connected within ``node_timeout``.
+        BudgetsSpent
+            Nobody may be asked for another round, and the run is over.
         """
         layout = Layout.of(arrays, self.blocks)
         self._global = {name: to_numpy(array) for name, array in arrays.items()}
         self._plan = self.plan(server_round, layout)
         self._plan.check(len(layout.blocks))
-        self._expected = self._uploads_of(layout)
+        share = self.instructions().get(SHARE)
+        self._expected = Expected.of(layout, self._plan, share, self.local_steps)
         averages = type(self).aggregate is FedLoRA.aggregate
-        check_clipping(config, type(self).__name__, averages and self._expected[-1] == set(arrays))
-        self._asked = nodes = self._cohort(server_round, grid)
+        everything = self._expected.whole == set(arrays)
+        check_clipping(config, type(self).__name__, averages and everything)
+        if server_round == 1 or self._cohorts is None:
+            self._cohorts = Cohorts(grid, self.seed, self.max_rounds, self.node_timeout)
+        self._asked = nodes = self._cohorts.train(
+            grid, server_round, self.fraction_train, self.min_available_nodes, self.min_train_nodes
+        )
         config.update({ROUND: server_round, PLAN: str(self._plan), WEIGHTING: self.weighting})
         config.update(self.instructions())
         self._plain = sum(travel_size(arrays[name]) for name in layout.names)
@@ -287,30 +317,44 @@ class FedLoRA(FedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check the replies, average what trained and merge it into the global arrays.
 
+        A round whose clients have all spent their budgets leaves the model as it is.
+
         Raises
         ------
         FederationAborted
-            Fewer than ``min_completion`` of the cohort answered, or no answer holds arrays. The
-            message lists the reasons.
+            Fewer than ``min_completion`` of the cohort answered, no answer holds arrays, or the
+            run ends with nothing trained. The message lists the reasons.
         """
         report = self.last_round
         if report is None or report.server_round != server_round:
             raise FedLoRAError(f"aggregate_train({server_round}) without configure_train before it")
         for client, content in self._inbox(MessageType.TRAIN, report).read(replies):
             self._read(client, content, report)
-        report.settle(self.min_completion)
-        arrays = self._bounded(self.aggregate(server_round, self._global, report.uploads))
-        metrics = combine_metrics([upload.metrics for upload in report.uploads])
+        if self._cohorts is not None:
+            self._cohorts.took(self._asked)
+        more = server_round < self.num_rounds and not self.finished
+        report.settle(self.min_completion, may_decline=self._trained or more)
         log(INFO, "aggregate_train: %d of %d clients", len(report.uploads), report.sent)
-        return to_record(arrays), metrics
+        if not report.uploads:
+            return None, None
+        self._trained = True
+        arrays = within_limits(self.aggregate(server_round, self._global, report.uploads))
+        metrics = combine_metrics([upload.metrics for upload in report.uploads])
+        self._result.arrays = to_record(arrays)
+        self._result.train_metrics_clientapp[server_round] = metrics
+        return self._result.arrays, metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask clients for figures where ``fraction_evaluate`` says so, as FedAvg does."""
-        messages = list(super().configure_evaluate(server_round, arrays, config, grid))
-        self._measuring = [message.metadata.dst_node_id for message in messages]
-        return messages
+        """Ask clients for figures where ``fraction_evaluate`` says so; that costs no budget."""
+        report = self.last_round
+        if not self.fraction_evaluate or self._cohorts is None or report is None:
+            return []
+        least = max(self.min_available_nodes, self.min_evaluate_nodes)
+        self._measuring = self._cohorts.evaluate(grid, server_round, self.fraction_evaluate, least)
+        config[ROUND] = server_round
+        return self._messages(MessageType.EVALUATE, arrays, config, self._measuring, report)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -318,19 +362,10 @@ class FedLoRA(FedAvg):
         """Average the clients' figures by the number of examples; None without any."""
         report = self.last_round or RoundReport(server_round, "", sent=0)
         reports = read_measurements(self._inbox(MessageType.EVALUATE, report), replies, report)
-        return weighted_figures([found.numbers() for _, found in reports], self.weighted_by_key)
-
-    def _cohort(self, server_round: int, grid: Grid) -> list[int]:
-        needed = max(self.min_available_nodes, self.min_train_nodes)
-        nodes = wait_for_nodes(grid, needed, self.node_timeout)
-        if server_round == 1 or not self._identities:  # Node ids belong to one run.
-            self._identities = Identities(grid)
-        self._identities.look()
-        size = max(int(len(nodes) * self.fraction_train), self.min_train_nodes)
-        if size >= len(nodes):
-            return nodes
-        identify(grid, nodes, self._identities, self.node_timeout)
-        return draw(nodes, self._identities, size, self.seed, server_round)
+        mean = weighted_figures([found.numbers() for _, found in reports], self.weighted_by_key)
+        if mean is not None:
+            self._result.evaluate_metrics_clientapp[server_round] = mean
+        return mean
 
     def _inbox(self, kind: str, report: RoundReport) -> Inbox:
         if kind == MessageType.TRAIN:
@@ -339,58 +374,23 @@ class FedLoRA(FedAvg):
 
     @property
     def _who(self) -> Identities:
-        return self._identities or Identities(None)
+        return Identities(None) if self._cohorts is None else self._cohorts.identities
 
     def _read(self, client: str, content: RecordDict, report: RoundReport) -> None:
         try:
-            report.bytes_up += size_of(content)
-            report.bytes_up_adapters += size_of(content, factors_only=True)
-            report.bytes_plain += self._plain
+            report.count(content, self._plain)
             found = read_training(content)
             if found.status == STATUS_EXHAUSTED:
                 report.declined.append(f"{client}: its privacy budget is spent")
+                if self._cohorts is not None:
+                    self._cohorts.turns.spend(client)
                 return
-            numbers = {word: float(value) for word, value in found.numbers().items()}
-            texts = {word: v for word, v in found.texts().items() if isinstance(v, str)}
-            upload = Upload(
-                client,
-                dict(found.arrays),
-                weight_of(numbers, self.weighting, self.weighted_by_key, self.max_weight),
-                numbers,
-                texts,
-                found.scores or (),
-            )
-            self._check_arrays(upload.arrays)
+            keys = self.weighting, self.weighted_by_key
+            upload = Upload.of(client, found, *keys, self.max_weight)
+            self._expected.check(upload.arrays)
             self.check_upload(self._global, upload)
-            self._ledgers.check(client, numbers, self.local_steps)
+            self._ledgers.check(client, upload.metrics, self.local_steps)
         except Exception as error:  # One client's reply must not end the others' round.
             report.fail(client, error)
             return
         report.uploads.append(upload)
-
-    def _check_arrays(self, arrays: Arrays) -> None:
-        """Refuse an upload that is not exactly what the plan trains, in names and shapes."""
-        if arrays.keys() not in self._expected:
-            wrong = sorted(arrays.keys() ^ self._expected[-1])
-            allowed = (
-                f"those that {self._plan} trains; wrong: {wrong}. The client must obey the plan"
-            )
-            raise InvalidValue("uploaded arrays", sorted(arrays), f"{allowed}: by follow_plan")
-
-    def _uploads_of(self, layout: Layout) -> list[set[str]]:
-        """Return the names that an upload may have, after one step and after each further one."""
-        share = self.instructions().get(SHARE)
-        # A round with fewer steps than the plan has trains less of it.
-        possible = [self.local_steps] if self.local_steps else range(1, len(self._plan.steps) + 1)
-        return [
-            {n for n in layout.trained(self._plan, steps) if share in (None, factor_of(n))}
-            for steps in possible
-        ]
-
-    def _bounded(self, arrays: dict[str, NDArray[np.floating]]) -> Arrays:
-        """Keep the next global arrays within what clients accept."""
-        found = bounded(arrays, MOST_ENTRY)
-        cut = [name for name, array in found.items() if array is not arrays[name]]
-        if cut:
-            log(WARNING, "Entries above %g were cut, e.g. of %s.", MOST_ENTRY, cut[0])
-        return found

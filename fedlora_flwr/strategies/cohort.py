@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from logging import INFO, WARNING
 
 import numpy as np
@@ -11,11 +13,180 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from fedlora_flwr.errors import FederationAborted
+from fedlora_flwr.errors import BudgetsSpent, FederationAborted
 from fedlora_flwr.randomness import stream_seed
 from fedlora_flwr.strategies.identities import Identities
 from fedlora_flwr.strategies.inbox import Inbox
 from fedlora_flwr.strategies.replies import RoundReport
+
+
+def cohort_size(clients: int, fraction: float, least: int = 1) -> int:
+    """Return how many clients a round has: the share, rounded down, from ``least`` to all."""
+    # 0.29 of 100 is 28.999999999999996 in floating point.
+    return min(max(math.floor(clients * fraction + 1e-9), least), clients)
+
+
+class Turns:
+    """How many rounds each client of a run was asked for, and who is next.
+
+    A client that was asked has had its turn, whether or not it answered: its ledger may hold the
+    round. This count only says whom to ask. The budget is the client's own, in its own ledger.
+
+    Parameters
+    ----------
+    most : int (default: 0)
+        Rounds that one client may be asked for; 0 where nothing caps them.
+    """
+
+    def __init__(self, most: int = 0) -> None:
+        self._most = most
+        self._taken: Counter[str] = Counter()
+        self._places: dict[str, int] = {}
+        self._spent: set[str] = set()
+
+    def left(self, client: str) -> bool:
+        """Tell whether a client may be asked again."""
+        capped = self._most and self._taken[client] >= self._most
+        return client not in self._spent and not capped
+
+    def take(self, clients: Iterable[str]) -> None:
+        """Count a round for each of the clients."""
+        for client in clients:
+            self._taken[client] += 1
+            if client in self._places:
+                self._places[client] += 1
+
+    def spend(self, client: str) -> None:
+        """Never ask a client again: it has said that its budget is spent."""
+        self._spent.add(client)
+
+    def draw(self, clients: Sequence[str], size: int, generator: np.random.Generator) -> list[str]:
+        """Draw a round's cohort.
+
+        Without a cap every set of clients is as likely. With one, those that had the fewest turns
+        come first, and chance decides among equals. So every client has its turn before any has
+        the next, and nobody's rounds run out before the others'. A client that joins late starts
+        where the others are; one that was away catches up, since the run counts on its rounds.
+
+        Parameters
+        ----------
+        clients : Sequence[str]
+            Who may be asked, in an order that is the same in every run.
+        size : int
+            How many to draw; all if there are fewer.
+        generator : numpy.random.Generator
+            The round's own.
+
+        Returns
+        -------
+        list[str]
+            The cohort, in the order of ``clients``.
+        """
+        start = min((self._places[c] for c in clients if c in self._places), default=0)
+        places = [self._places.setdefault(client, start) for client in clients]
+        if size >= len(clients):
+            return list(clients)
+        if not self._most:
+            drawn = generator.choice(len(clients), size, replace=False).tolist()
+        else:
+            shuffled = generator.permutation(len(clients)).tolist()
+            drawn = sorted(shuffled, key=lambda i: places[i])[:size]
+        return [clients[i] for i in sorted(drawn)]
+
+
+class Cohorts:
+    """Draws the cohorts of one run.
+
+    Parameters
+    ----------
+    grid : Grid
+        The run's grid. Its node ids belong to this run.
+    seed : int
+        Node ids change between runs and identities do not, so one seed draws the same clients.
+    max_rounds : int
+        Rounds that one client may be asked for; 0 for all.
+    timeout : float
+        Seconds to wait for nodes.
+    """
+
+    def __init__(self, grid: Grid, seed: int, max_rounds: int, timeout: float) -> None:
+        self.identities = Identities(grid)
+        self.turns = Turns(max_rounds)
+        self._seed = seed
+        self._timeout = timeout
+        self._nodes: list[int] = []
+
+    def train(
+        self, grid: Grid, server_round: int, fraction: float, needed: int, least: int
+    ) -> list[int]:
+        """Draw the nodes that train in a round.
+
+        Parameters
+        ----------
+        grid : Grid
+            Where to look for nodes.
+        server_round : int
+            Round, from 1.
+        fraction : float
+            Share of the connected nodes.
+        needed, least : int
+            Nodes that must be connected, and that a cohort must have.
+
+        Raises
+        ------
+        FederationAborted
+            Too few nodes connected in time.
+        BudgetsSpent
+            Fewer than ``least`` of the connected nodes may be asked again.
+        """
+        nodes = self._nodes = wait_for_nodes(grid, max(needed, least), self._timeout)
+        self.identities.look()
+        size = cohort_size(len(nodes), fraction, least)
+        if size < len(nodes):
+            identify(grid, nodes, self.identities, self._timeout)
+        able = self._able()
+        if len(able) < least:
+            raise BudgetsSpent(
+                f"Round {server_round}: {len(able)} of {len(nodes)} connected clients have budget "
+                f"left, and a round needs {least}. The others have joined all rounds that "
+                "max-rounds lets them join, or have said that their budget is spent."
+            )
+        return self._draw("cohort", server_round, able, size)
+
+    def evaluate(self, grid: Grid, server_round: int, fraction: float, least: int) -> list[int]:
+        """Draw the nodes that measure after a round, which costs no budget.
+
+        Raises
+        ------
+        FederationAborted
+            Fewer than ``least`` nodes connected in time.
+        """
+        nodes = wait_for_nodes(grid, least, self._timeout)
+        size = cohort_size(len(nodes), fraction, least)
+        generator = self._generator("evaluation", server_round)
+        drawn = generator.choice(len(nodes), size, replace=False).tolist()
+        order = sorted(nodes, key=self.identities.name)
+        return [order[i] for i in sorted(drawn)]
+
+    def took(self, nodes: Iterable[int]) -> None:
+        """Count a round for nodes that were asked; their replies have told who they are."""
+        self.turns.take(self.identities.name(node) for node in nodes)
+
+    def left(self) -> int:
+        """Return how many of the nodes that were connected last may be asked again."""
+        return len(self._able())
+
+    def _able(self) -> list[int]:
+        name = self.identities.name
+        return sorted((node for node in self._nodes if self.turns.left(name(node))), key=name)
+
+    def _draw(self, purpose: str, server_round: int, nodes: list[int], size: int) -> list[int]:
+        names = {self.identities.name(node): node for node in nodes}
+        generator = self._generator(purpose, server_round)
+        return [names[name] for name in self.turns.draw(list(names), size, generator)]
+
+    def _generator(self, purpose: str, server_round: int) -> np.random.Generator:
+        return np.random.default_rng(stream_seed(self._seed, purpose, server_round))
 
 
 def wait_for_nodes(grid: Grid, needed: int, timeout: float) -> list[int]:
@@ -51,15 +222,3 @@ def identify(grid: Grid, nodes: Sequence[int], identities: Identities, timeout: 
         log(WARNING, "Some clients do not say who they are: cohorts follow random node ids.")
         for line in sorted(report.failures) if answers else ():
             log(WARNING, "\t> %s", line)
-
-
-def draw(
-    nodes: Sequence[int], identities: Identities, size: int, seed: int, server_round: int
-) -> list[int]:
-    """Draw a round's cohort.
-
-    Node ids change between runs; identities do not, so the same seed draws the same clients.
-    """
-    order = sorted(nodes, key=identities.of)
-    generator = np.random.default_rng(stream_seed(seed, "cohort", server_round))
-    return [order[i] for i in sorted(generator.choice(len(order), size, replace=False))]

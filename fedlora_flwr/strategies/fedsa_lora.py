@@ -66,4 +66,5 @@ class FedSALoRA(FedLoRA):
         # In a fixed order, since sums depend on it.
         mean = combine_metrics([found.figures() for _, found in reports])
         report.evaluation = {k: v for k, v in mean.items() if isinstance(v, float)}
+        self._result.evaluate_metrics_clientapp[server_round] = mean
         return mean

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from logging import INFO
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -25,6 +26,7 @@ from flwr.common import (
     parameters_to_ndarrays,
 )
 from flwr.common.constant import ErrorCode
+from flwr.common.logger import log
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.compat.grid_client_proxy import GridClientProxy
@@ -33,7 +35,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from fedlora_flwr.arrays import from_numpy, record_of, to_numpy
-from fedlora_flwr.errors import FederationAborted, InvalidValue
+from fedlora_flwr.errors import BudgetsSpent, FederationAborted, InvalidValue
 from fedlora_flwr.strategies.base import FedLoRA
 from fedlora_flwr.strategies.fedex_lora import FedExLoRA
 from fedlora_flwr.strategies.flexlora import FlexLoRA
@@ -95,6 +97,7 @@ class LegacyStrategy(Strategy):
         self._evaluate_fn = evaluate_fn
         self._sent: dict[int, Message] = {}
         self._open_round: int | None = None
+        self._over = False
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters:
         """Return the initial arrays."""
@@ -104,12 +107,20 @@ class LegacyStrategy(Strategy):
     def configure_fit(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, FitIns]]:
-        """Draw the cohort and send it arrays, names and plan (see `FedLoRA.configure_train`)."""
+        """Draw the cohort and send it arrays, names and plan (see `FedLoRA.configure_train`).
+
+        Once nobody has budget left the rest of the rounds pass with nobody asked: Flower's legacy
+        server cannot be told to stop.
+        """
         self._check_aggregated()
+        named, grid = self._named(parameters), _grid(client_manager)
+        try:
+            messages = self.strategy.configure_train(server_round, named, ConfigRecord(), grid)
+        except BudgetsSpent as end:
+            log(INFO, "Nobody trains any more. %s", end)
+            self._sent, self._over = {}, True
+            return []
         self._open_round = server_round
-        messages = self.strategy.configure_train(
-            server_round, self._named(parameters), ConfigRecord(), _grid(client_manager)
-        )
         return self._to_proxies(messages, client_manager, FitIns)
 
     def aggregate_fit(
@@ -139,6 +150,8 @@ class LegacyStrategy(Strategy):
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, EvaluateIns]]:
         """Ask clients for metrics where the strategy does (see ``fraction_evaluate``)."""
+        if self._over:
+            return []
         messages = self.strategy.configure_evaluate(
             server_round, self._named(parameters), ConfigRecord(), _grid(client_manager)
         )

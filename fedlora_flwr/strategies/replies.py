@@ -13,12 +13,13 @@ import numpy as np
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from flwr.common.logger import log
 
-from fedlora_flwr.aggregation import Arrays
+from fedlora_flwr.aggregation import Arrays, bounded
 from fedlora_flwr.arrays import from_numpy, record_of, travel_size
 from fedlora_flwr.errors import FederationAborted, FedLoRAError, InvalidValue
 from fedlora_flwr.plan import factor_of
-from fedlora_flwr.wire import EPSILON, STEPS, WEIGHT
+from fedlora_flwr.wire import EPSILON, MOST_ENTRY, STEPS, WEIGHT
 from fedlora_flwr.wire.limits import Number
+from fedlora_flwr.wire.report import Report
 
 MOST_TIMES_MEDIAN = 10
 _NUMBER_BYTES = 8
@@ -50,6 +51,22 @@ class Upload:
     metrics: dict[str, float]
     texts: dict[str, str] = field(default_factory=dict)
     scores: tuple[float, ...] = ()
+
+    @classmethod
+    def of(
+        cls, client: str, found: Report, weighting: str, weighted_by: str, most: float
+    ) -> Upload:
+        """Take what a client reported.
+
+        Raises
+        ------
+        InvalidValue
+            It states no weight that can be used (see `weight_of`).
+        """
+        numbers = {word: float(value) for word, value in found.numbers().items()}
+        texts = {word: v for word, v in found.texts().items() if isinstance(v, str)}
+        weight = weight_of(numbers, weighting, weighted_by, most)
+        return cls(client, dict(found.arrays), weight, numbers, texts, found.scores or ())
 
 
 @dataclass
@@ -96,6 +113,12 @@ class RoundReport:
     details: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, float] | None = None
 
+    def count(self, content: RecordDict, plain: int) -> None:
+        """Count the bytes of a reply, and those that plain averaging would have sent."""
+        self.bytes_up += size_of(content)
+        self.bytes_up_adapters += size_of(content, factors_only=True)
+        self.bytes_plain += plain
+
     def fail(self, who: str, reason: object) -> None:
         """Count a reply as its sender's failure."""
         self.failures.append(one_line(f"{who}: {reason}"))
@@ -106,8 +129,15 @@ class RoundReport:
         spent = [u.metrics[EPSILON] for u in self.uploads if EPSILON in u.metrics]
         return max(spent) if spent else None
 
-    def settle(self, min_completion: float) -> None:
+    def settle(self, min_completion: float, *, may_decline: bool = False) -> None:
         """Keep what can be averaged, in an order that no reply's arrival decides.
+
+        Parameters
+        ----------
+        min_completion : float
+            Share of the clients that must have answered.
+        may_decline : bool (default: False)
+            Whether the run goes on if all clients of the round have spent their budgets.
 
         Raises
         ------
@@ -120,7 +150,7 @@ class RoundReport:
         self.declined.sort()
         for line in (*self.failures, *self.declined):
             log(WARNING, "\t> round %d: %s", self.server_round, line)
-        self._check_completion(min_completion)
+        self._check_completion(min_completion, may_decline)
         weights = cap_weights([upload.weight for upload in self.uploads])
         self.uploads = [
             upload if weight == upload.weight else replace(upload, weight=weight)
@@ -137,7 +167,7 @@ class RoundReport:
                 self.fail(upload.client, f"it uploaded other arrays than most clients: {wrong}")
         self.uploads = [u for u in self.uploads if u.arrays.keys() == common]
 
-    def _check_completion(self, min_completion: float) -> None:
+    def _check_completion(self, min_completion: float, may_decline: bool) -> None:
         answered = len(self.uploads) + len(self.declined)
         lines = [*self.failures, *self.declined]
         reasons = "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if lines[5:] else "")
@@ -146,7 +176,7 @@ class RoundReport:
                 f"Round {self.server_round}: {answered} of {self.sent} clients answered, "
                 f"fewer than min-completion = {min_completion:g}. Reasons: {reasons}"
             )
-        if not self.uploads:
+        if not self.uploads and (self.failures or not may_decline):
             raise FederationAborted(
                 f"Round {self.server_round}: no client sent arrays. Reasons: {reasons}"
             )
@@ -218,6 +248,15 @@ def to_record(arrays: Arrays) -> ArrayRecord:
             for name, array in arrays.items()
         }
     )
+
+
+def within_limits(arrays: Arrays) -> Arrays:
+    """Keep the next global arrays within what clients accept."""
+    found = bounded(arrays, MOST_ENTRY)
+    cut = [name for name, array in found.items() if array is not arrays[name]]
+    if cut:
+        log(WARNING, "Entries above %g were cut, e.g. of %s.", MOST_ENTRY, cut[0])
+    return found
 
 
 _LONGEST_LINE, _LONGEST_REASON = 2000, 20_000  # characters

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,10 +19,19 @@ from fedlora_flwr.clients.trainer import Trainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.plan import ComponentPlan
+from fedlora_flwr.privacy.filters import FILTERS, make_filter
 from fedlora_flwr.privacy.mechanism import Mechanism, poisson_batches
-from fedlora_flwr.simulations.forecast import activation_bytes, forecast, noise_to_signal
+from fedlora_flwr.simulations.forecast import (
+    MOST_THAT_GAINED,
+    activation_bytes,
+    as_json,
+    forecast,
+)
+from fedlora_flwr.simulations.noise import noise_to_signal, noisy_coordinates
+from fedlora_flwr.simulations.participation import participation
 from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import make_plan, run_in_process
+from fedlora_flwr.simulations.serve import build_strategy
 from tests.conftest import MakeConfig
 
 
@@ -132,8 +143,45 @@ def test_hopeless_noise_is_a_warning_and_a_good_plan_has_none(make_config: MakeC
     assert forecast(make_config(num_clients=10, epsilon=8.0, batch_size=32)).warnings == []
     lines = forecast(make_config(epsilon=0.02, batch_size=16)).warnings
     assert len(lines) == 1
-    assert "cannot learn" in lines[0]
-    assert "noise is" in lines[0]
+    assert re.search(r"noise is \d+\.\d times .* none above 5 ended better than it began", lines[0])
+
+
+def test_the_largest_noise_that_a_run_gained_under_is_the_measured_one() -> None:
+    results = Path(__file__).parents[2] / "benchmarks" / "results"
+    found = json.loads((results / "learning.json").read_text())["gains"]["round_noise"]
+    assert found["largest_that_gains"] == pytest.approx(MOST_THAT_GAINED, abs=0.05)
+    rows = pd.read_csv(results / "learning.csv")
+    assert len(rows) >= 30
+    assert not rows[rows["round_noise"] > MOST_THAT_GAINED]["gains"].any()
+
+
+@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize(("strategy", "steps"), [("la-lora", 5), ("dp-lora", 3)])
+def test_a_filter_leaves_a_round_the_noise_that_is_counted(
+    name: str, strategy: str, steps: int, make_config: MakeConfig
+) -> None:
+    config = make_config(strategy=strategy, local_steps=steps, filter=name)
+    trainer = Trainer.build(config)
+    shapes = {key: tuple(p.shape) for key, p in trainer.adapted.parameters.items()}
+    plan = build_strategy(config).plan(1, trainer.layout)
+    counted = noisy_coordinates([plan], trainer.layout, shapes, steps, name)
+    squares, draw = [], torch.Generator().manual_seed(0)
+    for _ in range(20):
+        made, total = make_filter(name), {key: torch.zeros(shape) for key, shape in shapes.items()}
+        for step in range(1, steps + 1):
+            for key in trainer.layout.active(plan, step):
+                total[key] += made(key, torch.randn(shapes[key], generator=draw))
+        squares.append(sum(float((array**2).sum()) for array in total.values()))
+    assert counted * steps == pytest.approx(np.mean(squares), rel=0.03)
+    if name == "none":
+        assert counted == pytest.approx(
+            np.mean(
+                [
+                    sum(math.prod(shapes[key]) for key in trainer.layout.active(plan, step))
+                    for step in range(1, steps + 1)
+                ]
+            )
+        )
 
 
 def test_a_promise_that_cannot_be_kept_is_a_warning_for_each_client(
@@ -149,8 +197,32 @@ def test_a_promise_that_cannot_be_kept_is_a_warning_for_each_client(
 
 
 def test_a_cap_below_the_mean_number_of_rounds_is_a_warning(make_config: MakeConfig) -> None:
-    found = forecast(make_config(num_rounds=10, max_rounds=4, fraction_train=0.5))
-    assert "may join 4 (max-rounds)" in found.warnings[0]
+    config = make_config(num_clients=4, num_rounds=10, max_rounds=3, fraction_train=0.5)
+    found = forecast(config)
+    assert "The run ends after round 6 of 10" in found.warnings[0]
+    assert "may join 3 (max-rounds)" in found.warnings[0]
+    assert as_json(found)["rounds"] == {
+        "cohort": 2, "num_rounds": 10, "last_round": 6, "least": 3, "most": 3, "mean": 3.0
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"max_rounds": 5}, "10 of 2 clients; each client joins 5"),
+        ({"max_rounds": 7}, "10 of 2 clients; each client joins 5"),
+        ({"max_rounds": 3}, "each client joins 3; no client has budget left after round 6"),
+        ({"max_rounds": 3, "num_rounds": 5}, "5 of 2 clients; each client joins 2 or 3"),
+        ({}, "10 of 2 clients; each client joins 5 on average"),
+        ({"fraction_train": 1.0}, "10 of 4 clients; each client joins 10"),
+        ({"fraction_train": 0.3, "max_rounds": 2}, "10 of 1 client; each client joins 2; no"),
+    ],
+)
+def test_the_plan_says_how_often_each_client_joins(
+    changes: dict[str, Any], line: str, make_config: MakeConfig
+) -> None:
+    config = make_config(**{"num_clients": 4, "num_rounds": 10, "fraction_train": 0.5, **changes})
+    assert line in str(participation(config))
 
 
 def test_records_can_be_given_instead_of_data(make_config: MakeConfig) -> None:

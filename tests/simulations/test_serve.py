@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from fedlora_flwr.client_app import app
 from fedlora_flwr.config import RunConfig, read_toml
 from fedlora_flwr.errors import FederationAborted, InvalidValue
 from fedlora_flwr.simulations.local_grid import LocalGrid
-from fedlora_flwr.simulations.report import describe_round
+from fedlora_flwr.simulations.participation import participation
+from fedlora_flwr.simulations.report import closing_rows, describe_round
 from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.simulations.serve import serve
 from fedlora_flwr.tasks.registry import build_task
@@ -29,6 +31,7 @@ SUMMARY = {
     "num_rounds",
     "metric",
     "rounds_done",
+    "end",
     "initial_accuracy",
     "final_accuracy",
     "epsilon_max",
@@ -94,7 +97,7 @@ def test_the_summary(finished: tuple[RunConfig, RunDirectory]) -> None:
     assert summary is not None
     assert set(summary) == SUMMARY
     rounds, clients = run_dir.rows("rounds"), run_dir.rows("clients")
-    assert summary["status"] == "completed"
+    assert (summary["status"], summary["end"]) == ("completed", "all rounds are done")
     assert (summary["task"], summary["strategy"]) == ("digits", "rolora")
     assert (summary["num_clients"], summary["num_rounds"], summary["rounds_done"]) == (3, 2, 2)
     assert (summary["seed"], summary["delta"], summary["epsilon_budget"]) == (42, 1e-3, 8.0)
@@ -108,6 +111,46 @@ def test_the_summary(finished: tuple[RunConfig, RunDirectory]) -> None:
     for key in ("bytes_up", "bytes_down", "bytes_plain"):
         assert summary[key] == sum(row[key] for row in rounds[1:]) > 0
     assert summary["bytes_up"] + summary["bytes_down"] < summary["bytes_plain"]
+
+
+def joined(run_dir: RunDirectory) -> Counter[str]:
+    return Counter(row["client"] for row in run_dir.rows("clients"))
+
+
+def test_a_tight_cap_fills_every_cohort_and_spends_every_budget(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(num_clients=4, fraction_train=0.5, num_rounds=4, max_rounds=2)
+    run_dir, summary = run(config, tmp_path / "run")
+    assert (summary["status"], summary["end"]) == ("completed", "all rounds are done")
+    rows = run_dir.rows("rounds")[1:]
+    assert [row["clients_used"] for row in rows] == [2] * 4
+    assert not any(row["declined"] or row["failures"] for row in rows)
+    assert joined(run_dir) == {f"partition-{client:06d}": 2 for client in range(4)}
+    # σ is made for two rounds a client, and each one's ledger has exactly those.
+    assert participation(config).most == 2
+    last = {row["client"]: row for row in run_dir.rows("clients")}
+    assert {row["steps"] for row in last.values()} == {config.planned_steps}
+    assert 0.99 * config.epsilon < summary["epsilon_max"] <= config.epsilon
+
+
+def test_a_run_whose_budgets_end_first_is_complete_in_the_round_that_was_planned(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(
+        num_clients=4, fraction_train=0.5, num_rounds=8, max_rounds=1, eval_every=5
+    )
+    planned = participation(config)
+    run_dir, summary = run(config, tmp_path / "run")
+    assert (summary["status"], summary["end"]) == ("completed", "no client has budget left")
+    assert (summary["rounds_done"], summary["num_rounds"]) == (planned.last_round, 8) == (2, 8)
+    assert joined(run_dir) == {f"partition-{client:06d}": planned.most for client in range(4)}
+    # The last round is measured although it is not the fifth.
+    rows = run_dir.rows("rounds")
+    assert ["accuracy" in row for row in rows] == [True, False, True]
+    assert summary["final_accuracy"] == rows[-1]["accuracy"]
+    time = dict(closing_rows(summary))["Time"]
+    assert time.endswith("for 2 of 8 rounds: no client has budget left")
 
 
 def test_the_rows_of_a_run(finished: tuple[RunConfig, RunDirectory]) -> None:

@@ -4,13 +4,22 @@ import logging
 from collections import Counter
 from collections.abc import Iterable
 
+import numpy as np
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedlora_flwr.errors import FederationAborted
+from fedlora_flwr.errors import FederationAborted, InvalidValue
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.strategies import FedLoRA
-from tests.strategies.tiny import Asked, Tiny, record_of, start_arrays
+from tests.strategies.tiny import (
+    Asked,
+    Tiny,
+    arrays_of,
+    declined,
+    honest,
+    record_of,
+    start_arrays,
+)
 
 ROUNDS = 3
 
@@ -67,6 +76,148 @@ def test_a_crashed_client_is_named_where_it_said_who_it_is() -> None:
 
     with pytest.raises(FederationAborted, match=r"partition-00000\d: RuntimeError: no memory"):
         Tiny(4, answer).run(FedLoRA(fraction_train=0.5))
+
+
+def ran(tiny: Tiny, strategy: FedLoRA, num_rounds: int) -> list[list[int]]:
+    """Run, and return the cohorts of the rounds that took place."""
+    tiny.run(strategy, num_rounds)
+    return [tiny.cohort(n) for n in range(1, max(e.server_round for e in tiny.asked) + 1)]
+
+
+@pytest.mark.parametrize("bridged", [True, False])
+def test_a_cap_gives_everybody_the_same_rounds_and_then_ends_the_run(bridged: bool) -> None:
+    tiny, strategy = Tiny(6, bridged=bridged), FedLoRA(fraction_train=0.5, max_rounds=3, seed=1)
+    with tiny.grid() as grid:
+        result = strategy.start(
+            grid, record_of(start_arrays()), 20, evaluate_fn=lambda *_: MetricRecord({"loss": 1.0})
+        )
+    counts = Counter(entry.partition for entry in tiny.asked)
+    assert counts == dict.fromkeys(range(6), 3)
+    assert [len(tiny.cohort(n)) for n in range(1, 7)] == [3] * 6
+    assert strategy.finished
+    # What Flower returns of rounds that took place.
+    assert list(result.train_metrics_clientapp) == list(range(1, 7))
+    assert list(result.evaluate_metrics_serverapp) == list(range(7))
+    assert set(result.arrays) == set(start_arrays())
+
+
+def test_a_cap_without_sampling_ends_the_run_after_as_many_rounds() -> None:
+    assert ran(Tiny(3), FedLoRA(max_rounds=2), num_rounds=9) == [[0, 1, 2]] * 2
+
+
+def test_a_client_that_fails_has_had_its_turn() -> None:
+    def answer(asked: Asked) -> RecordDict:
+        if asked.partition == 0:
+            raise RuntimeError("no memory")
+        return honest(asked)
+
+    cohorts = ran(Tiny(4, answer), FedLoRA(fraction_train=0.5, max_rounds=5), num_rounds=10)
+    assert Counter(p for cohort in cohorts for p in cohort) == dict.fromkeys(range(4), 5)
+
+
+def test_a_client_whose_budget_is_spent_is_not_asked_again() -> None:
+    """A device may have less left than the server's cap, from earlier runs of a lifetime."""
+
+    def answer(asked: Asked) -> RecordDict:
+        return declined(asked.partition) if asked.partition in (2, 5) else honest(asked)
+
+    cohorts = ran(Tiny(6, answer), FedLoRA(fraction_train=0.5), num_rounds=12)
+    counts = Counter(p for cohort in cohorts for p in cohort)
+    assert (counts[2], counts[5]) == (1, 1)
+    assert [len(cohort) for cohort in cohorts] == [3] * 12
+
+
+def test_the_run_is_complete_once_every_client_has_declined() -> None:
+    def answer(asked: Asked) -> RecordDict:
+        return declined(asked.partition) if asked.server_round > 2 else honest(asked)
+
+    tiny, strategy = Tiny(3, answer), FedLoRA()
+    result = tiny.run(strategy, num_rounds=9)
+    assert max(entry.server_round for entry in tiny.asked) == 3
+    report = strategy.last_round
+    assert report is not None
+    assert (report.server_round, len(report.declined), report.uploads) == (3, 3, [])
+    # The round in which all declined leaves the model as it was.
+    for name, array in arrays_of(result.arrays).items():
+        np.testing.assert_array_equal(array, tiny.received(3)[name])
+
+
+def test_a_cohort_that_declines_at_once_does_not_end_a_run_that_others_can_train() -> None:
+    def answer(asked: Asked) -> RecordDict:
+        return declined(asked.partition) if asked.server_round == 1 else honest(asked)
+
+    cohorts = ran(Tiny(8, answer), FedLoRA(fraction_train=0.5), num_rounds=3)
+    assert {*cohorts[1], *cohorts[2]} == {*range(8)} - {*cohorts[0]}
+
+
+@pytest.mark.parametrize("num_rounds", [1, 5])
+def test_a_run_that_nobody_could_train_is_not_complete(num_rounds: int) -> None:
+    with pytest.raises(FederationAborted, match="no client sent arrays"):
+        Tiny(4, lambda asked: declined(asked.partition)).run(
+            FedLoRA(fraction_train=0.5), num_rounds
+        )
+
+
+def test_a_negative_cap_is_refused() -> None:
+    with pytest.raises(InvalidValue, match="max_rounds"):
+        FedLoRA(max_rounds=-1)
+
+
+class Fleet(LocalGrid):
+    """Nodes come and go: who is there depends on how often somebody has looked."""
+
+    there: list[set[int]]
+
+    def get_node_ids(self) -> Iterable[int]:
+        now = self.there.pop(0) if len(self.there) > 1 else self.there[0]
+        return [node for node, partition in self._partitions.items() if partition in now]
+
+
+def test_a_client_that_was_offline_gets_its_share_when_it_is_back() -> None:
+    tiny, everyone = Tiny(4), {0, 1, 2, 3}
+    grid = Fleet(tiny.app(), 4, {})
+    # One look in each round.
+    grid.there = [everyone, *[{0, 1, 2}] * 3, everyone]
+    with grid.running():
+        strategy = FedLoRA(fraction_train=0.5, min_train_nodes=1, max_rounds=5)
+        strategy.start(grid, record_of(start_arrays()), num_rounds=30)
+    assert Counter(entry.partition for entry in tiny.asked) == dict.fromkeys(range(4), 5)
+
+
+def test_a_new_run_of_the_same_strategy_starts_to_count_anew() -> None:
+    tiny, strategy = Tiny(4), FedLoRA(fraction_train=0.5, max_rounds=2)
+    first = ran(tiny, strategy, num_rounds=4)
+    tiny.asked.clear()
+    assert ran(tiny, strategy, num_rounds=4) == first
+
+
+def test_clients_that_measure_follow_the_seed_and_spend_nothing() -> None:
+    def measured(seed: int) -> list[list[str]]:
+        tiny, found = Tiny(6), []
+        strategy = FedLoRA(fraction_evaluate=0.5, max_rounds=2, seed=seed)
+        with tiny.grid() as grid:
+            for server_round in (1, 2):
+                arrays = record_of(start_arrays())
+                replies = grid.send_and_receive(
+                    strategy.configure_train(server_round, arrays, ConfigRecord(), grid)
+                )
+                strategy.aggregate_train(server_round, replies)
+                messages = strategy.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
+                nodes = [message.metadata.dst_node_id for message in messages]
+                found.append([strategy._who.of(node) for node in nodes])
+        return found
+
+    assert measured(3) == measured(3)
+    assert [len(cohort) for cohort in measured(3)] == [3, 3]
+    assert len({str(measured(seed)) for seed in range(4)}) > 1
+
+
+def test_measuring_does_not_wait_for_more_nodes_than_there_are() -> None:
+    strategy = FedLoRA(
+        min_train_nodes=1, min_available_nodes=1, fraction_evaluate=1.0, node_timeout=0.0
+    )
+    with pytest.raises(FederationAborted, match="1 of at least 2 nodes"):
+        Tiny(1).run(strategy)
 
 
 class CountingGrid(LocalGrid):

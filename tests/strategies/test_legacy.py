@@ -189,8 +189,25 @@ def test_a_ledger_that_counts_no_further_is_refused() -> None:
 def test_a_spent_budget_is_no_failure(make_config: MakeConfig) -> None:
     config = make_config(num_clients=2, max_rounds=1)
     start = process_trainer(config).start
-    with pytest.raises(FederationAborted, match=r"Round 2: no client sent arrays.*budget is spent"):
-        Kept().run(RoLoRA(), start, LocalGrid(package_app, 2, config.items()), num_rounds=2)
+    strategy = RoLoRA()
+    grid = LocalGrid(package_app, 2, config.items())
+    kept = Kept().run(strategy, start, grid, num_rounds=3)
+    # Both decline in the second round, and in the third nobody is asked.
+    report = strategy.last_round
+    assert report is not None
+    assert (report.server_round, len(report.declined), report.failures) == (2, 2, [])
+    for name, array in kept.rounds[1].items():
+        np.testing.assert_array_equal(kept.rounds[2][name], array)
+        np.testing.assert_array_equal(kept.rounds[3][name], array)
+
+
+def test_a_cap_spares_clients_the_question(make_config: MakeConfig) -> None:
+    strategy = RoLoRA(max_rounds=1, fraction_train=0.5, min_train_nodes=1)
+    kept = run(strategy, Counts, num_rounds=6, count=4)
+    report = strategy.last_round
+    assert report is not None
+    assert (report.server_round, report.declined) == (2, [])
+    np.testing.assert_array_equal(kept.rounds[6]["head.bias"], kept.rounds[2]["head.bias"])
 
 
 def test_a_cohort_is_the_one_that_the_strategy_draws(make_config: MakeConfig) -> None:

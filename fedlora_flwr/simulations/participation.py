@@ -1,0 +1,80 @@
+"""How often each client of a simulation will join, and when a run ends; known before it starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.strategies.cohort import cohort_size
+
+
+@dataclass(frozen=True)
+class Participation:
+    """Who joins how often, where every client stays connected.
+
+    Parameters
+    ----------
+    cohort : int
+        Clients of a round.
+    num_rounds : int
+        Rounds that are configured.
+    last_round : int
+        Round after which nobody has budget left, or the last one.
+    least, most : int or None
+        Rounds that a client joins, at least and at most; ``None`` where chance decides.
+    mean : float
+        Rounds that a client joins on average.
+    """
+
+    cohort: int
+    num_rounds: int
+    last_round: int
+    least: int | None
+    most: int | None
+    mean: float
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether budgets end the run before its last round."""
+        return self.last_round < self.num_rounds
+
+    def __str__(self) -> str:
+        """Say it in one line."""
+        if self.least is None:
+            joins = f"{self.mean:g} on average"
+        elif self.least == self.most:
+            joins = f"{self.most}"
+        else:
+            joins = f"{self.least} or {self.most}"
+        end = f"; no client has budget left after round {self.last_round}"
+        clients = "client" if self.cohort == 1 else "clients"
+        return (
+            f"{self.num_rounds} of {self.cohort} {clients}; each client joins {joins}"
+            f"{end if self.ends_early else ''}"
+        )
+
+
+def participation(config: RunConfig) -> Participation:
+    """Work out who joins how often (see `fedlora_flwr.strategies.cohort.Turns`).
+
+    Parameters
+    ----------
+    config : RunConfig
+        Its clients, rounds, share and cap.
+    """
+    clients, rounds = config.num_clients, config.num_rounds
+    cohort = cohort_size(clients, config.fraction_train)
+    cap = config.max_rounds or rounds
+    places = min(rounds * cohort, clients * cap)
+    last = min(rounds, math.ceil(clients * cap / cohort))
+    by_chance = not config.max_rounds and cohort < clients
+    least, most = places // clients, math.ceil(places / clients)
+    return Participation(
+        cohort=cohort,
+        num_rounds=rounds,
+        last_round=last,
+        least=None if by_chance else least,
+        most=None if by_chance else most,
+        mean=places / clients,
+    )

@@ -1,0 +1,73 @@
+"""Which arrays a client may upload under a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedlora_flwr.aggregation import Arrays
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.plan import ComponentPlan, Layout, factor_of
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The names that an upload may have.
+
+    Parameters
+    ----------
+    plan : ComponentPlan
+        What trains.
+    possible : tuple[frozenset[str], ...]
+        The names after one step, and after each further one; the whole plan comes last.
+    """
+
+    plan: ComponentPlan
+    possible: tuple[frozenset[str], ...]
+
+    @classmethod
+    def of(
+        cls, layout: Layout, plan: ComponentPlan, share: str | None, local_steps: int
+    ) -> Expected:
+        """Work the names out.
+
+        Parameters
+        ----------
+        layout : Layout
+            The arrays and their blocks.
+        plan : ComponentPlan
+            What trains.
+        share : str or None
+            The one factor that leaves the clients, if not all that trains does.
+        local_steps : int
+            Steps of a round; 0 where the server does not know.
+        """
+        # A round with fewer steps than the plan has trains less of it.
+        lengths = [local_steps] if local_steps else range(1, len(plan.steps) + 1)
+        return cls(
+            plan,
+            tuple(
+                frozenset(
+                    name for name in layout.trained(plan, steps) if share in (None, factor_of(name))
+                )
+                for steps in lengths
+            ),
+        )
+
+    @property
+    def whole(self) -> frozenset[str]:
+        """The names where a round has as many steps as the plan, or more."""
+        return self.possible[-1]
+
+    def check(self, arrays: Arrays) -> None:
+        """Refuse an upload that is not exactly what the plan trains.
+
+        Raises
+        ------
+        InvalidValue
+            It lacks an array, or has one more.
+        """
+        if arrays.keys() in self.possible:
+            return
+        wrong = sorted(arrays.keys() ^ self.whole)
+        allowed = f"those that {self.plan} trains; wrong: {wrong}. The client must obey the plan"
+        raise InvalidValue("uploaded arrays", sorted(arrays), f"{allowed}: by follow_plan")

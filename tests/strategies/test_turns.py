@@ -1,0 +1,136 @@
+"""Who is asked in which round, as a schedule alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.recipes import load_recipe
+from fedlora_flwr.simulations.participation import participation
+from fedlora_flwr.strategies.cohort import Turns, cohort_size
+
+Schedule = list[list[str]]
+
+
+def names(count: int) -> list[str]:
+    return [f"client-{number:03d}" for number in range(count)]
+
+
+def one_round(turns: Turns, there: list[str], size: int, seed: int) -> list[str]:
+    able = [client for client in there if turns.left(client)]
+    drawn = turns.draw(able, size, np.random.default_rng(seed))
+    turns.take(drawn)
+    return drawn
+
+
+def schedule(config: RunConfig) -> Schedule:
+    """Draw until nobody is left, or all rounds are done."""
+    turns, there, rounds = Turns(config.max_rounds), names(config.num_clients), []
+    size = cohort_size(config.num_clients, config.fraction_train)
+    for server_round in range(config.num_rounds):
+        seed = config.seed * config.num_rounds + server_round
+        if not (drawn := one_round(turns, there, size, seed)):
+            break
+        rounds.append(drawn)
+    return rounds
+
+
+def counts(rounds: Schedule) -> Counter[str]:
+    return Counter(client for drawn in rounds for client in drawn)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "clients", "size", "cap"),
+    [("paper/la-lora-qnli", 20, 4, 20), ("paper/la-lora-swin-t-cifar100", 8, 4, 50)],
+)
+@pytest.mark.parametrize("seed", range(100))
+def test_a_tight_cap_gives_each_client_its_share_and_each_round_its_cohort(
+    recipe: str, clients: int, size: int, cap: int, seed: int
+) -> None:
+    rounds = schedule(load_recipe(recipe, [f"seed={seed}"]))
+    assert [len(set(drawn)) for drawn in rounds] == [size] * 100
+    assert counts(rounds) == dict.fromkeys(names(clients), cap)
+
+
+def test_every_block_of_rounds_asks_every_client_once_in_an_order_by_chance() -> None:
+    rounds = schedule(load_recipe("paper/la-lora-qnli", []))
+    blocks = [rounds[start : start + 5] for start in range(0, 100, 5)]
+    assert all(counts(block) == dict.fromkeys(names(20), 1) for block in blocks)
+    assert len({str(block) for block in blocks}) == len(blocks)
+
+
+@given(
+    clients=st.integers(1, 12),
+    fraction=st.floats(0.05, 1.0),
+    rounds=st.integers(1, 15),
+    data=st.data(),
+)
+def test_what_is_planned_is_what_is_drawn(
+    clients: int, fraction: float, rounds: int, data: st.DataObject
+) -> None:
+    config = RunConfig.of(
+        {
+            "num-clients": clients,
+            "fraction-train": fraction,
+            "num-rounds": rounds,
+            "max-rounds": data.draw(st.integers(1, rounds)),
+        }
+    )
+    planned, found = participation(config), schedule(config)
+    joined = [counts(found)[client] for client in names(clients)]
+    assert (min(joined), max(joined)) == (planned.least, planned.most)
+    assert sum(joined) == pytest.approx(planned.mean * clients)
+    assert len(found) == planned.last_round
+    # Only the last cohort may be smaller, where the rest does not fill it.
+    assert {len(drawn) for drawn in found[:-1]} <= {planned.cohort}
+
+
+def test_without_a_cap_chance_alone_decides() -> None:
+    config = RunConfig.of({"num-clients": 8, "fraction-train": 0.5, "num-rounds": 400})
+    rounds = schedule(config)
+    assert participation(config).least is None
+    assert participation(config).mean == 200
+    # 200 are expected of each, with a standard deviation of 10.
+    assert all(160 < count < 240 for count in counts(rounds).values())
+    # Two rounds in a row have two clients in common on average, which turns would not allow.
+    common = [len({*a} & {*b}) for a, b in zip(rounds[::2], rounds[1::2], strict=True)]
+    assert np.mean(common) == pytest.approx(2, abs=0.3)
+
+
+def test_a_client_that_has_spent_its_budget_is_not_drawn() -> None:
+    turns, there = Turns(), names(6)
+    turns.spend("client-002")
+    drawn = {client for seed in range(50) for client in one_round(turns, there, 3, seed)}
+    assert drawn == {*there} - {"client-002"}
+
+
+def test_a_client_that_joins_late_does_not_take_every_round() -> None:
+    turns, there = Turns(50), names(8)
+    for seed in range(12):
+        one_round(turns, there, 2, seed)
+    rounds = [one_round(turns, [*there, "late"], 3, seed) for seed in range(30)]
+    assert counts(rounds) == dict.fromkeys([*there, "late"], 10)
+
+
+def test_a_client_that_was_away_gets_its_share() -> None:
+    turns, there = Turns(10), names(4)
+    rounds = [one_round(turns, there, 2, seed=0)]
+    rounds += [one_round(turns, there[1:], 2, seed) for seed in range(6)]
+    rounds += [one_round(turns, there, 2, seed) for seed in range(13)]
+    assert counts(rounds) == dict.fromkeys(there, 10)
+    assert {len(drawn) for drawn in rounds} == {2}
+
+
+@pytest.mark.parametrize(
+    ("clients", "fraction", "least", "size"),
+    [(100, 0.29, 1, 29), (20, 0.2, 1, 4), (7, 0.5, 1, 3), (3, 0.1, 2, 2), (3, 0.1, 5, 3)],
+)
+def test_a_cohort_is_the_share_rounded_down(
+    clients: int, fraction: float, least: int, size: int
+) -> None:
+    assert cohort_size(clients, fraction, least) == size
