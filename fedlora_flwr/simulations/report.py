@@ -91,7 +91,7 @@ def describe_plan(plan: RunPlan) -> list[tuple[str, str]]:
         ),
     ]
     if config.fraction_train < 1 or config.max_rounds:
-        lines.append(f"Rounds    {participation(config)}")
+        lines.append(("Rounds", participation(config)))
     if config.private:
         promise = (
             f"ε ≤ {config.epsilon:g} at δ = {config.delta:g} for each record of each "

@@ -127,7 +127,8 @@ SOURCES = ("abstract", "code", "note", "ours")
 
 @pytest.mark.parametrize("name", PAPER)
 def test_a_recipe_says_where_each_value_comes_from(name: str) -> None:
-    head, rows = [], []
+    head: list[str] = []
+    rows: list[str] = []
     for line in (RECIPES / f"{name}.toml").read_text(encoding="utf-8").splitlines():
         (rows if " = " in line else head).append(line)
 
