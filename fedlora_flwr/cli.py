@@ -227,7 +227,7 @@ def inspect_split(
 
     def work() -> None:
         from fedlora_flwr.simulations.plots import plot_split
-        from fedlora_flwr.simulations.split_table import split_counts, split_table
+        from fedlora_flwr.simulations.split_table import records_read, split_counts, split_table
 
         config = load_recipe(recipe, overrides)
         path = (output or Path(f"split-{Path(recipe).stem}.png")).resolve()
@@ -239,6 +239,8 @@ def inspect_split(
         free = console.options.update(max_width=1000)
         width = max(console.width, console.measure(table, options=free).maximum)
         console.print(table, width=width, crop=False, no_wrap=True)
+        for line in records_read(config):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         plot_split(counts, path, f"{config.task}, {config.partitioner}")
         console.print(f"Plot   {path}", highlight=False, soft_wrap=True)
 
@@ -333,7 +335,7 @@ def _launch(
         )
         try:
             with recorded(run_dir, config), Screen(console, plan) as screen:
-                log_to_file(run_dir.log)
+                log_to_file(run_dir.log, plan.records)
                 summary = launch(plan, run_dir, screen.round)
         except FedLoRAError as error:
             raise FedLoRAError(f"{error}\nLog: {run_dir.log}") from error

@@ -81,6 +81,7 @@ def describe_plan(plan: RunPlan) -> list[str]:
         f"steps, expected batch {config.batch_size}",
         f"Clients   {config.num_clients} with {min(sizes)} to {max(sizes)} private records "
         f"({config.partitioner})",
+        *(f"Records   {line}" for line in plan.records),
     ]
     if config.private:
         lines.append(

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.arrow_records import ArrowRecords
 from fedlora_flwr.tasks.partition import partition_records
+from fedlora_flwr.tasks.reading import Reading, empty_texts
 from fedlora_flwr.tasks.registry import Batch
-from fedlora_flwr.tasks.sources import load_split, split_files
+from fedlora_flwr.tasks.sources import load_split, passed_over, split_files
 from fedlora_flwr.tasks.splits import Split, SplitSettings
 from fedlora_flwr.tasks.splits_apart import check_files_apart, check_records_apart
 
@@ -210,6 +211,42 @@ class DatasetTask(ABC):
         """
         return self._public
 
+    def reading(self, num_partitions: int) -> list[Reading]:
+        """Return what is read of the private split and of each test split, and what is left out.
+
+        Parameters
+        ----------
+        num_partitions : int
+            Clients of a simulation; 1 on a device.
+
+        Raises
+        ------
+        InvalidValue
+            A split cannot be opened, or spread as configured.
+        """
+        settings = self._settings
+        found = self.private_reading()
+        dealt = sum(map(len, self._parts(num_partitions)))
+        found.leave_out("that no client gets", found.used - dealt)
+        tests = [self._reading(split, settings.test_limit) for split in self.test_splits]
+        return [found, *tests]
+
+    def private_reading(self) -> Reading:
+        """Return what is read of the private split, and what is left out."""
+        return self._reading(self._settings.train_split, self._settings.train_limit)
+
+    def _reading(self, split: str, limit: int) -> Reading:
+        settings, dataset = self._settings, self._source(split)
+        found = Reading(split, len(dataset), tuple(self._input_columns(dataset)))
+        known: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        for reason, rows in self._lacking(dataset).items():
+            found.leave_out(f"with {reason}", len(np.setdiff1d(rows, known)))
+            known = np.union1d(known, rows)
+        found.leave_out("beyond the limit", found.used - limit if limit else 0)
+        subset = settings.dataset_subset
+        found.notes += passed_over(settings.dataset, split, subset=subset) + self._notes(dataset)
+        return found
+
     def check_splits_apart(self) -> None:
         """Make sure that no private record would be evaluated on, whatever splits are called.
 
@@ -235,10 +272,7 @@ class DatasetTask(ABC):
         read = columns[settings.train_split]
         for split in self.test_splits:
             if set(columns[split]) != set(read):
-                allowed = (
-                    f"columns that all splits have: {split!r} has {columns[split]}, not {read}"
-                )
-                raise InvalidValue("input-columns", settings.input_columns, allowed)
+                raise self._other_columns(split, columns[split], read)
         check_records_apart(
             opened[settings.train_split],
             {split: opened[split] for split in self.test_splits},
@@ -290,6 +324,19 @@ class DatasetTask(ABC):
             rows = rows[np.sort(chosen)]
         return dataset if len(rows) == len(dataset) else dataset.select(rows)
 
+    def _private_source(self) -> Dataset | None:
+        """Open the private split; a server that only evaluates may not have it."""
+        try:
+            return self._source(self._settings.train_split)
+        except InvalidValue:
+            return None
+
+    def _other_columns(self, split: str, own: list[str], known: list[str]) -> InvalidValue:
+        allowed = (
+            f"columns that all splits have: {split!r} has {own}, not {known}. Name those to read"
+        )
+        return InvalidValue("input-columns", self._settings.input_columns, allowed)
+
     def _source(self, split: str) -> Dataset:
         """Open a split once."""
         if split not in self._sources:
@@ -304,7 +351,18 @@ class DatasetTask(ABC):
 
     def _rows(self, dataset: Dataset, split: str) -> NDArray[np.int64]:  # noqa: ARG002
         """Return the positions of the records that can be used."""
-        return np.arange(len(dataset))
+        chosen = np.ones(len(dataset), dtype=bool)
+        for rows in self._lacking(dataset).values():
+            chosen[rows] = False
+        return np.flatnonzero(chosen)
+
+    def _lacking(self, dataset: Dataset) -> dict[str, NDArray[np.int64]]:  # noqa: ARG002
+        """Return the positions of the records that cannot be used, by what is wrong with them."""
+        return {}
+
+    def _notes(self, dataset: Dataset) -> list[str]:
+        """Return sentences on a split's records that are used, and may not be what is meant."""
+        return empty_texts(dataset, self._input_columns(dataset))
 
     def _parts(self, num_partitions: int) -> list[NDArray[np.int64]]:
         found = self._dealt.get(num_partitions)
