@@ -15,7 +15,9 @@ from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.classification import evaluate_classifier
 from fedlora_flwr.tasks.dataset_task import DatasetSettings, DatasetTask, names
 from fedlora_flwr.tasks.labels import Labels, near_names, without_class
+from fedlora_flwr.tasks.reading import Reading
 from fedlora_flwr.tasks.registry import Batch, Records
+from fedlora_flwr.tasks.unusable import naming
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -97,6 +99,12 @@ class ClassifierTask(DatasetTask):
             allowed = f"a class for some record of split {split!r}: it has {reasons}"
             raise InvalidValue("label-column", self._settings.label_column, allowed)
         return rows
+
+    def _reading(self, split: str, limit: int) -> Reading:
+        found, used = super()._reading(split, limit), self._usable(split, limit)
+        with naming(used):
+            self._labels.numbers(used)  # Better refused here than in the first round.
+        return found
 
     def _lacking(self, dataset: Dataset) -> dict[str, NDArray[np.int64]]:
         return without_class(dataset, self._settings.label_column)

@@ -17,6 +17,7 @@ from fedlora_flwr.tasks.registry import Batch
 from fedlora_flwr.tasks.sources import load_split, passed_over, split_files
 from fedlora_flwr.tasks.splits import Split, SplitSettings
 from fedlora_flwr.tasks.splits_apart import check_files_apart, check_records_apart
+from fedlora_flwr.tasks.unusable import naming
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -236,15 +237,13 @@ class DatasetTask(ABC):
         return self._reading(self._settings.train_split, self._settings.train_limit)
 
     def _reading(self, split: str, limit: int) -> Reading:
-        settings, dataset = self._settings, self._source(split)
-        found = Reading(split, len(dataset), tuple(self._input_columns(dataset)))
-        known: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        for reason, rows in self._lacking(dataset).items():
-            found.leave_out(f"with {reason}", len(np.setdiff1d(rows, known)))
-            known = np.union1d(known, rows)
-        found.leave_out("beyond the limit", found.used - limit if limit else 0)
+        settings, dataset, used = self._settings, self._source(split), self._usable(split, limit)
+        with naming(dataset):
+            found = Reading(split, len(dataset), tuple(self._columns_of(dataset, split)))
+        found.leave_out_rows(self._lacking(dataset))
+        found.leave_out("beyond the limit", found.used - len(used))
         subset = settings.dataset_subset
-        found.notes += passed_over(settings.dataset, split, subset=subset) + self._notes(dataset)
+        found.notes += passed_over(settings.dataset, split, subset=subset) + self._notes(used)
         return found
 
     def check_splits_apart(self) -> None:
@@ -292,11 +291,13 @@ class DatasetTask(ABC):
 
     @cached_property
     def _private(self) -> ArrowRecords:
-        return self._prepare(self._train, training=True)
+        with naming(self._train):
+            return self._prepare(self._train, training=True)
 
     @cached_property
     def _public(self) -> ArrowRecords:
-        return self._prepare(self._test, training=False)
+        with naming(self._test):
+            return self._prepare(self._test, training=False)
 
     @cached_property
     def _test(self) -> Dataset:
@@ -318,7 +319,8 @@ class DatasetTask(ABC):
     def _usable(self, split: str, limit: int) -> Dataset:
         """Open a split; drop records that cannot be used, and all beyond the limit."""
         dataset = self._source(split)
-        rows = self._rows(dataset, split)
+        with naming(dataset):
+            rows = self._rows(dataset, split)
         if limit and limit < len(rows):
             chosen = np.random.default_rng(_LIMIT_SEED).permutation(len(rows))[:limit]
             rows = rows[np.sort(chosen)]
@@ -336,6 +338,10 @@ class DatasetTask(ABC):
             f"columns that all splits have: {split!r} has {own}, not {known}. Name those to read"
         )
         return InvalidValue("input-columns", self._settings.input_columns, allowed)
+
+    def _columns_of(self, dataset: Dataset, split: str) -> list[str]:  # noqa: ARG002
+        """Return the columns to read of a split."""
+        return self._input_columns(dataset)
 
     def _source(self, split: str) -> Dataset:
         """Open a split once."""

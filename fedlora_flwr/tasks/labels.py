@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.errors import InvalidValue, one_of
 from fedlora_flwr.tasks.sources import CLASS_FOLDERS
+from fedlora_flwr.tasks.unusable import naming
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -80,7 +81,10 @@ class Labels:
             return len(self._class_names) or self._num_classes
         if self._order:
             return len(self._order)
-        dataset = self._private()
+        with naming(dataset := self._private()):
+            return self._counted(dataset)
+
+    def _counted(self, dataset: Dataset) -> int:
         known = getattr(dataset.features[self._column], "num_classes", 0) or 0
         found = np.unique(self._read(dataset))
         count = max(int(found[-1]) + 1, known)
@@ -223,6 +227,10 @@ class Labels:
         return bool(names) and all(name.isdecimal() for name in names)
 
     def _read(self, dataset: Dataset) -> NDArray[Any]:
+        with naming(dataset):
+            return self._values(dataset)
+
+    def _values(self, dataset: Dataset) -> NDArray[Any]:
         """Return the column as int64, bool, or text of dtype object."""
         if self._column not in dataset.features:
             allowed = one_of(dataset.features, self._column)

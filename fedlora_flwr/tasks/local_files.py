@@ -82,6 +82,15 @@ def pick(splits: dict[str, Found], split: str) -> Found | None:
     return splits[others[0]] if len(others) == 1 else None
 
 
+def folder_as_table(path: Path, split: str) -> Path | None:
+    """Return a folder whose name is that of a table, where the table of a split should be."""
+    inside = [path / f"{split}{ending}" for ending in TABLES]
+    for place in (path, *inside):
+        if place.suffix.lower() in TABLES and place.is_dir():
+            return place
+    return None
+
+
 def class_names(found: Found) -> list[str]:
     """Return the class folders of a split of pictures and of the splits beside it, sorted.
 
@@ -124,15 +133,17 @@ def strangers(found: Found) -> list[str]:
                 and not hidden
                 and not next(pictures(path, found.source), None)
             ):
-                passed.setdefault("class folders have no picture", []).append(str(place))
+                passed.setdefault("class folders without a picture", []).append(str(place))
         elif hidden:
             if path.suffix.lower() in IMAGES:
-                passed.setdefault("hidden pictures are not read", []).append(str(place))
+                passed.setdefault("hidden pictures, which are not read", []).append(str(place))
         elif path.suffix.lower() not in IMAGES:
-            passed.setdefault("files are no pictures by their names", []).append(str(place))
+            passed.setdefault("files that are no pictures by their names", []).append(str(place))
         elif len(place.parts) != 2:
-            passed.setdefault("pictures lie in no class folder itself", []).append(str(place))
-    return [f"{len(names)} {what}, e.g. {names[0]}" for what, names in passed.items()]
+            passed.setdefault(
+                "pictures not directly in a class folder, which are not read", []
+            ).append(str(place))
+    return [f"{what}: {len(names)}, e.g. {names[0]!r}" for what, names in passed.items()]
 
 
 def _tables(entries: list[Path], source: SourceFolder) -> dict[str, Found]:

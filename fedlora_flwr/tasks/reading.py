@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,6 +47,14 @@ class Reading:
         if count > 0:
             self.left_out[reason] = count
 
+    def leave_out_rows(self, lacking: Mapping[str, NDArray[np.int64]]) -> None:
+        """Count records as left out by the positions of those that lack something."""
+        known: set[int] = set()
+        for what, rows in lacking.items():
+            new = set(rows.tolist()) - known
+            self.leave_out(f"with {what}", len(new))
+            known |= new
+
     def lines(self) -> list[str]:
         """Return the account in words, the first line for the records and one for each note."""
         columns = " and ".join(map(repr, self.columns))
@@ -66,5 +77,5 @@ def empty_texts(dataset: Dataset, columns: Sequence[str]) -> list[str]:
                 held = held.take(dataset._indices.column(0))
             empty = pc.sum(pc.equal(pc.fill_null(held, ""), "")).as_py()
             if empty:
-                found.append(f"{empty:,} records have no text in {name!r}, and are read as empty")
+                found.append(f"records without text in {name!r}, read as an empty text: {empty:,}")
     return found

@@ -24,6 +24,7 @@ from fedlora_flwr.tasks.local_files import (
     Found,
     class_names,
     find_splits,
+    folder_as_table,
     pick,
     pictures,
     strangers,
@@ -131,9 +132,11 @@ def _found(path: Path, source: str, split: str, subset: str) -> Found:
         splits = find_splits(root, whole)
     except OSError as error:
         raise _unreadable(source, error) from error
+    found = pick(splits, split)
+    if found is None and (folder := folder_as_table(root, split)):
+        raise InvalidValue("source", str(folder), "a file, and it is a folder. Name the file in it")
     if not splits:
         raise InvalidValue("source", source, _LOCAL)
-    found = pick(splits, split)
     if found is None:
         raise InvalidValue("split", split, f"{one_of(splits, split)}: what {source!r} holds")
     return found

@@ -120,20 +120,21 @@ class TextClassification(ClassifierTask):
         others = (settings.label_column, settings.partition_column)
         return text_columns(dataset, settings.input_columns, others)
 
-    def _columns_of(self, dataset: Dataset, *, training: bool) -> list[str]:
+    def _columns_of(self, dataset: Dataset, split: str) -> list[str]:
         """Return the columns to read, of a test split in the order of the private one."""
         own = self._input_columns(dataset)
-        private = None if training else self._private_source()
+        private = None if split == self._settings.train_split else self._private_source()
         if private is None:
             return own
         known = self._input_columns(private)
         if set(known) != set(own):
-            raise self._other_columns(self._settings.test_split, own, known)
+            raise self._other_columns(split, own, known)
         return known
 
     def _prepare(self, dataset: Dataset, *, training: bool) -> ArrowRecords:
         settings, tokenizer = self._settings, self._tokenizer
-        columns = self._columns_of(dataset, training=training)
+        split = settings.train_split if training else settings.test_split
+        columns = self._columns_of(dataset, split)
         prepared = prepare(
             dataset,
             partial(_tokens, tokenizer=tokenizer, columns=columns, limit=settings.max_length),

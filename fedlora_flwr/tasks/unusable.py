@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
@@ -43,6 +44,25 @@ def named(
             text = f"{kind} ({type(error).__name__}: {reason(error)}). Correct or remove it"
             return InvalidValue("source", _place(dataset, row), text)
     return None
+
+
+@contextmanager
+def naming(dataset: Dataset) -> Iterator[None]:
+    """Add to errors about a data set's columns and values which files it was read from.
+
+    Raises
+    ------
+    InvalidValue
+        As it was raised, with the name of the file.
+    """
+    try:
+        yield
+    except InvalidValue as error:
+        file = dataset.info.dataset_name
+        if not file or file in str(error):
+            raise
+        allowed = f"{error.allowed} (read from {file})"
+        raise InvalidValue(error.key, error.value, allowed) from error
 
 
 def _place(dataset: Dataset, row: int) -> str:
