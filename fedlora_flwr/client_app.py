@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from logging import INFO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from flwr.app import Context, Message, MessageType
 from flwr.client import Client
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
+from flwr.common.logger import log
 
 from fedlora_flwr import acting
 from fedlora_flwr.clients import uncollected
@@ -50,10 +52,11 @@ def make_client(context: Context) -> LoRAClient:
         device = Device.read(Path(str(node[DEVICE])))
         identity, config = device.client, device.config(context.run_config)
         partition, partitions, open_test = 0, 1, _public_records
+        opens = _private_records
     elif in_simulation() and "partition-id" in node and "num-partitions" in node:
         identity, config = client_identity(context), RunConfig.of(context.run_config)
         partition, partitions = int(node["partition-id"]), int(node["num-partitions"])
-        open_test = None
+        open_test, opens = None, None
     else:
         raise OrderRefused(
             "This SuperNode names no device's file, without which a server would decide everything "
@@ -68,7 +71,9 @@ def make_client(context: Context) -> LoRAClient:
     folder = state_folder(config)
     return LoRAClient(
         trainer,
-        partial(trainer.task.client_records, partition, partitions),
+        partial(opens, trainer.task)
+        if opens
+        else partial(trainer.task.client_records, partition, partitions),
         Ledger(folder / "ledger.sqlite"),
         identity,
         str(context.run_id),
@@ -76,6 +81,15 @@ def make_client(context: Context) -> LoRAClient:
         open_test=partial(open_test, trainer.task) if open_test else None,
         rank=config.client_rank(partition) if config.client_ranks else None,
     )
+
+
+def _private_records(task: Task) -> Records:
+    """Open a device's private records; its own log says which are read and which are left out."""
+    from fedlora_flwr.tasks.registry import private_reading
+
+    for line in private_reading(task):
+        log(INFO, "%s", line)
+    return task.client_records(0, 1)
 
 
 def _public_records(task: Task) -> Records:

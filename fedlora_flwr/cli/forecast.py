@@ -76,6 +76,7 @@ def inspect_split(
     from fedlora_flwr.simulations.plots import plot_split
     from fedlora_flwr.simulations.split_table import (
         MAX_COLUMNS,
+        records_read,
         split_counts,
         split_json,
         split_table,
@@ -85,14 +86,14 @@ def inspect_split(
     path = (output or Path(f"split-{Path(recipe).stem}.png")).resolve()
     if path.suffix.lower() != ".png" or not path.parent.is_dir():
         raise InvalidValue("--output", str(path), "a .png file in a folder that exists")
-    counts = split_counts(config)
+    counts, read = split_counts(config), records_read(config)
     plot_split(counts, path, f"{config.task}, {config.partitioner}")
     if as_json:
-        show_json({**split_json(counts, config), "plot": str(path)})
+        show_json({**split_json(counts, config), "read": read, "plot": str(path)})
         return
     console = Console()
     show(console, split_table(counts, config))
     if counts.shape[1] > MAX_COLUMNS:
         text = f"{counts.shape[1]}: how many each client has; the plot and --json show them all"
         show_lines(console, [("Classes", text)])
-    show_lines(console, [("Plot", str(path))])
+    show_lines(console, [*(("Records", line) for line in read), ("Plot", str(path))])

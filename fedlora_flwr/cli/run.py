@@ -71,7 +71,7 @@ def _launch(
     )
     try:
         with recorded(run_dir, config), Screen(console, plan) as screen:
-            log_to_file(run_dir.log)
+            log_to_file(run_dir.log, plan.records)
             summary = launch(plan, run_dir, screen.round)
     except BrokenPipeError:
         raise

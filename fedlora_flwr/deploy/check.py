@@ -23,12 +23,12 @@ from fedlora_flwr.deploy.flower import NotSealed
 from fedlora_flwr.deploy.identities import PRIVATE
 from fedlora_flwr.deploy.supernode import check_script, installed_code
 from fedlora_flwr.environment import versions
-from fedlora_flwr.errors import FedLoRAError
+from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.privacy.account import UNBOUND
 from fedlora_flwr.privacy.budget import Segment
 from fedlora_flwr.privacy.ledger import Account, Ledger
 from fedlora_flwr.privacy.mechanism import Mechanism
-from fedlora_flwr.tasks.registry import build_task
+from fedlora_flwr.tasks.registry import build_task, private_reading, unstated_classes
 
 SOON = timedelta(days=14)
 _PATIENCE = 10.0  # seconds
@@ -302,13 +302,20 @@ def _device(
 
 
 def _promise(name: str, client: str, config: RunConfig, file: Path) -> Iterator[Finding]:
-    def records() -> int:
-        return len(build_task(config.task, config).client_records(0, 1))
+    task = build_task(config.task, config)
 
-    count = _tried(name, records, f"see dataset in {file}")
-    if isinstance(count, Finding):
-        yield count
+    def records() -> tuple[int, list[str]]:
+        if found := unstated_classes(task):
+            allowed = f"the names {found} in the order that all devices share"
+            raise InvalidValue("class-names", "", f"{allowed}: num-classes alone does not tell it")
+        return len(task.client_records(0, 1)), private_reading(task)
+
+    opened = _tried(name, records, f"see dataset and class-names in {file}")
+    if isinstance(opened, Finding):
+        yield opened
         return
+    count, lines = opened
+    yield from (Finding(name, True, line) for line in lines)
     path = Path(config.state_dir) / "ledger.sqlite"
     account = Account(
         client, "", config.epsilon, config.delta, config.ledger_scope, config.run_epsilon

@@ -89,9 +89,10 @@ def describe_plan(plan: RunPlan) -> list[tuple[str, str]]:
             f"{config.num_clients} with {min(sizes)} to {max(sizes)} private records "
             f"({config.partitioner})",
         ),
+        *(("Records", line) for line in plan.records),
     ]
     if config.fraction_train < 1 or config.max_rounds:
-        lines.append(("Rounds", participation(config)))
+        lines.append(("Rounds", str(participation(config))))
     if config.private:
         promise = (
             f"ε ≤ {config.epsilon:g} at δ = {config.delta:g} for each record of each "

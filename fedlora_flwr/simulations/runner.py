@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from fedlora_flwr.simulations.run_dir import CLAIM, RunDirectory
 from fedlora_flwr.simulations.serve import build_strategy, serve
 from fedlora_flwr.simulations.superlink import LOCAL, SimulationSuperLink
 from fedlora_flwr.simulations.workers import Execute, executor, one_by_one
-from fedlora_flwr.tasks.registry import build_task
+from fedlora_flwr.tasks.registry import build_task, reading
 
 OnRound = Callable[[dict[str, Any]], None]
 STATUS_INTERVAL = 10.0
@@ -56,6 +56,8 @@ class RunPlan:
         The figure to show.
     head : bool (default: True)
         Whether a head trains beside the adapters.
+    records : list[str] (default: [])
+        Sentences on the records that are read and left out.
     """
 
     config: RunConfig
@@ -64,6 +66,7 @@ class RunPlan:
     trained: int
     metric: str = "accuracy"
     head: bool = True
+    records: list[str] = field(default_factory=list)
 
 
 def make_plan(config: RunConfig, console: Console | None = None) -> RunPlan:
@@ -108,6 +111,7 @@ def make_plan(config: RunConfig, console: Console | None = None) -> RunPlan:
         trained=trained,
         metric=task.metric,
         head=bool(adapted.head),
+        records=reading(task, config.num_clients),
     )
 
 

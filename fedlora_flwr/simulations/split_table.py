@@ -8,7 +8,7 @@ import numpy as np
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.tasks.partition import partition_table
-from fedlora_flwr.tasks.registry import Records, build_task
+from fedlora_flwr.tasks.registry import Records, build_task, reading
 from fedlora_flwr.terminal import Table
 
 if TYPE_CHECKING:
@@ -41,6 +41,11 @@ def split_counts(config: RunConfig) -> pd.DataFrame:
     ends = np.cumsum([len(labels) for labels in found])
     parts = np.split(np.arange(ends[-1]), ends[:-1])
     return partition_table(np.concatenate(found), parts)
+
+
+def records_read(config: RunConfig) -> list[str]:
+    """Return sentences on the records that a run reads and leaves out."""
+    return reading(build_task(config.task, config), config.num_clients)
 
 
 def split_table(counts: pd.DataFrame, config: RunConfig) -> Table:

@@ -40,8 +40,8 @@ class _LogFile(logging.FileHandler):
         """Lose a line where the disk is full: the run itself says what it cannot write."""
 
 
-def log_to_file(path: Path) -> None:
-    """Keep Flower's lines off the screen."""
+def log_to_file(path: Path, first: Sequence[str] = ()) -> None:
+    """Keep Flower's lines off the screen, in a file that begins with lines of our own."""
     # Flower adds a handler for the screen when it is first imported, which must not come later.
     importlib.import_module("flwr.common.logger")
     logger = logging.getLogger("flwr")
@@ -49,6 +49,8 @@ def log_to_file(path: Path) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.handlers[:] = [handler]
     logger.propagate = False
+    for line in first:
+        logger.info("%s", line)
 
 
 @contextmanager

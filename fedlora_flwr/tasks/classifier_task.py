@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.classification import evaluate_classifier
 from fedlora_flwr.tasks.dataset_task import DatasetSettings, DatasetTask, names
-from fedlora_flwr.tasks.labels import Labels, with_class
+from fedlora_flwr.tasks.labels import Labels, near_names, without_class
+from fedlora_flwr.tasks.reading import Reading
 from fedlora_flwr.tasks.registry import Batch, Records
+from fedlora_flwr.tasks.unusable import naming
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -60,6 +62,18 @@ class ClassifierTask(DatasetTask):
         """Outputs of the classifier."""
         return self._labels.count
 
+    def unstated_classes(self) -> list[str]:
+        """Return the names of the private classes where ``num-classes`` alone is given.
+
+        Each device numbers such names by its own data set, so ``class-names`` should give them.
+
+        Raises
+        ------
+        InvalidValue
+            The private split cannot be read, or the classes are neither numbers nor text.
+        """
+        return self._labels.unstated(self._usable(self._settings.train_split, 0))
+
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the cross entropy of each record, shape (n,)."""
         return F.cross_entropy(self._logits(model, batch), batch["label"], reduction="none")
@@ -75,20 +89,30 @@ class ClassifierTask(DatasetTask):
         )
 
     def _private_columns(self) -> Features | None:
-        """Return the private split's columns; a server that only evaluates may not have it."""
-        try:
-            return self._source(self._settings.train_split).features
-        except InvalidValue:
-            return None
+        private = self._private_source()
+        return None if private is None else private.features
 
     def _rows(self, dataset: Dataset, split: str) -> NDArray[np.int64]:
-        column = self._settings.label_column
-        rows = with_class(dataset, column)
+        rows = super()._rows(dataset, split)
         if len(rows) == 0:
-            raise InvalidValue(
-                "label-column", column, f"a class for some record of split {split!r}"
-            )
+            reasons = ", ".join(f"{len(n)} with {why}" for why, n in self._lacking(dataset).items())
+            allowed = f"a class for some record of split {split!r}: it has {reasons}"
+            raise InvalidValue("label-column", self._settings.label_column, allowed)
         return rows
+
+    def _reading(self, split: str, limit: int) -> Reading:
+        found, used = super()._reading(split, limit), self._usable(split, limit)
+        with naming(used):
+            self._labels.numbers(used)  # Better refused here than in the first round.
+        return found
+
+    def _lacking(self, dataset: Dataset) -> dict[str, NDArray[np.int64]]:
+        return without_class(dataset, self._settings.label_column)
+
+    def _notes(self, dataset: Dataset) -> list[str]:
+        near = near_names(dataset, self._settings.label_column)
+        text = "classes {} differ in case or blanks alone, and count as different classes"
+        return [*super()._notes(dataset), *(text.format(group) for group in near)]
 
     def _with_classes(self, prepared: Dataset, dataset: Dataset, *, training: bool) -> Dataset:
         """Add to prepared records their class and, as ``part``, which of several splits has them.

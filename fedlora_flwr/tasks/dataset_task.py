@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.arrow_records import ArrowRecords
 from fedlora_flwr.tasks.partition import partition_records
+from fedlora_flwr.tasks.reading import Reading, empty_texts
 from fedlora_flwr.tasks.registry import Batch
-from fedlora_flwr.tasks.sources import load_split, split_files
+from fedlora_flwr.tasks.sources import load_split, passed_over, split_files
 from fedlora_flwr.tasks.splits import Split, SplitSettings
 from fedlora_flwr.tasks.splits_apart import check_files_apart, check_records_apart
+from fedlora_flwr.tasks.unusable import naming
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -215,6 +217,40 @@ class DatasetTask(ABC):
         """
         return self._public
 
+    def reading(self, num_partitions: int) -> list[Reading]:
+        """Return what is read of the private split and of each test split, and what is left out.
+
+        Parameters
+        ----------
+        num_partitions : int
+            Clients of a simulation; 1 on a device.
+
+        Raises
+        ------
+        InvalidValue
+            A split cannot be opened, or spread as configured.
+        """
+        settings = self._settings
+        found = self.private_reading()
+        dealt = sum(map(len, self._parts(num_partitions)))
+        found.leave_out("that no client gets", found.used - dealt)
+        tests = [self._reading(split, settings.test_limit) for split in self.test_splits]
+        return [found, *tests]
+
+    def private_reading(self) -> Reading:
+        """Return what is read of the private split, and what is left out."""
+        return self._reading(self._settings.train_split, self._settings.train_limit)
+
+    def _reading(self, split: str, limit: int) -> Reading:
+        settings, dataset, used = self._settings, self._source(split), self._usable(split, limit)
+        with naming(dataset):
+            found = Reading(split, len(dataset), tuple(self._columns_of(dataset, split)))
+        found.leave_out_rows(self._lacking(dataset))
+        found.leave_out("beyond the limit", found.used - len(used))
+        subset = settings.dataset_subset
+        found.notes += passed_over(settings.dataset, split, subset=subset) + self._notes(used)
+        return found
+
     def check_splits_apart(self) -> None:
         """Make sure that no private record would be evaluated on, whatever splits are called.
 
@@ -240,10 +276,7 @@ class DatasetTask(ABC):
         read = columns[settings.train_split]
         for split in self.test_splits:
             if set(columns[split]) != set(read):
-                allowed = (
-                    f"columns that all splits have: {split!r} has {columns[split]}, not {read}"
-                )
-                raise InvalidValue("input-columns", settings.input_columns, allowed)
+                raise self._other_columns(split, columns[split], read)
         check_records_apart(
             opened[settings.train_split],
             {split: opened[split] for split in self.test_splits},
@@ -263,11 +296,13 @@ class DatasetTask(ABC):
 
     @cached_property
     def _private(self) -> ArrowRecords:
-        return self._prepare(self._train, training=True)
+        with naming(self._train):
+            return self._prepare(self._train, training=True)
 
     @cached_property
     def _public(self) -> ArrowRecords:
-        return self._prepare(self._test, training=False)
+        with naming(self._test):
+            return self._prepare(self._test, training=False)
 
     @cached_property
     def _test(self) -> Dataset:
@@ -289,11 +324,29 @@ class DatasetTask(ABC):
     def _usable(self, split: str, limit: int) -> Dataset:
         """Open a split; drop records that cannot be used, and all beyond the limit."""
         dataset = self._source(split)
-        rows = self._rows(dataset, split)
+        with naming(dataset):
+            rows = self._rows(dataset, split)
         if limit and limit < len(rows):
             chosen = np.random.default_rng(_LIMIT_SEED).permutation(len(rows))[:limit]
             rows = rows[np.sort(chosen)]
         return dataset if len(rows) == len(dataset) else dataset.select(rows)
+
+    def _private_source(self) -> Dataset | None:
+        """Open the private split; a server that only evaluates may not have it."""
+        try:
+            return self._source(self._settings.train_split)
+        except InvalidValue:
+            return None
+
+    def _other_columns(self, split: str, own: list[str], known: list[str]) -> InvalidValue:
+        allowed = (
+            f"columns that all splits have: {split!r} has {own}, not {known}. Name those to read"
+        )
+        return InvalidValue("input-columns", self._settings.input_columns, allowed)
+
+    def _columns_of(self, dataset: Dataset, split: str) -> list[str]:  # noqa: ARG002
+        """Return the columns to read of a split."""
+        return self._input_columns(dataset)
 
     def _source(self, split: str) -> Dataset:
         """Open a split once."""
@@ -309,7 +362,18 @@ class DatasetTask(ABC):
 
     def _rows(self, dataset: Dataset, split: str) -> NDArray[np.int64]:  # noqa: ARG002
         """Return the positions of the records that can be used."""
-        return np.arange(len(dataset))
+        chosen = np.ones(len(dataset), dtype=bool)
+        for rows in self._lacking(dataset).values():
+            chosen[rows] = False
+        return np.flatnonzero(chosen)
+
+    def _lacking(self, dataset: Dataset) -> dict[str, NDArray[np.int64]]:  # noqa: ARG002
+        """Return the positions of the records that cannot be used, by what is wrong with them."""
+        return {}
+
+    def _notes(self, dataset: Dataset) -> list[str]:
+        """Return sentences on a split's records that are used, and may not be what is meant."""
+        return empty_texts(dataset, self._input_columns(dataset))
 
     def _parts(self, num_partitions: int) -> list[NDArray[np.int64]]:
         found = self._dealt.get(num_partitions)

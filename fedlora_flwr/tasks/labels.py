@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.tasks.sources import CLASS_FOLDERS
+from fedlora_flwr.tasks.unusable import naming
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -80,7 +81,10 @@ class Labels:
             return len(self._class_names) or self._num_classes
         if self._order:
             return len(self._order)
-        dataset = self._private()
+        with naming(dataset := self._private()):
+            return self._counted(dataset)
+
+    def _counted(self, dataset: Dataset) -> int:
         known = getattr(dataset.features[self._column], "num_classes", 0) or 0
         found = np.unique(self._read(dataset))
         count = max(int(found[-1]) + 1, known)
@@ -91,6 +95,26 @@ class Labels:
             )
             raise InvalidValue("label-column", self._column, allowed)
         return count
+
+    def unstated(self, dataset: Dataset) -> list[str]:
+        """Return the names of a data set's classes where the configuration gives their number only.
+
+        Parameters
+        ----------
+        dataset : Dataset
+            Records that all have a class.
+
+        Returns
+        -------
+        list[str]
+            None where the configuration names the classes, or they are numbers.
+        """
+        if self._class_names or not self._num_classes:
+            return []
+        values = self._read(dataset)
+        if stated := self._stated(dataset.features[self._column]):
+            return list(stated)
+        return sorted(set(values)) if values.dtype == object else []
 
     def numbers(self, dataset: Dataset) -> NDArray[np.int64]:
         """Return the class of each record, shape (n,).
@@ -105,6 +129,7 @@ class Labels:
         if own := self._stated(dataset.features[self._column]):
             return self._known(self._renumbered(values, own, dataset))
         if values.dtype != object and not self._numbers_are_names(values):
+            self._require_numbers(values)
             return self._known(values.astype(np.int64))
         found, codes = np.unique(values, return_inverse=True)
         names, order = [str(value) for value in found], self._name_order()
@@ -150,6 +175,20 @@ class Labels:
             raise InvalidValue("num-classes", self.count, allowed)
         return numbers
 
+    def _require_numbers(self, values: NDArray[Any]) -> None:
+        """Refuse numbers where the private split's text tells the classes: they have no order."""
+        columns = self._schema() or {}
+        if self._class_names or self._num_classes or self._stated(columns.get(self._column)):
+            return
+        truth = values.dtype == bool and {n.lower() for n in self._order} <= {"false", "true"}
+        if self._order and not truth:
+            allowed = (
+                f"a column of text, as in the private split, whose classes are "
+                f"{list(self._order)}: this split has {values[0]}. Name the classes with "
+                "class-names, or write them alike in all splits"
+            )
+            raise InvalidValue("label-column", self._column, allowed)
+
     def _name_order(self) -> Sequence[str]:
         if not self._order and self._num_classes:
             allowed = (
@@ -188,14 +227,18 @@ class Labels:
         return bool(names) and all(name.isdecimal() for name in names)
 
     def _read(self, dataset: Dataset) -> NDArray[Any]:
+        with naming(dataset):
+            return self._values(dataset)
+
+    def _values(self, dataset: Dataset) -> NDArray[Any]:
         """Return the column as int64, bool, or text of dtype object."""
         if self._column not in dataset.features:
             raise unknown("label-column", self._column, dataset.features)
         if _is_scalar(dataset, self._column):
             held = dataset[self._column][:]
             values = np.asarray(held)
-            if values.dtype.kind in "iu":
-                return values.astype(np.int64)
+            if values.dtype.kind in "iuf" and (whole := _whole(values)) is not None:
+                return whole
             if values.dtype.kind == "b":
                 return values
             if values.dtype.kind == "U":
@@ -205,21 +248,49 @@ class Labels:
         raise InvalidValue("label-column", self._column, allowed)
 
 
-def with_class(dataset: Dataset, column: str) -> NDArray[np.int64]:
-    """Return the positions of the records that have a class, shape (m,).
+def without_class(dataset: Dataset, column: str) -> dict[str, NDArray[np.int64]]:
+    """Return the positions of the records that have no class, by the reason.
 
-    Others have nothing in the column, or a number below 0, as SNLI's without a verdict.
+    They have nothing in the column, or a number below 0, as SNLI's without a verdict.
     """
     if column not in dataset.features or not _is_scalar(dataset, column):
-        return np.arange(len(dataset))
+        return {}
     values = np.asarray(dataset[column][:])
-    if values.dtype.kind == "i":
-        return np.flatnonzero(values >= 0)
-    missing = (value is None or (isinstance(value, int) and value < 0) for value in values)
-    return np.flatnonzero(~np.fromiter(missing, bool, len(values)))
+    if values.dtype == object:
+        missing = np.fromiter((value is None or value != value for value in values), bool)
+        below = np.fromiter(
+            (isinstance(value, int | float) and value < 0 for value in values), bool
+        )
+    elif values.dtype.kind in "if":
+        missing, below = np.isnan(values), values < 0
+    else:
+        return {}
+    found = {f"nothing in {column!r}": missing, f"a number below 0 in {column!r}": below}
+    return {reason: np.flatnonzero(rows) for reason, rows in found.items() if rows.any()}
+
+
+def near_names(dataset: Dataset, column: str) -> list[list[str]]:
+    """Return groups of classes whose names differ in case or blanks alone."""
+    feature = dataset.features.get(column)
+    if getattr(feature, "dtype", "") in ("string", "large_string"):
+        names = [name for name in dataset.unique(column) if name is not None]
+    else:
+        names = list(getattr(feature, "names", None) or ())
+    groups: dict[str, list[str]] = {}
+    for name in sorted(names):
+        groups.setdefault(" ".join(name.split()).casefold(), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _is_scalar(dataset: Dataset, column: str) -> bool:
     import datasets
 
     return isinstance(dataset.features[column], (datasets.Value, datasets.ClassLabel))
+
+
+def _whole(values: NDArray[Any]) -> NDArray[np.int64] | None:
+    """Return numbers as integers, if all of them are whole and an integer can hold them."""
+    if values.dtype.kind == "f" and not (values == np.trunc(values)).all():
+        return None
+    most = 2**53 if values.dtype.kind == "f" else 2**63 - 1
+    return None if len(values) and int(values.max()) > most else values.astype(np.int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 from fedlora_flwr.errors import InvalidValue
@@ -64,7 +65,11 @@ def find_splits(path: Path, source: SourceFolder) -> dict[str, Found]:
     entries = source.entries(path)
     if (path / "state.json").is_file():
         return {_saved_name(path): Found("saved", (path,), source)}
-    found = {**_folders(entries, source), **_tables(entries, source)}
+    folders, tables = _folders(entries, source), _tables(entries, source)
+    if both := sorted(folders.keys() & tables.keys()):
+        allowed = f"each split once: {both[0]!r} is there as a folder and as a file"
+        raise InvalidValue("source", str(path), allowed)
+    found = {**folders, **tables}
     inner = path / "data"
     return found if found or inner not in entries else find_splits(inner, source)
 
@@ -77,6 +82,15 @@ def pick(splits: dict[str, Found], split: str) -> Found | None:
     return splits[others[0]] if len(others) == 1 else None
 
 
+def folder_as_table(path: Path, split: str) -> Path | None:
+    """Return a folder whose name is that of a table, where the table of a split should be."""
+    inside = [path / f"{split}{ending}" for ending in TABLES]
+    for place in (path, *inside):
+        if place.suffix.lower() in TABLES and place.is_dir():
+            return place
+    return None
+
+
 def class_names(found: Found) -> list[str]:
     """Return the class folders of a split of pictures and of the splits beside it, sorted.
 
@@ -84,12 +98,52 @@ def class_names(found: Found) -> list[str]:
     """
     source, (folder,) = found.source, found.paths
     beside = [entry for entry in source.entries(folder.parent) if entry.is_dir()]
-    return sorted({entry.name for split in beside for entry in _classes(split, source)})
+    splits = {split: {entry.name for entry in _classes(split, source)} for split in beside}
+    for (one, first), (other, second) in combinations(splits.items(), 2):
+        spelt = {name.casefold(): name for name in first - second}
+        for name in sorted(second - first):
+            if (same := spelt.get(name.casefold())) is not None:
+                allowed = (
+                    f"one spelling of each class: {one.name!r} has a folder {same!r}, and "
+                    f"{other.name!r} has {name!r}. Rename one of them"
+                )
+                raise InvalidValue("source", str(folder.parent), allowed)
+    return sorted(set().union(*splits.values()))
 
 
 def pictures(folder: Path, source: SourceFolder) -> Iterator[Path]:
     """Return the picture files of a class folder, by name."""
     return (entry for entry in source.entries(folder) if entry.suffix.lower() in IMAGES)
+
+
+def strangers(found: Found) -> list[str]:
+    """Return sentences on what a split of pictures holds and nobody reads.
+
+    That is files in no class folder, in folders inside class folders, hidden, or of another type
+    than `IMAGES`; and class folders without a picture.
+    """
+    (folder,) = found.paths
+    passed: dict[str, list[str]] = {}
+    for path in sorted(folder.rglob("*")):
+        place = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in place.parts)
+        if path.is_dir():
+            if (
+                len(place.parts) == 1
+                and not hidden
+                and not next(pictures(path, found.source), None)
+            ):
+                passed.setdefault("class folders without a picture", []).append(str(place))
+        elif hidden:
+            if path.suffix.lower() in IMAGES:
+                passed.setdefault("hidden pictures, which are not read", []).append(str(place))
+        elif path.suffix.lower() not in IMAGES:
+            passed.setdefault("files that are no pictures by their names", []).append(str(place))
+        elif len(place.parts) != 2:
+            passed.setdefault(
+                "pictures not directly in a class folder, which are not read", []
+            ).append(str(place))
+    return [f"{what}: {len(names)}, e.g. {names[0]!r}" for what, names in passed.items()]
 
 
 def _tables(entries: list[Path], source: SourceFolder) -> dict[str, Found]:

@@ -15,7 +15,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import track
 
-from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.files import cache_folder, locked
 from fedlora_flwr.tasks.cached_file import require_writable
 from fedlora_flwr.tasks.fingerprint import content_digest
+from fedlora_flwr.tasks.unusable import named
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -85,17 +86,51 @@ def prepare(
         cannot be written to.
     """
     key = _key(dataset, function, key_parts, columns, packages)
-    folder = cache_folder() / "datasets" / key
-    if (ready := _intact(folder, len(dataset))) is not None:
+    shown = console or Console(stderr=True)
+    made = kept(
+        cache_folder() / "datasets" / key,
+        lambda: _tables(_batches(dataset, function, columns, shown)),
+        len(dataset),
+    )
+    assert made is not None  # A data set has at least one record.
+    return made
+
+
+def kept(
+    folder: Path, tables: Callable[[], Iterable[pa.Table]], length: int | None = None
+) -> Dataset | None:
+    """Return records from a folder of the cache, made now if they are missing or damaged.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the records are kept. Its name says all that they depend on.
+    tables : Callable
+        Makes the records, as tables of one schema.
+    length : int, optional
+        Their number, where it is known.
+
+    Returns
+    -------
+    Dataset or None
+        The records, memory-mapped; ``None`` if ``tables`` makes none.
+
+    Raises
+    ------
+    InvalidValue
+        The cache folder cannot be written to, or what ``tables`` raises.
+    """
+    if (ready := _intact(folder, length)) is not None:
         return ready
     require_writable(folder.parent)
     with locked(folder):
         # Another process may have made it while this one waited.
-        if (ready := _intact(folder, len(dataset))) is not None:
+        if (ready := _intact(folder, length)) is not None:
             return ready
         _clear(folder)
-        _make(folder, dataset, function, columns, console or Console(stderr=True))
-    made = _intact(folder, len(dataset))
+        if not _make(folder, tables()):
+            return None
+    made = _intact(folder, length)
     if made is None:
         raise InvalidValue(
             "XDG_CACHE_HOME", str(folder.parent), "a disk that keeps what is written"
@@ -132,7 +167,7 @@ def _source(function: Callable[..., Any]) -> str:
         return ""  # Typed at a prompt.
 
 
-def _intact(folder: Path, length: int) -> Dataset | None:
+def _intact(folder: Path, length: int | None) -> Dataset | None:
     """Open a result if it is there and is what was written."""
     import datasets
     import pyarrow as pa
@@ -145,7 +180,7 @@ def _intact(folder: Path, length: int) -> Dataset | None:
         dataset = datasets.Dataset.from_file(str(data))
     except (OSError, ValueError, pa.ArrowInvalid):
         return None
-    return dataset if len(dataset) == length else None
+    return dataset if length in (None, len(dataset)) else None
 
 
 def _clear(folder: Path) -> None:
@@ -157,22 +192,20 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(draft)
 
 
-def _make(
-    folder: Path,
-    dataset: Dataset,
-    function: Callable[..., Columns],
-    columns: Sequence[str],
-    console: Console,
-) -> None:
+def _make(folder: Path, tables: Iterable[pa.Table]) -> bool:
+    """Write a result whole, or nothing; say whether there are records in it."""
     draft = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
     draft.mkdir(mode=0o700)
     try:
-        _write(draft / "data.arrow", _batches(dataset, function, columns, console))
-        (draft / "digest").write_text(content_digest(draft / "data.arrow"), encoding="ascii")
-        draft.rename(folder)
+        if _write(draft / "data.arrow", tables):
+            (draft / "digest").write_text(content_digest(draft / "data.arrow"), encoding="ascii")
+            draft.rename(folder)
+            return True
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+    shutil.rmtree(draft)
+    return False
 
 
 def _batches(
@@ -188,9 +221,11 @@ def _batches(
         try:
             before = dataset[start : start + _ROWS]
             after = {**before, **function(before)}
-        except (OSError, SyntaxError) as error:
-            # What Pillow raises where a picture is none, or cut off.
-            raise InvalidValue("source", str(error), "pictures that can be decoded") from error
+        except (FedLoRAError, AssertionError, MemoryError, RuntimeError):
+            raise
+        except Exception as error:
+            # Pillow and tokenizers raise errors of many types where a record is at fault.
+            raise named(dataset, function, range(start, len(dataset))[:_ROWS]) or error from error
         yield _chosen(after, columns, min(_ROWS, len(dataset) - start))
 
 
@@ -202,30 +237,40 @@ def _chosen(found: Columns, columns: Sequence[str], length: int) -> Columns:
     return {name: found[name] for name in columns}
 
 
-def _write(path: Path, batches: Iterator[Columns]) -> None:
-    """Write columns as an Arrow stream that `datasets` opens, in chunks of about 64 MiB."""
+def _write(path: Path, tables: Iterable[pa.Table]) -> bool:
+    """Write an Arrow stream that `datasets` opens, in chunks of about 64 MiB, if there are rows."""
     import pyarrow as pa
 
     held: list[pa.Table] = []
-    schema: pa.Schema | None = None
     with path.open("wb") as stream:
         writer: Any = None
-        for batch in batches:
-            table = _table(batch, schema)
+        for table in tables:
+            if not table.num_rows:
+                continue
             if writer is None:
-                schema = table.schema
-                writer = pa.ipc.new_stream(stream, schema)
+                writer = pa.ipc.new_stream(stream, table.schema)
             held.append(table)
             if sum(part.nbytes for part in held) >= _CHUNK:
                 writer.write_table(pa.concat_tables(held).combine_chunks())
                 held = []
+        if writer is None:
+            return False
         if held:
             writer.write_table(pa.concat_tables(held).combine_chunks())
-        if writer is not None:
-            writer.close()
+        writer.close()
         stream.flush()
         # A rename may reach the disk before the content does.
         os.fsync(stream.fileno())
+    return True
+
+
+def _tables(batches: Iterator[Columns]) -> Iterator[pa.Table]:
+    """Make tables of batches, all of the first one's types."""
+    schema: pa.Schema | None = None
+    for batch in batches:
+        table = _table(batch, schema)
+        schema = table.schema
+        yield table
 
 
 def _table(batch: Columns, schema: pa.Schema | None) -> pa.Table:

@@ -22,8 +22,9 @@ from fedlora_flwr.files import replacing
 from fedlora_flwr.tasks.arrow_records import ArrowRecords
 from fedlora_flwr.tasks.cached_file import require_writable
 from fedlora_flwr.tasks.image_models import SMALL_SWIN, data_config, model_folder
+from fedlora_flwr.tasks.pixels import normalised, pixels
 from fedlora_flwr.tasks.sources import load_split
-from fedlora_flwr.tasks.vision import collate, image_column, normalised, pixels
+from fedlora_flwr.tasks.vision import collate, image_column
 
 if TYPE_CHECKING:
     from datasets import Dataset

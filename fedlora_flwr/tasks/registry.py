@@ -192,6 +192,46 @@ def check_splits_apart(task: Task) -> None:
     check()
 
 
+def reading(task: Task, num_partitions: int) -> list[str]:
+    """Return sentences on the records that a task reads and leaves out.
+
+    Parameters
+    ----------
+    task : Task
+        A task on a data set. Of others, and of the user's own, there is nothing to tell.
+    num_partitions : int
+        Clients of a simulation.
+
+    Raises
+    ------
+    InvalidValue
+        A split cannot be read.
+    """
+    account = getattr(task, "reading", None)
+    return [line for split in account(num_partitions) for line in split.lines()] if account else []
+
+
+def private_reading(task: Task) -> list[str]:
+    """Return sentences on the private records that a device reads and leaves out.
+
+    Parameters and errors are those of `reading`.
+    """
+    account = getattr(task, "private_reading", None)
+    return list(account().lines()) if account else []
+
+
+def unstated_classes(task: Task) -> list[str]:
+    """Return the names of a classifier's private classes where only their number is configured.
+
+    Raises
+    ------
+    InvalidValue
+        The private split cannot be read.
+    """
+    names = getattr(task, "unstated_classes", None)
+    return list(names()) if names else []
+
+
 def _require_known(name: str) -> None:
     if name not in _FACTORIES and not _PLACE.fullmatch(name):
         raise unknown("task", name, _FACTORIES, after=", or your own module:function")

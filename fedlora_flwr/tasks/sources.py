@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -14,10 +15,22 @@ from typing import TYPE_CHECKING
 
 from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.files import cache_folder
-from fedlora_flwr.tasks.cached_file import require_writable
+from fedlora_flwr.tasks.csv_files import csv_tables
 from fedlora_flwr.tasks.fingerprint import files_digest
 from fedlora_flwr.tasks.hub import hub_answers
-from fedlora_flwr.tasks.local_files import TABLES, Found, class_names, find_splits, pick, pictures
+from fedlora_flwr.tasks.json_files import json_tables
+from fedlora_flwr.tasks.local_files import (
+    TABLES,
+    Found,
+    class_names,
+    find_splits,
+    folder_as_table,
+    pick,
+    pictures,
+    strangers,
+)
+from fedlora_flwr.tasks.parquet_files import parquet_tables
+from fedlora_flwr.tasks.prepared import kept
 from fedlora_flwr.tasks.source_folder import SourceFolder
 
 if TYPE_CHECKING:
@@ -26,8 +39,12 @@ if TYPE_CHECKING:
 _HUB_NAME = re.compile(r"[A-Za-z0-9](?!.*\.\.)[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 # The hub's library reads more into other names: paths, and sums and slices of splits.
 _HUB_SUBSET, _HUB_SPLIT = re.compile(r"(\w[^/\\]*)?"), re.compile(r"(?!all$)\w[\w.-]*")
+_PICTURE = frozenset({"bytes", "path"})
 # Stands in a data set's info where its classes are the folders that were found.
 CLASS_FOLDERS = "class-folders"
+_READERS = {"csv": csv_tables, "json": json_tables, "parquet": parquet_tables}
+# Change it with the rules by which tables are read, so that no copy of other rules is used.
+_RULES = "1"
 _LOCAL = "a local file or folder (parquet, CSV, JSON, JSON lines, class folders of pictures)"
 
 
@@ -62,7 +79,7 @@ def load_split(source: str, split: str, *, subset: str = "") -> Dataset:
     """
     path = _existing(source)
     if path is not None:
-        dataset = _read(_found(path, source, split, subset), source, split)
+        dataset = _read(_found(path, source, split, subset), split)
     elif _is_hub_name(source):
         dataset = _from_hub(source, split, subset)
     else:
@@ -86,6 +103,16 @@ def split_files(source: str, split: str, *, subset: str = "") -> tuple[Path, ...
     return () if found.kind == "images" else found.paths
 
 
+def passed_over(source: str, split: str, *, subset: str = "") -> list[str]:
+    """Return sentences on files beside a local split's pictures that are not read.
+
+    Parameters and errors are those of `load_split`.
+    """
+    path = _existing(source)
+    found = None if path is None else _found(path, source, split, subset)
+    return strangers(found) if found and found.kind == "images" else []
+
+
 def _is_hub_name(source: str) -> bool:
     return bool(_HUB_NAME.fullmatch(source)) and Path(source).suffix.lower() not in TABLES
 
@@ -105,32 +132,36 @@ def _found(path: Path, source: str, split: str, subset: str) -> Found:
         splits = find_splits(root, whole)
     except OSError as error:
         raise _unreadable(source, error) from error
+    found = pick(splits, split)
+    if found is None and (folder := folder_as_table(root, split)):
+        raise InvalidValue("source", str(folder), "a file, and it is a folder. Name the file in it")
     if not splits:
         raise InvalidValue("source", source, _LOCAL)
-    found = pick(splits, split)
     if found is None:
         raise unknown("split", split, splits, after=f": what {source!r} holds")
     return found
 
 
-def _read(found: Found, source: str, split: str) -> Dataset:
+def _read(found: Found, split: str) -> Dataset:
     import datasets
 
     readers = {"images": _read_pictures, "saved": _read_saved}
     try:
-        with _screen(), _uncounted():
+        with _screen():
             dataset, digest = readers.get(found.kind, _read_table)(found)
-    except InvalidValue:  # A cache folder that cannot be written to.
+    except InvalidValue:
         raise
     except Exception as error:
-        # Parsers of five formats raise errors of many types.
-        raise _unreadable(source, error) from error
+        # Saved data sets and file systems raise errors of many types.
+        raise _unreadable(_named(found), error) from error
     dataset = _with_images(dataset)
     _require_pictures_inside(dataset, found)
     fingerprint = datasets.fingerprint.Hasher.hash([digest, split, str(dataset.features)])
+    info = dataset.info.copy()
+    info.dataset_name = _named(found)
     return datasets.Dataset(
         dataset.data,
-        info=dataset.info,
+        info=info,
         split=dataset.split,
         indices_table=dataset._indices,
         fingerprint=fingerprint,
@@ -138,41 +169,20 @@ def _read(found: Found, source: str, split: str) -> Dataset:
 
 
 def _read_table(found: Found) -> tuple[Dataset, str]:
-    import datasets
-
-    digest = files_digest(found.paths, found.paths[0].parent)
-    copies = cache_folder() / "datasets" / "sources" / digest[:32]
-    require_writable(copies)
-    files = [str(path) for path in found.paths if _has_records(path)]
-    if not files:
-        return datasets.Dataset.from_dict({}), digest
-    options = {"sep": "\t"} if found.paths[0].suffix.lower() == ".tsv" else {}
-    read = partial(
-        datasets.load_dataset,
-        found.kind,
-        data_files={"records": files},
-        split="records",
-        cache_dir=str(copies),
-        **options,
-    )
-    try:
-        dataset = read()
-    except Exception:
-        # The files, or an earlier copy that was damaged since.
-        dataset = read(download_mode="force_redownload")
+    # What files are read as depends on their content and on the rules for reading them.
+    digest = f"{_RULES}-{files_digest(found.paths, found.paths[0].parent)}"
+    name = hashlib.sha256(digest.encode()).hexdigest()[:32]
+    read = partial(_READERS[found.kind], found.paths)
+    dataset = kept(cache_folder() / "datasets" / "sources" / name, read)
+    if dataset is None:
+        raise InvalidValue("source", _named(found), "records, and it has none")
     return dataset, digest
 
 
-def _has_records(path: Path) -> bool:
-    """Tell whether a file has records, as far as that is seen at once."""
-    from pyarrow import parquet
-
-    if path.stat().st_size == 0:
-        return False
-    if path.suffix.lower() in (".csv", ".tsv"):
-        with path.open("rb") as stream:
-            return sum(1 for _ in zip(filter(bytes.strip, stream), range(2), strict=False)) == 2
-    return path.suffix.lower() != ".parquet" or parquet.read_metadata(path).num_rows > 0
+def _named(found: Found) -> str:
+    """Name the files that a split is in."""
+    others = len(found.paths) - 1
+    return f"{found.paths[0]}{f' and {others} more' if others else ''}"
 
 
 def _read_saved(found: Found) -> tuple[Dataset, str]:
@@ -215,12 +225,26 @@ def _with_images(dataset: Dataset) -> Dataset:
     """Mark columns of encoded pictures, which plain parquet files do not do themselves."""
     import datasets
 
-    for name, feature in dataset.features.items():
-        if isinstance(feature, dict) and set(feature) == {"bytes", "path"} and len(dataset):
-            first = dataset[0][name]
-            if first and first["bytes"] and _is_picture(first["bytes"]):
-                dataset = dataset.cast_column(name, datasets.Image())
+    for name in dataset.column_names:
+        if _is_picture(_first_content(dataset, name)):
+            dataset = dataset.cast_column(name, datasets.Image())
     return dataset
+
+
+def _first_content(dataset: Dataset, name: str) -> bytes:
+    """Return the first bytes of a column of bytes, or of structures that have some."""
+    import datasets
+    import pyarrow.compute as pc
+
+    feature = dataset.features[name]
+    inside = isinstance(feature, dict) and "bytes" in feature and set(feature) <= _PICTURE
+    if inside or feature in (datasets.Value("binary"), datasets.Value("large_binary")):
+        for chunk in dataset.data.table.column(name).chunks:
+            content = pc.struct_field(chunk, "bytes") if inside else chunk
+            if len(held := content.drop_null()):
+                found = held[0].as_py()
+                return found if isinstance(found, bytes) else b""
+    return b""
 
 
 def _require_pictures_inside(dataset: Dataset, found: Found) -> None:
@@ -286,19 +310,6 @@ def _unreadable(source: str, error: Exception) -> InvalidValue:
     cause = error.__cause__ or error
     text = " ".join(str(cause).split())[:300]
     return InvalidValue("source", source, f"records that can be read ({text})")
-
-
-@contextmanager
-def _uncounted() -> Iterator[None]:
-    """Keep the library from telling a server of every local file that it reads."""
-    from datasets import config
-
-    before = config.HF_UPDATE_DOWNLOAD_COUNTS
-    config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    try:
-        yield
-    finally:
-        config.HF_UPDATE_DOWNLOAD_COUNTS = before
 
 
 @contextmanager

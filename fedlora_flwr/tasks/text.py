@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,10 @@ from fedlora_flwr.tasks.tokens import check_ids, made_up_texts
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+# What pandas calls the index of a table that it writes as parquet.
+_INDEX = re.compile(r"__index_level_\d+__")
 
 
 class TextClassification(ClassifierTask):
@@ -115,9 +120,21 @@ class TextClassification(ClassifierTask):
         others = (settings.label_column, settings.partition_column)
         return text_columns(dataset, settings.input_columns, others)
 
+    def _columns_of(self, dataset: Dataset, split: str) -> list[str]:
+        """Return the columns to read, of a test split in the order of the private one."""
+        own = self._input_columns(dataset)
+        private = None if split == self._settings.train_split else self._private_source()
+        if private is None:
+            return own
+        known = self._input_columns(private)
+        if set(known) != set(own):
+            raise self._other_columns(split, own, known)
+        return known
+
     def _prepare(self, dataset: Dataset, *, training: bool) -> ArrowRecords:
         settings, tokenizer = self._settings, self._tokenizer
-        columns = self._input_columns(dataset)
+        split = settings.train_split if training else settings.test_split
+        columns = self._columns_of(dataset, split)
         prepared = prepare(
             dataset,
             partial(_tokens, tokenizer=tokenizer, columns=columns, limit=settings.max_length),
@@ -153,7 +170,9 @@ def text_columns(dataset: Dataset, chosen: str, others: Collection[str]) -> list
         for name, feature in dataset.features.items()
         if getattr(feature, "dtype", "") in ("string", "large_string")
     ]
-    found = list(names(chosen)) or [name for name in texts if name not in others]
+    found = list(names(chosen)) or [
+        name for name in texts if name not in others and not _INDEX.fullmatch(name)
+    ]
     for name in found:
         if name not in texts:
             raise unknown("input-columns", name, texts)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedlora_flwr.errors import unknown
@@ -21,12 +21,11 @@ from fedlora_flwr.tasks.image_models import (
     skeleton,
     usual_layers,
 )
-from fedlora_flwr.tasks.prepared import prepare
+from fedlora_flwr.tasks.pixels import normalised, pixels
 from fedlora_flwr.tasks.registry import Batch
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from PIL.Image import Image
 
 
 class ImageClassification(ClassifierTask):
@@ -89,39 +88,14 @@ class ImageClassification(ClassifierTask):
     def _input_columns(self, dataset: Dataset) -> list[str]:
         return [image_column(dataset, self._settings.input_columns)]
 
+    def _lacking(self, dataset: Dataset) -> dict[str, NDArray[np.int64]]:
+        (column,) = self._input_columns(dataset)
+        return {**super()._lacking(dataset), **without_picture(dataset, column)}
+
     def _prepare(self, dataset: Dataset, *, training: bool) -> ArrowRecords:
         (column,) = self._input_columns(dataset)
         prepared = pixels(dataset, column, self._data)
         return ArrowRecords(self._with_classes(prepared, dataset, training=training), collate)
-
-
-def pixels(dataset: Dataset, column: str, data: Mapping[str, Any]) -> Dataset:
-    """Return pictures at a model's size, made once per machine.
-
-    Parameters
-    ----------
-    dataset : Dataset
-        The pictures.
-    column : str
-        Their column.
-    data : Mapping[str, Any]
-        As of `fedlora_flwr.tasks.image_models.data_config`.
-
-    Returns
-    -------
-    Dataset
-        One column, ``image``: uint8 of shape (channels, h, w).
-    """
-    function = partial(_pixels, column=column, data=data)
-    parts = {**data, "column": column}
-    return prepare(dataset, function, parts, ["image"], packages=["timm", "pillow"])
-
-
-def normalised(images: Tensor, data: Mapping[str, Any]) -> Tensor:
-    """Scale uint8 pictures, shape (n, channels, h, w), to what the model was trained on."""
-    mean = torch.tensor(data["mean"], device=images.device).view(1, -1, 1, 1)
-    std = torch.tensor(data["std"], device=images.device).view(1, -1, 1, 1)
-    return (images.float() / 255 - mean) / std
 
 
 def image_column(dataset: Dataset, chosen: str) -> str:
@@ -141,19 +115,17 @@ def image_column(dataset: Dataset, chosen: str) -> str:
     return wanted[0]
 
 
-def _pixels(rows: dict[str, list[Any]], *, column: str, data: Mapping[str, Any]) -> dict[str, Any]:
-    from timm.data import create_transform
+def without_picture(dataset: Dataset, column: str) -> dict[str, NDArray[np.int64]]:
+    """Return the positions of the records without a picture, by the reason."""
+    import pyarrow.compute as pc
 
-    # With the prefetcher's setting, timm leaves scaling and normalising to the device.
-    transform = create_transform(**data, is_training=False, use_prefetcher=True)
-    mode = "L" if data["input_size"][0] == 1 else "RGB"
-    images = [transform(_opaque(picture).convert(mode)) for picture in rows[column]]
-    return {"image": np.stack(images)}
-
-
-def _opaque(picture: Image) -> Image:
-    """Return a picture whose palette is opaque; of others Pillow drops the transparency itself."""
-    return picture.convert("RGBA") if "transparency" in picture.info else picture
+    held = dataset.data.table.column(column)
+    empty = [pc.is_null(pc.struct_field(held, part)) for part in ("bytes", "path")]
+    missing = pc.or_(pc.is_null(held), pc.and_(*empty))
+    if dataset._indices is not None:
+        missing = missing.take(dataset._indices.column(0))
+    rows = np.flatnonzero(missing.to_numpy())
+    return {f"no picture in {column!r}": rows} if len(rows) else {}
 
 
 def collate(rows: Rows) -> dict[str, Tensor]:

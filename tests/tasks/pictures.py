@@ -18,6 +18,7 @@ def picture(number: int, mode: str = "RGB", size: tuple[int, int] = (40, 52)) ->
     """Return a picture whose left half is brighter the higher its class, ``number`` modulo 3."""
     draw = np.random.default_rng(number)
     values = draw.integers(0, 60, (*size, 4), dtype=np.uint8)
+    values[..., 3] = 255 - values[..., 3]
     values[:, : size[1] // 2, :3] += np.uint8(60 * (number % len(CLASSES)))
     return Image.fromarray(values).convert(mode)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.tasks.labels import Labels, with_class
+from fedlora_flwr.tasks.labels import Labels, near_names, without_class
 
 OPENED = "the private split was opened"
 
@@ -173,7 +174,7 @@ def test_truth_is_a_class() -> None:
 )
 def test_what_is_no_class_is_refused_with_its_type(values: Sequence[Any], kind: Any) -> None:
     dataset = column(values, kind)
-    assert with_class(dataset, "kind").tolist() == list(range(len(values)))
+    assert without_class(dataset, "kind") == {}
     with pytest.raises(InvalidValue, match=r"label-column = 'kind' .*whole numbers or text, not"):
         labels(None, 2).numbers(dataset)
 
@@ -182,18 +183,59 @@ def test_a_column_that_is_not_there_is_refused_with_the_nearest() -> None:
     other = Dataset.from_dict({"kinds": [0], "text": ["a"]})
     with pytest.raises(InvalidValue, match="did you mean 'kinds'"):
         labels(None, 2).numbers(other)
-    assert with_class(other, "kind").tolist() == [0]
+    assert without_class(other, "kind") == {}
+
+
+NOTHING, BELOW = "nothing in 'kind'", "a number below 0 in 'kind'"
 
 
 @pytest.mark.parametrize(
-    ("values", "kept"),
+    ("values", "lacking"),
     [
-        ([0, -1, 2, -1], [0, 2]),
-        ([0, None, -1, 1], [0, 3]),
-        (["a", None, ""], [0, 2]),
-        ([-1, -1], []),
-        ([True, False], [0, 1]),
+        ([0, -1, 2, -1], {BELOW: [1, 3]}),
+        ([0, None, -1, 1], {NOTHING: [1], BELOW: [2]}),
+        ([0.0, math.nan, -1.0, 1.0], {NOTHING: [1], BELOW: [2]}),
+        ([0.0, None, 1.0], {NOTHING: [1]}),
+        (["a", None, ""], {NOTHING: [1]}),
+        ([-1, -1], {BELOW: [0, 1]}),
+        ([True, False], {}),
+        ([True, None], {NOTHING: [1]}),
+        ([None, None], {NOTHING: [0, 1]}),
     ],
 )
-def test_records_without_a_class_are_left_out(values: list[Any], kept: list[int]) -> None:
-    assert with_class(column(values), "kind").tolist() == kept
+def test_records_without_a_class_are_told_by_the_reason(
+    values: list[Any], lacking: dict[str, list[int]]
+) -> None:
+    found = without_class(column(values), "kind")
+    assert {reason: rows.tolist() for reason, rows in found.items()} == lacking
+
+
+def test_whole_numbers_that_gaps_made_floats_are_classes() -> None:
+    found = labels(column([0.0, 2.0, 1.0])).numbers(column([2.0, 0.0]))
+    assert found.tolist() == [2, 0]
+    assert found.dtype == np.int64
+    for value in (0.5, 2.0**53 + 2):
+        with pytest.raises(InvalidValue, match="whole numbers or text"):
+            labels(None, 2).numbers(column([0.0, value]))
+    with pytest.raises(InvalidValue, match="whole numbers or text"):
+        labels(None, 2).numbers(Dataset.from_dict({"kind": np.array([2**63], np.uint64)}))
+
+
+@pytest.mark.parametrize("values", [[1, 2], [True, False]])
+def test_numbers_are_no_positions_among_names_that_text_gave(values: list[Any]) -> None:
+    text = column(["1", "2", "3"])
+    with pytest.raises(InvalidValue, match=r"of text.*\['1', '2', '3'\].*class-names"):
+        labels(text).numbers(column(values))
+    assert labels(text, names=["1", "2", "3"]).numbers(column([1, 2])).tolist() == [0, 1]
+
+
+def test_truth_values_and_their_words_are_the_same_classes() -> None:
+    found = labels(column(["true", "false"]))
+    assert found.numbers(column([True, False])).tolist() == [1, 0]
+
+
+def test_names_that_are_nearly_the_same_are_told() -> None:
+    values = ["Yes", "no", "yes ", None, "a b", "a  b"]
+    assert near_names(column(values), "kind") == [["Yes", "yes "], ["a  b", "a b"]]
+    assert near_names(column([0, 1], ClassLabel(names=["a", "A"])), "kind") == [["A", "a"]]
+    assert near_names(column([0, 1]), "kind") == []

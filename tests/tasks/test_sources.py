@@ -181,18 +181,18 @@ def test_a_damaged_copy_is_read_again(folder: Path, empty_cache: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "allowed"),
     [
-        ("train.parquet", b"PAR1 but no more"),
-        ("train.jsonl", b"{no json"),
-        ("train.csv", b'a,b\n1,2,3\n"'),
+        ("train.parquet", b"PAR1 but no more", "a parquet file that is whole"),
+        ("train.jsonl", b"{no json", "line 1 is not"),
+        ("train.csv", b'a,b\n1,2,3\n"', "line 2 has 3"),
     ],
 )
 def test_a_broken_file_is_one_error(
-    tmp_path: Path, name: str, content: bytes, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, name: str, content: bytes, allowed: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InvalidValue, match=r"source = .*can be read") as caught:
+    with pytest.raises(InvalidValue, match=rf"source = .*{name}.*{allowed}") as caught:
         load_split(str(tmp_path), "train")
     assert "\n" not in str(caught.value)
     assert not caplog.records
@@ -210,9 +210,9 @@ def test_a_broken_file_is_one_error(
         (("{tmp}/shards", "train"), "source", "all shards"),
         (("{tmp}/shards/train-00001-of-00003.parquet", "train"), "source", "folder of all shards"),
         (("{tmp}/twice", "train"), "source", "one file"),
-        (("{tmp}/empty", "train"), "split", "with records"),
-        (("{tmp}/empty", "test"), "split", "with records"),
-        (("{tmp}/empty", "head"), "split", "with records"),
+        (("{tmp}/empty", "train"), "source", "records, and it has none"),
+        (("{tmp}/empty", "test"), "source", "records, and it has none"),
+        (("{tmp}/empty", "head"), "source", "records, and it has none"),
     ],
 )
 def test_bad_input_is_named(
