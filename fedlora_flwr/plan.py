@@ -106,6 +106,19 @@ def factor_of(name: str) -> str | None:
     return match["factor"] if match else None
 
 
+def is_shared(name: str, shared: str) -> bool:
+    """Tell whether an array travels between server and clients.
+
+    Parameters
+    ----------
+    name : str
+        The array.
+    shared : str
+        The factors that do, ``"A"``, ``"B"`` or ``"AB"``; empty for everything.
+    """
+    return not shared or (factor_of(name) or "head") in shared
+
+
 def is_folded(name: str) -> bool:
     """Tell whether an array is half of a pair that a server folds into the frozen weight.
 

@@ -98,12 +98,17 @@ class RunConfig(
                 self.quantization,
                 f"'none' where strategy = {self.strategy!r}, which changes the frozen weights",
             )
+        if not self.share_head and not self.train_head:
+            raise InvalidValue("share-head", False, "true, or train-head = true")
         if self.average_decay and self.strategy in _NO_AVERAGE:
             raise InvalidValue(
                 "average-decay",
                 self.average_decay,
                 f"0 where strategy = {self.strategy!r}: {_NO_AVERAGE[self.strategy]}",
             )
+        if self.average_decay and not self.share_head:
+            allowed = f"0 where share-head = false: {_NO_AVERAGE['fedsa-lora']}"
+            raise InvalidValue("average-decay", self.average_decay, allowed)
         if self.client_ranks and self.strategy != "flexlora":
             raise InvalidValue("client-ranks", self.client_ranks, "empty, or strategy = 'flexlora'")
         if not all(1 <= rank <= self.rank for rank in self._client_ranks()):

@@ -53,6 +53,10 @@ class FederationKeys:
         "uniform", choice(*WEIGHTINGS), "weights of the clients' means",
         _DEVICE, "It decides whether the number of records, or the noise, is told.",
     )  # fmt: skip
+    share_head: bool = key(
+        True, FLAG, "whether clients' heads are averaged; false leaves each client its own",
+        _RUN, "What stays with the client went through the same private steps.",
+    )  # fmt: skip
     average_decay: float = key(
         0.0, between(0, 0.9999),
         "evaluate and keep a moving average of the rounds; 0 = the last", _RUN, _SERVER,

@@ -14,7 +14,7 @@ from fedlora_flwr.adapters import AdaptedModel, attach
 from fedlora_flwr.clients.trainer import lora_spec, plan_mechanism
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue, explained
-from fedlora_flwr.plan import ComponentPlan, Layout, factor_of
+from fedlora_flwr.plan import ComponentPlan, Layout, is_shared
 from fedlora_flwr.privacy.grad_sample import GradSampler
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.simulations.noise import noise_to_signal, noisy_coordinates
@@ -23,7 +23,6 @@ from fedlora_flwr.simulations.rehearsal import check_folding, rehearse_unbuilt
 from fedlora_flwr.simulations.serve import build_strategy
 from fedlora_flwr.strategies import FedLoRA
 from fedlora_flwr.tasks.registry import Batch, Task, build_task
-from fedlora_flwr.wire import SHARE
 
 # Of all our measured runs none with more noise has ended above its start; see docs/results.md and
 # `benchmarks.learning`, which finds it. It says nothing for certain of other data and models.
@@ -271,14 +270,13 @@ def _uploads(
     sizes: Mapping[str, int],
     steps: int,
 ) -> float:
-    share = strategy.instructions().get(SHARE)
     return float(
         np.mean(
             [
                 sum(
                     sizes[name]
                     for name in layout.trained(plan, steps)
-                    if share in (None, factor_of(name))
+                    if is_shared(name, strategy.shared)
                 )
                 for plan in plans
             ]

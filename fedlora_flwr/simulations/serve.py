@@ -114,6 +114,7 @@ def build_strategy(config: RunConfig) -> FedLoRA:
         blocks=config.blocks,
         local_steps=config.local_steps,
         max_weight=_max_weight(config),
+        share_head=config.share_head,
         **{name: getattr(config, name) for name in chosen.settings},
     )
 

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from fedlora_flwr.aggregation import Arrays, merge, weighted_mean
 from fedlora_flwr.arrays import to_numpy, travel_size
 from fedlora_flwr.errors import BudgetsSpent, FedLoRAError, InvalidValue
-from fedlora_flwr.plan import BOTH, ComponentPlan, Layout
+from fedlora_flwr.plan import BOTH, A, B, ComponentPlan, Layout
 from fedlora_flwr.strategies.clipping import check_clipping
 from fedlora_flwr.strategies.cohort import Cohorts
 from fedlora_flwr.strategies.early_end import EvaluateFn, keeping
 from fedlora_flwr.strategies.expected import Expected
 from fedlora_flwr.strategies.identities import Identities
 from fedlora_flwr.strategies.inbox import Inbox, read_measurements
+from fedlora_flwr.strategies.personal import mean_of_own_models, shared_part
 from fedlora_flwr.strategies.replies import (
     LedgerWatch,
     RoundReport,
@@ -80,11 +81,15 @@ class FedLoRA(FedAvg):
         Local steps of a round, which say what an upload holds; 0 where the server does not know.
     max_weight : float
         Largest weight that a client may state, from what is public.
+    share_head : bool (default: True)
+        Whether the head is averaged. Else each client keeps its own, and measures its own model.
 
     Attributes
     ----------
     settings : tuple[str, ...]
         Names of further arguments that are keys of the run configuration.
+    shared : str
+        The factors that travel, where not everything does (see `fedlora_flwr.plan.is_shared`).
     last_round : RoundReport or None
         What came of the last round.
 
@@ -95,6 +100,7 @@ class FedLoRA(FedAvg):
     """
 
     settings: ClassVar[tuple[str, ...]] = ()
+    shared: str = ""
 
     def __init__(
         self,
@@ -115,6 +121,7 @@ class FedLoRA(FedAvg):
         blocks: str = "",
         local_steps: int = 0,
         max_weight: float = MOST_WEIGHT,
+        share_head: bool = True,
     ) -> None:
         if not 0 <= min_completion <= 1:
             raise InvalidValue("min_completion", min_completion, "a number from 0 to 1")
@@ -135,6 +142,7 @@ class FedLoRA(FedAvg):
         self.blocks = blocks
         self.local_steps = local_steps
         self.max_weight = max_weight
+        self.shared = self.shared or ("" if share_head else A + B)
         self.num_rounds = 0
         self.last_round: RoundReport | None = None
         self._cohorts: Cohorts | None = None
@@ -186,7 +194,7 @@ class FedLoRA(FedAvg):
 
     def instructions(self) -> dict[str, str]:
         """Say what clients are asked beside the plan, in the words of `wire`."""
-        return {}
+        return {SHARE: self.shared} if self.shared else {}
 
     def download(self, arrays: ArrayRecord, client: str) -> ArrayRecord:
         """Choose what a client gets.
@@ -277,8 +285,7 @@ class FedLoRA(FedAvg):
         self._global = {name: to_numpy(array) for name, array in arrays.items()}
         self._plan = self.plan(server_round, layout)
         self._plan.check(len(layout.blocks))
-        share = self.instructions().get(SHARE)
-        self._expected = Expected.of(layout, self._plan, share, self.local_steps)
+        self._expected = Expected.of(layout, self._plan, self.shared, self.local_steps)
         averages = type(self).aggregate is FedLoRA.aggregate
         everything = self._expected.whole == set(arrays)
         check_clipping(config, type(self).__name__, averages and everything)
@@ -306,7 +313,7 @@ class FedLoRA(FedAvg):
         """Make one message a node, and count what goes down."""
         messages = []
         for node in nodes:
-            chosen = self.download(arrays, self._who.of(node))
+            chosen = shared_part(self.download(arrays, self._who.of(node)), self.shared)
             content = RecordDict({self.arrayrecord_key: chosen, self.configrecord_key: config})
             report.bytes_down += size_of(content)
             messages.append(Message(content, node, kind))
@@ -347,13 +354,20 @@ class FedLoRA(FedAvg):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask clients for figures where ``fraction_evaluate`` says so; that costs no budget."""
-        report = self.last_round
+        """Ask clients for figures where ``fraction_evaluate`` says so; that costs no budget.
+
+        Where a part of the models stays with the clients, those of the round measure their own.
+        """
+        report, config[ROUND] = self.last_round, server_round
+        if report is not None and self.shared:
+            # From now on no model of the server's stands in for theirs.
+            report.evaluation, self._measuring = {}, list(self._asked)
+            config.update(self.instructions())
+            return self._messages(MessageType.EVALUATE, arrays, config, self._asked, report)
         if not self.fraction_evaluate or self._cohorts is None or report is None:
             return []
         least = max(self.min_available_nodes, self.min_evaluate_nodes)
         self._measuring = self._cohorts.evaluate(grid, server_round, self.fraction_evaluate, least)
-        config[ROUND] = server_round
         return self._messages(MessageType.EVALUATE, arrays, config, self._measuring, report)
 
     def aggregate_evaluate(
@@ -362,7 +376,10 @@ class FedLoRA(FedAvg):
         """Average the clients' figures by the number of examples; None without any."""
         report = self.last_round or RoundReport(server_round, "", sent=0)
         reports = read_measurements(self._inbox(MessageType.EVALUATE, report), replies, report)
-        mean = weighted_figures([found.numbers() for _, found in reports], self.weighted_by_key)
+        if self.shared:
+            mean = mean_of_own_models(reports, report)
+        else:
+            mean = weighted_figures([found.numbers() for _, found in reports], self.weighted_by_key)
         if mean is not None:
             self._result.evaluate_metrics_clientapp[server_round] = mean
         return mean

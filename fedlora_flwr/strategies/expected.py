@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fedlora_flwr.aggregation import Arrays
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.plan import ComponentPlan, Layout, factor_of
+from fedlora_flwr.plan import ComponentPlan, Layout, is_shared
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,7 @@ class Expected:
     possible: tuple[frozenset[str], ...]
 
     @classmethod
-    def of(
-        cls, layout: Layout, plan: ComponentPlan, share: str | None, local_steps: int
-    ) -> Expected:
+    def of(cls, layout: Layout, plan: ComponentPlan, shared: str, local_steps: int) -> Expected:
         """Work the names out.
 
         Parameters
@@ -36,8 +34,8 @@ class Expected:
             The arrays and their blocks.
         plan : ComponentPlan
             What trains.
-        share : str or None
-            The one factor that leaves the clients, if not all that trains does.
+        shared : str
+            What leaves the clients (see `is_shared`).
         local_steps : int
             Steps of a round; 0 where the server does not know.
         """
@@ -46,9 +44,7 @@ class Expected:
         return cls(
             plan,
             tuple(
-                frozenset(
-                    name for name in layout.trained(plan, steps) if share in (None, factor_of(name))
-                )
+                frozenset(name for name in layout.trained(plan, steps) if is_shared(name, shared))
                 for steps in lengths
             ),
         )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr.errors import InvalidValue, OrderRefused
-from fedlora_flwr.plan import A, B, ComponentPlan, factor_of, is_folded
+from fedlora_flwr.plan import A, B, ComponentPlan, factor_of, is_folded, is_shared
 from fedlora_flwr.wire import (
     CURVATURE,
     FINGERPRINT,
@@ -68,8 +68,8 @@ class Order:
     fingerprint : str
         Hash of the server's backbone; empty where it does not say.
     share : str
-        The factor that is exchanged; all else that trains stays with the client. Empty: nothing
-        stays.
+        The factors that are exchanged, ``"A"``, ``"B"`` or ``"AB"``; all else that trains stays
+        with the client. Empty: nothing stays.
     curvature : str
         Which scores to send (see `BlockScores`); empty: none.
 
@@ -97,7 +97,7 @@ class Order:
         FINGERPRINT, "", Text(LONGEST), "A device whose frozen weights differ takes no part."
     )
     share: str = _row(
-        SHARE, "", Text(LONGEST, (A, B)),
+        SHARE, "", Text(LONGEST, (A, B, A + B)),
         "What stays with the client went through the same private steps.",
     )  # fmt: skip
     curvature: str = _row(
@@ -165,7 +165,7 @@ class Order:
 
     def leaves(self, name: str) -> bool:
         """Tell whether an array is exchanged."""
-        return not self.share or factor_of(name) == self.share
+        return is_shared(name, self.share)
 
 
 def _check(entry: Field[Any], value: object) -> None:

@@ -42,7 +42,7 @@ def test_an_order_is_written_and_read() -> None:
         ({"plan": ["B"]}, "plan"),
         ({"plan": "B" * 200_000}, "plan"),
         ({"weighting": "n"}, "weighting = 'n'"),
-        ({"share": "AB"}, "share = 'AB'"),
+        ({"share": "BA"}, "share = 'BA'"),
         ({"curvature": "raw"}, "curvature = 'raw'"),
         ({"fingerprint": "0" * 200}, "fingerprint"),
         ({"learning-rate": 0.1}, "'learning-rate'"),

@@ -1,4 +1,4 @@
-"""FedSA-LoRA's server on real clients: A alone travels, and figures are the clients' means."""
+"""Models of which a part stays with each client: what travels, and whose figures are reported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedlora_flwr.clients.bridge import bridge
 from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.trainer import Trainer, process_trainer
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.errors import FedLoRAError
+from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.plan import Layout, factor_of
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.simulations.run_dir import RunDirectory
@@ -239,3 +239,35 @@ def test_budgets_that_are_spent_do_not_stop_the_figures(
 
 def test_the_plan_trains_both_factors() -> None:
     assert str(FedSALoRA().plan(1, Layout.of(NAMES))) == "*"
+
+
+@pytest.mark.parametrize("strategy", ["la-lora", "rolora", "fedsvd"])
+def test_a_head_that_is_not_shared_stays_with_its_client(
+    make_config: MakeConfig, tmp_path: Path, strategy: str
+) -> None:
+    wire, config = Wire(), make_config(strategy=strategy, share_head=False)
+
+    _, summary, run_id = run(config, tmp_path / "run", wire)
+
+    travelled = {name for _, arrays in (*wire.down, *wire.up) for name in arrays}
+    assert travelled
+    assert all(factor_of(name) for name in travelled)
+    # Every client's figures are those of the last factors with its own head.
+    (*_, shared) = [arrays for kind, arrays in wire.down if kind == "evaluate"]
+    trainer, heads, found = Trainer.build(config), [], []
+    store = LocalStore(state_folder(config) / "local")
+    for client in range(config.num_clients):
+        local = store.recall(f"partition-{client:06d}", run_id)
+        assert {factor_of(name) for name in local} == {None}
+        heads.append(local["head.weight"])
+        trainer.adapted.write({**trainer.start, **shared, **local})
+        found.append(trainer.task.evaluate(trainer.adapted.model, trainer.task.test_records()))
+    assert not np.array_equal(heads[0], heads[1])
+    assert not np.array_equal(heads[0], trainer.start["head.weight"])
+    expected = np.mean([figures["accuracy"] for figures in found])
+    assert summary["final_accuracy"] == pytest.approx(expected)
+
+
+def test_a_head_that_does_not_train_cannot_stay(make_config: MakeConfig) -> None:
+    with pytest.raises(InvalidValue, match="share-head"):
+        make_config(share_head=False, train_head=False)
