@@ -198,6 +198,10 @@ class FedLoRA(FedAvg):
         del client
         return arrays
 
+    def remarks(self) -> dict[str, str]:
+        """Return sentences about the whole run, by name, for its summary and closing table."""
+        return {}
+
     def check_upload(self, current: Arrays, upload: Upload) -> None:
         """Refuse an upload that this method cannot use; its values are within `wire`'s limits.
 
@@ -358,7 +362,6 @@ class FedLoRA(FedAvg):
                 weight_of(numbers, self.weighting, self.weighted_by_key, self.max_weight),
                 numbers,
                 texts,
-                found.scores or (),
             )
             self._check_arrays(upload.arrays)
             self.check_upload(self._global, upload)
