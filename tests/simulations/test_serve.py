@@ -46,6 +46,7 @@ SUMMARY = {
     "seed",
     "reproducible_noise",
     "weighting",
+    "remarks",
     "unprotected_metrics",
     "versions",
 }
