@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_flwr.aggregation import Arrays
+from fedlora_flwr.aggregation import Arrays, normalise
+
+_LEAST = 1e-6  # weight of all pairs of clients; below, one client is all there is
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Movement:
     square: Estimate | None
     noise: float
 
+    def times(self, factor: float) -> Movement:
+        """Return it multiplied by a number."""
+        square = None if self.square is None else factor**2 * self.square
+        return Movement(self.mean * np.float32(factor), square, factor**2 * self.noise)
+
 
 class UpdateSums:
     """Sums over the updates of one array, taken in one by one.
@@ -74,7 +81,7 @@ class UpdateSums:
         Parameters
         ----------
         weight : float
-            Its weight, of any scale.
+            Its weight, above 0 and of any scale whose squares are numbers.
         update : ndarray
             Always of the same shape.
         """
@@ -92,12 +99,12 @@ class UpdateSums:
         assert self._total is not None
         mean, scale = self._total / self._weights, self._weights**2
         noise, size = self._noise / scale, max(mean.size, 1)
-        square = None
-        if self._updates > 1:
+        others, square = 1 - self._squares / scale, None
+        if self._updates > 1 and others > _LEAST:
             value = float(np.vdot(mean, mean)) - noise
             crossed = max(noise * noise - self._fourth / scale**2, 0.0)
             variance = (2 * crossed + 4 * noise * max(value, 0.0)) / size
-            square = (1 / (1 - self._squares / scale)) * Estimate(value, variance)
+            square = (1 / others) * Estimate(value, variance)
         return Movement(mean.astype(np.float32), square, noise)
 
 
@@ -120,14 +127,15 @@ def movements(
     names : Iterable[str]
         Arrays to look at.
     """
-    names = list(names)
+    # Shares, since squares of tiny weights are zero.
+    names, shares = list(names), normalise(weights).tolist()
     first = uploads[0]
     same = all(np.array_equal(u[n], first[n]) for u in uploads[1:] for n in names)
     found = {}
     for name in names:
         sums = UpdateSums()
-        for upload, weight in list(zip(uploads, weights, strict=True))[: 1 if same else None]:
-            sums.add(weight, np.subtract(upload[name], current[name], dtype=np.float64))
+        for upload, share in list(zip(uploads, shares, strict=True))[: 1 if same else None]:
+            sums.add(share, np.subtract(upload[name], current[name], dtype=np.float64))
         found[name] = sums.result()
     return found
 

@@ -71,6 +71,22 @@ def test_the_error_follows_from_sigma_c_and_b_although_nobody_told_them() -> Non
     assert np.mean(errors) == pytest.approx(expected, rel=0.12)
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1.0, 1e20])
+def test_weights_of_any_scale_give_the_same(scale: float) -> None:
+    rng = np.random.default_rng(3)
+    uploads = [{"a": rng.normal(size=4)} for _ in range(3)]
+    current = {"a": np.zeros(4)}
+    weights = np.array([1.0, 2.0, 4.0])
+    (found,) = movements(current, uploads, (scale * weights).tolist(), ["a"]).values()
+    value, variance = squared(np.array([u["a"] for u in uploads]), weights)
+    assert found.square is not None
+    assert found.square.value == pytest.approx(value)
+    assert found.square.variance == pytest.approx(variance)
+    # One client that is all there is has nobody to be compared with.
+    (alone,) = movements(current, uploads, [1.0, 1e-12, 1e-12], ["a"]).values()
+    assert alone.square is None
+
+
 def test_two_rounds_of_a_single_client_have_no_noise_in_common() -> None:
     rng, values, errors = np.random.default_rng(1), [], []
     agreed = np.full(500, 0.2)

@@ -163,50 +163,53 @@ class ASLoRA(FedLoRA):
         sentence = verdict([c.z for c in self._made if c.z is not None], self.score_decay)
         return {"choices": sentence} if sentence else {}
 
+    def rate(self, factor: str, server_round: int) -> float:
+        """Return a factor's learning rate in a round, times the local steps."""
+        del server_round
+        return self.rates[factor] * max(self.local_steps, 1)
+
     def _observe(
         self, server_round: int, current: Arrays, uploads: Sequence[Upload]
     ) -> list[Estimate | None]:
         """Score what trained; return each group's score of this round, if there is one."""
         names = [name for name in uploads[0].arrays if factor_of(name)]
         moved = movements(current, [u.arrays for u in uploads], [u.weight for u in uploads], names)
+        # As gradients they can be compared between rounds of different rates.
+        for name in names:
+            rate = self.rate(str(factor_of(name)), server_round)
+            moved[name] = moved[name].times(1 / rate if rate else 0.0)
         index = Layout.of(current, self.blocks).block_index
         found: list[Estimate | None] = []
         for group, (scores, choice) in enumerate(zip(self.scores, self._choices, strict=True)):
             own = [n for n in names if len(self.scores) == 1 or index[n] == group]
-            rate = self.rates[choice.mode] * max(self.local_steps, 1)
-            gain = self._gain(own, moved, rate)
+            gain, bend = self._gain(own, moved), self._bend(server_round, own, moved)
             if gain is not None:
                 scores.gains[choice.mode].add(gain, server_round, self.score_decay)
-            bend = self._bend(server_round, own, moved, rate)
             if bend is not None:
                 scores.bends[choice.mode].add(bend, server_round, self.score_decay)
-            found.append(gain)
+            found.append(gain and self.rate(choice.mode, server_round) * gain)
         self._last.update({name: (server_round, moved[name]) for name in names})
         return found
 
-    def _gain(
-        self, names: Sequence[str], moved: dict[str, Movement], rate: float
-    ) -> Estimate | None:
-        """Return by how much the loss fell along the clients' paths."""
-        if not rate:
-            return Estimate()
+    def _gain(self, names: Sequence[str], moved: dict[str, Movement]) -> Estimate | None:
+        """Return by how much the loss fell along the clients' paths, over the rate."""
         total = Estimate()
         for name in names:
             now, (_, before) = moved[name], self._last.get(name, (0, None))
             if now.square is not None:
-                total += 1 / rate * now.square
+                total += now.square
             elif before is not None:
                 # One update tells nothing of its noise; two rounds' do.
-                total += 1 / rate * across(before, now)
+                total += across(before, now)
             else:
                 return None
         return total
 
     def _bend(
-        self, server_round: int, names: Sequence[str], moved: dict[str, Movement], rate: float
+        self, server_round: int, names: Sequence[str], moved: dict[str, Movement]
     ) -> Estimate | None:
         """Return what curvature took from the round before, where the same arrays trained."""
-        if self.curvature == "none" or not rate:
+        if self.curvature == "none":
             return None
         total = Estimate()
         for name in names:
@@ -214,13 +217,14 @@ class ASLoRA(FedLoRA):
             known = before is not None and before.square and moved[name].square
             if before is None or not known or when != server_round - 1:
                 return None
-            total += 1 / rate * secant(before, moved[name], self.local_steps)
+            total += secant(before, moved[name], self.local_steps)
         return total
 
     def _before(self, server_round: int, scores: Scores) -> tuple[Estimate | None, Estimate | None]:
         first = self.num_rounds - self.curvature_rounds if self.curvature_rounds else 0
         curved = self.curvature != "none" and server_round > first
-        return scores.before(server_round, self.score_decay, curved)
+        a, b = scores.before(server_round, self.score_decay, curved)
+        return a and self.rate(A, server_round) * a, b and self.rate(B, server_round) * b
 
     def _choose(self, server_round: int, scores: Scores, draw: float) -> Choice:
         a, b = self._before(server_round, scores)

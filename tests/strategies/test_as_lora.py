@@ -20,7 +20,7 @@ from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.gains import Estimate
 from fedlora_flwr.plan import ComponentPlan, Layout, factor_of
 from fedlora_flwr.strategies import ASLoRA, Upload
-from fedlora_flwr.strategies.choices import Scores, chance_of_a, lead, verdict
+from fedlora_flwr.strategies.choices import Choice, Scores, chance_of_a, lead, verdict
 from tests.strategies.duels import Duels
 from tests.strategies.tiny import NAMES, Tiny, arrays_of, record_of, reply_of, start_arrays
 
@@ -224,10 +224,39 @@ def test_a_rate_of_its_own_enters_the_gain() -> None:
     duels = Duels(lambda _: (4.0, 4.0), 0.1, blocks=3)
     strategy = duels.run(2, lr_a=0.5, lr_b=0.05, local_steps=5, warm_up=1.0)
     for scores in strategy.scores:
-        assert scores.gains["A"].mean == pytest.approx(4 / 2.5, rel=0.2)
-        assert scores.gains["B"].mean == pytest.approx(4 / 0.25, rel=0.2)
+        a, b = strategy._before(3, scores)
+        assert a is not None
+        assert b is not None
+        assert a.value == pytest.approx(4 / 2.5, rel=0.2)
+        assert b.value == pytest.approx(4 / 0.25, rel=0.2)
     still = Duels(lambda _: (0.0, 4.0), 0.1, blocks=3).run(20, lr_a=0.0)
     assert all(scores.gains["A"].mean == 0 for scores in still.scores)
+
+
+def test_a_rate_that_falls_from_round_to_round_leaves_the_gradient_what_it_is() -> None:
+    class Falling(ASLoRA):
+        def rate(self, factor: str, server_round: int) -> float:
+            return float(2.0**-server_round)
+
+    strategy, duels = Falling(curvature="secant", warm_up=0.0), Duels(lambda _: (0, 0), 0.0)
+    strategy.num_rounds, duels.blocks = 4, 2
+    zeros = {n: np.zeros((2, 24) if factor_of(n) == "A" else (24, 2)) for n in duels.layout.names}
+    rng = np.random.default_rng(0)
+    for server_round in (1, 2, 3):
+        # A gradient of norm 3 moves by less and less.
+        duels.squares = lambda t: (0.0, 9.0 * 4.0**-t)
+        duels.noise = 1e-4 * 2.0**-server_round
+        plan = strategy.plan(server_round, duels.layout)
+        strategy._choices = [Choice("B")] * 2
+        uploads = duels.uploads(rng, server_round, ComponentPlan.parse("BB"))
+        assert plan.steps
+        strategy.aggregate(server_round, zeros, uploads)
+    for scores in strategy.scores:
+        assert scores.gains["B"].mean == pytest.approx(9.0, rel=1e-3)
+        assert scores.bends["B"].mean == pytest.approx(0.0, abs=1e-2)
+        next_one = strategy._before(4, scores)[1]
+        assert next_one is not None
+        assert next_one.value == pytest.approx(9.0 / 16, rel=1e-2)
 
 
 def test_fixed_and_tied_are_the_axes_that_they_are_called() -> None:
