@@ -17,6 +17,10 @@ A = "A"
 B = "B"
 BOTH = "*"
 MODES = (A, B, BOTH)
+# How AS-LoRA chooses: what of curvature it counts, by which rule, and what shares a choice.
+CURVATURES = ("none", "secant")
+SELECTIONS = ("sample", "argmax", "fixed")
+GROUPS = ("block", "tied", "layer")
 
 _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
 _FOLDED = re.compile(r".+\.folded_[AB]\.weight")

@@ -92,9 +92,9 @@ class Regression:
             plan = ComponentPlan.parse(str(config["plan"]))
             record = message.content.array_records["arrays"]
             arrays = {n: array.numpy().astype(np.float64) for n, array in record.items()}
-            scores = self.train(client, arrays, plan)
+            self.train(client, arrays, plan)
             names = Layout.of(arrays).trained(plan, STEPS)
-            metrics = MetricRecord({"num-examples": 1, "scores": scores})
+            metrics = MetricRecord({"num-examples": 1})
             content = RecordDict(
                 {
                     "arrays": ArrayRecord({n: Array(arrays[n].astype(np.float32)) for n in names}),
@@ -106,10 +106,9 @@ class Regression:
 
         return app
 
-    def train(self, client: int, arrays: dict[str, Array64], plan: ComponentPlan) -> list[float]:
-        """Take a round's steps in place; return the mean of η‖g‖² for each block."""
+    def train(self, client: int, arrays: dict[str, Array64], plan: ComponentPlan) -> None:
+        """Take a round's steps in place."""
         layout = Layout.of(arrays)
-        scores = [0.0] * len(layout.blocks)
         for step in range(1, STEPS + 1):
             gradients: dict[str, Array64] = {}
             for layer in LAYERS:
@@ -119,9 +118,6 @@ class Regression:
                 gradients[b], gradients[a] = full @ arrays[a].T, arrays[b].T @ full
             for name in layout.active(plan, step):
                 arrays[name] = arrays[name] - RATE * gradients[name]
-                energy = float((gradients[name] ** 2).sum())
-                scores[layout.block_index[name]] += RATE * energy / STEPS
-        return scores
 
     def run(self, strategy: FedLoRA, rounds: int) -> list[float]:
         """Return the loss before each round and at the end, over the first loss."""

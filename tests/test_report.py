@@ -21,7 +21,7 @@ from fedlora_flwr.wire.report import Report
 
 ARRAYS = {"b.lora_A.weight": np.ones((2, 3), np.float32), "h": np.zeros(2, np.float32)}
 FULL = Report(
-    client="ward-3", status="ok", arrays=ARRAYS, scores=(0.5, -1e-30), epsilon=1.5,
+    client="ward-3", status="ok", arrays=ARRAYS, epsilon=1.5,
     epsilon_budget=8.0, delta=1e-5, accountant="prv", steps=7, seconds=0.25, peak_memory_mb=100.5,
     weight=3.0, num_examples=3, unprotected={"loss": 0.125}, measured={"accuracy": 0.5, "n": 3},
     notes={"note": "fine", "flag": True, "raw": b"\0"},
@@ -55,7 +55,6 @@ def test_what_is_written_is_what_is_read() -> None:
 def test_a_numpy_clients_flat_scalars_hold_the_same() -> None:
     arrays, examples, metrics = FULL.to_fit()
     assert metrics[wire.NAMES] == "b.lora_A.weight,h"
-    assert isinstance(metrics[wire.SCORES], bytes)
     assert same(Report.of_fit(arrays, (), metrics, examples).checked(), FULL)
     content = fit_content(arrays, (), metrics, examples)
     assert set(content) == {"arrays", "metrics", "config"}

@@ -66,7 +66,7 @@ def bridge(message: Message, context: Context, call_next: ClientAppCallable) -> 
     Message
         The reply: one ArrayRecord with the names that the client gave, one MetricRecord with the
         numbers among its metrics and ``num-examples``, one ConfigRecord with the texts among them
-        and, under ``client``, who it is. Scores of blocks are a list of numbers in the former.
+        and, under ``client``, who it is.
 
     Raises
     ------

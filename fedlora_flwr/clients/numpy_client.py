@@ -134,7 +134,6 @@ class LoRAClient(NumPyClient):
             seconds=time.perf_counter() - started,
             peak_memory_mb=peak_memory() / 2**20,
             weight=_weight(order.weighting, mechanism),
-            scores=update.scores,
             unprotected=self._unprotected(records),
         )
         # The number of records goes out only where it is the weight.
@@ -207,7 +206,6 @@ class LoRAClient(NumPyClient):
             records,
             mechanism,
             (self._account.client, order.server_round or f"after-{before}-steps"),
-            order.curvature,
             # In a simulation the arrays come from the same person as the records.
             untrusted=self._trainer.config.exact_passes or not in_simulation(),
             server_round=order.server_round or 1,

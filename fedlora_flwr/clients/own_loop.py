@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,8 +19,7 @@ from torch.optim import Optimizer
 from fedlora_flwr.arrays import to_numpy
 from fedlora_flwr.errors import FedLoRAError, InvalidValue, unknown
 from fedlora_flwr.plan import BOTH, ComponentPlan, Layout, is_folded
-from fedlora_flwr.privacy.scores import BlockScores
-from fedlora_flwr.wire import CURVATURE, NAMES, PLAN, SHARE
+from fedlora_flwr.wire import NAMES, PLAN, SHARE
 from fedlora_flwr.wire.records import train_records
 from fedlora_flwr.wire.report import Report
 
@@ -73,12 +71,10 @@ class PlannedRound:
         _check_optimizer(optimizer, self._parameters)
         self._plan = _plan(config, layout)
         self._layout, self._steps = layout, 0
-        self._scores = _scores(layout, optimizer, self._parameters) if CURVATURE in config else None
         with torch.no_grad():
             for name, array in arrays.items():
                 self._parameters[name].copy_(torch.from_numpy(np.array(array)))
         self._hooks = [
-            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
         ]
         self._activate()
@@ -111,7 +107,7 @@ class PlannedRound:
     ) -> tuple[list[NDArray[np.float32]], int, Scalars]:
         """End the round and return what a NumPyClient's ``fit`` returns."""
         report = Report.of_scalars(metrics, num_examples, self.upload())
-        return replace(report, scores=self._result()).to_fit()
+        return report.to_fit()
 
     def reply(self, to: Message, metrics: Mapping[str, float | int]) -> Message:
         """End the round and answer the message that began it.
@@ -124,10 +120,7 @@ class PlannedRound:
             The project's own metrics, ``num-examples`` among them. They leave as they are.
         """
         report = Report.of_words(self.upload(), metrics, {})
-        return Message(train_records(replace(report, scores=self._result())), reply_to=to)
-
-    def _result(self) -> tuple[float, ...] | None:
-        return None if self._scores is None else tuple(self._scores.result())
+        return Message(train_records(report), reply_to=to)
 
     def _trained(self, plan: ComponentPlan) -> tuple[str, ...]:
         return self._layout.trained(plan, self._steps)
@@ -140,11 +133,6 @@ class PlannedRound:
             parameter.requires_grad_(name in active)
             if name not in active:
                 parameter.grad = None
-
-    def _before_step(self) -> None:
-        for name, parameter in self._parameters.items():
-            if self._scores is not None and parameter.grad is not None:
-                self._scores.observe(name, parameter.grad, parameter, noise_variance=0.0)
 
     def _after_step(self) -> None:
         self._steps += 1
@@ -226,8 +214,6 @@ def _check_supported(arrays: Mapping[str, object], config: Mapping[str, object])
         raise InvalidValue(
             "array", folded[0], "LoRA factors and a head: FLoRA and FedExLoRA need LoRAClient"
         )
-    if config.get(CURVATURE, "none") != "none":
-        raise InvalidValue(CURVATURE, config[CURVATURE], "'none', or LoRAClient with plain SGD")
 
 
 def _parameters_of(
@@ -265,13 +251,3 @@ def _check_optimizer(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter
             raise InvalidValue(
                 "optimizer", type(optimizer).__name__, f"one over all arrays; it lacks {name!r}"
             )
-
-
-def _scores(
-    layout: Layout, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]
-) -> BlockScores:
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    index = layout.block_index
-    return BlockScores(
-        index, len(layout.blocks), {name: float(rates[id(parameters[name])]) for name in index}
-    )

@@ -17,7 +17,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue, explained
 from fedlora_flwr.exported import outermost
 from fedlora_flwr.frozen import share
-from fedlora_flwr.plan import A, B, ComponentPlan, Layout, factor_of
+from fedlora_flwr.plan import ComponentPlan, Layout
 from fedlora_flwr.precision import run_in_bf16
 from fedlora_flwr.privacy.account import UNBOUND, Terms
 from fedlora_flwr.privacy.budget import calibrate, check_budget
@@ -27,7 +27,6 @@ from fedlora_flwr.privacy.lifetime import calibrate_run
 from fedlora_flwr.privacy.masks import own_randomness
 from fedlora_flwr.privacy.mechanism import Mechanism, poisson_batches
 from fedlora_flwr.privacy.noise import NoiseSource, SecureNoise, SeededNoise
-from fedlora_flwr.privacy.scores import BlockScores
 from fedlora_flwr.randomness import stream_seed
 from fedlora_flwr.tasks.registry import DRAWN, Records, Task, build_task
 
@@ -151,12 +150,9 @@ class LocalUpdate:
     ----------
     arrays : Mapping[str, ndarray]
         The arrays that the plan trained, fp32.
-    scores : list[float] or None
-        One score a block, where asked for.
     """
 
     arrays: dict[str, NDArray[np.float32]]
-    scores: list[float] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +192,7 @@ class Trainer:
     @cached_property
     def layout(self) -> Layout:
         """Names of the arrays, in blocks as configured."""
-        return Layout.of(self.adapted.parameters, self.config.blocks)
+        return Layout.of(self.adapted.parameters, self.config.block_pattern)
 
     def train(
         self,
@@ -205,7 +201,6 @@ class Trainer:
         records: Records,
         mechanism: Mechanism,
         stream: tuple[object, ...],
-        curvature: str = "",
         untrusted: bool = False,
         server_round: int = 1,
     ) -> LocalUpdate:
@@ -223,9 +218,6 @@ class Trainer:
             The client's mechanism, constant over the run.
         stream : tuple
             Names the random streams of this client and round, e.g. ``(client, round)``.
-        curvature : str
-            Ask for scores of the blocks, with this curvature term (see `BlockScores`); empty for
-            none.
         untrusted : bool (default: False)
             Whether a server that is not trusted has chosen the arrays. Then the model is looked at
             again, if it treats each record on its own (see `check_apart`; else a process looks
@@ -249,7 +241,6 @@ class Trainer:
         plan.check(len(layout.blocks))
         self.load(arrays)
         settings = self._optimizer(server_round)
-        scores = self._scores(curvature, settings) if curvature else None
         steps = self.config.local_steps
         with _one_client(self.config.client_threads, self._seed("dropout", stream)):
             self.engine.start_round(
@@ -257,7 +248,6 @@ class Trainer:
                 settings,
                 self._noise(stream),
                 make_filter(self.config.filter),
-                scores,
                 exact=untrusted,
             )
             if untrusted:
@@ -266,8 +256,7 @@ class Trainer:
             with self.engine.training():
                 for step, indices in enumerate(batches, start=1):
                     self.engine.step(records, indices, layout.active(plan, step))
-        trained = self.adapted.read(layout.trained(plan, steps))
-        return LocalUpdate(trained, scores.result() if scores else None)
+        return LocalUpdate(self.adapted.read(layout.trained(plan, steps)))
 
     def load(self, arrays: Mapping[str, NDArray[np.floating]]) -> None:
         """Write arrays into the model, which takes on their rank.
@@ -283,16 +272,6 @@ class Trainer:
         if rank != self.adapted.rank:
             self.adapted.resize(rank)
         self.adapted.write(arrays)
-
-    def _scores(self, curvature: str, settings: OptimizerSettings) -> BlockScores:
-        rates = {A: settings.lr_a, B: settings.lr_b}
-        index = self.layout.block_index
-        return BlockScores(
-            index,
-            len(self.layout.blocks),
-            {name: rates[str(factor_of(name))] for name in index},
-            curvature,
-        )
 
     def _seed(self, purpose: str, stream: tuple[object, ...]) -> int:
         seed = self.config.seed if self.config.reproducible else None

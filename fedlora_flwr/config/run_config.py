@@ -90,8 +90,10 @@ class RunConfig(
                 "curvature",
                 self.curvature,
                 "'none', or optimizer = 'sgd' with momentum = 0, filter = 'none' and precondition "
-                "= false: else the noise in a step's movement is not known",
+                "= false: else a movement does not tell the gradient behind it",
             )
+        if self.groups == "layer" and self.blocks:
+            raise InvalidValue("groups", self.groups, "'block' or 'tied' where blocks is set")
         if self.quantization != "none" and self.strategy in ("flora", "fedex-lora"):
             raise InvalidValue(
                 "quantization",
@@ -165,6 +167,11 @@ class RunConfig(
     def planned_steps(self) -> int:
         """Private steps that a client's budget must last for: T·K, or the declared cap."""
         return (self.max_rounds or self.num_rounds) * self.local_steps
+
+    @property
+    def block_pattern(self) -> str:
+        """Pattern of block names (see `fedlora_flwr.plan.Layout`)."""
+        return ".+" if self.groups == "layer" else self.blocks
 
     @property
     def private(self) -> bool:

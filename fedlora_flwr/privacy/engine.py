@@ -25,7 +25,6 @@ from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.microbatches import PassPlan, passes
 from fedlora_flwr.privacy.noise import NoiseSource
 from fedlora_flwr.privacy.precondition import precondition
-from fedlora_flwr.privacy.scores import BlockScores
 
 if TYPE_CHECKING:
     from fedlora_flwr.tasks.registry import Batch, Records
@@ -119,7 +118,6 @@ class PrivateEngine:
         settings: OptimizerSettings,
         noise: NoiseSource,
         gradient_filter: GradientFilter | None = None,
-        scores: BlockScores | None = None,
         exact: bool = False,
     ) -> None:
         """Begin a client's round with a fresh optimiser state.
@@ -137,8 +135,6 @@ class PrivateEngine:
             Where the noise comes from.
         gradient_filter : GradientFilter, optional
             Post-processing of the privatised gradients, with fresh state.
-        scores : BlockScores, optional
-            Reads the privatised gradients as they are before any post-processing.
         exact : bool (default: False)
             Whether passes over records of different lengths have shapes that do not tell how many
             there are of each (see `PassPlan`): for arrays that a server may have chosen.
@@ -175,7 +171,7 @@ class PrivateEngine:
             expected_batch_size=mechanism.batch_size,
             source=noise,
         )
-        self._filter, self._scores = gradient_filter or NoFilter(), scores
+        self._filter = gradient_filter or NoFilter()
         self._optimizer.attach_step_hook(lambda _: self._post_process())
 
     def step(self, records: Records, indices: Tensor, active: Sequence[str]) -> None:
@@ -276,13 +272,11 @@ class PrivateEngine:
                 group["params"] = [self.adapted.parameters[n] for n in names if n in chosen]
 
     def _post_process(self) -> None:
-        """Score, filter and precondition privatised gradients; nothing private is read here."""
+        """Filter and precondition privatised gradients; nothing private is read here."""
         settings, variance = self._settings, self._mechanism.noise_variance
         for name, p in self.adapted.parameters.items():
             if not p.requires_grad or p.grad is None:
                 continue
-            if self._scores is not None:
-                self._scores.observe(name, p.grad, p.detach(), variance)
             p.grad = self._filter(name, p.grad)
             if settings.precondition and name in self._partners:
                 layer, factor, other = self._partners[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,8 +32,6 @@ class Released:
         Aggregation weight: 1, or the public quantity that ``weighting`` names.
     status : str
         ``"ok"``, or ``"budget-exhausted"``: then there are no arrays.
-    scores : Sequence[float], optional
-        One score a block, from privatised gradients and public constants only.
     unprotected : Mapping[str, float]
         Metrics on private records *without* protection; empty unless the run asks for them.
     """
@@ -44,7 +42,6 @@ class Released:
     peak_memory_mb: float
     weight: float = 1.0
     status: str = STATUS_OK
-    scores: Sequence[float] | None = None
     unprotected: Mapping[str, float] = field(default_factory=dict)
 
     def report(self) -> Report:
@@ -55,11 +52,9 @@ class Released:
         InvalidValue
             A value is past its limits, e.g. an array that is not finite.
         """
-        scores = None if self.scores is None else tuple(float(score) for score in self.scores)
         return Report(
             status=self.status,
             arrays=self.arrays,
-            scores=scores,
             epsilon=float(self.ledger.epsilon),
             epsilon_budget=float(self.ledger.epsilon_budget),
             delta=float(self.ledger.delta),
@@ -73,6 +68,6 @@ class Released:
         ).checked()
 
     def metrics(self) -> dict[str, bool | bytes | float | int | str]:
-        """Return all but the arrays, as flat scalars; scores as the bytes of fp64 numbers."""
+        """Return all but the arrays, as flat scalars."""
         _, _, flat = self.report().to_fit()
         return {name: value for name, value in flat.items() if name != NAMES}

@@ -145,7 +145,7 @@ def forecast(config: RunConfig, records: int | None = None) -> Forecast:
     model = skeleton(config, task)
     check_folding(strategy, model)
     rehearse_unbuilt(config, task, model)
-    layout = Layout.of(model.parameters, config.blocks)
+    layout = Layout.of(model.parameters, config.block_pattern)
     sizes = {name: parameter.numel() for name, parameter in model.parameters.items()}
     sent = {name: _BYTES * size + _HEADER for name, size in sizes.items()}
     strategy.num_rounds = config.num_rounds

@@ -153,6 +153,7 @@ def closing_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("Time", f"{summary['seconds']:.0f} s for {rounds}{early}"),
         ("Failures", f"{summary['failures']} replies, {summary['declined']} out of budget"),
     ]
+    rows += [(name.capitalize(), sentence) for name, sentence in summary["remarks"].items()]
     if summary["unprotected_metrics"]:
         rows.append(("Note", UNPROTECTED))
     return rows

@@ -90,7 +90,7 @@ def make_plan(config: RunConfig, console: Console | None = None) -> RunPlan:
     task = build_task(config.task, config)
     adapted = build_adapted(config, task)
     # A method may refuse a model, e.g. one whose blocks have no name.
-    strategy.plan(1, Layout.of(adapted.parameters, config.blocks))
+    strategy.plan(1, Layout.of(adapted.parameters, config.block_pattern))
     check_folding(strategy, adapted)
     rehearse(task, adapted)
     sizes = [

@@ -111,7 +111,7 @@ def build_strategy(config: RunConfig) -> FedLoRA:
         weighting=config.weighting,
         min_completion=config.min_completion,
         max_rounds=config.max_rounds,
-        blocks=config.blocks,
+        blocks=config.block_pattern,
         local_steps=config.local_steps,
         max_weight=_max_weight(config),
         share_head=config.share_head,
@@ -148,7 +148,7 @@ class _Session:
 
     @property
     def layout(self) -> Layout:
-        return Layout.of(self.adapted.parameters, self.config.blocks)
+        return Layout.of(self.adapted.parameters, self.config.block_pattern)
 
     def run(self, grid: Grid) -> None:
         # A federation has the nodes that it has; num-clients only says how many a run makes.
@@ -286,6 +286,7 @@ def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dic
         "reproducible_noise": config.reproducible,
         "weighting": config.weighting,
         "blocks": list(session.layout.blocks) if session else [],
+        "remarks": session.strategy.remarks() if session else {},
         "unprotected_metrics": config.report_unprotected_metrics,
         "versions": versions(),
     }

@@ -10,57 +10,120 @@ import numpy as np
 from flwr.serverapp.strategy import Result
 from numpy.typing import NDArray
 
-from fedlora_flwr.aggregation import Arrays, normalise
-from fedlora_flwr.errors import FedLoRAError, InvalidValue
-from fedlora_flwr.plan import A, B, ComponentPlan, Layout
+from fedlora_flwr.aggregation import Arrays
+from fedlora_flwr.gains import Estimate, Movement, across, movements, secant
+from fedlora_flwr.plan import CURVATURES, GROUPS, SELECTIONS, A, B, ComponentPlan, Layout, factor_of
 from fedlora_flwr.randomness import stream_seed
 from fedlora_flwr.strategies.base import FedLoRA
+from fedlora_flwr.strategies.choices import Choice, Scores, chance_of_a, lead, verdict
 from fedlora_flwr.strategies.replies import Upload
-from fedlora_flwr.wire import CURVATURE
+from fedlora_flwr.wire.limits import LONGEST_NAME, Number, Text
 
-WARMUP = 0.1  # share of the rounds in which all blocks alternate alike
-DECAY = 0.95  # of the temperature, a round
-COLDEST = 0.1
-MEMORY = 0.9  # of the scores' moving averages
+_LIMITS: dict[str, Text | Number] = {
+    "curvature": Text(LONGEST_NAME, CURVATURES),
+    "curvature_rounds": Number(0, 1_000_000, whole=True),
+    "selection": Text(LONGEST_NAME, SELECTIONS),
+    "groups": Text(LONGEST_NAME, GROUPS),
+    "temperature": Number(0, 1e6, above=True),
+    "explore": Number(0, 0.5),
+    "score_decay": Number(0, 0.9999),
+    "score_drift": Number(0, 1e6),
+    "warm_up": Number(0, 1),
+}
 
 
 class ASLoRA(FedLoRA):
-    """Train one factor a block, drawn by how much each has lately promised to lower the loss.
+    """Train one factor per block, the one that has lately lowered the loss more.
 
-    In the first tenth of the rounds all blocks train B and A in turn, B first. Then block by block
-    ``p(A) = sigmoid((S_A - S_B) / (|S_A| + |S_B|) / τ)`` with moving averages S of the clients'
-    scores and a temperature τ that falls to 0.1; a factor without a score yet is chosen. One factor
-    of a block is frozen for a whole round, so each block's mean is exact. Source: arXiv 2605.05769.
+    In the first rounds all blocks train B and A in turn, B first. Then each block draws A with the
+    probability that A's score exceeds B's, given the standard errors of both; a factor without a
+    score yet is chosen. A score estimates by how much a round lowered the loss through one factor
+    of one block. It is made of the uploads (`fedlora_flwr.gains`): clients report nothing, and no
+    noise has to be known. One factor of a block is frozen for a whole round, so each block's mean
+    is exact. Source: arXiv 2605.05769.
 
     Parameters
     ----------
     curvature : str (default: "none")
-        ``"secant"`` multiplies scores by the decrease that the curvature leaves (`BlockScores`).
+        ``"secant"`` takes from a score what curvature and noise together cost, as seen from the
+        round after. It needs plain SGD.
+    curvature_rounds : int (default: 0)
+        Use it in this many last rounds only; 0 for all.
+    selection : str (default: "sample")
+        ``"sample"`` draws; ``"argmax"`` takes the likelier factor; ``"fixed"`` ignores scores, and
+        trains B and A in turn to the end.
+    groups : str (default: "block")
+        What shares a choice: ``"tied"`` for all blocks. Under ``"layer"`` the blocks *are* single
+        layers, which ``blocks = ".+"`` says to clients; the run configuration does so.
+    temperature : float (default: 1)
+        Divides the difference of scores in units of its standard error.
+    explore : float (default: 0.02)
+        Least probability of either factor.
+    score_decay : float (default: 0.9)
+        Weight of the past in a score's mean; 0 for the last round alone.
+    score_drift : float (default: 0.2)
+        Share of both scores together by which their difference may change in a round in which one
+        of them is not renewed. So what leads is left, now and then, for a look at the other.
+    warm_up : float (default: 0.1)
+        Share of the rounds in which all blocks alternate alike.
+    lr_a, lr_b : float (default: 1)
+        Learning rates: an update's square over its rate is what it gained.
     **kwargs
         Those of `FedLoRA`.
+
+    Raises
+    ------
+    InvalidValue
+        An argument is out of range.
     """
 
-    settings: ClassVar[tuple[str, ...]] = ("curvature",)
+    settings: ClassVar[tuple[str, ...]] = (
+        "curvature", "curvature_rounds", "selection", "groups", "temperature", "explore",
+        "score_decay", "score_drift", "warm_up", "lr_a", "lr_b",
+    )  # fmt: skip
 
-    def __init__(self, *args: Any, curvature: str = "none", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        curvature: str = "none",
+        curvature_rounds: int = 0,
+        selection: str = "sample",
+        groups: str = "block",
+        temperature: float = 1.0,
+        explore: float = 0.02,
+        score_decay: float = 0.9,
+        score_drift: float = 0.2,
+        warm_up: float = 0.1,
+        lr_a: float = 1.0,
+        lr_b: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        if curvature not in ("none", "secant"):
-            raise InvalidValue("curvature", curvature, "'none' or 'secant'")
         self.curvature = curvature
-        self.scores: dict[str, list[float | None]] = {}
-        """Moving average by factor, one a block; None before its first score."""
+        self.curvature_rounds = curvature_rounds
+        self.selection = selection
+        self.groups = groups
+        self.temperature = temperature
+        self.explore = explore
+        self.score_decay = score_decay
+        self.score_drift = score_drift
+        self.warm_up = warm_up
+        for name, limit in _LIMITS.items():
+            limit.read(name.replace("_", "-"), getattr(self, name))
+        self.rates = {A: lr_a, B: lr_b}
+        self.scores: list[Scores] = []
+        """One for each group of blocks that share a choice."""
+        self._choices: list[Choice] = []
+        self._made: list[Choice] = []
+        self._last: dict[str, tuple[int, Movement]] = {}
 
     def start(self, *args: Any, **kwargs: Any) -> Result:
         """Run the federation, with no scores from an earlier one."""
-        self.scores = {}
+        self.scores, self._choices, self._made, self._last = [], [], [], {}
         return super().start(*args, **kwargs)
 
-    def instructions(self) -> dict[str, str]:
-        """Ask for scores."""
-        return {CURVATURE: self.curvature}
-
     def plan(self, server_round: int, layout: Layout) -> ComponentPlan:
-        """Draw the blocks' modes.
+        """Choose the blocks' modes.
 
         Raises
         ------
@@ -68,63 +131,120 @@ class ASLoRA(FedLoRA):
             A layer is in no named block.
         """
         layout.check_blocks()
-        count = len(layout.blocks)
-        if not self.scores:
-            self.scores = {A: [None] * count, B: [None] * count}
-        warmup = math.floor(WARMUP * self.num_rounds)
-        if server_round <= warmup:
-            return ComponentPlan.uniform((B if server_round % 2 else A) * count)
-        generator = np.random.default_rng(stream_seed(self.seed, "modes", server_round))
-        temperature = max(COLDEST, DECAY ** (server_round - warmup))
-        draws = generator.random(count)
-        modes = [self._mode(block, temperature, draw) for block, draw in enumerate(draws.tolist())]
-        return ComponentPlan.uniform("".join(modes))
-
-    def check_upload(self, current: Arrays, upload: Upload) -> None:
-        """Refuse an upload without exactly one score per block.
-
-        Raises
-        ------
-        FedLoRAError
-            There are more or fewer.
-        """
-        self.check_shapes(current, upload.arrays)
-        count = len(Layout.of(current, self.blocks).blocks)
-        if len(upload.scores) != count:
-            raise FedLoRAError(
-                f"it sent {len(upload.scores)} scores for {count} blocks. as-lora needs a client "
-                "that scores blocks, such as LoRAClient or one that calls follow_plan"
-            )
+        blocks = len(layout.blocks)
+        count = 1 if self.groups == "tied" else blocks
+        if len(self.scores) != count:
+            self.scores = [Scores() for _ in range(count)]
+        if self.selection == "fixed" or server_round <= math.floor(self.warm_up * self.num_rounds):
+            self._choices = [Choice(B if server_round % 2 else A)] * count
+        else:
+            generator = np.random.default_rng(stream_seed(self.seed, "modes", server_round))
+            draws = generator.random(count).tolist()
+            self._choices = [
+                self._choose(server_round, scores, draw)
+                for scores, draw in zip(self.scores, draws, strict=True)
+            ]
+        modes = "".join(choice.mode for choice in self._choices)
+        return ComponentPlan.uniform(modes * blocks if count < blocks else modes)
 
     def aggregate(
         self, server_round: int, current: Arrays, uploads: Sequence[Upload]
     ) -> dict[str, NDArray[np.floating]]:
-        """Average the active factors, and move the scores of those alone."""
+        """Average the active factors, and score those alone."""
         arrays = super().aggregate(server_round, current, uploads)
-        modes = str(self._plan)
-        shares = normalise([upload.weight for upload in uploads])
-        # Clamped after the mean: clamping each client's estimate would turn noise into score.
-        means = np.maximum(shares @ np.array([upload.scores for upload in uploads]), 0.0)
-        for block, (mode, score) in enumerate(zip(modes, means.tolist(), strict=True)):
-            before = self.scores[mode][block]
-            self.scores[mode][block] = (
-                score if before is None else MEMORY * before + (1 - MEMORY) * score
-            )
+        found = self._observe(server_round, current, uploads)
+        self._made += self._choices
         if self.last_round is not None:
-            self.last_round.details = {
-                "scores": means.tolist(),
-                "scores_A": list(self.scores[A]),
-                "scores_B": list(self.scores[B]),
-            }
+            self.last_round.details = self._details(server_round, found)
         return arrays
 
-    def _mode(self, block: int, temperature: float, draw: float) -> str:
-        of_a, of_b = self.scores[A][block], self.scores[B][block]
+    def remarks(self) -> dict[str, str]:
+        """Say whether the run's choices can be told from chance."""
+        sentence = verdict([c.z for c in self._made if c.z is not None], self.score_decay)
+        return {"choices": sentence} if sentence else {}
+
+    def rate(self, factor: str, server_round: int) -> float:
+        """Return a factor's learning rate in a round, times the local steps."""
+        del server_round
+        return self.rates[factor] * max(self.local_steps, 1)
+
+    def _observe(
+        self, server_round: int, current: Arrays, uploads: Sequence[Upload]
+    ) -> list[Estimate | None]:
+        """Score what trained; return each group's score of this round, if there is one."""
+        names = [name for name in uploads[0].arrays if factor_of(name)]
+        moved = movements(current, [u.arrays for u in uploads], [u.weight for u in uploads], names)
+        # As gradients they can be compared between rounds of different rates.
+        for name in names:
+            rate = self.rate(str(factor_of(name)), server_round)
+            moved[name] = moved[name].times(1 / rate if rate else 0.0)
+        index = Layout.of(current, self.blocks).block_index
+        found: list[Estimate | None] = []
+        for group, (scores, choice) in enumerate(zip(self.scores, self._choices, strict=True)):
+            own = [n for n in names if len(self.scores) == 1 or index[n] == group]
+            gain, bend = self._gain(own, moved), self._bend(server_round, own, moved)
+            if gain is not None:
+                scores.gains[choice.mode].add(gain, server_round, self.score_decay)
+            if bend is not None:
+                scores.bends[choice.mode].add(bend, server_round, self.score_decay)
+            found.append(gain and self.rate(choice.mode, server_round) * gain)
+        self._last.update({name: (server_round, moved[name]) for name in names})
+        return found
+
+    def _gain(self, names: Sequence[str], moved: dict[str, Movement]) -> Estimate | None:
+        """Return by how much the loss fell along the clients' paths, over the rate."""
+        total = Estimate()
+        for name in names:
+            now, (_, before) = moved[name], self._last.get(name, (0, None))
+            if now.square is not None:
+                total += now.square
+            elif before is not None:
+                # One update tells nothing of its noise; two rounds' do.
+                total += across(before, now)
+            else:
+                return None
+        return total
+
+    def _bend(
+        self, server_round: int, names: Sequence[str], moved: dict[str, Movement]
+    ) -> Estimate | None:
+        """Return what curvature took from the round before, where the same arrays trained."""
+        if self.curvature == "none":
+            return None
+        total = Estimate()
+        for name in names:
+            when, before = self._last.get(name, (0, None))
+            known = before is not None and before.square and moved[name].square
+            if before is None or not known or when != server_round - 1:
+                return None
+            total += secant(before, moved[name], self.local_steps)
+        return total
+
+    def _before(self, server_round: int, scores: Scores) -> tuple[Estimate | None, Estimate | None]:
+        first = self.num_rounds - self.curvature_rounds if self.curvature_rounds else 0
+        curved = self.curvature != "none" and server_round > first
+        a, b = scores.before(server_round, self.score_decay, curved)
+        return a and self.rate(A, server_round) * a, b and self.rate(B, server_round) * b
+
+    def _choose(self, server_round: int, scores: Scores, draw: float) -> Choice:
+        a, b = self._before(server_round, scores)
         # B first also where neither has a score: while B = 0 the gradient of A is zero.
-        if of_b is None:
-            return B
-        if of_a is None:
-            return A
-        lead = (of_a - of_b) / (abs(of_a) + abs(of_b) + 1e-8)
-        chance = 1 / (1 + math.exp(-min(max(lead / temperature, -30), 30)))
-        return A if draw < chance else B
+        if b is None:
+            return Choice(B)
+        if a is None:
+            return Choice(A)
+        # Training moves the gradients of what does not train, too.
+        drift = self.score_drift * math.sqrt(scores.unseen(server_round))
+        chance = chance_of_a(lead(a, b, drift), self.selection, self.temperature, self.explore)
+        return Choice(A if draw < chance else B, lead(a, b), chance)
+
+    def _details(self, server_round: int, found: list[Estimate | None]) -> dict[str, Any]:
+        after = [self._before(server_round + 1, scores) for scores in self.scores]
+        return {
+            "scores": [None if gain is None else gain.value for gain in found],
+            "score_errors": [None if gain is None else math.sqrt(gain.variance) for gain in found],
+            "scores_A": [None if a is None else a.value for a, _ in after],
+            "scores_B": [None if b is None else b.value for _, b in after],
+            "z": [choice.z for choice in self._choices],
+            "chance_A": [choice.chance for choice in self._choices],
+        }

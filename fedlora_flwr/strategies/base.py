@@ -209,6 +209,10 @@ class FedLoRA(FedAvg):
         del client
         return arrays
 
+    def remarks(self) -> dict[str, str]:
+        """Return sentences about the whole run, by name, for its summary and closing table."""
+        return {}
+
     def check_upload(self, current: Arrays, upload: Upload) -> None:
         """Refuse an upload that this method cannot use; its values are within `wire`'s limits.
 

@@ -22,7 +22,6 @@ from fedlora_flwr.wire.limits import Number
 from fedlora_flwr.wire.report import Report
 
 MOST_TIMES_MEDIAN = 10
-_NUMBER_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,6 @@ class Upload:
         The numbers that came along.
     texts : dict[str, str]
         The texts that came along.
-    scores : tuple[float, ...]
-        One a block, where the strategy asked for them.
     """
 
     client: str
@@ -50,7 +47,6 @@ class Upload:
     weight: float
     metrics: dict[str, float]
     texts: dict[str, str] = field(default_factory=dict)
-    scores: tuple[float, ...] = ()
 
     @classmethod
     def of(
@@ -66,7 +62,7 @@ class Upload:
         numbers = {word: float(value) for word, value in found.numbers().items()}
         texts = {word: v for word, v in found.texts().items() if isinstance(v, str)}
         weight = weight_of(numbers, weighting, weighted_by, most)
-        return cls(client, dict(found.arrays), weight, numbers, texts, found.scores or ())
+        return cls(client, dict(found.arrays), weight, numbers, texts)
 
 
 @dataclass
@@ -82,7 +78,7 @@ class RoundReport:
     sent : int
         Messages sent.
     bytes_down, bytes_up : int
-        Bytes of array data and scores in the messages sent and in the replies.
+        Bytes of array data in the messages sent and in the replies.
     bytes_up_adapters : int
         Those among ``bytes_up`` that are LoRA factors.
     bytes_plain : int
@@ -224,20 +220,13 @@ class LedgerWatch:
 
 
 def size_of(content: RecordDict, *, factors_only: bool = False) -> int:
-    """Return the bytes of array data and scores in a message, as they travel."""
-    arrays = sum(
+    """Return the bytes of array data in a message, as they travel."""
+    return sum(
         travel_size(array)
         for record in content.array_records.values()
         for name, array in record.items()
         if not factors_only or factor_of(name)
     )
-    scores = sum(
-        _NUMBER_BYTES * len(value)
-        for record in content.metric_records.values()
-        for value in record.values()
-        if isinstance(value, list)
-    )
-    return arrays if factors_only else arrays + scores
 
 
 def to_record(arrays: Arrays) -> ArrayRecord:

@@ -6,9 +6,6 @@ WEIGHTING = "weighting"
 FINGERPRINT = "fingerprint"
 # The factor that is exchanged ("A"), where the rest of what trains stays with the client.
 SHARE = "share"
-# Which scores of the privatised gradients to send: "none" or "secant" names the curvature term.
-CURVATURE = "curvature"
-SCORES = "scores"
 NAMES = "array-names"
 CLIENT = "client"
 STATUS = "status"

@@ -8,23 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_flwr import wire
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.wire import limits
-from fedlora_flwr.wire.limits import ARRAY_NAME, NAME, Number, Text, shown
+from fedlora_flwr.wire.limits import ARRAY_NAME, NAME, Text, shown
 
-SCORE = Number(-limits.MOST_SCORE, limits.MOST_SCORE)
 _FLOATS = (2, 4, 8)
-
-
-def checked_scores(scores: object) -> tuple[float, ...]:
-    """Return scores of blocks that are finite, within range, and not too many."""
-    allowed = "a list of finite numbers"
-    if not isinstance(scores, list | tuple):
-        raise InvalidValue(wire.SCORES, shown(scores), allowed)
-    if not 1 <= len(scores) <= limits.MOST_ARRAYS:
-        raise InvalidValue(wire.SCORES, f"{len(scores)} numbers", f"1 to {limits.MOST_ARRAYS}")
-    return tuple(float(SCORE.read(f"one of the {wire.SCORES}", score)) for score in scores)
 
 
 def checked_notes(notes: Mapping[str, object]) -> dict[str, bool | bytes | str]:

@@ -26,7 +26,6 @@ MOST_RECORDS = 10**9
 """Largest number of records that a client may say it has."""
 MOST_WEIGHT = 1e20
 """Largest aggregation weight, where the run's own settings do not give a smaller one."""
-MOST_SCORE = 1e9
 MOST_NUMBER = 1e15
 """Largest further number that a client may report, in absolute value: whole ones stay exact."""
 MOST_NUMBERS = 64

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from fedlora_flwr.errors import InvalidValue, OrderRefused
 from fedlora_flwr.plan import A, B, ComponentPlan, factor_of, is_folded, is_shared
 from fedlora_flwr.wire import (
-    CURVATURE,
     FINGERPRINT,
     MOST_ENTRY,
     NAMES,
@@ -31,7 +30,6 @@ MOST_ROUND = 1_000_000
 LONGEST_PLAN = 100_000  # characters
 LONGEST = 128
 LONGEST_NAMES = 10_000_000  # characters of all names together
-CURVATURES = ("none", "secant")
 # Flower's own mods leave these in a message; they act on the upload, after this client.
 FLOWERS = ("clipping_norm", "norm_bit")
 
@@ -70,8 +68,6 @@ class Order:
     share : str
         The factors that are exchanged, ``"A"``, ``"B"`` or ``"AB"``; all else that trains stays
         with the client. Empty: nothing stays.
-    curvature : str
-        Which scores to send (see `BlockScores`); empty: none.
 
     Raises
     ------
@@ -99,10 +95,6 @@ class Order:
     share: str = _row(
         SHARE, "", Text(LONGEST, (A, B, A + B)),
         "What stays with the client went through the same private steps.",
-    )  # fmt: skip
-    curvature: str = _row(
-        CURVATURE, "", Text(LONGEST, CURVATURES),
-        "Scores read gradients that already carry the noise.",
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.arrays import from_numpy, record_of, to_numpy
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.wire import ARRAYS, CLIENT, CONFIG, LOSS, METRICS, SCORES, limits
+from fedlora_flwr.wire import ARRAYS, CLIENT, CONFIG, LOSS, METRICS, limits
 from fedlora_flwr.wire.limits import NAME
 from fedlora_flwr.wire.report import Report
 
@@ -104,8 +104,6 @@ def _read(content: RecordDict, arrays: Mapping[str, NDArray[Any]]) -> Report:
 def _scalars(report: Report) -> dict[str, MetricRecord | ConfigRecord]:
     """Numbers are metrics; Flower keeps texts and flags in a ConfigRecord."""
     numbers = MetricRecord(dict(report.numbers()))
-    if report.scores is not None:
-        numbers[SCORES] = list(report.scores)
     return {METRICS: numbers, CONFIG: ConfigRecord(dict(report.texts()))}
 
 

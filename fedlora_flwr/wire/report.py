@@ -11,13 +11,12 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, cast
 
-import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr import wire
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.wire import limits
-from fedlora_flwr.wire.checks import SCORE, checked_arrays, checked_notes, checked_scores
+from fedlora_flwr.wire.checks import checked_arrays, checked_notes
 from fedlora_flwr.wire.limits import NAME, Number, Text, shown
 
 Scalars = dict[str, bool | bytes | float | int | str]
@@ -60,8 +59,6 @@ class Report:
         ``"ok"`` or nothing, or ``"budget-exhausted"``: then no array counts.
     arrays : Mapping[str, ndarray]
         What trained.
-    scores : tuple of float, optional
-        One per block, from privatised gradients and public constants only.
     epsilon, epsilon_budget, delta, accountant, steps
         The account that the client's ledger gives.
     seconds : float
@@ -103,13 +100,6 @@ class Report:
         f"up to {limits.MOST_ARRAYS} named arrays of fp16, fp32 or fp64, together "
         f"{limits.MOST_ENTRIES} finite entries of at most {limits.MOST_UPLOADED_ENTRY:g} in "
         "absolute value",
-    )
-    scores: tuple[float, ...] | None = _row(
-        None,
-        RUN,
-        "AS-LoRA asks for them; they read privatised gradients and public constants only.",
-        wire.SCORES,
-        f"1 to {limits.MOST_ARRAYS} numbers, each {SCORE.allowed}",
     )
     epsilon: float | None = _row(
         None,
@@ -220,14 +210,11 @@ class Report:
     def to_fit(self) -> tuple[list[NDArray[Any]], int, Scalars]:
         """Return what a NumPyClient's ``fit`` returns, whose metrics are flat scalars.
 
-        Only there names travel as one text, with commas between them, and scores as the bytes of
-        fp64 numbers.
+        Only there names travel as one text, with commas between them.
         """
         numbers = self.numbers()
         examples = int(numbers.pop(wire.NUM_EXAMPLES, 1))
         flat: Scalars = {**numbers, **self.texts(), wire.NAMES: ",".join(self.arrays)}
-        if self.scores is not None:
-            flat[wire.SCORES] = np.array(self.scores, "<f8").tobytes()
         return list(self.arrays.values()), examples, flat
 
     # The parser.
@@ -270,9 +257,7 @@ class Report:
         texts: dict[str, object] = {}
         for name, value in metrics.items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if name == wire.SCORES and isinstance(value, bytes):
-                numbers[name] = np.frombuffer(value, "<f8").tolist()
-            elif name != wire.NUM_EXAMPLES:
+            if name != wire.NUM_EXAMPLES:
                 (numbers if number else texts)[name] = value
         return cls.of_words(arrays or {}, numbers, texts)
 
@@ -293,16 +278,14 @@ class Report:
         for word, value in numbers.items():
             if word in by_text:
                 raise InvalidValue(word, shown(value), "a text")
-            if word == wire.SCORES:
-                found["scores"] = value
-            elif word in by_number:
+            if word in by_number:
                 found[by_number[word]] = value
             elif word.startswith(wire.UNPROTECTED):
                 further["unprotected"][word.removeprefix(wire.UNPROTECTED)] = value
             else:
                 further["measured"][word] = value
         for word, value in texts.items():
-            if word in by_number or word in (wire.SCORES, wire.NAMES):
+            if word in by_number or word == wire.NAMES:
                 raise InvalidValue(word, shown(value), "a number among the metrics")
             if word in by_text and value == "":
                 raise InvalidValue(word, value, _text_limit(word).allowed)
@@ -326,8 +309,6 @@ class Report:
             value, limit = getattr(self, entry.name), entry.metadata["limit"]
             if limit is not None and not (value is None or value == entry.default):
                 values[entry.name] = limit.read(entry.metadata["word"], value)
-        if self.scores is not None:
-            values["scores"] = checked_scores(self.scores)
         count = len(self.unprotected) + len(self.measured)
         if count > limits.MOST_NUMBERS:
             raise InvalidValue("further numbers", count, f"at most {limits.MOST_NUMBERS}")

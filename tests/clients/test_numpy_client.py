@@ -220,16 +220,12 @@ def test_get_parameters_needs_no_records(make_config: MakeConfig) -> None:
     assert not rows(config)
 
 
-@pytest.mark.parametrize("curvature", ["", "none"])
 def test_the_short_way_and_flowers_legacy_records_give_the_same_reply(
-    make_config: MakeConfig, curvature: str, tmp_path: Path
+    make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {"weighting": "size"} | (
-        {"curvature": curvature} if curvature else {}
-    )
     replies = [
         Asker(make_config(state_dir=str(tmp_path / name), weighting="size"), client_app).train(
-            "B", **settings
+            "B", weighting="size"
         )
         for name, client_app in (("short", app), ("long", ClientApp(client_fn, mods=[bridge])))
     ]

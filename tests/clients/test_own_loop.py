@@ -157,26 +157,6 @@ def test_a_model_serves_round_after_round(model: nn.Module, start: Arrays) -> No
         assert moved(before, values(model)) == names("0A", "0B", "1A", "1B") | HEAD
 
 
-def test_scores_are_the_rate_times_the_squared_gradient(model: nn.Module, start: Arrays) -> None:
-    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.5)
-    planned = begin(start, model, optimizer, plan="BA", curvature="none")
-    before = values(model)
-    step(model, optimizer)
-    after = values(model)
-    _, _, metrics = planned.fit_result(1, {})
-    found = np.frombuffer(metrics["scores"], "<f8")  # type: ignore[arg-type]
-    for score, (name,) in zip(found, (names("0B"), names("1A")), strict=True):
-        gradient = (before[name] - after[name]).double() / 0.5
-        assert score == pytest.approx(0.5 * float(gradient.square().sum()), rel=1e-5)
-
-
-def test_no_scores_where_none_are_asked_for(model: nn.Module, start: Arrays) -> None:
-    optimizer = adamw(model)
-    planned = begin(start, model, optimizer, plan="B")
-    step(model, optimizer)
-    assert "scores" not in planned.fit_result(1, {})[2]
-
-
 def renamed(arrays: Arrays, old: str, new: str) -> Arrays:
     return {name.replace(old, new): array for name, array in arrays.items()}
 
@@ -202,7 +182,6 @@ def without(arrays: Arrays, parts: Iterable[str]) -> Arrays:
             "1 or 2 modes a step, for blocks .*layers.1.*; give follow_plan the strategy's blocks",
         ),
         (dict, {"plan": "A", "share": "A"}, "FedSALoRA needs LoRAClient"),
-        (dict, {"plan": "A", "curvature": "secant"}, "'none', or LoRAClient with plain SGD"),
         (
             lambda a: {**a, "layers.0.folded_A.weight": np.zeros((1, 4))},
             {},

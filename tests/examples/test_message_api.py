@@ -43,7 +43,7 @@ def test_one_step_of_la_lora_trains_b(tmp_path: Path) -> None:
     assert moved(start, first) == ALL_B | {"head"}
 
 
-def test_as_lora_chooses_by_block_from_the_loops_own_scores(
+def test_as_lora_chooses_by_block_from_the_loops_own_updates(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     app = copy_of("message_api", tmp_path)

@@ -5,7 +5,6 @@ Nothing here calls the package: a fault in its parsers must not hide in its test
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -71,23 +70,21 @@ def check_query(content: RecordDict, device: Public) -> None:
     assert dict(content.config_records["config"]) == {"client": device.client}
 
 
-def check_training(content: RecordDict, device: Public, scored: bool) -> str:
+def check_training(content: RecordDict, device: Public) -> str:
     """Check a Message-API reply and return its status."""
     _check_names(content, arrays={"arrays"}, metrics={"metrics"}, configs={"config"})
     texts = dict(content.config_records["config"])
     assert set(texts) == _TEXTS
     assert texts["client"] == device.client
     numbers = dict(content.metric_records["metrics"])
-    scores = numbers.pop("scores", None)
     assert set(numbers) == _NUMBERS
     arrays = _values(content.array_records["arrays"])
     _check_account(numbers, texts, arrays, device)
     _check_weight(numbers["weight"], numbers["num-examples"], str(texts["status"]), device)
-    _check_scores(scores, device, wanted=scored and texts["status"] == "ok")
     return str(texts["status"])
 
 
-def check_legacy_training(content: RecordDict, device: Public, scored: bool) -> str:
+def check_legacy_training(content: RecordDict, device: Public) -> str:
     """Check a reply in Flower's legacy records and return its status."""
     _check_names(
         content,
@@ -97,7 +94,6 @@ def check_legacy_training(content: RecordDict, device: Public, scored: bool) -> 
     )
     _check_status(content, "fitres.status")
     found = dict(content.config_records["fitres.metrics"])
-    scores = found.pop("scores", None)
     names = str(found.pop("array-names"))
     texts = {key: found.pop(key) for key in ("status", "accountant")}
     assert set(found) == _ACCOUNT
@@ -109,8 +105,6 @@ def check_legacy_training(content: RecordDict, device: Public, scored: bool) -> 
     examples = dict(content.metric_records["fitres.num_examples"])
     assert set(examples) == {"num_examples"}
     _check_weight(found["weight"], examples["num_examples"], str(texts["status"]), device)
-    listed_scores = None if scores is None else np.frombuffer(scores, "<f8").tolist()  # type: ignore[arg-type]
-    _check_scores(listed_scores, device, wanted=scored and texts["status"] == "ok")
     return str(texts["status"])
 
 
@@ -204,15 +198,6 @@ def _check_weight(weight: Any, examples: Any, status: str, device: Public) -> No
         size = device.weighting == "size" and weight == examples > 0
         noise = device.weighting == "inverse-noise" and weight > 0 and examples == 1
         assert size or noise, f"a weight that the device does not tell: {told}"
-
-
-def _check_scores(scores: object, device: Public, wanted: bool) -> None:
-    if not wanted:
-        assert scores is None
-        return
-    assert isinstance(scores, list)
-    assert len(scores) == device.blocks
-    assert all(type(score) is float and math.isfinite(score) for score in scores)
 
 
 def _check_arrays(arrays: Mapping[str, np.ndarray[Any, Any]], device: Public) -> None:

@@ -185,12 +185,11 @@ class Device:
     ) -> Answer:
         """Send a message, check everything, and return what left the device."""
         content = RecordDict() if content is None else content
-        scored = _asks_scores(content)
         message, context = _message(content, kind, run_id), self._context(run or self.run, run_id)
         rows, opened, batches = len(self.rows()), READS.opened, READS.batches
         self._rows_at_batch = []
         with self._watching() as events:
-            answer = self._answer(message, context, kind, scored)
+            answer = self._answer(message, context, kind)
         self.sent += 1
         self.kinds[answer.kind] = self.kinds.get(answer.kind, 0) + 1
         written = len(self.rows()) - rows
@@ -211,7 +210,7 @@ class Device:
     def _context(self, run: Mapping[str, Any], run_id: int) -> Context:
         return Context(run_id, 1, {"device": str(self.file)}, RecordDict(), dict(run))
 
-    def _answer(self, message: Message, context: Context, kind: str, scored: bool) -> Answer:
+    def _answer(self, message: Message, context: Context, kind: str) -> Answer:
         try:
             with acting.acting_for(context.run_id):
                 reply = app(message, context)
@@ -227,7 +226,7 @@ class Device:
             allowed.check_query(content, public)
         elif kind == "train":
             check = allowed.check_legacy_training if legacy else allowed.check_training
-            status = check(content, public, scored)
+            status = check(content, public)
         elif kind == "evaluate":
             (allowed.check_legacy_figures if legacy else allowed.check_figures)(content, public)
         elif kind == "get_parameters":
@@ -314,10 +313,6 @@ def _message(content: RecordDict, kind: str, run_id: int) -> Message:
         message = Message(content, 1, "train")
     message.metadata.__dict__["_message_type"] = kind
     return message
-
-
-def _asks_scores(content: RecordDict) -> bool:
-    return any(record.get("curvature") for record in content.config_records.values())
 
 
 def _everything(content: RecordDict) -> str:

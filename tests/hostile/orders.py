@@ -124,7 +124,6 @@ ORDER_KEYS: dict[str, list[Any]] = {
     "weighting": ["uniform", "size", "inverse-noise", "", "Uniform"],
     "fingerprint": ["", "0" * 32, "0" * 129, "../..", "x"],
     "share": ["", "A", "B", "*", "a"],
-    "curvature": ["", "none", "secant", "Secant"],
 }
 _FURTHER = [
     "loss", "epsilon", "num-examples", "state-dir", "dataset", "task", "lr", "server_round",

@@ -1,4 +1,4 @@
-"""Scores, filters, preconditioning and AdamW read what was privatised, in that order."""
+"""Filters, preconditioning and AdamW read what was privatised, in that order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
 from fedlora_flwr.privacy.filters import FILTERS, make_filter
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.noise import SeededNoise
-from fedlora_flwr.privacy.scores import BlockScores
 from tests.clients.asking import Asker
 from tests.conftest import MakeConfig
 from tests.models import PLAIN_SGD, VIT, engine_of, values
@@ -74,7 +73,6 @@ class Steps:
         plan: str,
         chosen: OptimizerSettings,
         filter_name: str = "none",
-        scores: BlockScores | None = None,
         watch: Callable[[PrivateEngine, Sequence[str]], None] | None = None,
     ) -> None:
         engine, twin, records = engine_of(VIT), engine_of(VIT), VIT.records(8)
@@ -83,7 +81,7 @@ class Steps:
             ComponentPlan.parse(plan),
             Recorded(1),
         )
-        engine.start_round(MECHANISM, chosen, noise, make_filter(filter_name), scores)
+        engine.start_round(MECHANISM, chosen, noise, make_filter(filter_name))
         self.noise, self.adapted = noise, engine.adapted
         self.before: list[dict[str, Tensor]] = []
         self.after: list[dict[str, Tensor]] = []
@@ -102,62 +100,6 @@ class Steps:
             twin.step(records, indices, active)
             moved = values(twin.adapted)
             self.gradients.append({name: before[name] - moved[name] for name in active})
-
-
-def block_scores(curvature: str = "none") -> BlockScores:
-    layout = Layout.of(VIT.adapted().parameters)
-    rates = {name: RATES[factor_of(name)] for name in layout.block_index}
-    return BlockScores(layout.block_index, len(layout.blocks), rates, curvature)
-
-
-@pytest.mark.parametrize("plan", ["B", "B/A", "*", "BA"])
-@pytest.mark.parametrize(
-    ("filter_name", "precondition"),
-    [("none", False), ("binomial", False), ("ema", True), ("doppler", False), ("laplacian", True)],
-)
-def test_scores_see_the_private_gradients_before_any_post_processing(
-    plan: str, filter_name: str, precondition: bool
-) -> None:
-    scores = block_scores()
-    chosen = settings(precondition=precondition, ridge=0.1)
-    steps = Steps(plan, chosen, filter_name, scores)
-
-    layout = Layout.of(steps.adapted.parameters)
-    energies: dict[str, list[float]] = {}
-    for gradients in steps.gradients:
-        for name, g in gradients.items():
-            energies.setdefault(name, []).append(float(g.square().sum()) - g.numel() * VARIANCE)
-    expected = [0.0] * len(layout.blocks)
-    for name, block in layout.block_index.items():
-        if name in energies:
-            mean = sum(energies[name]) / len(energies[name])
-            expected[block] += RATES[factor_of(name)] * mean
-    assert scores.result() == pytest.approx(expected, rel=1e-9)
-
-
-def test_the_secant_reads_parameters_before_they_move() -> None:
-    scores, flat = block_scores("secant"), block_scores()
-    steps = Steps("BA", settings(), scores=scores)
-    Steps("BA", settings(), scores=flat)
-    for block, (found, plain) in enumerate(zip(scores.result(), flat.result(), strict=True)):
-        factor = "BA"[block]
-        names = [
-            name
-            for name, b in Layout.of(steps.adapted.parameters).block_index.items()
-            if b == block and factor_of(name) == factor
-        ]
-        numerator = denominator = 0.0
-        for k in range(1, len(BATCHES)):
-            for name in names:
-                change = steps.gradients[k][name] - steps.gradients[k - 1][name]
-                moved = steps.before[k][name] - steps.before[k - 1][name]
-                numerator += float((change * moved).sum())
-                numerator -= RATES[factor] * moved.numel() * VARIANCE
-                denominator += float(moved.square().sum())
-        kappa = numerator / denominator
-        assert kappa != 0
-        expected = plain * (1 - 0.5 * RATES[factor] * max(kappa, 0.0))
-        assert found == pytest.approx(expected, rel=1e-9)
 
 
 def preconditioned(grad: Tensor, name: str, state: dict[str, Tensor], scaling: float) -> Tensor:
@@ -232,7 +174,6 @@ VARIANTS: list[dict[str, Any]] = [
     *[{"filter_name": name} for name in FILTERS],
     {"chosen": settings(lr_a=0.0, lr_b=0.0, lr_head=0.0, precondition=True, ridge=0.1)},
     {"chosen": settings("adamw", lr_a=0.0, lr_b=0.0, lr_head=0.0), "filter_name": "ema"},
-    {"scores": block_scores("secant")},
 ]
 
 
@@ -261,7 +202,7 @@ def test_all_of_it_costs_the_same(make_config: MakeConfig) -> None:
     ]
     for number, changes in enumerate(variants):
         asker = Asker(make_config(**changes), run_id=number + 1)
-        content = asker.train("B/A", curvature="none" if number else "")
+        content = asker.train("B/A")
         epsilon = content.metric_records["metrics"]["epsilon"]
         with closing(sqlite3.connect(state_folder(asker.config) / "ledger.sqlite")) as db:
             row = db.execute(

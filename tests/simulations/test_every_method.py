@@ -39,7 +39,7 @@ TRAINED = {
     "as-lora": ("B", "A"),
 }
 REWRITTEN = ("fedsvd",)
-EXTRA = {"as-lora": {"scores", "scores_A", "scores_B"}}
+EXTRA = {"as-lora": {"scores", "score_errors", "scores_A", "scores_B", "z", "chance_A"}}
 ROW = {
     "round",
     "loss",
@@ -214,7 +214,8 @@ def test_options_run_and_give_finite_figures(
     assert all(np.isfinite(array).all() for array in session.adapter().values())
     assert session.rounds[1]["loss"] != session.rounds[0]["loss"]
     if options["strategy"] == "as-lora":
-        assert all(math.isfinite(s) and s >= 0 for r in session.rounds[1:] for s in r["scores"])
+        assert all(math.isfinite(s) for r in session.rounds[1:] for s in r["scores"])
+        assert all(e > 0 for r in session.rounds[1:] for e in r["score_errors"])
     if not options.get("train_head", True):
         # A head that does not train is exported as it was at the start, and does not travel.
         exported, start = (

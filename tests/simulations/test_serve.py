@@ -49,6 +49,7 @@ SUMMARY = {
     "seed",
     "reproducible_noise",
     "weighting",
+    "remarks",
     "unprotected_metrics",
     "versions",
 }

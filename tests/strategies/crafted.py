@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 
 from fedlora_flwr.plan import factor_of
 from tests.strategies.crafting import (
@@ -128,12 +128,11 @@ REFUSED: Mapping[str, Fault] = {
     "a hundred metrics": many("metrics", 100, 1.0),
     "1e5 metrics": many("metrics", 100_000, 1.0),
     # Scores.
-    "scores nan": metric("scores", [math.nan, 1.0]),
-    "scores huge": metric("scores", [1e30, 1.0]),
-    "scores of 1e5 blocks": metric("scores", [1.0] * 100_000),
-    "scores a number": metric("scores", 3.0),
-    "scores texts": metric("scores", ["a", "b"]),
-    "scores empty": metric("scores", []),
+    "list nan": metric("scores", [math.nan, 1.0]),
+    "list huge": metric("scores", [1e30, 1.0]),
+    "list of 1e5": metric("scores", [1.0] * 100_000),
+    "list of texts": metric("scores", ["a", "b"]),
+    "list empty": metric("scores", []),
     # Texts.
     "note of 10 MB": text("note", "x" * HUGE),
     "note with escapes": text("note", SPOOF),
@@ -201,19 +200,8 @@ def kept_too(case: Case) -> list[Message]:
     return [Message(content, reply_to=case.sent)]
 
 
-def _move_scores(content: RecordDict) -> None:
-    del content.metric_records["metrics"]["scores"]
-    content.config_records["config"]["scores"] = b"\0" * 16
-
-
 # What one method alone refuses.
 OWN: Mapping[str, Mapping[str, Fault]] = {
-    "as-lora": {
-        "no scores": without("metrics", "scores"),
-        "scores of one block": metric("scores", [1.0]),
-        "scores of three blocks": metric("scores", [1.0] * 3),
-        "scores among the texts": changed(_move_scores),
-    },
     "la-lora": {"B only": keep("B"), "A only": keep("A"), "head only": keep(None)},
     "flexlora": {"ranks that differ": ranks(1, 2), "rank 0": ranks(0)},
     "fedsa-lora": {"what stays": kept_too},
@@ -256,6 +244,5 @@ HARMLESS: Mapping[str, Fault] = {
     "further numbers": metric("round", 77.0),
     "further texts": text("plan", "B"),
     "a flag": text("round", True),
-    "scores of two blocks": metric("scores", [1e9, -1e9]),
     "declines": text("status", "budget-exhausted"),
 }

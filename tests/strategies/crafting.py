@@ -47,13 +47,11 @@ class Case:
             for name in layout.trained(plan, len(plan.steps))
             if share in ("", factor_of(name))
         }
-        blocks = len(layout.blocks)
         return train_records(
             Report(
                 client=self.name,
                 status="ok",
                 arrays=arrays,
-                scores=tuple(rng.random(blocks).tolist()) if "curvature" in config else None,
                 epsilon=1.0,
                 epsilon_budget=8.0,
                 delta=1e-3,
