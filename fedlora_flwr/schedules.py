@@ -6,7 +6,6 @@ import math
 import re
 from dataclasses import dataclass
 
-from fedlora_flwr.config.keys import Check
 from fedlora_flwr.errors import InvalidValue
 
 _FORM = re.compile(
@@ -73,13 +72,10 @@ class Schedule:
         return self.end + (1 - self.end) * left[self.shape]
 
 
-def _is_schedule(text: str) -> bool:
+def is_schedule(text: str) -> bool:
+    """Tell whether a text is a schedule."""
     try:
         Schedule.parse(text)
     except InvalidValue:
         return False
     return True
-
-
-SCHEDULE = Check(_is_schedule, ALLOWED)
-OWN_SCHEDULE = Check(lambda text: not text or _is_schedule(text), f"empty, or {ALLOWED}")

@@ -13,11 +13,11 @@ from typing import Any
 
 from fedlora_flwr.config.keys import Value, check_value, dashed, fields_by_key, widen
 from fedlora_flwr.config.privacy_keys import PrivacyKeys, ProcessKeys
-from fedlora_flwr.config.schedules import Schedule
 from fedlora_flwr.config.task_keys import DataKeys, PartitionKeys, TaskKeys
 from fedlora_flwr.config.toml import toml_value
 from fedlora_flwr.config.training_keys import FederationKeys, LoRAKeys, TrainingKeys
 from fedlora_flwr.errors import InvalidValue, unknown
+from fedlora_flwr.schedules import Schedule
 
 MOST_STEPS = 1_000_000_000
 """Private steps that a run may plan for; accountants answer up to here."""

@@ -9,6 +9,7 @@ from fedlora_flwr.config.keys import (
     FLAG,
     PATTERN,
     QUICK_PATTERN,
+    Check,
     Decider,
     above,
     at_least,
@@ -16,8 +17,8 @@ from fedlora_flwr.config.keys import (
     choice,
     key,
 )
-from fedlora_flwr.config.schedules import OWN_SCHEDULE, SCHEDULE
 from fedlora_flwr.plan import CURVATURES, GROUPS, SELECTIONS
+from fedlora_flwr.schedules import ALLOWED, is_schedule
 from fedlora_flwr.wire import WEIGHTINGS
 
 _DEVICE, _LIMITED, _RUN, _PACKAGE = Decider.DEVICE, Decider.LIMITED, Decider.RUN, Decider.PACKAGE
@@ -26,6 +27,8 @@ _AFTER = "It acts on gradients that already carry the noise."
 _RATE = "It acts on gradients that already carry the noise; the range keeps arrays finite."
 _RATE_CHANGE = "It only lowers rates, which act on gradients that already carry the noise."
 _MOST_RATE = 10_000.0
+_SCHEDULE = Check(is_schedule, ALLOWED)
+_OWN_SCHEDULE = Check(lambda text: not text or is_schedule(text), f"empty, or {ALLOWED}")
 
 
 @dataclass(frozen=True)
@@ -188,18 +191,18 @@ class TrainingKeys:
     lr_b: float = key(0.5, between(0, _MOST_RATE), "learning rate of factor B", _LIMITED, _RATE)
     lr_head: float = key(0.5, between(0, _MOST_RATE), "learning rate of the head", _LIMITED, _RATE)
     lr_schedule: str = key(
-        "constant", SCHEDULE,
+        "constant", _SCHEDULE,
         "how the rates change over rounds, e.g. 'exponential:0.99' or 'warmup:5 cosine:0'",
         _RUN, _RATE_CHANGE,
     )  # fmt: skip
     lr_schedule_a: str = key(
-        "", OWN_SCHEDULE, "that of factor A; empty = lr-schedule", _RUN, _RATE_CHANGE
+        "", _OWN_SCHEDULE, "that of factor A; empty = lr-schedule", _RUN, _RATE_CHANGE
     )
     lr_schedule_b: str = key(
-        "", OWN_SCHEDULE, "that of factor B; empty = lr-schedule", _RUN, _RATE_CHANGE
+        "", _OWN_SCHEDULE, "that of factor B; empty = lr-schedule", _RUN, _RATE_CHANGE
     )
     lr_schedule_head: str = key(
-        "", OWN_SCHEDULE, "that of the head; empty = lr-schedule", _RUN, _RATE_CHANGE
+        "", _OWN_SCHEDULE, "that of the head; empty = lr-schedule", _RUN, _RATE_CHANGE
     )
     momentum: float = key(0.0, between(0, 0.999), "momentum of sgd", _RUN, _AFTER)
     weight_decay: float = key(0.0, between(0, 1_000), "weight decay of what trains", _RUN, _AFTER)

@@ -14,6 +14,7 @@ from fedlora_flwr.aggregation import Arrays
 from fedlora_flwr.gains import Estimate, Movement, across, movements, secant
 from fedlora_flwr.plan import CURVATURES, GROUPS, SELECTIONS, A, B, ComponentPlan, Layout, factor_of
 from fedlora_flwr.randomness import stream_seed
+from fedlora_flwr.schedules import Schedule
 from fedlora_flwr.strategies.base import FedLoRA
 from fedlora_flwr.strategies.choices import Choice, Scores, chance_of_a, lead, verdict
 from fedlora_flwr.strategies.replies import Upload
@@ -68,6 +69,8 @@ class ASLoRA(FedLoRA):
         Share of the rounds in which all blocks alternate alike.
     lr_a, lr_b : float (default: 1)
         Learning rates: an update's square over its rate is what it gained.
+    lr_schedule, lr_schedule_a, lr_schedule_b : str
+        How they change over the rounds (see `fedlora_flwr.schedules`): of both, and of one.
     **kwargs
         Those of `FedLoRA`.
 
@@ -79,7 +82,8 @@ class ASLoRA(FedLoRA):
 
     settings: ClassVar[tuple[str, ...]] = (
         "curvature", "curvature_rounds", "selection", "groups", "temperature", "explore",
-        "score_decay", "score_drift", "warm_up", "lr_a", "lr_b",
+        "score_decay", "score_drift", "warm_up", "lr_a", "lr_b", "lr_schedule", "lr_schedule_a",
+        "lr_schedule_b",
     )  # fmt: skip
 
     def __init__(
@@ -96,6 +100,9 @@ class ASLoRA(FedLoRA):
         warm_up: float = 0.1,
         lr_a: float = 1.0,
         lr_b: float = 1.0,
+        lr_schedule: str = "constant",
+        lr_schedule_a: str = "",
+        lr_schedule_b: str = "",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -111,6 +118,10 @@ class ASLoRA(FedLoRA):
         for name, limit in _LIMITS.items():
             limit.read(name.replace("_", "-"), getattr(self, name))
         self.rates = {A: lr_a, B: lr_b}
+        self._schedules = {
+            A: Schedule.parse(lr_schedule_a or lr_schedule),
+            B: Schedule.parse(lr_schedule_b or lr_schedule),
+        }
         self.scores: list[Scores] = []
         """One for each group of blocks that share a choice."""
         self._choices: list[Choice] = []
@@ -165,8 +176,8 @@ class ASLoRA(FedLoRA):
 
     def rate(self, factor: str, server_round: int) -> float:
         """Return a factor's learning rate in a round, times the local steps."""
-        del server_round
-        return self.rates[factor] * max(self.local_steps, 1)
+        change = self._schedules[factor].factor(server_round, self.num_rounds)
+        return self.rates[factor] * change * max(self.local_steps, 1)
 
     def _observe(
         self, server_round: int, current: Arrays, uploads: Sequence[Upload]

@@ -233,6 +233,16 @@ def test_a_rate_of_its_own_enters_the_gain() -> None:
     assert all(scores.gains["A"].mean == 0 for scores in still.scores)
 
 
+def test_rates_are_those_of_their_schedules() -> None:
+    strategy = ASLoRA(
+        lr_a=2.0, lr_b=1.0, lr_schedule="linear:0", lr_schedule_b="exponential:0.5", local_steps=3
+    )
+    strategy.num_rounds = 3
+
+    assert [strategy.rate("A", t) for t in (1, 2, 3)] == pytest.approx([6.0, 3.0, 0.0])
+    assert [strategy.rate("B", t) for t in (1, 2, 3)] == pytest.approx([3.0, 1.5, 0.75])
+
+
 def test_a_rate_that_falls_from_round_to_round_leaves_the_gradient_what_it_is() -> None:
     class Falling(ASLoRA):
         def rate(self, factor: str, server_round: int) -> float:

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.config.schedules import Schedule
 from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.schedules import Schedule
 
 
 @pytest.mark.parametrize(
