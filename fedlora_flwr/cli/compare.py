@@ -61,6 +61,8 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare strategies over privacy budgets; the same command again goes on where it stopped."""
+    texts, budgets = _rows(strategies, rows or []), _budgets(epsilon)
+    config = load_recipe(task, _shared(overrides or [], texts[0].split(), budgets[0]))
     from fedlora_flwr.simulations.compare import Comparison
     from fedlora_flwr.simulations.compare import compare as run_comparison
     from fedlora_flwr.simulations.compare_methods import read_methods
@@ -69,8 +71,6 @@ def compare(
     from fedlora_flwr.simulations.compare_screen import CompareScreen
     from fedlora_flwr.tasks.registry import build_task
 
-    texts, budgets = _rows(strategies, rows or []), _budgets(epsilon)
-    config = load_recipe(task, _shared(overrides or [], texts[0].split(), budgets[0]))
     comparison = Comparison(config, read_methods(texts, config), budgets, seeds, trials)
     folder = (output or Path("runs") / f"compare-{Path(task).stem}").resolve()
     console = Console(stderr=as_json)

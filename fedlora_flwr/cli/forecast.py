@@ -52,10 +52,11 @@ def plan(
 
     Exits with 1 where a client could not keep its promise.
     """
+    config = load_recipe(recipe, overrides)
     from fedlora_flwr.simulations import forecast
     from fedlora_flwr.simulations.forecast_screen import show_forecast
 
-    found = forecast.forecast(load_recipe(recipe, overrides), records)
+    found = forecast.forecast(config, records)
     if as_json:
         show_json(forecast.as_json(found))
     else:
@@ -73,6 +74,10 @@ def inspect_split(
     as_json: AsJson = False,
 ) -> None:
     """Show which client of a simulation gets how many records of which class; trains nothing."""
+    config = load_recipe(recipe, overrides)
+    path = (output or Path(f"split-{Path(recipe).stem}.png")).resolve()
+    if path.suffix.lower() != ".png" or not path.parent.is_dir():
+        raise InvalidValue("--output", str(path), "a .png file in a folder that exists")
     from fedlora_flwr.simulations.plots import plot_split
     from fedlora_flwr.simulations.split_table import (
         MAX_COLUMNS,
@@ -82,10 +87,6 @@ def inspect_split(
         split_table,
     )
 
-    config = load_recipe(recipe, overrides)
-    path = (output or Path(f"split-{Path(recipe).stem}.png")).resolve()
-    if path.suffix.lower() != ".png" or not path.parent.is_dir():
-        raise InvalidValue("--output", str(path), "a .png file in a folder that exists")
     counts, read = split_counts(config), records_read(config)
     plot_split(counts, path, f"{config.task}, {config.partitioner}")
     if as_json:

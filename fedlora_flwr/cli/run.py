@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from fedlora_flwr.cli.arguments import AsJson, Output, Overrides, Recipe
+from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError
 from fedlora_flwr.recipes import load_recipe
 from fedlora_flwr.terminal import show_json, show_lines, told
@@ -26,9 +27,10 @@ def run(
     ] = None,
 ) -> None:
     """Run a recipe with `flwr run` on Flower's simulation engine."""
+    config = load_recipe(recipe, overrides)  # Bad input is told before the slow imports.
     from fedlora_flwr.simulations.runner import run_on_flower
 
-    _launch(partial(run_on_flower, workers=workers), recipe, overrides, as_json, output)
+    _launch(partial(run_on_flower, workers=workers), config, as_json, output)
 
 
 def simulate(
@@ -41,17 +43,14 @@ def simulate(
     ] = 1,
 ) -> None:
     """Run a recipe without Ray or a server: same seed, same arrays."""
+    config = load_recipe(recipe, overrides)
     from fedlora_flwr.simulations.runner import run_in_process
 
-    _launch(partial(run_in_process, workers=workers), recipe, overrides, as_json, output)
+    _launch(partial(run_in_process, workers=workers), config, as_json, output)
 
 
 def _launch(
-    launch: Callable[..., dict[str, Any]],
-    recipe: str,
-    overrides: list[str] | None,
-    as_json: bool,
-    output: Path,
+    launch: Callable[..., dict[str, Any]], config: RunConfig, as_json: bool, output: Path
 ) -> None:
     from fedlora_flwr.simulations.endings import recorded
     from fedlora_flwr.simulations.report import Screen, closing_rows
@@ -60,7 +59,6 @@ def _launch(
     from fedlora_flwr.simulations.workers import log_to_file
 
     console = Console(stderr=as_json)
-    config = load_recipe(recipe, overrides)
     if config.run_dir:
         check_unused(Path(config.run_dir))
     plan = make_plan(config, console)

@@ -18,12 +18,13 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import (
     RunFailed,
-    app_folder,
     make_plan,
     run_in_process,
     run_on_flower,
 )
-from fedlora_flwr.simulations.superlink import SimulationSuperLink
+from fedlora_flwr.simulations.superlink import free_port
+from tests.simulations.processes import MARK, left_of
+from tests.test_readme import BIN, FLOWER, ROOT, unactivated
 
 pytestmark = pytest.mark.flower
 FEDLORA = str(Path(sys.executable).parent / "fedlora")
@@ -120,16 +121,30 @@ def test_a_run_that_fails_says_why_although_flower_exits_with_zero(tmp_path: Pat
     assert "min-completion" in summary["error"]
 
 
-def test_flwr_run_with_a_recipe_needs_nothing_else(tmp_path: Path) -> None:
-    """Flower's own command: no run-dir, fewer nodes than num-clients, Flower's other defaults."""
-    recipe = tmp_path / "short.toml"
-    recipe.write_text('strategy = "ffa-lora"\nnum-rounds = 1\nlocal-steps = 1\n')
-    with (tmp_path / "log").open("w") as log, SimulationSuperLink(log) as superlink:
-        superlink.submit(app_folder(RunDirectory(tmp_path / "unused")), recipe, "num-supernodes=2")
-        status = superlink.wait()
-    assert status == "finished:completed"
+def test_flowers_own_command_is_as_the_readme_shows_it(tmp_path: Path) -> None:
+    """In a shell without the environment: no run-dir, and fewer nodes than num-clients."""
+    script = "\n".join(FLOWER)
+    for shown, here in {
+        "$PWD/.venv/bin": str(BIN),
+        "strategy='dp-lora'": "strategy='ffa-lora' num-rounds=1 local-steps=1",
+        "num-supernodes=10": "num-supernodes=2",
+    }.items():
+        assert shown in script
+        script = script.replace(shown, here)
+    own = {"FLWR_HOME": str(tmp_path / "flwr"), MARK: str(tmp_path)}  # Nobody else's SuperLink.
+    for name in ("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "FLWR_LOCAL_CONTROL_API_PORT"):
+        own[name] = str(free_port())
+    try:
+        done = subprocess.run(
+            ["sh", "-ec", script],
+            env=unactivated(**own), cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    finally:
+        left_of(str(tmp_path), patience=0.0)
+    assert done.returncode == 0, done.stdout + done.stderr
     latest = Path(os.environ["XDG_DATA_HOME"]) / "fedlora" / "runs" / "latest"
     summary = json.loads((latest / "summary.json").read_text())
+    assert summary["status"] == "completed"
     assert (summary["strategy"], summary["num_clients"]) == ("ffa-lora", 2)
     assert summary["reproducible_noise"] is False
 
@@ -146,7 +161,7 @@ def test_bad_input_ends_before_any_work_with_one_line_and_exit_code_1(tmp_path: 
 def test_the_main_recipe_meets_its_promise(tmp_path: Path) -> None:
     """The digits recipe from the command line, as a user types it."""
     command = [FEDLORA, "simulate", "digits", "--json", "--output", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=unactivated(), capture_output=True, text=True, check=True)
     summary = json.loads(done.stdout)
     assert summary["final_accuracy"] >= 0.80
     assert summary["final_accuracy"] > summary["initial_accuracy"] + 0.1

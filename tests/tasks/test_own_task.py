@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_readme import unactivated
+
 PAGE = Path(__file__).parents[2] / "docs" / "tasks.md"
 
 
@@ -43,8 +45,9 @@ def test_the_documented_task_learns(folder: Path) -> None:
 def test_the_documented_command_runs_on_flower(folder: Path) -> None:
     rounds = ["-c", "num-rounds=2", "--workers", "1", "--json"]
     done = subprocess.run(
-        [*command("run"), *rounds], cwd=folder, capture_output=True, text=True, check=False
-    )
+        [*command("run"), *rounds],
+        cwd=folder, env=unactivated(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rounds_done"] == 2
 
