@@ -274,7 +274,7 @@ def near_names(dataset: Dataset, column: str) -> list[list[str]]:
     """Return groups of classes whose names differ in case or blanks alone."""
     feature = dataset.features.get(column)
     if getattr(feature, "dtype", "") in ("string", "large_string"):
-        names = [name for name in dataset.unique(column) if name is not None]
+        names = list({name for name in dataset[column][:] if name is not None})
     else:
         names = list(getattr(feature, "names", None) or ())
     groups: dict[str, list[str]] = {}
