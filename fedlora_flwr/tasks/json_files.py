@@ -148,7 +148,7 @@ def _mixed(path: Path, name: str, rows: list[Row]) -> InvalidValue:
 
 
 def _misfit(path: Path, name: str, rows: list[Row], error: Exception) -> InvalidValue:
-    """Say which record has a value that no table can hold, or that the values do not go together."""
+    """Say which record has a value that no table can hold."""
     import pyarrow as pa
 
     for line, row in rows:

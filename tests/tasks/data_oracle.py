@@ -49,12 +49,11 @@ def decoded(content: bytes) -> str:
     return text
 
 
-def cells(text: str, separator: str) -> list[list[str]]:
+def cells(text: str, separator: str) -> list[list[str]]:  # noqa: C901
     """Return the records of a CSV file, character by character; blank lines as ``[""]``."""
     records: list[list[str]] = []
     record: list[str] = []
     cell, state, at = "", "start", 0
-    text = text.replace("\r\n", "\n") if '"' not in text else text
     while at < len(text):
         char = text[at]
         if state == "quoted":
@@ -86,8 +85,8 @@ def cells(text: str, separator: str) -> list[list[str]]:
 
 
 def csv_table(content: bytes, separator: str) -> Table:
-    found = [row for row in cells(decoded(content), separator)]
-    found = [row for row in found if not (len(row) == 1 and not row[0].strip())]
+    records = cells(decoded(content), separator)
+    found = [row for row in records if not (len(row) == 1 and not row[0].strip())]
     if not found:
         raise Refused("nothing in it")
     header, rows = found[0], found[1:]
@@ -118,9 +117,11 @@ def whole(cell: str) -> int | None:
     return int(cell) if plain else None
 
 
-def fits(values: Sequence[int | None]) -> bool:
+def fits(values: Sequence[Any]) -> bool:
     held = [value for value in values if value is not None]
-    return (min(held) >= -(2**63) and max(held) < 2**63) or (min(held) >= 0 and max(held) < 2**64)
+    return bool(
+        (min(held) >= -(2**63) and max(held) < 2**63) or (min(held) >= 0 and max(held) < 2**64)
+    )
 
 
 def number(cell: str) -> float | None:
