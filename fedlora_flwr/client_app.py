@@ -87,9 +87,10 @@ def _private_records(task: Task) -> Records:
     """Open a device's private records; its own log says which are read and which are left out."""
     from fedlora_flwr.tasks.registry import private_reading
 
+    records = task.client_records(0, 1)
     for line in private_reading(task):
         log(INFO, "%s", line)
-    return task.client_records(0, 1)
+    return records
 
 
 def _public_records(task: Task) -> Records:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.arrow_records import ArrowRecords, pad_collate
 from fedlora_flwr.tasks.classification import evaluating, in_order_of_length
-from fedlora_flwr.tasks.dataset_task import DatasetSettings, DatasetTask
+from fedlora_flwr.tasks.dataset_settings import DatasetSettings
+from fedlora_flwr.tasks.dataset_task import DatasetTask
 from fedlora_flwr.tasks.language_models import (
     build,
     check_length,
@@ -33,6 +34,7 @@ from fedlora_flwr.tasks.windows import (
     all_windows,
     check_room,
     gold_answers,
+    misplaced,
     one_row_each,
     training_windows,
 )
@@ -240,6 +242,11 @@ class QuestionAnswering(DatasetTask):
                 allowed = f"one with columns {', '.join(_COLUMNS)}, not {list(dataset.features)}"
                 raise InvalidValue("dataset", self._settings.dataset, allowed)
         return [name for name in _COLUMNS if name != "answers"]
+
+    def _notes(self, dataset: Dataset) -> list[str]:
+        wrong = misplaced(dataset)
+        text = f"questions whose answer is not where it should begin in the context: {wrong:,}"
+        return [*super()._notes(dataset), *([text] if wrong else [])]
 
     def _prepare(self, dataset: Dataset, *, training: bool) -> ArrowRecords:
         self._input_columns(dataset)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.classification import evaluate_classifier
-from fedlora_flwr.tasks.dataset_task import DatasetSettings, DatasetTask, names
+from fedlora_flwr.tasks.dataset_settings import DatasetSettings
+from fedlora_flwr.tasks.dataset_task import DatasetTask, names
 from fedlora_flwr.tasks.labels import Labels, near_names, without_class
 from fedlora_flwr.tasks.reading import Reading
 from fedlora_flwr.tasks.registry import Batch, Records

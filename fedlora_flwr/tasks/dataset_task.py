@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.arrow_records import ArrowRecords
+from fedlora_flwr.tasks.dataset_settings import DatasetSettings
 from fedlora_flwr.tasks.partition import partition_records
 from fedlora_flwr.tasks.reading import Reading, empty_texts
 from fedlora_flwr.tasks.registry import Batch
 from fedlora_flwr.tasks.sources import load_split, passed_over, split_files
-from fedlora_flwr.tasks.splits import Split, SplitSettings
+from fedlora_flwr.tasks.splits import Split
 from fedlora_flwr.tasks.splits_apart import check_files_apart, check_records_apart
 from fedlora_flwr.tasks.unusable import naming
 
@@ -25,105 +26,6 @@ if TYPE_CHECKING:
 
 # Not the run's seed: figures of different runs must be of the same records.
 _LIMIT_SEED = 2024
-
-
-class DatasetSettings(SplitSettings, Protocol):
-    """What the tasks read: a part of the run configuration."""
-
-    @property
-    def model(self) -> str:
-        """Name of a model, or a folder with one."""
-        ...
-
-    @property
-    def weights(self) -> str:
-        """``"pretrained"``, ``"random"``, or a file of weights for a timm model."""
-        ...
-
-    @property
-    def quantization(self) -> str:
-        """``"none"``, ``"8bit"`` or ``"4bit"``."""
-        ...
-
-    @property
-    def pooling(self) -> str:
-        """``"model"`` or ``"mean"``: what a text's class is read from."""
-        ...
-
-    @property
-    def dataset(self) -> str:
-        """What `fedlora_flwr.tasks.sources.load_split` takes."""
-        ...
-
-    @property
-    def dataset_subset(self) -> str:
-        """A folder of the source, or a configuration of the hub's data set."""
-        ...
-
-    @property
-    def train_split(self) -> str:
-        """Name of the split with the private records."""
-        ...
-
-    @property
-    def test_split(self) -> str:
-        """Names of the public splits, with commas between them."""
-        ...
-
-    @property
-    def input_columns(self) -> str:
-        """Names of the columns to learn from, with commas between them; empty: by their type."""
-        ...
-
-    @property
-    def label_column(self) -> str:
-        """Name of the column with the class."""
-        ...
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes; 0 counts those of the private split."""
-        ...
-
-    @property
-    def class_names(self) -> str:
-        """Names of the classes in the order of their numbers, with commas between them."""
-        ...
-
-    @property
-    def train_limit(self) -> int:
-        """Records of the private split to use; 0 for all."""
-        ...
-
-    @property
-    def test_limit(self) -> int:
-        """Records of the public splits to use; 0 for all."""
-        ...
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of a record that are read."""
-        ...
-
-    @property
-    def split_qkv(self) -> bool:
-        """Whether fused queries, keys and values of a timm model become layers of their own."""
-        ...
-
-    @property
-    def image_size(self) -> int:
-        """Height and width of pictures; 0 for the model's own."""
-        ...
-
-    @property
-    def eval_batch_size(self) -> int:
-        """Records in one forward pass of an evaluation."""
-        ...
-
-    @property
-    def report_unprotected_metrics(self) -> bool:
-        """Whether clients measure their private records."""
-        ...
 
 
 class DatasetTask(ABC):
@@ -323,7 +225,15 @@ class DatasetTask(ABC):
 
     def _usable(self, split: str, limit: int) -> Dataset:
         """Open a split; drop records that cannot be used, and all beyond the limit."""
-        dataset = self._source(split)
+        if (split, limit) not in self._chosen:
+            self._chosen[split, limit] = self._choose(self._source(split), split, limit)
+        return self._chosen[split, limit]
+
+    @cached_property
+    def _chosen(self) -> dict[tuple[str, int], Dataset]:
+        return {}
+
+    def _choose(self, dataset: Dataset, split: str, limit: int) -> Dataset:
         with naming(dataset):
             rows = self._rows(dataset, split)
         if limit and limit < len(rows):

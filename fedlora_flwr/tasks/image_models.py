@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedlora_flwr.errors import InvalidValue, one_line
 from fedlora_flwr.files import cache_folder
 from fedlora_flwr.fused import SplitLinear, split_fused
-from fedlora_flwr.tasks.dataset_task import DatasetSettings
+from fedlora_flwr.tasks.dataset_settings import DatasetSettings
 from fedlora_flwr.tasks.hub import hub_answers, own_copies_only
 
 SMALL_SWIN = "small-swin"

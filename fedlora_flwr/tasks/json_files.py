@@ -129,32 +129,35 @@ def _column(path: Path, name: str, rows: list[Row]) -> pa.Array:
     import pyarrow as pa
 
     values = [row.get(name) for _, row in rows]
+    # Arrow itself would take a truth value among numbers for a number.
+    if len({_type(value) for value in values if value is not None}) > 1:
+        raise _mixed(path, name, rows)
     try:
         return pa.array(values)
     except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
-        raise _mixed(path, name, rows) or unreadable(
-            path, f"values of one type in column {name!r} ({reason(error)})"
-        ) from error
+        raise _misfit(path, name, rows, error) from error
 
 
-def _mixed(path: Path, name: str, rows: list[Row]) -> InvalidValue | None:
-    """Say which record has a value that the others before it do not go with."""
+def _mixed(path: Path, name: str, rows: list[Row]) -> InvalidValue:
+    """Say which record has a value of another type than the first one."""
+    said = [(line, _type(row[name])) for line, row in rows if row.get(name) is not None]
+    (first, usual), *others = said
+    line, kind = next((line, kind) for line, kind in others if kind != usual)
+    found = f"values of one type in column {name!r}: line {first} has {usual}"
+    return unreadable(path, f"{found}, and line {line} has {kind}")
+
+
+def _misfit(path: Path, name: str, rows: list[Row], error: Exception) -> InvalidValue:
+    """Say which record has a value that no table can hold."""
     import pyarrow as pa
 
-    known: tuple[int, Any] | None = None
     for line, row in rows:
-        if (value := row.get(name)) is None:
-            continue
         try:
-            pa.array([value])
-        except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
+            pa.array([row.get(name)])
+        except (pa.ArrowException, OverflowError, TypeError, ValueError) as own:
             found = f"values that a table can hold: column {name!r} of the record in line {line}"
-            return unreadable(path, f"{found} has none ({reason(error)})")
-        known = known or (line, value)
-        if _type(value) != _type(known[1]):
-            found = f"values of one type in column {name!r}: line {known[0]} has {_type(known[1])}"
-            return unreadable(path, f"{found}, and line {line} has {_type(value)}")
-    return None
+            return unreadable(path, f"{found} has none ({reason(own)})")
+    return unreadable(path, f"values of one type in column {name!r} ({reason(error)})")
 
 
 def _type(value: Any) -> str:

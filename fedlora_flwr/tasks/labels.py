@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -270,15 +271,16 @@ def without_class(dataset: Dataset, column: str) -> dict[str, NDArray[np.int64]]
 
 
 def near_names(dataset: Dataset, column: str) -> list[list[str]]:
-    """Return groups of classes whose names differ in case or blanks alone."""
+    """Return groups of classes whose names differ in case, blanks or Unicode's forms alone."""
     feature = dataset.features.get(column)
     if getattr(feature, "dtype", "") in ("string", "large_string"):
-        names = [name for name in dataset.unique(column) if name is not None]
+        names = list({name for name in dataset[column][:] if name is not None})
     else:
         names = list(getattr(feature, "names", None) or ())
     groups: dict[str, list[str]] = {}
     for name in sorted(names):
-        groups.setdefault(" ".join(name.split()).casefold(), []).append(name)
+        plain = unicodedata.normalize("NFC", " ".join(name.split())).casefold()
+        groups.setdefault(plain, []).append(name)
     return [group for group in groups.values() if len(group) > 1]
 
 

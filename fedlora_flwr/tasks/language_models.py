@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fedlora_flwr.errors import InvalidValue, one_line
-from fedlora_flwr.tasks.dataset_task import DatasetSettings
+from fedlora_flwr.tasks.dataset_settings import DatasetSettings
 from fedlora_flwr.tasks.hub import hub_answers, own_copies_only
 from fedlora_flwr.tasks.registry import DRAWN
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
@@ -100,15 +101,20 @@ def class_names(found: Found) -> list[str]:
     beside = [entry for entry in source.entries(folder.parent) if entry.is_dir()]
     splits = {split: {entry.name for entry in _classes(split, source)} for split in beside}
     for (one, first), (other, second) in combinations(splits.items(), 2):
-        spelt = {name.casefold(): name for name in first - second}
+        spelt = {_spelling(name): name for name in first - second}
         for name in sorted(second - first):
-            if (same := spelt.get(name.casefold())) is not None:
+            if (same := spelt.get(_spelling(name))) is not None:
                 allowed = (
                     f"one spelling of each class: {one.name!r} has a folder {same!r}, and "
                     f"{other.name!r} has {name!r}. Rename one of them"
                 )
                 raise InvalidValue("source", str(folder.parent), allowed)
     return sorted(set().union(*splits.values()))
+
+
+def _spelling(name: str) -> str:
+    """Return a name without what file systems and people change: case, and Unicode's forms."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def pictures(folder: Path, source: SourceFolder) -> Iterator[Path]:

@@ -211,7 +211,8 @@ def _require_column(columns: Mapping[str, NDArray[Any]], split: Split) -> None:
             raise unknown("partition-column", split.column, known, after=otherwise)
         raise InvalidValue("partition-column", split.column, f"a column{otherwise}")
     values = columns[named]
-    if values.dtype == object and any(value is None for value in values):
+    # Nothing in the column, or what is no number where numbers have gaps.
+    if values.dtype.kind in "fO" and any(value is None or value != value for value in values):
         raise InvalidValue("partition-column", named, "a column without missing values")
     distinct = len(np.unique(values))
     if split.partitioner == "natural-id" and distinct != split.num_partitions:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # The label that torch's cross entropy leaves out.
 NO_TARGET = -100
+_ROWS = 256
 
 Columns = dict[str, list[Any]]
 Row = dict[str, Any]
@@ -36,6 +37,26 @@ def gold_answers(value: Any) -> list[tuple[str, int]]:
     else:
         pairs = [(answer["text"], answer["answer_start"]) for answer in value or ()]
     return [(text, start) for text, start in pairs if text and text.strip()]
+
+
+def misplaced(dataset: Dataset) -> int:
+    """Count the questions whose first answer does not stand in the context where it should begin.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        With columns ``context`` and ``answers``.
+    """
+    wrong = 0
+    for start in range(0, len(dataset), _ROWS):
+        rows = dataset[start : start + _ROWS]
+        for context, answers in zip(rows["context"], rows["answers"], strict=True):
+            try:
+                for text, begin in gold_answers(answers)[:1]:
+                    wrong += (context or "")[begin : begin + len(text)] != text
+            except (KeyError, TypeError, ValueError):  # Refused by name when it is prepared.
+                wrong += 1
+    return wrong
 
 
 def check_room(limit: int, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 from typer.testing import CliRunner
 
 from fedlora_flwr.cli import app
@@ -372,6 +373,30 @@ def test_what_is_not_fit_on_a_device_is_found_there(
     )
     found, *_ = texts(check_device(on_device, planned), good=False)["device-01"]
     assert "nowhere" in found
+
+
+@pytest.mark.parametrize("form", ["text", "numbered"])
+def test_classes_that_have_names_are_asked_for(
+    on_device: Path, planned: RunConfig, form: str
+) -> None:
+    """Each device would number them by its own data set, where it knows their number alone."""
+    (on_device / "data" / "train.jsonl").unlink(missing_ok=True)
+    (on_device / "data").mkdir(exist_ok=True)
+    names, rows = ["good", "bad"], reviews(40)
+    kind = Value("string") if form == "text" else ClassLabel(names=names)
+    labels = [names[row["label"]] for row in rows]
+    columns = {"text": [row["text"] for row in rows], "label": labels}
+    features = Features({"text": Value("string"), "label": kind})
+    Dataset.from_dict(columns, features=features).to_parquet(on_device / "data" / "train.parquet")
+
+    found, *_ = texts(check_device(on_device, planned), good=False)["device-01"]
+    order = sorted(names) if form == "text" else names
+    assert found.startswith(f"class-names = '' cannot be used: expected the names {order}")
+    text = (on_device / "device.toml").read_text()
+    stated_names = text.replace("num-classes = 2", 'class-names = "bad,good"')
+    assert stated_names != text
+    (on_device / "device.toml").write_text(stated_names)
+    assert "device-01" not in texts(check_device(on_device, planned), good=False)
 
 
 def test_the_command_takes_either_folder(fleet: Path, on_device: Path) -> None:

@@ -12,6 +12,15 @@ from fedlora_flwr.config import RunConfig
 
 CLASSES = ("ant", "bee", "cat")
 MODES = ("RGB", "L", "RGBA", "P")
+# What timm would say of a model for pictures of 4 by 4, so that nothing of that size is resized.
+SIZE = {
+    "input_size": (3, 4, 4),
+    "interpolation": "nearest",
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
 
 
 def picture(number: int, mode: str = "RGB", size: tuple[int, int] = (40, 52)) -> Image.Image:

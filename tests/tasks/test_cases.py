@@ -15,19 +15,10 @@ from fedlora_flwr.tasks.classifier_task import ClassifierTask
 from fedlora_flwr.tasks.pixels import pixels
 from fedlora_flwr.tasks.text import TextClassification
 from fedlora_flwr.tasks.vision import ImageClassification
-from tests.tasks.pictures import image_config
+from tests.tasks.pictures import SIZE, image_config
 from tests.tasks.texts import text_config
 
 CASES = Path(__file__).parents[1] / "cases"
-# Pictures of the size that the cases have, so that nothing is resized.
-SIZE = {
-    "input_size": (3, 4, 4),
-    "interpolation": "nearest",
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-}
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
 

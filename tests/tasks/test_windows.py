@@ -9,11 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from fedlora_flwr.tasks.answers import QuestionAnswering
-from fedlora_flwr.tasks.windows import NO_TARGET, gold_answers, training_windows
+from fedlora_flwr.tasks.windows import NO_TARGET, gold_answers, misplaced, training_windows
 from tests.tasks import checkpoints
 from tests.tasks.questions import (
     LINE,
@@ -186,3 +187,14 @@ def test_a_tokenizer_with_a_truncation_of_its_own_makes_the_same_windows_once(
         # The second task finds what the first has made, whichever split it asks for first.
         assert len([*empty_cache.glob("fedlora/datasets/*.lock")]) == 3
     assert len(all_records(make_questions(rows, max_length=16), False)) > len(expected)
+
+
+def test_answers_that_are_not_where_they_should_be_are_counted() -> None:
+    rows = [
+        row("one two", ("two", 4)),
+        row("one two", ("two", 5)),  # Counted from 1, or in bytes.
+        row("one two"),
+        row("one two", ("one", 0), ("two", 9)),
+        row("one two", ("three", 4)),
+    ]
+    assert misplaced(Dataset.from_list(rows)) == 2
