@@ -184,7 +184,7 @@ def test_a_damaged_copy_is_read_again(folder: Path, empty_cache: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "allowed"),
     [
-        ("train.parquet", b"PAR1 but no more", "a parquet file that is whole"),
+        ("train.parquet", b"PAR1 but no more", "a parquet file that can be read"),
         ("train.jsonl", b"{no json", "line 1 is not"),
         ("train.csv", b'a,b\n1,2,3\n"', "line 2 has 3"),
     ],
