@@ -107,9 +107,10 @@ def _chat(values: tuple[Any, ...], columns: list[str]) -> Chat:
         roles = zip(("user", "assistant"), values, strict=True)
         return [{"role": role, "content": text or ""} for role, text in roles]
     try:
-        return [
-            {"role": message["role"], "content": message["content"] or ""} for message in values[0]
-        ]
+        chat = [(message["role"], message["content"] or "") for message in values[0]]
+        if not all(isinstance(role, str) for role, _ in chat):
+            raise TypeError("a role is no text")
+        return [{"role": role, "content": content} for role, content in chat]
     except (TypeError, KeyError) as error:
         allowed = "a column of conversations, which are lists of {'role', 'content'}"
         raise InvalidValue("input-columns", ",".join(columns), allowed) from error

@@ -47,7 +47,7 @@ def parquet_tables(paths: Sequence[Path]) -> Iterator[pa.Table]:
             raise
         except Exception as error:
             # The library raises errors of many types on damaged bytes.
-            expected = f"a parquet file that is whole ({reason(error)}). Copy or write it again"
+            expected = f"a parquet file that can be read ({reason(error)}). Copy or write it again"
             raise unreadable(path, expected) from error
 
 
@@ -71,6 +71,8 @@ def _plain(schema: pa.Schema) -> pa.Schema:
     for place, field in enumerate(schema):
         if pa.types.is_dictionary(field.type):
             schema = schema.set(place, field.with_type(field.type.value_type))
+        elif pa.types.is_string_view(field.type):
+            schema = schema.set(place, field.with_type(pa.string()))
     return datasets.Features.from_arrow_schema(schema).arrow_schema
 
 

@@ -40,6 +40,8 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9](?!.*\.\.)[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 # The hub's library reads more into other names: paths, and sums and slices of splits.
 _HUB_SUBSET, _HUB_SPLIT = re.compile(r"(\w[^/\\]*)?"), re.compile(r"(?!all$)\w[\w.-]*")
 _PICTURE = frozenset({"bytes", "path"})
+# Of CSV files on the hub, the library would read words such as None and NA as missing.
+_CSV_WORDS = {"keep_default_na": False, "na_values": [""]}
 # Stands in a data set's info where its classes are the folders that were found.
 CLASS_FOLDERS = "class-folders"
 _READERS = {"csv": csv_tables, "json": json_tables, "parquet": parquet_tables}
@@ -293,7 +295,10 @@ def _fetched(name: str, split: str, subset: str) -> Dataset:
 
     try:
         with _screen():
-            return datasets.load_dataset(name, subset or None, split=split)
+            found = datasets.load_dataset(name, subset or None, split=split)
+            if found.builder_name == "csv":
+                found = datasets.load_dataset(name, subset or None, split=split, **_CSV_WORDS)
+            return found
     except ValueError as error:
         text = " ".join(str(error).split())
         if text.startswith("Unknown split"):

@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from threading import Thread
 
+import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from typer.testing import CliRunner
@@ -377,17 +378,18 @@ def test_what_is_not_fit_on_a_device_is_found_there(
 
 @pytest.mark.parametrize("form", ["text", "numbered"])
 def test_classes_that_have_names_are_asked_for(
-    on_device: Path, planned: RunConfig, form: str
+    fleet: Path, planned: RunConfig, tmp_path: Path, form: str
 ) -> None:
     """Each device would number them by its own data set, where it knows their number alone."""
-    (on_device / "data" / "train.jsonl").unlink(missing_ok=True)
-    (on_device / "data").mkdir(exist_ok=True)
+    on_device = Path(shutil.copytree(fleet / "devices" / "device-01", tmp_path / "device-01"))
+    (on_device / "data" / "train.jsonl").unlink()
     names, rows = ["good", "bad"], reviews(40)
     kind = Value("string") if form == "text" else ClassLabel(names=names)
     labels = [names[row["label"]] for row in rows]
     columns = {"text": [row["text"] for row in rows], "label": labels}
     features = Features({"text": Value("string"), "label": kind})
-    Dataset.from_dict(columns, features=features).to_parquet(on_device / "data" / "train.parquet")
+    table = Dataset.from_dict(columns, features=features).data.table
+    pq.write_table(table, on_device / "data" / "train.parquet")
 
     found, *_ = texts(check_device(on_device, planned), good=False)["device-01"]
     order = sorted(names) if form == "text" else names

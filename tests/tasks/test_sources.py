@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -183,7 +184,7 @@ def test_a_damaged_copy_is_read_again(folder: Path, empty_cache: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "allowed"),
     [
-        ("train.parquet", b"PAR1 but no more", "a parquet file that is whole"),
+        ("train.parquet", b"PAR1 but no more", "a parquet file that can be read"),
         ("train.jsonl", b"{no json", "line 1 is not"),
         ("train.csv", b'a,b\n1,2,3\n"', "line 2 has 3"),
     ],
@@ -269,6 +270,32 @@ def test_what_the_hub_s_library_refuses_is_named(
     with pytest.raises(InvalidValue) as caught:
         read()
     assert caught.value.key == key
+
+
+def test_words_in_csv_files_of_the_hub_stay_words(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\nNone,NA\nnull,\nfine,yes\n")
+    found = sources._fetched(str(tmp_path), "train", "")
+    assert found[:] == {"text": ["None", "null", "fine"], "label": ["NA", None, "yes"]}
+
+
+def test_a_batch_of_json_may_end_between_whole_numbers_and_others(tmp_path: Path) -> None:
+    """Records are read some thousands at a time, and their types are brought together."""
+    rows = [{"text": "a", "label": 1, "more": None}] * 10_000
+    last = {"text": "b", "label": 2.0, "more": "x", "late": [1]}
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, [*rows, last])))
+    found = load_split(str(tmp_path), "train")
+    assert found[9_999] == {"text": "a", "label": 1.0, "more": None, "late": None}
+    assert found[10_000] == last
+    for other in ({**last, "label": True}, {**last, "label": "2"}, {**last, "text": 1}):
+        (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, [*rows, other])))
+        with pytest.raises(InvalidValue, match=r"train\.jsonl.*columns of one type"):
+            load_split(str(tmp_path), "train")
+
+
+def test_a_cell_may_be_longer_than_the_csv_module_takes(tmp_path: Path) -> None:
+    text = "so " * 100_000
+    (tmp_path / "train.csv").write_text(f"text,label\n{text},1\n")
+    assert load_split(str(tmp_path), "train")[0] == {"text": text, "label": 1}
 
 
 @pytest.mark.skipif("FEDLORA_DATA" not in os.environ, reason="FEDLORA_DATA names no folder")
