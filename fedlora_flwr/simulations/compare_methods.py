@@ -8,14 +8,19 @@ from dataclasses import dataclass, field
 
 from fedlora_flwr.config import RunConfig, Value, parse_overrides
 from fedlora_flwr.config.keys import fields_by_key
-from fedlora_flwr.config.training_keys import LoRAKeys, TrainingKeys
+from fedlora_flwr.config.training_keys import FederationKeys, LoRAKeys, TrainingKeys
 from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.strategies import strategy_class
 
+_SHARED = (
+    *("strategy", "seed", "num-clients", "min-clients", "num-rounds", "fraction-train"),
+    *("min-completion", "round-timeout"),
+)
 ROW_KEYS = (
+    *(key for key in fields_by_key(FederationKeys) if key not in _SHARED),
     *fields_by_key(LoRAKeys),
     *fields_by_key(TrainingKeys),
-    *("weighting", "average-decay", "curvature", "blocks", "clip-norm", "max-rounds"),
+    *("clip-norm", "max-rounds"),
 )
 """Keys that a row may set: how a method trains. Data, clients, rounds and budget are shared."""
 _OPTION = "--row"
