@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedlora_flwr.simulations.compare_results import RATES, Part, Row, budget_name
+from fedlora_flwr.simulations.compare_methods import RATES
+from fedlora_flwr.simulations.compare_results import Part, Row, budget_name
 from fedlora_flwr.terminal import Bar, Table, show, show_line, show_lines
 
 
