@@ -17,7 +17,16 @@ from typing import Any
 import click
 import typer
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 from typer.core import TyperGroup
 
@@ -26,7 +35,7 @@ from fedlora_flwr.files import FileTrouble, append, data_folder, private_folder,
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _GAP = 2  # blanks between two columns
-_LEAST_TEXT = 30  # columns that wrapped text needs to be readable
+_LEAST_TEXT = 20  # columns that wrapped text needs to be readable
 _NAME = 8  # columns of the shortest name in front of a line of `show_lines`
 
 
@@ -144,6 +153,49 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(f"ended by {signal.Signals(number).name}")
         self.number = number
+
+
+class Bar(Progress):
+    """A progress bar with a line below it, which is never cut.
+
+    Parameters
+    ----------
+    console : Console
+        Where to show it.
+    what : str
+        What is counted, e.g. ``"round"``.
+    remaining : bool (default: False)
+        Whether to tell the remaining time, from all steps so far.
+    """
+
+    def __init__(self, console: Console, what: str, remaining: bool = False) -> None:
+        columns: list[ProgressColumn] = [
+            TextColumn(what), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn()
+        ]  # fmt: skip
+        if remaining:
+            columns += [TextColumn("left"), TimeRemainingColumn()]
+        # Steps take from seconds to hours, so the speed is that of all of them.
+        super().__init__(*columns, console=console, speed_estimate_period=1e9)
+        self._state = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """Return the bar and the line."""
+        if self.tasks:
+            yield self.make_tasks_table(self.tasks)
+            yield Text(self._state)
+
+    def stop(self) -> None:
+        """Leave the console as it was."""
+        if self.tasks:
+            super().stop()
+
+    def to(self, done: int, total: int, state: str) -> None:
+        """Show that ``done`` of ``total`` steps are over, and what the last one came to."""
+        self._state = state
+        if not self.tasks:
+            self.add_task("", total=total, completed=done)
+            self.start()
+        self.update(self.tasks[0].id, completed=done, refresh=True)
 
 
 class Commands(TyperGroup):

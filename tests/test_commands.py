@@ -182,6 +182,8 @@ def test_with_json_progress_goes_to_stderr_alone(tmp_path: Path) -> None:
     )
     assert "round 1/1: accuracy" in result.stderr
     assert "Results   " in result.stderr
+    assert "Privacy   none\n" in result.stderr
+    assert "inf" not in result.stderr.replace("epsilon = inf adds no noise", "")
 
 
 def test_what_is_wrong_leaves_stdout_empty_for_a_script() -> None:

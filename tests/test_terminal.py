@@ -16,7 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fedlora_flwr.errors import FedLoRAError
-from fedlora_flwr.terminal import Commands, Table, show, show_json, show_lines
+from fedlora_flwr.terminal import Bar, Commands, Table, show, show_json, show_lines
 
 NUMBERS = Table(
     ["client", *(f"class-{i}" for i in range(12))],
@@ -103,6 +103,20 @@ def test_a_path_stays_whole_and_markup_is_text() -> None:
     )
     assert path in stream.getvalue()
     assert "[bold]x[/bold] :smile:" in stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_a_progress_bar_cuts_neither_its_count_nor_its_line(width: int) -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, force_terminal=True, no_color=True)
+    state = "report la-lora, binomial ε 8, seed 1: 86.7% in 12 s"
+    with Bar(console, "run") as bar:
+        bar.to(0, 40, "starting")
+        bar.to(3, 40, state)
+    shown = " ".join(stream.getvalue().split())
+    assert " 3/40 " in shown
+    assert state in shown
+    assert "…" not in shown
 
 
 def test_an_empty_table_is_nothing() -> None:

@@ -104,7 +104,9 @@ BY_NAME_ONLY = ("alternation", "growth", "start", "gpu")
 """What `run_suite` leaves out unless named: no bar, no matter of simulations, or for a GPU."""
 
 
-def run_suite(names: Sequence[str], output: Path | None, console: Console) -> None:
+def run_suite(
+    names: Sequence[str], output: Path | None, console: Console
+) -> dict[str, list[Figure]]:
     """Run benchmarks, print a table for each, and write a JSON file if one is named.
 
     Parameters
@@ -115,6 +117,11 @@ def run_suite(names: Sequence[str], output: Path | None, console: Console) -> No
         File for figures, machine and versions.
     console : Console
         Where progress and tables go.
+
+    Returns
+    -------
+    dict[str, list[Figure]]
+        The figures of each benchmark.
 
     Raises
     ------
@@ -148,6 +155,7 @@ def run_suite(names: Sequence[str], output: Path | None, console: Console) -> No
         command = " ".join(["fedlora bench", *names])
         write(output, command, found, time.perf_counter() - begin)
         show_lines(console, [("Results", str(output))])
+    return found
 
 
 def _quiet() -> None:

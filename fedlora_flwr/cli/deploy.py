@@ -12,7 +12,7 @@ from rich.console import Console
 from fedlora_flwr.cli.arguments import AsJson, Overrides, complete_recipe
 from fedlora_flwr.errors import FedLoRAError
 from fedlora_flwr.recipes import load_recipe
-from fedlora_flwr.terminal import Commands, show_json, show_line, show_lines
+from fedlora_flwr.terminal import Commands, show_json, show_line
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Real clients on real devices.")
 Folder = Annotated[Path, typer.Argument(help="The fleet's folder.")]
@@ -49,7 +49,9 @@ def init(
         ("", f"then: flwr run {app_folder} {CONNECTION} --run-config RECIPE.toml"),
         ("Check", f"fedlora deploy check {folder} --recipe RECIPE.toml"),
     ]
-    show_lines(Console(), lines)
+    console = Console()
+    for name, text in lines:  # Commands among them are to be copied: the terminal wraps them.
+        show_line(console, f"{name:<9} {text}")
 
 
 @app.command()

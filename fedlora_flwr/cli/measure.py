@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fedlora_flwr.terminal import show_lines
+from fedlora_flwr.cli.arguments import AsJson
+from fedlora_flwr.terminal import show_json, show_lines
 
 
 def pretrain(
@@ -49,10 +50,13 @@ def bench(
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure speed and memory here, as ratios to what you would have otherwise."""
     # The profiler, which weighs memory, else writes a line for each start and stop.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from fedlora_flwr.bench.suite import run_suite
 
-    run_suite(names or [], output and output.resolve(), Console())
+    found = run_suite(names or [], output and output.resolve(), Console(stderr=as_json))
+    if as_json:
+        show_json({name: [figure.as_dict() for figure in made] for name, made in found.items()})

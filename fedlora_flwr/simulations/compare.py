@@ -17,10 +17,9 @@ from rich.console import Console
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.files import replace_file
-from fedlora_flwr.simulations.compare_methods import Method, settings_of
+from fedlora_flwr.simulations.compare_methods import RATES, Method, settings_of
 from fedlora_flwr.simulations.compare_results import (
     KEY,
-    RATES,
     Journal,
     Pair,
     Rates,

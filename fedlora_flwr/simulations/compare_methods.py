@@ -8,17 +8,25 @@ from dataclasses import dataclass, field
 
 from fedlora_flwr.config import RunConfig, Value, parse_overrides
 from fedlora_flwr.config.keys import fields_by_key
-from fedlora_flwr.config.training_keys import LoRAKeys, TrainingKeys
+from fedlora_flwr.config.training_keys import FederationKeys, LoRAKeys, TrainingKeys
 from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.strategies import strategy_class
 
+RATES = ("lr-a", "lr-b", "lr-head")
+"""What is tuned, unless a row sets it."""
+_SHARED = (
+    *("strategy", "seed", "num-clients", "min-clients", "num-rounds", "fraction-train"),
+    *("min-completion", "round-timeout"),
+)
 ROW_KEYS = (
+    *(key for key in fields_by_key(FederationKeys) if key not in _SHARED),
     *fields_by_key(LoRAKeys),
     *fields_by_key(TrainingKeys),
-    *("weighting", "average-decay", "curvature", "blocks", "clip-norm", "max-rounds"),
+    *("clip-norm", "max-rounds"),
 )
 """Keys that a row may set: how a method trains. Data, clients, rounds and budget are shared."""
 _OPTION = "--row"
+_SPEAKING = ("filter", "optimizer")  # Their values say what they are.
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ def read_methods(rows: Iterable[str], shared: RunConfig) -> tuple[Method, ...]:
 
     A row is named for its strategy and for what it sets. What another row of the same strategy
     sets is named, too: beside ``la-lora filter=binomial``, ``la-lora`` is ``la-lora, no filter``.
+    A rate that is to be tuned is not named.
 
     Parameters
     ----------
@@ -82,7 +91,12 @@ def read_methods(rows: Iterable[str], shared: RunConfig) -> tuple[Method, ...]:
     for row in read:
         values = row.of(shared).items()
         same = [other for other in read if other.strategy == row.strategy]
-        told = dict.fromkeys(key for other in same for key in other.settings)
+        told = dict.fromkeys(
+            key
+            for other in same
+            for key in other.settings
+            if key in row.settings or key not in RATES
+        )
         name = ", ".join([row.strategy, *(_word(key, values[key]) for key in told)])
         # Values as the configuration has them: 1 and 1.0 are one row.
         settings = {key: values[key] for key in row.settings}
@@ -108,16 +122,14 @@ def _read(text: str) -> Method:
 
 
 def _word(key: str, value: Value) -> str:
-    """Name a setting: a choice by itself, a switch by its key, and a number with its key."""
+    """Name a setting in a few words."""
     if isinstance(value, bool):
         return key if value else f"no {key}"
     if value == "none":
         return f"no {key}"
-    if isinstance(value, str) and fields_by_key(RunConfig)[key].metadata["check"].names:
-        return value
-    if isinstance(value, str):
-        return f"{key} {value}" if value else f"default {key}"
-    return f"{key} {str(value).removesuffix('.0')}"
+    if value == "":
+        return f"default {key}"
+    return f"{value}" if key in _SPEAKING else f"{key} {str(value).removesuffix('.0')}"
 
 
 def settings_of(methods: Sequence[Method]) -> dict[str, dict[str, Value]]:

@@ -16,10 +16,9 @@ from filelock import FileLock, Timeout
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.files import append, private_folder, replace_file
-from fedlora_flwr.simulations.compare_methods import Method, settings_of
+from fedlora_flwr.simulations.compare_methods import RATES, Method, settings_of
 
 SETTINGS = "settings.json"
-RATES = ("lr-a", "lr-b", "lr-head")
 KEY = ("phase", "row", "epsilon", "seed", *RATES)
 COUNTS = ("bytes_up", "bytes_down", "failures")
 COLUMNS = (

@@ -6,21 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from fedlora_flwr.simulations.compare_results import RATES, Part, Row, budget_name
-from fedlora_flwr.terminal import Table, show, show_line, show_lines
-
-# Runs take from seconds to hours; the remaining time is told from all of them.
-SPEED_WINDOW = 1e9
+from fedlora_flwr.simulations.compare_methods import RATES
+from fedlora_flwr.simulations.compare_results import Part, Row, budget_name
+from fedlora_flwr.terminal import Bar, Table, show, show_line, show_lines
 
 
 class CompareScreen:
@@ -34,18 +23,7 @@ class CompareScreen:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._progress = Progress(
-            TextColumn("run"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            speed_estimate_period=SPEED_WINDOW,
-        )
-        self._bar: TaskID | None = None
+        self._bar = Bar(console, "run", remaining=True)
 
     def __enter__(self) -> CompareScreen:
         """Wait for the first call of `row`: checks may show progress of their own before."""
@@ -53,20 +31,15 @@ class CompareScreen:
 
     def __exit__(self, *_: object) -> None:
         """Leave the console as it was."""
-        if self._bar is not None:
-            self._progress.stop()
+        self._bar.stop()
 
     def row(self, row: Row | None, done: int, total: int) -> None:
         """Show a finished run, or with None that runs begin."""
         state = "starting" if row is None else describe_row(row)
-        if not self._console.is_terminal:
-            if row is not None:
-                show_line(self._console, f"run {done}/{total}: {state}")
-        elif self._bar is None:
-            self._progress.start()
-            self._bar = self._progress.add_task("", total=total, completed=done, state=state)
-        else:
-            self._progress.update(self._bar, completed=done, state=state)
+        if self._console.is_terminal:
+            self._bar.to(done, total, state)
+        elif row is not None:
+            show_line(self._console, f"run {done}/{total}: {state}")
 
     def document(self, parts: Sequence[Part], folder: Path) -> None:
         """Print the finished tables with their notes, and where the files are."""

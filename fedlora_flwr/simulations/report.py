@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
 from fedlora_flwr.simulations.participation import participation
 from fedlora_flwr.simulations.runner import RunPlan
-from fedlora_flwr.terminal import show_line, show_lines
+from fedlora_flwr.terminal import Bar, show_line, show_lines
 
 UNPROTECTED = "unprotected metrics were reported"
 
@@ -35,37 +28,26 @@ class Screen:
     def __init__(self, console: Console, plan: RunPlan) -> None:
         self._console = console
         self._plan = plan
-        self._progress = Progress(
-            TextColumn("round"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(),
-            console=console,
-        )
-        self._bar: TaskID | None = None
+        self._bar = Bar(console, "round")
 
     def __enter__(self) -> Screen:
         """Say what is about to happen and begin to show progress."""
         show_lines(self._console, describe_plan(self._plan))
         if self._console.is_terminal:
-            self._progress.start()
-            self._bar = self._progress.add_task(
-                "", total=self._plan.config.num_rounds, state="starting"
-            )
+            self._bar.to(0, self._plan.config.num_rounds, "starting")
         return self
 
     def __exit__(self, *_: object) -> None:
         """Leave the console as it was."""
-        self._progress.stop()
+        self._bar.stop()
 
     def round(self, row: dict[str, Any]) -> None:
         """Show one row of ``rounds.jsonl``."""
         state = describe_round(row, self._plan.metric)
-        if self._bar is not None:
-            self._progress.update(self._bar, completed=row["round"], state=state)
+        last = self._plan.config.num_rounds
+        if self._console.is_terminal:
+            self._bar.to(row["round"], last, state)
         else:
-            last = self._plan.config.num_rounds
             show_line(self._console, f"round {row['round']}/{last}: {state}")
 
 
@@ -116,8 +98,9 @@ def describe_round(row: dict[str, Any], metric: str = "accuracy") -> str:
         parts.append(f"{_words(metric)} {row[metric]:.1%}")
     elif "loss" in row:
         parts.append(f"loss {row['loss']:.4f}")
-    if row.get("epsilon_max") is not None:
-        parts.append(f"ε {row['epsilon_max']:.2f}")
+    spent = row.get("epsilon_max")
+    if spent is not None and math.isfinite(spent):
+        parts.append(f"ε {spent:.2f}")
     if row.get("failures"):
         parts.append(f"{len(row['failures'])} failed")
     return "  ".join(parts) or "not evaluated"
@@ -130,7 +113,7 @@ def closing_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     plain, metric = summary["bytes_plain"], summary["metric"]
     privacy = (
         "none"
-        if budget is None
+        if budget is None or math.isinf(budget)  # JSON has no infinity, the run itself has.
         else f"ε = {spent:.3f} of {budget:g} at δ = {summary['delta']:g}, the largest of "
         f"{summary['num_clients']} clients ({summary['accountant'].upper()} accountant)"
     )

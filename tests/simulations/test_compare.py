@@ -18,11 +18,10 @@ from filelock import FileLock
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.simulations.compare import RANGES, TUNING_SEED, Comparison, compare
-from fedlora_flwr.simulations.compare_methods import plain_methods
+from fedlora_flwr.simulations.compare_methods import RATES, plain_methods
 from fedlora_flwr.simulations.compare_results import (
     COLUMNS,
     KEY,
-    RATES,
     document_of,
     markdown,
     read_rows,
