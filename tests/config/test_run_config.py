@@ -399,3 +399,11 @@ def test_the_secant_needs_movements_whose_noise_is_known(other: dict[str, Any]) 
 def test_adam_and_preconditioning_exclude_each_other() -> None:
     with pytest.raises(InvalidValue, match="optimizer = 'adamw'"):
         RunConfig.of({"precondition": True, "optimizer": "adamw"})
+
+
+def test_each_layer_is_a_block_where_choices_are_by_layer() -> None:
+    assert RunConfig.of({}).block_pattern == ""
+    assert RunConfig.of({"blocks": r"stages\.\d+"}).block_pattern == r"stages\.\d+"
+    assert RunConfig.of({"groups": "layer"}).block_pattern == ".+"
+    with pytest.raises(InvalidValue, match="groups = 'layer'"):
+        RunConfig.of({"groups": "layer", "blocks": r"stages\.\d+"})
