@@ -31,6 +31,7 @@ _LIMITS: dict[str, Text | Number] = {
     "score_drift": Number(0, 1e6),
     "warm_up": Number(0, 1),
 }
+_STILL = 1e-12  # learning rates up to here move nothing
 
 
 class ASLoRA(FedLoRA):
@@ -54,8 +55,8 @@ class ASLoRA(FedLoRA):
         ``"sample"`` draws; ``"argmax"`` takes the likelier factor; ``"fixed"`` ignores scores, and
         trains B and A in turn to the end.
     groups : str (default: "block")
-        What shares a choice: ``"tied"`` for all blocks. Under ``"layer"`` the blocks *are* single
-        layers, which ``blocks = ".+"`` says to clients; the run configuration does so.
+        What has a choice of its own: each ``"block"``, all of them together (``"tied"``), or each
+        ``"layer"``. The last is ``blocks=".+"``, which clients of a project's own must be given.
     temperature : float (default: 1)
         Divides the difference of scores in units of its standard error.
     explore : float (default: 0.02)
@@ -117,6 +118,8 @@ class ASLoRA(FedLoRA):
         self.warm_up = warm_up
         for name, limit in _LIMITS.items():
             limit.read(name.replace("_", "-"), getattr(self, name))
+        if groups == "layer":
+            self.blocks = self.blocks or ".+"
         self.rates = {A: lr_a, B: lr_b}
         self._schedules = {
             A: Schedule.parse(lr_schedule_a or lr_schedule),
@@ -188,7 +191,7 @@ class ASLoRA(FedLoRA):
         # As gradients they can be compared between rounds of different rates.
         for name in names:
             rate = self.rate(str(factor_of(name)), server_round)
-            moved[name] = moved[name].times(1 / rate if rate else 0.0)
+            moved[name] = moved[name].times(1 / rate if rate > _STILL else 0.0)
         index = Layout.of(current, self.blocks).block_index
         found: list[Estimate | None] = []
         for group, (scores, choice) in enumerate(zip(self.scores, self._choices, strict=True)):

@@ -453,3 +453,11 @@ def test_no_clipping_is_for_runs_without_noise() -> None:
     assert RunConfig.of({"clip-norm": math.inf, "epsilon": math.inf}).clip_norm == math.inf
     with pytest.raises(InvalidValue, match=r"clip-norm = inf.*epsilon = inf"):
         RunConfig.of({"clip-norm": math.inf})
+
+
+def test_each_layer_is_a_block_where_choices_are_by_layer() -> None:
+    assert RunConfig.of({}).block_pattern == ""
+    assert RunConfig.of({"blocks": r"stages\.\d+"}).block_pattern == r"stages\.\d+"
+    assert RunConfig.of({"groups": "layer"}).block_pattern == ".+"
+    with pytest.raises(InvalidValue, match="groups = 'layer'"):
+        RunConfig.of({"groups": "layer", "blocks": r"stages\.\d+"})

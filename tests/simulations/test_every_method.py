@@ -188,6 +188,7 @@ def test_the_seed_repeats_a_run(method: str, make_config: MakeConfig, tmp_path: 
 
 OPTIONS: list[dict[str, Any]] = [
     {"strategy": "as-lora", "curvature": "secant"},
+    {"strategy": "as-lora", "groups": "layer", "selection": "argmax"},
     {"strategy": "as-lora", "weighting": "inverse-noise"},
     {"strategy": "la-lora", "precondition": True, "filter": "binomial"},
     {"strategy": "fedex-lora", "precondition": True, "filter": "ema", "rslora": True},

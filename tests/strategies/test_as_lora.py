@@ -274,6 +274,10 @@ def test_fixed_and_tied_are_the_axes_that_they_are_called() -> None:
     fixed = ASLoRA(selection="fixed")
     fixed.num_rounds = 10
     assert [str(fixed.plan(t, layout)) for t in (1, 2, 3, 10)] == ["B" * 5, "A" * 5] * 2
+    arrays = [f"blocks.0.{name}.lora_{f}.weight" for name in ("q", "v", "o") for f in "AB"]
+    layers = ASLoRA(groups="layer")
+    assert len(Layout.of(arrays, layers.blocks).blocks) == 3
+    assert ASLoRA(groups="layer", blocks=r"blocks\.\d+").blocks == r"blocks\.\d+"
     duels = Duels(lambda _: (1.0, 1.0), 1.0, blocks=5)
     strategy = duels.run(40, groups="tied")
     assert len(strategy.scores) == 1
