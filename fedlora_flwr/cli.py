@@ -148,7 +148,7 @@ def plan(
     ] = None,
     json_only: AsJson = False,
 ) -> None:
-    """Show what a run would cost and whether it can work; trains nothing.
+    """Show what a run would cost, what it promises and how much noise it has; trains nothing.
 
     Exits with 1 where a client could not keep its promise.
     """
@@ -230,9 +230,7 @@ def inspect_split(
         from fedlora_flwr.simulations.split_table import split_counts, split_table
 
         config = load_recipe(recipe, overrides)
-        path = (output or Path(f"split-{Path(recipe).stem}.png")).resolve()
-        if path.suffix.lower() != ".png" or not path.parent.is_dir():
-            raise InvalidValue("--output", str(path), "a .png file in a folder that exists")
+        path = _png(output or Path(f"split-{Path(recipe).stem}.png"))
         counts = split_counts(config)
         console, table = Console(), split_table(counts, config)
         # A number that goes on in the next line cannot be read; the table is never squeezed.
@@ -241,6 +239,31 @@ def inspect_split(
         console.print(table, width=width, crop=False, no_wrap=True)
         plot_split(counts, path, f"{config.task}, {config.partitioner}")
         console.print(f"Plot   {path}", highlight=False, soft_wrap=True)
+
+    guard(work)
+
+
+@app.command()
+def plot(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")] = Path("runs/latest"),
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The plot, a PNG file; RUN_DIR/rounds.png if not given."),
+    ] = None,
+) -> None:
+    """Draw a run round by round: its metric, how far uploads agree, and what their mean loses."""
+
+    def work() -> None:
+        from fedlora_flwr.simulations.round_plots import plot_rounds
+        from fedlora_flwr.simulations.run_dir import RunDirectory
+
+        if not (run_dir / "rounds.jsonl").is_file():
+            raise InvalidValue("RUN_DIR", str(run_dir), "the folder of a run, with rounds.jsonl")
+        path = _png(output or run_dir / "rounds.png")
+        found = RunDirectory(run_dir)
+        metric = (found.summary() or {}).get("metric", "accuracy")
+        plot_rounds(found.rows("rounds"), path, metric)
+        Console().print(f"Plot   {path}", highlight=False, soft_wrap=True)
 
     guard(work)
 
@@ -273,6 +296,14 @@ def keys(
     for entry, (key, value) in zip(fields(RunConfig), values.items(), strict=True):
         table.add_row(key, repr(value), entry.metadata["about"])
     Console().print(table)
+
+
+def _png(path: Path) -> Path:
+    """Return where a plot goes."""
+    path = path.resolve()
+    if path.suffix.lower() != ".png" or not path.parent.is_dir():
+        raise InvalidValue("--output", str(path), "a .png file in a folder that exists")
+    return path
 
 
 def _strategies(text: str) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from fedlora_flwr.aggregation import Arrays, merge, weighted_mean
 from fedlora_flwr.arrays import to_numpy, travel_size
 from fedlora_flwr.errors import BudgetsSpent, FedLoRAError, InvalidValue
 from fedlora_flwr.plan import BOTH, ComponentPlan, Layout
+from fedlora_flwr.strategies.agreement import describe
 from fedlora_flwr.strategies.clipping import check_clipping
 from fedlora_flwr.strategies.cohort import Cohorts
 from fedlora_flwr.strategies.early_end import EvaluateFn, keeping
@@ -339,6 +340,8 @@ class FedLoRA(FedAvg):
             return None, None
         self._trained = True
         arrays = within_limits(self.aggregate(server_round, self._global, report.uploads))
+        personal = SHARE in self.instructions()
+        report.details.update(describe(self._global, report.uploads, personal=personal))
         metrics = combine_metrics([upload.metrics for upload in report.uploads])
         self._result.arrays = to_record(arrays)
         self._result.train_metrics_clientapp[server_round] = metrics
