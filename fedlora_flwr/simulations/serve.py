@@ -222,7 +222,7 @@ class _Session:
 
     def _noise(self, report: RoundReport) -> dict[str, Any]:
         """Return the noise of the round's mean, where the clients' weights tell their noise."""
-        parts = report.details.get("signal", {})
+        parts = report.compared.get("signal", {})
         if self.config.weighting != "inverse-noise" or not parts:
             return {}
         told = [(upload.weight, 1 / upload.metrics[WEIGHT]) for upload in report.uploads]
@@ -247,6 +247,7 @@ class _Session:
         return {
             "plan": report.plan,
             **report.details,
+            **report.compared,
             **self._noise(report),
             "epsilon_max": report.epsilon_max,
             "clients_asked": report.sent,

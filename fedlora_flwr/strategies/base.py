@@ -341,7 +341,7 @@ class FedLoRA(FedAvg):
         self._trained = True
         arrays = within_limits(self.aggregate(server_round, self._global, report.uploads))
         personal = SHARE in self.instructions()
-        report.details.update(describe(self._global, report.uploads, personal=personal))
+        report.compared = describe(self._global, report.uploads, personal=personal)
         metrics = combine_metrics([upload.metrics for upload in report.uploads])
         self._result.arrays = to_record(arrays)
         self._result.train_metrics_clientapp[server_round] = metrics

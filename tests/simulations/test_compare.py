@@ -226,9 +226,8 @@ def test_what_cannot_run_is_refused_before_any_work(
 
 def test_a_failed_run_is_recorded_shown_and_tried_again(tmp_path: Path) -> None:
     what = comparison(
-        config=replace(
-            SHARED, clip_norm=1e6, lr_head=100.0
-        ),  # With noise of that size no upload fits.
+        # With noise of that size no upload fits.
+        config=replace(SHARED, clip_norm=1e6, lr_head=100.0),
         epsilons=(math.inf, 8.0),
         seeds=1,
         trials=0,

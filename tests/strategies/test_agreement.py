@@ -159,10 +159,10 @@ def test_a_round_s_row_has_the_parts_that_were_uploaded(
     ran = strategy()
     Tiny(3, answer).run(ran)
     assert ran.last_round is not None
-    details = ran.last_round.details
-    assert list(details["agreement"]) == parts.split()
+    compared = ran.last_round.compared
+    assert list(compared["agreement"]) == parts.split()
     # Where B stays with the clients, nobody knows their products.
-    assert ("mean_error" in details) == (strategy is not FedSALoRA)
+    assert ("mean_error" in compared) == (strategy is not FedSALoRA)
 
 
 def test_clients_of_different_ranks_are_not_compared() -> None:
@@ -172,7 +172,7 @@ def test_clients_of_different_ranks_are_not_compared() -> None:
     strategy = FlexLoRA()
     Tiny(2, honest).run(strategy)
     assert strategy.last_round is not None
-    assert "mean_error" in strategy.last_round.details
+    assert "mean_error" in strategy.last_round.compared
 
 
 def test_memory_does_not_grow_with_the_cohort() -> None:
