@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedlora_flwr.cli import compare, deploy, explain, forecast, measure, run
+from fedlora_flwr.cli import compare, deploy, explain, forecast, measure, plot, run
 from fedlora_flwr.environment import versions
 from fedlora_flwr.terminal import Commands
 
@@ -41,6 +41,7 @@ app.command()(compare.compare)
 app.command()(forecast.budget)
 app.command()(forecast.plan)
 app.command("inspect-split")(forecast.inspect_split)
+app.command()(plot.plot)
 app.command()(explain.recipes)
 app.command()(explain.keys)
 app.command()(measure.pretrain)

@@ -10,6 +10,7 @@ import typer
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.keys import Check, fields_by_key
+from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.recipes import recipe_names
 
 
@@ -66,6 +67,20 @@ def names_of(key: str) -> tuple[str, ...]:
         return ("true", "false")
     check: Check = entry.metadata["check"]
     return check.names
+
+
+def png_file(path: Path) -> Path:
+    """Return where a plot goes.
+
+    Raises
+    ------
+    InvalidValue
+        It is no PNG file, or its folder does not exist.
+    """
+    path = path.resolve()
+    if path.suffix.lower() != ".png" or not path.parent.is_dir():
+        raise InvalidValue("--output", str(path), "a .png file in a folder that exists")
+    return path
 
 
 def _beginning(names: Iterable[str], incomplete: str) -> list[str]:

@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fedlora_flwr.cli.arguments import AsJson, Overrides, Recipe
-from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.cli.arguments import AsJson, Overrides, Recipe, png_file
 from fedlora_flwr.recipes import load_recipe
 from fedlora_flwr.terminal import show, show_json, show_lines
 
@@ -48,7 +47,7 @@ def plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a run would cost and whether it can work; trains nothing.
+    """Show what a run would cost, what it promises and how much noise it has; trains nothing.
 
     Exits with 1 where a client could not keep its promise.
     """
@@ -75,9 +74,7 @@ def inspect_split(
 ) -> None:
     """Show which client of a simulation gets how many records of which class; trains nothing."""
     config = load_recipe(recipe, overrides)
-    path = (output or Path(f"split-{Path(recipe).stem}.png")).resolve()
-    if path.suffix.lower() != ".png" or not path.parent.is_dir():
-        raise InvalidValue("--output", str(path), "a .png file in a folder that exists")
+    path = png_file(output or Path(f"split-{Path(recipe).stem}.png"))
     from fedlora_flwr.simulations.plots import plot_split
     from fedlora_flwr.simulations.split_table import (
         MAX_COLUMNS,

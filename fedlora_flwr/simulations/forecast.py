@@ -1,4 +1,4 @@
-"""What a run will cost and whether it can work, known before anything trains."""
+"""What a run will cost, promise and carry of noise, known before anything trains."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Forecast:
         its averaged gradients can have (see `noise_to_signal`); ``None`` without privacy, or where
         no client can train.
     warnings : list[str]
-        What will not work, or hardly.
+        What will not work, or ends early, or has more noise than any run that gained.
     """
 
     config: RunConfig

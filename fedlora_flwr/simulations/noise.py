@@ -10,10 +10,12 @@ from functools import cache
 import numpy as np
 import torch
 
+from fedlora_flwr.aggregation import normalise
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.plan import ComponentPlan, Layout
+from fedlora_flwr.plan import A, B, ComponentPlan, Layout, factor_of
 from fedlora_flwr.privacy.filters import make_filter
 from fedlora_flwr.privacy.mechanism import Mechanism
+from fedlora_flwr.strategies.agreement import HEAD
 from fedlora_flwr.strategies.cohort import cohort_size
 
 Shape = tuple[int, ...]
@@ -47,20 +49,63 @@ def noisy_coordinates(
         D: white noise of variance v in the gradients gives a round's sum of filtered gradients the
         squared norm D K v. Without a filter, what trains in a step on average.
     """
-    totals = []
-    for plan in plans:
-        trained = Counter(
-            name for step in range(1, steps + 1) for name in layout.active(plan, step)
-        )
-        totals.append(
-            sum(
-                math.prod(shapes[name])
-                * _spatial_gain(filter_name, name, shapes[name])
-                * _temporal_sum(filter_name, count)
-                for name, count in trained.items()
-            )
-        )
+    totals = [sum(_by_array(plan, layout, shapes, steps, filter_name).values()) for plan in plans]
     return float(np.mean(totals)) / steps
+
+
+def noise_of_mean(
+    config: RunConfig,
+    plan: ComponentPlan,
+    layout: Layout,
+    shapes: Mapping[str, Shape],
+    clients: Sequence[tuple[float, float]],
+) -> dict[str, float]:
+    """Return the norm of the noise that privacy adds to the mean of a round's updates.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Optimizer, rates, filter and steps.
+    plan : ComponentPlan
+        What trained.
+    layout : Layout
+        The arrays and their blocks.
+    shapes : Mapping[str, tuple[int, ...]]
+        Shape of each array.
+    clients : Sequence[tuple[float, float]]
+        Weight and noise variance (σC/b)² of each client of the mean.
+
+    Returns
+    -------
+    dict[str, float]
+        By part (A, B, head), of those that trained; nothing where an optimizer other than plain SGD
+        makes more of a gradient than its rate times it.
+    """
+    plain = config.optimizer == "sgd" and not (config.momentum or config.precondition)
+    if not plain or not clients:
+        return {}
+    weights, variances = (np.array(column) for column in zip(*clients, strict=True))
+    scale = float((normalise(weights.tolist()) ** 2 * variances).sum())
+    rates = {A: config.lr_a, B: config.lr_b, HEAD: config.lr_head}
+    squares: dict[str, float] = {}
+    found = _by_array(plan, layout, shapes, config.local_steps, config.filter)
+    for name, coordinates in found.items():
+        part = factor_of(name) or HEAD
+        squares[part] = squares.get(part, 0.0) + coordinates * scale * rates[part] ** 2
+    return {part: math.sqrt(square) for part, square in squares.items()}
+
+
+def _by_array(
+    plan: ComponentPlan, layout: Layout, shapes: Mapping[str, Shape], steps: int, filter_name: str
+) -> dict[str, float]:
+    """Return the squared norm of a round's sum of filtered noise of variance 1, by array."""
+    trained = Counter(name for step in range(1, steps + 1) for name in layout.active(plan, step))
+    return {
+        name: math.prod(shapes[name])
+        * _spatial_gain(filter_name, name, shapes[name])
+        * _temporal_sum(filter_name, count)
+        for name, count in trained.items()
+    }
 
 
 def noise_to_signal(

@@ -44,7 +44,7 @@ def plot_accuracy(table: pd.DataFrame, path: Path, metric: str) -> None:
     metric : str
         Name of the figure.
     """
-    _save(accuracy_figure(table, metric), path)
+    save(accuracy_figure(table, metric), path)
 
 
 def accuracy_figure(table: pd.DataFrame, metric: str) -> Figure:
@@ -100,7 +100,7 @@ def plot_modes(plans: Sequence[str], blocks: Sequence[str], path: Path) -> None:
     InvalidValue
         There is no round or no block, or a plan is for another number of blocks.
     """
-    _save(modes_figure(plans, blocks), path)
+    save(modes_figure(plans, blocks), path)
 
 
 def modes_figure(plans: Sequence[str], blocks: Sequence[str]) -> Figure:
@@ -155,7 +155,7 @@ def plot_split(counts: pd.DataFrame, path: Path, label: str) -> None:
     InvalidValue
         There is no client or no class.
     """
-    _save(split_figure(counts, label), path)
+    save(split_figure(counts, label), path)
 
 
 def split_figure(counts: pd.DataFrame, label: str) -> Figure:
@@ -263,7 +263,8 @@ def _modes(plan: ComponentPlan, num_blocks: int) -> list[str]:
     ]
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture in one piece."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=DPI)
     replace_file(path, content.getvalue())

@@ -21,16 +21,17 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.environment import versions
 from fedlora_flwr.errors import explained
 from fedlora_flwr.files import replacing
-from fedlora_flwr.plan import Layout
+from fedlora_flwr.plan import ComponentPlan, Layout
 from fedlora_flwr.privacy.budget import MIN_NOISE
 from fedlora_flwr.simulations.endings import reason_of, status_of
+from fedlora_flwr.simulations.noise import noise_of_mean
 from fedlora_flwr.simulations.rehearsal import check_folding, rehearse
 from fedlora_flwr.simulations.run_dir import RunDirectory
 from fedlora_flwr.strategies import FedLoRA, strategy_class
-from fedlora_flwr.strategies.replies import to_record
+from fedlora_flwr.strategies.replies import RoundReport, to_record
 from fedlora_flwr.tasks.registry import Task, build_task
 from fedlora_flwr.terminal import uninterrupted
-from fedlora_flwr.wire import ACCOUNTANT, CLIENT, DELTA, EPSILON_BUDGET, FINGERPRINT
+from fedlora_flwr.wire import ACCOUNTANT, CLIENT, DELTA, EPSILON_BUDGET, FINGERPRINT, WEIGHT
 from fedlora_flwr.wire.limits import MOST_RECORDS, MOST_WEIGHT
 
 OnRound = Callable[[dict[str, Any]], None]
@@ -220,6 +221,17 @@ class _Session:
             log(WARNING, "%d of %d nodes are not connected any more.", absent, len(self.nodes))
         return absent
 
+    def _noise(self, report: RoundReport) -> dict[str, Any]:
+        """Return the noise of the round's mean, where the clients' weights tell their noise."""
+        parts = report.compared.get("signal", {})
+        if self.config.weighting != "inverse-noise" or not parts:
+            return {}
+        told = [(upload.weight, 1 / upload.metrics[WEIGHT]) for upload in report.uploads]
+        shapes = {name: tuple(p.shape) for name, p in self.adapted.parameters.items()}
+        plan = ComponentPlan.parse(report.plan)
+        found = noise_of_mean(self.config, plan, self.layout, shapes, told)
+        return {"noise": {p: norm for p, norm in found.items() if p in parts}} if found else {}
+
     def _communication(self, server_round: int) -> dict[str, Any]:
         report = self.strategy.last_round
         if server_round == 0 or report is None:
@@ -236,6 +248,8 @@ class _Session:
         return {
             "plan": report.plan,
             **report.details,
+            **report.compared,
+            **self._noise(report),
             "epsilon_max": report.epsilon_max,
             "clients_asked": report.sent,
             "clients_used": len(report.uploads),

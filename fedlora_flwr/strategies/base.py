@@ -10,28 +10,25 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result
+from flwr.serverapp.strategy import Result
 from numpy.typing import NDArray
 
 from fedlora_flwr.aggregation import Arrays, merge, weighted_mean
 from fedlora_flwr.arrays import to_numpy, travel_size
 from fedlora_flwr.errors import BudgetsSpent, FedLoRAError, InvalidValue
 from fedlora_flwr.plan import BOTH, A, B, ComponentPlan, Layout
+from fedlora_flwr.strategies.agreement import describe
 from fedlora_flwr.strategies.clipping import check_clipping
 from fedlora_flwr.strategies.cohort import Cohorts
 from fedlora_flwr.strategies.early_end import EvaluateFn, keeping
+from fedlora_flwr.strategies.exchange import Exchange
 from fedlora_flwr.strategies.expected import Expected
-from fedlora_flwr.strategies.identities import Identities
-from fedlora_flwr.strategies.inbox import Inbox, read_measurements
-from fedlora_flwr.strategies.personal import mean_of_own_models, shared_part
 from fedlora_flwr.strategies.replies import (
     LedgerWatch,
     RoundReport,
     Upload,
     combine_metrics,
-    size_of,
     to_record,
-    weighted_figures,
     within_limits,
 )
 from fedlora_flwr.wire import (
@@ -40,7 +37,6 @@ from fedlora_flwr.wire import (
     NUM_EXAMPLES,
     PLAN,
     ROUND,
-    SHARE,
     STATUS_EXHAUSTED,
     WEIGHTING,
     WEIGHTINGS,
@@ -49,7 +45,7 @@ from fedlora_flwr.wire.limits import MOST_WEIGHT
 from fedlora_flwr.wire.records import read_training
 
 
-class FedLoRA(FedAvg):
+class FedLoRA(Exchange):
     """Federated averaging of LoRA factors under a component plan (DP-LoRA, arXiv 2312.17493).
 
     Both factors train at every step and are averaged each on its own, so the mean of the products
@@ -88,8 +84,6 @@ class FedLoRA(FedAvg):
     ----------
     settings : tuple[str, ...]
         Names of further arguments that are keys of the run configuration.
-    shared : str
-        The factors that travel, where not everything does (see `fedlora_flwr.plan.is_shared`).
     last_round : RoundReport or None
         What came of the last round.
 
@@ -100,7 +94,6 @@ class FedLoRA(FedAvg):
     """
 
     settings: ClassVar[tuple[str, ...]] = ()
-    shared: str = ""
 
     def __init__(
         self,
@@ -191,23 +184,6 @@ class FedLoRA(FedAvg):
         del server_round
         mean = weighted_mean([u.arrays for u in uploads], [u.weight for u in uploads])
         return merge(current, mean)
-
-    def instructions(self) -> dict[str, str]:
-        """Say what clients are asked beside the plan, in the words of `wire`."""
-        return {SHARE: self.shared} if self.shared else {}
-
-    def download(self, arrays: ArrayRecord, client: str) -> ArrayRecord:
-        """Choose what a client gets.
-
-        Parameters
-        ----------
-        arrays : ArrayRecord
-            The global arrays.
-        client : str
-            Who it is; empty as long as that is not known.
-        """
-        del client
-        return arrays
 
     def remarks(self) -> dict[str, str]:
         """Return sentences about the whole run, by name, for its summary and closing table."""
@@ -306,23 +282,6 @@ class FedLoRA(FedAvg):
         )
         return self._messages(MessageType.TRAIN, arrays, config, nodes, report)
 
-    def _messages(
-        self,
-        kind: str,
-        arrays: ArrayRecord,
-        config: ConfigRecord,
-        nodes: Sequence[int],
-        report: RoundReport,
-    ) -> list[Message]:
-        """Make one message a node, and count what goes down."""
-        messages = []
-        for node in nodes:
-            chosen = shared_part(self.download(arrays, self._who.of(node)), self.shared)
-            content = RecordDict({self.arrayrecord_key: chosen, self.configrecord_key: config})
-            report.bytes_down += size_of(content)
-            messages.append(Message(content, node, kind))
-        return messages
-
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -350,52 +309,12 @@ class FedLoRA(FedAvg):
             return None, None
         self._trained = True
         arrays = within_limits(self.aggregate(server_round, self._global, report.uploads))
+        personal = len(self.shared) == 1  # Then no client's product of factors is known here.
+        report.compared = describe(self._global, report.uploads, personal=personal)
         metrics = combine_metrics([upload.metrics for upload in report.uploads])
         self._result.arrays = to_record(arrays)
         self._result.train_metrics_clientapp[server_round] = metrics
         return self._result.arrays, metrics
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Ask clients for figures where ``fraction_evaluate`` says so; that costs no budget.
-
-        Where a part of the models stays with the clients, those of the round measure their own.
-        """
-        report, config[ROUND] = self.last_round, server_round
-        if report is not None and self.shared:
-            # From now on no model of the server's stands in for theirs.
-            report.evaluation, self._measuring = {}, list(self._asked)
-            config.update(self.instructions())
-            return self._messages(MessageType.EVALUATE, arrays, config, self._asked, report)
-        if not self.fraction_evaluate or self._cohorts is None or report is None:
-            return []
-        least = max(self.min_available_nodes, self.min_evaluate_nodes)
-        self._measuring = self._cohorts.evaluate(grid, server_round, self.fraction_evaluate, least)
-        return self._messages(MessageType.EVALUATE, arrays, config, self._measuring, report)
-
-    def aggregate_evaluate(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> MetricRecord | None:
-        """Average the clients' figures by the number of examples; None without any."""
-        report = self.last_round or RoundReport(server_round, "", sent=0)
-        reports = read_measurements(self._inbox(MessageType.EVALUATE, report), replies, report)
-        if self.shared:
-            mean = mean_of_own_models(reports, report)
-        else:
-            mean = weighted_figures([found.numbers() for _, found in reports], self.weighted_by_key)
-        if mean is not None:
-            self._result.evaluate_metrics_clientapp[server_round] = mean
-        return mean
-
-    def _inbox(self, kind: str, report: RoundReport) -> Inbox:
-        if kind == MessageType.TRAIN:
-            return Inbox(self._who, self._asked, kind, report)
-        return Inbox(self._who, self._measuring, kind, report, "no measurement in time")
-
-    @property
-    def _who(self) -> Identities:
-        return Identities(None) if self._cohorts is None else self._cohorts.identities
 
     def _read(self, client: str, content: RecordDict, report: RoundReport) -> None:
         try:

@@ -91,6 +91,8 @@ class RoundReport:
         Why the other answers could not be used, one line each.
     details : dict[str, Any]
         What else the strategy has to tell of the round; it goes to the round's row.
+    compared : dict[str, Any]
+        What the uploads tell about each other (see `fedlora_flwr.strategies.agreement.describe`).
     evaluation : dict[str, float] or None
         Metrics that clients measured on public records, where the server has no model to measure:
         empty if none could. None where the server measures.
@@ -107,6 +109,7 @@ class RoundReport:
     declined: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+    compared: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, float] | None = None
 
     def count(self, content: RecordDict, plain: int) -> None:

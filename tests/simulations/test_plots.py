@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import struct
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,9 @@ import pytest
 from matplotlib.colors import to_rgba
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
+from typer.testing import CliRunner
 
+from fedlora_flwr.cli import app
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.simulations.plots import (
     MODES,
@@ -25,6 +29,7 @@ from fedlora_flwr.simulations.plots import (
     plot_split,
     split_figure,
 )
+from fedlora_flwr.simulations.round_plots import ratios, rounds_figure
 
 PLANS = ["B", "A", "BAB", "*AB", "BBB/BAB"]
 BLOCKS = ["blocks.0", "blocks.1", "blocks.2"]
@@ -227,3 +232,64 @@ def test_a_split_without_clients_or_classes_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InvalidValue, match="counts"):
             plot_split(counts(clients, classes), tmp_path / "split.png", "digits")
     assert not list(tmp_path.iterdir())
+
+
+def rounds(count: int = 6) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [{"round": 0, "accuracy": 0.1}]
+    for number in range(1, count + 1):
+        parts = ("B", "head") if number % 2 else ("A", "head")
+        rows.append(
+            {
+                "round": number,
+                "agreement": dict.fromkeys(parts, 0.1 * number),
+                "signal": dict.fromkeys(parts, 0.0 if number == 3 else 2.0),
+                "spread": dict.fromkeys(parts, 4.0 * number),
+                "noise": dict.fromkeys(parts, 3.0 * number),
+                "mean_error": 0.0 if number == 2 else 0.25,
+            }
+            | ({"accuracy": 0.2} if number % 3 == 0 else {})
+        )
+    return rows
+
+
+def test_the_rounds_of_a_run_are_drawn_as_they_are() -> None:
+    rows = rounds()
+    assert ratios(rows, "spread", "B") == [(1, 2.0), (3, pytest.approx(math.nan, nan_ok=True)),
+                                           (5, 10.0)]  # fmt: skip
+    assert ratios(rows, "noise", "A") == [(2, 3.0), (4, 6.0), (6, 9.0)]
+    figure = rounds_figure(rows, "accuracy")
+    metric, agreement, ratio, error = figure.axes
+    assert metric.lines[0].get_xydata().tolist() == [[0, 0.1], [3, 0.2], [6, 0.2]]  # type: ignore[union-attr]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["factor A", "factor B", "head"]
+    np.testing.assert_allclose(np.asarray(agreement.lines[0].get_ydata()), [0.2, 0.4, 0.6])
+    assert ratio.get_yscale() == "log"
+    assert len(ratio.lines) == 6
+    np.testing.assert_array_equal(
+        np.asarray(error.lines[0].get_ydata()), [0.25, 0, 0.25, 0.25, 0.25, 0.25]
+    )
+    draw(figure)
+
+
+def test_rounds_without_figures_leave_their_panels_empty() -> None:
+    """Rows of earlier versions, and of a run with one client a round."""
+    figure = rounds_figure([{"round": 0}, {"round": 1, "mean_error": None}], "accuracy")
+    assert [len(axes.lines) for axes in figure.axes] == [0, 1, 0, 0]
+    draw(figure)
+    with pytest.raises(InvalidValue, match="rounds"):
+        rounds_figure([{"round": 0}], "accuracy")
+
+
+def test_the_command_draws_a_run_that_is_there(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    missing = CliRunner().invoke(app, ["plot", str(folder)])
+    assert missing.exit_code == 1
+    assert "rounds.jsonl" in missing.output
+    assert not folder.exists()
+    folder.mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in rounds())
+    (folder / "rounds.jsonl").write_text(lines)
+    assert CliRunner().invoke(app, ["plot", str(folder)]).exit_code == 0
+    assert size(folder / "rounds.png")[0] > 1000
+    other = CliRunner().invoke(app, ["plot", str(folder), "--output", str(tmp_path / "a.pdf")])
+    assert ".png file" in other.output

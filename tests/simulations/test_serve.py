@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -112,6 +113,29 @@ def test_the_summary(finished: tuple[RunConfig, RunDirectory]) -> None:
     for key in ("bytes_up", "bytes_down", "bytes_plain"):
         assert summary[key] == sum(row[key] for row in rounds[1:]) > 0
     assert summary["bytes_up"] + summary["bytes_down"] < summary["bytes_plain"]
+
+
+@pytest.mark.parametrize("filter_name", ["none", "binomial", "ema"])
+def test_the_noise_that_weights_tell_is_the_noise_in_the_mean(
+    filter_name: str, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """At this ε nearly all that differs between clients is noise, whose norm uploads show."""
+    config = make_config(
+        num_clients=4, num_rounds=2, local_steps=4, strategy="la-lora", filter=filter_name,
+        weighting="inverse-noise", epsilon=0.5, lr_a=0.1, lr_b=0.2, lr_head=0.05,
+    )  # fmt: skip
+    run_dir, _ = run(config, tmp_path / "run")
+    for row in run_dir.rows("rounds")[1:]:
+        assert set(row["noise"]) == set(row["spread"]) == {"A", "B", "head"}
+        for part, norm in row["noise"].items():
+            mean = math.hypot(row["spread"][part], row["signal"][part])
+            assert norm == pytest.approx(mean, rel=0.12), (part, row["round"])
+
+
+def test_without_such_weights_the_noise_is_nobody_s_to_tell(
+    finished: tuple[RunConfig, RunDirectory],
+) -> None:
+    assert not any("noise" in row for row in finished[1].rows("rounds"))
 
 
 def joined(run_dir: RunDirectory) -> Counter[str]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.recipes import load_recipe
+from fedlora_flwr.recipes import load_recipe, recipe_names
 from fedlora_flwr.simulations.participation import participation
 from fedlora_flwr.strategies.cohort import Turns, cohort_size
 
@@ -55,6 +55,13 @@ def test_a_tight_cap_gives_each_client_its_share_and_each_round_its_cohort(
     rounds = schedule(load_recipe(recipe, [f"seed={seed}"]))
     assert [len(set(drawn)) for drawn in rounds] == [size] * 100
     assert counts(rounds) == dict.fromkeys(names(clients), cap)
+
+
+@pytest.mark.parametrize("recipe", [name for name in recipe_names() if "la-lora" in name])
+def test_every_recipe_with_a_cap_uses_all_its_rounds(recipe: str) -> None:
+    planned = participation(load_recipe(recipe, []))
+    assert (planned.last_round, planned.ends_early) == (100, False)
+    assert planned.least == planned.most == planned.mean
 
 
 def test_every_block_of_rounds_asks_every_client_once_in_an_order_by_chance() -> None:

@@ -1,0 +1,111 @@
+"""What a strategy sends to which client, and who measures a model: the part that asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Result
+
+from fedlora_flwr.strategies.cohort import Cohorts
+from fedlora_flwr.strategies.identities import Identities
+from fedlora_flwr.strategies.inbox import Inbox, read_measurements
+from fedlora_flwr.strategies.personal import mean_of_own_models, shared_part
+from fedlora_flwr.strategies.replies import RoundReport, size_of, weighted_figures
+from fedlora_flwr.wire import ROUND, SHARE
+
+
+class Exchange(FedAvg):
+    """Messages to the clients of a round, and the rounds in which they measure.
+
+    Attributes
+    ----------
+    shared : str
+        The factors that travel, where not everything does (see `fedlora_flwr.plan.is_shared`).
+    last_round : RoundReport or None
+        What came of the last round.
+    """
+
+    shared: str = ""
+    last_round: RoundReport | None
+    _cohorts: Cohorts | None
+    _result: Result
+    _asked: list[int]
+    _measuring: list[int]
+
+    def instructions(self) -> dict[str, str]:
+        """Say what clients are asked beside the plan, in the words of `wire`."""
+        return {SHARE: self.shared} if self.shared else {}
+
+    def download(self, arrays: ArrayRecord, client: str) -> ArrayRecord:
+        """Choose what a client gets.
+
+        Parameters
+        ----------
+        arrays : ArrayRecord
+            The global arrays.
+        client : str
+            Who it is; empty as long as that is not known.
+        """
+        del client
+        return arrays
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask clients for figures where ``fraction_evaluate`` says so; that costs no budget.
+
+        Where a part of the models stays with the clients, those of the round measure their own.
+        """
+        report, config[ROUND] = self.last_round, server_round
+        if report is not None and self.shared:
+            # From now on no model of the server's stands in for theirs.
+            report.evaluation, self._measuring = {}, list(self._asked)
+            config.update(self.instructions())
+            return self._messages(MessageType.EVALUATE, arrays, config, self._asked, report)
+        if not self.fraction_evaluate or self._cohorts is None or report is None:
+            return []
+        least = max(self.min_available_nodes, self.min_evaluate_nodes)
+        self._measuring = self._cohorts.evaluate(grid, server_round, self.fraction_evaluate, least)
+        return self._messages(MessageType.EVALUATE, arrays, config, self._measuring, report)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Average the clients' figures by the number of examples; None without any."""
+        report = self.last_round or RoundReport(server_round, "", sent=0)
+        reports = read_measurements(self._inbox(MessageType.EVALUATE, report), replies, report)
+        if self.shared:
+            mean = mean_of_own_models(reports, report)
+        else:
+            mean = weighted_figures([found.numbers() for _, found in reports], self.weighted_by_key)
+        if mean is not None:
+            self._result.evaluate_metrics_clientapp[server_round] = mean
+        return mean
+
+    def _inbox(self, kind: str, report: RoundReport) -> Inbox:
+        if kind == MessageType.TRAIN:
+            return Inbox(self._who, self._asked, kind, report)
+        return Inbox(self._who, self._measuring, kind, report, "no measurement in time")
+
+    def _messages(
+        self,
+        kind: str,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        nodes: Sequence[int],
+        report: RoundReport,
+    ) -> list[Message]:
+        """Make one message a node, and count what goes down."""
+        messages = []
+        for node in nodes:
+            chosen = shared_part(self.download(arrays, self._who.of(node)), self.shared)
+            content = RecordDict({self.arrayrecord_key: chosen, self.configrecord_key: config})
+            report.bytes_down += size_of(content)
+            messages.append(Message(content, node, kind))
+        return messages
+
+    @property
+    def _who(self) -> Identities:
+        return Identities(None) if self._cohorts is None else self._cohorts.identities
