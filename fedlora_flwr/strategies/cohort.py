@@ -174,7 +174,8 @@ class Cohorts:
 
     def left(self) -> int:
         """Return how many of the nodes that were connected last may be asked again."""
-        return len(self._able())
+        name = self.identities.name
+        return sum(self.turns.left(name(node)) for node in self._nodes)
 
     def _able(self) -> list[int]:
         name = self.identities.name

@@ -253,7 +253,7 @@ def test_the_command_prints_the_forecast_and_fails_for_a_broken_promise() -> Non
     lines = good.output.splitlines()
     assert lines[0].split() == ["client", "records", "q", "=", "b/n", "σ", "steps"]
     assert len([line for line in lines if line.split()[0].isdigit()]) == 10
-    starts = ("Privacy", "Trains", "Noise", "Memory", "Bytes")
+    starts = ("Privacy", "Rounds", "Trains", "Noise", "Memory", "Bytes")
     assert [line.split()[0] for line in lines[11:]] == [*starts]
     bad = CliRunner().invoke(app, ["plan", "digits", "--records", "20"])
     assert bad.exit_code == 1
