@@ -56,6 +56,12 @@ class Turns:
             if client in self._places:
                 self._places[client] += 1
 
+    def rename(self, before: str, now: str) -> None:
+        """Carry a client's turns over to the name that it has told since it was asked."""
+        self._taken[now] += self._taken.pop(before, 0)
+        if before in self._places:
+            self._places[now] = max(self._places.get(now, 0), self._places.pop(before))
+
     def spend(self, client: str) -> None:
         """Never ask a client again: it has said that its budget is spent."""
         self._spent.add(client)
@@ -115,6 +121,7 @@ class Cohorts:
         self._seed = seed
         self._timeout = timeout
         self._nodes: list[int] = []
+        self._drawn: dict[int, str] = {}
 
     def train(
         self, grid: Grid, server_round: int, fraction: float, needed: int, least: int
@@ -170,7 +177,11 @@ class Cohorts:
 
     def took(self, nodes: Iterable[int]) -> None:
         """Count a round for nodes that were asked; their replies have told who they are."""
-        self.turns.take(self.identities.name(node) for node in nodes)
+        named = {node: self.identities.name(node) for node in nodes}
+        for node, now in named.items():
+            if (before := self._drawn.get(node, now)) != now:
+                self.turns.rename(before, now)
+        self.turns.take(named.values())
 
     def left(self) -> int:
         """Return how many of the nodes that were connected last may be asked again."""
@@ -184,7 +195,9 @@ class Cohorts:
     def _draw(self, purpose: str, server_round: int, nodes: list[int], size: int) -> list[int]:
         names = {self.identities.name(node): node for node in nodes}
         generator = self._generator(purpose, server_round)
-        return [names[name] for name in self.turns.draw(list(names), size, generator)]
+        drawn = self.turns.draw(list(names), size, generator)
+        self._drawn = {names[name]: name for name in drawn}
+        return [names[name] for name in drawn]
 
     def _generator(self, purpose: str, server_round: int) -> np.random.Generator:
         return np.random.default_rng(stream_seed(self._seed, purpose, server_round))

@@ -46,7 +46,10 @@ def counts(rounds: Schedule) -> Counter[str]:
 
 @pytest.mark.parametrize(
     ("recipe", "clients", "size", "cap"),
-    [("paper/la-lora-qnli", 20, 4, 20), ("paper/la-lora-swin-t-cifar100", 8, 4, 50)],
+    [
+        ("paper/la-lora-qnli-as-published", 20, 4, 20),
+        ("paper/la-lora-swin-t-cifar100-as-published", 8, 4, 50),
+    ],
 )
 @pytest.mark.parametrize("seed", range(100))
 def test_a_tight_cap_gives_each_client_its_share_and_each_round_its_cohort(
@@ -65,7 +68,7 @@ def test_every_recipe_with_a_cap_uses_all_its_rounds(recipe: str) -> None:
 
 
 def test_every_block_of_rounds_asks_every_client_once_in_an_order_by_chance() -> None:
-    rounds = schedule(load_recipe("paper/la-lora-qnli", []))
+    rounds = schedule(load_recipe("paper/la-lora-qnli-as-published", []))
     blocks = [rounds[start : start + 5] for start in range(0, 100, 5)]
     assert all(counts(block) == dict.fromkeys(names(20), 1) for block in blocks)
     assert len({str(block) for block in blocks}) == len(blocks)
