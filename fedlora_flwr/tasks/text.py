@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
-# What pandas calls the index of a table that it writes as parquet.
-_INDEX = re.compile(r"__index_level_\d+__")
+# Names of records, which are no text to learn from: common ones, and what pandas calls the index
+# of a table that it writes as parquet. Whoever means such a column names it.
+_INDEX = re.compile(r"__index_level_\d+__|(\w+[_-])?(id|idx|uid|guid|uuid)|index", re.IGNORECASE)
 
 
 class TextClassification(ClassifierTask):
@@ -156,7 +157,8 @@ def text_columns(dataset: Dataset, chosen: str, others: Collection[str]) -> list
     dataset : Dataset
         The split.
     chosen : str
-        Names with commas between them; empty for all text columns but ``others``.
+        Names with commas between them; empty for all text columns but ``others`` and those with
+        names of records, such as ``id``.
     others : Collection[str]
         Columns with something else, such as the class.
 
