@@ -31,7 +31,8 @@ from fedlora_flwr.simulations.workers import Execute, executor, one_by_one
 from fedlora_flwr.tasks.registry import build_task, reading
 
 OnRound = Callable[[dict[str, Any]], None]
-STATUS_INTERVAL = 10.0
+# Seconds from one question to Flower to the next, while a run's log goes on and once it has ended.
+STATUS_INTERVAL, ENDED_INTERVAL = 30.0, 1.0
 
 
 class RunFailed(FedLoRAError):
@@ -243,7 +244,9 @@ def _follow(superlink: SimulationSuperLink, run_dir: RunDirectory, on_round: OnR
         for row in rows[seen:]:
             on_round(row)
         seen = len(rows)
-        if run_dir.summary() is not None or time.monotonic() - asked > STATUS_INTERVAL:
+        # Each question takes seconds of a processor, which the run itself needs.
+        interval = ENDED_INTERVAL if superlink.log_ended else STATUS_INTERVAL
+        if time.monotonic() - asked > interval:
             # `flwr run` exits with 0 whatever comes of the run; its status tells.
             status = superlink.status()
             asked = time.monotonic()

@@ -158,6 +158,11 @@ class SimulationSuperLink:
         # The SuperLink keeps what ServerApp and workers print to itself; this brings it to the log.
         self._stream = self._start(("flwr", "log", self._run_id, CONNECTION, "--stream"))
 
+    @property
+    def log_ended(self) -> bool:
+        """Whether Flower has closed the run's log, which it does when the run is over."""
+        return self._stream is None or self._stream.poll() is not None
+
     def wait(self) -> str:
         """Wait until the run is over; return Flower's own status of it.
 
@@ -168,7 +173,7 @@ class SimulationSuperLink:
         SuperLinkError
             The SuperLink has ended or does not answer.
         """
-        while self._alive() and self._stream is not None and self._stream.poll() is None:
+        while self._alive() and not self.log_ended:
             time.sleep(0.2)
         while not (status := self.status()).startswith("finished"):
             time.sleep(0.5)
