@@ -62,7 +62,7 @@ def naming(dataset: Dataset) -> Iterator[None]:
         if not file or file in str(error):
             raise
         allowed = f"{error.allowed} (read from {file})"
-        raise InvalidValue(error.key, error.value, allowed) from error
+        raise InvalidValue(error.key, error.value, allowed, error.near) from error
 
 
 def _place(dataset: Dataset, row: int) -> str:

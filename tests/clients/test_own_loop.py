@@ -172,7 +172,7 @@ def without(arrays: Arrays, parts: Iterable[str]) -> Arrays:
         (
             lambda a: renamed(a, "layers.1", "layers.7"),
             {},
-            "expected an array of this model: one of",
+            "Expected an array of this model: one of",
         ),
         (lambda a: without(a, ["head"]), {}, "freeze it, or send it too"),
         (lambda a: {n: x[:1] for n, x in a.items()}, {}, r"shape of .* expected \(2, 4\)"),

@@ -13,7 +13,6 @@ from flwr.app import RecordDict
 from fedlora_flwr.client_app import state_folder
 from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.errors import FederationAborted
 from fedlora_flwr.plan import factor_of
 from fedlora_flwr.privacy.budget import Segment, calibrate, epsilon_spent
 from fedlora_flwr.strategies import RoLoRA
@@ -132,15 +131,16 @@ def test_an_exhausted_client_declines_with_no_arrays(make_config: MakeConfig) ->
     assert count_rows(asker.config) == 1
 
 
-def test_a_run_ends_when_every_budget_is_spent(make_config: MakeConfig) -> None:
+def test_a_round_in_which_every_budget_is_spent_changes_nothing(make_config: MakeConfig) -> None:
     config = make_config(max_rounds=1, num_rounds=2)
-    asker = Asker(config)
-    with (
-        asker.grid.running() as grid,
-        pytest.raises(FederationAborted, match=r"Round 2.*privacy budget is spent"),
-    ):
-        RoLoRA().start(grid, to_record(asker.start), num_rounds=2)
+    asker, strategy = Asker(config), RoLoRA()
+    with asker.grid.running() as grid:
+        result = strategy.start(grid, to_record(asker.start), num_rounds=2)
     assert count_rows(config) == config.num_clients
+    assert list(result.train_metrics_clientapp) == [1]
+    assert strategy.last_round is not None
+    assert len(strategy.last_round.declined) == config.num_clients
+    assert strategy.finished
 
 
 def test_a_refused_round_costs_nothing(make_config: MakeConfig) -> None:

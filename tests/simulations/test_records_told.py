@@ -15,9 +15,9 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.tasks.registry import build_task, reading
 from tests.tasks.texts import make_checkpoint, text_config
 
-TRAIN = "train: 60 of 81 records, read from 'id' and 'text'; left out: 20 with nothing in 'label'"
+TRAIN = "train: 60 of 81 records, read from 'text'; left out: 20 with nothing in 'label'"
 EMPTY = "train: records without text in 'text', read as an empty text: 1"
-VALID = "validation: 6 of 6 records, read from 'id' and 'text'"
+VALID = "validation: 6 of 6 records, read from 'text'"
 
 
 @pytest.fixture(autouse=True)

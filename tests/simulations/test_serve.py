@@ -274,9 +274,18 @@ def test_a_failing_run_says_why_and_raises(make_config: MakeConfig, tmp_path: Pa
 def test_a_run_that_dies_later_keeps_its_last_round(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    with pytest.raises(FederationAborted, match="privacy budget is spent"):
-        run(make_config(num_rounds=3, max_rounds=2), tmp_path / "run")
-    run_dir = RunDirectory(tmp_path / "run")
+    def respond(message: Message, context: Context) -> Message:
+        asked: Any = message.content.config_records.get("config", {})
+        if message.metadata.message_type == "train" and asked["server-round"] == 3:
+            raise MemoryError("no room")
+        return app(message, context)
+
+    config, run_dir = make_config(num_rounds=3), RunDirectory(tmp_path / "run")
+    with (
+        LocalGrid(respond, config.num_clients, config.items()).running() as grid,
+        pytest.raises(FederationAborted, match="Round 3: 0 of 3 clients answered"),
+    ):
+        serve(grid, config, run_dir)
     summary = run_dir.summary()
     assert summary is not None
     assert (summary["status"], summary["rounds_done"]) == ("failed", 2)

@@ -89,7 +89,8 @@ def compare_classes(folder: Path, file: str, dataset: Dataset, expected: Table) 
     task = TextClassification(text_config("no-model", folder))
     task._sources["train"] = dataset
     # A column without a name cannot be asked for.
-    texts = [name for name in expected.texts if name not in ("label", "")]
+    # A record's own name is no text to learn from.
+    texts = [name for name in expected.texts if name not in ("label", "", "id")]
     try:
         held = expected.columns["label"]
         if (
@@ -143,7 +144,7 @@ def test_csv_files(place: Path) -> None:
         seen[compare(place, name, lambda: csv_table(content, separator))] += 1
 
     check()
-    assert min(seen["read"], seen["refused"]) > 100, seen
+    assert min(seen["read"], seen["refused"]) > 50, seen
 
 
 def test_json_files(place: Path) -> None:
@@ -158,7 +159,7 @@ def test_json_files(place: Path) -> None:
         seen[compare(place, name, lambda: json_table(content, array=array))] += 1
 
     check()
-    assert min(seen["read"], seen["refused"]) > 100, seen
+    assert min(seen["read"], seen["refused"]) > 50, seen
 
 
 def test_parquet_files(place: Path) -> None:
@@ -178,7 +179,7 @@ def test_parquet_files(place: Path) -> None:
         seen[compare(place, "train.parquet", oracle)] += 1
 
     check()
-    assert min(seen["read"], seen["refused"]) > 80, seen
+    assert min(seen["read"], seen["refused"]) > 40, seen
 
 
 def test_folders_of_pictures(place: Path) -> None:
@@ -194,7 +195,7 @@ def test_folders_of_pictures(place: Path) -> None:
         seen[compare_pictures(place, files)] += 1
 
     check()
-    assert min(seen["read"], seen["refused"]) > 30, seen
+    assert min(seen["read"], seen["refused"]) > 15, seen
 
 
 def compare_pictures(folder: Path, files: dict[str, bytes]) -> str:
