@@ -164,9 +164,9 @@ def test_splits_of_the_hub_are_compared(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_splits_with_other_columns_are_refused(folder: Path) -> None:
-    rows = [{**row, "id": "x"} for row in texts(0, 3)]
+    rows = [{**row, "title": "x"} for row in texts(0, 3)]
     write_split(folder, "validation", rows)
-    with pytest.raises(InvalidValue, match=r"input-columns = ''.*\['text', 'id'\]"):
+    with pytest.raises(InvalidValue, match=r"input-columns = ''.*\['text', 'title'\]"):
         check_splits_apart(text_task(folder))
     refused(text_task(folder, input_columns="text"), "record 0 is record 0")
 
