@@ -12,10 +12,10 @@ import torch
 
 from fedlora_flwr.aggregation import normalise
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.plan import A, B, ComponentPlan, Layout, factor_of
+from fedlora_flwr.plan import ComponentPlan, Layout, factor_of
 from fedlora_flwr.privacy.filters import make_filter
 from fedlora_flwr.privacy.mechanism import Mechanism
-from fedlora_flwr.strategies.agreement import HEAD
+from fedlora_flwr.strategies.agreement import HEAD, PARTS
 from fedlora_flwr.strategies.cohort import cohort_size
 
 Shape = tuple[int, ...]
@@ -55,6 +55,7 @@ def noisy_coordinates(
 
 def noise_of_mean(
     config: RunConfig,
+    server_round: int,
     plan: ComponentPlan,
     layout: Layout,
     shapes: Mapping[str, Shape],
@@ -66,6 +67,8 @@ def noise_of_mean(
     ----------
     config : RunConfig
         Optimizer, rates, filter and steps.
+    server_round : int
+        The round, which rates may depend on.
     plan : ComponentPlan
         What trained.
     layout : Layout
@@ -86,7 +89,7 @@ def noise_of_mean(
         return {}
     weights, variances = (np.array(column) for column in zip(*clients, strict=True))
     scale = float((normalise(weights.tolist()) ** 2 * variances).sum())
-    rates = {A: config.lr_a, B: config.lr_b, HEAD: config.lr_head}
+    rates = dict(zip(PARTS, config.learning_rates(server_round), strict=True))
     squares: dict[str, float] = {}
     found = _by_array(plan, layout, shapes, config.local_steps, config.filter)
     for name, coordinates in found.items():

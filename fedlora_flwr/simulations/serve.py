@@ -229,7 +229,7 @@ class _Session:
         told = [(upload.weight, 1 / upload.metrics[WEIGHT]) for upload in report.uploads]
         shapes = {name: tuple(p.shape) for name, p in self.adapted.parameters.items()}
         plan = ComponentPlan.parse(report.plan)
-        found = noise_of_mean(self.config, plan, self.layout, shapes, told)
+        found = noise_of_mean(self.config, report.server_round, plan, self.layout, shapes, told)
         return {"noise": {p: norm for p, norm in found.items() if p in parts}} if found else {}
 
     def _communication(self, server_round: int) -> dict[str, Any]:

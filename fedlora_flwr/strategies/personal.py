@@ -29,7 +29,7 @@ def mean_of_own_models(
     A device may refuse to measure, so that is no reason to end the run.
     """
     if not reports:
-        log(WARNING, "\\t> round %d: no client measured its model.", report.server_round)
+        log(WARNING, "\t> round %d: no client measured its model.", report.server_round)
         return None
     # In a fixed order, since sums depend on it.
     mean = combine_metrics([found.figures() for _, found in reports])

@@ -115,14 +115,23 @@ def test_the_summary(finished: tuple[RunConfig, RunDirectory]) -> None:
     assert summary["bytes_up"] + summary["bytes_down"] < summary["bytes_plain"]
 
 
-@pytest.mark.parametrize("filter_name", ["none", "binomial", "ema"])
+@pytest.mark.parametrize(
+    ("filter_name", "schedule"),
+    [
+        ("none", "constant"),
+        ("binomial", "constant"),
+        ("ema", "constant"),
+        ("none", "exponential:0.2"),
+    ],
+)
 def test_the_noise_that_weights_tell_is_the_noise_in_the_mean(
-    filter_name: str, make_config: MakeConfig, tmp_path: Path
+    filter_name: str, schedule: str, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     """At this ε nearly all that differs between clients is noise, whose norm uploads show."""
     config = make_config(
         num_clients=4, num_rounds=2, local_steps=4, strategy="la-lora", filter=filter_name,
         weighting="inverse-noise", epsilon=0.5, lr_a=0.1, lr_b=0.2, lr_head=0.05,
+        lr_schedule=schedule,
     )  # fmt: skip
     run_dir, _ = run(config, tmp_path / "run")
     for row in run_dir.rows("rounds")[1:]:
