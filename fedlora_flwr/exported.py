@@ -53,9 +53,9 @@ def write_adapter(adapted: AdaptedModel, folder: Path) -> None:
             delta = layer.module.get_delta_weight(adapter)
             state[f"{PREFIX}{layer.name}.weight"] = layer.base.weight + delta
     found = list(_adapters(adapted))
-    if any(fused_name(model.get_base_model(), layer.name) for layer in adapted.layers):
-        names = "|".join(re.escape(name) for name, *_ in found)
-        written.target_modules = rf"({names})"
+    names = {name for name, *_ in found}
+    if names - {layer.name for layer in adapted.layers}:  # Fused layers, which the pattern misses.
+        written.target_modules = "|".join(map(re.escape, sorted(names)))
     for name, b, a, scaling in found:
         state[f"{PREFIX}{name}.lora_A.weight"] = a
         state[f"{PREFIX}{name}.lora_B.weight"] = b

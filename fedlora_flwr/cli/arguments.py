@@ -59,9 +59,9 @@ def names_of(key: str) -> tuple[str, ...]:
 
         return tuple(task_names())
     if key == "partitioner":
-        from fedlora_flwr.tasks.partition import LABEL_SHARES, PARTITIONERS
+        from fedlora_flwr.tasks.partition import PARTITIONER_NAMES
 
-        return (*PARTITIONERS, LABEL_SHARES)
+        return PARTITIONER_NAMES
     entry = fields_by_key(RunConfig)[key]
     if isinstance(entry.default, bool):
         return ("true", "false")

@@ -43,7 +43,7 @@ def init(
     app_folder = folder / "operator" / "app"
     lines = [
         ("Fleet", f"{folder}: a server and {devices} devices; private keys have mode 600"),
-        ("Server", "carry server/ there, run start.sh; ca/ca.key belongs into a safe"),
+        ("Server", "carry server/ there, run start.sh; keep ca/ca.key in a safe place"),
         ("Devices", "carry devices/NAME/ there, fill in device.toml, run start.sh"),
         ("Operator", "add operator/connection.toml to ~/.flwr/config.toml, run register.sh,"),
         ("", f"then: flwr run {app_folder} {CONNECTION} --run-config RECIPE.toml"),
@@ -77,14 +77,14 @@ def check(
     for finding in look(folder.resolve(), run):
         found.append(finding)
         if not as_json:
-            mark = "ok  " if finding.good else "MEND"
+            mark = "ok  " if finding.good else "FAIL"
             show_line(console, f"{mark} {finding.subject}: {finding.text}")
             if not finding.good:
-                show_line(console, f"     → {finding.mend}")
+                show_line(console, f"     → {finding.fix}")
     if as_json:
         show_json([asdict(finding) for finding in found])
     if bad := sum(not finding.good for finding in found):
-        raise FedLoRAError(f"{bad} to mend first.")
+        raise FedLoRAError(f"{bad} {'problem' if bad == 1 else 'problems'} to fix first.")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

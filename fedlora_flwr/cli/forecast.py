@@ -49,7 +49,7 @@ def plan(
 ) -> None:
     """Show what a run would cost, what it promises and how much noise it has; trains nothing.
 
-    Exits with 1 where a client could not keep its promise.
+    Exits with code 1 if a client cannot keep its promise.
     """
     config = load_recipe(recipe, overrides)
     from fedlora_flwr.simulations import forecast
@@ -78,13 +78,14 @@ def inspect_split(
     from fedlora_flwr.simulations.plots import plot_split
     from fedlora_flwr.simulations.split_table import (
         MAX_COLUMNS,
-        records_read,
         split_counts,
         split_json,
         split_table,
     )
+    from fedlora_flwr.tasks.registry import build_task, reading
 
-    counts, read = split_counts(config), records_read(config)
+    task = build_task(config.task, config)
+    counts, read = split_counts(config, task), reading(task, config.num_clients)
     plot_split(counts, path, f"{config.task}, {config.partitioner}")
     if as_json:
         show_json({**split_json(counts, config), "read": read, "plot": str(path)})

@@ -118,20 +118,18 @@ class RunConfig(
 
     def learning_rates(self, server_round: int) -> tuple[float, float, float]:
         """Return the learning rates of factor A, factor B and the head in a round, from 1."""
-        return tuple(  # type: ignore[return-value]
-            rate * Schedule.parse(own or self.lr_schedule).factor(server_round, self.num_rounds)
-            for rate, own in (
-                (self.lr_a, self.lr_schedule_a),
-                (self.lr_b, self.lr_schedule_b),
-                (self.lr_head, self.lr_schedule_head),
-            )
-        )
+        a, b, head = (s.factor(server_round, self.num_rounds) for s in self._schedules)
+        return a * self.lr_a, b * self.lr_b, head * self.lr_head
 
     @property
     def rates_change(self) -> bool:
         """Whether a learning rate depends on the round."""
+        return any(schedule != Schedule() for schedule in self._schedules)
+
+    @property
+    def _schedules(self) -> list[Schedule]:
         own = (self.lr_schedule_a, self.lr_schedule_b, self.lr_schedule_head)
-        return any((text or self.lr_schedule) != "constant" for text in own)
+        return [Schedule.parse(text or self.lr_schedule) for text in own]
 
     def client_rank(self, partition_id: int) -> int:
         """Return the LoRA rank of a simulated client."""

@@ -47,14 +47,14 @@ class Finding:
         Whether it is fit.
     text : str
         What was found.
-    mend : str
+    fix : str
         What to do where it is not fit.
     """
 
     subject: str
     good: bool
     text: str
-    mend: str = ""
+    fix: str = ""
 
 
 def check_fleet(folder: Path, run: RunConfig | None = None) -> Iterator[Finding]:
@@ -132,7 +132,7 @@ def _own_code(subject: str, script: Path, look: Callable[[Path], Path | None]) -
     try:
         package = look(script)
     except NotSealed as error:
-        return Finding(subject, False, error.what, error.mend)
+        return Finding(subject, False, error.what, error.fix)
     where = f" in {package}" if package else ""
     return Finding(subject, True, f"runs only the code that is installed{where}")
 
@@ -148,11 +148,11 @@ def _reached(fleet: Fleet, authority: Path) -> Finding:
         ):
             return Finding(subject, True, f"answers with a certificate of {authority.name}")
     except ssl.SSLCertVerificationError as error:
-        mend = f"make certificates anew, or put the ca.pem of this fleet's server into {authority}"
-        return Finding(subject, False, error.verify_message, mend)
+        fix = f"make certificates anew, or put the ca.pem of this fleet's server into {authority}"
+        return Finding(subject, False, error.verify_message, fix)
     except OSError as error:
-        mend = "start the server, and let this device through to that port"
-        return Finding(subject, False, f"does not answer: {error.strerror or error}", mend)
+        fix = "start the server, and let this device through to that port"
+        return Finding(subject, False, f"does not answer: {error.strerror or error}", fix)
 
 
 def _versions(made_with: dict[str, str]) -> Finding:
@@ -169,29 +169,29 @@ def _versions(made_with: dict[str, str]) -> Finding:
 
 
 def _certificates(folder: Path, fleet: Fleet) -> Iterator[Finding]:
-    mend = "make a new folder with `fedlora deploy init`, and carry its ca.pem to every device"
+    fix = "make a new folder with `fedlora deploy init`, and carry its ca.pem to every device"
     try:
         authority, server = (
             x509.load_pem_x509_certificate((folder / "server" / f"{name}.pem").read_bytes())
             for name in ("ca", "server")
         )
     except (OSError, ValueError) as error:
-        yield Finding("server certificate", False, f"cannot be read: {error}", mend)
+        yield Finding("server certificate", False, f"cannot be read: {error}", fix)
         return
     for subject, certificate in (("CA certificate", authority), ("server certificate", server)):
-        yield _dates(subject, certificate, mend)
+        yield _dates(subject, certificate, fix)
     try:
         server.verify_directly_issued_by(authority)
         yield Finding("server certificate", True, "signed by the fleet's CA")
     except (ValueError, TypeError, InvalidSignature):
-        yield Finding("server certificate", False, "not signed by the CA beside it", mend)
+        yield Finding("server certificate", False, "not signed by the CA beside it", fix)
     names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     known = {str(getattr(name, "value", name)) for name in names}
     yield Finding(
         "server certificate",
         fleet.host in known,
         f"holds for {', '.join(sorted(known))}",
-        f"devices call the server {fleet.host!r}: {mend}",
+        f"devices call the server {fleet.host!r}: {fix}",
     )
     copies = [folder / "devices" / name / "ca.pem" for name in fleet.names]
     own = (folder / "server" / "ca.pem").read_bytes()
@@ -200,7 +200,7 @@ def _certificates(folder: Path, fleet: Fleet) -> Iterator[Finding]:
     yield Finding("ca.pem", not other, text, "copy server/ca.pem there")
 
 
-def _dates(subject: str, certificate: x509.Certificate, mend: str) -> Finding:
+def _dates(subject: str, certificate: x509.Certificate, fix: str) -> Finding:
     now, begin, end = (
         datetime.now(UTC),
         certificate.not_valid_before_utc,
@@ -209,7 +209,7 @@ def _dates(subject: str, certificate: x509.Certificate, mend: str) -> Finding:
     text = f"valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}"
     if end - now < SOON:
         text += ", soon over" if end > now else ", over"
-    return Finding(subject, begin <= now <= end - SOON, text, mend)
+    return Finding(subject, begin <= now <= end - SOON, text, fix)
 
 
 def _private_keys(folder: Path, keys: Sequence[Path]) -> Iterator[Finding]:
@@ -253,8 +253,8 @@ def _port(fleet: Fleet) -> Finding:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((fleet.listen, fleet.port))
     except OSError as error:
-        mend = "end what listens there, or make the fleet with another --port"
-        return Finding(subject, False, f"cannot be listened on: {error.strerror}", mend)
+        fix = "end what listens there, or make the fleet with another --port"
+        return Finding(subject, False, f"cannot be listened on: {error.strerror}", fix)
     return Finding(subject, True, f"free on {fleet.listen}")
 
 
@@ -356,9 +356,9 @@ def _promise(name: str, client: str, config: RunConfig, file: Path) -> Iterator[
         yield Finding(name, True, f"ε = {both[0]:.3g} spent, {both[1]:.3g} after the run")
 
 
-def _tried(subject: str, work: Callable[[], Any], mend: str) -> Any:
+def _tried(subject: str, work: Callable[[], Any], fix: str) -> Any:
     """Return what a piece of work gives, or the finding that it cannot be done."""
     try:
         return work()
     except (FedLoRAError, OSError) as error:
-        return Finding(subject, False, str(error), mend)
+        return Finding(subject, False, str(error), fix)

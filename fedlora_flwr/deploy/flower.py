@@ -36,17 +36,17 @@ class NotSealed(FedLoRAError):
     ----------
     what : str
         What was found.
-    mend : str
+    fix : str
         What to do about it.
     """
 
-    def __init__(self, what: str, mend: str) -> None:
-        super().__init__(f"{what}: {mend}.")
-        self.what, self.mend = what, mend
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(f"{what}: {fix}.")
+        self.what, self.fix = what, fix
 
     def __reduce__(self) -> tuple[type[NotSealed], tuple[str, str]]:
         """Rebuild from the two arguments, so that the error crosses processes."""
-        return NotSealed, (self.what, self.mend)
+        return NotSealed, (self.what, self.fix)
 
 
 class OtherFlower(NotSealed):

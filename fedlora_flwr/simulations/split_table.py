@@ -8,7 +8,7 @@ import numpy as np
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.tasks.partition import partition_table
-from fedlora_flwr.tasks.registry import Records, build_task, reading
+from fedlora_flwr.tasks.registry import Records, Task, build_task
 from fedlora_flwr.terminal import Table
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ MAX_COLUMNS = 12
 _READ_AT_ONCE = 1024
 
 
-def split_counts(config: RunConfig) -> pd.DataFrame:
+def split_counts(config: RunConfig, task: Task | None = None) -> pd.DataFrame:
     """Count the records of each client of a run by class.
 
     Returns
@@ -33,7 +33,7 @@ def split_counts(config: RunConfig) -> pd.DataFrame:
     InvalidValue
         The records cannot be spread as the configuration asks.
     """
-    task = build_task(config.task, config)
+    task = task or build_task(config.task, config)
     found = [
         _labels(task.client_records(client, config.num_clients))
         for client in range(config.num_clients)
@@ -41,11 +41,6 @@ def split_counts(config: RunConfig) -> pd.DataFrame:
     ends = np.cumsum([len(labels) for labels in found])
     parts = np.split(np.arange(ends[-1]), ends[:-1])
     return partition_table(np.concatenate(found), parts)
-
-
-def records_read(config: RunConfig) -> list[str]:
-    """Return sentences on the records that a run reads and leaves out."""
-    return reading(build_task(config.task, config), config.num_clients)
 
 
 def split_table(counts: pd.DataFrame, config: RunConfig) -> Table:

@@ -105,9 +105,9 @@ def _records(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
                 yield begin, record
             begin = reader.line_num + 1
     except csv.Error as error:
-        mend = 'Write a quote inside a quoted cell twice ("")'
+        fix = 'Write a quote inside a quoted cell twice ("")'
         text = f"quotes that match, and the record in line {begin} has others ({reason(error)})"
-        raise unreadable(path, f"{text}. {mend}") from error
+        raise unreadable(path, f"{text}. {fix}") from error
 
 
 def _column_names(path: Path, header: list[str]) -> list[str]:

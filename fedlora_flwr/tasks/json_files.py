@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _BLANK = re.compile(r"[ \t\r\n]*")
 _ROWS = 10_000
-_MEND = "Each record is one JSON object; correct or remove this one"
+_FIX = "Each record is one JSON object; correct or remove this one"
 
 Row = tuple[int, dict[str, Any]]
 
@@ -75,7 +75,7 @@ def _records(path: Path) -> Iterator[Row]:
         line, counted = line + text.count("\n", counted, at), at
         value, at = _value(decoder, text, at, path, line)
         if not isinstance(value, dict):
-            raise unreadable(path, f"JSON, and line {line} has no object. {_MEND}")
+            raise unreadable(path, f"JSON, and line {line} has no object. {_FIX}")
         yield line, value
         at = _after_blanks(text, at)
         if array:
@@ -89,10 +89,10 @@ def _value(decoder: json.JSONDecoder, text: str, at: int, path: Path, line: int)
         return decoder.raw_decode(text, at)
     except json.JSONDecodeError as error:
         found = f"JSON, and line {error.lineno} is not ({error.msg}, column {error.colno})"
-        raise unreadable(path, f"{found}. {_MEND}") from error
+        raise unreadable(path, f"{found}. {_FIX}") from error
     except (ValueError, RecursionError) as error:
         found = f"JSON, and the record in line {line} cannot be read ({reason(error)})"
-        raise unreadable(path, f"{found}. {_MEND}") from error
+        raise unreadable(path, f"{found}. {_FIX}") from error
 
 
 def _next(text: str, at: int, path: Path) -> tuple[int, bool]:

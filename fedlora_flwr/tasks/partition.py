@@ -106,6 +106,7 @@ PARTITIONERS: dict[str, Callable[[Split], Partitioner]] = {
     "exponential": _by_place("ExponentialPartitioner"),
 }
 LABEL_SHARES = "label-shares"
+PARTITIONER_NAMES = (*PARTITIONERS, LABEL_SHARES)
 _BY_COLUMN = ("dirichlet", "pathological", "shard", "natural-id", LABEL_SHARES)
 
 
@@ -138,9 +139,8 @@ def partition_records(columns: Mapping[str, NDArray[Any]], split: Split) -> list
     InvalidValue
         A setting is out of range, or does not suit these records.
     """
-    known = [*PARTITIONERS, LABEL_SHARES]
-    if split.partitioner not in known:
-        raise unknown("partitioner", split.partitioner, known)
+    if split.partitioner not in PARTITIONER_NAMES:
+        raise unknown("partitioner", split.partitioner, PARTITIONER_NAMES)
     if split.partitioner in _BY_COLUMN:
         _require_column(columns, split)
     records = len(next(iter(columns.values())))

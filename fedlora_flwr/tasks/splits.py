@@ -13,7 +13,7 @@ class SplitSettings(Protocol):
 
     @property
     def partitioner(self) -> str:
-        """A key of `fedlora_flwr.tasks.partition.PARTITIONERS`."""
+        """One of `fedlora_flwr.tasks.partition.PARTITIONER_NAMES`."""
         ...
 
     @property
@@ -59,7 +59,7 @@ class Split:
     Parameters
     ----------
     partitioner : str
-        A key of `fedlora_flwr.tasks.partition.PARTITIONERS`.
+        One of `fedlora_flwr.tasks.partition.PARTITIONER_NAMES`.
     num_partitions : int
         Clients.
     seed : int

@@ -211,14 +211,14 @@ def old_script(fleet: Path) -> None:
         (unreadable_settings, "device-02", "readable TOML file"),
     ],
 )
-def test_each_fault_is_found_with_its_mend(
+def test_each_fault_is_found_with_its_fix(
     fleet: Path, fault: Callable[[Path], None], subject: str, text: str
 ) -> None:
     import re
 
     fault(fleet)
     bad = findings(fleet)[False]
-    assert any(f.subject == subject and re.search(text, f.text) and f.mend for f in bad), bad
+    assert any(f.subject == subject and re.search(text, f.text) and f.fix for f in bad), bad
 
 
 def test_certificates_that_end_soon_are_found(fleet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,4 +405,4 @@ def test_the_command_takes_either_folder(fleet: Path, on_device: Path) -> None:
     for folder, expected in ((fleet, 0), (on_device, 1)):  # Its server does not run.
         done = CliRunner().invoke(app, ["deploy", "check", str(folder)])
         assert done.exit_code == expected, done.output
-    assert "MEND server 127.0.0.1" in done.output
+    assert "FAIL server 127.0.0.1" in done.output

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 OWN, BARE = NAMES
 """Started by its own script; started by Flower's program alone."""
 REFUSED = "The app bundle "
-MEND = "ship the folder operator/app that `fedlora deploy init` writes."
+FIX = "ship the folder operator/app that `fedlora deploy init` writes."
 
 
 @dataclass
@@ -109,14 +109,14 @@ def test_the_operator_and_the_devices_owner_are_told_why(
     (refusal,) = [text for text in story.answers[name] if text.startswith(REFUSED)]
     assert len(story.answers[name]) == 2
     assert reason in refusal
-    assert refusal.endswith(MEND)
+    assert refusal.endswith(FIX)
     assert refusal in story.log
 
 
 def test_the_repository_as_the_app_fails_the_run_and_says_what_to_ship(story: Story) -> None:
     summary = RunDirectory(story.base / "repository").summary() or {}
     assert summary["status"] != "completed"
-    assert MEND in story.repository
+    assert FIX in story.repository
 
 
 def test_an_honest_run_on_the_same_fleet_is_as_before(story: Story) -> None:
