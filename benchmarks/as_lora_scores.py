@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fedlora_flwr.gains import Movement, UpdateSums, secant
+from fedlora_flwr.algebra.gains import Movement, UpdateSums, secant
 from fedlora_flwr.strategies.choices import Scores, chance_of_a, lead
 
 Array: TypeAlias = NDArray[np.float64]

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.clients.trainer import plan_mechanism
 from fedlora_flwr.config import RunConfig, parse_overrides
+from fedlora_flwr.forecast.forecast import skeleton
 from fedlora_flwr.plan import A, B, Layout, factor_of
-from fedlora_flwr.simulations.forecast import skeleton
-from fedlora_flwr.simulations.noise import noise_to_signal, noisy_coordinates
-from fedlora_flwr.simulations.serve import build_strategy
+from fedlora_flwr.server.noise import noise_to_signal, noisy_coordinates
+from fedlora_flwr.server.serve import build_strategy
 from fedlora_flwr.tasks.registry import build_task
 
 RESULTS = Path(__file__).parent / "results"

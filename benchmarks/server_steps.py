@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
 
-from fedlora_flwr.aggregation import weighted_mean
-from fedlora_flwr.factors import combine, compact, refactorise, residual, truncate
+from fedlora_flwr.algebra.factors import combine, compact, refactorise, residual, truncate
+from fedlora_flwr.algebra.means import weighted_mean
 
 Factor: TypeAlias = NDArray[np.floating]
 Pair: TypeAlias = tuple[Factor, Factor]

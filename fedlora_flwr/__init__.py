@@ -9,22 +9,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedlora_flwr.adapters import AdaptedModel as AdaptedModel
-    from fedlora_flwr.adapters import LoRASpec as LoRASpec
-    from fedlora_flwr.adapters import attach as attach
     from fedlora_flwr.clients.bridge import answer as answer
     from fedlora_flwr.clients.bridge import bridge as bridge
     from fedlora_flwr.clients.bridge import client_identity as client_identity
     from fedlora_flwr.clients.numpy_client import LoRAClient as LoRAClient
-    from fedlora_flwr.clients.own_loop import follow_fit as follow_fit
-    from fedlora_flwr.clients.own_loop import follow_plan as follow_plan
     from fedlora_flwr.clients.trainer import Trainer as Trainer
     from fedlora_flwr.config import RunConfig as RunConfig
+    from fedlora_flwr.data.records import TensorRecords as TensorRecords
+    from fedlora_flwr.integrations.hf_trainer import PrivateTrainer as PrivateTrainer
+    from fedlora_flwr.integrations.legacy_strategy import LegacyStrategy as LegacyStrategy
+    from fedlora_flwr.integrations.planned_loop import follow_fit as follow_fit
+    from fedlora_flwr.integrations.planned_loop import follow_plan as follow_plan
+    from fedlora_flwr.lora.adapters import AdaptedModel as AdaptedModel
+    from fedlora_flwr.lora.adapters import LoRASpec as LoRASpec
+    from fedlora_flwr.lora.adapters import attach as attach
     from fedlora_flwr.plan import ComponentPlan as ComponentPlan
     from fedlora_flwr.privacy.budget import calibrate as calibrate
     from fedlora_flwr.privacy.budget import epsilon_spent as epsilon_spent
     from fedlora_flwr.privacy.engine import PrivateEngine as PrivateEngine
-    from fedlora_flwr.privacy.hf_trainer import PrivateTrainer as PrivateTrainer
     from fedlora_flwr.privacy.ledger import Ledger as Ledger
     from fedlora_flwr.privacy.mechanism import Mechanism as Mechanism
     from fedlora_flwr.simulations.local_grid import LocalGrid as LocalGrid
@@ -38,19 +40,17 @@ if TYPE_CHECKING:
     from fedlora_flwr.strategies import FLoRA as FLoRA
     from fedlora_flwr.strategies import LALoRA as LALoRA
     from fedlora_flwr.strategies import RoLoRA as RoLoRA
-    from fedlora_flwr.strategies.legacy import LegacyStrategy as LegacyStrategy
-    from fedlora_flwr.tasks.records import TensorRecords as TensorRecords
 
 _HOMES = {
-    "AdaptedModel": "adapters",
-    "LoRASpec": "adapters",
-    "attach": "adapters",
+    "AdaptedModel": "lora.adapters",
+    "LoRASpec": "lora.adapters",
+    "attach": "lora.adapters",
     "answer": "clients.bridge",
     "bridge": "clients.bridge",
     "client_identity": "clients.bridge",
     "LoRAClient": "clients.numpy_client",
-    "follow_fit": "clients.own_loop",
-    "follow_plan": "clients.own_loop",
+    "follow_fit": "integrations.planned_loop",
+    "follow_plan": "integrations.planned_loop",
     "Trainer": "clients.trainer",
     "RunConfig": "config",
     "ComponentPlan": "plan",
@@ -59,7 +59,7 @@ _HOMES = {
     "Mechanism": "privacy.mechanism",
     "PrivateEngine": "privacy.engine",
     "Ledger": "privacy.ledger",
-    "PrivateTrainer": "privacy.hf_trainer",
+    "PrivateTrainer": "integrations.hf_trainer",
     "LocalGrid": "simulations.local_grid",
     "ASLoRA": "strategies",
     "FedExLoRA": "strategies",
@@ -71,8 +71,8 @@ _HOMES = {
     "FFALoRA": "strategies",
     "LALoRA": "strategies",
     "RoLoRA": "strategies",
-    "LegacyStrategy": "strategies.legacy",
-    "TensorRecords": "tasks.records",
+    "LegacyStrategy": "integrations.legacy_strategy",
+    "TensorRecords": "data.records",
 }
 
 __all__ = sorted(_HOMES)

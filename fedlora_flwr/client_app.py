@@ -13,7 +13,6 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.logger import log
 
-from fedlora_flwr import acting
 from fedlora_flwr.clients import uncollected
 from fedlora_flwr.clients.bridge import (
     answer,
@@ -29,6 +28,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.environment import in_simulation
 from fedlora_flwr.errors import OrderRefused
 from fedlora_flwr.files import data_folder
+from fedlora_flwr.wire.identity import Identity, acting_for, current
 
 if TYPE_CHECKING:
     from fedlora_flwr.clients.numpy_client import LoRAClient
@@ -129,12 +129,12 @@ def _warm(message: Message, context: Context, call_next: ClientAppCallable) -> M
 
 def _ask(device: Device, file: Path, message: Message, context: Context) -> Message:
     process = WarmProcess.of(device, file)
-    return process.call(_respond_here, acting.current(), message, context)
+    return process.call(_respond_here, current(), message, context)
 
 
-def _respond_here(identity: acting.Identity, message: Message, context: Context) -> Message:
+def _respond_here(identity: Identity, message: Message, context: Context) -> Message:
     # Our clients keep what they keep on the disk, and nothing in the context.
-    with acting.acting_for(*identity):
+    with acting_for(*identity):
         return _app_here(message, context)
 
 

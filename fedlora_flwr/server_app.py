@@ -9,11 +9,11 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.deploy.watched_grid import WatchedGrid
 from fedlora_flwr.files import SERVER_STATE, data_folder
-from fedlora_flwr.simulations.endings import recorded
-from fedlora_flwr.simulations.run_dir import CLAIM, RunDirectory
-from fedlora_flwr.simulations.serve import serve
+from fedlora_flwr.server.endings import recorded
+from fedlora_flwr.server.run_dir import CLAIM, RunDirectory
+from fedlora_flwr.server.serve import serve
+from fedlora_flwr.server.watched_grid import WatchedGrid
 
 app = ServerApp()
 

@@ -19,12 +19,12 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from fedlora_flwr.adapters import AdaptedModel, LoRASpec, attach
+from fedlora_flwr.data.records import TensorRecords
+from fedlora_flwr.lora.adapters import AdaptedModel, LoRASpec, attach
 from fedlora_flwr.plan import factor_of
 from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.noise import SeededNoise
-from fedlora_flwr.tasks.records import TensorRecords
 
 CLASSES = 5
 MODES = {"A": ("A", None), "B": ("B", None), "*": ("A", "B", None)}

@@ -20,12 +20,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedlora_flwr import files
-from fedlora_flwr.adapters import AdaptedModel, attach
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.files import FileTrouble, append, locked, replace_file, replacing
-from fedlora_flwr.simulations.run_dir import RunDirectory
-from fedlora_flwr.simulations.workers import log_to_file
+from fedlora_flwr.lora.adapters import AdaptedModel, attach
+from fedlora_flwr.processes.workers import log_to_file
+from fedlora_flwr.server.run_dir import RunDirectory
 from tests.models import ROBERTA
 
 

@@ -63,7 +63,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_beside_it(built: Path) ->
         names = set(wheel.namelist())
     info = {name for name in names if ".dist-info/" in name}
     assert names - info == package_files()
-    assert {"fedlora_flwr/py.typed", "fedlora_flwr/simulations/recipes/digits.toml"} <= names
+    assert {"fedlora_flwr/py.typed", "fedlora_flwr/config/recipes/digits.toml"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in info)
 
 
@@ -146,8 +146,9 @@ def test_the_bundle_is_the_app_and_no_more(bundle: Path) -> None:
 
 def test_the_bundles_apps_load_from_the_bundle_alone(bundle: Path) -> None:
     code = (
-        "import fedlora_flwr.server_app as s, fedlora_flwr.client_app as c, fedlora_flwr.recipes as"
-        " r; print(s.__file__, c.__file__, len(r.recipe_names()), sep='\\n')"
+        "import fedlora_flwr.server_app as s, fedlora_flwr.client_app as c;"
+        " import fedlora_flwr.config.recipes as r;"
+        " print(s.__file__, c.__file__, len(r.recipe_names()), sep='\\n')"
     )
     # Without site (-S) no .pth file is read, so the editable install is out of sight.
     path = os.pathsep.join((str(bundle), DEPENDENCIES))

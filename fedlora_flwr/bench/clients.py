@@ -17,9 +17,9 @@ from fedlora_flwr.bench.engine import stack_config
 from fedlora_flwr.bench.figures import Figure
 from fedlora_flwr.bench.rounds import time_rounds
 from fedlora_flwr.environment import peak_memory
-from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.processes.workers import log_to_file
+from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import make_plan
-from fedlora_flwr.simulations.workers import log_to_file
 
 TIME_BAR, MEMORY_BAR = 1.2, 1.1
 

@@ -23,9 +23,9 @@ from fedlora_flwr.bench.tasks import ShapeTask
 from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.plan import BOTH, ComponentPlan
-from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.processes.workers import log_to_file
+from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import RunPlan, make_plan
-from fedlora_flwr.simulations.workers import log_to_file
 
 WIDTH, DEPTH = 768, 32
 MESSAGE_BAR, START_BAR = 2.0, 1 / 3

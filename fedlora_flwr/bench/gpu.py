@@ -14,12 +14,12 @@ from fedlora_flwr.bench.figures import Figure, peak_bytes, take_turns
 from fedlora_flwr.bench.rounds import time_rounds
 from fedlora_flwr.bench.step import Bars, Shape, StepBench, measure, roberta, swin
 from fedlora_flwr.bench.tasks import ShapeTask
-from fedlora_flwr.compiled import compile_backbone
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.precision import run_in_bf16
-from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.lora.compiled import compile_backbone
+from fedlora_flwr.lora.precision import run_in_bf16
+from fedlora_flwr.processes.workers import log_to_file
+from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import make_plan
-from fedlora_flwr.simulations.workers import log_to_file
 
 BARS = Bars(narrow=1.05, all_linears=1.05, memory=None)
 HALF_BAR = 0.5

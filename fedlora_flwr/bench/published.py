@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader, Dataset
 from fedlora_flwr.bench.figures import Figure
 from fedlora_flwr.bench.rounds import time_rounds
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.processes.workers import log_to_file
+from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import make_plan
-from fedlora_flwr.simulations.workers import log_to_file
 
 BAR = 1 / 5
 WORDS = 5000

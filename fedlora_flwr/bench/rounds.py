@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import RunPlan, run_in_process
 
 

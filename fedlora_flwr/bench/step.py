@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from fedlora_flwr.adapters import LoRASpec, attach
 from fedlora_flwr.bench.figures import Call, Figure, operators, peak_bytes, take_turns
+from fedlora_flwr.data.records import TensorRecords
+from fedlora_flwr.lora.adapters import LoRASpec, attach
 from fedlora_flwr.plan import factor_of
 from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.noise import SeededNoise
-from fedlora_flwr.tasks.records import TensorRecords
 
 RANK, ALPHA = 8, 16.0
 PHASES = {"A": ("A", None), "B": ("B", None), "AB": ("A", "B", None)}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora_flwr.bench.step import Shape
-from fedlora_flwr.tasks.records import TensorRecords
+from fedlora_flwr.data.records import TensorRecords
 
 
 class ShapeTask(ABC):

@@ -10,8 +10,8 @@ import typer
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.keys import Check, fields_by_key
+from fedlora_flwr.config.recipes import recipe_names
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.recipes import recipe_names
 
 
 def complete_recipe(incomplete: str) -> list[str]:
@@ -59,7 +59,7 @@ def names_of(key: str) -> tuple[str, ...]:
 
         return tuple(task_names())
     if key == "partitioner":
-        from fedlora_flwr.tasks.partition import PARTITIONER_NAMES
+        from fedlora_flwr.data.partition import PARTITIONER_NAMES
 
         return PARTITIONER_NAMES
     entry = fields_by_key(RunConfig)[key]

@@ -17,8 +17,8 @@ from fedlora_flwr.cli.arguments import (
     complete_strategies,
 )
 from fedlora_flwr.config import parse_overrides
+from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
-from fedlora_flwr.recipes import load_recipe
 from fedlora_flwr.terminal import show_json
 
 
@@ -63,12 +63,12 @@ def compare(
     """Compare strategies over privacy budgets; the same command again goes on where it stopped."""
     texts, budgets = _rows(strategies, rows or []), _budgets(epsilon)
     config = load_recipe(task, _shared(overrides or [], texts[0].split(), budgets[0]))
-    from fedlora_flwr.simulations.compare import Comparison
-    from fedlora_flwr.simulations.compare import compare as run_comparison
-    from fedlora_flwr.simulations.compare_methods import read_methods
-    from fedlora_flwr.simulations.compare_results import as_json as in_json
-    from fedlora_flwr.simulations.compare_results import document_of, read_rows
-    from fedlora_flwr.simulations.compare_screen import CompareScreen
+    from fedlora_flwr.cli.compare_screen import CompareScreen
+    from fedlora_flwr.studies.compare import Comparison
+    from fedlora_flwr.studies.compare import compare as run_comparison
+    from fedlora_flwr.studies.compare_methods import read_methods
+    from fedlora_flwr.studies.compare_results import as_json as in_json
+    from fedlora_flwr.studies.compare_results import document_of, read_rows
     from fedlora_flwr.tasks.registry import build_task
 
     comparison = Comparison(config, read_methods(texts, config), budgets, seeds, trials)

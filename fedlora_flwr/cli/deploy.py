@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 
 from fedlora_flwr.cli.arguments import AsJson, Overrides, complete_recipe
+from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.errors import FedLoRAError
-from fedlora_flwr.recipes import load_recipe
 from fedlora_flwr.terminal import Commands, show_json, show_line
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Real clients on real devices.")

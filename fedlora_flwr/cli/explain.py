@@ -12,9 +12,9 @@ from rich.console import Console
 from fedlora_flwr.cli.arguments import AsJson, complete_key, names_of
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.keys import allowed_values, fields_by_key, type_words
+from fedlora_flwr.config.recipes import about_recipe, recipe_names
 from fedlora_flwr.config.toml import toml_value
 from fedlora_flwr.errors import unknown
-from fedlora_flwr.recipes import about_recipe, recipe_names
 from fedlora_flwr.terminal import Table, show, show_json, show_line, show_lines
 
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from fedlora_flwr.cli.arguments import AsJson, Overrides, Recipe, png_file
-from fedlora_flwr.recipes import load_recipe
+from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.terminal import show, show_json, show_lines
 
 
@@ -52,8 +52,8 @@ def plan(
     Exits with code 1 if a client cannot keep its promise.
     """
     config = load_recipe(recipe, overrides)
-    from fedlora_flwr.simulations import forecast
-    from fedlora_flwr.simulations.forecast_screen import show_forecast
+    from fedlora_flwr.cli.forecast_screen import show_forecast
+    from fedlora_flwr.forecast import forecast
 
     found = forecast.forecast(config, records)
     if as_json:
@@ -75,13 +75,13 @@ def inspect_split(
     """Show which client of a simulation gets how many records of which class; trains nothing."""
     config = load_recipe(recipe, overrides)
     path = png_file(output or Path(f"split-{Path(recipe).stem}.png"))
-    from fedlora_flwr.simulations.plots import plot_split
-    from fedlora_flwr.simulations.split_table import (
+    from fedlora_flwr.forecast.split_table import (
         MAX_COLUMNS,
         split_counts,
         split_json,
         split_table,
     )
+    from fedlora_flwr.plots.plots import plot_split
     from fedlora_flwr.tasks.registry import build_task, reading
 
     task = build_task(config.task, config)

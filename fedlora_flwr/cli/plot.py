@@ -24,8 +24,8 @@ def plot(
     if not (run_dir / "rounds.jsonl").is_file():
         raise InvalidValue("RUN_DIR", str(run_dir), "the folder of a run, with rounds.jsonl")
     path = png_file(output or run_dir / "rounds.png")
-    from fedlora_flwr.simulations.round_plots import plot_rounds
-    from fedlora_flwr.simulations.run_dir import RunDirectory
+    from fedlora_flwr.plots.round_plots import plot_rounds
+    from fedlora_flwr.server.run_dir import RunDirectory
 
     found = RunDirectory(run_dir)
     metric = (found.summary() or {}).get("metric", "accuracy")

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from fedlora_flwr.cli.arguments import AsJson, Output, Overrides, Recipe
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.errors import FedLoRAError
-from fedlora_flwr.recipes import load_recipe
 from fedlora_flwr.terminal import show_json, show_lines, told
 
 
@@ -52,11 +52,11 @@ def simulate(
 def _launch(
     launch: Callable[..., dict[str, Any]], config: RunConfig, as_json: bool, output: Path
 ) -> None:
-    from fedlora_flwr.simulations.endings import recorded
-    from fedlora_flwr.simulations.report import Screen, closing_rows
-    from fedlora_flwr.simulations.run_dir import RunDirectory, check_unused
+    from fedlora_flwr.cli.run_screen import Screen, closing_rows
+    from fedlora_flwr.processes.workers import log_to_file
+    from fedlora_flwr.server.endings import recorded
+    from fedlora_flwr.server.run_dir import RunDirectory, check_unused
     from fedlora_flwr.simulations.runner import make_plan
-    from fedlora_flwr.simulations.workers import log_to_file
 
     console = Console(stderr=as_json)
     if config.run_dir:

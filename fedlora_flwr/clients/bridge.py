@@ -25,7 +25,6 @@ from flwr.clientapp.typing import ClientAppCallable
 from flwr.common import NDArrays, Scalar
 from flwr.common.logger import log
 
-from fedlora_flwr.arrays import to_numpy
 from fedlora_flwr.clients.device import DEVICE, Device
 from fedlora_flwr.environment import in_simulation
 from fedlora_flwr.errors import (
@@ -36,6 +35,7 @@ from fedlora_flwr.errors import (
     OrderRefused,
 )
 from fedlora_flwr.wire import CLIENT, NAMES, partition_name
+from fedlora_flwr.wire.arrays import to_numpy
 from fedlora_flwr.wire.records import evaluate_content, fit_content, query_records
 from fedlora_flwr.wire.report import Report
 

@@ -11,22 +11,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedlora_flwr.adapters import AdaptedModel, LoRASpec, attach
-from fedlora_flwr.compiled import compile_backbone
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue, explained
-from fedlora_flwr.exported import outermost
-from fedlora_flwr.frozen import share
+from fedlora_flwr.lora.adapters import AdaptedModel, LoRASpec, attach
+from fedlora_flwr.lora.compiled import compile_backbone
+from fedlora_flwr.lora.exported import outermost
+from fedlora_flwr.lora.precision import run_in_bf16
+from fedlora_flwr.lora.shared_weights import share
 from fedlora_flwr.plan import ComponentPlan, Layout
-from fedlora_flwr.precision import run_in_bf16
 from fedlora_flwr.privacy.account import UNBOUND, Terms
 from fedlora_flwr.privacy.budget import calibrate, check_budget
 from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
-from fedlora_flwr.privacy.filters import make_filter
 from fedlora_flwr.privacy.lifetime import calibrate_run
 from fedlora_flwr.privacy.masks import own_randomness
 from fedlora_flwr.privacy.mechanism import Mechanism, poisson_batches
 from fedlora_flwr.privacy.noise import NoiseSource, SecureNoise, SeededNoise
+from fedlora_flwr.privacy.postprocessing.filters import make_filter
 from fedlora_flwr.randomness import stream_seed
 from fedlora_flwr.tasks.registry import DRAWN, Records, Task, build_task
 

@@ -13,18 +13,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fedlora_flwr.adapters import AdaptedLinear, AdaptedModel
 from fedlora_flwr.errors import InvalidValue, PrivacyViolation
+from fedlora_flwr.lora.adapters import AdaptedLinear, AdaptedModel
 from fedlora_flwr.plan import A, B, factor_of
-from fedlora_flwr.privacy.adam import NoiseAwareAdamW
-from fedlora_flwr.privacy.apart import Place, buffers_of, check_apart, check_buffers, states_of
 from fedlora_flwr.privacy.clipping import NoisyOptimizer
-from fedlora_flwr.privacy.filters import GradientFilter, NoFilter
 from fedlora_flwr.privacy.grad_sample import GradSampler
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.microbatches import PassPlan, passes
 from fedlora_flwr.privacy.noise import NoiseSource
-from fedlora_flwr.privacy.precondition import precondition
+from fedlora_flwr.privacy.postprocessing.adam import NoiseAwareAdamW
+from fedlora_flwr.privacy.postprocessing.filters import GradientFilter, NoFilter
+from fedlora_flwr.privacy.postprocessing.precondition import precondition
+from fedlora_flwr.privacy.record_independence import (
+    Place,
+    buffers_of,
+    check_apart,
+    check_buffers,
+    states_of,
+)
 
 if TYPE_CHECKING:
     from fedlora_flwr.tasks.registry import Batch, Records

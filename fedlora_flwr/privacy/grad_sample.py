@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fedlora_flwr.adapters import AdaptedLinear, AdaptedModel, HeadLinear
 from fedlora_flwr.errors import PrivacyViolation
-from fedlora_flwr.precision import full_precision
+from fedlora_flwr.lora.adapters import AdaptedLinear, AdaptedModel, HeadLinear
+from fedlora_flwr.lora.precision import full_precision
 
 
 class GradSampler:

@@ -15,11 +15,11 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from fedlora_flwr.acting import acting_for
 from fedlora_flwr.environment import simulating
-from fedlora_flwr.simulations.workers import Execute, one_by_one
+from fedlora_flwr.processes.workers import Execute, one_by_one
 from fedlora_flwr.strategies.identities import KnownNode
 from fedlora_flwr.wire import partition_name
+from fedlora_flwr.wire.identity import acting_for
 
 ClientAppCall: TypeAlias = Callable[[Message, Context], Message]
 

@@ -18,16 +18,16 @@ from fedlora_flwr.clients.trainer import build_adapted, plan_mechanism
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.files import private_folder
+from fedlora_flwr.forecast.placement import Placement, place
 from fedlora_flwr.plan import Layout
 from fedlora_flwr.privacy.mechanism import Mechanism
+from fedlora_flwr.processes.workers import Execute, executor, one_by_one
+from fedlora_flwr.server.endings import COMPLETED, untold
+from fedlora_flwr.server.rehearsal import check_folding, rehearse
+from fedlora_flwr.server.run_dir import CLAIM, RunDirectory
+from fedlora_flwr.server.serve import build_strategy, serve
 from fedlora_flwr.simulations.app import write_app
-from fedlora_flwr.simulations.endings import COMPLETED, untold
-from fedlora_flwr.simulations.placement import Placement, place
-from fedlora_flwr.simulations.rehearsal import check_folding, rehearse
-from fedlora_flwr.simulations.run_dir import CLAIM, RunDirectory
-from fedlora_flwr.simulations.serve import build_strategy, serve
 from fedlora_flwr.simulations.superlink import LOCAL, SimulationSuperLink
-from fedlora_flwr.simulations.workers import Execute, executor, one_by_one
 from fedlora_flwr.tasks.registry import build_task, reading
 
 OnRound = Callable[[dict[str, Any]], None]
@@ -85,7 +85,7 @@ def make_plan(config: RunConfig, console: Console | None = None) -> RunPlan:
     InvalidValue
         A setting cannot be used, or a client could not keep its promise.
     PrivacyViolation, ModelFailed
-        The model cannot train (see `fedlora_flwr.simulations.rehearsal`).
+        The model cannot train (see `fedlora_flwr.server.rehearsal`).
     """
     strategy = build_strategy(config)
     task = build_task(config.task, config)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fedlora_flwr.errors import FedLoRAError
-from fedlora_flwr.simulations.lifeline import Lifeline
+from fedlora_flwr.processes.lifeline import Lifeline
 from fedlora_flwr.terminal import uninterrupted
 
 CONNECTION = "fedlora"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_flwr.aggregation import Arrays, normalise
+from fedlora_flwr.algebra.means import Arrays, normalise
 from fedlora_flwr.plan import A, B, Layout, factor_of
 from fedlora_flwr.strategies.replies import Upload
 

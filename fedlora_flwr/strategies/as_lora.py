@@ -10,8 +10,8 @@ import numpy as np
 from flwr.serverapp.strategy import Result
 from numpy.typing import NDArray
 
-from fedlora_flwr.aggregation import Arrays
-from fedlora_flwr.gains import Estimate, Movement, across, movements, secant
+from fedlora_flwr.algebra.gains import Estimate, Movement, across, movements, secant
+from fedlora_flwr.algebra.means import Arrays
 from fedlora_flwr.plan import CURVATURES, GROUPS, SELECTIONS, A, B, ComponentPlan, Layout, factor_of
 from fedlora_flwr.randomness import stream_seed
 from fedlora_flwr.schedules import Schedule
@@ -40,9 +40,9 @@ class ASLoRA(FedLoRA):
     In the first rounds all blocks train B and A in turn, B first. Then each block draws A with the
     probability that A's score exceeds B's, given the standard errors of both; a factor without a
     score yet is chosen. A score estimates by how much a round lowered the loss through one factor
-    of one block. It is made of the uploads (`fedlora_flwr.gains`): clients report nothing, and no
-    noise has to be known. One factor of a block is frozen for a whole round, so each block's mean
-    is exact. Source: arXiv 2605.05769.
+    of one block. It is made of the uploads (`fedlora_flwr.algebra.gains`): clients report nothing,
+    and no noise has to be known. One factor of a block is frozen for a whole round, so each block's
+    mean is exact. Source: arXiv 2605.05769.
 
     Parameters
     ----------

@@ -13,8 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from numpy.typing import NDArray
 
-from fedlora_flwr.aggregation import Arrays, merge, weighted_mean
-from fedlora_flwr.arrays import to_numpy, travel_size
+from fedlora_flwr.algebra.means import Arrays, merge, weighted_mean
 from fedlora_flwr.errors import BudgetsSpent, FedLoRAError, InvalidValue
 from fedlora_flwr.plan import BOTH, A, B, ComponentPlan, Layout
 from fedlora_flwr.strategies.agreement import describe
@@ -41,6 +40,7 @@ from fedlora_flwr.wire import (
     WEIGHTING,
     WEIGHTINGS,
 )
+from fedlora_flwr.wire.arrays import to_numpy, travel_size
 from fedlora_flwr.wire.limits import MOST_WEIGHT
 from fedlora_flwr.wire.records import read_training
 

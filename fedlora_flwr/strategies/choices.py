@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
-from fedlora_flwr.gains import Average, Estimate
+from fedlora_flwr.algebra.gains import Average, Estimate
 from fedlora_flwr.plan import A, B
 
 CLEAR = 2.0

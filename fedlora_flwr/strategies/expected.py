@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedlora_flwr.aggregation import Arrays
+from fedlora_flwr.algebra.means import Arrays
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.plan import ComponentPlan, Layout, is_shared
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_flwr.aggregation import Arrays
-from fedlora_flwr.factors import residual
+from fedlora_flwr.algebra.factors import residual
+from fedlora_flwr.algebra.means import Arrays
 from fedlora_flwr.plan import Layout
 from fedlora_flwr.strategies.base import FedLoRA
 from fedlora_flwr.strategies.folding import fold

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_flwr.aggregation import Arrays
-from fedlora_flwr.factors import refactorise
+from fedlora_flwr.algebra.factors import refactorise
+from fedlora_flwr.algebra.means import Arrays
 from fedlora_flwr.plan import B, ComponentPlan, Layout
 from fedlora_flwr.strategies.base import FedLoRA
 from fedlora_flwr.strategies.replies import Upload

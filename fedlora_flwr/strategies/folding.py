@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_flwr.aggregation import Arrays
-from fedlora_flwr.factors import Pair, add, compact
+from fedlora_flwr.algebra.factors import Pair, add, compact
+from fedlora_flwr.algebra.means import Arrays
 from fedlora_flwr.plan import folded_names
 
 

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora_flwr.data.arrow_records import ArrowRecords
+from fedlora_flwr.data.dataset_settings import DatasetSettings
+from fedlora_flwr.data.partition import partition_records
+from fedlora_flwr.data.reading import Reading, empty_texts
+from fedlora_flwr.data.sources import load_split, passed_over, split_files
+from fedlora_flwr.data.splits import Split
+from fedlora_flwr.data.splits_apart import check_files_apart, check_records_apart
+from fedlora_flwr.data.unusable import naming
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.tasks.arrow_records import ArrowRecords
-from fedlora_flwr.tasks.dataset_settings import DatasetSettings
-from fedlora_flwr.tasks.partition import partition_records
-from fedlora_flwr.tasks.reading import Reading, empty_texts
 from fedlora_flwr.tasks.registry import Batch
-from fedlora_flwr.tasks.sources import load_split, passed_over, split_files
-from fedlora_flwr.tasks.splits import Split
-from fedlora_flwr.tasks.splits_apart import check_files_apart, check_records_apart
-from fedlora_flwr.tasks.unusable import naming
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -163,7 +163,7 @@ class DatasetTask(ABC):
         ------
         InvalidValue
             A test split shares a file or a record with the private split
-            (`fedlora_flwr.tasks.splits_apart`), it is read from other columns, or a split cannot be
+            (`fedlora_flwr.data.splits_apart`), it is read from other columns, or a split cannot be
             opened.
         """
         settings, subset = self._settings, self._settings.dataset_subset

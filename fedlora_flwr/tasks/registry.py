@@ -99,10 +99,10 @@ _PLACE = re.compile(r"[^:.\s][^:\s]*:\w+")
 _METHODS = ("build_model", "client_records", "test_records", "losses", "evaluate")
 _FACTORIES: dict[str, str] = {
     "digits": "fedlora_flwr.tasks.digits:DigitsTask",
-    "image-classification": "fedlora_flwr.tasks.vision:ImageClassification",
-    "instruction-tuning": "fedlora_flwr.tasks.instructions:InstructionTuning",
-    "question-answering": "fedlora_flwr.tasks.answers:QuestionAnswering",
-    "text-classification": "fedlora_flwr.tasks.text:TextClassification",
+    "image-classification": "fedlora_flwr.tasks.image_classification:ImageClassification",
+    "instruction-tuning": "fedlora_flwr.tasks.instruction_tuning:InstructionTuning",
+    "question-answering": "fedlora_flwr.tasks.question_answering:QuestionAnswering",
+    "text-classification": "fedlora_flwr.tasks.text_classification:TextClassification",
 }
 
 _ON_DEVICE: dict[str, tuple[tuple[str, ...], ...]] = {

@@ -67,7 +67,7 @@ def made_up_texts(
     config : PretrainedConfig
         The model's.
     names : list[str]
-        As of `fedlora_flwr.tasks.language_models.input_names`.
+        As of `fedlora_flwr.backbones.language_models.input_names`.
     shape : tuple[int, int]
         Number of texts, and how many tokens each has at most.
     pair : bool (default: False)

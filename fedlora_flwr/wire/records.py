@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
-from fedlora_flwr.arrays import from_numpy, record_of, to_numpy
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.wire import ARRAYS, CLIENT, CONFIG, LOSS, METRICS, limits
+from fedlora_flwr.wire.arrays import from_numpy, record_of, to_numpy
 from fedlora_flwr.wire.limits import NAME
 from fedlora_flwr.wire.report import Report
 

@@ -15,7 +15,7 @@ from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.config import OWN, RunConfig
 from fedlora_flwr.environment import simulating
 from fedlora_flwr.errors import InvalidValue
-from tests.tasks.checkpoints import write_split
+from tests.backbones.checkpoints import write_split
 from tests.tasks.texts import make_checkpoint, reviews, text_config
 
 MakeDevice = Callable[..., Path]

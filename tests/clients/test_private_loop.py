@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.clients import trainer as trainer_module
 from fedlora_flwr.clients.trainer import Trainer
+from fedlora_flwr.data.records import TensorRecords
 from fedlora_flwr.errors import PrivacyViolation
 from fedlora_flwr.plan import ComponentPlan, factor_of
 from fedlora_flwr.privacy.engine import PrivateEngine
@@ -20,7 +21,6 @@ from fedlora_flwr.privacy.masks import own_randomness
 from fedlora_flwr.privacy.mechanism import Mechanism, poisson_batches
 from fedlora_flwr.privacy.noise import SeededNoise
 from fedlora_flwr.randomness import stream_seed
-from fedlora_flwr.tasks.records import TensorRecords
 from tests.conftest import MakeConfig
 
 Arrays = Mapping[str, NDArray[np.float32]]

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fedlora_flwr.clients.trainer import Trainer
+from fedlora_flwr.data.records import TensorRecords
 from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.privacy.engine import PrivateEngine
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.noise import NoiseSource, SeededNoise
 from fedlora_flwr.strategies import ASLoRA, Upload
 from fedlora_flwr.strategies.choices import Choice
-from fedlora_flwr.tasks.records import TensorRecords
 from tests.clients.asking import Asker
 from tests.conftest import MakeConfig
 

@@ -24,8 +24,8 @@ from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.plan import ComponentPlan, factor_of
 from fedlora_flwr.privacy.budget import Segment, calibrate, epsilon_spent
 from fedlora_flwr.privacy.engine import PrivateEngine
-from fedlora_flwr.privacy.filters import FILTERS, make_filter
 from fedlora_flwr.privacy.mechanism import Mechanism
+from fedlora_flwr.privacy.postprocessing.filters import FILTERS, make_filter
 from fedlora_flwr.tasks.registry import build_task
 from tests.conftest import MakeConfig
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 
-from fedlora_flwr.acting import acting_for
 from fedlora_flwr.client_app import app
 from fedlora_flwr.clients.device import Device
 from fedlora_flwr.clients.trainer import process_trainer
@@ -23,6 +22,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import ClientFailed, InvalidValue, OrderRefused
 from fedlora_flwr.privacy.ledger import Account, Ledger
 from fedlora_flwr.strategies.replies import to_record
+from fedlora_flwr.wire.identity import acting_for
 from tests.clients.called import count_others, die, refuse, who
 
 COST = re.compile("seconds|memory")

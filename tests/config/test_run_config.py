@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedlora_flwr.config import RunConfig, parse_overrides, read_toml
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.privacy.filters import FILTERS
+from fedlora_flwr.privacy.postprocessing.filters import FILTERS
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "fedlora_flwr" / "simulations" / "recipes" / "digits.toml"

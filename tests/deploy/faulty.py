@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fedlora_flwr.tasks.registry import Batch
-from fedlora_flwr.tasks.text import TextClassification
+from fedlora_flwr.tasks.text_classification import TextClassification
 
 NAME = f"{__name__}:Faulty"
 FOLDER = "FEDLORA_TEST_FAULTS"

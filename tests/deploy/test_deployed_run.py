@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from fedlora_flwr.deploy.fleet import Fleet, make_fleet
-from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.superlink import free_port
+from tests.backbones.checkpoints import write_split
 from tests.deploy.running import running
-from tests.tasks.checkpoints import write_split
 from tests.tasks.texts import make_checkpoint, reviews, text_config
 
 pytestmark = pytest.mark.deploy

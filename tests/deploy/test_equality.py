@@ -10,11 +10,11 @@ from safetensors.numpy import load
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy.fleet import Fleet, make_fleet, stated
-from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import make_plan, run_in_process
 from fedlora_flwr.simulations.superlink import free_port
+from tests.backbones.checkpoints import write_split
 from tests.deploy.running import running
-from tests.tasks.checkpoints import write_split
 from tests.tasks.texts import make_checkpoint, reviews, text_config
 
 pytestmark = pytest.mark.deploy

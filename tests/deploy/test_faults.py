@@ -19,11 +19,11 @@ import pytest
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy.fleet import CONNECTION, Fleet, make_fleet
-from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.superlink import free_port
+from tests.backbones.checkpoints import write_split
 from tests.deploy import faulty
 from tests.deploy.running import RunningFleet, running
-from tests.tasks.checkpoints import write_split
 from tests.tasks.texts import make_checkpoint, reviews, text_config
 
 pytestmark = pytest.mark.deploy

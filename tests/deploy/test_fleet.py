@@ -28,7 +28,7 @@ from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.privacy.budget import Segment
 from fedlora_flwr.privacy.ledger import Account, Ledger
 from fedlora_flwr.simulations.superlink import free_port
-from tests.tasks.checkpoints import write_split
+from tests.backbones.checkpoints import write_split
 from tests.tasks.texts import make_checkpoint, reviews, text_config
 
 

@@ -13,7 +13,7 @@ import pytest
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy.fleet import CONNECTION
 from fedlora_flwr.deploy.supernode import START
-from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import make_plan, run_in_process
 from tests.deploy import hostile
 from tests.deploy.hostile import write_hostile

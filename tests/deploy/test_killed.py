@@ -21,8 +21,8 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy.fleet import stated
 from fedlora_flwr.privacy.budget import Segment, epsilon_spent
 from fedlora_flwr.privacy.ledger import Account, Ledger
+from tests.backbones.checkpoints import write_split
 from tests.deploy.dying import NEVER, POINTS, REPLIED
-from tests.tasks.checkpoints import write_split
 from tests.tasks.texts import make_checkpoint, reviews, text_config
 
 pytestmark = pytest.mark.deploy

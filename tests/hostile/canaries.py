@@ -22,8 +22,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from timm.models import save_for_hf
 
-from tests.tasks import checkpoints
-from tests.tasks.checkpoints import CHAT_TEMPLATE
+from tests.backbones import checkpoints
+from tests.backbones.checkpoints import CHAT_TEMPLATE
 
 CANARY = "zqvkxjwpfh"
 TRAIN, TEST = f"train-{CANARY}", f"test-{CANARY}"

@@ -22,8 +22,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 import fedlora_flwr.clients.numpy_client  # noqa: F401 - what it imports is not the message's doing
-from fedlora_flwr import acting
 from fedlora_flwr.client_app import app
+from fedlora_flwr.wire.identity import acting_for
 from tests.hostile import allowed
 from tests.hostile.canaries import CANARY, Builder
 from tests.hostile.recorder import Event, Recorder, Tripwire
@@ -212,7 +212,7 @@ class Device:
 
     def _answer(self, message: Message, context: Context, kind: str) -> Answer:
         try:
-            with acting.acting_for(context.run_id):
+            with acting_for(context.run_id):
                 reply = app(message, context)
         except Exception as error:  # As Flower's client process does, in the same words.
             reason = str(type(error)) + ":<'" + str(error) + "'>"
@@ -309,7 +309,7 @@ def _array(value: Any) -> Any:
 
 def _message(content: RecordDict, kind: str, run_id: int) -> Message:
     """Make a message of any kind, also one that Flower's own constructor would refuse."""
-    with acting.acting_for(run_id):
+    with acting_for(run_id):
         message = Message(content, 1, "train")
     message.metadata.__dict__["_message_type"] = kind
     return message

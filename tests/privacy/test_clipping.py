@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedlora_flwr.adapters import LoRASpec, attach
+from fedlora_flwr.data.records import TensorRecords
 from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.lora.adapters import LoRASpec, attach
 from fedlora_flwr.plan import factor_of
 from fedlora_flwr.privacy.clipping import NoisyOptimizer, clip_factors, row_norms
 from fedlora_flwr.privacy.engine import PrivateEngine
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.noise import SeededNoise
-from fedlora_flwr.tasks.records import TensorRecords
 from tests.models import PLAIN_SGD, VIT, active, engine_of
 
 floats = st.floats(width=32, allow_nan=True, allow_infinity=True)

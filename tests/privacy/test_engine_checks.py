@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from fedlora_flwr.adapters import AdaptedModel, LoRASpec, attach
+from fedlora_flwr.data.records import TensorRecords
 from fedlora_flwr.errors import PrivacyViolation
+from fedlora_flwr.lora.adapters import AdaptedModel, LoRASpec, attach
 from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.noise import SeededNoise
-from fedlora_flwr.tasks.records import TensorRecords
 from tests.models import FAMILIES, PLAIN_SGD, VIT, Family, active, engine_of, update, values
 
 PRIVATE = Mechanism(1.0, 1.0, 2, 4)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedlora_flwr.data.records import TensorRecords
 from fedlora_flwr.privacy.engine import PrivateEngine
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.microbatches import PassPlan, microbatches, passes, width_step, widths_of
 from fedlora_flwr.privacy.noise import SeededNoise
-from fedlora_flwr.tasks.records import TensorRecords
 from tests.models import PLAIN_SGD, ROBERTA, VIT
 
 keys = st.lists(st.integers(0, 6), max_size=60)

@@ -17,12 +17,12 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from fedlora_flwr.adapters import LoRASpec, attach
+from fedlora_flwr.data.arrow_records import ArrowRecords, pad_collate
+from fedlora_flwr.lora.adapters import LoRASpec, attach
 from fedlora_flwr.privacy.engine import PrivateEngine
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.microbatches import PassPlan, passes
 from fedlora_flwr.privacy.noise import SeededNoise
-from fedlora_flwr.tasks.arrow_records import ArrowRecords, pad_collate
 from tests.models import PLAIN_SGD
 
 SHORT = [3, 5, 4, 6, 3, 7]

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fedlora_flwr.client_app import state_folder
 from fedlora_flwr.plan import ComponentPlan, Layout, factor_of
-from fedlora_flwr.privacy.adam import NoiseAwareAdamW
 from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
-from fedlora_flwr.privacy.filters import FILTERS, make_filter
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.noise import SeededNoise
+from fedlora_flwr.privacy.postprocessing.adam import NoiseAwareAdamW
+from fedlora_flwr.privacy.postprocessing.filters import FILTERS, make_filter
 from tests.clients.asking import Asker
 from tests.conftest import MakeConfig
 from tests.models import PLAIN_SGD, VIT, engine_of, values

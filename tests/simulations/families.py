@@ -7,7 +7,7 @@ from typing import Any
 
 import transformers
 
-from tests.tasks import checkpoints
+from tests.backbones import checkpoints
 from tests.tasks.tiny_tasks import WORDS
 
 _BERT = {

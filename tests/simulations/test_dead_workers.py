@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import RunFailed, make_plan, run_on_flower
 
 pytestmark = pytest.mark.flower
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.flower
 MORTAL = """
 import os, signal
 from pathlib import Path
-from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.tasks.digits import DigitsTask
 
 ARMED = Path({armed!r})

@@ -21,14 +21,14 @@ from fedlora_flwr.clients.bridge import bridge
 from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.plan import factor_of, is_folded
-from fedlora_flwr.privacy.filters import FILTERS
+from fedlora_flwr.privacy.postprocessing.filters import FILTERS
+from fedlora_flwr.server.run_dir import RunDirectory
+from fedlora_flwr.server.serve import serve
 from fedlora_flwr.simulations.local_grid import LocalGrid
-from fedlora_flwr.simulations.run_dir import RunDirectory
-from fedlora_flwr.simulations.serve import serve
 from fedlora_flwr.strategies import STRATEGIES
 from fedlora_flwr.tasks.registry import build_task
 from tests.conftest import MakeConfig
-from tests.simulations.test_serve import SUMMARY
+from tests.server.test_serve import SUMMARY
 
 every_method = pytest.mark.parametrize("method", sorted(STRATEGIES))
 # What trains in the two rounds, and what the server replaces though it did not train.

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import (
     RunFailed,
     make_plan,
@@ -23,7 +23,7 @@ from fedlora_flwr.simulations.runner import (
     run_on_flower,
 )
 from fedlora_flwr.simulations.superlink import free_port
-from tests.simulations.processes import MARK, left_of
+from tests.processes.processes import MARK, left_of
 from tests.test_readme import BIN, FLOWER, ROOT, unactivated
 
 pytestmark = pytest.mark.flower

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import make_plan, run_in_process, run_on_flower
 from fedlora_flwr.simulations.superlink import free_port
 

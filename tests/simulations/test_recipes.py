@@ -12,13 +12,13 @@ from transformers import AutoTokenizer, RobertaConfig
 
 from fedlora_flwr.clients.trainer import Trainer, plan_mechanism
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.recipes import RECIPES, load_recipe, recipe_names
+from fedlora_flwr.forecast.forecast import forecast
 from fedlora_flwr.privacy.budget import Segment, calibrate, epsilon_spent
-from fedlora_flwr.recipes import RECIPES, load_recipe, recipe_names
-from fedlora_flwr.simulations.forecast import forecast
-from fedlora_flwr.simulations.run_dir import RunDirectory
+from fedlora_flwr.server.run_dir import RunDirectory
+from fedlora_flwr.server.serve import build_strategy
 from fedlora_flwr.simulations.runner import make_plan, run_in_process
-from fedlora_flwr.simulations.serve import build_strategy
-from tests.tasks import checkpoints
+from tests.backbones import checkpoints
 
 PAPER = [name for name in recipe_names() if name.startswith("paper/")]
 RECORDS = {

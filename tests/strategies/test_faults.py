@@ -17,9 +17,9 @@ from safetensors.numpy import load
 from fedlora_flwr.client_app import app
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FederationAborted
+from fedlora_flwr.server.run_dir import RunDirectory
+from fedlora_flwr.server.serve import serve
 from fedlora_flwr.simulations.local_grid import LocalGrid
-from fedlora_flwr.simulations.run_dir import RunDirectory
-from fedlora_flwr.simulations.serve import serve
 from fedlora_flwr.strategies.replies import to_record
 from fedlora_flwr.tasks.digits import DigitsTask
 from tests.conftest import MakeConfig

@@ -26,13 +26,13 @@ from fedlora_flwr.client_app import client_fn
 from fedlora_flwr.clients.bridge import bridge
 from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.errors import FederationAborted
+from fedlora_flwr.integrations.legacy_strategy import LegacyStrategy
 from fedlora_flwr.plan import ComponentPlan, Layout
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.strategies import STRATEGIES, FedLoRA, FlexLoRA, FLoRA, LALoRA, RoLoRA
-from fedlora_flwr.strategies.legacy import LegacyStrategy
 from fedlora_flwr.strategies.replies import to_record
 from tests.conftest import MakeConfig
-from tests.strategies.test_legacy import Counts, Crashes, only
+from tests.integrations.test_legacy_strategy import Counts, Crashes, only
 from tests.strategies.tiny import NAMES, Arrays, arrays_of, record_of, start_arrays
 
 PARTIAL = ("ffa-lora", "rolora", "as-lora", "fedsvd", "fedsa-lora")

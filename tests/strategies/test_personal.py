@@ -21,9 +21,9 @@ from fedlora_flwr.clients.trainer import Trainer, process_trainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.plan import Layout, factor_of
+from fedlora_flwr.server.run_dir import RunDirectory
+from fedlora_flwr.server.serve import serve
 from fedlora_flwr.simulations.local_grid import LocalGrid
-from fedlora_flwr.simulations.run_dir import RunDirectory
-from fedlora_flwr.simulations.serve import serve
 from fedlora_flwr.strategies import FedSALoRA
 from fedlora_flwr.strategies.replies import to_record
 from tests.conftest import MakeConfig

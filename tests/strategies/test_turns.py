@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.recipes import load_recipe, recipe_names
-from fedlora_flwr.simulations.participation import participation
+from fedlora_flwr.config.recipes import load_recipe, recipe_names
+from fedlora_flwr.forecast.participation import participation
 from fedlora_flwr.strategies.cohort import Turns, cohort_size
 
 Schedule = list[list[str]]

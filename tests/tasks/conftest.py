@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from fedlora_flwr.backbones.pretrain_digits import Recipe
 from fedlora_flwr.tasks.digits import DigitsTask
-from fedlora_flwr.tasks.pretrain import Recipe
 from tests.tasks import conversations, questions
 
 QUICK = Recipe(images=200, steps=3, batch=16)

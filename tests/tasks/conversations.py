@@ -6,8 +6,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from fedlora_flwr.tasks.instructions import InstructionTuning
-from tests.tasks import checkpoints
+from fedlora_flwr.tasks.instruction_tuning import InstructionTuning
+from tests.backbones import checkpoints
 from tests.tasks.tiny_tasks import WORDS, Row
 from tests.tasks.tiny_tasks import make_task as tiny_task
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlora_flwr.tasks.answers import QuestionAnswering
-from tests.tasks import checkpoints
+from fedlora_flwr.tasks.question_answering import QuestionAnswering
+from tests.backbones import checkpoints
 from tests.tasks.tiny_tasks import WORDS, Row
 from tests.tasks.tiny_tasks import make_task as tiny_task
 

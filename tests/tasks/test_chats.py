@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.tasks.instructions import InstructionTuning
-from tests.tasks import checkpoints
+from fedlora_flwr.tasks.instruction_tuning import InstructionTuning
+from tests.backbones import checkpoints
 from tests.tasks.conversations import LAYERS, TEXTS, Make, chat, messy_rows
 from tests.tasks.tiny_tasks import all_records
 

@@ -14,16 +14,16 @@ import pytest
 import torch
 from timm.models import save_for_hf
 
+from fedlora_flwr.backbones.image_models import SMALL_SWIN, model_folder
+from fedlora_flwr.backbones.pretrain_swin import MODEL_ARGS, build_swin
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.dataset_task import DatasetTask, names
-from fedlora_flwr.tasks.image_models import SMALL_SWIN, model_folder
-from fedlora_flwr.tasks.pretrain_swin import MODEL_ARGS, build_swin
+from fedlora_flwr.tasks.image_classification import ImageClassification
 from fedlora_flwr.tasks.registry import Records
-from fedlora_flwr.tasks.text import TextClassification
-from fedlora_flwr.tasks.vision import ImageClassification
-from tests.tasks.checkpoints import write_split
-from tests.tasks.pictures import image_config, write_pictures
+from fedlora_flwr.tasks.text_classification import TextClassification
+from tests.backbones.checkpoints import write_split
+from tests.data.pictures import image_config, write_pictures
 from tests.tasks.texts import records_digest, reviews, state_digest, text_config
 
 Checkpoint = Callable[[str], Path]

@@ -21,8 +21,10 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.plan import folded_names
 from fedlora_flwr.tasks.registry import build_task
-from tests.tasks import checkpoints, conversations, loading, questions
-from tests.tasks.pictures import image_config, write_pictures
+from tests.backbones import checkpoints
+from tests.data import loading
+from tests.data.pictures import image_config, write_pictures
+from tests.tasks import conversations, questions
 from tests.tasks.texts import fill, text_config, write_reviews
 
 DENSE = r".*\.(query|dense)"
@@ -161,7 +163,7 @@ def exports(
 def test_every_exported_adapter_predicts_the_same_in_another_process_and_under_another_seed(
     exports: dict[Path, torch.Tensor],
 ) -> None:
-    command = [sys.executable, "-m", "tests.tasks.loading", *map(str, exports)]
+    command = [sys.executable, "-m", "tests.data.loading", *map(str, exports)]
     done = subprocess.run(command, capture_output=True, text=True)
 
     assert done.returncode == 0, done.stderr[-3000:]

@@ -14,11 +14,11 @@ from fedlora_flwr.clients.trainer import Trainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.registry import build_task, required_on_device, task_names
+from tests.backbones.checkpoints import write_split
+from tests.data.pictures import CLASSES, image_config, write_pictures
+from tests.data.watching import opened_in
 from tests.tasks import conversations, questions
-from tests.tasks.checkpoints import write_split
-from tests.tasks.pictures import CLASSES, image_config, write_pictures
 from tests.tasks.texts import reviews, text_config
-from tests.tasks.watching import opened_in
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 Checkpoint = Callable[[str], Path]

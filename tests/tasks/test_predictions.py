@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from fedlora_flwr.tasks.squad import exact_match, f1
 from fedlora_flwr.tasks.windows import gold_answers
-from tests.tasks import checkpoints
+from tests.backbones import checkpoints
 from tests.tasks.questions import (
     LINE,
     Window,

@@ -13,9 +13,9 @@ from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from fedlora_flwr.tasks.answers import QuestionAnswering
+from fedlora_flwr.tasks.question_answering import QuestionAnswering
 from fedlora_flwr.tasks.windows import NO_TARGET, gold_answers, misplaced, training_windows
-from tests.tasks import checkpoints
+from tests.backbones import checkpoints
 from tests.tasks.questions import (
     LINE,
     SPECIAL,

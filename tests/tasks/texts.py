@@ -21,12 +21,12 @@ from transformers import (
     ModernBertModel,
 )
 
-from fedlora_flwr.adapters import AdaptedModel
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.tasks.dataset_task import DatasetTask
 from fedlora_flwr.tasks.registry import Records
+from tests.backbones import checkpoints
 from tests.models import plain_parameters
-from tests.tasks import checkpoints
 
 GOOD, BAD = ("fine", "great", "lovely", "superb"), ("poor", "awful", "dull", "bleak")
 OTHER = ("the", "film", "was", "a", "plot", "and", "very", "so")

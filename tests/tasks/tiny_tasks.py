@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.tasks.dataset_task import DatasetTask
-from tests.tasks import checkpoints
+from tests.backbones import checkpoints
 
 # 64 words; to the tiny checkpoints each is one token.
 WORDS = [a + b + c + d for a in "bdkm" for b in "ao" for c in "lnrs" for d in "iu"]

@@ -1,0 +1,1 @@
+"""Means, factors and gains of named NumPy arrays: pure functions."""

@@ -1,0 +1,294 @@
+"""Arithmetic on pairs of LoRA factors, ``B`` (m x r) and ``A`` (r x n), not on their product.
+
+A product of m x n entries is formed in one case only, on the way to its SVD: r >= max(m, n), where
+it is smaller than its factors.
+
+Sums, QR and SVD run in fp64; results come back in the factors' own type. Every function raises
+`InvalidValue` for factors that do not fit together, are not finite or not floating-point, and for
+results outside the range of their type.
+
+A singular value is set to zero when it is at most ``max(m, n) * eps * sum_j |b_j| |a_j|``, with the
+columns of B, the rows of A and the eps of fp64: below that it is the rounding of the product's
+terms. The sum, unlike ``|B| |A|``, does not depend on how a term is shared between its two vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora_flwr.algebra.means import normalise
+from fedlora_flwr.errors import InvalidValue
+
+Factor: TypeAlias = NDArray[np.floating]
+Pair: TypeAlias = tuple[Factor, Factor]
+Array64: TypeAlias = NDArray[np.float64]
+
+
+def refactorise(B: Factor, A: Factor) -> Pair:
+    """Write the product as ``B' = U Σ`` and ``A' = Vᵀ``, its SVD, so that ``A'A'ᵀ = I``.
+
+    The server step of FedSVD (arXiv 2505.12805). QR of B and of Aᵀ, then SVD of the r x r core:
+    O((m + n) r² + r³). Singular values descend. In each row of A' the largest entry (of entries
+    tied to 1e-6, the first) is positive, so that equal products give equal factors wherever
+    singular values are positive and distinct.
+
+    Returns
+    -------
+    tuple of ndarray, (m, r) and (r, n)
+        B has orthogonal columns, zero beyond the product's rank. A has orthonormal rows, also
+        there; if r > n, only n can be and the last r - n are zero.
+    """
+    _check(B, A)
+    left, right, _ = _decompose(B, A, A.shape[0], _rounding(B, A))
+    return _cast(left, right, (B, A))
+
+
+def compact(B: Factor, A: Factor) -> Pair:
+    """Write the product in as few columns as it needs: `refactorise`'s form without its zeros.
+
+    What a sum of many pairs is kept in (`add`): its rank grows with what it holds, never beyond
+    min(m, n). Each call drops at most the module's bound, so a product built up over T calls is
+    off by at most T times that bound and its rounding. O((m + n) r² + r³) for r below m and n.
+
+    Returns
+    -------
+    tuple of ndarray, (m, q) and (q, n)
+        q, the numerical rank, is 0 for a product of zero.
+    """
+    _check(B, A)
+    return _cast(*_compress(B, A, _rounding(B, A)), (B, A))
+
+
+def truncate(B: Factor, A: Factor, rank: int) -> Pair:
+    """Find the best approximation of the product that has at most the given rank (Eckart-Young).
+
+    The server step of FlexLoRA (arXiv 2402.11505), which cuts one sum to each client's rank. The
+    form is `refactorise`'s, ``U Σ`` and ``Vᵀ``, not the balanced ``U √Σ`` and ``√Σ Vᵀ``: A is
+    perfectly conditioned whatever the product, and a component with Σ = 0 still trains, as at
+    LoRA's own start (balanced, both gradients are zero).
+
+    Where the spectrum falls off behind a rank far below r, as for clients that moved little from
+    one start, each pass of a subspace iteration costs O((m + n) r rank) and few are needed;
+    elsewhere it is QR and SVD, O((m + n) k² + k³), k = max(r, rank).
+
+    Parameters
+    ----------
+    B, A : ndarray, (m, r) and (r, n)
+    rank : int
+        Columns of the new B, at least 1; beyond the product's rank B is padded with zeros and A
+        with orthonormal rows.
+
+    Returns
+    -------
+    tuple of ndarray, (m, rank) and (rank, n)
+        The singular values left out are those of the error.
+    """
+    _check(B, A)
+    if rank < 1:
+        raise InvalidValue("rank", rank, "a whole number of at least 1")
+    floor = _rounding(B, A)
+    left, right = _leading(B, A, rank, floor) or _decompose(B, A, rank, floor)[:2]
+    return _cast(left, right, (B, A))
+
+
+def combine(
+    pairs: Sequence[Pair], weights: Sequence[float], scalings: Sequence[float] | None = None
+) -> Pair:
+    """Stack the pairs so that the product is ``Σ p_k s_k B_k A_k``, exactly; O((m + n) Σ r_k).
+
+    Parameters
+    ----------
+    pairs : sequence of (B, A), (m, r_k) and (r_k, n)
+        One pair a client; ranks may differ.
+    weights : Sequence[float]
+        One weight a client; they are scaled to sum to one (p_k).
+    scalings : Sequence[float], optional
+        LoRA's alpha / r of each client (s_k); all one if left out.
+
+    Returns
+    -------
+    tuple of ndarray, (m, Σ r_k) and (Σ r_k, n)
+        ``[B_1 … B_N]`` and ``[p_1 s_1 A_1; …; p_N s_N A_N]``, as in FLoRA (arXiv 2409.05976).
+    """
+    shares = _shares(pairs, weights)
+    if scalings is not None:
+        if len(scalings) != len(pairs) or not np.isfinite(scalings).all():
+            raise InvalidValue("scalings", list(scalings), f"{len(pairs)} finite numbers")
+        shares = shares * np.asarray(scalings, dtype=np.float64)
+    B, A = _stack([B for B, _ in pairs], [A for _, A in pairs], shares)
+    return _cast(B, A, [factor for pair in pairs for factor in pair])
+
+
+def add(pairs: Sequence[Pair]) -> Pair:
+    """Stack the pairs as they are, so that the product is the plain sum ``Σ B_k A_k``, exactly.
+
+    Parameters
+    ----------
+    pairs : sequence of (B, A), (m, r_k) and (r_k, n)
+        At least one pair; ranks may differ and may be 0.
+
+    Returns
+    -------
+    tuple of ndarray, (m, Σ r_k) and (Σ r_k, n)
+        ``[B_1 … B_N]`` and ``[A_1; …; A_N]``.
+    """
+    _shares(pairs, [1.0] * len(pairs))
+    return np.hstack([B for B, _ in pairs]), np.vstack([A for _, A in pairs])
+
+
+def residual(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
+    """Factor what the means of the factors miss, ``Σ p_k B_k A_k - B̄ Ā``.
+
+    The residual of FedEx-LoRA (arXiv 2410.09432), taken as the equal ``Σ p_k (B_k - B̄)(A_k - Ā)``:
+    nothing large cancels when clients differ little, and its rank is at most (N - 1) r. QR and SVD
+    compress it to its numerical rank: the module's bound, with the terms of ``Σ p_k B_k A_k``, says
+    what counts as zero. Pairs must have one rank. O((m + n)(N r)² + (N r)³).
+
+    Returns
+    -------
+    tuple of ndarray, (m, q) and (q, n)
+        In `refactorise`'s form; q, the numerical rank, is 0 when clients agree on a factor.
+    """
+    shares = _shares(pairs, weights)
+    ranks = [B.shape[1] for B, _ in pairs]
+    if len(set(ranks)) > 1:
+        raise InvalidValue("ranks", ranks, "one rank for all, else the factors have no mean")
+    stacks = [np.stack([pair[side].astype(np.float64) for pair in pairs]) for side in (0, 1)]
+    floor = _rounding(*_stack(list(stacks[0]), list(stacks[1]), shares))
+    # An error of a mean shifts every client alike, so it enters the sum in second order only.
+    off_b, off_a = (list(stack - np.tensordot(shares, stack, axes=1)) for stack in stacks)
+    B, A = _stack(off_b, off_a, shares)
+    return _cast(*_compress(B, A, floor), [factor for pair in pairs for factor in pair])
+
+
+def spectrum(B: Factor, A: Factor) -> Factor:
+    """List the min(m, n, r) leading singular values of the product, descending; O((m + n) r²)."""
+    _check(B, A)
+    sigma = _decompose(B, A, A.shape[0], _rounding(B, A))[2]
+    return _cast(sigma, sigma, (B, A))[0]
+
+
+def _compress(B: Factor, A: Factor, floor: float) -> tuple[Array64, Array64]:
+    left, right, sigma = _decompose(B, A, min(*B.shape, A.shape[1]), floor)
+    rank = np.count_nonzero(sigma)
+    return left[:, :rank], right[:rank]
+
+
+def _decompose(B: Factor, A: Factor, rank: int, floor: float) -> tuple[Array64, Array64, Array64]:
+    """Give U Σ (m, rank), Vᵀ (rank, n) and Σ (min(m, n, r),), singular values <= floor as zero."""
+    (m, r), n = B.shape, A.shape[1]
+    left, right = B.astype(np.float64), A.astype(np.float64)
+    basis = rest = None
+    if r < n:  # QR shrinks no factor with more columns than rows.
+        padded = np.vstack([right, np.zeros((max(rank - r, 0), n))])  # It completes the basis.
+        q_a, r_a = _qr(padded.T)
+        inner = min(n, r)
+        right, basis, rest = r_a[:inner, :r].T, q_a[:, :inner].T, q_a[:, inner:].T
+    with np.errstate(over="ignore", invalid="ignore"):
+        core = (_qr(left, "r")[0][:r] if r < m else left) @ right
+    if not (np.isfinite(floor) and np.isfinite(core).all()):
+        raise InvalidValue("product", "infinite", "factors and a product within fp64's range")
+    u, sigma, vt = np.linalg.svd(core, full_matrices=rank > len(core))
+    kept = min(rank, sigma.size)
+    # For tall B this saves Q, half the cost of its QR.
+    left = left @ (right @ vt[:kept].T) if r < m else u[:, :kept] * sigma[:kept]
+    v = vt if basis is None or rest is None else np.vstack([vt @ basis, rest])
+    sigma = np.where(sigma > floor, sigma, 0.0)
+    return *_oriented(left * (sigma[:kept] > 0), v[:rank], rank), sigma
+
+
+def _leading(B: Factor, A: Factor, rank: int, floor: float) -> tuple[Array64, Array64] | None:
+    """Find the leading triplets as `_decompose` does, by subspace iteration, if that is cheaper.
+
+    Halko, Martinsson and Tropp (arXiv 0909.4061, algorithm 4.4), from a fixed start. ``Pᵀu = v σ``
+    holds by construction; once ``|P v - u σ| <= 1e-13 σ_1`` the triplets are those of a matrix that
+    close to P, which is all that a direct SVD promises. A pass that gains less than two digits
+    gives up: the spectrum has no gap behind the rank.
+    """
+    width = rank + 8
+    if 4 * width > min(*B.shape, A.shape[1]) or not np.isfinite(floor):
+        return None
+    B, A = B.astype(np.float64), A.astype(np.float64)
+    start = np.random.default_rng(0).standard_normal((len(B), width))
+    image = B @ (A @ _orthonormal(A.T @ (B.T @ start)))
+    error = np.inf
+    while True:
+        u = _orthonormal(image)
+        v, sigma, mix = np.linalg.svd(A.T @ (B.T @ u), full_matrices=False)
+        image = B @ (A @ v)
+        previous = min(error, float(sigma[0]))
+        error = float(np.linalg.norm(image[:, :rank] - u @ (mix[:rank].T * sigma[:rank])))
+        if error <= 1e-13 * sigma[0]:
+            left = u @ (mix[:rank].T * np.where(sigma > floor, sigma, 0.0)[:rank])
+            return _oriented(left, v[:, :rank].T, rank)
+        if not error <= 0.01 * previous:
+            return None
+
+
+def _orthonormal(columns: Array64) -> Array64:
+    return _qr(columns)[0]
+
+
+def _qr(matrix: Array64, mode: str = "economic") -> tuple[Array64, ...]:
+    # Imported here: strategies that take no products start without it.
+    from scipy.linalg import qr  # type: ignore[import-untyped]
+
+    factors: tuple[Array64, ...] = qr(matrix, mode=mode, check_finite=False)
+    return factors
+
+
+def _oriented(left: Array64, v: Array64, rank: int) -> tuple[Array64, Array64]:
+    """Fix the signs and pad with zeros to the rank."""
+    size = np.abs(v)
+    peak = np.argmax(size >= (1 - 1e-6) * size.max(axis=1, keepdims=True), axis=1)
+    signs = np.where(v[np.arange(len(v)), peak] < 0, -1.0, 1.0)
+    kept = left.shape[1]
+    left = np.pad(left * signs[:kept], ((0, 0), (0, rank - kept)))
+    return left, np.pad(v * signs[:, None], ((0, rank - len(v)), (0, 0)))
+
+
+def _rounding(B: Factor, A: Factor) -> float:
+    with np.errstate(over="ignore", invalid="ignore"):
+        columns = np.linalg.norm(B.astype(np.float64), axis=0)
+        rows = np.linalg.norm(A.astype(np.float64), axis=1)
+        return float(max(len(B), A.shape[1]) * np.finfo(np.float64).eps * (columns @ rows))
+
+
+def _stack(Bs: Sequence[Factor], As: Sequence[Factor], shares: Array64) -> tuple[Array64, Array64]:
+    rows = [share * A.astype(np.float64) for share, A in zip(shares, As, strict=True)]
+    return np.hstack(Bs).astype(np.float64), np.vstack(rows)
+
+
+def _shares(pairs: Sequence[Pair], weights: Sequence[float]) -> Array64:
+    shares = normalise(weights)
+    if len(shares) != len(pairs):
+        raise InvalidValue("weights", list(weights), f"one for each of {len(pairs)} pairs")
+    for B, A in pairs:
+        _check(B, A)
+    shapes = [(B.shape[0], A.shape[1]) for B, A in pairs]
+    if len(set(shapes)) > 1:
+        raise InvalidValue("shapes of the products", shapes, "one shape for all")
+    return shares
+
+
+def _check(B: Factor, A: Factor) -> None:
+    if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0] or not (len(B) and A.shape[1]):
+        raise InvalidValue("shapes of B and A", (B.shape, A.shape), "(m, r) and (r, n)")
+    for name, factor in (("B", B), ("A", A)):
+        if not np.issubdtype(factor.dtype, np.floating):
+            raise InvalidValue(f"type of {name}", str(factor.dtype), "a floating-point type")
+        if not np.isfinite(factor).all():
+            raise InvalidValue(f"entries of {name}", "NaN or infinite", "finite numbers")
+
+
+def _cast(B: Array64, A: Array64, sources: Sequence[Factor]) -> Pair:
+    dtype = np.result_type(*sources)
+    with np.errstate(over="ignore"):
+        cast = B.astype(dtype), A.astype(dtype)
+    if not all(np.isfinite(factor).all() for factor in cast):
+        raise InvalidValue("result", "infinite", f"factors within the range of {dtype}")
+    return cast

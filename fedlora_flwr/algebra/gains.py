@@ -1,0 +1,209 @@
+"""What a round's updates say of the loss that it saved, and how surely: AS-LoRA's scores.
+
+Everything here reads uploads alone. The noise of two clients is independent, and so is the noise of
+two rounds, so a product of two such updates is free of noise on average: no noise has to be known,
+and none subtracted. The derivation is in docs/methods.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora_flwr.algebra.means import Arrays, normalise
+
+_LEAST = 1e-6  # weight of all pairs of clients; below, one client is all there is
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimate and the variance of its error; sums treat estimates as independent."""
+
+    value: float = 0.0
+    variance: float = 0.0
+
+    def __add__(self, other: Estimate) -> Estimate:
+        return Estimate(self.value + other.value, self.variance + other.variance)
+
+    def __sub__(self, other: Estimate) -> Estimate:
+        return self + -1.0 * other
+
+    def __rmul__(self, scale: float) -> Estimate:
+        return Estimate(scale * self.value, scale * scale * self.variance)
+
+
+@dataclass(frozen=True, eq=False)
+class Movement:
+    """What the updates of one array came to in one round.
+
+    Parameters
+    ----------
+    mean : ndarray
+        Weighted mean of the updates, fp32, in the array's shape.
+    square : Estimate or None
+        Squared norm of what that mean would be without noise; None from a single update, whose
+        noise cannot be told from what it says.
+    noise : float
+        Squared norm of the mean's noise, ``Σ wᵢ²‖Δᵢ‖²``. What the updates agree on counts too,
+        with 1/N, so this is a little too large rather than too small.
+    """
+
+    mean: NDArray[np.float32]
+    square: Estimate | None
+    noise: float
+
+    def times(self, factor: float) -> Movement:
+        """Return it multiplied by a number."""
+        square = None if self.square is None else factor**2 * self.square
+        return Movement(self.mean * np.float32(factor), square, factor**2 * self.noise)
+
+
+class UpdateSums:
+    """Sums over the updates of one array, taken in one by one.
+
+    ``‖Σ wᵢΔᵢ‖² - Σ wᵢ²‖Δᵢ‖²`` is the sum of the products between different clients, whose weights
+    sum to ``1 - Σ wᵢ²``. Its variance under noise of d independent coordinates is
+    ``2/d·((Σeᵢ)² - Σeᵢ²) + 4/d·Σeᵢ·‖mean‖²`` with ``eᵢ = wᵢ²‖Δᵢ‖²``.
+    """
+
+    def __init__(self) -> None:
+        self._total: NDArray[np.float64] | None = None
+        self._weights = self._squares = self._noise = self._fourth = 0.0
+        self._updates = 0
+
+    def add(self, weight: float, update: NDArray[np.floating]) -> None:
+        """Take in a client's update, new array less old one.
+
+        Parameters
+        ----------
+        weight : float
+            Its weight, above 0 and of any scale whose squares are numbers.
+        update : ndarray
+            Always of the same shape.
+        """
+        part = weight * update.astype(np.float64)
+        energy = float(np.vdot(part, part))
+        self._total = part if self._total is None else self._total + part
+        self._weights += weight
+        self._squares += weight * weight
+        self._noise += energy
+        self._fourth += energy * energy
+        self._updates += 1
+
+    def result(self) -> Movement:
+        """Return what the updates came to; there must be at least one."""
+        assert self._total is not None
+        mean, scale = self._total / self._weights, self._weights**2
+        noise, size = self._noise / scale, max(mean.size, 1)
+        others, square = 1 - self._squares / scale, None
+        if self._updates > 1 and others > _LEAST:
+            value = float(np.vdot(mean, mean)) - noise
+            crossed = max(noise * noise - self._fourth / scale**2, 0.0)
+            variance = (2 * crossed + 4 * noise * max(value, 0.0)) / size
+            square = (1 / others) * Estimate(value, variance)
+        return Movement(mean.astype(np.float32), square, noise)
+
+
+def movements(
+    current: Arrays, uploads: Sequence[Arrays], weights: Sequence[float], names: Iterable[str]
+) -> dict[str, Movement]:
+    """Return what the uploads' updates of the named arrays came to.
+
+    Uploads that are all the same to the last bit are one upload, since independent noise never is:
+    secure aggregation gives every client the one mean.
+
+    Parameters
+    ----------
+    current : Arrays
+        What the clients started from.
+    uploads : Sequence[Arrays]
+        At least one, each with all the named arrays.
+    weights : Sequence[float]
+        One weight for each upload.
+    names : Iterable[str]
+        Arrays to look at.
+    """
+    # Shares, since squares of tiny weights are zero.
+    names, shares = list(names), normalise(weights).tolist()
+    first = uploads[0]
+    same = all(np.array_equal(u[n], first[n]) for u in uploads[1:] for n in names)
+    found = {}
+    for name in names:
+        sums = UpdateSums()
+        for upload, share in list(zip(uploads, shares, strict=True))[: 1 if same else None]:
+            sums.add(share, np.subtract(upload[name], current[name], dtype=np.float64))
+        found[name] = sums.result()
+    return found
+
+
+def across(before: Movement, after: Movement) -> Estimate:
+    """Return the product of an array's mean updates in two rounds, without their noise."""
+    value = float(np.vdot(before.mean.astype(np.float64), after.mean.astype(np.float64)))
+    # The noise of a single update counts what it says as well.
+    energies = [0.0 if m.square is None else max(m.square.value, 0.0) for m in (before, after)]
+    crossed = before.noise * after.noise
+    crossed += before.noise * energies[1] + after.noise * energies[0]
+    return Estimate(value, crossed / max(before.mean.size, 1))
+
+
+def secant(before: Movement, after: Movement, steps: int) -> Estimate:
+    """Return what curvature takes from ``before.square``, seen from the round right after it.
+
+    ``U - L`` is the secant: how much less the loss falls along the first round's update at its end
+    than on its way, times the rate. L is `across`, so the end is where the *noisy* update led, and
+    half of the difference is what noise costs. The rest of the formula takes back what the K steps'
+    mean gradient contains already.
+
+    Parameters
+    ----------
+    before, after : Movement
+        One array's, in two rounds that follow each other, both from several clients.
+    steps : int
+        Local steps K of a round; 0 for many.
+    """
+    assert before.square is not None
+    assert after.square is not None
+    quarter = (1 - 1 / steps if steps else 1.0) / 4
+    ends = (0.5 - quarter) * before.square + quarter * after.square
+    return ends - 0.5 * across(before, after)
+
+
+@dataclass
+class Average:
+    """A discounted mean of estimates that arrive now and then; the k-th last counts ``decay**k``.
+
+    One that has not been renewed is worth less: its variance grows by ``1/decay`` with each round.
+    """
+
+    weight: float = 0.0
+    total: float = 0.0
+    spread: float = 0.0
+    last: int = 0
+
+    def add(self, found: Estimate, server_round: int, decay: float) -> None:
+        """Take in a round's estimate."""
+        self.weight = decay * self.weight + 1
+        self.total = decay * self.total + found.value
+        self.spread = decay * decay * self.spread + found.variance
+        self.last = server_round
+
+    @property
+    def mean(self) -> float | None:
+        """The mean; None before the first estimate."""
+        return self.total / self.weight if self.weight else None
+
+    def age(self, server_round: int) -> int:
+        """Return for how many rounds before this one it was not renewed."""
+        return max(server_round - 1 - self.last, 0)
+
+    def at(self, server_round: int, decay: float) -> Estimate | None:
+        """Return mean and variance as they are worth before a round; None before the first."""
+        if self.mean is None:
+            return None
+        known = decay ** self.age(server_round)
+        variance = self.spread / self.weight**2
+        return Estimate(self.mean, variance / known if known > 1e-300 else math.inf)

@@ -1,0 +1,1 @@
+"""Models whose weights stay frozen: loaded, or trained here on public data."""

@@ -1,0 +1,358 @@
+"""Transformers models and tokenizers, from the hub or from a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from fedlora_flwr.data.dataset_settings import DatasetSettings
+from fedlora_flwr.data.hub import hub_answers, own_copies_only
+from fedlora_flwr.errors import InvalidValue, one_line
+from fedlora_flwr.tasks.registry import DRAWN
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+_Found = TypeVar("_Found")
+
+
+def load_config(settings: DatasetSettings, **changes: Any) -> PretrainedConfig:
+    """Return the model's configuration.
+
+    Parameters
+    ----------
+    settings : DatasetSettings
+        Names the model.
+    **changes : Any
+        Fields to set, e.g. ``num_labels``.
+
+    Raises
+    ------
+    InvalidValue
+        There is no such model here or on a hub that can be reached.
+    """
+    from transformers import AutoConfig
+
+    return _fetched(settings.model, lambda **where: AutoConfig.from_pretrained(**where, **changes))
+
+
+def load_tokenizer(settings: DatasetSettings) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer, with a token for padding.
+
+    Raises
+    ------
+    InvalidValue
+        The model has no tokenizer, or it cannot be reached.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = _fetched(settings.model, lambda **where: AutoTokenizer.from_pretrained(**where))
+    if not tokenizer.is_fast:
+        raise InvalidValue("model", settings.model, "a model with a fast tokenizer")
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        # The library makes up an empty tokenizer where a folder has none.
+        raise InvalidValue("model", settings.model, "a model with a tokenizer beside it")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            allowed = "a model whose tokenizer has a token for padding, or for the end of a text"
+            raise InvalidValue("model", settings.model, allowed)
+        # Padding is masked, so any token does.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def input_names(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> list[str]:
+    """Return the names of the inputs that a model takes of a tokenizer.
+
+    Always with the mask, as batches are padded; and with the number of a token's text in a pair
+    only where the model tells two apart. GPT-2 would take it for a word.
+    """
+    tells = getattr(config, "type_vocab_size", 0) > 1
+    types = ["token_type_ids"] if tells and "token_type_ids" in tokenizer.model_input_names else []
+    return ["input_ids", "attention_mask", *types]
+
+
+def check_length(limit: int, model: nn.Module) -> None:
+    """Refuse texts that are longer than a model reads.
+
+    Raises
+    ------
+    InvalidValue
+        Names ``max-length``.
+    """
+    config: Any = model.config
+    longest = getattr(config, "max_position_embeddings", None) or limit
+    if longest < 0:  # XLNet says so that it has no limit.
+        longest = limit
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa counts from behind the position that stands for padding.
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            longest = min(longest, module.num_embeddings - first)
+    if limit > longest:
+        raise InvalidValue("max-length", limit, f"at most {longest}, what the model reads")
+
+
+def skeleton(auto: Any, config: PretrainedConfig, device: str = "meta") -> nn.Module:
+    """Return the model without the checkpoint's weights: its modules and their names.
+
+    Parameters
+    ----------
+    auto : type
+        One of transformers' auto classes.
+    config : PretrainedConfig
+        As of `load_config`.
+    device : str (default: "meta")
+        ``"meta"`` for shapes alone; on another device the weights are random.
+
+    Raises
+    ------
+    InvalidValue
+        Models of this family do not do what is asked.
+    """
+    try:
+        with torch.device(device):
+            model: nn.Module = auto.from_config(config, dtype=torch.float32)
+    except InvalidValue:
+        raise
+    except Exception as error:
+        reason = "" if isinstance(error, ValueError) else f" ({one_line(error)})"
+        allowed = f"a model for this task, not one of type {config.model_type!r}{reason}"
+        raise InvalidValue("model", config.name_or_path, allowed) from error
+    return model
+
+
+class MeanPooledClassifier(nn.Module):
+    """A linear classifier on the mean of a backbone's last hidden states over a text's tokens.
+
+    What sentence encoders were trained for; the first token's state, which transformers' own
+    classifiers read, may mean nothing to them.
+
+    Parameters
+    ----------
+    backbone : nn.Module
+        A transformers model without a head.
+    num_labels : int
+        Classes.
+    """
+
+    base_model_prefix = "backbone"
+
+    def __init__(self, backbone: Any, num_labels: int) -> None:
+        super().__init__()
+        self.config = backbone.config
+        self.backbone = backbone
+        self.classifier = nn.Linear(backbone.config.hidden_size, num_labels)
+
+    def forward(self, attention_mask: Tensor, **inputs: Tensor) -> SequenceClassifierOutput:
+        """Return ``logits``, shape (n, classes), for inputs of shape (n, t).
+
+        Raises
+        ------
+        InvalidValue
+            The backbone has a decoder that does not read the text.
+        """
+        try:
+            states = self.backbone(attention_mask=attention_mask, **inputs).last_hidden_state
+        except ValueError as error:
+            if not getattr(self.config, "is_encoder_decoder", False):
+                raise
+            allowed = f"'model' for a model of type {self.config.model_type!r}, as its decoder"
+            raise InvalidValue("pooling", "mean", f"{allowed} does not read the text") from error
+        mask = attention_mask.unsqueeze(-1).to(states.dtype)
+        means = (states * mask).sum(1) / mask.sum(1).clamp_min(1)
+        return SequenceClassifierOutput(logits=self.classifier(means.to(self.classifier.weight)))
+
+
+class MeanPooled:
+    """Makes `MeanPooledClassifier`, in the manner of transformers' auto classes."""
+
+    @staticmethod
+    def from_config(config: PretrainedConfig, **options: Any) -> nn.Module:
+        """Return a model with random weights."""
+        from transformers import AutoModel
+
+        return MeanPooledClassifier(AutoModel.from_config(config, **options), config.num_labels)
+
+    @staticmethod
+    def from_pretrained(*, config: PretrainedConfig, **options: Any) -> tuple[nn.Module, Any]:
+        """Return a pretrained backbone with a new classifier, and what was loaded."""
+        from transformers import AutoModel
+
+        backbone, report = AutoModel.from_pretrained(config=config, **options)
+        model = MeanPooledClassifier(backbone, config.num_labels)
+        missing = {f"{model.base_model_prefix}.{name}" for name in report["missing_keys"]}
+        classifier = {f"classifier.{name}" for name, _ in model.classifier.named_parameters()}
+        return model, {**report, "missing_keys": missing | classifier}
+
+
+def head_modules(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the modules beside a transformers model's backbone that can train.
+
+    That is each of them; or the linear layers in it, where there are others too, as ModernBERT's
+    normalisation.
+    """
+    names: list[str] = []
+    for name in _beside(model):
+        leaves = {
+            f"{name}.{inner}".rstrip("."): module
+            for inner, module in model.get_submodule(name).named_modules()
+            if list(module.parameters(recurse=False))
+        }
+        linear = [leaf for leaf, module in leaves.items() if isinstance(module, nn.Linear)]
+        names += [name] if len(linear) == len(leaves) else linear
+    return tuple(names)
+
+
+def _beside(model: nn.Module) -> tuple[str, ...]:
+    backbone = getattr(model, "base_model_prefix", "")
+    children = dict(model.named_children())
+    return tuple(
+        name
+        for name, child in children.items()
+        if name != backbone
+        and any(True for _ in child.parameters())
+        # T5 for questions has the parts of its backbone beside the head.
+        and (backbone in children or not isinstance(child, (PreTrainedModel, nn.Embedding)))
+    )
+
+
+def build(auto: Any, settings: DatasetSettings, config: PretrainedConfig) -> nn.Module:
+    """Return the model; weights that the checkpoint lacks, the head's, are drawn by the seed.
+
+    A head of the checkpoint's that is for other classes is not taken.
+
+    Parameters
+    ----------
+    auto : type
+        One of transformers' auto classes.
+    settings : DatasetSettings
+        Model, weights, quantisation and seed.
+    config : PretrainedConfig
+        As of `load_config`.
+
+    Raises
+    ------
+    InvalidValue
+        ``max-length`` is more than the model reads, the weights cannot be read or are another
+        model's, or quantisation is asked for where it cannot be had.
+    """
+    if settings.weights not in ("pretrained", "random"):
+        allowed = "'pretrained' or 'random'; for a folder of your own set model"
+        raise InvalidValue("weights", settings.weights, allowed)
+    bare = skeleton(auto, config)
+    check_length(settings.max_length, bare)
+    options = quantized(settings.quantization, head_modules(bare))
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would also seed the accelerators, which the fork does not restore.
+        torch.default_generator.manual_seed(settings.seed)
+        if settings.weights == "random":
+            model: nn.Module = skeleton(auto, config, "cpu")
+            setattr(model, DRAWN, _beside(bare))
+            return model
+        model, report = _fetched(
+            settings.model,
+            lambda **where: auto.from_pretrained(
+                **where,
+                config=config,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **options,
+            ),
+        )
+    missing = _drawn_weights(report)
+    _check_weights(settings.model, missing, _beside(bare))
+    setattr(model, DRAWN, tuple(sorted({name.rpartition(".")[0] for name in missing})))
+    return model
+
+
+def _drawn_weights(report: Mapping[str, Any]) -> dict[str, str]:
+    """Return the names of weights that were drawn, and why each was."""
+    missing = dict.fromkeys(report["missing_keys"], "is missing")
+    return {**missing, **{name: "does not fit" for name, *_ in report["mismatched_keys"]}}
+
+
+def _check_weights(model: str, drawn: Mapping[str, str], beside: tuple[str, ...]) -> None:
+    """Refuse a backbone of which some weights were not in the checkpoint, and so were drawn."""
+    for name in sorted(drawn):
+        # A backbone that was trained without a pooler has none, and few heads read it.
+        if name.split(".")[0] not in beside and "pooler" not in name.split("."):
+            raise InvalidValue("model", model, f"weights of this model: {name!r} {drawn[name]}")
+
+
+def quantized(quantization: str, head: tuple[str, ...]) -> dict[str, Any]:
+    """Return what `from_pretrained` needs to load a quantised backbone, head left out.
+
+    Raises
+    ------
+    InvalidValue
+        There is no CUDA device or no bitsandbytes here.
+    """
+    if quantization == "none":
+        return {}
+    if not torch.cuda.is_available():
+        raise InvalidValue("quantization", quantization, "'none' on a machine without a CUDA GPU")
+    if find_spec("bitsandbytes") is None:
+        allowed = "'none', or bitsandbytes installed (pip install 'fedlora-flwr[quantized]')"
+        raise InvalidValue("quantization", quantization, allowed)
+    from transformers import BitsAndBytesConfig
+
+    options = (
+        BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(head) or None)
+        if quantization == "8bit"
+        else BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=list(head) or None,
+        )
+    )
+    return {"quantization_config": options, "device_map": {"": torch.cuda.current_device()}}
+
+
+def _fetched(model: str, load: Callable[..., _Found]) -> _Found:
+    path = Path(model).expanduser()
+    local = path.is_dir()
+    offline = not local and not hub_answers()
+    where = {
+        "pretrained_model_name_or_path": str(path) if local else model,
+        "local_files_only": local or offline,
+    }
+    try:
+        with _quiet(), own_copies_only(offline):
+            return load(**where)
+    except Exception as error:
+        # Parsers of configurations and of three formats of weights raise errors of many types.
+        if offline and isinstance(error, OSError):
+            allowed = (
+                "a folder with a transformers model, or a name on a hub that can be reached: it "
+                "did not answer, and there is no copy from before"
+            )
+        else:
+            allowed = f"a transformers model ({one_line(error)})"
+        raise InvalidValue("model", model, allowed) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the library's report that a head is new, which it always is here."""
+    from transformers.utils import logging as library
+
+    level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library.set_verbosity(level)
+        if bars:
+            library.enable_progress_bar()

@@ -1,0 +1,64 @@
+"""What a person sees of a comparison: progress over all runs, and the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from fedlora_flwr.studies.compare_methods import RATES
+from fedlora_flwr.studies.compare_results import Part, Row, budget_name
+from fedlora_flwr.terminal import Bar, Table, show, show_line, show_lines
+
+
+class CompareScreen:
+    """Shows a comparison on a console; on a plain stream, one line a finished run.
+
+    Parameters
+    ----------
+    console : Console
+        Where to write.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Bar(console, "run", remaining=True)
+
+    def __enter__(self) -> CompareScreen:
+        """Wait for the first call of `row`: checks may show progress of their own before."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the console as it was."""
+        self._bar.stop()
+
+    def row(self, row: Row | None, done: int, total: int) -> None:
+        """Show a finished run, or with None that runs begin."""
+        state = "starting" if row is None else describe_row(row)
+        if self._console.is_terminal:
+            self._bar.to(done, total, state)
+        elif row is not None:
+            show_line(self._console, f"run {done}/{total}: {state}")
+
+    def document(self, parts: Sequence[Part], folder: Path) -> None:
+        """Print the finished tables with their notes, and where the files are."""
+        for part in parts:
+            if isinstance(part, str):
+                show(self._console, Table((), [(part,)], "<"))
+            else:
+                show(self._console, Table(part[0], part[1:], "<" * len(part[0])))
+            show_line(self._console, "")
+        show_lines(self._console, [("Results", str(folder))])
+
+
+def describe_row(row: Row) -> str:
+    """Return what one run came to, in one line."""
+    what = f"{row['phase']} {row['row']} ε {budget_name(row['epsilon'])}"
+    how = (
+        " / ".join(f"{row[name]:g}" for name in RATES)
+        if row["phase"] == "tune"
+        else f"seed {row['seed']}"
+    )
+    result = "failed" if row["error"] else f"{row['final']:.1%}"
+    return f"{what}, {how}: {result} in {row['seconds']:.0f} s"

@@ -1,0 +1,85 @@
+"""A forecast on a screen."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Console
+
+from fedlora_flwr.forecast.forecast import Forecast
+from fedlora_flwr.forecast.participation import participation
+from fedlora_flwr.terminal import Table, show, show_lines
+
+# More clients than this are shown by their smallest, middle and largest.
+_MOST_ROWS = 20
+
+
+def show_forecast(found: Forecast, console: Console) -> None:
+    """Print a forecast: clients, noise, memory, bytes, warnings."""
+    show(console, _clients(found))
+    if len(found.clients) > _MOST_ROWS:
+        text = f"{len(found.clients):,}: the smallest, the middle and the largest are shown"
+        show_lines(console, [("Clients", text)])
+    show_lines(console, [*_lines(found), *(("Warning", text) for text in found.warnings)])
+
+
+def _clients(found: Forecast) -> Table:
+    heads = ("client", "records", "q = b/n", "σ", "steps")
+    rows = sorted(enumerate(found.clients), key=lambda row: (row[1].records, row[0]))
+    if len(rows) > _MOST_ROWS:
+        rows = [rows[0], rows[len(rows) // 2], rows[-1]]
+    else:
+        rows.sort()
+    cells = [
+        (
+            str(number),
+            f"{client.records:,}",
+            f"{client.mechanism.sample_rate:.5f}" if client.mechanism else "–",
+            f"{client.mechanism.noise_multiplier:.3f}" if client.mechanism else "cannot",
+            str(found.config.planned_steps),
+        )
+        for number, client in rows
+    ]
+    return Table(heads, cells, ">" * len(heads))
+
+
+def _lines(found: Forecast) -> list[tuple[str, str]]:
+    config, memory = found.config, found.memory
+    promise = (
+        f"ε ≤ {config.epsilon:g} at δ = {config.delta:g}, clip norm {config.clip_norm:g}"
+        if config.private
+        else "none: epsilon = inf adds no noise"
+    )
+    ratio = found.noise_to_signal
+    noise = "none" if ratio is None else f"{ratio:.2f} × the most its signal can be"
+    kept = "not known" if memory.activations is None else megabytes(memory.activations)
+    rounds = participation(config)
+    messages = round(rounds.mean * config.num_clients)
+    return [
+        ("Privacy", promise),
+        ("Rounds", str(rounds)),
+        (
+            "Trains",
+            f"{found.coordinates:,} numbers a step, of {found.layers} layers in "
+            f"{found.blocks} blocks",
+        ),
+        ("Noise", f"of a round, averaged: {noise}"),
+        (
+            "Memory",
+            f"{megabytes(memory.total)} a client: frozen weights "
+            f"{megabytes(memory.backbone)}, activations {kept}, gradients by record "
+            f"{megabytes(memory.per_record)}, what trains {megabytes(memory.trained)}",
+        ),
+        (
+            "Bytes",
+            f"{megabytes(found.bytes_up)} up and {megabytes(found.bytes_down)} down for a "
+            f"client and round; {megabytes(messages * (found.bytes_up + found.bytes_down))} "
+            "for the run",
+        ),
+    ]
+
+
+def megabytes(count: float) -> str:
+    """Write a number of bytes as MB, with two digits where there are few."""
+    digits = max(0, 1 - math.floor(math.log10(count / 1e6))) if count > 0 else 0
+    return f"{count / 1e6:,.{min(digits, 3)}f} MB"

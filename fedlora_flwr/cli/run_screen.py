@@ -1,0 +1,150 @@
+"""What a person sees of a run: the plan before it, progress, and the closing table."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rich.console import Console
+
+from fedlora_flwr.forecast.participation import participation
+from fedlora_flwr.simulations.runner import RunPlan
+from fedlora_flwr.terminal import Bar, show_line, show_lines
+
+UNPROTECTED = "unprotected metrics were reported"
+
+
+class Screen:
+    """Shows one run on a console; on a plain stream, one line a round.
+
+    Parameters
+    ----------
+    console : Console
+        Where to write.
+    plan : RunPlan
+        The run.
+    """
+
+    def __init__(self, console: Console, plan: RunPlan) -> None:
+        self._console = console
+        self._plan = plan
+        self._bar = Bar(console, "round")
+
+    def __enter__(self) -> Screen:
+        """Say what is about to happen and begin to show progress."""
+        show_lines(self._console, describe_plan(self._plan))
+        if self._console.is_terminal:
+            self._bar.to(0, self._plan.config.num_rounds, "starting")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the console as it was."""
+        self._bar.stop()
+
+    def round(self, row: dict[str, Any]) -> None:
+        """Show one row of ``rounds.jsonl``."""
+        state = describe_round(row, self._plan.metric)
+        last = self._plan.config.num_rounds
+        if self._console.is_terminal:
+            self._bar.to(row["round"], last, state)
+        else:
+            show_line(self._console, f"round {row['round']}/{last}: {state}")
+
+
+def describe_plan(plan: RunPlan) -> list[tuple[str, str]]:
+    """Return names and texts of the lines that announce a run."""
+    config, sigmas = plan.config, [m.noise_multiplier for m in plan.mechanisms]
+    sizes = [m.num_records for m in plan.mechanisms]
+    lines = [
+        (
+            "Task",
+            f"{config.task}: {plan.parameters:,} parameters frozen, {plan.trained:,} trained "
+            f"(LoRA of rank {config.rank}{', head' if plan.head else ''})",
+        ),
+        (
+            "Strategy",
+            f"{config.strategy}: {config.num_rounds} rounds of {config.local_steps} private "
+            f"steps, expected batch {config.batch_size}",
+        ),
+        (
+            "Clients",
+            f"{config.num_clients} with {min(sizes)} to {max(sizes)} private records "
+            f"({config.partitioner})",
+        ),
+        *(("Records", line) for line in plan.records),
+    ]
+    if config.fraction_train < 1 or config.max_rounds:
+        lines.append(("Rounds", str(participation(config))))
+    if config.private:
+        promise = (
+            f"ε ≤ {config.epsilon:g} at δ = {config.delta:g} for each record of each "
+            f"client; noise multiplier {min(sigmas):.2f} to {max(sigmas):.2f}, clip norm "
+            f"{config.clip_norm:g}"
+        )
+        lines.append(("Privacy", promise))
+    else:
+        lines.append(("Privacy", "none: epsilon = inf adds no noise"))
+    if config.reproducible and config.private:
+        lines.append(("", "noise follows the seed: a reproducible simulation, not a release"))
+    if config.report_unprotected_metrics:
+        lines.append(("", UNPROTECTED))
+    return lines
+
+
+def describe_round(row: dict[str, Any], metric: str = "accuracy") -> str:
+    """Return what one round came to, in one line."""
+    parts = []
+    if metric in row:
+        parts.append(f"{_words(metric)} {row[metric]:.1%}")
+    elif "loss" in row:
+        parts.append(f"loss {row['loss']:.4f}")
+    spent = row.get("epsilon_max")
+    if spent is not None and math.isfinite(spent):
+        parts.append(f"ε {spent:.2f}")
+    if row.get("failures"):
+        parts.append(f"{len(row['failures'])} failed")
+    return "  ".join(parts) or "not evaluated"
+
+
+def closing_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return names and values of the closing table."""
+    spent, budget = summary["epsilon_max"], summary["epsilon_budget"]
+    used = summary["bytes_up"] + summary["bytes_down"]
+    plain, metric = summary["bytes_plain"], summary["metric"]
+    privacy = (
+        "none"
+        if budget is None or math.isinf(budget)  # JSON has no infinity, the run itself has.
+        else f"ε = {spent:.3f} of {budget:g} at δ = {summary['delta']:g}, the largest of "
+        f"{summary['num_clients']} clients ({summary['accountant'].upper()} accountant)"
+    )
+    rows = [
+        (
+            _words(metric).capitalize(),
+            f"{summary[f'initial_{metric}']:.1%} → {summary[f'final_{metric}']:.1%}",
+        ),
+        ("Privacy", privacy),
+        ("Sent", f"{_megabytes(summary['bytes_up'])} up, {_megabytes(summary['bytes_down'])} down"),
+    ]
+    if plain:
+        rows.append(
+            ("", f"{used / plain:.0%} of the {_megabytes(plain)} that plain LoRA averaging sends")
+        )
+    done, planned = summary["rounds_done"], summary["num_rounds"]
+    rounds = f"{done} rounds" if done == planned else f"{done} of {planned} rounds"
+    early = "" if done == planned else f": {summary['end']}"
+    rows += [
+        ("Time", f"{summary['seconds']:.0f} s for {rounds}{early}"),
+        ("Failures", f"{summary['failures']} replies, {summary['declined']} out of budget"),
+    ]
+    rows += [(name.capitalize(), sentence) for name, sentence in summary["remarks"].items()]
+    if summary["unprotected_metrics"]:
+        rows.append(("Note", UNPROTECTED))
+    return rows
+
+
+def _words(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"

@@ -1,0 +1,48 @@
+"""Recipes: run configurations in files, those that come with the package among them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedlora_flwr.config import RunConfig, parse_overrides, read_toml
+from fedlora_flwr.errors import unknown
+
+RECIPES = Path(__file__).with_name("recipes")
+_PATHS = ("model", "weights", "dataset")
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with the package, e.g. ``paper/ffa-lora-mnli``."""
+    found = (path.relative_to(RECIPES).with_suffix("") for path in RECIPES.rglob("*.toml"))
+    return sorted(path.as_posix() for path in found)
+
+
+def about_recipe(name: str) -> str:
+    """Return what a recipe of the package is: its file's first line."""
+    first = (RECIPES / f"{name}.toml").read_text(encoding="utf-8").splitlines()[0]
+    return first.removeprefix("# ")
+
+
+def load_recipe(name: str, overrides: list[str] | None = None) -> RunConfig:
+    """Resolve a recipe by name or path, with overrides in force over it.
+
+    Raises
+    ------
+    InvalidValue
+        There is no such recipe, or one of its values cannot be used.
+    """
+    names = recipe_names()
+    if not name.endswith(".toml") and name not in names:
+        raise unknown("recipe", name, names, after=", or a path that ends in .toml")
+    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    config = RunConfig.of(read_toml(path), parse_overrides(overrides or []))
+    located: dict[str, Any] = {key: _located(getattr(config, key)) for key in _PATHS}
+    return replace(config, **located)
+
+
+def _located(text: str) -> str:
+    """Return a path that means the same in every process of a run; all else as it is."""
+    path = Path(text).expanduser()
+    return str(path.resolve()) if text and path.exists() else text

@@ -1,0 +1,309 @@
+"""Records over simulated clients, by the partitioners of flwr-datasets."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora_flwr.data.splits import Split
+from fedlora_flwr.errors import InvalidValue, unknown
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from flwr_datasets.partitioner import Partitioner
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def _iid(split: Split) -> Partitioner:
+    from flwr_datasets.partitioner import IidPartitioner
+
+    return IidPartitioner(num_partitions=split.num_partitions)
+
+
+def _dirichlet(split: Split) -> Partitioner:
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    if not 0 < split.alpha < float("inf"):
+        raise InvalidValue("dirichlet-alpha", split.alpha, "a number above 0")
+    return DirichletPartitioner(
+        num_partitions=split.num_partitions,
+        partition_by=split.by,
+        alpha=float(split.alpha),
+        min_partition_size=split.min_size,
+        self_balancing=False,
+        seed=split.seed,
+    )
+
+
+def _pathological(split: Split) -> Partitioner:
+    from flwr_datasets.partitioner import PathologicalPartitioner
+
+    # One class of each client goes round, so that no class is left out where that can be.
+    return PathologicalPartitioner(
+        num_partitions=split.num_partitions,
+        partition_by=split.by,
+        num_classes_per_partition=split.classes_per_partition,
+        class_assignment_mode="first-deterministic",
+        seed=split.seed,
+    )
+
+
+def _shard(split: Split) -> Partitioner:
+    from flwr_datasets.partitioner import ShardPartitioner
+
+    return ShardPartitioner(
+        num_partitions=split.num_partitions,
+        partition_by=split.by,
+        num_shards_per_partition=split.classes_per_partition,
+        seed=split.seed,
+    )
+
+
+def _natural_id(split: Split) -> Partitioner:
+    from flwr_datasets.partitioner import NaturalIdPartitioner
+
+    return NaturalIdPartitioner(partition_by=split.by)
+
+
+def _size(split: Split) -> Partitioner:
+    from flwr_datasets.partitioner import SizePartitioner
+
+    if len(split.sizes) != split.num_partitions:
+        allowed = f"{split.num_partitions} sizes with commas between them, as num-clients says"
+        raise InvalidValue("partition-sizes", _joined(split.sizes), allowed)
+    return SizePartitioner(partition_sizes=list(split.sizes))
+
+
+def _by_place(name: str) -> Callable[[Split], Partitioner]:
+    """Return the builder of a partitioner in which client i's size is a function of i."""
+
+    def build(split: Split) -> Partitioner:
+        from flwr_datasets import partitioner as library
+
+        built: Partitioner = getattr(library, name)(num_partitions=split.num_partitions)
+        return built
+
+    return build
+
+
+PARTITIONERS: dict[str, Callable[[Split], Partitioner]] = {
+    "iid": _iid,
+    "dirichlet": _dirichlet,
+    "pathological": _pathological,
+    "shard": _shard,
+    "natural-id": _natural_id,
+    "size": _size,
+    "linear": _by_place("LinearPartitioner"),
+    "square": _by_place("SquarePartitioner"),
+    "exponential": _by_place("ExponentialPartitioner"),
+}
+LABEL_SHARES = "label-shares"
+PARTITIONER_NAMES = (*PARTITIONERS, LABEL_SHARES)
+_BY_COLUMN = ("dirichlet", "pathological", "shard", "natural-id", LABEL_SHARES)
+
+
+def partition_records(columns: Mapping[str, NDArray[Any]], split: Split) -> list[NDArray[np.int64]]:
+    """Deal records out to clients.
+
+    The same arguments give the same parts in every process. Classes that no client gets
+    (``"pathological"`` with few clients) are named in a warning.
+
+    Parameters
+    ----------
+    columns : Mapping[str, NDArray]
+        One value a record, each of shape (n,): the labels, as ``label``, and what else the
+        records may be split by.
+    split : Split
+        How. ``"dirichlet"`` is that of Yurochkin et al. (arXiv:1905.12022), per label, without
+        balancing; ``"shard"`` that of McMahan et al. (arXiv:1602.05629): records sorted by label
+        are cut into ``num_partitions * classes_per_partition`` equal shards, and what is over
+        after the last is dropped. The clients of ``"natural-id"`` are the column's sorted values.
+        ``"label-shares"`` gives all clients equally many records, as many as the classes allow,
+        with the given shares of the column's sorted values; the rest of the records is left out.
+
+    Returns
+    -------
+    list[NDArray[np.int64]]
+        Positions of each client's records, ascending. The parts are disjoint.
+
+    Raises
+    ------
+    InvalidValue
+        A setting is out of range, or does not suit these records.
+    """
+    if split.partitioner not in PARTITIONER_NAMES:
+        raise unknown("partitioner", split.partitioner, PARTITIONER_NAMES)
+    if split.partitioner in _BY_COLUMN:
+        _require_column(columns, split)
+    records = len(next(iter(columns.values())))
+    _require_feasible(records, split)
+    if (split.partitioner, split.num_partitions) == ("iid", 1):
+        # A device's own records, for each message: flwr-datasets would import its plots first.
+        return [np.arange(records)]
+    if split.partitioner == LABEL_SHARES:
+        parts = _by_shares(columns[split.by], split)
+    else:
+        parts = _dealt(columns, PARTITIONERS[split.partitioner](split), split)
+    if min(map(len, parts)) < split.min_size:
+        raise _unmet(split, min(map(len, parts)))
+    if split.partitioner == "pathological":
+        _warn_of_unused(columns[split.by], parts)
+    return parts
+
+
+def partition_indices(
+    labels: NDArray[Any],
+    partitioner: str,
+    num_partitions: int,
+    seed: int,
+    *,
+    alpha: float = 0.5,
+    min_size: int = 1,
+) -> list[NDArray[np.int64]]:
+    """Deal labelled records out to clients: `partition_records` for labels alone."""
+    split = Split(partitioner, num_partitions, seed, alpha, min_size)
+    return partition_records({"label": labels}, split)
+
+
+def partition_table(labels: NDArray[Any], parts: Sequence[NDArray[np.int64]]) -> pd.DataFrame:
+    """Count each client's records by class.
+
+    Parameters
+    ----------
+    labels : NDArray
+        Class of each record, shape (n,).
+    parts : Sequence[NDArray[np.int64]]
+        Positions of each client's records.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a client (index ``client``, from 0), one column a class that occurs in ``labels``,
+        sorted; int64.
+    """
+    import pandas as pd
+
+    classes, codes = np.unique(labels, return_inverse=True)
+    counts = [np.bincount(codes[part], minlength=len(classes)) for part in parts]
+    table = np.asarray(counts, dtype=np.int64).reshape(len(parts), len(classes))
+    rows = pd.RangeIndex(len(parts), name="client")
+    return pd.DataFrame(table, index=rows, columns=pd.Index(classes.tolist(), name="class"))
+
+
+def _joined(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def _require_column(columns: Mapping[str, NDArray[Any]], split: Split) -> None:
+    named = split.column if split.partitioner == "natural-id" else split.by
+    if named not in columns:
+        known = set(columns) - {"row"}
+        otherwise = ", or partitioner = 'iid' where no column divides the records"
+        if known:
+            raise unknown("partition-column", split.column, known, after=otherwise)
+        raise InvalidValue("partition-column", split.column, f"a column{otherwise}")
+    values = columns[named]
+    # Nothing in the column, or what is no number where numbers have gaps.
+    if values.dtype.kind in "fO" and any(value is None or value != value for value in values):
+        raise InvalidValue("partition-column", named, "a column without missing values")
+    distinct = len(np.unique(values))
+    if split.partitioner == "natural-id" and distinct != split.num_partitions:
+        reason = f"{distinct}, as partition-column = {named!r} has that many values"
+        raise InvalidValue("num-clients", split.num_partitions, reason)
+    if split.partitioner == "pathological" and not 1 <= split.classes_per_partition <= distinct:
+        reason = f"1 to {distinct}, the classes of the records"
+        raise InvalidValue("classes-per-client", split.classes_per_partition, reason)
+
+
+def _require_feasible(records: int, split: Split) -> None:
+    clients, least = split.num_partitions, split.min_size
+    if not 1 <= clients <= records:
+        raise InvalidValue("num-clients", clients, f"1 to {records}, one record each")
+    most = records // clients
+    if not 1 <= least <= most:
+        reason = f"1 to {most}, as {clients} clients share {records} records"
+        raise InvalidValue("min-records", least, reason)
+    shards = split.classes_per_partition
+    if split.partitioner == "shard" and not 1 <= shards <= most:
+        raise InvalidValue("classes-per-client", shards, f"1 to {most}, a record in each shard")
+
+
+def _dealt(
+    columns: Mapping[str, NDArray[Any]], partitioner: Partitioner, split: Split
+) -> list[NDArray[np.int64]]:
+    from datasets import Dataset
+
+    # The partitioners cut each class, or the whole, in the order they find it.
+    order = np.random.default_rng(split.seed).permutation(len(next(iter(columns.values()))))
+    shuffled = {name: values[order] for name, values in columns.items()}
+    partitioner.dataset = Dataset.from_dict({"index": order, **shuffled})
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        # Each failed draw warns; what matters is whether one of them succeeds. And some
+        # partitioners draw a progress bar wherever they run.
+        warnings.simplefilter("ignore")
+        try:
+            # A whole column at once: read one by one, 67,000 records take two seconds.
+            parts = [partitioner.load_partition(i)["index"][:] for i in range(split.num_partitions)]
+        except (ValueError, TypeError, ArithmeticError) as error:
+            raise _refused(split, error) from error
+    return [np.sort(np.asarray(part, dtype=np.int64)) for part in parts]
+
+
+def _by_shares(values: NDArray[Any], split: Split) -> list[NDArray[np.int64]]:
+    """Deal each class out in the given shares, to clients of one size."""
+    classes, codes = np.unique(values, return_inverse=True)
+    shares = np.asarray(split.shares, dtype=np.float64)
+    if shares.shape != (split.num_partitions, len(classes)):
+        text = "; ".join(",".join(f"{share:g}" for share in row) for row in split.shares)
+        allowed = f"{split.num_partitions} clients with a share for each of {len(classes)} classes"
+        raise InvalidValue("label-shares", text, allowed)
+    order = np.random.default_rng(split.seed).permutation(len(values))
+    pools = [order[codes[order] == number] for number in range(len(classes))]
+    asked = shares.sum(axis=0)
+    sizes = [len(pool) / share for pool, share in zip(pools, asked, strict=True) if share]
+    counts = np.floor(min(sizes) * shares + 1e-9).astype(int)
+    left = len(values) - int(counts.sum())
+    if left:
+        _LOGGER.warning("%s of %s records fit no client's label shares.", left, len(values))
+    ends = np.cumsum(counts, axis=0)
+    parts = [
+        [pool[end - count : end] for pool, end, count in zip(pools, row, taken, strict=True)]
+        for row, taken in zip(ends, counts, strict=True)
+    ]
+    return [np.sort(np.concatenate(part)).astype(np.int64) for part in parts]
+
+
+def _refused(split: Split, error: Exception) -> InvalidValue:
+    if split.partitioner == "dirichlet":
+        return _unmet(split)
+    return InvalidValue("partitioner", split.partitioner, f"one that suits the records ({error})")
+
+
+def _unmet(split: Split, smallest: int | None = None) -> InvalidValue:
+    if split.partitioner != "dirichlet":
+        return InvalidValue(
+            "min-records",
+            split.min_size,
+            f"at most {smallest}, what partitioner = {split.partitioner!r} gives the smallest of "
+            f"{split.num_partitions} clients",
+        )
+    advice = (
+        f"a smaller minimum, fewer clients or more even parts than "
+        f"{split.num_partitions} with dirichlet-alpha = {split.alpha} (seed {split.seed})"
+    )
+    return InvalidValue("min-records", split.min_size, advice)
+
+
+def _warn_of_unused(values: NDArray[Any], parts: Sequence[NDArray[np.int64]]) -> None:
+    dealt = np.concatenate(parts)
+    unused = sorted(set(np.unique(values).tolist()) - set(np.unique(values[dealt]).tolist()))
+    if unused:
+        _LOGGER.warning("No client gets records of the classes %s.", ", ".join(map(str, unused)))

@@ -1,0 +1,105 @@
+"""Pictures as the numbers that a model reads: opaque, of 8 bits, and of its size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fedlora_flwr.data.prepared import prepare
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+BACKGROUND = (255, 255, 255)
+"""What transparent pixels are laid over: white."""
+# The largest values of 16 and of 8 bits, 65,535 and 255, are this far apart.
+_SCALE = 257
+
+
+def pixels(dataset: Dataset, column: str, data: Mapping[str, Any]) -> Dataset:
+    """Return pictures at a model's size, made once per machine.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        The pictures.
+    column : str
+        Their column.
+    data : Mapping[str, Any]
+        As of `fedlora_flwr.backbones.image_models.data_config`.
+
+    Returns
+    -------
+    Dataset
+        One column, ``image``: uint8 of shape (channels, h, w).
+    """
+    function = partial(_pixels, column=column, data=data)
+    parts = {**data, "column": column}
+    return prepare(dataset, function, parts, ["image"], packages=["timm", "pillow"])
+
+
+def normalised(images: Tensor, data: Mapping[str, Any]) -> Tensor:
+    """Scale uint8 pictures, shape (n, channels, h, w), to what the model was trained on."""
+    mean = torch.tensor(data["mean"], device=images.device).view(1, -1, 1, 1)
+    std = torch.tensor(data["std"], device=images.device).view(1, -1, 1, 1)
+    return (images.float() / 255 - mean) / std
+
+
+def eight_bits(picture: Image.Image, mode: str) -> Image.Image:
+    """Return a picture as models read it.
+
+    Grey of 16 bits is divided by 257, so that the largest value stays the largest. Transparent
+    pixels are laid over white. Of several frames the current one is taken.
+
+    Parameters
+    ----------
+    picture : Image
+        Decoded, of any mode of Pillow.
+    mode : str
+        ``"L"`` or ``"RGB"``.
+
+    Raises
+    ------
+    ValueError
+        Values are 32-bit integers or floating point numbers, whose range is not known; or Pillow
+        cannot convert the mode.
+    """
+    if picture.mode in ("I", "F"):
+        kind = "32-bit integers" if picture.mode == "I" else "floating point numbers"
+        raise ValueError(
+            f"its values are {kind}, of which nobody knows what is white: save it with 8 or 16 bits"
+        )
+    if picture.mode.startswith("I;16"):
+        picture = _scaled(picture)
+    elif picture.mode == "LAB":  # To grey there is no direct way.
+        picture = picture.convert("RGB")
+    if picture.has_transparency_data:
+        full = picture.convert("LA") if picture.mode == "La" else picture
+        full = full.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", full.size, (*BACKGROUND, 255)), full)
+    return picture.convert(mode)
+
+
+def _pixels(rows: dict[str, list[Any]], *, column: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    from timm.data import create_transform
+
+    # With the prefetcher's setting, timm leaves scaling and normalising to the device.
+    transform = create_transform(**data, is_training=False, use_prefetcher=True)
+    mode = "L" if data["input_size"][0] == 1 else "RGB"
+    images = [transform(eight_bits(picture, mode)) for picture in rows[column]]
+    return {"image": np.stack(images)}
+
+
+def _scaled(picture: Image.Image) -> Image.Image:
+    values = np.asarray(picture).astype(np.int64)
+    grey = Image.fromarray(((values + _SCALE // 2) // _SCALE).astype(np.uint8))
+    hidden = picture.info.get("transparency")
+    if hidden is None:
+        return grey
+    return Image.merge("LA", (grey, Image.fromarray(np.uint8(255) * (values != hidden))))

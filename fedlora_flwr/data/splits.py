@@ -1,0 +1,139 @@
+"""How a simulation spreads records, as the run configuration says it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedlora_flwr.errors import InvalidValue
+
+
+class SplitSettings(Protocol):
+    """What a `Split` is made from: a part of the run configuration."""
+
+    @property
+    def partitioner(self) -> str:
+        """One of `fedlora_flwr.data.partition.PARTITIONER_NAMES`."""
+        ...
+
+    @property
+    def dirichlet_alpha(self) -> float:
+        """Dirichlet concentration."""
+        ...
+
+    @property
+    def min_records(self) -> int:
+        """Records that the smallest client must have."""
+        ...
+
+    @property
+    def classes_per_client(self) -> int:
+        """Classes, or shards, of each client."""
+        ...
+
+    @property
+    def partition_column(self) -> str:
+        """Name of the column to split by; empty means the label."""
+        ...
+
+    @property
+    def partition_sizes(self) -> str:
+        """Whole numbers with commas between them."""
+        ...
+
+    @property
+    def label_shares(self) -> str:
+        """Shares of the classes, one row per client."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Seed of the partition."""
+        ...
+
+
+@dataclass(frozen=True)
+class Split:
+    """How records are spread.
+
+    Parameters
+    ----------
+    partitioner : str
+        One of `fedlora_flwr.data.partition.PARTITIONER_NAMES`.
+    num_partitions : int
+        Clients.
+    seed : int
+        Seed of the order of the records and of the partitioner's own draws.
+    alpha : float (default: 0.5)
+        Dirichlet concentration: the smaller, the more the clients' label mixes differ.
+    min_size : int (default: 1)
+        Records that the smallest client must have.
+    classes_per_partition : int (default: 2)
+        Classes of a client (``"pathological"``), or shards of it (``"shard"``).
+    column : str (default: "")
+        What ``"dirichlet"``, ``"pathological"``, ``"shard"`` and ``"natural-id"`` split by; empty
+        is ``"label"``, which ``"natural-id"`` does not take.
+    sizes : tuple[int, ...] (default: ())
+        Records of each client (``"size"``).
+    shares : tuple[tuple[float, ...], ...] (default: ())
+        Shares of the classes in each client's records, one row per client (``"label-shares"``).
+    """
+
+    partitioner: str
+    num_partitions: int
+    seed: int
+    alpha: float = 0.5
+    min_size: int = 1
+    classes_per_partition: int = 2
+    column: str = ""
+    sizes: tuple[int, ...] = ()
+    shares: tuple[tuple[float, ...], ...] = ()
+
+    @classmethod
+    def of(cls, settings: SplitSettings, num_partitions: int) -> Split:
+        """Make a split from the run configuration.
+
+        Raises
+        ------
+        InvalidValue
+            ``partition-sizes`` are no numbers, or ``label-shares`` no shares.
+        """
+        return cls(
+            partitioner=settings.partitioner,
+            num_partitions=num_partitions,
+            seed=settings.seed,
+            alpha=settings.dirichlet_alpha,
+            min_size=settings.min_records,
+            classes_per_partition=settings.classes_per_client,
+            column=settings.partition_column,
+            sizes=_whole_numbers(settings.partition_sizes),
+            shares=_shares(settings.label_shares),
+        )
+
+    @property
+    def by(self) -> str:
+        """Name of the column that label-based partitioners split by."""
+        return self.column or "label"
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    allowed = "whole numbers above 0 with commas between them"
+    try:
+        numbers = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise InvalidValue("partition-sizes", text, allowed) from error
+    if any(number < 1 for number in numbers):
+        raise InvalidValue("partition-sizes", text, allowed)
+    return numbers
+
+
+def _shares(text: str) -> tuple[tuple[float, ...], ...]:
+    allowed = "numbers that add up to 1 for each client, e.g. '0.9,0.1; 0.1,0.9'"
+    try:
+        rows = [[float(one) for one in row.split(",")] for row in text.split(";") if row.strip()]
+    except ValueError as error:
+        raise InvalidValue("label-shares", text, allowed) from error
+    good = all(min(row) >= 0 and abs(sum(row) - 1) < 1e-6 for row in rows)
+    if not good or len({len(row) for row in rows}) > 1:
+        raise InvalidValue("label-shares", text, allowed)
+    return tuple(map(tuple, rows))

@@ -1,0 +1,84 @@
+"""Which record of a data set cannot be used, in a sentence that names its file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from fedlora_flwr.data.plain_text import reason
+from fedlora_flwr.errors import FedLoRAError, InvalidValue
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def named(
+    dataset: Dataset, function: Callable[[dict[str, list[Any]]], Any], rows: Iterable[int]
+) -> InvalidValue | None:
+    """Return the error of the first record that cannot be read, or that a function cannot take.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        The records.
+    function : Callable
+        Takes columns of records, as lists.
+    rows : Iterable[int]
+        Positions of records, of which one is at fault.
+
+    Returns
+    -------
+    InvalidValue or None
+        Names the picture's file, or the file and the record's place in it; ``None`` where each
+        record by itself can be used.
+    """
+    for row in rows:
+        try:
+            function(dataset[row : row + 1])
+        except (FedLoRAError, AssertionError, MemoryError, RuntimeError):
+            raise
+        except Exception as error:
+            pictures = bool(_picture_columns(dataset))
+            kind = "pictures that can be decoded" if pictures else "records of the task's form"
+            text = f"{kind} ({type(error).__name__}: {reason(error)}). Correct or remove it"
+            return InvalidValue("source", _place(dataset, row), text)
+    return None
+
+
+@contextmanager
+def naming(dataset: Dataset) -> Iterator[None]:
+    """Add to errors about a data set's columns and values which files it was read from.
+
+    Raises
+    ------
+    InvalidValue
+        As it was raised, with the name of the file.
+    """
+    try:
+        yield
+    except InvalidValue as error:
+        file = dataset.info.dataset_name
+        if not file or file in str(error):
+            raise
+        allowed = f"{error.allowed} (read from {file})"
+        raise InvalidValue(error.key, error.value, allowed, error.near) from error
+
+
+def _place(dataset: Dataset, row: int) -> str:
+    """Say where a record is: a picture's own file, or its number in the table."""
+    import datasets
+
+    for name in _picture_columns(dataset):
+        raw = dataset.cast_column(name, datasets.Image(decode=False))[row][name]
+        if raw and raw["path"] and raw["bytes"] is None:
+            return str(raw["path"])
+    indices = dataset._indices
+    number = row if indices is None else indices.column(0)[row].as_py()
+    return f"record {number}, counted from 0, of {dataset.info.dataset_name or 'the data set'}"
+
+
+def _picture_columns(dataset: Dataset) -> list[str]:
+    import datasets
+
+    return [name for name, kind in dataset.features.items() if isinstance(kind, datasets.Image)]

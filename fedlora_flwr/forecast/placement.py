@@ -1,0 +1,96 @@
+"""How many clients fit on the GPUs at once, known before a run starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedlora_flwr.clients.trainer import resolve_device
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.forecast.forecast import Memory, forecast
+
+CONTEXT = 700_000_000
+"""Bytes that CUDA and its libraries take on a GPU for each process."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where clients train.
+
+    Parameters
+    ----------
+    workers : int or None
+        Processes at a time; ``None`` where nothing but the cores limits them.
+    gpu_share : float
+        Part of a GPU that one worker gets, 0 without GPUs.
+    """
+
+    workers: int | None
+    gpu_share: float = 0.0
+
+
+def place(config: RunConfig, workers: int | None) -> Placement:
+    """Check that a run's workers fit on its device; without a GPU there is nothing to check.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run.
+    workers : int or None
+        Processes asked for; ``None`` for as many as fit.
+
+    Raises
+    ------
+    InvalidValue
+        A client needs more memory than a GPU has free, or so many workers do.
+    """
+    device = resolve_device(config.device)
+    if device.type != "cuda":
+        return Placement(workers)
+    chosen = range(torch.cuda.device_count()) if device.index is None else [device.index]
+    free = [torch.cuda.mem_get_info(index)[0] for index in chosen]
+    cores = max((os.cpu_count() or 1) // config.client_threads, 1)
+    found = fit(forecast(config).memory, free, cores, workers)
+    # A run that names one GPU has its workers there, whatever Ray would give them.
+    return found if device.index is None else Placement(found.workers)
+
+
+def fit(memory: Memory, free: Sequence[int], cores: int, workers: int | None) -> Placement:
+    """Work out how many workers fit.
+
+    Parameters
+    ----------
+    memory : Memory
+        Of one client.
+    free : Sequence[int]
+        Free bytes of each GPU. The first also holds the server's model.
+    cores : int
+        Workers that the machine's cores carry.
+    workers : int or None
+        Processes asked for.
+
+    Raises
+    ------
+    InvalidValue
+        See `place`.
+    """
+    need, server = memory.total + CONTEXT, memory.backbone + CONTEXT
+    room = [max(free[0] - server, 0), *free[1:]]
+    capacity = sum(bytes_ // need for bytes_ in room)
+    sizes = f"one needs about {need / 1e9:.1f} GB, and {max(room) / 1e9:.1f} GB of a GPU are free"
+    if not capacity:
+        raise InvalidValue(
+            "device",
+            "cuda",
+            f"a GPU with room for a client: {sizes}. A smaller microbatch-size or max-length, "
+            "quantization, or device = 'cpu' help",
+        )
+    if workers is not None and workers > capacity:
+        raise InvalidValue("workers", workers, f"at most {capacity}: {sizes}")
+    chosen = min(workers or cores, capacity)
+    # Ray packs whole shares into a GPU: the fullest one decides how large they are.
+    return Placement(chosen, 1 / -(-chosen // len(free)))

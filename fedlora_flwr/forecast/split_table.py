@@ -1,0 +1,92 @@
+"""How a run's records are spread over its clients, and what its budget makes of each client."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.data.partition import partition_table
+from fedlora_flwr.tasks.registry import Records, Task, build_task
+from fedlora_flwr.terminal import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import NDArray
+
+# More columns are hard to read, even on several lines.
+MAX_COLUMNS = 12
+_READ_AT_ONCE = 1024
+
+
+def split_counts(config: RunConfig, task: Task | None = None) -> pd.DataFrame:
+    """Count the records of each client of a run by class.
+
+    Returns
+    -------
+    pandas.DataFrame
+        As of `fedlora_flwr.data.partition.partition_table`.
+
+    Raises
+    ------
+    InvalidValue
+        The records cannot be spread as the configuration asks.
+    """
+    task = task or build_task(config.task, config)
+    found = [
+        _labels(task.client_records(client, config.num_clients))
+        for client in range(config.num_clients)
+    ]
+    ends = np.cumsum([len(labels) for labels in found])
+    parts = np.split(np.arange(ends[-1]), ends[:-1])
+    return partition_table(np.concatenate(found), parts)
+
+
+def split_table(counts: pd.DataFrame, config: RunConfig) -> Table:
+    """Make the table of a split for a screen: a row a client, and whether its budget can be kept.
+
+    Up to 12 classes have a column each; of more, the number that a client has is shown.
+    """
+    few = counts.shape[1] <= MAX_COLUMNS
+    heads = [str(name) for name in counts.columns] if few else ["classes"]
+    heads, rows = ["client", "records", *heads, "δ < 1/n", "b ≤ n"], []
+    for client, row in counts.iterrows():
+        cells = row.tolist() if few else [int((row > 0).sum())]
+        words = ["yes" if check else "no" for check in _checks(int(row.sum()), config)]
+        rows.append([str(client), str(row.sum()), *map(str, cells), *words])
+    return Table(heads, rows, ">" * len(heads))
+
+
+def split_json(counts: pd.DataFrame, config: RunConfig) -> dict[str, Any]:
+    """Return a split in JSON types: every class of every client."""
+    names = [str(name) for name in counts.columns]
+    clients = []
+    for client, row in counts.iterrows():
+        records = int(row.sum())
+        delta, batch = _checks(records, config)
+        by_class = dict(zip(names, map(int, row.tolist()), strict=True))
+        clients.append(
+            {
+                "client": client, "records": records, "by_class": by_class,
+                "delta_below_one_over_n": delta, "batch_within_n": batch,
+            }
+        )  # fmt: skip
+    return {"task": config.task, "partitioner": config.partitioner, "clients": clients}
+
+
+def _checks(records: int, config: RunConfig) -> tuple[bool, bool]:
+    """Tell whether a client's budget can be kept: δ < 1/n and b ≤ n."""
+    return config.delta * records < 1, config.batch_size <= records
+
+
+def _labels(records: Records) -> NDArray[np.int64]:
+    import torch
+
+    found = []
+    for start in range(0, len(records), _READ_AT_ONCE):
+        end = min(start + _READ_AT_ONCE, len(records))
+        batch = records.batch(torch.arange(start, end))
+        # Records without a class, e.g. questions, are counted as they are.
+        found.append(batch["label"].numpy() if "label" in batch else np.zeros(end - start, int))
+    return np.concatenate(found)

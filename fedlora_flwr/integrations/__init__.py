@@ -1,0 +1,1 @@
+"""Private federated LoRA inside projects that exist already."""

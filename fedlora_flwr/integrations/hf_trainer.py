@@ -1,0 +1,400 @@
+"""The private step inside a Hugging Face `Trainer`, for one model and without Flower.
+
+The Trainer keeps its loop, callbacks, schedule, logging and saving. What it would do with private
+records is ours: who joins a batch, the loss of each record, clipping, noise and the optimiser's
+step. What would break the guarantee is made right here, or refused by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer
+
+from fedlora_flwr.errors import InvalidValue, PrivacyViolation
+from fedlora_flwr.lora.adapters import AdaptedModel
+from fedlora_flwr.privacy.budget import Segment, calibrate, check_budget
+from fedlora_flwr.privacy.engine import LossFunction, OptimizerSettings, PrivateEngine
+from fedlora_flwr.privacy.ledger import Account, Ledger, LedgerSummary
+from fedlora_flwr.privacy.masks import own_randomness
+from fedlora_flwr.privacy.mechanism import Mechanism, poisson_batches
+from fedlora_flwr.privacy.noise import SecureNoise, SeededNoise
+from fedlora_flwr.randomness import stream_seed
+
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor")
+_ONE = "one process on one device: each of several would draw, clip and noise on its own"
+_BF16 = "False; for speed call fedlora_flwr.lora.precision.run_in_bf16(model), which clips in fp32"
+
+# Setting of TrainingArguments, what is fine, and what is expected where it is not.
+_ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "gradient_accumulation_steps",
+        lambda value: value == 1,
+        "1: a private step takes one whole batch; per_device_train_batch_size is its expected "
+        "size, and microbatch_size what fits into one pass",
+    ),
+    (
+        "max_grad_norm",
+        lambda value: 0 < (value or 0) < math.inf,
+        "a number above 0: it is C, the largest norm of one record's gradient",
+    ),
+    ("world_size", lambda value: value == 1, _ONE),
+    ("n_gpu", lambda value: value <= 1, _ONE),
+    ("deepspeed", lambda value: not value, _ONE),
+    ("fsdp", lambda value: not value, _ONE),
+    ("fp16", lambda value: not value, "False: its loss scaler skips steps that records decide on"),
+    ("bf16", lambda value: not value, _BF16),
+    (
+        "train_sampling_strategy",
+        lambda value: value in (None, "random"),
+        "'random': batches are Poisson samples, and no other order has their guarantee",
+    ),
+    ("group_by_length", lambda value: not value, "False: batches are Poisson samples"),
+    (
+        "auto_find_batch_size",
+        lambda value: not value,
+        "False: the batch size sets the noise, and a restart repeats steps; use microbatch_size",
+    ),
+    (
+        "neftune_noise_alpha",
+        lambda value: value is None,
+        "None: its noise depends on the longest record of a batch, so it mixes records",
+    ),
+    ("torch_compile", lambda value: not value, "False: per-record gradients need the plain layers"),
+    ("use_liger_kernel", lambda value: not value, "False: it hides the loss of each record"),
+    (
+        "include_num_input_tokens_seen",
+        lambda value: value in (False, "no"),
+        "'no': the number of tokens in a batch is private",
+    ),
+    ("optim", lambda value: value in OPTIMIZERS, f"one that reads gradients only: {OPTIMIZERS}"),
+)
+_PRIVATE_FIGURES = ("loss", "grad_norm", "train_loss")
+
+
+class PrivateTrainer(Trainer):  # type: ignore[misc]
+    """A Hugging Face `Trainer` whose training steps are differentially private.
+
+    The model is a `peft.PeftModel` with LoRA adapters, and a head in ``modules_to_save`` if it
+    trains. Each record joins a step with probability b/n, its gradient is clipped over all trained
+    tensors together to ``args.max_grad_norm``, noise is added, and the optimiser that the arguments
+    name steps. σ is calibrated for ``max_steps``, or all epochs, so that all of training spends at
+    most ``epsilon``. The whole plan is written to a ledger before its first step: a run that stops
+    early reports too much, never too little.
+
+    Parameters
+    ----------
+    model : PeftModel
+        The model.
+    args : TrainingArguments
+        As of `transformers.Trainer`. ``per_device_train_batch_size`` is the expected batch size
+        b, ``max_grad_norm`` the clip norm C of one record; ``label_smoothing_factor`` smooths each
+        record's own loss.
+    **kwargs
+        The other arguments of `transformers.Trainer`.
+    epsilon, delta : float
+        The budget of each record, whose gradient may be replaced by zero.
+    losses : callable, optional
+        Maps (model, batch) to one loss a record, shape (n,). By default the cross entropy of
+        ``labels``: of a class, or the mean over a record's own tokens, shifted by one for models
+        that predict the next.
+    microbatch_size : int, optional
+        Records in one forward pass; all by default.
+    ledger : Path, optional
+        SQLite file of what was spent; ``ledger.sqlite`` in ``args.output_dir`` by default.
+    secure_noise : bool (default: False)
+        Noise from the operating system's cryptographic generator.
+    eval_is_public : bool (default: False)
+        Say that what you evaluate and predict on is public. Its figures are not protected.
+
+    Raises
+    ------
+    InvalidValue
+        A setting would break the guarantee, or the budget means nothing for this data set.
+    PrivacyViolation
+        A part of the model would escape clipping (see `AdaptedModel`).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: Any,
+        *,
+        epsilon: float,
+        delta: float,
+        losses: LossFunction | None = None,
+        microbatch_size: int | None = None,
+        ledger: Path | None = None,
+        secure_noise: bool = False,
+        eval_is_public: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        _check_trainer(type(self), kwargs)
+        _check_arguments(args)
+        if not hasattr(model, "peft_config"):
+            allowed = "a peft.PeftModel: get_peft_model(model, LoraConfig(...))"
+            raise InvalidValue("model", type(model).__name__, allowed)
+        super().__init__(model, args, **kwargs)
+        if not isinstance(self.train_dataset, Sized) or not hasattr(
+            self.train_dataset, "__getitem__"
+        ):
+            kind = type(self.train_dataset).__name__
+            raise InvalidValue("train_dataset", kind, "a data set with a length, read by position")
+        self._eval_is_public = eval_is_public
+        if self.eval_dataset is not None:
+            self._check_public(self.eval_dataset)
+        size = int(self.args.train_batch_size)
+        check_budget(epsilon, delta, size, len(self.train_dataset))
+        self._epsilon, self._delta = epsilon, delta
+        self._noise = SecureNoise() if secure_noise else SeededNoise(stream_seed(None, "noise"))
+        self._ledger_path = ledger or Path(self.args.output_dir) / "ledger.sqlite"
+        self._run = uuid4().hex
+        self.privacy: LedgerSummary | None = None
+        """What the planned training spends, once it is planned."""
+        self.mechanism: Mechanism | None = None
+        """How gradients are clipped and noised, once training is planned."""
+        self._left = 0
+        smoothing = float(self.args.label_smoothing_factor)
+        self._engine = PrivateEngine(
+            AdaptedModel(self.model), losses or _losses(smoothing), microbatch_size
+        )
+        collator = _in_steps(self.data_collator, model)
+        collate = self._get_collator_with_removed_columns(collator, "training")
+        self._records = _CollatedRecords(self.train_dataset, collate)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, and return what `transformers.Trainer` returns, without the training loss.
+
+        ``metrics`` has ``epsilon`` and ``delta``.
+
+        Raises
+        ------
+        InvalidValue
+            ``resume_from_checkpoint`` is given.
+        BudgetExhausted
+            This trainer has trained already.
+        """
+        if resume_from_checkpoint:
+            raise InvalidValue(
+                "resume_from_checkpoint",
+                resume_from_checkpoint,
+                "None: the plan's steps are in the ledger already, and those after the checkpoint "
+                "would be taken twice",
+            )
+        output = super().train(None, *args, **kwargs)
+        return output._replace(training_loss=math.nan)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return a loader of Poisson samples, as positions; possibly of none."""
+        size, count = int(self.args.train_batch_size), len(self._records)
+        plan = Mechanism(0.0, 1.0, size, count)
+        return DataLoader(_PoissonBatches(plan), batch_size=None)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Calibrate σ to the planned steps, write them to the ledger, and make the optimiser."""
+        del model
+        steps, size = self._planned_steps(), int(self.args.train_batch_size)
+        rate = size / len(self._records)
+        sigma = calibrate(self._epsilon, self._delta, rate, steps)
+        self.mechanism = Mechanism(sigma, float(self.args.max_grad_norm), size, len(self._records))
+        account = Account("train_dataset", self._run, self._epsilon, self._delta)
+        plan = Segment(sigma, rate, steps)
+        self.privacy = Ledger(self._ledger_path).record(account, 0, plan, plan)
+        self._left = steps
+        kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+            self.args, self.model
+        )
+        settings = _TrainersOptimizer.of(kind, options, self.args)
+        self._engine.start_round(self.mechanism, settings, self._noise)
+        self.optimizer = settings.made[0]
+        return self.optimizer
+
+    def training_step(self, model: Any, inputs: Mapping[str, Tensor], *_: Any) -> Tensor:
+        """Take one private step, the optimiser's included; return 0 for the loss, which is private.
+
+        The Trainer's own ``optimizer.step()`` finds no gradients after it, and moves nothing.
+        """
+        del model
+        if self._left < 1:
+            raise PrivacyViolation("The Trainer asked for more steps than the budget was made for.")
+        self._left -= 1
+        # The Trainer's own seed, which is 42 as a rule, is known to all.
+        with own_randomness(stream_seed(None, "dropout")):
+            self._engine.step(
+                self._records, inputs["positions"], tuple(self._engine.adapted.parameters)
+            )
+        return torch.zeros((), device=self.args.device)
+
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        """Return the number of records behind a loader."""
+        if isinstance(dataloader.dataset, _PoissonBatches):
+            return len(self._records)
+        return super().num_examples(dataloader)  # type: ignore[no-any-return]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, without figures of private records and with what was spent."""
+        if "train_loss" in logs and self.privacy is not None:
+            logs["epsilon"], logs["delta"] = self.privacy.epsilon, self.privacy.delta
+        for name in _PRIVATE_FIGURES:
+            logs.pop(name, None)
+        super().log(logs, *args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return a loader of public records.
+
+        Raises
+        ------
+        InvalidValue
+            They are not said to be public.
+        """
+        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
+        self._check_public(chosen)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Return a loader of public records, as `get_eval_dataloader`."""
+        self._check_public(test_dataset)
+        return super().get_test_dataloader(test_dataset)
+
+    def _planned_steps(self) -> int:
+        if self.args.max_steps > 0:
+            return int(self.args.max_steps)
+        epochs: float = self.args.num_train_epochs
+        return math.ceil(epochs * len(self.get_train_dataloader()))
+
+    def _check_public(self, dataset: Any) -> None:
+        if dataset is self.train_dataset or not self._eval_is_public:
+            raise InvalidValue(
+                "eval_dataset",
+                type(dataset).__name__,
+                "public records, and eval_is_public = True to say so: figures on private records "
+                "are not protected",
+            )
+
+
+class _PoissonBatches(IterableDataset[dict[str, Tensor]]):
+    """As many Poisson samples as an epoch has steps, drawn anew each time."""
+
+    def __init__(self, mechanism: Mechanism) -> None:
+        self._mechanism = mechanism
+
+    def __len__(self) -> int:
+        return math.ceil(self._mechanism.num_records / self._mechanism.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        seed = stream_seed(None, "batches")
+        for positions in poisson_batches(self._mechanism, len(self), seed):
+            yield {"positions": positions}
+
+
+class _CollatedRecords:
+    """A data set and its collator, as the engine reads records."""
+
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Mapping[str, Tensor]]) -> None:
+        self._dataset, self._collate = dataset, collate
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def batch(self, indices: Tensor) -> Mapping[str, Tensor]:
+        return self._collate([self._dataset[position] for position in indices.tolist()])
+
+
+@dataclass(frozen=True)
+class _TrainersOptimizer(OptimizerSettings):
+    """Makes the optimiser that the Trainer's arguments name, over the engine's groups."""
+
+    kind: type[torch.optim.Optimizer] = torch.optim.SGD
+    options: Mapping[str, Any] = field(default_factory=dict)
+    made: list[torch.optim.Optimizer] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, kind: Any, options: Mapping[str, Any], args: Any) -> _TrainersOptimizer:
+        rate, decay = float(args.learning_rate), float(args.weight_decay)
+        # Fused kernels move a parameter without counting it, which is how the engine sees a step.
+        plain = {name: value for name, value in options.items() if name != "fused"}
+        name = kind.__name__
+        return cls(name, rate, rate, rate, weight_decay=decay, kind=kind, options=plain)
+
+    def build(self, groups: Sequence[dict[str, object]]) -> torch.optim.Optimizer:
+        decayed = [{**group, "weight_decay": self.weight_decay} for group in groups]
+        self.made.append(self.kind(decayed, **self.options))
+        return self.made[0]
+
+
+def _check_trainer(kind: type, arguments: Mapping[str, Any]) -> None:
+    """Refuse what would train past the private step, before anything is built."""
+    if kind.compute_loss is not Trainer.compute_loss:  # type: ignore[attr-defined]
+        allowed = "transformers' own: it gives one loss a batch; pass losses, one loss a record"
+        raise InvalidValue("compute_loss", kind.__name__, allowed)
+    expected = {
+        "model_init": "None: pass the PeftModel itself",
+        "compute_loss_func": "None: it gives one loss a batch; pass losses, one loss a record",
+    }
+    for name, allowed in expected.items():
+        if arguments.get(name) is not None:
+            raise InvalidValue(name, arguments[name], allowed)
+    given = [type(made).__name__ for made in arguments.get("optimizers") or () if made is not None]
+    if given:
+        allowed = "none: name one by optim and lr_scheduler_type, or pass optimizer_cls_and_kwargs"
+        raise InvalidValue("optimizers", given, allowed)
+
+
+def _check_arguments(args: Any) -> None:
+    for name, is_fine, expected in _ARGUMENTS:
+        value = getattr(args, name, None)
+        value = getattr(value, "value", value)
+        if hasattr(args, name) and not is_fine(value):
+            raise InvalidValue(name, value, expected)
+
+
+def _in_steps(collator: Any, model: Any) -> Any:
+    """Let a collator pad to multiples of 8: records of different widths never share a pass."""
+    config = getattr(model.get_base_model(), "config", None)
+    longest = getattr(config, "max_position_embeddings", None)
+    # RoBERTa's 514 are two more than it reads.
+    fits = longest in (None, 514) or longest % 8 == 0
+    if getattr(collator, "pad_to_multiple_of", 0) is not None or not fits:
+        return collator
+    changed = copy.copy(collator)
+    changed.pad_to_multiple_of = 8
+    return changed
+
+
+def _losses(smoothing: float) -> LossFunction:
+    def losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return _cross_entropy(model, model(**inputs).logits, batch.get("labels"), smoothing)
+
+    return losses
+
+
+def _cross_entropy(
+    model: nn.Module, logits: Tensor, labels: Tensor | None, smoothing: float
+) -> Tensor:
+    """Return the cross entropy of each record, shape (n,)."""
+    if labels is None or labels.is_floating_point() or logits.ndim - labels.ndim != 1:
+        shapes = (tuple(logits.shape), None if labels is None else tuple(labels.shape))
+        allowed = "a class or tokens for each record; for any other task pass losses"
+        raise InvalidValue("shapes of logits and labels", shapes, allowed)
+    if labels.ndim == 1:
+        return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+    if _predicts_the_next(model):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    tokens = F.cross_entropy(logits.mT, labels, reduction="none", label_smoothing=smoothing)
+    return tokens.sum(1) / (labels != -100).sum(1).clamp_min(1)
+
+
+def _predicts_the_next(model: Any) -> bool:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "CausalLM" in type(base).__name__ or "LMHeadModel" in type(base).__name__

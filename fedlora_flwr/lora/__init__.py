@@ -1,0 +1,1 @@
+"""Adapters on a backbone, and what happens to its frozen weights."""

@@ -1,0 +1,381 @@
+"""The only place that knows PEFT: attach, name, read, write and export LoRA adapters."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+
+from fedlora_flwr.errors import InvalidValue, PrivacyViolation, unknown
+from fedlora_flwr.lora.exported import is_saved, outermost, plain_name, write_adapter
+from fedlora_flwr.lora.folded_weights import FoldedWeights
+from fedlora_flwr.lora.targets import check_targets, usual_targets
+from fedlora_flwr.plan import Layout, is_folded
+
+
+@dataclass(frozen=True)
+class LoRASpec:
+    """What to attach to a backbone.
+
+    Parameters
+    ----------
+    rank : int
+        Rank r of every adapter.
+    alpha : float
+        The update is scaled by ``alpha / rank`` (``alpha / sqrt(rank)`` with ``rslora``).
+    dropout : float
+        Probability with which an input of the adapter (not of the backbone) is dropped.
+    targets : str
+        Regular expression that a module's whole name matches to get an adapter. Empty for what is
+        usual for a transformers model of its family.
+    head : tuple[str, ...]
+        Names of modules that train in full. Empty leaves the head frozen.
+    rslora : bool
+        Rank-stabilised scaling (arXiv 2312.03732).
+    backbone_dropout : bool (default: True)
+        Whether the backbone drops in training what it was made to drop: units, attention, paths.
+    drawn : tuple[str, ...]
+        Names of modules whose start is drawn at random, whether they train or not. An export holds
+        them in full.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: str
+    head: tuple[str, ...] = ()
+    rslora: bool = False
+    backbone_dropout: bool = True
+    drawn: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedLinear:
+    """One linear layer with a LoRA adapter: ``y = W0 x + scaling * B (A x)``.
+
+    ``A`` has shape (r, n) and ``B`` shape (m, r) for ``W0`` of shape (m, n).
+    """
+
+    name: str
+    module: LoraLayer
+    A: nn.Parameter
+    B: nn.Parameter
+    scaling: float
+    dropout: nn.Module
+
+    @property
+    def base(self) -> nn.Module:
+        """The frozen layer under the adapter."""
+        base: nn.Module = self.module.base_layer
+        return base
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the adapter takes part in the forward pass."""
+        return not self.module.disable_adapters
+
+
+@dataclass(frozen=True, eq=False)
+class HeadLinear:
+    """One linear layer of the head that trains in full."""
+
+    name: str
+    module: nn.Linear
+
+
+class AdaptedModel:
+    """A PEFT model whose trainable arrays have stable names.
+
+    Parameters
+    ----------
+    model : PeftModel
+        Model with one active LoRA adapter and, in ``modules_to_save``, the head if it trains.
+    backbone_dropout : bool (default: True)
+        Whether `train` turns on all dropout, or that of the adapters alone.
+    drawn : tuple[str, ...]
+        Modules that an export holds in full beside those that train.
+
+    Raises
+    ------
+    PrivacyViolation
+        A trainable part is none that per-record gradients are known for: DoRA and other variants,
+        adapters on convolutions or embeddings, adapter biases, several active adapters, a head of
+        other layers than `torch.nn.Linear`, or any other trainable parameter. The message names it.
+    """
+
+    def __init__(
+        self, model: PeftModel, backbone_dropout: bool = True, drawn: tuple[str, ...] = ()
+    ) -> None:
+        self.model = model
+        self._backbone_dropout = backbone_dropout
+        self.adapter = _single_adapter(model)
+        self.layers = [
+            _adapted_linear(name, module, self.adapter)
+            for name, module in model.named_modules()
+            if isinstance(module, LoraLayer)
+        ]
+        self.head = list(self._head_linears())
+        self.parameters: dict[str, nn.Parameter] = dict(self._named_parameters())
+        self.folded = FoldedWeights(self.layers, model)
+        trained = model.peft_config[self.adapter].modules_to_save or ()
+        self.saved = outermost((*trained, *drawn))
+        self.check()
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Names of the exchanged arrays, in model order."""
+        return Layout.of(self.parameters)
+
+    def check(self) -> None:
+        """Refuse a model whose trainable parts are not exactly the named arrays.
+
+        Raises
+        ------
+        PrivacyViolation
+            See the class.
+        """
+        known = {id(parameter) for parameter in self.parameters.values()}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and id(parameter) not in known:
+                raise PrivacyViolation(
+                    f"Parameter {plain_name(name)!r} is trainable, but only LoRA factors and "
+                    "linear heads are clipped record by record. Freeze it (requires_grad = False)."
+                )
+        for layer in self.layers:
+            if layer.module.merged:
+                raise PrivacyViolation(
+                    f"The adapter of {layer.name!r} is merged into its weight. Unmerge it first."
+                )
+
+    def train(self) -> None:
+        """Put the model in training mode: its adapters always, its backbone if that drops."""
+        self.model.train(self._backbone_dropout)
+        for layer in self.layers:
+            layer.dropout.train()
+
+    def read(self, names: Iterable[str] | None = None) -> dict[str, NDArray[np.float32]]:
+        """Copy arrays out of the model.
+
+        Parameters
+        ----------
+        names : Iterable[str], optional
+            Which arrays; all of them by default.
+
+        Returns
+        -------
+        dict[str, ndarray]
+            fp32 arrays, read-only, that share no memory with the model.
+        """
+        chosen = self.parameters if names is None else names
+        copies = {
+            name: np.array(self.parameters[name].detach().to("cpu", torch.float32).numpy())
+            for name in chosen
+        }
+        for copied in copies.values():
+            copied.flags.writeable = False
+        return copies
+
+    @property
+    def rank(self) -> int:
+        """Rank of the adapters."""
+        return self.layers[0].A.shape[0]
+
+    def resize(self, rank: int) -> None:
+        """Give all adapters another rank, at the same scaling; their values become zero."""
+        for layer in self.layers:
+            layer.A.data = layer.A.new_zeros((rank, layer.A.shape[1]))
+            layer.B.data = layer.B.new_zeros((layer.B.shape[0], rank))
+
+    def write(self, arrays: Mapping[str, NDArray[np.floating]]) -> None:
+        """Copy arrays into the model; factors and head that are left out keep their values.
+
+        Folded pairs (`plan.folded_names`) are added to the frozen weight of their layer, times the
+        scaling. What is folded in is what this call says: a layer whose pair is left out gets its
+        own weight back.
+
+        Raises
+        ------
+        InvalidValue
+            An array is unknown or has another shape. Nothing is written then.
+        """
+        self.folded.check(arrays)
+        trainable = {name: array for name, array in arrays.items() if not is_folded(name)}
+        for name, array in trainable.items():
+            if name not in self.parameters:
+                raise unknown("array", name, self.parameters)
+            shape = tuple(self.parameters[name].shape)
+            if array.shape != shape:
+                raise InvalidValue(f"shape of {name}", array.shape, str(shape))
+        _ = self.fingerprint  # That of the backbone itself, before anything is folded in.
+        with torch.no_grad():
+            for name, array in trainable.items():
+                self.parameters[name].copy_(torch.from_numpy(np.array(array)))
+        self.folded.apply(arrays)
+
+    def frozen(self) -> Iterator[tuple[str, Tensor]]:
+        """Find every array that is not exchanged, by its name in the model."""
+        exchanged = {id(parameter) for parameter in self.parameters.values()}
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            if id(tensor) not in exchanged:
+                yield name, tensor
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything frozen: names, shapes and values of the backbone."""
+        digest = hashlib.sha256()
+        for name, tensor in self.frozen():
+            digest.update(f"{plain_name(name)} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(in_bytes(tensor).numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    def export(self, folder: Path) -> None:
+        """Write an adapter folder that `peft.PeftModel.from_pretrained` loads onto the backbone.
+
+        On the backbone as it came, it gives the same model (see `exported.write_adapter`).
+        """
+        write_adapter(self, folder)
+
+    def _head_linears(self) -> Iterable[HeadLinear]:
+        for name, module in self.model.named_modules():
+            if f".modules_to_save.{self.adapter}" not in f".{name}" or not list(
+                module.parameters(recurse=False)
+            ):
+                continue
+            if type(module) is not nn.Linear:
+                raise PrivacyViolation(
+                    f"The head's {plain_name(name)!r} is a {type(module).__name__}, and only "
+                    "torch.nn.Linear is clipped record by record. Leave it out of the head."
+                )
+            yield HeadLinear(plain_name(name), module)
+
+    def _named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        for layer in self.layers:
+            yield f"{layer.name}.lora_A.weight", layer.A
+            yield f"{layer.name}.lora_B.weight", layer.B
+        for linear in self.head:
+            for name, parameter in linear.module.named_parameters():
+                yield f"{linear.name}.{name}", parameter
+
+
+def attach(model: nn.Module, spec: LoRASpec, seed: int) -> AdaptedModel:
+    """Attach LoRA adapters to a backbone and freeze the rest.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The backbone with its head; it is changed in place.
+    spec : LoRASpec
+        Rank, scaling, targets and head.
+    seed : int
+        Seed of the random start of A; B starts at zero.
+
+    Returns
+    -------
+    AdaptedModel
+        The wrapped model, in eval mode.
+
+    Raises
+    ------
+    InvalidValue
+        ``spec.targets`` cannot be used (see `fedlora_flwr.lora.targets`), or a name in
+        ``spec.head`` is that of no module, or the end of another's.
+    PrivacyViolation
+        A trainable part cannot be clipped record by record (see `AdaptedModel`).
+    """
+    targets = spec.targets or usual_targets(
+        model, spec.head, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    )
+    check_targets(model, targets, spec.head)
+    _check_head(model, spec)
+    _check_exportable(model, targets, spec.drawn)
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,  # type: ignore[arg-type,unused-ignore]
+        lora_dropout=spec.dropout,
+        target_modules=targets,
+        modules_to_save=list(spec.head) or None,
+        use_rslora=spec.rslora,
+        bias="none",
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT asks transformers for what it deprecates, and finds out about GPT-2's layers itself.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
+        torch.manual_seed(seed % 2**63)
+        adapted = AdaptedModel(get_peft_model(model, config), spec.backbone_dropout, spec.drawn)
+    adapted.model.eval()
+    return adapted
+
+
+def in_bytes(tensor: Tensor) -> Tensor:
+    """Return a tensor's values as bytes, shape (n,), on the CPU.
+
+    Tensors of every shape and type have bytes: a number without an axis, an empty one, and types
+    that know no comparison.
+    """
+    held = tensor.detach()
+    dense = held if held.layout == torch.strided else held.to_dense()
+    return dense.cpu().resolve_conj().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _check_head(model: nn.Module, spec: LoRASpec) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for head in spec.head:
+        if head not in names:
+            raise unknown("head", head, names)
+        # PEFT takes every module whose name ends like this.
+        if also := [name for name in names if name.endswith(head) and name not in spec.head]:
+            raise InvalidValue("head", head, f"a name that {also[0]!r} does not end with")
+
+
+def _check_exportable(model: nn.Module, targets: str, drawn: tuple[str, ...]) -> None:
+    pattern = re.compile(targets)
+    found = [name for name, _ in model.named_modules() if pattern.fullmatch(name)]
+    if all(is_saved(name, drawn) for name in found):
+        allowed = (
+            f"also a layer of the checkpoint: the weights of {found[0]!r} are new, and an exported "
+            "adapter would hold them in full instead of an adapter on them"
+        )
+        raise InvalidValue("lora-targets", targets, allowed)
+
+
+def _single_adapter(model: PeftModel) -> str:
+    active = model.active_adapters
+    if len(active) != 1:
+        raise PrivacyViolation(f"Adapters {active} are active at once; activate exactly one.")
+    return str(active[0])
+
+
+def _adapted_linear(name: str, module: LoraLayer, adapter: str) -> AdaptedLinear:
+    plain = plain_name(name)
+    if adapter not in module.lora_A or not isinstance(module.lora_A[adapter], nn.Linear):
+        kind = type(module.get_base_layer()).__name__
+        raise PrivacyViolation(
+            f"Layer {plain!r} is a {kind}; adapters are clipped record by record on linear layers "
+            "only. Leave it out of the targets."
+        )
+    if adapter in module.lora_variant:
+        variant = type(module.lora_variant[adapter]).__name__
+        raise PrivacyViolation(f"Layer {plain!r} uses {variant}; only plain LoRA is supported.")
+    if module.lora_bias[adapter]:
+        raise PrivacyViolation(f"Layer {plain!r} trains an adapter bias; set lora_bias = False.")
+    return AdaptedLinear(
+        name=plain,
+        module=module,
+        A=module.lora_A[adapter].weight,
+        B=module.lora_B[adapter].weight,
+        scaling=float(module.scaling[adapter]),
+        dropout=module.lora_dropout[adapter],
+    )

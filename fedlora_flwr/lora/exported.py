@@ -1,0 +1,136 @@
+"""The adapter folder that plain PEFT loads: adapters, head, and everything else that was drawn."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedlora_flwr.lora.fused_layers import fused_factors, fused_name
+
+if TYPE_CHECKING:
+    from fedlora_flwr.lora.adapters import AdaptedLinear, AdaptedModel
+
+PREFIX = "base_model.model."
+_ADAPTER = re.compile(r"\.lora_\w+\.")
+
+
+def write_adapter(adapted: AdaptedModel, folder: Path) -> None:
+    """Write a folder that `peft.PeftModel.from_pretrained` loads onto the checkpoint.
+
+    Modules that a run draws at random, such as a new head, have other values wherever else the
+    checkpoint is loaded. So the folder holds their weights (PEFT's ``modules_to_save``), whether
+    they train or not. PEFT gives such modules no adapter: an adapter on one of them is merged into
+    the weight that is written.
+
+    Pairs that are folded into frozen weights become further ranks of their layer's adapter, at a
+    ``rank_pattern`` and an ``alpha_pattern`` that keep its scaling. So do the adapters of the parts
+    of a fused layer (`fedlora_flwr.lora.fused_layers`), which become one adapter of the layer.
+
+    Parameters
+    ----------
+    adapted : AdaptedModel
+        The model; it is left as it was.
+    folder : Path
+        Where to write; it is made if it is not there.
+    """
+    model, adapter, saved = adapted.model, adapted.adapter, adapted.saved
+    config = model.peft_config[adapter]
+    written = copy.copy(config)
+    written.rank_pattern, written.alpha_pattern = {}, {}
+    written.modules_to_save, written.inference_mode = list(saved) or None, True
+    state = _saved_state(adapted)
+    for layer in adapted.layers:
+        if is_saved(layer.name, saved):
+            delta = layer.module.get_delta_weight(adapter)
+            state[f"{PREFIX}{layer.name}.weight"] = layer.base.weight + delta
+    found = list(_adapters(adapted))
+    names = {name for name, *_ in found}
+    if names - {layer.name for layer in adapted.layers}:  # Fused layers, which the pattern misses.
+        written.target_modules = "|".join(map(re.escape, sorted(names)))
+    for name, b, a, scaling in found:
+        state[f"{PREFIX}{name}.lora_A.weight"] = a
+        state[f"{PREFIX}{name}.lora_B.weight"] = b
+        rank, usual = a.shape[0], config.lora_alpha / _spread(config.r, config.use_rslora)
+        if rank != config.r or not math.isclose(scaling, usual):
+            pattern = "^" + re.escape(name)
+            written.rank_pattern[pattern] = rank
+            written.alpha_pattern[pattern] = scaling * _spread(rank, config.use_rslora)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.create_or_update_model_card(str(folder))
+    # The file format refuses tensors that share memory.
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    save_file(own, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    base = type(model.get_base_model())
+    written.save_pretrained(
+        str(folder),
+        auto_mapping_dict={"base_model_class": base.__name__, "parent_library": base.__module__},
+    )
+
+
+def plain_name(name: str) -> str:
+    """Strip what PEFT adds to a module's or parameter's name."""
+    name = name.removeprefix(PREFIX)
+    return re.sub(r"\.(modules_to_save\.\w+|base_layer|original_module)(?=\.|$)", "", name)
+
+
+def outermost(names: Iterable[str]) -> tuple[str, ...]:
+    """Return names of modules without repetition, and without those inside another one."""
+    given = tuple(dict.fromkeys(names))
+    return tuple(name for name in given if not any(name.startswith(f"{other}.") for other in given))
+
+
+def is_saved(module: str, saved: Iterable[str]) -> bool:
+    """Tell whether PEFT takes a module for a part of those that it saves in full.
+
+    It takes every module whose name ends like one of ``saved``, and everything inside it.
+    """
+    paths = accumulate(module.split("."), lambda path, part: f"{path}.{part}")
+    return any(path.endswith(name) for path in paths for name in saved)
+
+
+def _saved_state(adapted: AdaptedModel) -> dict[str, Tensor]:
+    state = {}
+    for key, tensor in adapted.model.state_dict().items():
+        name = plain_name(key)
+        if ".original_module." in key or _ADAPTER.search(key):
+            continue
+        if is_saved(name.rpartition(".")[0], adapted.saved):
+            state[f"{PREFIX}{name}"] = tensor
+    return state
+
+
+def _adapters(adapted: AdaptedModel) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+    """Find the adapters of the backbone's own layers: name, B, A and scaling."""
+    model = adapted.model.get_base_model()
+    parts: dict[str, dict[str, AdaptedLinear]] = {}
+    for layer in adapted.layers:
+        if fused := fused_name(model, layer.name):
+            parts.setdefault(fused, {})[layer.name.rpartition(".")[2]] = layer
+        elif not is_saved(layer.name, adapted.saved):
+            yield (layer.name, *_factors(adapted, layer), layer.scaling)
+    for fused, layers in parts.items():
+        if not is_saved(fused, adapted.saved):
+            first = next(iter(layers.values()))
+            pairs = {name: _factors(adapted, layer) for name, layer in layers.items()}
+            yield (fused, *fused_factors(pairs, first.B.shape[0]), first.scaling)
+
+
+def _factors(adapted: AdaptedModel, layer: AdaptedLinear) -> tuple[Tensor, Tensor]:
+    b, a = layer.B.detach(), layer.A.detach()
+    if layer.name in adapted.folded.pairs:
+        folded_b, folded_a = adapted.folded.pairs[layer.name]
+        return torch.cat((b, folded_b.to(b)), 1), torch.cat((a, folded_a.to(a)), 0)
+    return b, a
+
+
+def _spread(rank: int, rslora: bool) -> float:
+    return math.sqrt(rank) if rslora else rank

@@ -1,0 +1,74 @@
+"""Frozen weights in one piece of memory for all processes of a machine."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedlora_flwr.files import cache_folder, locked, replacing
+from fedlora_flwr.lora.adapters import AdaptedModel, in_bytes
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def share(adapted: AdaptedModel) -> Path | None:
+    """Let a model's frozen weights be pages of a file that every process maps.
+
+    The kernel keeps one copy of the file's pages however many processes map it. The mapping is
+    private: whatever a process writes to its weights stays its own, and costs it the page. The file
+    is named by the weights' fingerprint, and what is mapped is compared with what was there before.
+
+    Parameters
+    ----------
+    adapted : AdaptedModel
+        The model; the values of its weights stay the same. Weights on a GPU stay where they are.
+
+    Returns
+    -------
+    Path or None
+        The file, in the user's cache folder; ``None`` where there is none, which the log explains
+        if it is for trouble with the file.
+    """
+    tensors = {name: t.detach() for name, t in adapted.frozen() if t.device.type == "cpu"}
+    if not tensors:
+        return None
+    path = cache_folder() / "frozen" / f"{adapted.fingerprint}.pt"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path):
+            mapped = _mapped(path, tensors)
+            if mapped is None:
+                with replacing(path) as draft:
+                    torch.save(tensors, draft)
+                mapped = _mapped(path, tensors)
+    except (OSError, RuntimeError) as error:
+        _LOGGER.warning("Frozen weights are not shared between processes: %s", error)
+        return None
+    if mapped is None:
+        return None
+    for name, tensor in adapted.frozen():
+        if name in mapped:
+            tensor.data = mapped[name]
+    return path
+
+
+def _mapped(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Map a file's tensors if they are the expected ones."""
+    try:
+        found = torch.load(path, mmap=True, weights_only=True)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # Whatever a broken file makes torch raise.
+        _LOGGER.warning("%s cannot be read and is written again: %s", path, error)
+        return None
+    same = found.keys() == expected.keys() and all(
+        found[name].dtype == tensor.dtype
+        and found[name].shape == tensor.shape
+        # By their bytes: NaN differs from itself, and some types know no comparison.
+        and torch.equal(in_bytes(found[name]), in_bytes(tensor))
+        for name, tensor in expected.items()
+    )
+    return found if same else None

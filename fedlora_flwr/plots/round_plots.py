@@ -1,0 +1,107 @@
+"""A picture of a run's rounds. matplotlib is imported where it draws, as in `plots`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.plots.plots import MODES, save
+from fedlora_flwr.strategies.agreement import HEAD, PARTS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = {**MODES, HEAD: "#CC79A7"}
+Rows = Sequence[Mapping[str, Any]]
+Points = list[tuple[int, float]]
+
+
+def plot_rounds(rows: Rows, path: Path, metric: str) -> None:
+    """Draw a run round by round: its metric, how far uploads agree, and what their mean loses.
+
+    Parameters
+    ----------
+    rows : Sequence[Mapping[str, Any]]
+        Those of ``rounds.jsonl``; figures that a round lacks leave a gap.
+    path : Path
+        The PNG file, written in one piece.
+    metric : str
+        Name of the metric.
+
+    Raises
+    ------
+    InvalidValue
+        There is no round.
+    """
+    save(rounds_figure(rows, metric), path)
+
+
+def rounds_figure(rows: Rows, metric: str) -> Figure:
+    """Make the picture of `plot_rounds`; parameters as there."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter, MaxNLocator
+
+    if len(rows) < 2:
+        raise InvalidValue("rounds", max(len(rows) - 1, 0), "at least one that is finished")
+    figure = Figure(figsize=(8.5, 9.5), layout="constrained")
+    axes = figure.subplots(4, 1, sharex=True)
+    _line(axes[0], _points(rows, metric), "black", "-", None)
+    axes[0].set_title(f"{metric.replace('_', ' ').capitalize()} on the public records")
+    for part in PARTS:
+        colour, label = COLOURS[part], part if part == HEAD else f"factor {part}"
+        _line(axes[1], _points(rows, "agreement", part), colour, "-", label)
+        _line(axes[2], ratios(rows, "spread", part), colour, "-", None)
+        _line(axes[2], ratios(rows, "noise", part), colour, ":", None)
+    axes[1].set_title("Agreement of the uploads (mean cosine of all pairs)")
+    axes[1].axhline(0, color="grey", linewidth=0.8)
+    dotted = "; dotted: the noise of privacy" if any("noise" in row for row in rows) else ""
+    axes[2].set_title(f"Noise and differences in the mean, over what uploads share{dotted}")
+    if any(np.isfinite(line.get_ydata()).any() for line in axes[2].lines):
+        axes[2].set_yscale("log")
+        # 20, and not 2 x 10^1.
+        axes[2].yaxis.set_major_formatter(LogFormatter())
+        axes[2].yaxis.set_minor_formatter(LogFormatter())
+    _line(axes[3], _points(rows, "mean_error"), "black", "-", None)
+    axes[3].set_title("Error of averaging factors, relative to the mean of the products")
+    axes[3].set_ylim(bottom=0)
+    axes[3].set_xlabel("round")
+    axes[3].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    for panel in axes:
+        panel.grid(alpha=0.3)
+        panel.title.set_fontsize(10)
+    if axes[1].get_legend_handles_labels()[0]:
+        figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+def ratios(rows: Rows, figure: str, part: str) -> Points:
+    """Return a figure over the round's signal; NaN, which is a gap, where there is no signal."""
+    signals = dict(_points(rows, "signal", part))
+    found = _points(rows, figure, part)
+    return [(n, value / signals[n] if signals[n] > 0 else np.nan) for n, value in found]
+
+
+def _points(rows: Rows, figure: str, part: str | None = None) -> Points:
+    found = []
+    for row in rows:
+        value = row.get(figure)
+        if part is not None:
+            value = (value or {}).get(part)
+        if value is not None:
+            found.append((int(row["round"]), float(value)))
+    return found
+
+
+def _line(axes: Axes, points: Points, colour: str, style: str, label: str | None) -> None:
+    """Draw points, joined where the rounds between them have none."""
+    if points:
+        numbers, values = zip(*points, strict=True)
+        axes.plot(
+            numbers, values, style, color=colour, label=label, marker=".", markersize=4,
+            linewidth=1.2,
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""What reads released quantities only, and so costs no privacy."""

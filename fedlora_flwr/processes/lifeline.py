@@ -1,0 +1,89 @@
+"""Processes that end with this one, however it ends: by an error, a signal, or a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fedlora_flwr.terminal import uninterrupted
+
+KEEPER = Path(__file__).with_name("keeper.py")
+_PATIENCE = 60.0
+
+
+class Lifeline:
+    """Ties processes to this one.
+
+    Each is started by a keeper (see `fedlora_flwr.processes.keeper`), which ends it and all that
+    it has started when the lifeline is cut. The kernel cuts it when this process ends, so nothing
+    has to be done, or can be forgotten, on the way out. On Linux daemons are found, too; on other
+    systems only processes that stay in their group.
+    """
+
+    def __init__(self) -> None:
+        self._far, near = os.pipe()
+        self._open = [self._far, near]
+        self._keepers: list[subprocess.Popen[Any]] = []
+
+    def __enter__(self) -> Lifeline:
+        """Nothing is started yet."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """See `cut`."""
+        self.cut()
+
+    def start(
+        self,
+        command: Sequence[str] = (),
+        *,
+        clear: Path | None = None,
+        last_words: tuple[Path, str] | None = None,
+        **settings: Any,
+    ) -> subprocess.Popen[Any]:
+        """Start a command.
+
+        Parameters
+        ----------
+        command : Sequence[str]
+            Program and arguments; none for a keeper that only clears up.
+        clear : Path, optional
+            A folder to remove at the end.
+        last_words : tuple[Path, str], optional
+            A file and its text, written at the end unless the file is there.
+        **settings
+            Those of `subprocess.Popen`, except for ``stdin``.
+
+        Returns
+        -------
+        subprocess.Popen
+            The keeper, which has the command's exit code.
+        """
+        order = {
+            "command": list(command),
+            "clear": clear and str(clear),
+            "last_words": last_words and (str(last_words[0]), last_words[1]),
+        }
+        keeper = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(KEEPER), json.dumps(order)],
+            stdin=self._far,
+            start_new_session=True,
+            **settings,
+        )
+        self._keepers.append(keeper)
+        return keeper
+
+    def cut(self) -> None:
+        """End all that was started, and wait until it has ended."""
+        with uninterrupted():
+            while self._open:
+                os.close(self._open.pop())
+            for keeper in self._keepers:
+                with suppress(subprocess.TimeoutExpired):  # The kernel holds a process of it back.
+                    keeper.wait(_PATIENCE)

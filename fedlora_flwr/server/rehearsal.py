@@ -1,0 +1,153 @@
+"""One private step on made-up records, so that what cannot train is known before a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedlora_flwr.clients.trainer import lora_spec
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.data.records import TensorRecords
+from fedlora_flwr.errors import PrivacyViolation, explained
+from fedlora_flwr.lora.adapters import AdaptedModel, attach
+from fedlora_flwr.lora.precision import run_in_bf16
+from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
+from fedlora_flwr.privacy.mechanism import Mechanism
+from fedlora_flwr.privacy.noise import SeededNoise
+from fedlora_flwr.tasks.registry import Records, Task
+
+if TYPE_CHECKING:
+    from fedlora_flwr.strategies import FedLoRA
+
+# Parameters of a model that is built for nothing but a rehearsal, and of one that is tried whole.
+_LARGEST, _SMALL = 200_000_000, 2_000_000
+
+_ADVICE = (
+    "No client could train. Set another model, pooling, lora-targets or max-length; where memory "
+    "ran out, a smaller max-length or image-size."
+)
+
+
+def check_folding(strategy: FedLoRA, adapted: AdaptedModel) -> None:
+    """Refuse a method that changes frozen weights where they cannot change.
+
+    Raises
+    ------
+    InvalidValue
+        The method folds updates into weights, and a layer's weight is quantised or another's too.
+    """
+    if getattr(strategy, "folds", False):
+        adapted.folded.check_weights()
+
+
+def rehearse(task: Task, adapted: AdaptedModel, *, whole: bool = True) -> None:
+    """Check that clients can train and measure a model; it is left as it was.
+
+    Two records pass through it, are told apart, and take one step without noise. They are made up,
+    or public where a task makes none up. No private record is read.
+
+    Parameters
+    ----------
+    task : Task
+        Whose loss is taken.
+    adapted : AdaptedModel
+        The model, on the device where it trains.
+    whole : bool (default: True)
+        Whether more is done than the one pass. The rest takes about as long as thirty records.
+
+    Raises
+    ------
+    InvalidValue
+        A setting cannot be used.
+    PrivacyViolation
+        The model does not treat each record on its own, or a layer cannot be clipped.
+    ModelFailed
+        The model or the task's loss raises anything else.
+    """
+    with explained("A private step on two made-up records", _ADVICE), _as_it_was(adapted):
+        records = _records(task)
+        engine = PrivateEngine(adapted, task.losses)
+        count, names = min(len(records), 2), list(adapted.parameters)
+        mechanism = Mechanism(0.0, 1.0, count, count)
+        still = OptimizerSettings("sgd", lr_a=0.0, lr_b=0.0, lr_head=0.0)
+        try:
+            engine.gradients_by_record(records, torch.arange(count), names)
+            if whole:
+                engine.start_round(mechanism, still, SeededNoise(0))
+                engine.step(records, torch.arange(count), names)
+        except PrivacyViolation as error:
+            advice = "Choose other layers with lora-targets, or another model."
+            raise PrivacyViolation(f"{error} {advice}") from error
+
+
+def rehearse_unbuilt(config: RunConfig, task: Task, skeleton: AdaptedModel) -> None:
+    """Do the same with random weights on the CPU, so that no checkpoint is read.
+
+    A model of more than 2 million parameters makes one pass and no more, and one of more than 200
+    million is not built: `rehearse` finds the rest, before the first round.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run.
+    task : Task
+        Whose model is built.
+    skeleton : AdaptedModel
+        The model on the meta device.
+
+    Raises
+    ------
+    FedLoRAError
+        As `rehearse`.
+    """
+    size = sum(parameter.numel() for parameter in skeleton.model.parameters())
+    if size > _LARGEST:
+        return
+    with _random_streams(), explained("Building the model", _ADVICE):
+        unread = getattr(task, "skeleton", None) if hasattr(task, "made_up_batch") else None
+        model = task.build_model() if unread is None else unread("cpu")
+        adapted = attach(model, lora_spec(config, task), seed=0)
+    if config.precision == "bf16":
+        run_in_bf16(adapted.model)
+    rehearse(task, adapted, whole=size <= _SMALL)
+
+
+def _records(task: Task) -> Records:
+    made_up = getattr(task, "made_up_batch", None)
+    return task.test_records() if made_up is None else TensorRecords(made_up(2))
+
+
+@contextmanager
+def _as_it_was(adapted: AdaptedModel) -> Iterator[None]:
+    """Give a model its values, modes and ways of computing back."""
+    model = adapted.model
+    modes = [(module, module.training) for module in model.modules()]
+    forwards = [(module, vars(module).get("forward")) for module in model.modules()]
+    values = {name: p.detach().clone() for name, p in adapted.parameters.items()}
+    try:
+        with _random_streams():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for module, forward in forwards:
+            vars(module).pop("forward", None)
+            if forward is not None:
+                vars(module)["forward"] = forward
+        with torch.no_grad():
+            for name, parameter in adapted.parameters.items():
+                parameter.copy_(values[name])
+                parameter.requires_grad_(True)
+                parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def _random_streams() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield

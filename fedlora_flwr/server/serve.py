@@ -1,0 +1,306 @@
+"""The server's side of a run: build, train through a strategy, evaluate, write the results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from logging import WARNING
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+from fedlora_flwr.algebra.means import MovingAverage
+from fedlora_flwr.clients.trainer import build_adapted
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.environment import versions
+from fedlora_flwr.errors import explained
+from fedlora_flwr.files import replacing
+from fedlora_flwr.lora.adapters import AdaptedModel
+from fedlora_flwr.plan import ComponentPlan, Layout
+from fedlora_flwr.privacy.budget import MIN_NOISE
+from fedlora_flwr.server.endings import reason_of, status_of
+from fedlora_flwr.server.noise import noise_of_mean
+from fedlora_flwr.server.rehearsal import check_folding, rehearse
+from fedlora_flwr.server.run_dir import RunDirectory
+from fedlora_flwr.strategies import FedLoRA, strategy_class
+from fedlora_flwr.strategies.replies import RoundReport, to_record
+from fedlora_flwr.tasks.registry import Task, build_task
+from fedlora_flwr.terminal import uninterrupted
+from fedlora_flwr.wire import ACCOUNTANT, CLIENT, DELTA, EPSILON_BUDGET, FINGERPRINT, WEIGHT
+from fedlora_flwr.wire.arrays import to_numpy
+from fedlora_flwr.wire.limits import MOST_RECORDS, MOST_WEIGHT
+
+OnRound = Callable[[dict[str, Any]], None]
+ALL_ROUNDS, BUDGETS_SPENT = "all rounds are done", "no client has budget left"
+
+
+def serve(
+    grid: Grid,
+    config: RunConfig,
+    run_dir: RunDirectory,
+    on_round: OnRound | None = None,
+    *,
+    rehearsed: bool = False,
+) -> dict[str, Any]:
+    """Run a federation from the first round to the summary.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's way to the clients.
+    config : RunConfig
+        The run.
+    run_dir : RunDirectory
+        Where the results go.
+    on_round : callable, optional
+        Called with each row of ``rounds.jsonl``, round 0 (before training) included.
+    rehearsed : bool (default: False)
+        Whether a private step was tried already, with `fedlora_flwr.server.rehearsal`.
+
+    Returns
+    -------
+    dict[str, Any]
+        What ``summary.json`` holds.
+
+    Raises
+    ------
+    InvalidValue
+        The folder holds another run's results, which are left as they are.
+    FedLoRAError
+        The run could not go on; the summary says why, and ``adapter/`` holds the last round's
+        arrays.
+    """
+    started = time.perf_counter()
+    run_dir.take()
+    run_dir.write_config(config)
+    session: _Session | None = None
+    try:
+        task = build_task(config.task, config)
+        strategy = build_strategy(config)
+        adapted = build_adapted(config, task)
+        if not rehearsed:
+            check_folding(strategy, adapted)
+            rehearse(task, adapted)
+        session = _Session(config, task, adapted, strategy, run_dir, on_round)
+        session.run(grid)
+        session.draw_modes()
+    except BaseException as error:
+        summary = _summary(config, session, time.perf_counter() - started)
+        ending = {"status": status_of(error), "error": reason_of(error)}
+        with uninterrupted(), suppress(OSError):  # The first error is the one to show.
+            run_dir.write_summary({**summary, **ending})
+        raise
+    summary = _summary(config, session, time.perf_counter() - started)
+    early = summary["rounds_done"] < config.num_rounds
+    summary["end"] = BUDGETS_SPENT if early else ALL_ROUNDS
+    run_dir.write_summary(summary)
+    return summary
+
+
+def build_strategy(config: RunConfig) -> FedLoRA:
+    """Make the configured strategy."""
+    chosen = strategy_class(config.strategy)
+    return chosen(
+        fraction_train=config.fraction_train,
+        min_train_nodes=1,
+        min_available_nodes=config.min_clients,
+        seed=config.seed,
+        weighting=config.weighting,
+        min_completion=config.min_completion,
+        max_rounds=config.max_rounds,
+        blocks=config.block_pattern,
+        local_steps=config.local_steps,
+        max_weight=_max_weight(config),
+        share_head=config.share_head,
+        **{name: getattr(config, name) for name in chosen.settings},
+    )
+
+
+def _max_weight(config: RunConfig) -> float:
+    """Return the largest weight that a client can have, from what is public."""
+    if config.weighting == "size":
+        return float(MOST_RECORDS)
+    # No calibration ends below the smallest σ.
+    largest = config.batch_size / (MIN_NOISE * config.clip_norm)
+    return min(largest * largest, MOST_WEIGHT) if config.weighting == "inverse-noise" else 1.0
+
+
+@dataclass
+class _Session:
+    config: RunConfig
+    task: Task
+    adapted: AdaptedModel
+    strategy: FedLoRA
+    run_dir: RunDirectory
+    on_round: OnRound | None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    accountants: set[str] = field(default_factory=set)
+    budgets: dict[str, tuple[float, float]] = field(default_factory=dict)
+    nodes: set[int] = field(default_factory=set)
+    connected: Callable[[], Iterable[int]] = tuple
+    _mark: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self._average = MovingAverage(self.config.average_decay)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.of(self.adapted.parameters, self.config.block_pattern)
+
+    def run(self, grid: Grid) -> None:
+        # A federation has the nodes that it has; num-clients only says how many a run makes.
+        self.connected = grid.get_node_ids
+        self._absent()
+        self.strategy.start(
+            grid,
+            initial_arrays=to_record(self.adapted.read()),
+            num_rounds=self.config.num_rounds,
+            timeout=self.config.round_timeout,
+            train_config=ConfigRecord({FINGERPRINT: self.adapted.fingerprint}),
+            evaluate_config=ConfigRecord({FINGERPRINT: self.adapted.fingerprint}),
+            evaluate_fn=self._after_round,
+        )
+        if self.task.metric not in self.rows[-1]:
+            # The last clients with budget left have gone since, so nobody knew that it was the end.
+            self.rows[-1].update(self._evaluate(self.config.num_rounds))
+
+    def draw_modes(self) -> None:
+        """Draw which factor each block trained in each round, where the plan tells blocks apart."""
+        plans = [str(row["plan"]) for row in self.rows[1:]]
+        blocks = self.layout.blocks
+        if any(len(step) == len(blocks) > 1 for plan in plans for step in plan.split("/")):
+            from fedlora_flwr.plots.plots import plot_modes
+
+            try:
+                plot_modes(plans, blocks, self.run_dir.path / "modes.png")
+            except Exception as error:  # The run has its result; a picture must not take it away.
+                log(WARNING, "modes.png could not be drawn.", exc_info=error)
+
+    def _after_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        """Evaluate on the public test set, keep the arrays, write the round's rows."""
+        kept = self._average.add({name: to_numpy(array) for name, array in arrays.items()})
+        self.adapted.write(kept)
+        metrics = self._evaluate(server_round)
+        with replacing(self.run_dir.adapter) as draft:
+            self.adapted.export(draft)
+        # What clients measured may have any name, and must not pass for what the server counted.
+        row = {"round": server_round, **metrics, **self._communication(server_round)}
+        row["round"] = server_round
+        now = time.perf_counter()
+        row["seconds"], self._mark = now - self._mark, now
+        self.rows.append(row)
+        self.run_dir.append("rounds", row)
+        if self.on_round is not None:
+            self.on_round(row)
+        return MetricRecord({name: float(value) for name, value in metrics.items()})
+
+    def _evaluate(self, server_round: int) -> Mapping[str, float]:
+        """Return the round's metrics, none where the round is not due."""
+        report = self.strategy.last_round
+        if report is not None and report.evaluation is not None:
+            # Where models stay with the clients, the server has none to measure.
+            return report.evaluation
+        config = self.config
+        last = server_round == config.num_rounds or self.strategy.finished
+        if server_round % config.eval_every and not last:
+            return {}
+        advice = "Set another model or test-split, or a smaller eval-batch-size."
+        with explained("Measuring the model on the public records", advice):
+            return self.task.evaluate(self.adapted.model, self.task.test_records())
+
+    def _absent(self) -> int:
+        """Return how many nodes have been connected in this run, and are not."""
+        connected = set(self.connected())
+        self.nodes |= connected
+        absent = len(self.nodes - connected)
+        if absent:
+            log(WARNING, "%d of %d nodes are not connected any more.", absent, len(self.nodes))
+        return absent
+
+    def _noise(self, report: RoundReport) -> dict[str, Any]:
+        """Return the noise of the round's mean, where the clients' weights tell their noise."""
+        parts = report.compared.get("signal", {})
+        if self.config.weighting != "inverse-noise" or not parts:
+            return {}
+        told = [(upload.weight, 1 / upload.metrics[WEIGHT]) for upload in report.uploads]
+        shapes = {name: tuple(p.shape) for name, p in self.adapted.parameters.items()}
+        plan = ComponentPlan.parse(report.plan)
+        found = noise_of_mean(self.config, report.server_round, plan, self.layout, shapes, told)
+        return {"noise": {p: norm for p, norm in found.items() if p in parts}} if found else {}
+
+    def _communication(self, server_round: int) -> dict[str, Any]:
+        report = self.strategy.last_round
+        if server_round == 0 or report is None:
+            return {}
+        for upload in report.uploads:
+            told = {**upload.texts, **upload.metrics}
+            row = {"round": server_round, CLIENT: upload.client}
+            row.update({name: value for name, value in told.items() if name not in row})
+            self.accountants.add(str(upload.texts.get(ACCOUNTANT, "")))
+            if {EPSILON_BUDGET, DELTA} <= upload.metrics.keys():
+                budget, delta = upload.metrics[EPSILON_BUDGET], upload.metrics[DELTA]
+                self.budgets[upload.client] = budget, delta
+            self.run_dir.append("clients", row)
+        return {
+            "plan": report.plan,
+            **report.details,
+            **report.compared,
+            **self._noise(report),
+            "epsilon_max": report.epsilon_max,
+            "clients_asked": report.sent,
+            "clients_used": len(report.uploads),
+            "clients_absent": self._absent(),
+            "declined": report.declined,
+            "failures": report.failures,
+            "bytes_down": report.bytes_down,
+            "bytes_up": report.bytes_up,
+            "bytes_up_adapters": report.bytes_up_adapters,
+            "bytes_plain": report.bytes_plain,
+        }
+
+
+def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dict[str, Any]:
+    rows = session.rows if session else []
+    metric = session.task.metric if session else "accuracy"
+    rounds, measured = rows[1:], [row[metric] for row in rows if metric in row]
+
+    def total(key: str) -> int:
+        return sum(row[key] for row in rounds)
+
+    # Devices decide their own budgets; the run's own is what simulated clients have.
+    told = list(session.budgets.values()) if session else []
+    epsilons, deltas = zip(*told, strict=True) if told else ((config.epsilon,), (config.delta,))
+    spent = [row["epsilon_max"] for row in rounds if row["epsilon_max"] is not None]
+    return {
+        "status": "completed",
+        "task": config.task,
+        "strategy": config.strategy,
+        "num_clients": len(session.nodes) if session else 0,
+        "num_rounds": config.num_rounds,
+        "rounds_done": len(rounds),
+        "metric": metric,
+        f"initial_{metric}": measured[0] if measured else None,
+        f"final_{metric}": measured[-1] if measured else None,
+        "epsilon_max": max(spent, default=0.0),
+        "epsilon_budget": max(epsilons),
+        "delta": max(deltas),
+        "accountant": ", ".join(sorted(session.accountants)) if session else "",
+        "bytes_up": total("bytes_up"),
+        "bytes_up_adapters": total("bytes_up_adapters"),
+        "bytes_down": total("bytes_down"),
+        "bytes_plain": total("bytes_plain"),
+        "seconds": seconds,
+        "failures": sum(len(row["failures"]) for row in rounds),
+        "declined": sum(len(row["declined"]) for row in rounds),
+        "seed": config.seed,
+        "reproducible_noise": config.reproducible,
+        "weighting": config.weighting,
+        "blocks": list(session.layout.blocks) if session else [],
+        "remarks": session.strategy.remarks() if session else {},
+        "unprotected_metrics": config.report_unprotected_metrics,
+        "versions": versions(),
+    }

@@ -1,0 +1,310 @@
+"""Compare methods over privacy budgets, each with rates tuned on the same number of runs."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.files import replace_file
+from fedlora_flwr.plots.plots import plot_accuracy
+from fedlora_flwr.processes.workers import Execute, executor
+from fedlora_flwr.server.run_dir import RunDirectory
+from fedlora_flwr.studies.compare_methods import RATES, Method, settings_of
+from fedlora_flwr.studies.compare_results import (
+    KEY,
+    Journal,
+    Pair,
+    Rates,
+    Row,
+    RowKey,
+    check_settings,
+    claim,
+    document_of,
+    markdown,
+    summarise,
+)
+from fedlora_flwr.tasks.registry import build_task
+
+# Reported seeds start at 1: rates are chosen on another partition, noise and cohort.
+TUNING_SEED = 0
+# Least and largest multiple of the recipe's own rate that is tried.
+RANGES = {"lr-a": (0.04, 4.0), "lr-b": (0.1, 4.0), "lr-head": (0.1, 2.0)}
+
+OnRow = Callable[[Row | None, int, int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison.
+
+    Parameters
+    ----------
+    phase : str
+        ``"tune"`` or ``"report"``.
+    row : str
+        Name of the method's row.
+    config : RunConfig
+        The run.
+    """
+
+    phase: str
+    row: str
+    config: RunConfig
+
+    @property
+    def pair(self) -> Pair:
+        """Row and ε."""
+        return self.row, self.config.epsilon
+
+    @property
+    def rates(self) -> Rates:
+        """Learning rates of A, B and head."""
+        return self.config.lr_a, self.config.lr_b, self.config.lr_head
+
+    @property
+    def key(self) -> RowKey:
+        """The job's row in the journal."""
+        return (self.phase, *self.pair, self.config.seed, *self.rates)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Parameters
+    ----------
+    config : RunConfig
+        What all runs share; its strategy, epsilon, seed and learning rates are replaced.
+    methods : tuple[Method, ...]
+        Rows of the table.
+    epsilons : tuple[float, ...]
+        Privacy budgets; infinity is no privacy.
+    seeds : int
+        Reported seeds are 1 to ``seeds``.
+    trials : int
+        Settings of the learning rates tried for each row and ε; 0 takes the configuration's. A
+        rate that a row sets itself is kept in all of them.
+    """
+
+    config: RunConfig
+    methods: tuple[Method, ...]
+    epsilons: tuple[float, ...]
+    seeds: int
+    trials: int
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Every row at every ε; runs of one ε follow each other, to share calibrations."""
+        return [(method.name, epsilon) for epsilon in self.epsilons for method in self.methods]
+
+    def candidates(self, row: str) -> list[Rates]:
+        """Return a row's rates to choose from: its own, then multiples, Halton's in `RANGES`.
+
+        The sequence is not scrambled, so that it is the same in every version of SciPy. Scales are
+        logarithmic, and a longer list begins with the shorter.
+        """
+        from scipy.stats import qmc  # type: ignore[import-untyped,unused-ignore]
+
+        method = self._method(row)
+        config = method.of(self.config)
+        own = (config.lr_a, config.lr_b, config.lr_head)
+        points = qmc.Halton(d=len(RANGES), scramble=False)
+        points.fast_forward(1)  # Its first point is the corner of the smallest rates.
+        spread = (_spread(point, own) for point in points.random(max(self.trials - 1, 0)))
+        kept = [name in method.settings for name in RATES]
+        fixed = [tuple(np.where(kept, own, rates).tolist()) for rates in spread]
+        return list(dict.fromkeys([own, *fixed]))  # A row that sets every rate has one candidate.
+
+    def tune_jobs(self) -> list[Job]:
+        """Return the runs that rates are chosen by."""
+        if not self.trials:
+            return []
+        candidates = {method.name: self.candidates(method.name) for method in self.methods}
+        return [
+            self._job("tune", pair, TUNING_SEED, rates)
+            for pair in self.pairs
+            for rates in candidates[pair[0]]
+        ]
+
+    def choose(self, rows: Mapping[RowKey, Row]) -> dict[Pair, Rates | None]:
+        """Return each pair's rates of the best final round, the first of equal ones.
+
+        Where every trial failed there are none.
+        """
+        if not self.trials:
+            return self._own()
+        chosen: dict[Pair, Rates | None] = dict.fromkeys(self.pairs)
+        best: dict[Pair, float] = {}
+        for job in self.tune_jobs():
+            row = rows[job.key]
+            if not row["error"] and row["final"] > best.get(job.pair, -math.inf):
+                best[job.pair], chosen[job.pair] = row["final"], job.rates
+        return chosen
+
+    def report_jobs(self, chosen: Mapping[Pair, Rates | None]) -> list[Job]:
+        """Return the runs that are reported; none of a pair without rates."""
+        return [
+            self._job("report", pair, seed, rates)
+            for seed in range(1, self.seeds + 1)
+            for pair, rates in chosen.items()
+            if rates is not None
+        ]
+
+    def check(self, console: Console | None = None) -> None:
+        """Refuse what could not run, before anything does.
+
+        Raises
+        ------
+        InvalidValue
+            A setting cannot be used, or a client could not keep its promise.
+        """
+        from fedlora_flwr.privacy.budget import check_budget
+        from fedlora_flwr.simulations.runner import make_plan
+
+        jobs = [*self.tune_jobs(), *self.report_jobs(self._own())]
+        batches = {(j.config.epsilon, j.config.batch_size, j.config.seed): j.config for j in jobs}
+        for config in batches.values():
+            task = build_task(config.task, config)
+            for client in range(config.num_clients):
+                records = task.client_records(client, config.num_clients)
+                if config.private:
+                    check_budget(config.epsilon, config.delta, config.batch_size, len(records))
+        # The calibrations are kept for the runs.
+        for config in {job.row: job.config for job in reversed(jobs)}.values():
+            make_plan(config, console)
+
+    def document(self) -> dict[str, Any]:
+        """Return the settings as ``settings.json`` holds them; ε as text, for infinity's sake."""
+        replaced = ("strategy", "epsilon", "seed")
+        return {
+            **{key: value for key, value in self.config.items().items() if key not in replaced},
+            "rows": settings_of(self.methods),
+            "epsilons": [str(epsilon) for epsilon in self.epsilons],
+            "seeds": self.seeds,
+            "trials": self.trials,
+        }
+
+    def _method(self, row: str) -> Method:
+        return next(method for method in self.methods if method.name == row)
+
+    def _own(self) -> dict[Pair, Rates | None]:
+        """Return every pair with the rates of its row, without tuning."""
+        return {pair: self.candidates(pair[0])[0] for pair in self.pairs}
+
+    def _job(self, phase: str, pair: Pair, seed: int, rates: Rates) -> Job:
+        row, epsilon = pair
+        config = self._method(row).of(replace(self.config, epsilon=epsilon, seed=seed))
+        a, b, head = rates
+        return Job(phase, row, replace(config, lr_a=a, lr_b=b, lr_head=head))
+
+
+def compare(
+    comparison: Comparison,
+    folder: Path,
+    on_row: OnRow,
+    workers: int = 1,
+    console: Console | None = None,
+) -> pd.DataFrame:
+    """Run what is not finished yet; write ``rows.csv``, ``table.md`` and ``accuracy.png``.
+
+    Parameters
+    ----------
+    comparison : Comparison
+        What is compared.
+    folder : Path
+        Where results go, and where those of an earlier call with the same settings are.
+    on_row : callable
+        Called with each newly finished row, how many are done, and how many there will be; first
+        with None in place of a row, when the checks are over.
+    workers : int (default: 1)
+        Runs at a time; 1 stays in this process.
+    console : Console, optional
+        Where progress of the checks is shown if it is a terminal.
+
+    Returns
+    -------
+    pandas.DataFrame
+        See `fedlora_flwr.studies.compare_results.summarise`.
+
+    Raises
+    ------
+    InvalidValue
+        A setting cannot be used, or the folder holds a comparison with other settings.
+    FedLoRAError
+        Another process works in the folder, or a worker was killed; finished runs are kept.
+    """
+    document = comparison.document()
+    check_settings(folder, document)
+    comparison.check(console)
+    metric = build_task(comparison.config.task, comparison.config).metric
+    with claim(folder, document), tempfile.TemporaryDirectory(prefix="fedlora-compare-") as scratch:
+        journal = Journal(folder / "rows.csv")
+        with executor(workers, folder / "compare.log") as execute:
+            chosen = _run_all(comparison, journal, execute, partial(_run, scratch), on_row)
+        rows = [journal.rows[job.key] for job in comparison.report_jobs(chosen)]
+        summary = summarise(rows, chosen, comparison.seeds)
+        parts = document_of(summary, comparison.config, metric, comparison.trials)
+        replace_file(folder / "table.md", markdown(parts).encode())
+        plot_accuracy(summary, folder / "accuracy.png", metric)
+    return summary
+
+
+def _run_all(
+    comparison: Comparison,
+    journal: Journal,
+    execute: Execute,
+    run: Callable[[Job], Row],
+    on_row: OnRow,
+) -> dict[Pair, Rates | None]:
+    tune = comparison.tune_jobs()
+    total = len(tune) + len(comparison.pairs) * comparison.seeds
+
+    def work(jobs: Sequence[Job], before: int) -> None:
+        waiting = [job for job in jobs if job.key not in journal.rows]
+        done = before + len(jobs) - len(waiting)
+        on_row(None, done, total)
+        for count, row in enumerate(execute(run, waiting), start=done + 1):
+            journal.append(row)
+            on_row(row, count, total)
+
+    work(tune, 0)
+    chosen = comparison.choose(journal.rows)
+    work(comparison.report_jobs(chosen), len(tune))
+    return chosen
+
+
+def _run(scratch: str, job: Job) -> Row:
+    """Run one job; an error is a result."""
+    from fedlora_flwr.simulations.runner import make_plan, run_in_process
+
+    row = dict(zip(KEY, job.key, strict=True)) | {"strategy": job.config.strategy}
+    started = time.perf_counter()
+    try:
+        metric = build_task(job.config.task, job.config).metric
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            run_dir = RunDirectory(Path(folder))
+            summary = run_in_process(make_plan(job.config), run_dir, lambda _: None)
+    except Exception as error:  # Whatever it is, the other runs go on.
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return {**row, "seconds": time.perf_counter() - started, "error": text}
+    kept = {name: summary[name] for name in ("epsilon_max", "bytes_up", "bytes_down", "failures")}
+    figures = {name: summary[f"{name}_{metric}"] for name in ("initial", "final")}
+    return {**row, **figures, **kept, "seconds": time.perf_counter() - started, "error": ""}
+
+
+def _spread(point: Sequence[float], own: Rates) -> Rates:
+    """Place a point of the unit cube in `RANGES` around the own rates, to three digits."""
+    places = zip(own, point, RANGES.values(), strict=True)
+    a, b, head = (float(f"{rate * low * (high / low) ** u:.3g}") for rate, u, (low, high) in places)
+    return a, b, head

@@ -1,0 +1,262 @@
+"""What a comparison leaves behind: its rows, their summary, and the table of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.errors import FedLoRAError, InvalidValue
+from fedlora_flwr.files import append, private_folder, replace_file
+from fedlora_flwr.studies.compare_methods import RATES, Method, settings_of
+
+SETTINGS = "settings.json"
+KEY = ("phase", "row", "epsilon", "seed", *RATES)
+COUNTS = ("bytes_up", "bytes_down", "failures")
+COLUMNS = (
+    *KEY,
+    "strategy",
+    *("initial", "final", "epsilon_max", "bytes_up", "bytes_down", "seconds", "failures", "error"),
+)
+
+Row = Mapping[str, Any]
+Rates = tuple[float, float, float]
+Pair = tuple[str, float]
+RowKey = tuple[Any, ...]
+
+
+class Journal:
+    """``rows.csv``: every finished run, written as soon as it ends.
+
+    A file of an earlier call loses its failed runs, which are tried again, and a row that was cut
+    off.
+
+    Parameters
+    ----------
+    path : Path
+        The file; made if missing.
+
+    Attributes
+    ----------
+    rows : dict
+        Rows by the values of `KEY`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        frame = read_rows(path)
+        kept = frame[frame["error"] == ""].astype(dict.fromkeys(COUNTS, int))
+        replace_file(path, kept.to_csv(index=False).encode())
+        self._path = path
+        self.rows: dict[RowKey, Row] = {}
+        for record in kept.to_dict("records"):
+            self.rows[row_key(record)] = {str(name): value for name, value in record.items()}
+
+    def append(self, row: Row) -> None:
+        """Keep a finished run."""
+        line = pd.DataFrame([row], columns=list(COLUMNS)).to_csv(index=False, header=False)
+        append(self._path, line.encode())
+        self.rows[row_key(row)] = row
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a folder whose rows would mix with those of other settings.
+
+    Raises
+    ------
+    InvalidValue
+        The folder's ``settings.json`` differs.
+    """
+    path = folder / SETTINGS
+    there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    keys = sorted(k for k in {*there, *settings} if there.get(k) != settings.get(k))
+    if keys:
+        texts = (f"{key} = {there.get(key)!r} (now {settings.get(key)!r})" for key in keys)
+        raise InvalidValue(
+            "output", str(folder), f"another folder, or the settings of this: {', '.join(texts)}"
+        )
+
+
+@contextmanager
+def claim(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Keep a folder for one comparison, by one process at a time.
+
+    Raises
+    ------
+    InvalidValue
+        See `check_settings`.
+    FedLoRAError
+        Another process is at work there.
+    """
+    private_folder(folder)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            check_settings(folder, settings)
+            replace_file(folder / SETTINGS, (json.dumps(settings, indent=2) + "\n").encode())
+            yield
+    except Timeout:
+        raise FedLoRAError(f"Another process compares in {folder}.") from None
+
+
+def row_key(row: Mapping[Any, Any]) -> RowKey:
+    """Return the values of `KEY`, which no two runs of a comparison share."""
+    return tuple(row[name] for name in KEY)
+
+
+def read_rows(path: Path) -> pd.DataFrame:
+    """Read ``rows.csv``, its complete lines only; an infinite ε is no privacy."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    complete = text[: text.rfind("\n") + 1]
+    if not complete:
+        return pd.DataFrame(columns=list(COLUMNS))
+    frame = pd.read_csv(StringIO(complete), float_precision="round_trip", dtype={"error": str})
+    return frame.fillna({"error": ""})
+
+
+def summarise(rows: Sequence[Row], chosen: Mapping[Pair, Rates | None], seeds: int) -> pd.DataFrame:
+    """Summarise the reported runs of each row and ε.
+
+    Parameters
+    ----------
+    rows : Sequence[Row]
+        The reported runs, failed ones included.
+    chosen : Mapping[Pair, Rates | None]
+        The learning rates of every pair; None where no trial ended well.
+    seeds : int
+        Runs that each pair should have.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a pair in the order of ``chosen``: ``row``, ``epsilon``, ``mean`` and ``std``
+        (sample standard deviation, NaN for one run) of the final round's metric, ``failed``,
+        ``bytes_up`` and ``bytes_down`` (means), and the rates.
+    """
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    good = frame[frame["error"] == ""].astype({"final": float})
+    groups = good.groupby(["row", "epsilon"])
+    found = groups["final"].agg(["mean", "std", "count"])
+    found = found.join(groups[["bytes_up", "bytes_down"]].mean())
+    index = pd.MultiIndex.from_tuples(list(chosen), names=["row", "epsilon"])
+    summary = found.reindex(index)
+    summary["failed"] = (seeds - summary.pop("count").fillna(0)).astype(int)
+    nothing = (math.nan,) * len(RATES)
+    summary[list(RATES)] = [rates or nothing for rates in chosen.values()]
+    return summary.reset_index()
+
+
+def budget_name(epsilon: float) -> str:
+    """Name an ε as the command takes it."""
+    return "none" if math.isinf(epsilon) else f"{epsilon:g}"
+
+
+Part = str | list[list[str]]
+"""A sentence, or a table whose first row is its head."""
+
+
+def document_of(summary: pd.DataFrame, config: RunConfig, metric: str, trials: int) -> list[Part]:
+    """Return what a comparison tells its reader: a title, two tables and what they mean.
+
+    Parameters
+    ----------
+    summary : pandas.DataFrame
+        See `summarise`.
+    config : RunConfig
+        What all runs share.
+    metric : str
+        Name of the figure.
+    trials : int
+        Settings of the rates that were tried for each pair.
+    """
+    budgets = list(dict.fromkeys(summary["epsilon"]))
+    names = [f"ε = {budget_name(e)}" if math.isfinite(e) else "no privacy" for e in budgets]
+    best = summary[summary["failed"] == 0].groupby("epsilon")["mean"].max()
+    head = ["method", *names]
+    figures, rates = [[*head, "kB up", "kB down"]], [head]
+    for name, group in summary.groupby("row", sort=False):
+        rows = group.to_dict("records")
+        sent = [group[column].mean() / 1e3 for column in ("bytes_up", "bytes_down")]
+        cells = [_figure(row, best.get(row["epsilon"])) for row in rows]
+        kilobytes = ["–" if math.isnan(count) else f"{count:,.1f}" for count in sent]
+        figures.append([str(name), *cells, *kilobytes])
+        rates.append([str(name), *(_rates(row) for row in rows)])
+    return [
+        f"# {config.task}: {metric} in % after round {config.num_rounds}",
+        figures,
+        "Mean ± sample standard deviation over the seeds, final round; bold: best of its "
+        "column. Bytes: mean of a whole run, all clients together.",
+        f"Learning rates ({' / '.join(RATES)})",
+        rates,
+        _rates_note(trials),
+    ]
+
+
+def markdown(parts: Sequence[Part]) -> str:
+    """Return ``table.md``."""
+    lines: list[str] = []
+    for part in parts:
+        lines += [part] if isinstance(part, str) else _table(part)
+        lines.append("")
+    return "\n".join(lines)
+
+
+def as_json(summary: pd.DataFrame, methods: Sequence[Method], metric: str) -> dict[str, Any]:
+    """Return a comparison in JSON types: an entry per row and ε."""
+    known = settings_of(methods)
+    rows = [
+        {
+            "row": row["row"],
+            **{"strategy": known[row["row"]]["strategy"]},
+            "settings": {k: v for k, v in known[row["row"]].items() if k != "strategy"},
+            "epsilon": row["epsilon"],
+            "rates": {name: row[name] for name in RATES},
+            **{name: row[name] for name in ("mean", "std", "failed", "bytes_up", "bytes_down")},
+        }
+        for row in summary.to_dict("records")
+    ]
+    return {"metric": metric, "rows": rows}
+
+
+def _figure(row: Mapping[Any, Any], best: float | None) -> str:
+    if math.isnan(row["mean"]):
+        return "failed"
+    text = f"{row['mean']:.1%}".rstrip("%")
+    if not math.isnan(row["std"]):
+        text += f" ± {row['std']:.1%}".rstrip("%")
+    if row["failed"]:
+        return f"{text} ({row['failed']} failed)"
+    return f"**{text}**" if row["mean"] == best else text
+
+
+def _rates(row: Mapping[Any, Any]) -> str:
+    values = [row[name] for name in RATES]
+    return "–" if any(map(math.isnan, values)) else " / ".join(f"{value:g}" for value in values)
+
+
+def _rates_note(trials: int) -> str:
+    if trials == 0:
+        return "The configuration's own, without tuning."
+    return (
+        f"The best of {trials} settings, the same for every method and ε but for rates that a row "
+        "sets itself, by the final round on the public test set with a seed that is not reported: "
+        "somewhat optimistic."
+    )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table whose columns also align as plain text."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return [lines[0], rule, *lines[1:]]

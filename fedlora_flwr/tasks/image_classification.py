@@ -1,0 +1,136 @@
+"""Image classification on any timm model: ViT, Swin, DeiT and the like."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedlora_flwr.backbones.image_models import (
+    build,
+    classifier_modules,
+    data_config,
+    skeleton,
+    usual_layers,
+)
+from fedlora_flwr.data.arrow_records import ArrowRecords, Rows
+from fedlora_flwr.data.pictures import normalised, pixels
+from fedlora_flwr.errors import unknown
+from fedlora_flwr.tasks.classifier_task import ClassifierTask
+from fedlora_flwr.tasks.dataset_task import names
+from fedlora_flwr.tasks.registry import Batch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class ImageClassification(ClassifierTask):
+    """Classify pictures.
+
+    Batches are ``{"image": (n, channels, h, w) uint8, "label": (n,) int64}``: resized and cropped
+    as timm's configuration of the model says, once; normalised on the model's device. Keys of the
+    configuration: ``model`` (a timm name, or a folder of ``timm.models.save_for_hf``), ``weights``,
+    ``dataset``, ``input-columns`` (the picture's; empty finds it), ``label-column``,
+    ``image-size``.
+    """
+
+    name = "image-classification"
+
+    @cached_property
+    def lora_targets(self) -> str:
+        """Attention's layers in timm's transformers; in other models those of the MLPs."""
+        return usual_layers(self.skeleton())
+
+    @cached_property
+    def head(self) -> tuple[str, ...]:
+        """The classifier, as timm names it."""
+        return classifier_modules(self.skeleton())
+
+    def build_model(self) -> nn.Module:
+        """Return the pretrained model with a classifier whose start follows from the seed.
+
+        Raises
+        ------
+        InvalidValue
+            See `fedlora_flwr.backbones.image_models.build`.
+        """
+        return build(self._settings, self.num_classes)
+
+    def skeleton(self, device: str = "meta") -> nn.Module:
+        """Return the model without its weights; they are random but on ``"meta"``."""
+        return skeleton(self._settings, self.num_classes, device)
+
+    def largest_batch(self, records: int) -> Batch:
+        """Return pictures of the model's size."""
+        return {
+            "image": torch.zeros((records, *self._data["input_size"]), dtype=torch.uint8),
+            "label": torch.zeros(records, dtype=torch.int64),
+        }
+
+    def made_up_batch(self, records: int) -> Batch:
+        """Return pictures of random pixels, all of the first class."""
+        generator, batch = torch.Generator().manual_seed(0), self.largest_batch(records)
+        pixels = torch.randint(256, batch["image"].shape, generator=generator, dtype=torch.uint8)
+        return {**batch, "image": pixels}
+
+    @cached_property
+    def _data(self) -> dict[str, Any]:
+        return data_config(self.skeleton(), self._settings.image_size)
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        found: Tensor = model(normalised(batch["image"], self._data))
+        return found.float()
+
+    def _input_columns(self, dataset: Dataset) -> list[str]:
+        return [image_column(dataset, self._settings.input_columns)]
+
+    def _lacking(self, dataset: Dataset) -> dict[str, NDArray[np.int64]]:
+        (column,) = self._input_columns(dataset)
+        return {**super()._lacking(dataset), **without_picture(dataset, column)}
+
+    def _prepare(self, dataset: Dataset, *, training: bool) -> ArrowRecords:
+        (column,) = self._input_columns(dataset)
+        prepared = pixels(dataset, column, self._data)
+        return ArrowRecords(self._with_classes(prepared, dataset, training=training), collate)
+
+
+def image_column(dataset: Dataset, chosen: str) -> str:
+    """Return the column of pictures.
+
+    Raises
+    ------
+    InvalidValue
+        The named column holds none, or there is not exactly one to choose.
+    """
+    import datasets
+
+    found = [name for name, kind in dataset.features.items() if isinstance(kind, datasets.Image)]
+    wanted = names(chosen) or tuple(found)
+    if len(wanted) != 1 or wanted[0] not in found:
+        raise unknown("input-columns", chosen, found, before="a column of pictures, ")
+    return wanted[0]
+
+
+def without_picture(dataset: Dataset, column: str) -> dict[str, NDArray[np.int64]]:
+    """Return the positions of the records without a picture, by the reason."""
+    import pyarrow.compute as pc
+
+    held = dataset.data.table.column(column)
+    empty = [pc.is_null(pc.struct_field(held, part)) for part in ("bytes", "path")]
+    missing = pc.or_(pc.is_null(held), pc.and_(*empty))
+    if dataset._indices is not None:
+        missing = missing.take(dataset._indices.column(0))
+    rows = np.flatnonzero(missing.to_numpy())
+    return {f"no picture in {column!r}": rows} if len(rows) else {}
+
+
+def collate(rows: Rows) -> dict[str, Tensor]:
+    """Make a batch of pictures and numbers."""
+    return {
+        name: torch.tensor(values, dtype=torch.uint8 if name == "image" else torch.int64)
+        for name, values in rows.items()
+    }

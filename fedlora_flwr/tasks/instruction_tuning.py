@@ -1,0 +1,233 @@
+"""Instruction tuning of causal language models on conversations."""
+
+from __future__ import annotations
+
+import logging
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedlora_flwr.backbones.language_models import (
+    build,
+    check_length,
+    load_config,
+    load_tokenizer,
+    skeleton,
+)
+from fedlora_flwr.data.arrow_records import ArrowRecords, pad_collate
+from fedlora_flwr.data.prepared import prepare
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.tasks.chats import IGNORED, chat_columns, chat_tokens
+from fedlora_flwr.tasks.dataset_task import DatasetTask
+from fedlora_flwr.tasks.evaluation import evaluating, in_order_of_length
+from fedlora_flwr.tasks.registry import DRAWN, Batch, Records
+from fedlora_flwr.tasks.tokens import check_ids, made_up_texts
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class InstructionTuning(DatasetTask):
+    """Learn the assistant's answers in conversations.
+
+    Conversations become text by the chat template of the model's tokenizer, and the loss is of the
+    answers' tokens, with whatever the template ends an answer with. ``input-columns`` names one
+    column of conversations (lists of ``{"role", "content"}``), or two of text, the prompt and the
+    response; empty, it is ``messages`` or else ``prompt,response``. What is beyond ``max-length``
+    tokens is cut off; a record whose answers are all cut off counts as a record, and its gradient
+    is zero.
+
+    Batches are ``{"input_ids", "attention_mask", "labels": (n, t) int64, "answer_tokens": (n,)
+    int64}``, padded to their longest record of t tokens; labels are -100 outside answers. A model
+    makes logits of shape (n, t, vocabulary) of a batch, which ``microbatch-size`` bounds in
+    training and ``eval-batch-size`` in evaluations.
+    """
+
+    name = "instruction-tuning"
+    metric = "token_accuracy"
+    lora_targets = ""
+    head: tuple[str, ...] = ()
+    _input_fields = ("role", "content")
+
+    def build_model(self) -> nn.Module:
+        """Return the checkpoint.
+
+        Raises
+        ------
+        InvalidValue
+            See `fedlora_flwr.backbones.language_models.build`; or the checkpoint lacks the layer
+            that scores words, which no adapter makes up for.
+        """
+        model: Any = build(self._auto, self._settings, self._config)
+        if self._settings.weights != "random" and (drawn := getattr(model, DRAWN)):
+            allowed = f"a language model with all its weights: those of {drawn[0]!r} are missing"
+            raise InvalidValue("model", self._settings.model, allowed)
+        # Keys and values are of use to generation only.
+        model.config.use_cache = False
+        return model  # type: ignore[no-any-return]
+
+    def skeleton(self, device: str = "meta") -> nn.Module:
+        """Return the model without the checkpoint's weights; they are random but on ``"meta"``."""
+        model: Any = skeleton(self._auto, self._config, device)
+        model.config.use_cache = False
+        check_length(self._settings.max_length, model)
+        return model  # type: ignore[no-any-return]
+
+    def largest_batch(self, records: int) -> Batch:
+        """Return conversations of ``max-length`` tokens, all of them answers."""
+        shape = (records, self._settings.max_length)
+        names = ("input_ids", "attention_mask", "labels")
+        tokens = {name: torch.ones(shape, dtype=torch.int64) for name in names}
+        return {**tokens, "answer_tokens": torch.full((records,), shape[1] - 1)}
+
+    def made_up_batch(self, records: int) -> Batch:
+        """Return random texts of up to ``max-length`` tokens, all of them answers."""
+        names, shape = ["input_ids", "attention_mask"], (records, self._settings.max_length)
+        texts = made_up_texts(self._tokenizer, self._config, names, shape)
+        labels = texts["input_ids"].masked_fill(texts["attention_mask"] == 0, IGNORED)
+        answers = (labels[:, 1:] != IGNORED).sum(dim=1)
+        return {**texts, "labels": labels, "answer_tokens": answers}
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the mean negative log likelihood of a record's answer tokens, shape (n,).
+
+        It is 0 for a record without any.
+        """
+        logits, labels, records = _predicted(model, batch)
+        tokens = F.cross_entropy(logits, labels, reduction="none")
+        sums = tokens.new_zeros(len(batch["labels"])).index_add(0, records, tokens)
+        return sums / batch["answer_tokens"].clamp_min(1)
+
+    def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
+        """Measure how a model goes on with the right answers so far, token by token.
+
+        Parameters
+        ----------
+        model : nn.Module
+            Put in evaluation mode meanwhile; batches are moved to its device.
+        records : Records
+            As of this task.
+
+        Returns
+        -------
+        dict[str, float]
+            Over all answer tokens: ``loss``, the mean negative log likelihood in nats,
+            ``perplexity``, its exponential, and ``token_accuracy``, the share of tokens that the
+            model holds for the likeliest.
+
+        Raises
+        ------
+        InvalidValue
+            No record has an answer.
+        """
+        nothing = InvalidValue("records", len(records), "records with answers to evaluate on")
+        if len(records) == 0:
+            raise nothing
+        device = next(model.parameters()).device
+        sums = torch.zeros(3, dtype=torch.float64)
+        with evaluating(model), torch.inference_mode():
+            for indices in torch.split(in_order_of_length(records), self._settings.eval_batch_size):
+                batch = {key: value.to(device) for key, value in records.batch(indices).items()}
+                logits, labels, _ = _predicted(model, batch)
+                losses = F.cross_entropy(logits, labels, reduction="none").double()
+                hits = (logits.argmax(dim=1) == labels).double()
+                sums += torch.stack((losses, hits, torch.ones_like(hits))).sum(dim=1).cpu()
+        loss, hits, tokens = sums
+        if not tokens:
+            raise nothing
+        return {
+            "loss": (loss / tokens).item(),
+            "perplexity": (loss / tokens).exp().item(),
+            "token_accuracy": (hits / tokens).item(),
+        }
+
+    @property
+    def _auto(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM
+
+    @cached_property
+    def _config(self) -> PretrainedConfig:
+        return load_config(self._settings)
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        tokenizer = load_tokenizer(self._settings)
+        if not tokenizer.chat_template:
+            allowed = f"one whose tokenizer has a chat template, as task = {self.name!r} needs it"
+            raise InvalidValue("model", self._settings.model, allowed)
+        return tokenizer
+
+    @cached_property
+    def _tokenizer_text(self) -> str:
+        """The tokenizer as it was loaded: a call takes its truncation away."""
+        text: str = self._tokenizer.backend_tokenizer.to_str()
+        return text
+
+    def _input_columns(self, dataset: Dataset) -> list[str]:
+        return chat_columns(dataset, self._settings.input_columns)
+
+    def _prepare(self, dataset: Dataset, *, training: bool) -> ArrowRecords:
+        settings, tokenizer = self._settings, self._tokenizer
+        columns, limit = self._input_columns(dataset), settings.max_length
+        prepared = prepare(
+            dataset,
+            partial(chat_tokens, tokenizer=tokenizer, columns=columns, limit=limit),
+            {
+                "tokenizer": self._tokenizer_text,
+                "template": [tokenizer.chat_template, tokenizer.special_tokens_map],
+                "columns": columns,
+                "limit": limit,
+            },
+            ["input_ids", "attention_mask", "labels", "answer_tokens"],
+            packages=["tokenizers", "transformers"],
+        )
+        check_ids(prepared, self._config)
+        # What comes after a causal model's last token is never read: any padding does.
+        records = ArrowRecords(prepared, pad_collate(limit=limit))
+        split = settings.train_split if training else settings.test_split
+        _check_answers(records, split, settings.max_length, training=training)
+        return records
+
+
+def _check_answers(records: ArrowRecords, split: str, limit: int, *, training: bool) -> None:
+    """Refuse public records without any answer. Private ones train, as records without a gradient.
+
+    A run chooses the length, so an error about private records would tell it where answers begin.
+    """
+    without = int((records.values("answer_tokens") == 0).sum())
+    if without == len(records) and not training:
+        allowed = f"more, as no record of split {split!r} has an answer within so many tokens"
+        raise InvalidValue("max-length", limit, allowed)
+    if without:
+        _LOGGER.warning(
+            "%d of %d %s records have no answer within max-length = %d tokens.",
+            without,
+            len(records),
+            "private" if training else "public",
+            limit,
+        )
+
+
+def _predicted(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits of the m answer tokens of a batch, their labels, and the record of each.
+
+    Only these logits, (m, vocabulary), are copied and made fp32.
+    """
+    found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    following = batch["labels"][:, 1:]
+    if following.is_meta:
+        # Memory is being counted: for as many answer tokens as there can be.
+        sizes = (torch.arange(size, device=following.device) for size in following.shape)
+        records, positions = torch.cartesian_prod(*sizes).T
+    else:
+        records, positions = (following != IGNORED).nonzero(as_tuple=True)
+    logits: Tensor = found.logits[records, positions].float()
+    return logits, following[records, positions], records

@@ -1,0 +1,310 @@
+"""Extractive question answering on data sets of SQuAD's layout, on any transformers model."""
+
+from __future__ import annotations
+
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedlora_flwr.backbones.language_models import (
+    build,
+    check_length,
+    head_modules,
+    input_names,
+    load_config,
+    load_tokenizer,
+    skeleton,
+)
+from fedlora_flwr.data.arrow_records import ArrowRecords, pad_collate
+from fedlora_flwr.data.dataset_settings import DatasetSettings
+from fedlora_flwr.data.prepared import prepare
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.tasks.dataset_task import DatasetTask
+from fedlora_flwr.tasks.evaluation import evaluating, in_order_of_length
+from fedlora_flwr.tasks.registry import Batch, Records
+from fedlora_flwr.tasks.squad import exact_match, f1
+from fedlora_flwr.tasks.tokens import check_ids, made_up_texts
+from fedlora_flwr.tasks.windows import (
+    NO_TARGET,
+    all_windows,
+    check_room,
+    gold_answers,
+    misplaced,
+    one_row_each,
+    training_windows,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+_COLUMNS = ("question", "context", "answers")
+_TARGETS = ("start", "end")
+_EVALUATION = ("none", "begins", "ends")
+# Of an answer that is looked for.
+_BEST, _LONGEST = 20, 30
+
+
+class QuestionAnswering(DatasetTask):
+    """Find the answer to a question in a text.
+
+    Columns of the data set are ``question``, ``context`` and ``answers``: the texts and where in
+    the context they start, as SQuAD has them; no texts where the context does not tell.
+
+    Contexts beyond ``max-length`` tokens, question included, are cut in windows that share a third
+    of that. A private record is a *question*, with one window: the first that holds its first
+    answer whole, else the first. More windows would be more records of whoever asked, and the
+    promise is made for one record. Neither does it cover a *context*: where several questions are
+    asked about one text, each of them is protected, and the text that they share is not.
+
+    Batches are ``{"input_ids", "attention_mask", …: (n, t) int64, "start", "end": (n,) int64}``,
+    padded to their longest record of t tokens; the answer is the tokens from start to end, both
+    included, and the class token (the first where there is none) if there is no answer.
+
+    Parameters
+    ----------
+    settings : DatasetSettings
+        Model, data set and split; ``label_column`` is not read.
+
+    Raises
+    ------
+    InvalidValue
+        As the base class; or figures of private records are asked for, which cannot be had from
+        one window.
+    """
+
+    name = "question-answering"
+    metric = "f1"
+    lora_targets = ""
+
+    def __init__(self, settings: DatasetSettings) -> None:
+        super().__init__(settings)
+        if settings.report_unprotected_metrics:
+            allowed = (
+                f"false where task = {self.name!r}: clients keep one window of a question, and "
+                "its figures are of all"
+            )
+            raise InvalidValue("report-unprotected-metrics", True, allowed)
+
+    @cached_property
+    def head(self) -> tuple[str, ...]:
+        """The layer that scores tokens as starts and ends."""
+        return head_modules(self.skeleton())
+
+    def skeleton(self, device: str = "meta") -> nn.Module:
+        """Return the model without the checkpoint's weights; they are random but on ``"meta"``."""
+        model = skeleton(self._auto, self._config, device)
+        check_length(self._settings.max_length, model)
+        return model
+
+    def largest_batch(self, records: int) -> Batch:
+        """Return windows of ``max-length`` tokens."""
+        shape = (records, self._settings.max_length)
+        tokens = {name: torch.ones(shape, dtype=torch.int64) for name in self._inputs}
+        return {**tokens, **{name: torch.zeros(records, dtype=torch.int64) for name in _TARGETS}}
+
+    def made_up_batch(self, records: int) -> Batch:
+        """Return windows of random words of up to ``max-length`` tokens, without an answer."""
+        shape = (records, self._settings.max_length)
+        texts = made_up_texts(self._tokenizer, self._config, self._inputs, shape, pair=True)
+        return {**texts, **{name: torch.zeros(records, dtype=torch.int64) for name in _TARGETS}}
+
+    def build_model(self) -> nn.Module:
+        """Return the checkpoint with a head whose start follows from the seed.
+
+        Raises
+        ------
+        InvalidValue
+            See `fedlora_flwr.backbones.language_models.build`.
+        """
+        return build(self._auto, self._settings, self._config)
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the mean cross entropy of an answer's start and end, shape (n,)."""
+        return _losses(*self._scores(model, batch), batch)
+
+    def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
+        """Measure a model on questions, each with all its windows.
+
+        Its answer is the best span of at most 30 tokens over a question's windows, among the 20
+        best starts and ends of each; or none, where the data set has questions without an answer
+        and the lowest score of none in a window is above that of the span.
+
+        Parameters
+        ----------
+        model : nn.Module
+            Put in evaluation mode meanwhile; batches are moved to its device.
+        records : Records
+            As of `test_records`.
+
+        Returns
+        -------
+        dict[str, float]
+            Means over questions: ``f1`` and ``exact_match`` in [0, 1]
+            (`fedlora_flwr.tasks.squad`), and ``loss``, that of the one window a private record
+            would have.
+
+        Raises
+        ------
+        InvalidValue
+            There are no records.
+        """
+        if len(records) == 0:
+            raise InvalidValue("records", 0, "at least one record to evaluate on")
+        device = next(model.parameters()).device
+        measured: list[Tensor] = []
+        with evaluating(model), torch.inference_mode():
+            for indices in torch.split(in_order_of_length(records), self._settings.eval_batch_size):
+                batch = {key: value.to(device) for key, value in records.batch(indices).items()}
+                measured.append(_measured(*self._scores(model, batch), batch).cpu())
+        question, target, loss, *found = torch.cat(measured, dim=1).numpy()
+        questions, predictions = self._predictions(question.astype(np.int64), *found)
+        golds = [self._golds[question] for question in questions]
+        pairs = list(zip(predictions, golds, strict=True))
+        return {
+            "loss": float(loss[target > 0].mean()),
+            "f1": float(np.mean([f1(*pair) for pair in pairs])),
+            "exact_match": float(np.mean([exact_match(*pair) for pair in pairs])),
+        }
+
+    def _scores(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return each token's scores as start and as end of the answer, of shape (n, t), fp32."""
+        found = model(**{name: batch[name] for name in self._inputs})
+        # Else a record's loss would depend on how far its batch is padded.
+        padding = batch["attention_mask"] == 0
+        starts, ends = (
+            scores.float().masked_fill(padding, -torch.inf)
+            for scores in (found.start_logits, found.end_logits)
+        )
+        return starts, ends
+
+    def _predictions(
+        self,
+        question: NDArray[np.int64],
+        none: NDArray[np.float64],
+        score: NDArray[np.float64],
+        begin: NDArray[np.float64],
+        end: NDArray[np.float64],
+    ) -> tuple[list[int], list[str]]:
+        """Return the questions of windows, and the text that answers each."""
+        order = np.lexsort((-score, question))
+        questions, first = np.unique(question[order], return_index=True)
+        best = order[first]
+        lowest = np.minimum.reduceat(none[order], first)
+        answered = np.isfinite(score[best])
+        if not all(self._golds):
+            answered &= ~(lowest > score[best])
+        contexts = self._test.select_columns("context")[questions]["context"]
+        spans = zip(contexts, begin[best].astype(int), end[best].astype(int), answered, strict=True)
+        texts = [context[begin:end] if said else "" for context, begin, end, said in spans]
+        return questions.tolist(), texts
+
+    @cached_property
+    def _golds(self) -> list[list[str]]:
+        """The right answers to each public question."""
+        return [[text for text, _ in gold_answers(value)] for value in self._test["answers"]]
+
+    @property
+    def _auto(self) -> Any:
+        from transformers import AutoModelForQuestionAnswering
+
+        return AutoModelForQuestionAnswering
+
+    @cached_property
+    def _config(self) -> PretrainedConfig:
+        # The head has one output a label.
+        return load_config(self._settings, num_labels=len(_TARGETS))
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        tokenizer = load_tokenizer(self._settings)
+        check_room(self._settings.max_length, tokenizer)
+        return tokenizer
+
+    @cached_property
+    def _tokenizer_text(self) -> str:
+        """The tokenizer as it was loaded: a call leaves its truncation behind."""
+        text: str = self._tokenizer.backend_tokenizer.to_str()
+        return text
+
+    @cached_property
+    def _inputs(self) -> list[str]:
+        return input_names(self._tokenizer, self._config)
+
+    def _input_columns(self, dataset: Dataset) -> list[str]:
+        for name in _COLUMNS:
+            if name not in dataset.features:
+                allowed = f"one with columns {', '.join(_COLUMNS)}, not {list(dataset.features)}"
+                raise InvalidValue("dataset", self._settings.dataset, allowed)
+        return [name for name in _COLUMNS if name != "answers"]
+
+    def _notes(self, dataset: Dataset) -> list[str]:
+        wrong = misplaced(dataset)
+        text = f"questions whose answer is not where it should begin in the context: {wrong:,}"
+        return [*super()._notes(dataset), *([text] if wrong else [])]
+
+    def _prepare(self, dataset: Dataset, *, training: bool) -> ArrowRecords:
+        self._input_columns(dataset)
+        tokenizer, limit = self._tokenizer, self._settings.max_length
+        cut = training_windows if training else all_windows
+        prepared = prepare(
+            dataset,
+            partial(cut, tokenizer=tokenizer, limit=limit),
+            {"tokenizer": self._tokenizer_text, "none": tokenizer.cls_token_id, "limit": limit},
+            [*self._inputs, *_TARGETS, *(() if training else _EVALUATION)],
+            packages=["tokenizers", "transformers"],
+        )
+        check_ids(prepared, self._config)
+        padding = {"input_ids": tokenizer.pad_token_id or 0, "begins": -1, "ends": -1}
+        collate = pad_collate(padding, limit=limit)
+        return ArrowRecords(prepared if training else one_row_each(prepared), collate)
+
+
+def _losses(starts: Tensor, ends: Tensor, batch: Batch) -> Tensor:
+    """Return a loss a window; 0 for those without a target."""
+    start, end = (
+        F.cross_entropy(scores, batch[name], reduction="none", ignore_index=NO_TARGET)
+        for name, scores in zip(_TARGETS, (starts, ends), strict=True)
+    )
+    return (start + end) / 2
+
+
+def _measured(starts: Tensor, ends: Tensor, batch: Batch) -> Tensor:
+    """Return of each window what its question's answer needs: fp64, shape (7, n).
+
+    Question, whether it has a target, its loss, the scores of no answer and of its best span, and
+    that span's place in the context.
+    """
+    none = batch["none"].unsqueeze(1)
+    score, first, last = _best_span(starts, ends, batch["begins"] >= 0)
+    columns = (
+        batch["question"],
+        batch["start"] != NO_TARGET,
+        _losses(starts, ends, batch),
+        (starts.gather(1, none) + ends.gather(1, none)).squeeze(1),
+        score,
+        batch["begins"].gather(1, first).squeeze(1),
+        batch["ends"].gather(1, last).squeeze(1),
+    )
+    return torch.stack([column.double() for column in columns])
+
+
+def _best_span(starts: Tensor, ends: Tensor, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the score of each window's best span, shape (n,), and its ends, both (n, 1).
+
+    The score is minus infinity where the best starts and ends make no span inside the context.
+    """
+    k = min(_BEST, starts.shape[1])
+    start, first = starts.masked_fill(~inside, -torch.inf).topk(k)
+    end, last = ends.masked_fill(~inside, -torch.inf).topk(k)
+    beyond = last.unsqueeze(1) - first.unsqueeze(2)
+    scores = (start.unsqueeze(2) + end.unsqueeze(1)).masked_fill(
+        (beyond < 0) | (beyond >= _LONGEST), -torch.inf
+    )
+    score, place = scores.flatten(1).max(dim=1, keepdim=True)
+    return score.squeeze(1), first.gather(1, place // k), last.gather(1, place % k)

@@ -1,0 +1,208 @@
+"""Sequence classification: SST-2, QNLI, QQP, MNLI, SNLI and the like, on any transformers model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlora_flwr.backbones.language_models import (
+    MeanPooled,
+    build,
+    check_length,
+    head_modules,
+    input_names,
+    load_config,
+    load_tokenizer,
+    skeleton,
+)
+from fedlora_flwr.data.arrow_records import ArrowRecords, pad_collate
+from fedlora_flwr.data.prepared import prepare
+from fedlora_flwr.errors import InvalidValue, unknown
+from fedlora_flwr.tasks.classifier_task import ClassifierTask
+from fedlora_flwr.tasks.dataset_task import names
+from fedlora_flwr.tasks.registry import Batch
+from fedlora_flwr.tasks.tokens import check_ids, made_up_texts
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+# Names of records, which are no text to learn from: common ones, and what pandas calls the index
+# of a table that it writes as parquet. Whoever means such a column names it.
+_INDEX = re.compile(r"__index_level_\d+__|(\w+[_-])?(id|idx|uid|guid|uuid)|index", re.IGNORECASE)
+
+
+class TextClassification(ClassifierTask):
+    """Classify a text, or a pair of texts.
+
+    Batches are ``{"input_ids", "attention_mask", …: (n, t) int64, "label": (n,) int64}``, padded to
+    their longest record of t tokens. Keys of the configuration: ``model``, ``dataset``,
+    ``input-columns`` (one text or two; empty takes all text columns), ``label-column``,
+    ``max-length``.
+    """
+
+    name = "text-classification"
+    lora_targets = ""
+
+    @cached_property
+    def head(self) -> tuple[str, ...]:
+        """The classifier beside the backbone."""
+        return head_modules(self.skeleton())
+
+    def skeleton(self, device: str = "meta") -> nn.Module:
+        """Return the model without the checkpoint's weights; they are random but on ``"meta"``."""
+        model = skeleton(self._auto, self._config, device)
+        check_length(self._settings.max_length, model)
+        return model
+
+    def largest_batch(self, records: int) -> Batch:
+        """Return texts of ``max-length`` tokens."""
+        shape = (records, self._settings.max_length)
+        tokens = {name: torch.ones(shape, dtype=torch.int64) for name in self._inputs}
+        return {**tokens, "label": torch.zeros(records, dtype=torch.int64)}
+
+    def made_up_batch(self, records: int) -> Batch:
+        """Return random texts of up to ``max-length`` tokens, all of the first class."""
+        shape = (records, self._settings.max_length)
+        texts = made_up_texts(self._tokenizer, self._config, self._inputs, shape)
+        return {**texts, "label": torch.zeros(records, dtype=torch.int64)}
+
+    def build_model(self) -> nn.Module:
+        """Return the checkpoint with a classifier whose start follows from the seed.
+
+        Raises
+        ------
+        InvalidValue
+            See `fedlora_flwr.backbones.language_models.build`.
+        """
+        return build(self._auto, self._settings, self._config)
+
+    @property
+    def _auto(self) -> Any:
+        if self._settings.pooling == "mean":
+            return MeanPooled
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification
+
+    @cached_property
+    def _config(self) -> PretrainedConfig:
+        config = load_config(self._settings, num_labels=self.num_classes)
+        # Models that classify the last token find it by the padding.
+        config.pad_token_id = self._tokenizer.pad_token_id
+        return config
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self._settings)
+
+    @cached_property
+    def _tokenizer_text(self) -> str:
+        """The tokenizer as it was loaded: a call leaves its truncation behind."""
+        text: str = self._tokenizer.backend_tokenizer.to_str()
+        return text
+
+    @cached_property
+    def _inputs(self) -> list[str]:
+        return input_names(self._tokenizer, self._config)
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        logits: Tensor = model(**{name: batch[name] for name in self._inputs}).logits
+        return logits.float()
+
+    def _input_columns(self, dataset: Dataset) -> list[str]:
+        settings = self._settings
+        others = (settings.label_column, settings.partition_column)
+        return text_columns(dataset, settings.input_columns, others)
+
+    def _columns_of(self, dataset: Dataset, split: str) -> list[str]:
+        """Return the columns to read, of a test split in the order of the private one."""
+        own = self._input_columns(dataset)
+        private = None if split == self._settings.train_split else self._private_source()
+        if private is None:
+            return own
+        known = self._input_columns(private)
+        if set(known) != set(own):
+            raise self._other_columns(split, own, known)
+        return known
+
+    def _prepare(self, dataset: Dataset, *, training: bool) -> ArrowRecords:
+        settings, tokenizer = self._settings, self._tokenizer
+        split = settings.train_split if training else settings.test_split
+        columns = self._columns_of(dataset, split)
+        prepared = prepare(
+            dataset,
+            partial(_tokens, tokenizer=tokenizer, columns=columns, limit=settings.max_length),
+            {"tokenizer": self._tokenizer_text, "columns": columns, "limit": settings.max_length},
+            self._inputs,
+            packages=["tokenizers", "transformers"],
+        )
+        check_ids(prepared, self._config)
+        numbered = self._with_classes(prepared, dataset, training=training)
+        padding = {"input_ids": int(tokenizer.pad_token_id)}
+        return ArrowRecords(numbered, pad_collate(padding, limit=settings.max_length))
+
+
+def text_columns(dataset: Dataset, chosen: str, others: Collection[str]) -> list[str]:
+    """Return the one or two columns to read.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        The split.
+    chosen : str
+        Names with commas between them; empty for all text columns but ``others`` and those with
+        names of records, such as ``id``.
+    others : Collection[str]
+        Columns with something else, such as the class.
+
+    Raises
+    ------
+    InvalidValue
+        A column is not there or holds no text, or there are none or more than two.
+    """
+    texts = [
+        name
+        for name, feature in dataset.features.items()
+        if getattr(feature, "dtype", "") in ("string", "large_string")
+    ]
+    found = list(names(chosen)) or [
+        name for name in texts if name not in others and not _INDEX.fullmatch(name)
+    ]
+    for name in found:
+        if name not in texts:
+            kind = dataset.features.get(name)
+            held = f"; {name!r} holds {kind}, which is no text" if kind is not None else ""
+            raise unknown("input-columns", name, texts, after=held)
+    if not 1 <= len(found) <= 2:
+        raise InvalidValue("input-columns", chosen, f"one or two of {texts}")
+    return found
+
+
+def _tokens(
+    rows: dict[str, list[Any]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: list[str],
+    limit: int,
+) -> dict[str, Any]:
+    texts = [[text or "" for text in rows[name]] for name in columns]
+    found: dict[str, Any] = tokenizer(
+        *texts,
+        truncation=True,
+        max_length=limit,
+        return_attention_mask=True,
+        return_token_type_ids=True,
+        verbose=False,
+    ).data
+    fillings = {"input_ids": tokenizer.pad_token_id, "attention_mask": 1, "token_type_ids": 0}
+    for name, filling in fillings.items():
+        # Tokenizers that add none of their own have no tokens for an empty text.
+        found[name] = [values or [filling] for values in found[name]]
+    return found

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fedlora_flwr.cli import app
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.data.records import TensorRecords
+from fedlora_flwr.forecast import split_table as module
+from fedlora_flwr.forecast.split_table import split_counts, split_table
+from fedlora_flwr.tasks.registry import build_task
+
+
+def cells(counts: pd.DataFrame, config: RunConfig) -> list[list[str]]:
+    table = split_table(counts, config)
+    return [list(row) for row in (table.heads, *table.rows)]
+
+
+def test_counts_are_those_of_the_clients_records() -> None:
+    config = RunConfig.of({"num-clients": 4, "seed": 5})
+    task = build_task("digits", config)
+    counts = split_counts(config)
+    for client in range(4):
+        records = task.client_records(client, 4)
+        labels = records.batch(torch.arange(len(records)))["label"].numpy()
+        assert counts.to_numpy()[client].tolist() == np.bincount(labels, minlength=10).tolist()
+
+
+def test_the_table_says_whether_a_budget_can_be_kept() -> None:
+    counts = pd.DataFrame([[50, 50], [60, 39], [3, 28]])
+    config = RunConfig.of({"delta": 0.01, "batch-size": 32})
+    assert cells(counts, config) == [
+        ["client", "records", "0", "1", "δ < 1/n", "b ≤ n"],
+        ["0", "100", "50", "50", "no", "yes"],
+        ["1", "99", "60", "39", "yes", "yes"],
+        ["2", "31", "3", "28", "yes", "no"],
+    ]
+    edge = pd.DataFrame([[32]])
+    assert cells(edge, config)[1][-1] == "yes"
+
+
+@pytest.mark.parametrize(("classes", "head"), [(12, "11"), (13, "classes")])
+def test_of_many_classes_only_the_number_is_shown(classes: int, head: str) -> None:
+    frame = pd.DataFrame([[1] * (classes - 1) + [0]])
+    rows = cells(frame, RunConfig())
+    assert rows[0][-3] == head
+    assert rows[1][-3] == ("0" if head == "11" else "12")
+
+
+def test_the_command_prints_the_table_and_draws(tmp_path: Path) -> None:
+    path = tmp_path / "split.png"
+    command = ["inspect-split", "digits", "--output", str(path), "-c", "num-clients=3"]
+    result = CliRunner().invoke(app, [*command, "-c", "partitioner=shard"])
+    assert result.exit_code == 0
+    rows = [line.split() for line in result.output.splitlines()]
+    assert rows[0][:12] == ["client", "records", *map(str, range(10))]
+    assert [row[:2] for row in rows[1:4]] == [["0", "478"], ["1", "478"], ["2", "478"]]
+    assert str(path) in result.output
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["digit"], "recipe = 'digit'"),
+        (["-c", "partitioner=dirichlett"], "did you mean 'dirichlet'"),
+        (["-c", "partitioner=natural-id"], "partition-column = ''"),
+        (["-c", "min-records=200"], "min-records = 200"),
+        (["-c", "partition-sizes=a"], "partition-sizes = 'a'"),
+        (["--output", "split.svg"], "--output"),
+        (["--output", "no/such/folder/split.png"], "--output"),
+    ],
+)
+def test_bad_input_is_one_error(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["inspect-split", *arguments])
+    assert result.exit_code == 1
+    assert len(result.output.splitlines()) == 1
+    assert message in result.output
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_records_without_labels_are_counted_as_one_class() -> None:
+    assert module._labels(TensorRecords({"image": torch.zeros(3, 1)})).tolist() == [0, 0, 0]

@@ -1,0 +1,91 @@
+"""The engine without Ray on several processes: same arrays, state that follows, a killed one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from safetensors.numpy import load_file
+
+from fedlora_flwr.processes.workers import WorkerDied, executor
+from fedlora_flwr.server.run_dir import RunDirectory
+from fedlora_flwr.simulations.local_grid import LocalGrid
+from fedlora_flwr.simulations.runner import make_plan, run_in_process
+from tests.conftest import MakeConfig
+
+
+@pytest.mark.parametrize("strategy", ["fedsa-lora", "flora"])
+def test_workers_give_the_arrays_and_rows_of_one_process(
+    strategy: str, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found = {}
+    for workers in (1, 2):
+        folder = tmp_path / f"workers-{workers}"
+        config = make_config(strategy=strategy, lora_dropout=0.1, state_dir=str(folder))
+        run_dir = RunDirectory(folder)
+        summary = run_in_process(make_plan(config), run_dir, lambda _: None, workers)
+        arrays = load_file(run_dir.adapter / "adapter_model.safetensors")
+        rows = [
+            {key: value for key, value in row.items() if "seconds" not in key}
+            for row in run_dir.rows("rounds")
+        ]
+        found[workers] = (
+            {name: array.tobytes() for name, array in arrays.items()},
+            rows,
+            {key: summary[key] for key in ("epsilon_max", "bytes_up", "failures")},
+        )
+    assert found[1] == found[2]
+    # Only workers have weights to share.
+    assert len(list((tmp_path / "cache" / "fedlora" / "frozen").glob("*.pt"))) == 1
+
+
+def count(message: Message, context: Context) -> Message:
+    """Answer how often the node was asked, and by which process it is served."""
+    if message.content.config_records["config"].get("die"):
+        os._exit(3)
+    seen = context.state.config_records.setdefault("seen", ConfigRecord({"count": 0}))
+    seen["count"] = int(str(seen["count"])) + 1
+    answer = ConfigRecord({"count": seen["count"], "process": os.getpid()})
+    return Message(RecordDict({"config": answer}), reply_to=message)
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> Iterator[LocalGrid]:
+    with executor(2, tmp_path / "workers.log") as execute:
+        grid = LocalGrid(count, 4, {"rank": 8}, execute)
+        with grid.running():
+            yield grid
+
+
+def ask(grid: LocalGrid, nodes: list[int], die: bool = False) -> list[dict[str, object]]:
+    config = ConfigRecord({"die": die})
+    messages = [
+        grid.create_message(RecordDict({"config": config}), "train", node, "group")
+        for node in nodes
+    ]
+    replies = list(grid.send_and_receive(messages))
+    assert [reply.metadata.src_node_id for reply in replies] == nodes
+    return [dict(reply.content.config_records["config"]) for reply in replies]
+
+
+def test_a_nodes_messages_are_served_in_order_and_its_state_follows_it(grid: LocalGrid) -> None:
+    nodes = [*grid.get_node_ids()]
+    first = ask(grid, nodes * 3)
+    assert [answer["count"] for answer in first] == [1] * 4 + [2] * 4 + [3] * 4
+    assert os.getpid() not in {answer["process"] for answer in first}
+    assert [answer["count"] for answer in ask(grid, nodes)] == [4] * 4
+
+
+def test_a_killed_worker_is_an_error_at_once(tmp_path: Path) -> None:
+    def work() -> None:
+        with executor(2, tmp_path / "workers.log") as execute:
+            grid = LocalGrid(count, 4, {}, execute)
+            with grid.running():
+                ask(grid, [*grid.get_node_ids()], die=True)
+
+    with pytest.raises(WorkerDied, match=r"killed; see .*workers\.log"):
+        work()

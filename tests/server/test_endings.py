@@ -1,0 +1,276 @@
+"""Each run says how it ended, repeats from its recipe, and leaves other runs' folders alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fedlora_flwr.cli import app
+from fedlora_flwr.files import FileTrouble
+from fedlora_flwr.server.run_dir import RunDirectory
+from fedlora_flwr.simulations.runner import make_plan, run_in_process
+from tests.conftest import QUICK, MakeConfig
+from tests.processes.processes import LOOPBACK, MARK, left_of, listening, marked
+
+FEDLORA = str(Path(sys.executable).parent / "fedlora")
+SHORT = [part for key, value in QUICK.items() for part in ("-c", f"{key}={json.dumps(value)}")]
+ENDLESS = [*SHORT, "-c", "num-rounds=100000", "-c", "epsilon=inf"]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the content of every file below a folder, in short."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def fedlora(*arguments: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, list(arguments))
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.output
+
+
+def only_run(parent: Path) -> Path:
+    (found,) = (path for path in parent.iterdir() if not path.is_symlink())
+    return found
+
+
+def adapter(run: Path) -> bytes:
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(KeyboardInterrupt(), "interrupted"), (SystemExit(1), "interrupted"), (OSError(5), "failed")],
+    ids=["interrupt", "exit", "error"],
+)
+def test_a_summary_tells_an_interrupt_from_a_failure(
+    error: BaseException, status: str, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    run_dir = RunDirectory(tmp_path / "run")
+
+    def on_round(row: dict[str, Any]) -> None:
+        if row["round"] == 1:
+            raise error
+
+    with pytest.raises(type(error)):
+        run_in_process(make_plan(make_config()), run_dir, on_round)
+    summary = run_dir.summary()
+    assert summary is not None
+    assert (summary["status"], summary["rounds_done"]) == (status, 1)
+    assert summary["error"].startswith(type(error).__name__)
+
+
+RECORDED = """
+import os, signal, sys, typer
+from pathlib import Path
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.server.endings import recorded
+from fedlora_flwr.server.run_dir import RunDirectory
+from fedlora_flwr.terminal import guard
+
+def work():
+    run_dir = RunDirectory(Path(sys.argv[1]))
+    with recorded(run_dir, RunConfig()):
+        run_dir.append("rounds", {"round": 0})
+        run_dir.append("rounds", {"round": 1, "epsilon_max": 0.5})
+        exec(sys.argv[2])
+
+app = typer.Typer(pretty_exceptions_enable=False)
+app.command()(lambda: guard(work))
+app(args=[])
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "rounds"),
+    [
+        ("os.kill(os.getpid(), signal.SIGTERM)", "interrupted", 1),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "interrupted", None),
+        ("os._exit(0)", "interrupted", None),
+        ("raise ValueError('why')", "failed", 1),
+        ("run_dir.write_summary({'status': 'completed'}); os._exit(0)", "completed", None),
+    ],
+)
+def test_a_summary_is_there_whatever_ends_the_process(
+    end: str, status: str, rounds: int | None, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    environment = {**os.environ, MARK: str(folder)}
+    command = [sys.executable, "-c", RECORDED, str(folder), end]
+    subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert left_of(str(folder)) == []
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == status
+    assert summary.get("rounds_done") == rounds
+    assert {path.name for path in folder.iterdir()} == {".claim", "rounds.jsonl", "summary.json"}
+
+
+def test_the_first_trouble_is_shown_and_not_the_second(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    run_dir, moved = RunDirectory(tmp_path / "run"), tmp_path / "moved"
+
+    def block(row: dict[str, Any]) -> None:
+        """Let nothing be written any more after the first row, neither adapter nor summary."""
+        if row["round"] == 0:
+            run_dir.path.rename(moved)
+            run_dir.path.touch()
+
+    with pytest.raises(FileTrouble, match="/run/adapter cannot be used: a file is in the way"):
+        run_in_process(make_plan(make_config()), run_dir, block)
+    assert json.loads((moved / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    assert not (moved / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("simulate", "--output", "{file}"),
+        ("simulate", "--output", "{file}/below"),
+        ("simulate", "-c", "run-dir={file}"),
+        ("simulate", "-c", "state-dir={file}"),
+        ("simulate", "--output", "/proc/fedlora"),
+        ("simulate", "-c", "state-dir=/proc/fedlora"),
+        ("inspect-split", "digits", "--output", "/proc/fedlora.png"),
+        ("compare", "--strategies", "ffa-lora", "--seeds", "1", "--output", "{file}"),
+        ("deploy", "init", "/proc/fedlora", "--devices", "1"),
+    ],
+)
+def test_trouble_with_a_folder_is_one_sentence_that_names_it(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    filled = [argument.format(file=tmp_path / "file") for argument in arguments]
+    if arguments[0] in ("simulate", "compare"):
+        filled += SHORT
+    code, output = fedlora(*filled)
+    assert code == 1
+    (line,) = (line for line in output.splitlines() if line.startswith("Error: "))
+    assert str(tmp_path / "file") in line or "/proc/fedlora" in line
+    assert "cannot be used: " in line
+    assert "Traceback" not in output
+
+
+def test_a_run_repeats_from_the_recipe_that_it_wrote(tmp_path: Path) -> None:
+    assert fedlora("simulate", *SHORT, "--output", str(tmp_path / "first"))[0] == 0
+    first = only_run(tmp_path / "first")
+    before = digests(first)
+    recipe = str(first / "config.toml")
+    assert fedlora("simulate", recipe, "--output", str(tmp_path / "second"))[0] == 0
+    second = only_run(tmp_path / "second")
+    assert digests(first) == before
+    assert adapter(first) == adapter(second)
+    assert (second / "config.toml").read_bytes() == (first / "config.toml").read_bytes()
+    # Another run is refused before it works or writes.
+    code, output = fedlora("simulate", recipe, "-c", f"run-dir={first}")
+    assert code == 1
+    assert "a folder that no other run has written to" in output
+    assert digests(first) == before
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """Return a folder for temporary files, of a short name, as Ray has sockets in it."""
+    folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def started(tmp_path: Path, temporary: Path) -> Iterator[Any]:
+    """Return a function that starts the command on a run without end, and waits for a file."""
+    processes = []
+
+    def start(*arguments: str, wait_for: str) -> tuple[subprocess.Popen[str], Path]:
+        output = tmp_path / "runs"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fedlora_flwr.cli", *arguments, "--output", str(output)],
+            env={**os.environ, MARK: str(tmp_path), "TMPDIR": str(temporary)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        processes.append(process)
+        while not list(output.glob(f"2*/{wait_for}")):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        return process, only_run(output)
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_a_simulation_that_is_asked_to_end_does(started: Any, tmp_path: Path) -> None:
+    process, run = started("simulate", *ENDLESS, "--workers", "2", wait_for="adapter")
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate()[0].splitlines()[-1] == "Interrupted."
+    assert process.returncode == 143
+    assert left_of(str(tmp_path)) == []
+    assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.flower
+def test_a_run_that_is_ended_in_set_up_leaves_nothing_but_its_summary(
+    started: Any, tmp_path: Path, temporary: Path
+) -> None:
+    process, run = started("run", *ENDLESS, wait_for="run.log")
+    process.send_signal(signal.SIGHUP)
+    process.communicate()
+    assert process.returncode == 129
+    assert left_of(str(tmp_path)) == []
+    assert list(temporary.iterdir()) == []
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["status"], summary["rounds_done"]) == ("interrupted", 0)
+
+
+@pytest.mark.flower
+def test_a_run_that_is_killed_stops_training(started: Any, tmp_path: Path, temporary: Path) -> None:
+    process, run = started("run", *ENDLESS, wait_for="clients.jsonl")
+    # The command, keepers, SuperLink, its helpers, the simulation, Ray's daemons and workers.
+    assert len(marked(str(tmp_path))) > 10
+    process.kill()
+    process.communicate()
+    assert left_of(str(tmp_path)) == []
+    before = digests(run)
+    assert list(temporary.glob("fedlora-*")) == []
+    assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
+    assert digests(run) == before
+
+
+@pytest.mark.flower
+def test_a_run_on_flower_repeats_a_simulation_and_listens_on_the_loopback_alone(
+    started: Any, tmp_path: Path
+) -> None:
+    assert fedlora("simulate", *SHORT, "--output", str(tmp_path / "first"))[0] == 0
+    first = only_run(tmp_path / "first")
+    before = digests(first)
+    process, second = started("run", str(first / "config.toml"), wait_for="run.log")
+    found: set[str] = set()
+    while process.poll() is None:
+        found |= listening(marked(str(tmp_path)))
+        time.sleep(0.2)
+    assert process.returncode == 0, process.communicate()[0]
+    assert len(found) >= 2  # The SuperLink's, and Ray's.
+    assert found <= LOOPBACK
+    assert digests(first) == before
+    assert adapter(first) == adapter(second)
+    assert json.loads((second / "summary.json").read_text())["status"] == "completed"
