@@ -20,10 +20,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fedlora_flwr.clients.trainer import plan_mechanism
 from fedlora_flwr.config import RunConfig, parse_overrides
 from fedlora_flwr.forecast.forecast import skeleton
-from fedlora_flwr.plan import A, B, Layout, factor_of
+from fedlora_flwr.layout import Layout, factor_of
+from fedlora_flwr.plan import A, B
+from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.server.noise import noise_to_signal, noisy_coordinates
 from fedlora_flwr.server.serve import build_strategy
 from fedlora_flwr.tasks.registry import build_task
@@ -120,7 +121,7 @@ def _noise(data: str, config: RunConfig) -> dict[str, float]:
     strategy.num_rounds = config.num_rounds
     plans = [strategy.plan(number, layout) for number in (1, 2)]
     found = noisy_coordinates(plans, layout, shapes, config.local_steps, config.filter)
-    ratio = noise_to_signal(config, [plan_mechanism(config, size) for size in sizes], found)
+    ratio = noise_to_signal(config, [calibrated_mechanism(config, size) for size in sizes], found)
     assert ratio is not None
     return {"round_noise": ratio, "run_noise": ratio / math.sqrt(config.num_rounds)}
 

@@ -32,7 +32,8 @@ from fedlora_flwr.wire.identity import Identity, acting_for, current
 
 if TYPE_CHECKING:
     from fedlora_flwr.clients.numpy_client import LoRAClient
-    from fedlora_flwr.tasks.registry import Records, Task
+    from fedlora_flwr.data.records import Records
+    from fedlora_flwr.tasks.registry import Task
 
 
 def make_client(context: Context) -> LoRAClient:

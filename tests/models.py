@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from fedlora_flwr.data.records import TensorRecords
+from fedlora_flwr.layout import factor_of
 from fedlora_flwr.lora.adapters import AdaptedModel, LoRASpec, attach
-from fedlora_flwr.plan import factor_of
 from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.noise import SeededNoise

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.plan import MODES, ComponentPlan, Layout, factor_of, folded_names
+from fedlora_flwr.layout import Layout, factor_of, folded_names
+from fedlora_flwr.plan import MODES, ComponentPlan
 
 VIT = [
     f"blocks.{block}.attn.{layer}.lora_{factor}.weight"

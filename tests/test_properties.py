@@ -12,7 +12,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
-from fedlora_flwr.plan import ComponentPlan, Layout, factor_of
+from fedlora_flwr.layout import Layout, factor_of
+from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.privacy.engine import OptimizerSettings
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.noise import SeededNoise

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from fedlora_flwr.data.dataset_settings import DatasetSettings
 from fedlora_flwr.data.hub import hub_answers, own_copies_only
 from fedlora_flwr.errors import InvalidValue, one_line
-from fedlora_flwr.tasks.registry import DRAWN
+from fedlora_flwr.lora.exported import DRAWN
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from fedlora_flwr.backbones.image_models import SMALL_SWIN, data_config, model_folder
 from fedlora_flwr.data.arrow_records import ArrowRecords
 from fedlora_flwr.data.cached_file import require_writable
-from fedlora_flwr.data.pictures import normalised, pixels
+from fedlora_flwr.data.pictures import collate, image_column, normalised, pixels
 from fedlora_flwr.data.sources import load_split
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import replacing
-from fedlora_flwr.tasks.image_classification import collate, image_column
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -64,8 +64,9 @@ def get_ready(folder: Path, clock: Clock) -> None:
 
     from fedlora_flwr import client_app
     from fedlora_flwr.clients.device import Device
-    from fedlora_flwr.clients.trainer import plan_mechanism, process_trainer
+    from fedlora_flwr.clients.trainer import process_trainer
     from fedlora_flwr.config import RunConfig, read_toml
+    from fedlora_flwr.privacy.calibration import calibrated_mechanism
 
     device = str(folder / DEVICE_FILE)
     run = RunConfig.of(read_toml(folder / RUN_FILE)).items()
@@ -77,7 +78,7 @@ def get_ready(folder: Path, clock: Clock) -> None:
     client_app.make_client(Context(1, 1, {"device": device}, RecordDict(), run))
     records = trainer.task.client_records(0, 1)
     clock.done("records")
-    plan_mechanism(config, len(records))
+    calibrated_mechanism(config, len(records))
     trainer.load(trainer.start)
     clock.done("noise")
 

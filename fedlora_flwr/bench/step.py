@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fedlora_flwr.bench.figures import Call, Figure, operators, peak_bytes, take_turns
 from fedlora_flwr.data.records import TensorRecords
+from fedlora_flwr.layout import factor_of
 from fedlora_flwr.lora.adapters import LoRASpec, attach
-from fedlora_flwr.plan import factor_of
 from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.noise import SeededNoise

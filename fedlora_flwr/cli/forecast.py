@@ -81,7 +81,7 @@ def inspect_split(
         split_json,
         split_table,
     )
-    from fedlora_flwr.plots.plots import plot_split
+    from fedlora_flwr.plots.splits import plot_split
     from fedlora_flwr.tasks.registry import build_task, reading
 
     task = build_task(config.task, config)

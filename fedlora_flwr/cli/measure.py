@@ -24,7 +24,7 @@ def pretrain(
 ) -> None:
     """Pretrain the small Swin on classes 0 to 99, for `model = "small-swin"`."""
     from fedlora_flwr.backbones.pretrain_swin import SwinRecipe, pretrain_swin
-    from fedlora_flwr.clients.trainer import resolve_device
+    from fedlora_flwr.lora.build import resolve_device
 
     chosen = SwinRecipe(seed=seed) if epochs is None else SwinRecipe(seed=seed, epochs=epochs)
     console = Console()

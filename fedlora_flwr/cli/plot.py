@@ -24,7 +24,7 @@ def plot(
     if not (run_dir / "rounds.jsonl").is_file():
         raise InvalidValue("RUN_DIR", str(run_dir), "the folder of a run, with rounds.jsonl")
     path = png_file(output or run_dir / "rounds.png")
-    from fedlora_flwr.plots.round_plots import plot_rounds
+    from fedlora_flwr.plots.rounds import plot_rounds
     from fedlora_flwr.server.run_dir import RunDirectory
 
     found = RunDirectory(run_dir)

@@ -11,15 +11,17 @@ from flwr.client import NumPyClient
 from numpy.typing import NDArray
 
 from fedlora_flwr.clients.local_store import LocalStore
-from fedlora_flwr.clients.trainer import LocalUpdate, Trainer, plan_mechanism
+from fedlora_flwr.clients.trainer import LocalUpdate, Trainer
+from fedlora_flwr.data.records import Records
 from fedlora_flwr.environment import in_simulation, peak_memory
 from fedlora_flwr.errors import BudgetExhausted, InvalidValue, OrderRefused
-from fedlora_flwr.plan import BOTH, A, ComponentPlan, factor_of
+from fedlora_flwr.layout import factor_of
+from fedlora_flwr.plan import BOTH, A, ComponentPlan
 from fedlora_flwr.privacy.budget import Segment
+from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.privacy.ledger import Account, Ledger, LedgerSummary
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.released import Released
-from fedlora_flwr.tasks.registry import Records
 from fedlora_flwr.wire import NAMES, STATUS_EXHAUSTED
 from fedlora_flwr.wire.order import Order, check_shapes, named_arrays
 
@@ -114,7 +116,7 @@ class LoRAClient(NumPyClient):
             )
         arrays = self._start(order, parameters)
         run, records = self._trainer.config, self._open()
-        mechanism = plan_mechanism(run, len(records), terms=self._ledger.terms(self._account))
+        mechanism = calibrated_mechanism(run, len(records), terms=self._ledger.terms(self._account))
         planned = Segment(mechanism.noise_multiplier, mechanism.sample_rate, run.planned_steps)
         segment = replace(planned, steps=run.local_steps)
         try:

@@ -12,134 +12,21 @@ import torch
 from numpy.typing import NDArray
 
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.errors import InvalidValue, explained
-from fedlora_flwr.lora.adapters import AdaptedModel, LoRASpec, attach
+from fedlora_flwr.data.records import Records
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.layout import Layout
+from fedlora_flwr.lora.adapters import AdaptedModel
+from fedlora_flwr.lora.build import build_adapted
 from fedlora_flwr.lora.compiled import compile_backbone
-from fedlora_flwr.lora.exported import outermost
-from fedlora_flwr.lora.precision import run_in_bf16
 from fedlora_flwr.lora.shared_weights import share
-from fedlora_flwr.plan import ComponentPlan, Layout
-from fedlora_flwr.privacy.account import UNBOUND, Terms
-from fedlora_flwr.privacy.budget import calibrate, check_budget
+from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
-from fedlora_flwr.privacy.lifetime import calibrate_run
 from fedlora_flwr.privacy.masks import own_randomness
 from fedlora_flwr.privacy.mechanism import Mechanism, poisson_batches
 from fedlora_flwr.privacy.noise import NoiseSource, SecureNoise, SeededNoise
 from fedlora_flwr.privacy.postprocessing.filters import make_filter
 from fedlora_flwr.randomness import stream_seed
-from fedlora_flwr.tasks.registry import DRAWN, Records, Task, build_task
-
-
-def plan_mechanism(
-    config: RunConfig,
-    num_records: int,
-    *,
-    terms: Terms = UNBOUND,
-) -> Mechanism:
-    """Work out one client's mechanism: σ from its own q and the planned number of steps.
-
-    Parameters
-    ----------
-    config : RunConfig
-        Budget, ledger scope, clip norm, batch size and planned steps. All planned steps count,
-        also where a round takes only a share of the clients: which rounds a client joins is the
-        server's choice, and it may join all of them.
-    num_records : int
-        The client's number of records n.
-    terms : Terms
-        What earlier runs on the client's data have fixed (see `Ledger.terms`).
-
-    Raises
-    ------
-    InvalidValue
-        The client cannot keep the promise: δ >= 1/n, or more records a batch than it has.
-    """
-    if not config.private:
-        # Still clipped, so that noise alone separates a run from its private twin.
-        batch_size = min(config.batch_size, num_records)
-        return Mechanism(0.0, config.clip_norm, batch_size, num_records)
-    check_budget(config.epsilon, config.delta, config.batch_size, num_records)
-    rate, steps = config.batch_size / num_records, config.planned_steps
-    if config.ledger_scope == "lifetime" and (config.run_epsilon or terms.order):
-        sigma = calibrate_run(
-            config.epsilon,
-            config.delta,
-            rate,
-            steps,
-            run_epsilon=config.run_epsilon or config.epsilon,
-            order=terms.order,
-        )
-    else:
-        sigma = calibrate(config.epsilon, config.delta, rate, steps)
-    # Less noise than the first run's would be refused, where that run has fixed it.
-    sigma = max(sigma, terms.noise_multiplier)
-    return Mechanism(sigma, config.clip_norm, config.batch_size, num_records)
-
-
-def build_adapted(config: RunConfig, task: Task) -> AdaptedModel:
-    """Build the task's backbone with fresh adapters on the configured device.
-
-    Raises
-    ------
-    InvalidValue
-        The device does not exist here, or the adapters cannot be attached.
-    ModelFailed
-        The model cannot be built, or does not fit on the device.
-    """
-    device = resolve_device(config.device)
-    advice = "Set another model, quantization or device."
-    with explained(f"Building the model of task {config.task!r}", advice):
-        model = task.build_model()
-        # A quantised backbone is made on its device, and must not be moved.
-        model = model if getattr(model, "is_quantized", False) else model.to(device)
-        spec = lora_spec(config, task, getattr(model, DRAWN, ()))
-        adapted = attach(model, spec, stream_seed(config.seed, "adapters"))
-    if config.precision == "bf16":
-        run_in_bf16(adapted.model)
-    return adapted
-
-
-def lora_spec(config: RunConfig, task: Task, drawn: tuple[str, ...] = ()) -> LoRASpec:
-    """Return what to attach to a task's backbone.
-
-    Parameters
-    ----------
-    config : RunConfig
-        The run.
-    task : Task
-        Whose head may train.
-    drawn : tuple[str, ...]
-        Modules beside the head whose weights are in no checkpoint.
-    """
-    return LoRASpec(
-        rank=config.rank,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        targets=config.lora_targets or task.lora_targets,
-        head=task.head if config.train_head else (),
-        rslora=config.rslora,
-        backbone_dropout=config.backbone_dropout,
-        drawn=outermost((*task.head, *drawn)),
-    )
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device called ``name``; ``"auto"`` prefers a GPU.
-
-    Raises
-    ------
-    InvalidValue
-        There is no such device on this machine.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidValue("device", name, "'auto', 'cpu' or a device of this machine") from error
-    return device
+from fedlora_flwr.tasks.registry import Task, build_task
 
 
 @dataclass(frozen=True, eq=False)

@@ -168,7 +168,7 @@ class RunConfig(
 
     @property
     def block_pattern(self) -> str:
-        """Pattern of block names (see `fedlora_flwr.plan.Layout`)."""
+        """Pattern of block names (see `fedlora_flwr.layout.Layout`)."""
         return ".+" if self.groups == "layer" else self.blocks
 
     @property

@@ -104,3 +104,8 @@ class DatasetSettings(SplitSettings, Protocol):
     def report_unprotected_metrics(self) -> bool:
         """Whether clients measure their private records."""
         ...
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Split names with commas between them."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())

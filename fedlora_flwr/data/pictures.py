@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from fedlora_flwr.data.arrow_records import Rows
+from fedlora_flwr.data.dataset_settings import names
 from fedlora_flwr.data.prepared import prepare
+from fedlora_flwr.errors import unknown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -103,3 +107,41 @@ def _scaled(picture: Image.Image) -> Image.Image:
     if hidden is None:
         return grey
     return Image.merge("LA", (grey, Image.fromarray(np.uint8(255) * (values != hidden))))
+
+
+def image_column(dataset: Dataset, chosen: str) -> str:
+    """Return the column of pictures.
+
+    Raises
+    ------
+    InvalidValue
+        The named column holds none, or there is not exactly one to choose.
+    """
+    import datasets
+
+    found = [name for name, kind in dataset.features.items() if isinstance(kind, datasets.Image)]
+    wanted = names(chosen) or tuple(found)
+    if len(wanted) != 1 or wanted[0] not in found:
+        raise unknown("input-columns", chosen, found, before="a column of pictures, ")
+    return wanted[0]
+
+
+def without_picture(dataset: Dataset, column: str) -> dict[str, NDArray[np.int64]]:
+    """Return the positions of the records without a picture, by the reason."""
+    import pyarrow.compute as pc
+
+    held = dataset.data.table.column(column)
+    empty = [pc.is_null(pc.struct_field(held, part)) for part in ("bytes", "path")]
+    missing = pc.or_(pc.is_null(held), pc.and_(*empty))
+    if dataset._indices is not None:
+        missing = missing.take(dataset._indices.column(0))
+    rows = np.flatnonzero(missing.to_numpy())
+    return {f"no picture in {column!r}": rows} if len(rows) else {}
+
+
+def collate(rows: Rows) -> dict[str, Tensor]:
+    """Make a batch of pictures and numbers."""
+    return {
+        name: torch.tensor(values, dtype=torch.uint8 if name == "image" else torch.int64)
+        for name, values in rows.items()
+    }

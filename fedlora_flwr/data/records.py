@@ -1,12 +1,52 @@
-"""Records held in memory as tensors."""
+"""Labeled records that are read by position, and such records held in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from fedlora_flwr.errors import InvalidValue
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+Batch = Mapping[str, Tensor]
+
+
+class Records(Protocol):
+    """Labelled records that can be read by position."""
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        ...
+
+    def batch(self, indices: Tensor) -> Batch:
+        """Return the records at ``indices``.
+
+        Parameters
+        ----------
+        indices : Tensor
+            Positions, int64, shape (n,).
+
+        Returns
+        -------
+        Batch
+            Tensors whose first axis is the record, n long.
+        """
+        ...
+
+
+def lengths_of(records: Records, indices: Tensor) -> NDArray[np.int64] | None:
+    """Return the tokens of each record at ``indices``, shape (n,), or ``None`` if all are alike.
+
+    Records say so by an attribute ``lengths``, one number for each of them.
+    """
+    lengths: NDArray[np.int64] | None = getattr(records, "lengths", None)
+    return None if lengths is None else lengths[indices.numpy()]
 
 
 class TensorRecords:

@@ -15,7 +15,6 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 
 from fedlora_flwr.clients.device import Device
-from fedlora_flwr.clients.trainer import build_adapted, plan_mechanism
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.authority import in_force
 from fedlora_flwr.deploy.fleet import SCRIPT, SETTINGS, Fleet, read_fleet
@@ -24,8 +23,10 @@ from fedlora_flwr.deploy.identities import PRIVATE
 from fedlora_flwr.deploy.supernode import check_script, installed_code
 from fedlora_flwr.environment import versions
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
+from fedlora_flwr.lora.build import build_adapted
 from fedlora_flwr.privacy.account import UNBOUND
 from fedlora_flwr.privacy.budget import Segment
+from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.privacy.ledger import Account, Ledger
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.tasks.registry import build_task, private_reading, unstated_classes
@@ -329,7 +330,7 @@ def _promise(name: str, client: str, config: RunConfig, file: Path) -> Iterator[
 
     def plan() -> Mechanism:
         terms = ledger.terms(account) if ledger else UNBOUND
-        return plan_mechanism(config, count, terms=terms)
+        return calibrated_mechanism(config, count, terms=terms)
 
     mechanism = _tried(name, plan, "more records, or another epsilon and delta")
     if isinstance(mechanism, Finding):

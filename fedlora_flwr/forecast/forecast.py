@@ -10,19 +10,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedlora_flwr.clients.trainer import lora_spec, plan_mechanism
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.data.records import Batch
 from fedlora_flwr.errors import FedLoRAError, InvalidValue, explained
 from fedlora_flwr.forecast.participation import participation
+from fedlora_flwr.layout import Layout, is_shared
 from fedlora_flwr.lora.adapters import AdaptedModel, attach
-from fedlora_flwr.plan import ComponentPlan, Layout, is_shared
+from fedlora_flwr.lora.build import lora_spec
+from fedlora_flwr.plan import ComponentPlan
+from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.privacy.grad_sample import GradSampler
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.server.noise import noise_to_signal, noisy_coordinates
 from fedlora_flwr.server.rehearsal import check_folding, rehearse_unbuilt
 from fedlora_flwr.server.serve import build_strategy
 from fedlora_flwr.strategies import FedLoRA
-from fedlora_flwr.tasks.registry import Batch, Task, build_task
+from fedlora_flwr.tasks.registry import Task, build_task
 
 # Of all our measured runs none with more noise has ended above its start; see docs/results.md and
 # `benchmarks.learning`, which finds it. It says nothing for certain of other data and models.
@@ -246,7 +249,7 @@ def activation_bytes(task: Task, adapted: AdaptedModel, batch: Batch) -> int | N
 
 def _client(config: RunConfig, records: int) -> ClientForecast:
     try:
-        return ClientForecast(records, plan_mechanism(config, records))
+        return ClientForecast(records, calibrated_mechanism(config, records))
     except InvalidValue as error:
         return ClientForecast(records, None, str(error))
 

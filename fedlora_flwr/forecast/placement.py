@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fedlora_flwr.clients.trainer import resolve_device
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.forecast.forecast import Memory, forecast
+from fedlora_flwr.lora.build import resolve_device
 
 CONTEXT = 700_000_000
 """Bytes that CUDA and its libraries take on a GPU for each process."""

@@ -8,7 +8,8 @@ import numpy as np
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.partition import partition_table
-from fedlora_flwr.tasks.registry import Records, Task, build_task
+from fedlora_flwr.data.records import Records
+from fedlora_flwr.tasks.registry import Task, build_task
 from fedlora_flwr.terminal import Table
 
 if TYPE_CHECKING:

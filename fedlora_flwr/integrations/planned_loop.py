@@ -17,7 +17,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fedlora_flwr.errors import FedLoRAError, InvalidValue, unknown
-from fedlora_flwr.plan import BOTH, ComponentPlan, Layout, is_folded
+from fedlora_flwr.layout import Layout, is_folded
+from fedlora_flwr.plan import BOTH, ComponentPlan
 from fedlora_flwr.wire import NAMES, PLAN, SHARE
 from fedlora_flwr.wire.arrays import to_numpy
 from fedlora_flwr.wire.records import train_records

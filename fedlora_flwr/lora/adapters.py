@@ -19,10 +19,10 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import Tensor, nn
 
 from fedlora_flwr.errors import InvalidValue, PrivacyViolation, unknown
+from fedlora_flwr.layout import Layout, is_folded
 from fedlora_flwr.lora.exported import is_saved, outermost, plain_name, write_adapter
 from fedlora_flwr.lora.folded_weights import FoldedWeights
 from fedlora_flwr.lora.targets import check_targets, usual_targets
-from fedlora_flwr.plan import Layout, is_folded
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from fedlora_flwr.lora.fused_layers import fused_factors, fused_name
 if TYPE_CHECKING:
     from fedlora_flwr.lora.adapters import AdaptedLinear, AdaptedModel
 
+DRAWN = "drawn_modules"
+"""Attribute of a model: names of its modules, head included, that are in no checkpoint."""
 PREFIX = "base_model.model."
 _ADAPTER = re.compile(r"\.lora_\w+\.")
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.layout import folded_names, is_folded
 from fedlora_flwr.lora.exported import plain_name
-from fedlora_flwr.plan import folded_names, is_folded
 
 if TYPE_CHECKING:
     from fedlora_flwr.lora.adapters import AdaptedLinear

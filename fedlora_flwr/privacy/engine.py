@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fedlora_flwr.errors import InvalidValue, PrivacyViolation
+from fedlora_flwr.layout import factor_of
 from fedlora_flwr.lora.adapters import AdaptedLinear, AdaptedModel
-from fedlora_flwr.plan import A, B, factor_of
+from fedlora_flwr.plan import A, B
 from fedlora_flwr.privacy.clipping import NoisyOptimizer
 from fedlora_flwr.privacy.grad_sample import GradSampler
 from fedlora_flwr.privacy.mechanism import Mechanism
@@ -33,7 +34,7 @@ from fedlora_flwr.privacy.record_independence import (
 )
 
 if TYPE_CHECKING:
-    from fedlora_flwr.tasks.registry import Batch, Records
+    from fedlora_flwr.data.records import Batch, Records
 
 LossFunction = Callable[[nn.Module, "Batch"], Tensor]
 

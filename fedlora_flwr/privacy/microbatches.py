@@ -23,10 +23,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlora_flwr.tasks.registry import lengths_of
+from fedlora_flwr.data.records import lengths_of
 
 if TYPE_CHECKING:
-    from fedlora_flwr.tasks.registry import Batch, Records
+    from fedlora_flwr.data.records import Batch, Records
 
 # What one more forward and backward pass costs, in tokens. An accelerator waits for launches until
 # it has thousands of tokens to work on.

@@ -9,13 +9,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fedlora_flwr.data.records import TensorRecords
+from fedlora_flwr.data.records import Batch, Records, TensorRecords
 from fedlora_flwr.errors import PrivacyViolation
 from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.lora.precision import fp32_only
 from fedlora_flwr.privacy.at_rest import RandomnessAtRest, same_randomness
 from fedlora_flwr.privacy.stand_ins import stand_ins
-from fedlora_flwr.tasks.registry import Batch, Records
 
 Gradients: TypeAlias = Callable[[Records, Tensor, Sequence[str], slice], dict[str, Tensor]]
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedlora_flwr.data.records import TensorRecords
-from fedlora_flwr.tasks.registry import Batch, Records
+from fedlora_flwr.data.records import Batch, Records, TensorRecords
 
 _WIDTH = 8  # Tokens, where records differ in their number.
 _EXTREME = 1e3

@@ -12,10 +12,10 @@ import torch
 
 from fedlora_flwr.algebra.means import normalise
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.plan import ComponentPlan, Layout, factor_of
+from fedlora_flwr.layout import Layout, factor_of
+from fedlora_flwr.plan import HEAD, PARTS, ComponentPlan
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.postprocessing.filters import make_filter
-from fedlora_flwr.strategies.agreement import HEAD, PARTS
 from fedlora_flwr.strategies.cohort import cohort_size
 
 Shape = tuple[int, ...]

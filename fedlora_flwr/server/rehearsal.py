@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fedlora_flwr.clients.trainer import lora_spec
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.data.records import TensorRecords
+from fedlora_flwr.data.records import Records, TensorRecords
 from fedlora_flwr.errors import PrivacyViolation, explained
 from fedlora_flwr.lora.adapters import AdaptedModel, attach
+from fedlora_flwr.lora.build import lora_spec
 from fedlora_flwr.lora.precision import run_in_bf16
 from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.noise import SeededNoise
-from fedlora_flwr.tasks.registry import Records, Task
+from fedlora_flwr.tasks.registry import Task
 
 if TYPE_CHECKING:
     from fedlora_flwr.strategies import FedLoRA

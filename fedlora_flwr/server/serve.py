@@ -14,13 +14,14 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fedlora_flwr.algebra.means import MovingAverage
-from fedlora_flwr.clients.trainer import build_adapted
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.environment import versions
 from fedlora_flwr.errors import explained
 from fedlora_flwr.files import replacing
+from fedlora_flwr.layout import Layout
 from fedlora_flwr.lora.adapters import AdaptedModel
-from fedlora_flwr.plan import ComponentPlan, Layout
+from fedlora_flwr.lora.build import build_adapted
+from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.privacy.budget import MIN_NOISE
 from fedlora_flwr.server.endings import reason_of, status_of
 from fedlora_flwr.server.noise import noise_of_mean
@@ -173,7 +174,7 @@ class _Session:
         plans = [str(row["plan"]) for row in self.rows[1:]]
         blocks = self.layout.blocks
         if any(len(step) == len(blocks) > 1 for plan in plans for step in plan.split("/")):
-            from fedlora_flwr.plots.plots import plot_modes
+            from fedlora_flwr.plots.modes import plot_modes
 
             try:
                 plot_modes(plans, blocks, self.run_dir.path / "modes.png")

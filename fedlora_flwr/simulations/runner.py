@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.progress import track
 
 import fedlora_flwr
-from fedlora_flwr.clients.trainer import build_adapted, plan_mechanism
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.files import private_folder
 from fedlora_flwr.forecast.placement import Placement, place
-from fedlora_flwr.plan import Layout
+from fedlora_flwr.layout import Layout
+from fedlora_flwr.lora.build import build_adapted
+from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.processes.workers import Execute, executor, one_by_one
 from fedlora_flwr.server.endings import COMPLETED, untold
@@ -107,7 +108,7 @@ def make_plan(config: RunConfig, console: Console | None = None) -> RunPlan:
     trained = sum(parameter.numel() for parameter in adapted.parameters.values())
     return RunPlan(
         config=config,
-        mechanisms=[plan_mechanism(config, size) for size in progress],
+        mechanisms=[calibrated_mechanism(config, size) for size in progress],
         parameters=sum(parameter.numel() for parameter in adapted.model.parameters()) - trained,
         trained=trained,
         metric=task.metric,

@@ -15,11 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.means import Arrays, normalise
-from fedlora_flwr.plan import A, B, Layout, factor_of
+from fedlora_flwr.layout import Layout, factor_of
+from fedlora_flwr.plan import HEAD, PARTS
 from fedlora_flwr.strategies.replies import Upload
 
-HEAD = "head"
-PARTS = (A, B, HEAD)
 # Columns of a stack of factors up to which Gram matrices are cheap; above, random probes estimate.
 _EXACT, _PROBES = 256, 32
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.gains import Estimate, Movement, across, movements, secant
 from fedlora_flwr.algebra.means import Arrays
-from fedlora_flwr.plan import CURVATURES, GROUPS, SELECTIONS, A, B, ComponentPlan, Layout, factor_of
+from fedlora_flwr.layout import Layout, factor_of
+from fedlora_flwr.plan import CURVATURES, GROUPS, SELECTIONS, A, B, ComponentPlan
 from fedlora_flwr.randomness import stream_seed
 from fedlora_flwr.schedules import Schedule
 from fedlora_flwr.strategies.base import FedLoRA

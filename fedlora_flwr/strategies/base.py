@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.means import Arrays, merge, weighted_mean
 from fedlora_flwr.errors import BudgetsSpent, FedLoRAError, InvalidValue
-from fedlora_flwr.plan import BOTH, A, B, ComponentPlan, Layout
+from fedlora_flwr.layout import Layout
+from fedlora_flwr.plan import BOTH, A, B, ComponentPlan
 from fedlora_flwr.strategies.agreement import describe
 from fedlora_flwr.strategies.clipping import check_clipping
 from fedlora_flwr.strategies.cohort import Cohorts

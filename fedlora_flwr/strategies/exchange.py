@@ -22,7 +22,7 @@ class Exchange(FedAvg):
     Attributes
     ----------
     shared : str
-        The factors that travel, where not everything does (see `fedlora_flwr.plan.is_shared`).
+        The factors that travel, where not everything does (see `fedlora_flwr.layout.is_shared`).
     last_round : RoundReport or None
         What came of the last round.
     """

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from fedlora_flwr.algebra.means import Arrays
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.plan import ComponentPlan, Layout, is_shared
+from fedlora_flwr.layout import Layout, is_shared
+from fedlora_flwr.plan import ComponentPlan
 
 
 @dataclass(frozen=True)

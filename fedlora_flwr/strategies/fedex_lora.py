@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.factors import residual
 from fedlora_flwr.algebra.means import Arrays
-from fedlora_flwr.plan import Layout
+from fedlora_flwr.layout import Layout
 from fedlora_flwr.strategies.base import FedLoRA
 from fedlora_flwr.strategies.folding import fold
 from fedlora_flwr.strategies.replies import Upload

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.factors import refactorise
 from fedlora_flwr.algebra.means import Arrays
-from fedlora_flwr.plan import B, ComponentPlan, Layout
+from fedlora_flwr.layout import Layout
+from fedlora_flwr.plan import B, ComponentPlan
 from fedlora_flwr.strategies.base import FedLoRA
 from fedlora_flwr.strategies.replies import Upload
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fedlora_flwr.plan import B, ComponentPlan, Layout
+from fedlora_flwr.layout import Layout
+from fedlora_flwr.plan import B, ComponentPlan
 from fedlora_flwr.strategies.base import FedLoRA
 
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from fedlora_flwr.algebra.factors import combine, truncate
 from fedlora_flwr.algebra.means import Arrays, merge, weighted_mean
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.plan import A, B, Layout, factor_of
+from fedlora_flwr.layout import Layout, factor_of
+from fedlora_flwr.plan import A, B
 from fedlora_flwr.strategies.base import FedLoRA
 from fedlora_flwr.strategies.replies import Upload
 from fedlora_flwr.wire.arrays import from_numpy, record_of, to_numpy

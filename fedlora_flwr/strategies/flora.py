@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.factors import combine
 from fedlora_flwr.algebra.means import Arrays, merge, weighted_mean
-from fedlora_flwr.plan import Layout, factor_of
+from fedlora_flwr.layout import Layout, factor_of
 from fedlora_flwr.randomness import stream_seed
 from fedlora_flwr.strategies.base import FedLoRA
 from fedlora_flwr.strategies.folding import fold

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.factors import Pair, add, compact
 from fedlora_flwr.algebra.means import Arrays
-from fedlora_flwr.plan import folded_names
+from fedlora_flwr.layout import folded_names
 
 
 def fold(current: Arrays, updates: Mapping[str, Pair]) -> dict[str, NDArray[np.floating]]:

@@ -8,7 +8,7 @@ from logging import WARNING
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.common.logger import log
 
-from fedlora_flwr.plan import is_shared
+from fedlora_flwr.layout import is_shared
 from fedlora_flwr.strategies.replies import RoundReport, combine_metrics
 from fedlora_flwr.wire.arrays import record_of
 from fedlora_flwr.wire.report import Report

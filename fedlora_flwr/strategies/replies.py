@@ -15,7 +15,7 @@ from flwr.common.logger import log
 
 from fedlora_flwr.algebra.means import Arrays, bounded
 from fedlora_flwr.errors import FederationAborted, FedLoRAError, InvalidValue
-from fedlora_flwr.plan import factor_of
+from fedlora_flwr.layout import factor_of
 from fedlora_flwr.wire import EPSILON, MOST_ENTRY, STEPS, WEIGHT
 from fedlora_flwr.wire.arrays import from_numpy, record_of, travel_size
 from fedlora_flwr.wire.limits import Number

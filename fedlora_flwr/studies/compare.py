@@ -17,7 +17,7 @@ from rich.console import Console
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.files import replace_file
-from fedlora_flwr.plots.plots import plot_accuracy
+from fedlora_flwr.plots.accuracy import plot_accuracy
 from fedlora_flwr.processes.workers import Execute, executor
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.studies.compare_methods import RATES, Method, settings_of

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora_flwr.data.dataset_settings import names
 from fedlora_flwr.errors import InvalidValue, unknown
-from fedlora_flwr.tasks.dataset_task import names
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedlora_flwr.data.dataset_settings import DatasetSettings
+from fedlora_flwr.data.dataset_settings import DatasetSettings, names
 from fedlora_flwr.data.labels import Labels, near_names, without_class
 from fedlora_flwr.data.reading import Reading
+from fedlora_flwr.data.records import Batch, Records
 from fedlora_flwr.data.unusable import naming
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.tasks.dataset_task import DatasetTask, names
+from fedlora_flwr.tasks.dataset_task import DatasetTask
 from fedlora_flwr.tasks.evaluation import evaluate_classifier
-from fedlora_flwr.tasks.registry import Batch, Records
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features

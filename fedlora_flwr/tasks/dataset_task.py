@@ -10,15 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr.data.arrow_records import ArrowRecords
-from fedlora_flwr.data.dataset_settings import DatasetSettings
+from fedlora_flwr.data.dataset_settings import DatasetSettings, names
 from fedlora_flwr.data.partition import partition_records
 from fedlora_flwr.data.reading import Reading, empty_texts
+from fedlora_flwr.data.records import Batch
 from fedlora_flwr.data.sources import load_split, passed_over, split_files
 from fedlora_flwr.data.splits import Split
 from fedlora_flwr.data.splits_apart import check_files_apart, check_records_apart
 from fedlora_flwr.data.unusable import naming
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.tasks.registry import Batch
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -308,8 +308,3 @@ class DatasetTask(ABC):
             if source in dataset.features:
                 columns[name] = np.asarray(dataset[source][:])
         return columns
-
-
-def names(text: str) -> tuple[str, ...]:
-    """Split names with commas between them."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())

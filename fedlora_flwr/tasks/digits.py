@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from fedlora_flwr.backbones.pretrain_digits import build_vit, load_backbone
 from fedlora_flwr.data.partition import partition_records
-from fedlora_flwr.data.records import TensorRecords
+from fedlora_flwr.data.records import Batch, Records, TensorRecords
 from fedlora_flwr.data.splits import Split, SplitSettings
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.evaluation import evaluate_classifier
-from fedlora_flwr.tasks.registry import Batch, Records
 
 _TEST_SHARE = 0.2
 # Not the run's seed: figures of different runs must be of the same test set.

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedlora_flwr.data.records import Batch, Records, lengths_of
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.tasks.registry import Batch, Records, lengths_of
 
 
 def evaluate_classifier(

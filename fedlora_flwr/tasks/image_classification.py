@@ -17,12 +17,10 @@ from fedlora_flwr.backbones.image_models import (
     skeleton,
     usual_layers,
 )
-from fedlora_flwr.data.arrow_records import ArrowRecords, Rows
-from fedlora_flwr.data.pictures import normalised, pixels
-from fedlora_flwr.errors import unknown
+from fedlora_flwr.data.arrow_records import ArrowRecords
+from fedlora_flwr.data.pictures import collate, image_column, normalised, pixels, without_picture
+from fedlora_flwr.data.records import Batch
 from fedlora_flwr.tasks.classifier_task import ClassifierTask
-from fedlora_flwr.tasks.dataset_task import names
-from fedlora_flwr.tasks.registry import Batch
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -96,41 +94,3 @@ class ImageClassification(ClassifierTask):
         (column,) = self._input_columns(dataset)
         prepared = pixels(dataset, column, self._data)
         return ArrowRecords(self._with_classes(prepared, dataset, training=training), collate)
-
-
-def image_column(dataset: Dataset, chosen: str) -> str:
-    """Return the column of pictures.
-
-    Raises
-    ------
-    InvalidValue
-        The named column holds none, or there is not exactly one to choose.
-    """
-    import datasets
-
-    found = [name for name, kind in dataset.features.items() if isinstance(kind, datasets.Image)]
-    wanted = names(chosen) or tuple(found)
-    if len(wanted) != 1 or wanted[0] not in found:
-        raise unknown("input-columns", chosen, found, before="a column of pictures, ")
-    return wanted[0]
-
-
-def without_picture(dataset: Dataset, column: str) -> dict[str, NDArray[np.int64]]:
-    """Return the positions of the records without a picture, by the reason."""
-    import pyarrow.compute as pc
-
-    held = dataset.data.table.column(column)
-    empty = [pc.is_null(pc.struct_field(held, part)) for part in ("bytes", "path")]
-    missing = pc.or_(pc.is_null(held), pc.and_(*empty))
-    if dataset._indices is not None:
-        missing = missing.take(dataset._indices.column(0))
-    rows = np.flatnonzero(missing.to_numpy())
-    return {f"no picture in {column!r}": rows} if len(rows) else {}
-
-
-def collate(rows: Rows) -> dict[str, Tensor]:
-    """Make a batch of pictures and numbers."""
-    return {
-        name: torch.tensor(values, dtype=torch.uint8 if name == "image" else torch.int64)
-        for name, values in rows.items()
-    }

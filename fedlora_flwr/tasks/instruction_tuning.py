@@ -19,11 +19,12 @@ from fedlora_flwr.backbones.language_models import (
 )
 from fedlora_flwr.data.arrow_records import ArrowRecords, pad_collate
 from fedlora_flwr.data.prepared import prepare
+from fedlora_flwr.data.records import Batch, Records
 from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.lora.exported import DRAWN
 from fedlora_flwr.tasks.chats import IGNORED, chat_columns, chat_tokens
 from fedlora_flwr.tasks.dataset_task import DatasetTask
 from fedlora_flwr.tasks.evaluation import evaluating, in_order_of_length
-from fedlora_flwr.tasks.registry import DRAWN, Batch, Records
 from fedlora_flwr.tasks.tokens import check_ids, made_up_texts
 
 if TYPE_CHECKING:

@@ -23,10 +23,10 @@ from fedlora_flwr.backbones.language_models import (
 from fedlora_flwr.data.arrow_records import ArrowRecords, pad_collate
 from fedlora_flwr.data.dataset_settings import DatasetSettings
 from fedlora_flwr.data.prepared import prepare
+from fedlora_flwr.data.records import Batch, Records
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.dataset_task import DatasetTask
 from fedlora_flwr.tasks.evaluation import evaluating, in_order_of_length
-from fedlora_flwr.tasks.registry import Batch, Records
 from fedlora_flwr.tasks.squad import exact_match, f1
 from fedlora_flwr.tasks.tokens import check_ids, made_up_texts
 from fedlora_flwr.tasks.windows import (

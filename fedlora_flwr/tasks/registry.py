@@ -5,52 +5,16 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from fedlora_flwr.errors import InvalidValue, unknown
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor, nn
 
-Batch = Mapping[str, "Tensor"]
-DRAWN = "drawn_modules"
-"""Attribute of a model: names of its modules, head included, that are in no checkpoint."""
-
-
-class Records(Protocol):
-    """Labelled records that can be read by position."""
-
-    def __len__(self) -> int:
-        """Return the number of records."""
-        ...
-
-    def batch(self, indices: Tensor) -> Batch:
-        """Return the records at ``indices``.
-
-        Parameters
-        ----------
-        indices : Tensor
-            Positions, int64, shape (n,).
-
-        Returns
-        -------
-        Batch
-            Tensors whose first axis is the record, n long.
-        """
-        ...
-
-
-def lengths_of(records: Records, indices: Tensor) -> NDArray[np.int64] | None:
-    """Return the tokens of each record at ``indices``, shape (n,), or ``None`` if all are alike.
-
-    Records say so by an attribute ``lengths``, one number for each of them.
-    """
-    lengths: NDArray[np.int64] | None = getattr(records, "lengths", None)
-    return None if lengths is None else lengths[indices.numpy()]
+    from fedlora_flwr.data.records import Batch, Records
 
 
 class Task(Protocol):

@@ -21,11 +21,11 @@ from fedlora_flwr.backbones.language_models import (
     skeleton,
 )
 from fedlora_flwr.data.arrow_records import ArrowRecords, pad_collate
+from fedlora_flwr.data.dataset_settings import names
 from fedlora_flwr.data.prepared import prepare
+from fedlora_flwr.data.records import Batch
 from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.tasks.classifier_task import ClassifierTask
-from fedlora_flwr.tasks.dataset_task import names
-from fedlora_flwr.tasks.registry import Batch
 from fedlora_flwr.tasks.tokens import check_ids, made_up_texts
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fedlora_flwr.data.records import Batch
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.tasks.registry import Batch
 
 if TYPE_CHECKING:
     import pyarrow as pa

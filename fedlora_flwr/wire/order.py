@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr.errors import InvalidValue, OrderRefused
-from fedlora_flwr.plan import A, B, ComponentPlan, factor_of, is_folded, is_shared
+from fedlora_flwr.layout import factor_of, is_folded, is_shared
+from fedlora_flwr.plan import A, B, ComponentPlan
 from fedlora_flwr.wire import (
     FINGERPRINT,
     MOST_ENTRY,

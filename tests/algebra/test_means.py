@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.means import MovingAverage, merge, normalise, weighted_mean
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.plan import ComponentPlan, Layout
+from fedlora_flwr.layout import Layout
+from fedlora_flwr.plan import ComponentPlan
 
 M, N, R = 7, 6, 3
 Array64 = NDArray[np.float64]

@@ -8,7 +8,8 @@ import pytest
 
 from fedlora_flwr.bench.figures import Figure
 from fedlora_flwr.bench.published import Setting, _config, _make, _Script, measure
-from fedlora_flwr.clients.trainer import Trainer, plan_mechanism
+from fedlora_flwr.clients.trainer import Trainer
+from fedlora_flwr.privacy.calibration import calibrated_mechanism
 
 SMALL = Setting(
     clients=2, records=60, batch=8, steps=2, rounds=2, max_length=40, hidden=24, layers=2, heads=2
@@ -41,7 +42,7 @@ def test_both_ways_train_the_same_arrays_at_the_same_noise(
     config = _config(made, SMALL)
     trainer = Trainer.build(config)
     records = trainer.task.client_records(0, SMALL.clients)
-    mechanism = plan_mechanism(config, len(records))
+    mechanism = calibrated_mechanism(config, len(records))
     script = _Script(made, SMALL, mechanism.noise_multiplier, config.clip_norm)
 
     uploaded = script.client(SMALL.steps)

@@ -20,7 +20,7 @@ from fedlora_flwr.clients.bridge import bridge
 from fedlora_flwr.clients.numpy_client import LoRAClient
 from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.plan import factor_of
+from fedlora_flwr.layout import factor_of
 from fedlora_flwr.privacy.ledger import Ledger
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.strategies import RoLoRA

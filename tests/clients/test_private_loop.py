@@ -15,7 +15,8 @@ from fedlora_flwr.clients import trainer as trainer_module
 from fedlora_flwr.clients.trainer import Trainer
 from fedlora_flwr.data.records import TensorRecords
 from fedlora_flwr.errors import PrivacyViolation
-from fedlora_flwr.plan import ComponentPlan, factor_of
+from fedlora_flwr.layout import factor_of
+from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.privacy.engine import PrivateEngine
 from fedlora_flwr.privacy.masks import own_randomness
 from fedlora_flwr.privacy.mechanism import Mechanism, poisson_batches

@@ -18,7 +18,7 @@ from fedlora_flwr.clients.numpy_client import LoRAClient
 from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.plan import factor_of, folded_names
+from fedlora_flwr.layout import factor_of, folded_names
 from fedlora_flwr.privacy.ledger import Ledger
 from tests.clients.asking import Asker
 from tests.conftest import MakeConfig

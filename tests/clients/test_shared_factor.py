@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 from fedlora_flwr.client_app import state_folder
 from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.numpy_client import LoRAClient
-from fedlora_flwr.clients.trainer import Trainer, plan_mechanism, process_trainer
+from fedlora_flwr.clients.trainer import Trainer, process_trainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.plan import ComponentPlan, factor_of
+from fedlora_flwr.layout import factor_of
+from fedlora_flwr.plan import ComponentPlan
+from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.privacy.ledger import Ledger
 from tests.clients.asking import Asker
 from tests.conftest import MakeConfig
@@ -121,7 +123,7 @@ def test_b_and_head_come_back_after_a_restart(make_config: MakeConfig) -> None:
     # The same round on a trainer of its own, told by hand what was kept.
     trainer = Trainer.build(config)
     records = trainer.task.client_records(0, config.num_clients)
-    mechanism = plan_mechanism(config, len(records))
+    mechanism = calibrated_mechanism(config, len(records))
     plan, stream = ComponentPlan.parse("*"), (CLIENT, 2)
     arrays = {**first, **asker.start}
     expected = trainer.train(arrays, plan, records, mechanism, stream).arrays

@@ -12,17 +12,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from fedlora_flwr.clients.trainer import (
-    Trainer,
-    build_adapted,
-    plan_mechanism,
-    process_trainer,
-    resolve_device,
-)
+from fedlora_flwr.clients.trainer import Trainer, process_trainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.plan import ComponentPlan, factor_of
+from fedlora_flwr.layout import factor_of
+from fedlora_flwr.lora.build import build_adapted, resolve_device
+from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.privacy.budget import Segment, calibrate, epsilon_spent
+from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.privacy.engine import PrivateEngine
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.postprocessing.filters import FILTERS, make_filter
@@ -258,7 +255,7 @@ def test_without_a_clip_norm_the_step_is_the_sum_of_the_gradients(trainer: Train
     for name in start:
         np.testing.assert_allclose(large[name], none[name], rtol=0, atol=1e-6)
     assert differing(small, none) == {"A", "B", None}
-    assert plan_mechanism(
+    assert calibrated_mechanism(
         replace(trainer.config, epsilon=math.inf, clip_norm=math.inf), 100
     ) == Mechanism(0.0, math.inf, trainer.config.batch_size, 100)
 
@@ -285,7 +282,7 @@ def test_a_plan_for_another_number_of_blocks_is_refused(trainer: Trainer) -> Non
 
 def test_every_client_gets_the_noise_that_its_size_needs(make_config: MakeConfig) -> None:
     config = make_config(epsilon=2.0, delta=1e-4, num_rounds=3)
-    small, large = (plan_mechanism(config, n) for n in (200, 1000))
+    small, large = (calibrated_mechanism(config, n) for n in (200, 1000))
 
     assert small.noise_multiplier > 1.2 * large.noise_multiplier
     for mechanism, n in ((small, 200), (large, 1000)):
@@ -309,7 +306,7 @@ def test_a_client_that_cannot_keep_the_promise_is_refused_by_name(
     make_config: MakeConfig, num_records: int, key: str, message: str
 ) -> None:
     with pytest.raises(InvalidValue, match=message) as caught:
-        plan_mechanism(make_config(delta=1e-3), num_records)
+        calibrated_mechanism(make_config(delta=1e-3), num_records)
 
     assert caught.value.key == key
 
@@ -317,8 +314,8 @@ def test_a_client_that_cannot_keep_the_promise_is_refused_by_name(
 def test_without_a_budget_gradients_are_clipped_and_get_no_noise(make_config: MakeConfig) -> None:
     config = make_config(epsilon=math.inf, delta=0.5)
 
-    assert plan_mechanism(config, 100) == Mechanism(0.0, config.clip_norm, 16, 100)
-    assert plan_mechanism(config, 9) == Mechanism(0.0, config.clip_norm, 9, 9)
+    assert calibrated_mechanism(config, 100) == Mechanism(0.0, config.clip_norm, 16, 100)
+    assert calibrated_mechanism(config, 9) == Mechanism(0.0, config.clip_norm, 9, 9)
 
 
 def test_adapters_are_built_as_configured(make_config: MakeConfig) -> None:

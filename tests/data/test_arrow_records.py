@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 
 from fedlora_flwr.data.arrow_records import ArrowRecords, pad_collate
+from fedlora_flwr.data.records import Records
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.tasks.registry import Records
 
 LISTS = [[7, 8, 9], [5], [], [1, 2, 3, 4], [6, 6]]
 ROWS: dict[str, Any] = {

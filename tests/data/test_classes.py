@@ -12,9 +12,9 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 
+from fedlora_flwr.data.records import Records
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.image_classification import ImageClassification
-from fedlora_flwr.tasks.registry import Records
 from fedlora_flwr.tasks.text_classification import TextClassification
 from tests.backbones.checkpoints import write_split
 from tests.data.pictures import CLASSES, image_config, write_pictures

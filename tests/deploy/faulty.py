@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from fedlora_flwr.tasks.registry import Batch
+from fedlora_flwr.data.records import Batch
 from fedlora_flwr.tasks.text_classification import TextClassification
 
 NAME = f"{__name__}:Faulty"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlora_flwr.tasks.registry import Batch, Records
+from fedlora_flwr.data.records import Batch, Records
 from tests.hostile.tiny_task import CLASSES, FEATURES, READS, Block, CountedRecords, TinyTask
 
 CANARY = "qzjxkvwpyh"

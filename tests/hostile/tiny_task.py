@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedlora_flwr.tasks.registry import Batch, Records
+from fedlora_flwr.data.records import Batch, Records
 
 FEATURES, CLASSES, RECORDS = 8, 3, 16
 NAME = "tests.hostile.tiny_task:make"

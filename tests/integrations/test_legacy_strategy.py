@@ -17,7 +17,8 @@ from fedlora_flwr.client_app import app as package_app
 from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.errors import FederationAborted, InvalidValue
 from fedlora_flwr.integrations.legacy_strategy import LegacyStrategy
-from fedlora_flwr.plan import ComponentPlan, Layout
+from fedlora_flwr.layout import Layout
+from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.strategies import STRATEGIES, FedLoRA, FFALoRA, RoLoRA
 from fedlora_flwr.strategies.replies import to_record

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
+from fedlora_flwr.layout import folded_names
 from fedlora_flwr.lora.adapters import AdaptedLinear, AdaptedModel, LoRASpec, attach
-from fedlora_flwr.plan import folded_names
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.noise import SeededNoise
 from tests.models import (

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fedlora_flwr.data.records import TensorRecords
 from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.layout import factor_of
 from fedlora_flwr.lora.adapters import LoRASpec, attach
-from fedlora_flwr.plan import factor_of
 from fedlora_flwr.privacy.clipping import NoisyOptimizer, clip_factors, row_norms
 from fedlora_flwr.privacy.engine import PrivateEngine
 from fedlora_flwr.privacy.mechanism import Mechanism

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedlora_flwr.bench.figures import operators
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.plan import factor_of
+from fedlora_flwr.layout import factor_of
 from fedlora_flwr.privacy import engine as engine_module
 from fedlora_flwr.privacy.clipping import NoisyOptimizer
 from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine

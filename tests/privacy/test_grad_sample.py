@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fedlora_flwr.data.records import TensorRecords
 from fedlora_flwr.errors import PrivacyViolation
+from fedlora_flwr.layout import factor_of
 from fedlora_flwr.lora.adapters import LoRASpec, attach
-from fedlora_flwr.plan import factor_of
 from fedlora_flwr.privacy.engine import PrivateEngine
 from fedlora_flwr.privacy.grad_sample import GradSampler
 from fedlora_flwr.privacy.mechanism import Mechanism

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq  # type: ignore[import-untyped]
 from scipy.stats import norm  # type: ignore[import-untyped]
 
-from fedlora_flwr.clients.trainer import plan_mechanism
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import BudgetExhausted, InvalidValue
 from fedlora_flwr.privacy.account import (
@@ -29,6 +28,7 @@ from fedlora_flwr.privacy.account import (
     terms,
 )
 from fedlora_flwr.privacy.budget import Segment, calibrate, epsilon_spent
+from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.privacy.ledger import Ledger
 from fedlora_flwr.privacy.lifetime import (
     allowance,
@@ -261,7 +261,7 @@ def test_a_plan_knows_the_scope_and_what_earlier_runs_have_fixed() -> None:
 
     def sigma(run_epsilon: float = 0.0, terms: Terms = UNBOUND) -> float:
         run = replace(config, run_epsilon=run_epsilon)
-        return plan_mechanism(run, 10_000, terms=terms).noise_multiplier
+        return calibrated_mechanism(run, 10_000, terms=terms).noise_multiplier
 
     assert sigma() == calibrate(3.0, DELTA, rate, 1000)
     assert sigma(run_epsilon=1.0) == calibrate(1.0, DELTA, rate, 1000)

@@ -13,11 +13,11 @@ from dp_accounting.pld import privacy_loss_distribution
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora_flwr.clients.trainer import plan_mechanism
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.privacy import accountants
 from fedlora_flwr.privacy.budget import Segment, calibrate, epsilon_spent
+from fedlora_flwr.privacy.calibration import calibrated_mechanism
 
 # --- both directions ---
 
@@ -74,7 +74,7 @@ def test_noise_is_for_all_rounds_that_a_client_may_join(share: float, max_rounds
         fraction_train=share, max_rounds=max_rounds,
     )  # fmt: skip
     steps = 5 * (max_rounds or 12)
-    mechanism = plan_mechanism(config, 1000)
+    mechanism = calibrated_mechanism(config, 1000)
     assert mechanism.noise_multiplier == calibrate(2.0, 1e-4, 0.032, steps)
     spent = epsilon_spent([Segment(mechanism.noise_multiplier, 0.032, steps)], 1e-4).epsilon
     assert 1.98 <= spent <= 2.0

@@ -13,7 +13,7 @@ from flwr.app import RecordDict
 from fedlora_flwr.client_app import state_folder
 from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.plan import factor_of
+from fedlora_flwr.layout import factor_of
 from fedlora_flwr.privacy.budget import Segment, calibrate, epsilon_spent
 from fedlora_flwr.strategies import RoLoRA
 from fedlora_flwr.strategies.replies import to_record

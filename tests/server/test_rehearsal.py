@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from fedlora_flwr.cli import app
 from fedlora_flwr.cli.run_screen import describe_plan
-from fedlora_flwr.clients.trainer import build_adapted
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue, ModelFailed, PrivacyViolation
 from fedlora_flwr.forecast.forecast import forecast
+from fedlora_flwr.lora.build import build_adapted
 from fedlora_flwr.server import rehearsal
 from fedlora_flwr.server.rehearsal import rehearse
 from fedlora_flwr.server.run_dir import RunDirectory

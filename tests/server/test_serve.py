@@ -353,7 +353,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_take_the_result_away(
     def fail(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("fedlora_flwr.plots.plots.plot_modes", fail)
+    monkeypatch.setattr("fedlora_flwr.plots.modes.plot_modes", fail)
     run_dir, summary = run(make_config(strategy="as-lora"), tmp_path / "run")
     assert summary["status"] == "completed"
     assert not (run_dir.path / "modes.png").exists()

@@ -20,7 +20,7 @@ from fedlora_flwr.client_app import client_fn
 from fedlora_flwr.clients.bridge import bridge
 from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.plan import factor_of, is_folded
+from fedlora_flwr.layout import factor_of, is_folded
 from fedlora_flwr.privacy.postprocessing.filters import FILTERS
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.server.serve import serve

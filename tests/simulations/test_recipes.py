@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer, RobertaConfig
 
-from fedlora_flwr.clients.trainer import Trainer, plan_mechanism
+from fedlora_flwr.clients.trainer import Trainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.recipes import RECIPES, load_recipe, recipe_names
 from fedlora_flwr.forecast.forecast import forecast
 from fedlora_flwr.privacy.budget import Segment, calibrate, epsilon_spent
+from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.server.serve import build_strategy
 from fedlora_flwr.simulations.runner import make_plan, run_in_process
@@ -167,7 +168,7 @@ def unlike(*keys: str) -> list[str]:
 )
 def test_a_client_of_mean_size_can_keep_the_promise(name: str) -> None:
     config = load_recipe(name)
-    mechanism = plan_mechanism(config, RECORDS[data_of(name)] // config.num_clients)
+    mechanism = calibrated_mechanism(config, RECORDS[data_of(name)] // config.num_clients)
     if not config.private:
         assert name.startswith("paper/rolora")
         assert mechanism.noise_multiplier == 0
@@ -208,7 +209,7 @@ def test_a_shrunken_twin_takes_a_private_step(
     trainer = Trainer.build(config)
     plan = build_strategy(config).plan(1, trainer.layout)
     records = trainer.task.client_records(0, 2)
-    mechanism = plan_mechanism(config, len(records))
+    mechanism = calibrated_mechanism(config, len(records))
     update = trainer.train(trainer.start, plan, records, mechanism, ("client", 1))
     assert set(update.arrays) == set(trainer.layout.trained(plan, 1))
     moved = [

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 
-from fedlora_flwr.plan import factor_of
+from fedlora_flwr.layout import factor_of
 from tests.strategies.crafting import (
     HUGE,
     Case,

@@ -11,7 +11,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 from numpy.typing import NDArray
 
-from fedlora_flwr.plan import ComponentPlan, Layout, factor_of
+from fedlora_flwr.layout import Layout, factor_of
+from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.wire.records import train_records
 from fedlora_flwr.wire.report import Report
 from tests.strategies.tiny import arrays_of, record_of

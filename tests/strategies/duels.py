@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_flwr.plan import ComponentPlan, Layout, factor_of
+from fedlora_flwr.layout import Layout, factor_of
+from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.strategies import ASLoRA, Upload
 
 SHAPES = {"A": (2, 24), "B": (24, 2)}

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.gains import Estimate
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.plan import ComponentPlan, Layout, factor_of
+from fedlora_flwr.layout import Layout, factor_of
+from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.strategies import ASLoRA, Upload
 from fedlora_flwr.strategies.choices import Choice, Scores, chance_of_a, lead, verdict
 from tests.strategies.duels import Duels

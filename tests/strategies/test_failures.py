@@ -9,7 +9,8 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from numpy.typing import NDArray
 
 from fedlora_flwr.errors import FederationAborted
-from fedlora_flwr.plan import ComponentPlan, Layout
+from fedlora_flwr.layout import Layout
+from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.strategies import FedLoRA, FFALoRA, RoundReport
 from tests.strategies.tiny import (

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.plan import Layout
+from fedlora_flwr.layout import Layout
 from fedlora_flwr.strategies import STRATEGIES, FedLoRA, FFALoRA, LALoRA, RoLoRA, strategy_class
 from tests.strategies.tiny import A_NAMES, B_NAMES, NAMES, Arrays, Tiny, arrays_of, start_arrays
 

@@ -20,7 +20,7 @@ from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.trainer import Trainer, process_trainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
-from fedlora_flwr.plan import Layout, factor_of
+from fedlora_flwr.layout import Layout, factor_of
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.server.serve import serve
 from fedlora_flwr.simulations.local_grid import LocalGrid

@@ -20,7 +20,7 @@ from torch import nn
 
 from fedlora_flwr.algebra.factors import Pair
 from fedlora_flwr.errors import FederationAborted
-from fedlora_flwr.plan import Layout, factor_of, folded_names, is_folded
+from fedlora_flwr.layout import Layout, factor_of, folded_names, is_folded
 from fedlora_flwr.strategies import FedExLoRA, FedLoRA, FedSVD, FlexLoRA, FLoRA, Upload
 from tests.strategies.tiny import Asked, Tiny, arrays_of, declined, record_of, reply_of
 

@@ -12,7 +12,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Result
 from numpy.typing import NDArray
 
-from fedlora_flwr.plan import ComponentPlan, Layout
+from fedlora_flwr.layout import Layout
+from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.strategies import FedLoRA
 

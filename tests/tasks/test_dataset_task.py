@@ -17,10 +17,11 @@ from timm.models import save_for_hf
 from fedlora_flwr.backbones.image_models import SMALL_SWIN, model_folder
 from fedlora_flwr.backbones.pretrain_swin import MODEL_ARGS, build_swin
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.data.dataset_settings import names
+from fedlora_flwr.data.records import Records
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.tasks.dataset_task import DatasetTask, names
+from fedlora_flwr.tasks.dataset_task import DatasetTask
 from fedlora_flwr.tasks.image_classification import ImageClassification
-from fedlora_flwr.tasks.registry import Records
 from fedlora_flwr.tasks.text_classification import TextClassification
 from tests.backbones.checkpoints import write_split
 from tests.data.pictures import image_config, write_pictures

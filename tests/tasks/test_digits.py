@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
+from fedlora_flwr.data.records import Batch, Records
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.digits import DigitsTask
-from fedlora_flwr.tasks.registry import Batch, Records
 from tests.tasks.conftest import settings
 
 

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
-from fedlora_flwr.clients.trainer import build_adapted
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.plan import folded_names
+from fedlora_flwr.layout import folded_names
+from fedlora_flwr.lora.build import build_adapted
 from fedlora_flwr.tasks.registry import build_task
 from tests.backbones import checkpoints
 from tests.data import loading

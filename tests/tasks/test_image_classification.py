@@ -16,11 +16,11 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 
 from fedlora_flwr.clients.trainer import Trainer
-from fedlora_flwr.data.pictures import normalised
+from fedlora_flwr.data.pictures import image_column, normalised
 from fedlora_flwr.errors import InvalidValue, PrivacyViolation
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import make_plan, run_in_process
-from fedlora_flwr.tasks.image_classification import ImageClassification, image_column
+from fedlora_flwr.tasks.image_classification import ImageClassification
 from tests.data.pictures import CLASSES, MODES, image_config, picture, write_pictures
 from tests.models import plain_parameters
 from tests.tasks.texts import fill, gradients_alone

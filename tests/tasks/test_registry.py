@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora_flwr.data.records import TensorRecords
+from fedlora_flwr.data.records import TensorRecords, lengths_of
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.digits import DigitsTask
-from fedlora_flwr.tasks.registry import Task, build_task, lengths_of, task_names
+from fedlora_flwr.tasks.registry import Task, build_task, task_names
 from tests.tasks.conftest import settings
 
 

@@ -13,7 +13,8 @@ from peft import PeftModel
 
 from fedlora_flwr.clients.trainer import Trainer
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.plan import BOTH, ComponentPlan, factor_of
+from fedlora_flwr.layout import factor_of
+from fedlora_flwr.plan import BOTH, ComponentPlan
 from fedlora_flwr.privacy.engine import OptimizerSettings
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.microbatches import PASS_COST

@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.data.records import Records
 from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.tasks.dataset_task import DatasetTask
-from fedlora_flwr.tasks.registry import Records
 from tests.backbones import checkpoints
 from tests.models import plain_parameters
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from fedlora_flwr.errors import unknown
-from fedlora_flwr.plan import B, factor_of
+from fedlora_flwr.layout import factor_of
+from fedlora_flwr.plan import B
 
 _LAMBDA = 1.0  # strength of Laplacian smoothing
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.plots.plots import MODES, save
-from fedlora_flwr.strategies.agreement import HEAD, PARTS
+from fedlora_flwr.plan import HEAD, PARTS
+from fedlora_flwr.plots.figures import MODES, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,16 +20,11 @@ from typer.testing import CliRunner
 
 from fedlora_flwr.cli import app
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.plots.plots import (
-    MODES,
-    accuracy_figure,
-    modes_figure,
-    plot_accuracy,
-    plot_modes,
-    plot_split,
-    split_figure,
-)
-from fedlora_flwr.plots.round_plots import ratios, rounds_figure
+from fedlora_flwr.plots.accuracy import accuracy_figure, plot_accuracy
+from fedlora_flwr.plots.figures import MODES
+from fedlora_flwr.plots.modes import modes_figure, plot_modes
+from fedlora_flwr.plots.rounds import ratios, rounds_figure
+from fedlora_flwr.plots.splits import plot_split, split_figure
 
 PLANS = ["B", "A", "BAB", "*AB", "BBB/BAB"]
 BLOCKS = ["blocks.0", "blocks.1", "blocks.2"]
