@@ -15,7 +15,7 @@ from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.privacy.postprocessing.filters import FILTERS
 
 ROOT = Path(__file__).parents[2]
-DIGITS = ROOT / "fedlora_flwr" / "simulations" / "recipes" / "digits.toml"
+DIGITS = ROOT / "fedlora_flwr" / "config" / "recipes" / "digits.toml"
 DEFAULTS = RunConfig().items()
 
 # Values on both sides of each limit, by key.
