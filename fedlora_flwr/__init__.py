@@ -9,9 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedlora_flwr.clients.bridge import answer as answer
     from fedlora_flwr.clients.bridge import bridge as bridge
-    from fedlora_flwr.clients.bridge import client_identity as client_identity
+    from fedlora_flwr.clients.device import client_identity as client_identity
+    from fedlora_flwr.clients.handler import answer_message as answer_message
+    from fedlora_flwr.clients.local_round import LocalRound as LocalRound
     from fedlora_flwr.clients.numpy_client import LoRAClient as LoRAClient
     from fedlora_flwr.clients.trainer import Trainer as Trainer
     from fedlora_flwr.config import RunConfig as RunConfig
@@ -45,9 +46,10 @@ _HOMES = {
     "AdaptedModel": "lora.adapters",
     "LoRASpec": "lora.adapters",
     "attach": "lora.adapters",
-    "answer": "clients.bridge",
     "bridge": "clients.bridge",
-    "client_identity": "clients.bridge",
+    "client_identity": "clients.device",
+    "answer_message": "clients.handler",
+    "LocalRound": "clients.local_round",
     "LoRAClient": "clients.numpy_client",
     "follow_fit": "integrations.planned_loop",
     "follow_plan": "integrations.planned_loop",

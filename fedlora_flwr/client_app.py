@@ -14,14 +14,9 @@ from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.logger import log
 
 from fedlora_flwr.clients import uncollected
-from fedlora_flwr.clients.bridge import (
-    answer,
-    bridge,
-    client_identity,
-    guarded,
-    trains_or_evaluates,
-)
-from fedlora_flwr.clients.device import DEVICE, Device
+from fedlora_flwr.clients.bridge import bridge, trains_or_evaluates
+from fedlora_flwr.clients.device import DEVICE, Device, client_identity
+from fedlora_flwr.clients.guarded import guarded
 from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.warm import WarmProcess
 from fedlora_flwr.config import RunConfig
@@ -63,7 +58,6 @@ def make_client(context: Context) -> LoRAClient:
             "This SuperNode names no device's file, without which a server would decide everything "
             "on it. Start it with --node-config 'device=\"/path/device.toml\"'."
         )
-    # A question who the client is, or a message for a warm process, must not wait for torch.
     with uncollected():
         from fedlora_flwr.clients.numpy_client import LoRAClient
         from fedlora_flwr.clients.trainer import process_trainer
@@ -115,7 +109,11 @@ def state_folder(config: RunConfig) -> Path:
 def _direct(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Answer a Message-API strategy without a detour over Flower's legacy records."""
     if trains_or_evaluates(message):
-        return answer(partial(make_client, context), message, client_identity(context))
+        # A question who the client is, or a message for a warm process, must not wait for torch.
+        with uncollected():
+            from fedlora_flwr.clients.handler import answer_message
+
+        return answer_message(partial(make_client, context), message, client_identity(context))
     return call_next(message, context)
 
 

@@ -7,10 +7,6 @@ decides which errors a server may read.
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable, Mapping
-from logging import ERROR
-from pathlib import Path
 from typing import TypeVar, cast
 
 from flwr.app import (
@@ -20,23 +16,16 @@ from flwr.app import (
     MessageType,
     RecordDict,
 )
-from flwr.client import NumPyClient
 from flwr.clientapp.typing import ClientAppCallable
-from flwr.common import NDArrays, Scalar
-from flwr.common.logger import log
 
-from fedlora_flwr.clients.device import DEVICE, Device
-from fedlora_flwr.environment import in_simulation
+from fedlora_flwr.clients.device import client_identity
+from fedlora_flwr.clients.guarded import guarded
 from fedlora_flwr.errors import (
-    BudgetExhausted,
-    ClientFailed,
     FedLoRAError,
-    InvalidValue,
-    OrderRefused,
 )
-from fedlora_flwr.wire import CLIENT, NAMES, partition_name
+from fedlora_flwr.wire import CLIENT, NAMES
 from fedlora_flwr.wire.arrays import to_numpy
-from fedlora_flwr.wire.records import evaluate_content, fit_content, query_records
+from fedlora_flwr.wire.records import evaluate_content, fit_content, only_record, query_records
 from fedlora_flwr.wire.report import Report
 
 S = TypeVar("S")
@@ -84,7 +73,7 @@ def _bridged(message: Message, context: Context, call_next: ClientAppCallable) -
         return call_next(message, context)
     prefix = _LEGACY_INS[kind]
     identity = client_identity(context)
-    names = list(_only(message.content.array_records, "ArrayRecord"))
+    names = list(only_record(message.content.array_records, "ArrayRecord"))
     message.content = _to_legacy(message.content, prefix)
     reply = call_next(message, context)
     if not reply.has_error():
@@ -102,117 +91,9 @@ def trains_or_evaluates(message: Message) -> bool:
     return prefix is not None and f"{prefix}.parameters" not in message.content.array_records
 
 
-def answer(
-    client: NumPyClient | Callable[[], NumPyClient], message: Message, identity: str
-) -> Message:
-    """Serve a train or evaluate message with a NumPyClient, past Flower's legacy records.
-
-    The reply is that of `bridge`, at a fraction of its time: `bridge` hands arrays on through
-    Flower's own translation, which reads and writes every one of them twice more.
-
-    Parameters
-    ----------
-    client : NumPyClient or callable
-        Serves the message; or what makes it, once the message can be read.
-    message : Message
-        What a Message-API strategy sent.
-    identity : str
-        Who the client is (see `client_identity`).
-
-    Raises
-    ------
-    OrderRefused
-        The message does not hold one ArrayRecord and one ConfigRecord, or an array is broken.
-    OrderRefused, BudgetExhausted, ClientFailed
-        See `guarded`.
-    """
-    return guarded(_answered, client, message, identity)
-
-
-def _answered(
-    client: NumPyClient | Callable[[], NumPyClient], message: Message, identity: str
-) -> Message:
-    arrays = _only(message.content.array_records, "ArrayRecord")
-    config = dict(_only(message.content.config_records, "ConfigRecord"))
-    if NAMES in config:
-        raise OrderRefused(f"The message's configuration has {NAMES!r}; its arrays have names.")
-    config[NAMES] = ",".join(arrays)
-    try:
-        values: NDArrays = [to_numpy(array) for array in arrays.values()]
-    except Exception as error:  # NumPy's reader raises errors of many types.
-        raise OrderRefused("An array of the message cannot be read: it is damaged.") from error
-    scalars = cast(dict[str, Scalar], config)
-    if not isinstance(client, NumPyClient):
-        client = client()
-    if message.metadata.message_type == MessageType.TRAIN:
-        trained, examples, metrics = client.fit(values, scalars)
-        content = fit_content(trained, arrays, {**metrics, CLIENT: identity}, examples)
-    else:
-        loss, examples, metrics = client.evaluate(values, scalars)
-        content = evaluate_content(loss, {**metrics, CLIENT: identity}, examples)
-    return Message(content, reply_to=message)
-
-
-def guarded(call: Callable[..., T], *args: object) -> T:
-    """Call a function, and let out only errors that a server may read.
-
-    Flower sends an exception's text to the server, and the text of a library or of ours may hold a
-    record. So this is a list of what may travel. Everything else becomes one fixed sentence with a
-    random number, which stands beside the whole error in the client's own log. In a simulation
-    server and client are one machine, and errors of this package are told in full.
-
-    Raises
-    ------
-    OrderRefused
-        As raised: it says what is wrong with the message, and no record was opened.
-    BudgetExhausted
-        With a fixed text.
-    ClientFailed
-        In place of every other error.
-    """
-    try:
-        return call(*args)
-    except (OrderRefused, ClientFailed):
-        raise
-    except BudgetExhausted as error:
-        if in_simulation():
-            raise
-        log(ERROR, "%s", error)
-        raise BudgetExhausted("budget exhausted: this client takes no further part") from None
-    except Exception as error:
-        number = secrets.token_hex(4)
-        log(ERROR, "The client failed (error %s).", number, exc_info=error)
-        if in_simulation():
-            if isinstance(error, FedLoRAError):
-                raise
-            kind = type(error).__name__
-            raise ClientFailed(f"{kind} on the client; its own log says more") from None
-        raise ClientFailed(
-            f"The client could not do what was asked (error {number}). Its own log says why."
-        ) from None
-
-
-def client_identity(context: Context) -> str:
-    """Return the stable identity of a client: a device's, ``client-id``, or its partition's number.
-
-    Raises
-    ------
-    InvalidValue
-        The node config has none of them, or a device's file cannot be used.
-    """
-    config = context.node_config
-    if DEVICE in config:
-        return Device.read(Path(str(config[DEVICE]))).client
-    if "client-id" in config:
-        return str(config["client-id"])
-    if "partition-id" in config:
-        return partition_name(int(config["partition-id"]))
-    raise InvalidValue("node config", dict(config), "'device', 'client-id' or 'partition-id'")
-
-
 def _to_legacy(content: RecordDict, prefix: str) -> RecordDict:
-    arrays = _only(content.array_records, "ArrayRecord")
-    config = ConfigRecord(dict(_only(content.config_records, "ConfigRecord")))
+    arrays = only_record(content.array_records, "ArrayRecord")
+    config = ConfigRecord(dict(only_record(content.config_records, "ConfigRecord")))
     config[NAMES] = ",".join(arrays)
     return RecordDict({f"{prefix}.parameters": arrays, f"{prefix}.config": config})
 
@@ -239,9 +120,3 @@ def _check_status(content: RecordDict, prefix: str) -> None:
     if status["code"] != 0:
         code, reason = cast(int, status["code"]), cast(str, status["message"])
         raise FedLoRAError(f"the client answered with status {code}: {reason}")
-
-
-def _only(records: Mapping[str, T], kind: str) -> T:
-    if len(records) != 1:
-        raise OrderRefused(f"The message has {len(records)} {kind}s. Send exactly one.")
-    return next(iter(records.values()))

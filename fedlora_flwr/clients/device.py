@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flwr.app import Context
+
 from fedlora_flwr.config import OWN, Limit, RunConfig, device_config, read_toml
 from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.tasks.registry import required_on_device
+from fedlora_flwr.wire import partition_name
 
 DEVICE = "device"
 """Key of the node config that names the file: ``--node-config 'device="/etc/fedlora.toml"'``."""
@@ -112,3 +115,21 @@ def _local(key: str, value: Any, folder: Path) -> Any:
     if value and (key == "state-dir" or (key in _FOLDERS and local.exists())):
         return str(local.resolve())
     return value
+
+
+def client_identity(context: Context) -> str:
+    """Return the stable identity of a client: a device's, ``client-id``, or its partition's number.
+
+    Raises
+    ------
+    InvalidValue
+        The node config has none of them, or a device's file cannot be used.
+    """
+    config = context.node_config
+    if DEVICE in config:
+        return Device.read(Path(str(config[DEVICE]))).client
+    if "client-id" in config:
+        return str(config["client-id"])
+    if "partition-id" in config:
+        return partition_name(int(config["partition-id"]))
+    raise InvalidValue("node config", dict(config), "'device', 'client-id' or 'partition-id'")

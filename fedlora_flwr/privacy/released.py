@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr.privacy.ledger import LedgerSummary
-from fedlora_flwr.wire import NAMES, STATUS_OK
+from fedlora_flwr.wire import STATUS_OK
 from fedlora_flwr.wire.report import Report
 
 
 @dataclass(frozen=True)
 class Released:
-    """What one client sends after one round, and nothing else does leave.
+    """Everything a client sends after a round. Nothing else leaves it.
 
     Parameters
     ----------
@@ -32,6 +32,8 @@ class Released:
         Aggregation weight: 1, or the public quantity that ``weighting`` names.
     status : str
         ``"ok"``, or ``"budget-exhausted"``: then there are no arrays.
+    num_examples : int
+        Number of records where that is the weight, otherwise 1; 0 where nothing trained.
     unprotected : Mapping[str, float]
         Metrics on private records *without* protection; empty unless the run asks for them.
     """
@@ -42,6 +44,7 @@ class Released:
     peak_memory_mb: float
     weight: float = 1.0
     status: str = STATUS_OK
+    num_examples: int = 1
     unprotected: Mapping[str, float] = field(default_factory=dict)
 
     def report(self) -> Report:
@@ -63,11 +66,7 @@ class Released:
             seconds=float(self.seconds),
             peak_memory_mb=float(self.peak_memory_mb),
             weight=float(self.weight),
+            num_examples=self.num_examples,
             # A loss that is not finite says nothing, and must not cost the round.
             unprotected={n: float(v) for n, v in self.unprotected.items() if math.isfinite(v)},
         ).checked()
-
-    def metrics(self) -> dict[str, bool | bytes | float | int | str]:
-        """Return all but the arrays, as flat scalars."""
-        _, _, flat = self.report().to_fit()
-        return {name: value for name, value in flat.items() if name != NAMES}

@@ -1,17 +1,19 @@
-"""A client's report in Flower's records, and back."""
+"""Orders and reports in Flower's records, and back."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
-from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.wire import ARRAYS, CLIENT, CONFIG, LOSS, METRICS, limits
+from fedlora_flwr.errors import InvalidValue, OrderRefused
+from fedlora_flwr.wire import ARRAYS, CLIENT, CONFIG, LOSS, METRICS, NAMES, limits
 from fedlora_flwr.wire.arrays import from_numpy, record_of, to_numpy
 from fedlora_flwr.wire.limits import NAME
+from fedlora_flwr.wire.order import Order, named_arrays
 from fedlora_flwr.wire.report import Report
 
 T = TypeVar("T")
@@ -52,6 +54,45 @@ def fit_content(
 def evaluate_content(loss: float, metrics: Mapping[str, Any], examples: int) -> RecordDict:
     """Write what a NumPyClient's ``evaluate`` returned; limits as in `fit_content`."""
     return evaluate_records(Report.of_scalars({**metrics, LOSS: loss}, examples))
+
+
+def read_order(content: RecordDict) -> tuple[Order, dict[str, NDArray[np.float32]]]:
+    """Read what a Message-API strategy sent to train or to measure.
+
+    Returns
+    -------
+    tuple[Order, dict[str, ndarray]]
+        The order, and the arrays in fp32 by name.
+
+    Raises
+    ------
+    OrderRefused
+        There is not one ArrayRecord and one ConfigRecord, an array is damaged, or something is not
+        allowed (see `Order.from_config` and `named_arrays`).
+    """
+    record = only_record(content.array_records, "ArrayRecord")
+    config = only_record(content.config_records, "ConfigRecord")
+    if NAMES in config:
+        raise OrderRefused(f"The message's configuration has {NAMES!r}; its arrays have names.")
+    order = Order.from_config(config)
+    try:
+        values = [to_numpy(array) for array in record.values()]
+    except Exception as error:  # NumPy's reader raises errors of many types.
+        raise OrderRefused("An array of the message cannot be read: it is damaged.") from error
+    return order, named_arrays(list(record), values)
+
+
+def only_record(records: Mapping[str, T], kind: str) -> T:
+    """Return the one record of a kind.
+
+    Raises
+    ------
+    OrderRefused
+        There is not exactly one.
+    """
+    if len(records) != 1:
+        raise OrderRefused(f"The message has {len(records)} {kind}s. Send exactly one.")
+    return next(iter(records.values()))
 
 
 def client_of(content: RecordDict) -> str:

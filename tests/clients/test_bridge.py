@@ -14,7 +14,8 @@ from flwr.server.strategy import FedAvg as LegacyFedAvg
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
-from fedlora_flwr.clients.bridge import bridge, client_identity
+from fedlora_flwr.clients.bridge import bridge
+from fedlora_flwr.clients.device import client_identity
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.strategies import FedLoRA

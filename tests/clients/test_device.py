@@ -9,8 +9,7 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from fedlora_flwr.client_app import make_client
-from fedlora_flwr.clients.bridge import client_identity
-from fedlora_flwr.clients.device import Device
+from fedlora_flwr.clients.device import Device, client_identity
 from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.config import OWN, RunConfig
 from fedlora_flwr.environment import simulating

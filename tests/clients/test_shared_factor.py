@@ -71,7 +71,10 @@ def files(config: RunConfig) -> dict[str, bytes]:
 
 
 def rows(config: RunConfig) -> list[tuple[Any, ...]]:
-    with closing(sqlite3.connect(state_folder(config) / "ledger.sqlite")) as db:
+    ledger = state_folder(config) / "ledger.sqlite"
+    if not ledger.exists():
+        return []
+    with closing(sqlite3.connect(ledger)) as db:
         return db.execute("SELECT client, round FROM releases").fetchall()
 
 

@@ -44,7 +44,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
 _OF_WARM = {
     "subprocess.Popen": "'fedlora_flwr.clients.warm'",
     "socket.connect": r"'[^']*/pymp-\w+/listener-\w+'",
-    "pickle.find_class": r"^\('(flwr\.app|fedlora_flwr\.(arrays|errors)|numpy|collections)\b",
+    "pickle.find_class": r"^\('(flwr\.app|fedlora_flwr\.(wire\.arrays|errors)|numpy|collections)\b",
 }
 _ROOTS = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib", "/run", "/nonexistent")
 

@@ -5,7 +5,7 @@ from functools import lru_cache
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedlora_flwr import Ledger, LoRAClient, RunConfig, Trainer, answer, client_identity
+from fedlora_flwr import Ledger, LocalRound, RunConfig, Trainer, answer_message, client_identity
 from fedlora_flwr.client_app import state_folder
 from private_digits.task import Digits
 
@@ -22,11 +22,11 @@ def trainer(config: RunConfig) -> Trainer:
 def fit(message: Message, context: Context) -> Message:
     """Train one round: private steps under the server's plan, a ledger row, then the reply."""
     node, config = context.node_config, RunConfig.of(context.run_config)
-    client = LoRAClient(
+    local_round = LocalRound(
         trainer(config),
         Digits().client_records(node["partition-id"], node["num-partitions"]),
         Ledger(state_folder(config) / "ledger.sqlite"),
         client_identity(context),
         str(context.run_id),
     )
-    return answer(client, message, client.identity)
+    return answer_message(local_round, message, local_round.identity)

@@ -1,0 +1,54 @@
+"""Which errors of a client a server may read."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from logging import ERROR
+from typing import TypeVar
+
+from flwr.common.logger import log
+
+from fedlora_flwr.environment import in_simulation
+from fedlora_flwr.errors import BudgetExhausted, ClientFailed, FedLoRAError, OrderRefused
+
+T = TypeVar("T")
+
+
+def guarded(call: Callable[..., T], *args: object) -> T:
+    """Call a function, and let out only errors that a server may read.
+
+    Flower sends an exception's text to the server, and the text of a library or of ours may hold a
+    record. So this is a list of what may travel. Everything else becomes one fixed sentence with a
+    random number, which stands beside the whole error in the client's own log. In a simulation
+    server and client are one machine, and errors of this package are told in full.
+
+    Raises
+    ------
+    OrderRefused
+        As raised: it says what is wrong with the message, and no record was opened.
+    BudgetExhausted
+        With a fixed text.
+    ClientFailed
+        In place of every other error.
+    """
+    try:
+        return call(*args)
+    except (OrderRefused, ClientFailed):
+        raise
+    except BudgetExhausted as error:
+        if in_simulation():
+            raise
+        log(ERROR, "%s", error)
+        raise BudgetExhausted("budget exhausted: this client takes no further part") from None
+    except Exception as error:
+        number = secrets.token_hex(4)
+        log(ERROR, "The client failed (error %s).", number, exc_info=error)
+        if in_simulation():
+            if isinstance(error, FedLoRAError):
+                raise
+            kind = type(error).__name__
+            raise ClientFailed(f"{kind} on the client; its own log says more") from None
+        raise ClientFailed(
+            f"The client could not do what was asked (error {number}). Its own log says why."
+        ) from None

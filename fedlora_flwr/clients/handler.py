@@ -1,0 +1,58 @@
+"""Answers Flower's messages with `LocalRound`: named records in, named records out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from flwr.app import Message, MessageType
+
+from fedlora_flwr.clients.guarded import guarded
+from fedlora_flwr.clients.local_round import LocalRound
+from fedlora_flwr.wire.records import evaluate_records, read_order, train_records
+from fedlora_flwr.wire.report import Report
+
+
+def answer_message(
+    local_round: LocalRound | Callable[[], LocalRound], message: Message, identity: str
+) -> Message:
+    """Answer a train or evaluate message of a Message-API strategy.
+
+    Parameters
+    ----------
+    local_round : LocalRound or callable
+        Does the work; or what makes it, once the message has been read.
+    message : Message
+        What the strategy sent.
+    identity : str
+        Who the client is (see `client_identity`).
+
+    Returns
+    -------
+    Message
+        One ArrayRecord with what trained, one MetricRecord, and one ConfigRecord (see `Report`).
+
+    Raises
+    ------
+    OrderRefused
+        The message does not hold one ArrayRecord and one ConfigRecord, or something in them is not
+        allowed (see `Order`).
+    OrderRefused, BudgetExhausted, ClientFailed
+        See `guarded`.
+    """
+    return guarded(_answered, local_round, message, identity)
+
+
+def _answered(
+    local_round: LocalRound | Callable[[], LocalRound], message: Message, identity: str
+) -> Message:
+    order, arrays = read_order(message.content)
+    if not isinstance(local_round, LocalRound):
+        local_round = local_round()
+    if message.metadata.message_type == MessageType.TRAIN:
+        report = local_round.run(order, arrays).report()
+        content = train_records(replace(report, client=identity))
+    else:
+        metrics = local_round.measure(order, arrays)
+        content = evaluate_records(Report(client=identity, num_examples=1, measured=metrics))
+    return Message(content, reply_to=message)

@@ -1,0 +1,283 @@
+"""One client's round: an order and arrays in, `Released` out. Nothing of Flower is in it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora_flwr.clients.local_store import LocalStore
+from fedlora_flwr.clients.trainer import LocalUpdate, Trainer
+from fedlora_flwr.data.records import Records
+from fedlora_flwr.environment import in_simulation, peak_memory
+from fedlora_flwr.errors import BudgetExhausted, InvalidValue, OrderRefused
+from fedlora_flwr.layout import factor_of
+from fedlora_flwr.plan import BOTH, A, ComponentPlan
+from fedlora_flwr.privacy.budget import Segment
+from fedlora_flwr.privacy.calibration import calibrated_mechanism
+from fedlora_flwr.privacy.ledger import Account, Ledger, LedgerSummary
+from fedlora_flwr.privacy.mechanism import Mechanism
+from fedlora_flwr.privacy.released import Released
+from fedlora_flwr.wire import STATUS_EXHAUSTED
+from fedlora_flwr.wire.order import Order, check_shapes
+
+Arrays = Mapping[str, NDArray[np.float32]]
+
+
+class LocalRound:
+    """Trains the planned LoRA factors on one client's records, privately, round after round.
+
+    *Guarantees.* The order is read in full before a record is opened. The round is in the ledger
+    before the first private batch, so whatever fails after that counts as spent. Only arrays that
+    private steps produced are released, and of those only what the order asks for.
+
+    Parameters
+    ----------
+    trainer : Trainer
+        The process's model and engine.
+    records : Records or callable
+        The client's private records, or a function that opens them. It is called after an order
+        has been read and accepted.
+    ledger : Ledger
+        Where releases are written before they leave.
+    client : str
+        Stable identity of these records.
+    run : str
+        Identity of the run, which a budget of scope ``"run"`` covers.
+    store : LocalStore, optional
+        Keeps what a strategy such as FedSA-LoRA leaves with the client.
+    open_test : callable, optional
+        Opens the public records that this client evaluates on, where it is asked to; by default the
+        task's.
+    rank : int, optional
+        This client's LoRA rank, where clients have their own; the server's arrays are cut to it.
+
+    Raises
+    ------
+    InvalidValue
+        ``rank`` is below 1.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        records: Records | Callable[[], Records],
+        ledger: Ledger,
+        client: str,
+        run: str,
+        *,
+        store: LocalStore | None = None,
+        open_test: Callable[[], Records] | None = None,
+        rank: int | None = None,
+    ) -> None:
+        self._trainer = trainer
+        self._open_test = open_test or trainer.task.test_records
+        self._records = records
+        self._ledger = ledger
+        if rank is not None and rank < 1:
+            raise InvalidValue("rank", rank, "a whole number of at least 1")
+        self._store = store
+        self._rank = rank
+        config = trainer.config
+        self._account = Account(
+            client, run, config.epsilon, config.delta, config.ledger_scope, config.run_epsilon
+        )
+
+    @property
+    def identity(self) -> str:
+        """Stable identity of the client's records."""
+        return self._account.client
+
+    @property
+    def start(self) -> Arrays:
+        """The arrays before any training, which follow from the seed and from no record."""
+        return self._trainer.start
+
+    def run(self, order: Order, arrays: Arrays) -> Released:
+        """Train one round and release the result.
+
+        Parameters
+        ----------
+        order : Order
+            What the server asks for.
+        arrays : Mapping[str, ndarray]
+            The server's arrays in fp32, finite and bounded (see `named_arrays`), folded pairs among
+            them. Factors have the shapes (r, n) and (m, r).
+
+        Returns
+        -------
+        Released
+            What leaves the client. Its status is ``"budget-exhausted"``, and it has no arrays,
+            where the budget does not allow the round.
+
+        Raises
+        ------
+        OrderRefused
+            Arrays, plan, backbone or weighting do not fit this client.
+        InvalidValue
+            The client's records cannot be read, or cannot keep the promise.
+        BudgetExhausted
+            The budget is spent, and the server sent no plan: it would not understand the answer
+            ``"budget-exhausted"`` that our strategies get.
+        """
+        started = time.perf_counter()
+        plan = order.plan_for(len(self._trainer.layout.blocks))
+        self._permit(order)
+        names = tuple(arrays)
+        arrays = self._complete(order, arrays)
+        run, records = self._trainer.config, self._open()
+        mechanism = calibrated_mechanism(run, len(records), terms=self._ledger.terms(self._account))
+        planned = Segment(mechanism.noise_multiplier, mechanism.sample_rate, run.planned_steps)
+        segment = replace(planned, steps=run.local_steps)
+        try:
+            # Written before the first private batch, so that a failure after it counts.
+            summary = self._ledger.record(self._account, order.server_round, segment, planned)
+        except BudgetExhausted:
+            if plan is None:
+                raise
+            return self._exhausted(started)
+        update = self._train(order, plan, arrays, records, mechanism, summary)
+        if plan is None:
+            # A server without plans replaces its arrays by what it gets, so it gets all of them.
+            update = LocalUpdate(self._trainer.adapted.read(names))
+        if order.share:
+            kept = {name: a for name, a in update.arrays.items() if not order.leaves(name)}
+            self._local.keep(self._account.client, self._account.run, kept)
+        return Released(
+            arrays={name: a for name, a in update.arrays.items() if order.leaves(name)},
+            ledger=summary,
+            seconds=time.perf_counter() - started,
+            peak_memory_mb=peak_memory() / 2**20,
+            weight=_weight(order.weighting, mechanism),
+            # The number of records goes out only where it is the weight.
+            num_examples=len(records) if order.weighting == "size" else 1,
+            unprotected=self._unprotected(records),
+        )
+
+    def measure(self, order: Order, arrays: Arrays) -> dict[str, float]:
+        """Evaluate the model with what this client keeps of its own.
+
+        Under a strategy that shares one factor, on the public test set: what the client keeps went
+        through private steps, so the figures are post-processing. Else on its private records,
+        where the client's configuration allows such figures.
+
+        Parameters
+        ----------
+        order, arrays
+            As for `run`.
+
+        Returns
+        -------
+        dict[str, float]
+            The task's metrics, ``loss`` among them.
+
+        Raises
+        ------
+        OrderRefused
+            This client does not report unprotected metrics, or names no split to evaluate on; or
+            arrays or backbone do not fit it.
+        """
+        run = self._trainer.config
+        if not order.share and not run.report_unprotected_metrics:
+            raise OrderRefused(
+                "A loss on private records is not protected. Evaluate on the server's public test "
+                "set (fraction_evaluate = 0), or set report-unprotected-metrics = true."
+            )
+        if order.share and not run.test_split:
+            raise OrderRefused(
+                "This client does not evaluate. To let it, name a public test-split in its file."
+            )
+        self._trainer.load(self._complete(order, arrays))
+        records = self._open_test() if order.share else self._open()
+        return self._trainer.task.evaluate(self._trainer.adapted.model, records)
+
+    def _permit(self, order: Order) -> None:
+        """Refuse a weighting that would tell what this client does not tell, or a missing round."""
+        own = self._trainer.config.weighting
+        if order.weighting not in ("uniform", own):
+            raise OrderRefused(
+                f"weighting = {order.weighting!r} is refused: this client tells neither its number "
+                "of records nor its noise to this run. Use weighting = 'uniform', or set weighting "
+                "on the client."
+            )
+        if self._trainer.config.rates_change and not order.server_round:
+            raise OrderRefused(
+                "The learning rates change over the rounds, and the message does not say which "
+                "round it is. Send 'server-round', or set lr-schedule = 'constant'."
+            )
+
+    def _open(self) -> Records:
+        records = self._records
+        return records() if callable(records) else records
+
+    def _exhausted(self, started: float) -> Released:
+        summary = self._ledger.summary(self._account)
+        seconds, memory = time.perf_counter() - started, peak_memory() / 2**20
+        return Released({}, summary, seconds, memory, status=STATUS_EXHAUSTED, num_examples=0)
+
+    def _train(
+        self,
+        order: Order,
+        plan: ComponentPlan | None,
+        arrays: Arrays,
+        records: Records,
+        mechanism: Mechanism,
+        summary: LedgerSummary,
+    ) -> LocalUpdate:
+        # A server that names no round must not make a seeded client repeat its noise.
+        before = summary.steps - self._trainer.config.local_steps
+        return self._trainer.train(
+            arrays,
+            plan or ComponentPlan.uniform(BOTH),
+            records,
+            mechanism,
+            (self._account.client, order.server_round or f"after-{before}-steps"),
+            # In a simulation the arrays come from the same person as the records.
+            untrusted=self._trainer.config.exact_passes or not in_simulation(),
+            server_round=order.server_round or 1,
+        )
+
+    def _complete(self, order: Order, arrays: Arrays) -> Arrays:
+        """Return all arrays to start from: the server's, and with them what stays here."""
+        trainer = self._trainer
+        if order.fingerprint and order.fingerprint != trainer.adapted.fingerprint:
+            raise OrderRefused(
+                f"The run's backbone is {order.fingerprint}, and this client has "
+                f"{trainer.adapted.fingerprint}: their frozen weights differ. Put the same model "
+                "on server and clients."
+            )
+        if order.share:
+            local = self._local.recall(self._account.client, self._account.run)
+            arrays = {**trainer.start, **local, **arrays}
+        arrays = {name: self._cut(name, array) for name, array in arrays.items()}
+        check_shapes(arrays, trainer.start, self._rank or trainer.config.rank)
+        return arrays
+
+    def _cut(self, name: str, array: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Keep the leading ranks that this client trains; the server sorts them by weight."""
+        rank, factor = self._rank, factor_of(name)
+        if rank is None or factor is None or array.ndim != 2:
+            return array
+        return array[:rank] if factor == A else array[:, :rank]
+
+    @property
+    def _local(self) -> LocalStore:
+        if self._store is None:
+            raise InvalidValue("store", None, "a LocalStore where a factor stays with the client")
+        return self._store
+
+    def _unprotected(self, records: Records) -> dict[str, float]:
+        if not self._trainer.config.report_unprotected_metrics:
+            return {}
+        return self._trainer.task.evaluate(self._trainer.adapted.model, records)
+
+
+def _weight(weighting: str, mechanism: Mechanism) -> float:
+    if weighting == "size":
+        return float(mechanism.num_records)
+    if weighting == "inverse-noise":
+        return 1 / mechanism.noise_variance
+    return 1.0
