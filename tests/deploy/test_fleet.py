@@ -79,6 +79,31 @@ def test_private_keys_are_private_whatever_the_umask(tmp_path: Path) -> None:
     assert {stat.S_IMODE(key.stat().st_mode) for key in keys} == {0o600}
     texts = [file.read_bytes() for file in (tmp_path / "fleet").rglob("*") if file.is_file()]
     assert sum(b"PRIVATE KEY" in text for text in texts) == 5
+    # Each folder is carried to a machine of its own, where the one around it protects nothing.
+    for folder in ("server", "operator", "ca", "devices", *(f"devices/device-0{i}" for i in "123")):
+        assert stat.S_IMODE((tmp_path / "fleet" / folder).stat().st_mode) == 0o700, folder
+
+
+@pytest.mark.parametrize(
+    ("folder", "program"),
+    [("server", "flower-superlink"), ("devices/device-01", "fedlora")],
+)
+def test_what_a_script_starts_writes_for_its_user_alone(
+    fleet: Path, tmp_path: Path, folder: str, program: str
+) -> None:
+    (tmp_path / "bin").mkdir()
+    stand_in = tmp_path / "bin" / program
+    stand_in.write_text("#!/bin/sh\ntouch state.sqlite\nmkdir state\n")
+    stand_in.chmod(0o755)
+    subprocess.run(
+        ["sh", "-c", 'umask 000; exec "$0"', fleet / folder / "start.sh"],
+        env={"PATH": f"{stand_in.parent}{os.pathsep}{os.environ['PATH']}"},
+        check=True,
+    )
+    made = [
+        stat.S_IMODE((fleet / folder / name).stat().st_mode) for name in ("state.sqlite", "state")
+    ]
+    assert made == [0o600, 0o700]
 
 
 def test_other_programs_accept_certificates_and_keys(fleet: Path) -> None:
