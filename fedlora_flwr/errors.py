@@ -57,8 +57,9 @@ class OrderRefused(FedLoRAError):
     """A client refuses what a server sent, and has not opened a record yet.
 
     The text of this error alone may travel to the server. It names what the server sent, what the
-    package accepts, and what the device's file states for servers to read: its limits. It never
-    names anything else that the device's file or a record holds.
+    package accepts, what the device's file states for servers to read (its limits), and names of
+    arrays and the hash of the model, which are public. It never names anything else that the
+    device's file or a record holds.
     """
 
 

@@ -11,9 +11,10 @@ import secrets
 from collections.abc import Callable, Mapping
 from logging import ERROR
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from flwr.app import (
+    ArrayRecord,
     ConfigRecord,
     Context,
     Message,
@@ -132,8 +133,7 @@ def answer(
 def _answered(
     client: NumPyClient | Callable[[], NumPyClient], message: Message, identity: str
 ) -> Message:
-    arrays = _only(message.content.array_records, "ArrayRecord")
-    config = dict(_only(message.content.config_records, "ConfigRecord"))
+    arrays, config = _read(message.content)
     if NAMES in config:
         raise OrderRefused(f"The message's configuration has {NAMES!r}; its arrays have names.")
     config[NAMES] = ",".join(arrays)
@@ -179,7 +179,9 @@ def guarded(call: Callable[..., T], *args: object) -> T:
             raise
         log(ERROR, "%s", error)
         raise BudgetExhausted("budget exhausted: this client takes no further part") from None
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # A panic of a library in Rust is no Exception, and quotes text.
         number = secrets.token_hex(4)
         log(ERROR, "The client failed (error %s).", number, exc_info=error)
         if in_simulation():
@@ -211,10 +213,9 @@ def client_identity(context: Context) -> str:
 
 
 def _to_legacy(content: RecordDict, prefix: str) -> RecordDict:
-    arrays = _only(content.array_records, "ArrayRecord")
-    config = ConfigRecord(dict(_only(content.config_records, "ConfigRecord")))
+    arrays, config = _read(content)
     config[NAMES] = ",".join(arrays)
-    return RecordDict({f"{prefix}.parameters": arrays, f"{prefix}.config": config})
+    return RecordDict({f"{prefix}.parameters": arrays, f"{prefix}.config": ConfigRecord(config)})
 
 
 def _fit_result(content: RecordDict, names: list[str], identity: str) -> RecordDict:
@@ -239,6 +240,15 @@ def _check_status(content: RecordDict, prefix: str) -> None:
     if status["code"] != 0:
         code, reason = cast(int, status["code"]), cast(str, status["message"])
         raise FedLoRAError(f"the client answered with status {code}: {reason}")
+
+
+def _read(content: RecordDict) -> tuple[ArrayRecord, dict[str, Any]]:
+    """Return the two records that a message has; a third would be ignored without a word."""
+    arrays = _only(content.array_records, "ArrayRecord")
+    config = dict(_only(content.config_records, "ConfigRecord"))
+    if count := len(content.metric_records):
+        raise OrderRefused(f"The message has {count} MetricRecords, which nobody reads. Send none.")
+    return arrays, config
 
 
 def _only(records: Mapping[str, T], kind: str) -> T:
