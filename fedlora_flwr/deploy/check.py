@@ -23,7 +23,7 @@ from fedlora_flwr.deploy.flower import NotSealed
 from fedlora_flwr.deploy.identities import PRIVATE
 from fedlora_flwr.deploy.supernode import check_script, installed_code
 from fedlora_flwr.environment import versions
-from fedlora_flwr.errors import FedLoRAError, InvalidValue
+from fedlora_flwr.errors import FedLoRAError, InvalidValue, one_line
 from fedlora_flwr.privacy.account import UNBOUND
 from fedlora_flwr.privacy.budget import Segment
 from fedlora_flwr.privacy.ledger import Account, Ledger
@@ -75,21 +75,19 @@ def check_fleet(folder: Path, run: RunConfig | None = None) -> Iterator[Finding]
     """
     fleet, made_with = read_fleet(folder)
     yield _versions(made_with)
-    yield from _certificates(folder, fleet)
-    yield from _private_keys(
-        folder,
-        [
-            folder / "ca" / "ca.key",
-            folder / "server" / "server.key",
-            *(folder / "devices" / name / "device.key" for name in fleet.names),
-        ],
-    )
+    yield from _whole("server certificate", _certificates(folder, fleet))
+    keys = [
+        folder / "ca" / "ca.key",
+        folder / "server" / "server.key",
+        *(folder / "devices" / name / "device.key" for name in fleet.names),
+    ]
+    yield from _whole("private keys", _private_keys(folder, keys))
     yield _port(fleet)
     backbone = _Backbone(run) if run else None
     for name in fleet.names:
         device = folder / "devices" / name
-        yield _own_code(name, device / SCRIPT, check_script)
-        yield from _device(device, name, run, backbone)
+        yield from _whole(name, _own_code(name, device / SCRIPT, check_script))
+        yield from _whole(name, _device(device, name, run, backbone))
 
 
 def check_device(folder: Path, run: RunConfig | None = None) -> Iterator[Finding]:
@@ -110,11 +108,20 @@ def check_device(folder: Path, run: RunConfig | None = None) -> Iterator[Finding
     """
     fleet, made_with = read_fleet(folder)
     yield _versions(made_with)
-    yield from _private_keys(folder, [folder / "device.key"])
-    yield _own_code(SCRIPT, folder / SCRIPT, installed_code)
+    yield from _whole("private keys", _private_keys(folder, [folder / "device.key"]))
+    yield from _whole(SCRIPT, _own_code(SCRIPT, folder / SCRIPT, installed_code))
     yield _reached(fleet, folder / "ca.pem")
-    yield from _device(folder, folder.name, run, None)
+    yield from _whole(folder.name, _device(folder, folder.name, run, None))
     yield from _who_decides(folder / SETTINGS)
+
+
+def _whole(subject: str, findings: Iterator[Finding]) -> Iterator[Finding]:
+    """Yield findings, and one more for an error that ends them: what else there is is looked at."""
+    try:
+        yield from findings
+    except Exception as error:
+        text = f"cannot be looked at further ({type(error).__name__}: {one_line(error)})"
+        yield Finding(subject, False, text, "see to the file that it is about")
 
 
 def _who_decides(file: Path) -> Iterator[Finding]:
@@ -127,14 +134,15 @@ def _who_decides(file: Path) -> Iterator[Finding]:
         yield Finding(key, True, text)
 
 
-def _own_code(subject: str, script: Path, look: Callable[[Path], Path | None]) -> Finding:
+def _own_code(subject: str, script: Path, look: Callable[[Path], Path | None]) -> Iterator[Finding]:
     """Look whether only installed code would run on a device, whatever a server ships."""
     try:
         package = look(script)
     except NotSealed as error:
-        return Finding(subject, False, error.what, error.fix)
+        yield Finding(subject, False, error.what, error.fix)
+        return
     where = f" in {package}" if package else ""
-    return Finding(subject, True, f"runs only the code that is installed{where}")
+    yield Finding(subject, True, f"runs only the code that is installed{where}")
 
 
 def _reached(fleet: Fleet, authority: Path) -> Finding:
@@ -240,10 +248,11 @@ def _mismatch(key: Path) -> str:
             private = serialization.load_pem_private_key(content, None)
             certificate = key.with_suffix(".pem").read_bytes()
             public = x509.load_pem_x509_certificate(certificate).public_key()
-    except (OSError, ValueError) as error:
+    except (
+        Exception
+    ) as error:  # A passphrase is a TypeError, another kind of key an error of its own.
         return f"cannot be read: {error}"
-    same = private.public_key().public_numbers() == public.public_numbers()
-    return "" if same else "not the partner of the public key beside it"
+    return "" if private.public_key() == public else "not the partner of the public key beside it"
 
 
 def _port(fleet: Fleet) -> Finding:

@@ -222,9 +222,35 @@ def old_script(fleet: Path) -> None:
     script.write_text(script.read_text().replace("fedlora deploy start", "flower-supernode"))
 
 
+def key_with_a_passphrase(fleet: Path) -> None:
+    key = fleet / "devices" / "device-01" / "device.key"
+    subprocess.run(["ssh-keygen", "-q", "-p", "-N", "secret", "-f", key], check=True)
+
+
+def key_of_another_kind(fleet: Path) -> None:
+    key = fleet / "devices" / "device-01" / "device.key"
+    key.unlink()
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    key.with_suffix(".key.pub").unlink()
+
+
+def folder_for_a_certificate(fleet: Path) -> None:
+    authority = fleet / "devices" / "device-01" / "ca.pem"
+    authority.unlink()
+    authority.mkdir()
+
+
+def script_that_is_no_text(fleet: Path) -> None:
+    (fleet / "devices" / "device-01" / "start.sh").write_bytes(b"\xff\xfe\x00")
+
+
 @pytest.mark.parametrize(
     ("fault", "subject", "text"),
     [
+        (key_with_a_passphrase, "devices/device-01/device.key", "cannot be read: .*assword"),
+        (key_of_another_kind, "devices/device-01/device.key", "not the partner"),
+        (folder_for_a_certificate, "server certificate", "IsADirectoryError"),
+        (script_that_is_no_text, "device-01", "UnicodeDecodeError"),
         (world_readable, "devices/device-02/device.key", "mode 644"),
         (swapped_keys, "devices/device-01/device.key", "not the partner"),
         (other_ca, "ca.pem", "on device-01"),
@@ -244,6 +270,8 @@ def test_each_fault_is_found_with_its_fix(
     fault(fleet)
     bad = findings(fleet)[False]
     assert any(f.subject == subject and re.search(text, f.text) and f.fix for f in bad), bad
+    # One fault hides no other: all that comes after it is looked at, too.
+    assert {"versions", "device-01", "device-02"} <= {f.subject for f in check_fleet(fleet)}
 
 
 def test_certificates_that_end_soon_are_found(fleet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
