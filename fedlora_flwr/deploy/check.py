@@ -290,6 +290,10 @@ def _device(
         yield settings
         return
     yield Finding(name, True, f"settings of {settings.client!r} can be read")
+    for key, why in settings.undone():
+        text = f"{key} = {settings.settings[key]!r} undoes the promise: {why}"
+        fix = f"take the line out of {file}, unless the server may know these records"
+        yield Finding(name, False, text, fix)
     if run is None:
         return
     config = _tried(name, lambda: settings.config(run.items()), f"see {file}")

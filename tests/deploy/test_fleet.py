@@ -268,10 +268,12 @@ def test_each_fault_is_found_with_its_fix(
     import re
 
     fault(fleet)
-    bad = findings(fleet)[False]
+    found = findings(fleet)
+    bad = found[False]
     assert any(f.subject == subject and re.search(text, f.text) and f.fix for f in bad), bad
     # One fault hides no other: all that comes after it is looked at, too.
-    assert {"versions", "device-01", "device-02"} <= {f.subject for f in check_fleet(fleet)}
+    subjects = {f.subject for f in (*bad, *found[True])}
+    assert {"versions", "device-01", "device-02"} <= subjects
 
 
 def test_certificates_that_end_soon_are_found(fleet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,6 +408,24 @@ def test_a_device_is_looked_at_where_it_is(
     assert good["test-split"] == ["'', default: its file is silent"]
     assert good["partitioner"] == ["'iid', always"]
     assert good["clip-norm"][0].startswith("the run, a number from")
+
+
+def test_settings_that_undo_the_promise_are_found(fleet: Path) -> None:
+    file = fleet / "devices" / "device-01" / "device.toml"
+    lines = {
+        "epsilon": ("inf", "no noise is added"),
+        "reproducible": ("true", "follows the run's seed"),
+        "report-unprotected-metrics": ("true", "the loss on the records"),
+        "ledger-scope": ('"run"', "any number of runs"),
+    }
+    others = [one for one in file.read_text().splitlines() if one.split(" ")[0] not in lines]
+    stated_now = [f"{key} = {value}" for key, (value, _) in lines.items()]
+    file.write_text("\n".join([*stated_now, *others]))
+    bad = findings(fleet)[False]
+    assert {f.subject for f in bad} == {"device-01"}
+    assert len(bad) == len(lines)
+    for key, (_, text) in lines.items():
+        assert any(f.text.startswith(f"{key} = ") and text in f.text for f in bad), key
 
 
 def test_what_is_not_fit_on_a_device_is_found_there(
