@@ -172,6 +172,21 @@ def explained(doing: str, advice: str) -> Iterator[None]:
         raise ModelFailed(f"{doing} failed ({reason}{_place(error)}). {advice}") from error
 
 
+@contextmanager
+def untold() -> Iterator[None]:
+    """Let no text travel to a server from here on: records may be open, or a task's own code runs.
+
+    Raises
+    ------
+    FedLoRAError
+        In place of an error whose text travels by its type. A task may raise any type.
+    """
+    try:
+        yield
+    except (OrderRefused, ClientFailed) as error:
+        raise FedLoRAError(f"The task failed, or reading its records did: {error}") from error
+
+
 def _place(error: BaseException) -> str:
     own = str(Path(__file__).parent)
     for frame in reversed(traceback.extract_tb(error.__traceback__)):

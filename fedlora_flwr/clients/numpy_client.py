@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.trainer import LocalUpdate, Trainer, plan_mechanism
 from fedlora_flwr.environment import in_simulation, peak_memory
-from fedlora_flwr.errors import BudgetExhausted, InvalidValue, OrderRefused
+from fedlora_flwr.errors import BudgetExhausted, InvalidValue, OrderRefused, untold
 from fedlora_flwr.plan import BOTH, A, ComponentPlan, factor_of
 from fedlora_flwr.privacy.budget import Segment
 from fedlora_flwr.privacy.ledger import Account, Ledger, LedgerSummary
@@ -113,6 +113,17 @@ class LoRAClient(NumPyClient):
                 "round it is. Send 'server-round', or set lr-schedule = 'constant'."
             )
         arrays = self._start(order, parameters)
+        with untold():
+            return self._release(order, plan, arrays, started)
+
+    def _release(
+        self,
+        order: Order,
+        plan: ComponentPlan | None,
+        arrays: dict[str, NDArray[np.float32]],
+        started: float,
+    ) -> Reply:
+        """Open the records, write the round's row, train, and put the reply together."""
         run, records = self._trainer.config, self._open()
         mechanism = plan_mechanism(run, len(records), terms=self._ledger.terms(self._account))
         planned = Segment(mechanism.noise_multiplier, mechanism.sample_rate, run.planned_steps)
@@ -165,8 +176,9 @@ class LoRAClient(NumPyClient):
                 "This client does not evaluate. To let it, name a public test-split in its file."
             )
         self._trainer.load(self._start(order, parameters))
-        records = self._open_test() if order.share else self._open()
-        metrics = self._trainer.task.evaluate(self._trainer.adapted.model, records)
+        with untold():
+            records = self._open_test() if order.share else self._open()
+            metrics = self._trainer.task.evaluate(self._trainer.adapted.model, records)
         return metrics["loss"], 1, dict(metrics)
 
     def _permit(self, order: Order) -> None:

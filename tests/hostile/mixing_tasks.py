@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedlora_flwr.errors import OrderRefused
 from fedlora_flwr.tasks.registry import Batch, Records
 from tests.hostile.tiny_task import CLASSES, FEATURES, READS, Block, CountedRecords, TinyTask
 
@@ -132,6 +133,18 @@ def panicking(settings: Any) -> FailingTask:
     task = FailingTask(settings)
     task.error = Panic
     return task
+
+
+def refusing(settings: Any) -> FailingTask:
+    """Make a task that raises what may travel, when it is too late for that."""
+    task = FailingTask(settings)
+    task.error = OrderRefused
+    return task
+
+
+def refusing_at_once(settings: Any) -> FailingTask:
+    """Read records before anybody asks for them, and tell them as a refusal."""
+    raise OrderRefused(f"{CANARY}: {settings.dataset}")
 
 
 class UnreadableTask(TinyTask):
