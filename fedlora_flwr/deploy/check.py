@@ -24,6 +24,7 @@ from fedlora_flwr.deploy.identities import PRIVATE
 from fedlora_flwr.deploy.supernode import check_script, installed_code
 from fedlora_flwr.environment import versions
 from fedlora_flwr.errors import FedLoRAError, InvalidValue, one_line
+from fedlora_flwr.files import data_folder
 from fedlora_flwr.privacy.account import UNBOUND
 from fedlora_flwr.privacy.budget import Segment
 from fedlora_flwr.privacy.ledger import Account, Ledger
@@ -300,7 +301,11 @@ def _device(
     if isinstance(config, Finding):
         yield config
         return
-    yield from _promise(name, settings.client, config, file)
+    # A file that names no state-dir means the data folder of the device's user, who looks here.
+    state = Path(config.state_dir) if config.state_dir else None
+    if state is None and backbone is None:
+        state = data_folder()
+    yield from _promise(name, settings.client, config, file, state)
     known = backbone or _Backbone(run)
     own = _tried(name, lambda: known.of(config), f"see model in {file}")
     if isinstance(own, Finding):
@@ -314,7 +319,9 @@ def _device(
     yield Finding(name, same, text, "put the server's model there")
 
 
-def _promise(name: str, client: str, config: RunConfig, file: Path) -> Iterator[Finding]:
+def _promise(
+    name: str, client: str, config: RunConfig, file: Path, state: Path | None
+) -> Iterator[Finding]:
     task = build_task(config.task, config)
 
     def records() -> tuple[int, list[str]]:
@@ -329,12 +336,11 @@ def _promise(name: str, client: str, config: RunConfig, file: Path) -> Iterator[
         return
     count, lines = opened
     yield from (Finding(name, True, line) for line in lines)
-    path = Path(config.state_dir) / "ledger.sqlite"
     account = Account(
         client, "", config.epsilon, config.delta, config.ledger_scope, config.run_epsilon
     )
     ledger = None
-    if config.state_dir and Ledger.exists(path):
+    if state is not None and Ledger.exists(path := state / "ledger.sqlite"):
         ledger = _tried(name, lambda: Ledger(path, patience=_PATIENCE), "do what the sentence says")
         if isinstance(ledger, Finding):
             yield ledger
@@ -355,7 +361,8 @@ def _promise(name: str, client: str, config: RunConfig, file: Path) -> Iterator[
         f"{mechanism.noise_multiplier:.3g}",
     )
     if not ledger:
-        yield Finding(name, True, "nothing spent yet")
+        elsewhere = "its ledger is on the device: its file names no state-dir"
+        yield Finding(name, True, "nothing spent yet" if state else elsewhere)
         return
     planned = Segment(mechanism.noise_multiplier, mechanism.sample_rate, config.planned_steps)
     both = _tried(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -265,8 +266,6 @@ def script_that_is_no_text(fleet: Path) -> None:
 def test_each_fault_is_found_with_its_fix(
     fleet: Path, fault: Callable[[Path], None], subject: str, text: str
 ) -> None:
-    import re
-
     fault(fleet)
     found = findings(fleet)
     bad = found[False]
@@ -408,6 +407,25 @@ def test_a_device_is_looked_at_where_it_is(
     assert good["test-split"] == ["'', default: its file is silent"]
     assert good["partitioner"] == ["'iid', always"]
     assert good["clip-norm"][0].startswith("the run, a number from")
+
+
+def test_a_ledger_in_the_users_data_folder_is_asked(
+    fleet: Path, planned: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device whose file names no state-dir keeps its ledger there."""
+    device = fleet / "devices" / "device-01"
+    settings = (device / "device.toml").read_text().replace('state-dir = "state"\n', "")
+    (device / "device.toml").write_text(settings)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
+    spent = Segment(9.0, 0.2, 9)
+    account = Account("device-01", "r", 3.0, 1e-3, "lifetime")
+    Ledger(tmp_path / "home" / "fedlora" / "ledger.sqlite").record(account, 1, spent, spent)
+
+    here = texts(check_device(device, planned), good=True)["device-01"]
+    away = [f.text for f in findings(fleet, planned)[True] if f.subject == "device-01"]
+
+    assert any(re.match(r"ε = 0\.\d+ spent, ", text) for text in here), here
+    assert "its ledger is on the device: its file names no state-dir" in away
 
 
 def test_settings_that_undo_the_promise_are_found(fleet: Path) -> None:
