@@ -21,7 +21,7 @@ from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.warm import WarmProcess
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.environment import in_simulation
-from fedlora_flwr.errors import OrderRefused
+from fedlora_flwr.errors import OrderRefused, untold
 from fedlora_flwr.files import data_folder
 from fedlora_flwr.wire.identity import Identity, acting_for, current
 
@@ -62,7 +62,8 @@ def make_client(context: Context) -> LoRAClient:
         from fedlora_flwr.clients.numpy_client import LoRAClient
         from fedlora_flwr.clients.trainer import process_trainer
         from fedlora_flwr.privacy.ledger import Ledger
-    trainer = process_trainer(config)
+    with untold():
+        trainer = process_trainer(config)
     folder = state_folder(config)
     return LoRAClient(
         trainer,

@@ -57,8 +57,9 @@ class OrderRefused(FedLoRAError):
     """A client refuses what a server sent, and has not opened a record yet.
 
     The text of this error alone may travel to the server. It names what the server sent, what the
-    package accepts, and what the device's file states for servers to read: its limits. It never
-    names anything else that the device's file or a record holds.
+    package accepts, what the device's file states for servers to read (its limits), and names of
+    arrays and the hash of the model, which are public. It never names anything else that the
+    device's file or a record holds.
     """
 
 
@@ -169,6 +170,21 @@ def explained(doing: str, advice: str) -> Iterator[None]:
     except Exception as error:
         reason = f"{type(error).__name__}: {one_line(error)}".rstrip(".: ")
         raise ModelFailed(f"{doing} failed ({reason}{_place(error)}). {advice}") from error
+
+
+@contextmanager
+def untold() -> Iterator[None]:
+    """Let no text travel to a server from here on: records may be open, or a task's own code runs.
+
+    Raises
+    ------
+    FedLoRAError
+        In place of an error whose text travels by its type. A task may raise any type.
+    """
+    try:
+        yield
+    except (OrderRefused, ClientFailed) as error:
+        raise FedLoRAError(f"The task failed, or reading its records did: {error}") from error
 
 
 def _place(error: BaseException) -> str:

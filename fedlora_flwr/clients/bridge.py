@@ -25,7 +25,7 @@ from fedlora_flwr.errors import (
 )
 from fedlora_flwr.wire import CLIENT, NAMES
 from fedlora_flwr.wire.arrays import to_numpy
-from fedlora_flwr.wire.records import evaluate_content, fit_content, only_record, query_records
+from fedlora_flwr.wire.records import evaluate_content, fit_content, message_records, query_records
 from fedlora_flwr.wire.report import Report
 
 S = TypeVar("S")
@@ -73,7 +73,7 @@ def _bridged(message: Message, context: Context, call_next: ClientAppCallable) -
         return call_next(message, context)
     prefix = _LEGACY_INS[kind]
     identity = client_identity(context)
-    names = list(only_record(message.content.array_records, "ArrayRecord"))
+    names = list(message_records(message.content)[0])
     message.content = _to_legacy(message.content, prefix)
     reply = call_next(message, context)
     if not reply.has_error():
@@ -92,10 +92,9 @@ def trains_or_evaluates(message: Message) -> bool:
 
 
 def _to_legacy(content: RecordDict, prefix: str) -> RecordDict:
-    arrays = only_record(content.array_records, "ArrayRecord")
-    config = ConfigRecord(dict(only_record(content.config_records, "ConfigRecord")))
+    arrays, config = message_records(content)
     config[NAMES] = ",".join(arrays)
-    return RecordDict({f"{prefix}.parameters": arrays, f"{prefix}.config": config})
+    return RecordDict({f"{prefix}.parameters": arrays, f"{prefix}.config": ConfigRecord(config)})
 
 
 def _fit_result(content: RecordDict, names: list[str], identity: str) -> RecordDict:

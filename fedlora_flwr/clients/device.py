@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,19 @@ _REQUIRED = {
     "task": "the task that this device takes part in",
 }
 _FOLDERS = ("dataset", "model")
+# Values that are an owner's to choose, and that leave nothing, or little, of the promise.
+_UNDO: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "epsilon": (math.isinf, "no noise is added"),
+    "reproducible": (bool, "the noise follows the run's seed, which the server knows"),
+    "report-unprotected-metrics": (
+        bool,
+        "a server may ask for the loss on the records at any weights, and no ledger counts that",
+    ),
+    "ledger-scope": (
+        "run".__eq__,
+        "each run may spend the whole budget, and a server may start any number of runs",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,12 @@ class Device:
         """The local data set and model that the file names."""
         named = (Path(str(self.settings[key])) for key in _FOLDERS if key in self.settings)
         return (path for path in named if path.is_dir())
+
+    def undone(self) -> Iterator[tuple[str, str]]:
+        """Yield each key whose value undoes the promise against a server, and why it does."""
+        for key, (undoes, why) in _UNDO.items():
+            if key in self.settings and undoes(self.settings[key]):
+                yield key, why
 
     def config(self, run: Mapping[str, Any]) -> RunConfig:
         """Return a run's configuration as it is on this device.

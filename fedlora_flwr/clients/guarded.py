@@ -41,7 +41,9 @@ def guarded(call: Callable[..., T], *args: object) -> T:
             raise
         log(ERROR, "%s", error)
         raise BudgetExhausted("budget exhausted: this client takes no further part") from None
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # A panic of a library in Rust is no Exception, and quotes text.
         number = secrets.token_hex(4)
         log(ERROR, "The client failed (error %s).", number, exc_info=error)
         if in_simulation():

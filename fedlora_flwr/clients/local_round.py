@@ -13,7 +13,7 @@ from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.trainer import LocalUpdate, Trainer
 from fedlora_flwr.data.records import Records
 from fedlora_flwr.environment import in_simulation, peak_memory
-from fedlora_flwr.errors import BudgetExhausted, InvalidValue, OrderRefused
+from fedlora_flwr.errors import BudgetExhausted, InvalidValue, OrderRefused, untold
 from fedlora_flwr.layout import factor_of
 from fedlora_flwr.plan import BOTH, A, ComponentPlan
 from fedlora_flwr.privacy.budget import Segment
@@ -128,6 +128,18 @@ class LocalRound:
         self._permit(order)
         names = tuple(arrays)
         arrays = self._complete(order, arrays)
+        with untold():
+            return self._release(order, plan, names, arrays, started)
+
+    def _release(
+        self,
+        order: Order,
+        plan: ComponentPlan | None,
+        names: tuple[str, ...],
+        arrays: Arrays,
+        started: float,
+    ) -> Released:
+        """Open the records, write the round's row, train, and put the release together."""
         run, records = self._trainer.config, self._open()
         mechanism = calibrated_mechanism(run, len(records), terms=self._ledger.terms(self._account))
         planned = Segment(mechanism.noise_multiplier, mechanism.sample_rate, run.planned_steps)
@@ -191,8 +203,9 @@ class LocalRound:
                 "This client does not evaluate. To let it, name a public test-split in its file."
             )
         self._trainer.load(self._complete(order, arrays))
-        records = self._open_test() if order.share else self._open()
-        return self._trainer.task.evaluate(self._trainer.adapted.model, records)
+        with untold():
+            records = self._open_test() if order.share else self._open()
+            return self._trainer.task.evaluate(self._trainer.adapted.model, records)
 
     def _permit(self, order: Order) -> None:
         """Refuse a weighting that would tell what this client does not tell, or a missing round."""

@@ -12,7 +12,8 @@ from typing import Any
 
 from fedlora_flwr.config.keys import Decider, allowed_values, fields_by_key
 from fedlora_flwr.config.run_config import RunConfig
-from fedlora_flwr.wire.order import Order
+from fedlora_flwr.wire import ARRAYS
+from fedlora_flwr.wire.order import ARRAYS_ALLOWED, ARRAYS_WHY, Order
 from fedlora_flwr.wire.report import FURTHER, Report
 
 HEADER = ("key", "who decides on a device", "accepted", "why")
@@ -54,6 +55,8 @@ def rows() -> Iterator[Row]:
             "configuration", key, about["decides"], allowed_values(entry), about["why"],
             about["on_device"],
         )  # fmt: skip
+    # Arrays come in a record of their own, and are no field of an order.
+    yield Row("order", ARRAYS, Decider.RUN, ARRAYS_ALLOWED, ARRAYS_WHY)
     for entry in fields(Order):
         about = entry.metadata
         yield Row("order", about["key"], about["decides"], about["allowed"], about["why"])

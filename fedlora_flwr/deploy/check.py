@@ -22,7 +22,8 @@ from fedlora_flwr.deploy.flower import NotSealed
 from fedlora_flwr.deploy.identities import PRIVATE
 from fedlora_flwr.deploy.supernode import check_script, installed_code
 from fedlora_flwr.environment import versions
-from fedlora_flwr.errors import FedLoRAError, InvalidValue
+from fedlora_flwr.errors import FedLoRAError, InvalidValue, one_line
+from fedlora_flwr.files import data_folder
 from fedlora_flwr.lora.build import build_adapted
 from fedlora_flwr.privacy.account import UNBOUND
 from fedlora_flwr.privacy.budget import Segment
@@ -76,21 +77,19 @@ def check_fleet(folder: Path, run: RunConfig | None = None) -> Iterator[Finding]
     """
     fleet, made_with = read_fleet(folder)
     yield _versions(made_with)
-    yield from _certificates(folder, fleet)
-    yield from _private_keys(
-        folder,
-        [
-            folder / "ca" / "ca.key",
-            folder / "server" / "server.key",
-            *(folder / "devices" / name / "device.key" for name in fleet.names),
-        ],
-    )
+    yield from _whole("server certificate", _certificates(folder, fleet))
+    keys = [
+        folder / "ca" / "ca.key",
+        folder / "server" / "server.key",
+        *(folder / "devices" / name / "device.key" for name in fleet.names),
+    ]
+    yield from _whole("private keys", _private_keys(folder, keys))
     yield _port(fleet)
     backbone = _Backbone(run) if run else None
     for name in fleet.names:
         device = folder / "devices" / name
-        yield _own_code(name, device / SCRIPT, check_script)
-        yield from _device(device, name, run, backbone)
+        yield from _whole(name, _own_code(name, device / SCRIPT, check_script))
+        yield from _whole(name, _device(device, name, run, backbone))
 
 
 def check_device(folder: Path, run: RunConfig | None = None) -> Iterator[Finding]:
@@ -111,11 +110,20 @@ def check_device(folder: Path, run: RunConfig | None = None) -> Iterator[Finding
     """
     fleet, made_with = read_fleet(folder)
     yield _versions(made_with)
-    yield from _private_keys(folder, [folder / "device.key"])
-    yield _own_code(SCRIPT, folder / SCRIPT, installed_code)
+    yield from _whole("private keys", _private_keys(folder, [folder / "device.key"]))
+    yield from _whole(SCRIPT, _own_code(SCRIPT, folder / SCRIPT, installed_code))
     yield _reached(fleet, folder / "ca.pem")
-    yield from _device(folder, folder.name, run, None)
+    yield from _whole(folder.name, _device(folder, folder.name, run, None))
     yield from _who_decides(folder / SETTINGS)
+
+
+def _whole(subject: str, findings: Iterator[Finding]) -> Iterator[Finding]:
+    """Yield findings, and one more for an error that ends them: what else there is is looked at."""
+    try:
+        yield from findings
+    except Exception as error:
+        text = f"cannot be looked at further ({type(error).__name__}: {one_line(error)})"
+        yield Finding(subject, False, text, "see to the file that it is about")
 
 
 def _who_decides(file: Path) -> Iterator[Finding]:
@@ -128,14 +136,15 @@ def _who_decides(file: Path) -> Iterator[Finding]:
         yield Finding(key, True, text)
 
 
-def _own_code(subject: str, script: Path, look: Callable[[Path], Path | None]) -> Finding:
+def _own_code(subject: str, script: Path, look: Callable[[Path], Path | None]) -> Iterator[Finding]:
     """Look whether only installed code would run on a device, whatever a server ships."""
     try:
         package = look(script)
     except NotSealed as error:
-        return Finding(subject, False, error.what, error.fix)
+        yield Finding(subject, False, error.what, error.fix)
+        return
     where = f" in {package}" if package else ""
-    return Finding(subject, True, f"runs only the code that is installed{where}")
+    yield Finding(subject, True, f"runs only the code that is installed{where}")
 
 
 def _reached(fleet: Fleet, authority: Path) -> Finding:
@@ -241,10 +250,11 @@ def _mismatch(key: Path) -> str:
             private = serialization.load_pem_private_key(content, None)
             certificate = key.with_suffix(".pem").read_bytes()
             public = x509.load_pem_x509_certificate(certificate).public_key()
-    except (OSError, ValueError) as error:
+    except (
+        Exception
+    ) as error:  # A passphrase is a TypeError, another kind of key an error of its own.
         return f"cannot be read: {error}"
-    same = private.public_key().public_numbers() == public.public_numbers()
-    return "" if same else "not the partner of the public key beside it"
+    return "" if private.public_key() == public else "not the partner of the public key beside it"
 
 
 def _port(fleet: Fleet) -> Finding:
@@ -282,13 +292,21 @@ def _device(
         yield settings
         return
     yield Finding(name, True, f"settings of {settings.client!r} can be read")
+    for key, why in settings.undone():
+        text = f"{key} = {settings.settings[key]!r} undoes the promise: {why}"
+        fix = f"take the line out of {file}, unless the server may know these records"
+        yield Finding(name, False, text, fix)
     if run is None:
         return
     config = _tried(name, lambda: settings.config(run.items()), f"see {file}")
     if isinstance(config, Finding):
         yield config
         return
-    yield from _promise(name, settings.client, config, file)
+    # A file that names no state-dir means the data folder of the device's user, who looks here.
+    state = Path(config.state_dir) if config.state_dir else None
+    if state is None and backbone is None:
+        state = data_folder()
+    yield from _promise(name, settings.client, config, file, state)
     known = backbone or _Backbone(run)
     own = _tried(name, lambda: known.of(config), f"see model in {file}")
     if isinstance(own, Finding):
@@ -302,7 +320,9 @@ def _device(
     yield Finding(name, same, text, "put the server's model there")
 
 
-def _promise(name: str, client: str, config: RunConfig, file: Path) -> Iterator[Finding]:
+def _promise(
+    name: str, client: str, config: RunConfig, file: Path, state: Path | None
+) -> Iterator[Finding]:
     task = build_task(config.task, config)
 
     def records() -> tuple[int, list[str]]:
@@ -317,12 +337,11 @@ def _promise(name: str, client: str, config: RunConfig, file: Path) -> Iterator[
         return
     count, lines = opened
     yield from (Finding(name, True, line) for line in lines)
-    path = Path(config.state_dir) / "ledger.sqlite"
     account = Account(
         client, "", config.epsilon, config.delta, config.ledger_scope, config.run_epsilon
     )
     ledger = None
-    if config.state_dir and Ledger.exists(path):
+    if state is not None and Ledger.exists(path := state / "ledger.sqlite"):
         ledger = _tried(name, lambda: Ledger(path, patience=_PATIENCE), "do what the sentence says")
         if isinstance(ledger, Finding):
             yield ledger
@@ -343,7 +362,8 @@ def _promise(name: str, client: str, config: RunConfig, file: Path) -> Iterator[
         f"{mechanism.noise_multiplier:.3g}",
     )
     if not ledger:
-        yield Finding(name, True, "nothing spent yet")
+        elsewhere = "its ledger is on the device: its file names no state-dir"
+        yield Finding(name, True, "nothing spent yet" if state else elsewhere)
         return
     planned = Segment(mechanism.noise_multiplier, mechanism.sample_rate, config.planned_steps)
     both = _tried(

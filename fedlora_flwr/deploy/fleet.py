@@ -26,6 +26,8 @@ _QUIET = "export " + " ".join(f"{k}={v}" for k, v in QUIET.items() if k.startswi
 _SUPERLINK = f"""#!/bin/sh
 # Starts Flower's SuperLink on $listen:$port. Runs, replies and registered keys are in state.sqlite.
 set -eu
+# What is written here is for this user alone, uploads and the database among it.
+umask 077
 cd "$$(dirname "$$0")"
 {_QUIET}
 # Which device has which key is kept here, for this fleet alone.
@@ -38,6 +40,8 @@ _SUPERNODE = f"""#!/bin/sh
 # Starts this device's SuperNode, which connects to $host:$port and listens on loopback alone.
 # Without `fedlora deploy start`, Flower would run the code that a server ships.
 set -eu
+# What is written here is for this user alone.
+umask 077
 cd "$$(dirname "$$0")"
 {_QUIET}
 exec {START} --superlink $host:$port --root-certificates ca.pem \\
@@ -217,8 +221,9 @@ def read_fleet(folder: Path) -> tuple[Fleet, dict[str, str]]:
 
 def _fill(draft: Path, folder: Path, fleet: Fleet, run: RunConfig) -> None:
     server, operator = draft / "server", draft / "operator"
-    for made in (server, operator, operator / "keys", draft / "ca"):
-        made.mkdir()
+    # Folders are carried to machines that others may use, one by one and with their modes.
+    for made in (server, operator, operator / "keys", draft / "ca", draft / "devices"):
+        made.mkdir(mode=0o700)
     make_certificates(server, fleet.host, fleet.days)
     # The CA's key signs the next certificate, and is of no use on the server.
     (server / "ca.key").rename(draft / "ca" / "ca.key")
@@ -238,7 +243,7 @@ def _fill(draft: Path, folder: Path, fleet: Fleet, run: RunConfig) -> None:
     write_app(operator / "app")
     for number, name in enumerate(fleet.names):
         device = draft / "devices" / name
-        device.mkdir(parents=True)
+        device.mkdir(mode=0o700)
         make_device_key(device, name)
         shutil.copy(device / "device.pub", operator / "keys" / f"{name}.pub")
         shutil.copy(server / "ca.pem", device / "ca.pem")

@@ -202,9 +202,14 @@ def _require_known(name: str) -> None:
 
 
 def _factory(place: str) -> TaskFactory:
-    """Import ``module:function``; modules beside the user's files are found too."""
+    """Import ``module:function``; modules beside the user's files are found too.
+
+    Not where Python was told to look at no such files, as it is on a device: what lies in the
+    folder that it is started in does not become code there.
+    """
     module, _, attribute = place.partition(":")
-    if str(Path.cwd()) not in sys.path:
+    own = place not in _FACTORIES.values() and not sys.flags.safe_path
+    if own and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
         # An error in the module itself is the author's to read.
@@ -212,7 +217,8 @@ def _factory(place: str) -> TaskFactory:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
-        allowed = f"module:function; {module!r} is no module in {Path.cwd()} or on PYTHONPATH"
+        where = f"in {Path.cwd()} or on PYTHONPATH" if own else "that is installed or on PYTHONPATH"
+        allowed = f"module:function; {module!r} is no module {where}"
         raise InvalidValue("task", place, allowed) from error
     if found is None:
         raise InvalidValue("task", place, f"module:function; {module!r} has no {attribute!r}")

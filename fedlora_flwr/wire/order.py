@@ -31,6 +31,11 @@ MOST_ROUND = 1_000_000
 LONGEST_PLAN = 100_000  # characters
 LONGEST = 128
 LONGEST_NAMES = 10_000_000  # characters of all names together
+ARRAYS_ALLOWED = (
+    "the model's arrays, each once, and folded pairs: of its names and shapes at the run's rank, "
+    f"of floating-point numbers, all finite and at most {MOST_ENTRY:g} in magnitude"
+)
+ARRAYS_WHY = "Training starts from them; the private step holds at any weights within the limit."
 # Flower's own mods leave these in a message; they act on the upload, after this client.
 FLOWERS = ("clipping_norm", "norm_bit")
 

@@ -70,8 +70,7 @@ def read_order(content: RecordDict) -> tuple[Order, dict[str, NDArray[np.float32
         There is not one ArrayRecord and one ConfigRecord, an array is damaged, or something is not
         allowed (see `Order.from_config` and `named_arrays`).
     """
-    record = only_record(content.array_records, "ArrayRecord")
-    config = only_record(content.config_records, "ConfigRecord")
+    record, config = message_records(content)
     if NAMES in config:
         raise OrderRefused(f"The message's configuration has {NAMES!r}; its arrays have names.")
     order = Order.from_config(config)
@@ -82,17 +81,21 @@ def read_order(content: RecordDict) -> tuple[Order, dict[str, NDArray[np.float32
     return order, named_arrays(list(record), values)
 
 
-def only_record(records: Mapping[str, T], kind: str) -> T:
-    """Return the one record of a kind.
+def message_records(content: RecordDict) -> tuple[ArrayRecord, dict[str, Any]]:
+    """Return the two records that a message to train or to measure has.
 
     Raises
     ------
     OrderRefused
-        There is not exactly one.
+        There are others, or more: they would be ignored without a word.
     """
-    if len(records) != 1:
-        raise OrderRefused(f"The message has {len(records)} {kind}s. Send exactly one.")
-    return next(iter(records.values()))
+    arrays, configs = content.array_records, content.config_records
+    for kind, records in (("ArrayRecord", arrays), ("ConfigRecord", configs)):
+        if len(records) != 1:
+            raise OrderRefused(f"The message has {len(records)} {kind}s. Send exactly one.")
+    if count := len(content.metric_records):
+        raise OrderRefused(f"The message has {count} MetricRecords, which nobody reads. Send none.")
+    return next(iter(arrays.values())), dict(next(iter(configs.values())))
 
 
 def client_of(content: RecordDict) -> str:

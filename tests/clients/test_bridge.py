@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
 from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
@@ -212,6 +212,26 @@ def test_a_message_with_other_than_one_record_of_arrays_is_refused(number: int) 
     content["config"] = ConfigRecord({})
     with pytest.raises(RuntimeError, match=f"The message has {number} ArrayRecords"):
         ask(app_of(AddOwnNumber), content=content)
+
+
+def test_a_record_that_nobody_reads_is_refused() -> None:
+    content = RecordDict({"arrays": record(), "config": ConfigRecord({})})
+    content["metrics"] = MetricRecord({"loss": 1.0})
+    with pytest.raises(RuntimeError, match="The message has 1 MetricRecords"):
+        ask(app_of(AddOwnNumber), content=content)
+
+
+def test_a_panic_of_a_library_in_rust_is_an_error_like_any_other() -> None:
+    class Panic(BaseException):
+        """Panics have no other base, and their text may hold a piece of a record."""
+
+    class Panics(AddOwnNumber):
+        def fit(self, parameters: list[Any], config: Mapping[str, Any]) -> tuple[Any, int, Any]:
+            raise Panic("byte index 3 is not a char boundary; it is inside 'é' of `Jané Doe`")
+
+    with pytest.raises(RuntimeError, match="Panic on the client") as caught:
+        ask(app_of(Panics))
+    assert "Doe" not in str(caught.value)
 
 
 def test_a_query_is_answered_with_who_the_client_is() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -79,6 +80,31 @@ def test_private_keys_are_private_whatever_the_umask(tmp_path: Path) -> None:
     assert {stat.S_IMODE(key.stat().st_mode) for key in keys} == {0o600}
     texts = [file.read_bytes() for file in (tmp_path / "fleet").rglob("*") if file.is_file()]
     assert sum(b"PRIVATE KEY" in text for text in texts) == 5
+    # Each folder is carried to a machine of its own, where the one around it protects nothing.
+    for folder in ("server", "operator", "ca", "devices", *(f"devices/device-0{i}" for i in "123")):
+        assert stat.S_IMODE((tmp_path / "fleet" / folder).stat().st_mode) == 0o700, folder
+
+
+@pytest.mark.parametrize(
+    ("folder", "program"),
+    [("server", "flower-superlink"), ("devices/device-01", "fedlora")],
+)
+def test_what_a_script_starts_writes_for_its_user_alone(
+    fleet: Path, tmp_path: Path, folder: str, program: str
+) -> None:
+    (tmp_path / "bin").mkdir()
+    stand_in = tmp_path / "bin" / program
+    stand_in.write_text("#!/bin/sh\ntouch state.sqlite\nmkdir state\n")
+    stand_in.chmod(0o755)
+    subprocess.run(
+        ["sh", "-c", 'umask 000; exec "$0"', fleet / folder / "start.sh"],
+        env={"PATH": f"{stand_in.parent}{os.pathsep}{os.environ['PATH']}"},
+        check=True,
+    )
+    made = [
+        stat.S_IMODE((fleet / folder / name).stat().st_mode) for name in ("state.sqlite", "state")
+    ]
+    assert made == [0o600, 0o700]
 
 
 def test_other_programs_accept_certificates_and_keys(fleet: Path) -> None:
@@ -197,9 +223,35 @@ def old_script(fleet: Path) -> None:
     script.write_text(script.read_text().replace("fedlora deploy start", "flower-supernode"))
 
 
+def key_with_a_passphrase(fleet: Path) -> None:
+    key = fleet / "devices" / "device-01" / "device.key"
+    subprocess.run(["ssh-keygen", "-q", "-p", "-N", "secret", "-f", key], check=True)
+
+
+def key_of_another_kind(fleet: Path) -> None:
+    key = fleet / "devices" / "device-01" / "device.key"
+    key.unlink()
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    key.with_suffix(".key.pub").unlink()
+
+
+def folder_for_a_certificate(fleet: Path) -> None:
+    authority = fleet / "devices" / "device-01" / "ca.pem"
+    authority.unlink()
+    authority.mkdir()
+
+
+def script_that_is_no_text(fleet: Path) -> None:
+    (fleet / "devices" / "device-01" / "start.sh").write_bytes(b"\xff\xfe\x00")
+
+
 @pytest.mark.parametrize(
     ("fault", "subject", "text"),
     [
+        (key_with_a_passphrase, "devices/device-01/device.key", "cannot be read: .*assword"),
+        (key_of_another_kind, "devices/device-01/device.key", "not the partner"),
+        (folder_for_a_certificate, "server certificate", "IsADirectoryError"),
+        (script_that_is_no_text, "device-01", "UnicodeDecodeError"),
         (world_readable, "devices/device-02/device.key", "mode 644"),
         (swapped_keys, "devices/device-01/device.key", "not the partner"),
         (other_ca, "ca.pem", "on device-01"),
@@ -214,11 +266,13 @@ def old_script(fleet: Path) -> None:
 def test_each_fault_is_found_with_its_fix(
     fleet: Path, fault: Callable[[Path], None], subject: str, text: str
 ) -> None:
-    import re
-
     fault(fleet)
-    bad = findings(fleet)[False]
+    found = findings(fleet)
+    bad = found[False]
     assert any(f.subject == subject and re.search(text, f.text) and f.fix for f in bad), bad
+    # One fault hides no other: all that comes after it is looked at, too.
+    subjects = {f.subject for f in (*bad, *found[True])}
+    assert {"versions", "device-01", "device-02"} <= subjects
 
 
 def test_certificates_that_end_soon_are_found(fleet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,6 +407,43 @@ def test_a_device_is_looked_at_where_it_is(
     assert good["test-split"] == ["'', default: its file is silent"]
     assert good["partitioner"] == ["'iid', always"]
     assert good["clip-norm"][0].startswith("the run, a number from")
+
+
+def test_a_ledger_in_the_users_data_folder_is_asked(
+    fleet: Path, planned: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device whose file names no state-dir keeps its ledger there."""
+    device = fleet / "devices" / "device-01"
+    settings = (device / "device.toml").read_text().replace('state-dir = "state"\n', "")
+    (device / "device.toml").write_text(settings)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
+    spent = Segment(9.0, 0.2, 9)
+    account = Account("device-01", "r", 3.0, 1e-3, "lifetime")
+    Ledger(tmp_path / "home" / "fedlora" / "ledger.sqlite").record(account, 1, spent, spent)
+
+    here = texts(check_device(device, planned), good=True)["device-01"]
+    away = [f.text for f in findings(fleet, planned)[True] if f.subject == "device-01"]
+
+    assert any(re.match(r"ε = 0\.\d+ spent, ", text) for text in here), here
+    assert "its ledger is on the device: its file names no state-dir" in away
+
+
+def test_settings_that_undo_the_promise_are_found(fleet: Path) -> None:
+    file = fleet / "devices" / "device-01" / "device.toml"
+    lines = {
+        "epsilon": ("inf", "no noise is added"),
+        "reproducible": ("true", "follows the run's seed"),
+        "report-unprotected-metrics": ("true", "the loss on the records"),
+        "ledger-scope": ('"run"', "any number of runs"),
+    }
+    others = [one for one in file.read_text().splitlines() if one.split(" ")[0] not in lines]
+    stated_now = [f"{key} = {value}" for key, (value, _) in lines.items()]
+    file.write_text("\n".join([*stated_now, *others]))
+    bad = findings(fleet)[False]
+    assert {f.subject for f in bad} == {"device-01"}
+    assert len(bad) == len(lines)
+    for key, (_, text) in lines.items():
+        assert any(f.text.startswith(f"{key} = ") and text in f.text for f in bad), key
 
 
 def test_what_is_not_fit_on_a_device_is_found_there(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora_flwr.data.records import Batch, Records
+from fedlora_flwr.errors import OrderRefused
 from tests.hostile.tiny_task import CLASSES, FEATURES, READS, Block, CountedRecords, TinyTask
 
 CANARY = "qzjxkvwpyh"
@@ -100,12 +101,13 @@ class FailingRecords(CountedRecords):
     """Records that fail once they have been read for a while, and say of what."""
 
     after = 0
+    error: type[BaseException] = ValueError
 
     def batch(self, indices: Tensor) -> Batch:
         found = super().batch(indices)
         READS.since_opened += 1
         if READS.since_opened > self.after:
-            raise ValueError(f"{CANARY}: {found['x'].tolist()}")
+            raise self.error(f"{CANARY}: {found['x'].tolist()}")
         return found
 
 
@@ -113,13 +115,36 @@ class FailingTask(TinyTask):
     """Opens records that fail at their first batch, or later."""
 
     after = 0
+    error: type[BaseException] = ValueError
 
     def client_records(self, partition_id: int, num_partitions: int) -> Records:
         found = super().client_records(partition_id, num_partitions)
         READS.since_opened = 0
         failing = FailingRecords(found._table)  # type: ignore[attr-defined]
-        failing.after = self.after
+        failing.after, failing.error = self.after, self.error
         return failing
+
+
+class Panic(BaseException):
+    """What a panic of a library in Rust becomes: the base of it is not Exception."""
+
+
+def panicking(settings: Any) -> FailingTask:
+    task = FailingTask(settings)
+    task.error = Panic
+    return task
+
+
+def refusing(settings: Any) -> FailingTask:
+    """Make a task that raises what may travel, when it is too late for that."""
+    task = FailingTask(settings)
+    task.error = OrderRefused
+    return task
+
+
+def refusing_at_once(settings: Any) -> FailingTask:
+    """Read records before anybody asks for them, and tell them as a refusal."""
+    raise OrderRefused(f"{CANARY}: {settings.dataset}")
 
 
 class UnreadableTask(TinyTask):

@@ -187,7 +187,17 @@ def _grown(arrays: dict[str, Any], scale: float) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("task", "row"), [("failing", 1), ("failing_later", 1), ("unreadable", 0)])
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("failing", 1),
+        ("failing_later", 1),
+        ("panicking", 1),
+        ("refusing", 1),
+        ("refusing_at_once", 0),
+        ("unreadable", 0),
+    ],
+)
 def test_8_a_failure_after_the_first_batch_is_in_the_ledger(
     make_device: MakeDevice, task: str, row: int
 ) -> None:

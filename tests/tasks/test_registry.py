@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.digits import DigitsTask
 from fedlora_flwr.tasks.registry import Task, build_task, task_names
 from tests.tasks.conftest import settings
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_task_is_built_by_name() -> None:
@@ -89,6 +92,31 @@ def test_a_task_of_the_users_own_is_found_beside_their_files(folder: Path, place
     assert sys.path.count(str(folder)) == 1
     # What is installed comes first.
     assert sys.path[-1] == str(folder)
+
+
+def test_a_task_of_the_package_makes_no_module_of_what_lies_around(folder: Path) -> None:
+    build_task("digits", settings())
+    assert str(folder) not in sys.path
+
+
+@pytest.mark.parametrize("place", ["own_task:Mine", "digits"])
+def test_where_python_looks_at_installed_code_alone_it_stays_so(folder: Path, place: str) -> None:
+    code = (
+        "import sys; from types import SimpleNamespace\n"
+        "from fedlora_flwr.errors import InvalidValue\n"
+        "from fedlora_flwr.tasks.registry import build_task\n"
+        "try: build_task(sys.argv[1], SimpleNamespace())\n"
+        "except InvalidValue as error: print(error)\n"
+        "print(sys.argv[2] in sys.path)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, place, str(folder)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    *said, found = done.stdout.splitlines()
+    assert found == "False"
+    if place != "digits":
+        assert "no module that is installed or on PYTHONPATH" in said[0]
 
 
 @pytest.mark.parametrize(
