@@ -22,6 +22,7 @@ from fedlora_flwr.clients.device import client_identity
 from fedlora_flwr.clients.guarded import guarded
 from fedlora_flwr.errors import (
     FedLoRAError,
+    OrderRefused,
 )
 from fedlora_flwr.wire import CLIENT, NAMES
 from fedlora_flwr.wire.arrays import to_numpy
@@ -70,6 +71,7 @@ def _bridged(message: Message, context: Context, call_next: ClientAppCallable) -
     if kind == MessageType.QUERY:
         return Message(query_records(Report(client=client_identity(context))), reply_to=message)
     if not trains_or_evaluates(message):
+        _check_legacy(message)
         return call_next(message, context)
     prefix = _LEGACY_INS[kind]
     identity = client_identity(context)
@@ -89,6 +91,18 @@ def trains_or_evaluates(message: Message) -> bool:
     """Tell whether a Message-API strategy sends such a message to train or evaluate."""
     prefix = _LEGACY_INS.get(message.metadata.message_type)
     return prefix is not None and f"{prefix}.parameters" not in message.content.array_records
+
+
+def _check_legacy(message: Message) -> None:
+    """Refuse records that Flower's legacy interface would ignore without a word."""
+    prefix = _LEGACY_INS.get(message.metadata.message_type)
+    if prefix is None:
+        return
+    known = {f"{prefix}.parameters", f"{prefix}.config"}
+    if others := sorted(set(message.content) - known):
+        raise OrderRefused(
+            f"The message has records that nobody reads: {others[:3]}. Send {sorted(known)} only."
+        )
 
 
 def _to_legacy(content: RecordDict, prefix: str) -> RecordDict:

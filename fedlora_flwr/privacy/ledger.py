@@ -19,6 +19,7 @@ from fedlora_flwr.privacy.account import (
 )
 from fedlora_flwr.privacy.budget import Segment
 from fedlora_flwr.privacy.ledger_file import LedgerFile, witness_of
+from fedlora_flwr.wire import ROUND
 
 __all__ = ["LAPSE", "Account", "Ledger", "LedgerSummary", "Terms"]
 
@@ -153,7 +154,7 @@ class Ledger:
 
 def _check_request(server_round: int, segment: Segment, planned: Segment) -> None:
     if not 0 <= server_round <= _MAX_ROUND:
-        raise InvalidValue("server-round", server_round, f"a whole number from 0 to {_MAX_ROUND:,}")
+        raise InvalidValue(ROUND, server_round, f"a whole number from 0 to {_MAX_ROUND:,}")
     mechanism = segment.noise_multiplier, segment.sample_rate
     if mechanism != (planned.noise_multiplier, planned.sample_rate):
         allowed = f"the plan's {planned.noise_multiplier!r} and {planned.sample_rate!r}"

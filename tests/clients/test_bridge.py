@@ -279,3 +279,17 @@ def test_a_legacy_server_is_served_as_without_the_bridge(bridged: bool) -> None:
         cast(Any, ServerApp(server_fn=server_fn))(grid, grid.context())
     assert sorted(arrays[-1][0] for arrays in seen) == [4.0, 5.0]
     assert all(len(arrays) == len(START) for arrays in seen)
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_a_legacy_message_with_a_record_that_nobody_reads_is_refused(kind: str) -> None:
+    prefix = "fitins" if kind == "train" else "evaluateins"
+    content = RecordDict(
+        {
+            f"{prefix}.parameters": record(),
+            f"{prefix}.config": ConfigRecord({"server-round": 1}),
+            "more": ConfigRecord({"task": "digits"}),
+        }
+    )
+    with pytest.raises(RuntimeError, match=r"records that nobody reads: \['more'\]"):
+        ask(app_of(AddOwnNumber), kind, content)
