@@ -24,6 +24,7 @@ from fedlora_flwr.errors import (
     FedLoRAError,
     OrderRefused,
 )
+from fedlora_flwr.flower_internals import RECORD_KEY_CONFIGS
 from fedlora_flwr.wire import CLIENT, NAMES
 from fedlora_flwr.wire.arrays import to_numpy
 from fedlora_flwr.wire.records import evaluate_content, fit_content, message_records, query_records
@@ -99,7 +100,8 @@ def _check_legacy(message: Message) -> None:
     if prefix is None:
         return
     known = {f"{prefix}.parameters", f"{prefix}.config"}
-    if others := sorted(set(message.content) - known):
+    # Flower's secure aggregation leaves its own record, which its mod has read.
+    if others := sorted(set(message.content) - known - {RECORD_KEY_CONFIGS}):
         raise OrderRefused(
             f"The message has records that nobody reads: {others[:3]}. Send {sorted(known)} only."
         )

@@ -11,11 +11,11 @@ from logging import ERROR
 
 from flwr.app import Context, Error, Message
 from flwr.clientapp.typing import ClientAppCallable
-from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 
 from fedlora_flwr.deploy.bundles import BundleRefused, check_bundle
 from fedlora_flwr.deploy.flower import serve_with
+from fedlora_flwr.flower_internals import ErrorCode
 
 TRY = "--try"
 """Argument with which nothing is served: the exit code says whether this Flower can be used."""

@@ -25,16 +25,15 @@ from flwr.common import (
     ndarrays_to_parameters,
     parameters_to_ndarrays,
 )
-from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
-from flwr.server.compat.grid_client_proxy import GridClientProxy
 from flwr.server.strategy import Strategy
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from fedlora_flwr.errors import BudgetsSpent, FederationAborted, InvalidValue
+from fedlora_flwr.flower_internals import ErrorCode, GridClientProxy
 from fedlora_flwr.strategies.base import FedLoRA
 from fedlora_flwr.strategies.fedex_lora import FedExLoRA
 from fedlora_flwr.strategies.flexlora import FlexLoRA

@@ -11,8 +11,8 @@ from typing import Any
 
 from flwr.app import Error, Message
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
+from fedlora_flwr.flower_internals import Run
 from fedlora_flwr.strategies.identities import KnownNode
 
 RESTARTED = "the device was restarted in this round, and what it was asked is lost"

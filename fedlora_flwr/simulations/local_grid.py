@@ -13,9 +13,9 @@ from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from fedlora_flwr.environment import simulating
+from fedlora_flwr.flower_internals import Run
 from fedlora_flwr.processes.workers import Execute, one_by_one
 from fedlora_flwr.strategies.identities import KnownNode
 from fedlora_flwr.wire import partition_name

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM
-
 from fedlora_flwr.errors import FederationAborted
+from fedlora_flwr.flower_internals import KEY_CLIPPING_NORM
 
 
 def check_clipping(config: Mapping[str, object], strategy: str, whole_mean: bool) -> None:

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from flwr import app
 from flwr.app import ArrayRecord
-from flwr.common.constant import SType
 from numpy.lib import format as npy
 from numpy.typing import NDArray
+
+from fedlora_flwr.flower_internals import SType
 
 _MAGIC = b"\x93NUMPY\x01\x00"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeAlias
 
-from flwr.supercore.task_identity import TaskIdentity
+from fedlora_flwr.flower_internals import TaskIdentity
 
 Identity: TypeAlias = tuple[int, int, int]
 """Run, node and task."""

@@ -34,3 +34,19 @@ def test_a_word_of_the_wire_is_written_in_one_room(word: str) -> None:
 
 def test_there_are_such_words() -> None:
     assert {wire.ROUND, wire.NAMES, wire.STATUS_EXHAUSTED, wire.PEAK_MEMORY} <= set(WORDS)
+
+
+def test_what_flower_keeps_to_itself_is_imported_in_one_file() -> None:
+    private = (
+        "flwr.supercore",
+        "flwr.common.constant",
+        "flwr.common.secure_aggregation",
+        "flwr.server.compat",
+    )
+    found = {
+        str(place.relative_to(PACKAGE))
+        for place in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(place.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(private)
+    }
+    assert found == {"flower_internals.py"}
