@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedlora_flwr.errors import unknown
 from fedlora_flwr.strategies.as_lora import ASLoRA
 from fedlora_flwr.strategies.base import FedLoRA
+from fedlora_flwr.strategies.dp_lora import DPLoRA
 from fedlora_flwr.strategies.fedex_lora import FedExLoRA
 from fedlora_flwr.strategies.fedsa_lora import FedSALoRA
 from fedlora_flwr.strategies.fedsvd import FedSVD
@@ -16,7 +17,7 @@ from fedlora_flwr.strategies.replies import RoundReport, Upload
 from fedlora_flwr.strategies.rolora import RoLoRA
 
 STRATEGIES: dict[str, type[FedLoRA]] = {
-    "dp-lora": FedLoRA,
+    "dp-lora": DPLoRA,
     "ffa-lora": FFALoRA,
     "rolora": RoLoRA,
     "la-lora": LALoRA,
@@ -45,6 +46,7 @@ def strategy_class(name: str) -> type[FedLoRA]:
 __all__ = [
     "STRATEGIES",
     "ASLoRA",
+    "DPLoRA",
     "FFALoRA",
     "FLoRA",
     "FedExLoRA",

@@ -1,4 +1,4 @@
-"""The base strategy: plan, cohort, completion, merge. On its own it is DP-LoRA."""
+"""The base strategy: plan, cohort, completion, merge."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ from fedlora_flwr.wire.records import read_training
 
 
 class FedLoRA(Exchange):
-    """Federated averaging of LoRA factors under a component plan (DP-LoRA, arXiv 2312.17493).
+    """Federated averaging of LoRA factors under a component plan: the base of every method.
 
-    Both factors train at every step and are averaged each on its own, so the mean of the products
-    differs from the product of the means. A method of its own overrides `plan`, and what else it
-    does differently: `aggregate`, `instructions`, `download`, `check_upload`, `check_shapes`.
+    Where a method overrides nothing, both factors train at every step and are averaged each on its
+    own. A method overrides `plan`, and what else it does differently: `aggregate`, `instructions`,
+    `download`, `check_upload`, `check_shapes`.
 
     No client is trusted. A reply that cannot be used is its sender's failure, and the round goes on
     with the others; what one client can still do is move the mean within the limits of `wire`.

@@ -1,0 +1,10 @@
+"""LA-LoRA: the factors take turns by local step."""
+
+from __future__ import annotations
+
+from fedlora_flwr.strategies import LALoRA
+from tests.strategies.tiny import plans
+
+
+def test_plans_by_round() -> None:
+    assert plans(LALoRA(), rounds=4) == ["B/A"] * 4
