@@ -11,10 +11,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fedlora_flwr.config.keys import Decider, allowed_values, fields_by_key
+from fedlora_flwr.config.on_device import UNREAD
 from fedlora_flwr.config.run_config import RunConfig
 from fedlora_flwr.wire.order import Order
 from fedlora_flwr.wire.report import FURTHER, Report
 
+OWN_SETTINGS = "<method>.<setting>"
 HEADER = ("key", "who decides on a device", "accepted", "why")
 
 
@@ -54,6 +56,10 @@ def rows() -> Iterator[Row]:
             "configuration", key, about["decides"], allowed_values(entry), about["why"],
             about["on_device"],
         )  # fmt: skip
+    yield Row(
+        "configuration", OWN_SETTINGS, Decider.RUN, UNREAD,
+        "The server's strategy alone reads it, and no strategy is loaded on a device.",
+    )  # fmt: skip
     for entry in fields(Order):
         about = entry.metadata
         yield Row("order", about["key"], about["decides"], about["allowed"], about["why"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from logging import INFO
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -20,6 +20,7 @@ from fedlora_flwr.plan import BOTH, A, B, ComponentPlan
 from fedlora_flwr.strategies.agreement import describe
 from fedlora_flwr.strategies.clipping import check_clipping
 from fedlora_flwr.strategies.cohort import Cohorts
+from fedlora_flwr.strategies.declared import Declared
 from fedlora_flwr.strategies.early_end import EvaluateFn, keeping
 from fedlora_flwr.strategies.exchange import Exchange
 from fedlora_flwr.strategies.expected import Expected
@@ -46,12 +47,13 @@ from fedlora_flwr.wire.limits import MOST_WEIGHT
 from fedlora_flwr.wire.records import read_training
 
 
-class FedLoRA(Exchange):
+class FedLoRA(Declared, Exchange):
     """Federated averaging of LoRA factors under a component plan: the base of every method.
 
     Where a method overrides nothing, both factors train at every step and are averaged each on its
     own. A method overrides `plan`, and what else it does differently: `aggregate`, `instructions`,
-    `download`, `check_upload`, `check_shapes`.
+    `download`, `check_upload`, `check_shapes`. What it can do, and its own settings, it declares
+    as class attributes (see `fedlora_flwr.strategies.declared.Declared`); callers ask those.
 
     No client is trusted. A reply that cannot be used is its sender's failure, and the round goes on
     with the others; what one client can still do is move the mean within the limits of `wire`.
@@ -80,11 +82,11 @@ class FedLoRA(Exchange):
         Largest weight that a client may state, from what is public.
     share_head : bool (default: True)
         Whether the head is averaged. Else each client keeps its own, and measures its own model.
+    **own
+        The method's own settings.
 
     Attributes
     ----------
-    settings : tuple[str, ...]
-        Names of further arguments that are keys of the run configuration.
     last_round : RoundReport or None
         What came of the last round.
 
@@ -94,7 +96,8 @@ class FedLoRA(Exchange):
         An argument is out of range.
     """
 
-    settings: ClassVar[tuple[str, ...]] = ()
+    averages: ClassVar[bool] = True
+    needs_each_upload: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -116,6 +119,7 @@ class FedLoRA(Exchange):
         local_steps: int = 0,
         max_weight: float = MOST_WEIGHT,
         share_head: bool = True,
+        **own: Any,
     ) -> None:
         if not 0 <= min_completion <= 1:
             raise InvalidValue("min_completion", min_completion, "a number from 0 to 1")
@@ -149,6 +153,7 @@ class FedLoRA(Exchange):
         self._global: dict[str, NDArray[np.floating]] = {}
         self._plan = ComponentPlan.uniform(BOTH)
         self._expected = Expected(self._plan, ())
+        self.take_settings(own)
 
     def plan(self, server_round: int, layout: Layout) -> ComponentPlan:
         """Say what trains in a round.
@@ -267,9 +272,8 @@ class FedLoRA(Exchange):
         self._plan = self.plan(server_round, layout)
         self._plan.check(len(layout.blocks))
         self._expected = Expected.of(layout, self._plan, self.shared, self.local_steps)
-        averages = type(self).aggregate is FedLoRA.aggregate
         everything = self._expected.whole == set(arrays)
-        check_clipping(config, type(self).__name__, averages and everything)
+        check_clipping(config, type(self).__name__, self.averages and everything)
         if server_round == 1 or self._cohorts is None:
             self._cohorts = Cohorts(grid, self.seed, self.max_rounds, self.node_timeout)
         self._asked = nodes = self._cohorts.train(
@@ -310,8 +314,7 @@ class FedLoRA(Exchange):
             return None, None
         self._trained = True
         arrays = within_limits(self.aggregate(server_round, self._global, report.uploads))
-        personal = len(self.shared) == 1  # Then no client's product of factors is known here.
-        report.compared = describe(self._global, report.uploads, personal=personal)
+        report.compared = describe(self._global, report.uploads, personal=self.personal)
         metrics = combine_metrics([upload.metrics for upload in report.uploads])
         self._result.arrays = to_record(arrays)
         self._result.train_metrics_clientapp[server_round] = metrics

@@ -21,13 +21,11 @@ class Exchange(FedAvg):
 
     Attributes
     ----------
-    shared : str
-        The factors that travel, where not everything does (see `fedlora_flwr.layout.is_shared`).
     last_round : RoundReport or None
         What came of the last round.
     """
 
-    shared: str = ""
+    shared: str
     last_round: RoundReport | None
     _cohorts: Cohorts | None
     _result: Result

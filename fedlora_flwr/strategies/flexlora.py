@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
@@ -27,6 +27,10 @@ class FlexLoRA(FedLoRA):
     its first upload has told its rank, and only its own from then on. One LoRA scaling, that of the
     global rank, holds for all clients. Source: arXiv 2402.11505.
     """
+
+    stable_basis: ClassVar[bool] = False
+    needs_each_upload: ClassVar[bool] = True
+    own_ranks: ClassVar[bool] = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

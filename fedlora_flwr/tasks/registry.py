@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from fedlora_flwr.errors import InvalidValue, unknown
+from fedlora_flwr.places import is_place, load
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -59,7 +56,6 @@ class Task(Protocol):
 
 
 TaskFactory = Callable[[Any], Task]
-_PLACE = re.compile(r"[^:.\s][^:\s]*:\w+")
 _METHODS = ("build_model", "client_records", "test_records", "losses", "evaluate")
 _FACTORIES: dict[str, str] = {
     "digits": "fedlora_flwr.tasks.digits:DigitsTask",
@@ -197,25 +193,12 @@ def unstated_classes(task: Task) -> list[str]:
 
 
 def _require_known(name: str) -> None:
-    if name not in _FACTORIES and not _PLACE.fullmatch(name):
+    if name not in _FACTORIES and not is_place(name):
         raise unknown("task", name, _FACTORIES, after=", or your own module:function")
 
 
 def _factory(place: str) -> TaskFactory:
-    """Import ``module:function``; modules beside the user's files are found too."""
-    module, _, attribute = place.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        # An error in the module itself is the author's to read.
-        found: Any = getattr(importlib.import_module(module), attribute, None)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise
-        allowed = f"module:function; {module!r} is no module in {Path.cwd()} or on PYTHONPATH"
-        raise InvalidValue("task", place, allowed) from error
-    if found is None:
-        raise InvalidValue("task", place, f"module:function; {module!r} has no {attribute!r}")
+    found = load("task", place, "function of a task")
     if not callable(found):
         raise InvalidValue("task", place, "module:function, a class or function that makes a task")
     return cast(TaskFactory, found)
