@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import numpy as np
-from flwr.serverapp.strategy import Result
 from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.gains import Estimate, Movement, across, movements, secant
@@ -113,10 +113,32 @@ class ASLoRA(FedLoRA):
         self._made: list[Choice] = []
         self._last: dict[str, tuple[int, Movement]] = {}
 
-    def start(self, *args: Any, **kwargs: Any) -> Result:
-        """Run the federation, with no scores from an earlier one."""
+    def begin(self) -> None:
+        """Forget the scores of an earlier run."""
+        super().begin()
         self.scores, self._choices, self._made, self._last = [], [], [], {}
-        return super().start(*args, **kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Add the scores, each array's last movement, and the choices so far."""
+        return {
+            **super().state_dict(),
+            "scores": [asdict(scores) for scores in self.scores],
+            "last": {
+                name: {"round": number, **asdict(moved)}
+                for name, (number, moved) in self._last.items()
+            },
+            "made": [asdict(choice) for choice in self._made],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up scores, movements and choices, too."""
+        super().load_state_dict(state)
+        self.scores = [Scores.of(**scores) for scores in state["scores"]]
+        self._last = {
+            name: (found["round"], Movement.of(found["mean"], found["square"], found["noise"]))
+            for name, found in state["last"].items()
+        }
+        self._made = [Choice(**choice) for choice in state["made"]]
 
     def plan(self, server_round: int, layout: Layout) -> ComponentPlan:
         """Choose the blocks' modes.

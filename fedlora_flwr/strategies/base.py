@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from logging import INFO
 from typing import Any, ClassVar
 
@@ -36,10 +37,7 @@ from fedlora_flwr.wire import (
     ARRAYS,
     CONFIG,
     NUM_EXAMPLES,
-    PLAN,
-    ROUND,
     STATUS_EXHAUSTED,
-    WEIGHTING,
     WEIGHTINGS,
 )
 from fedlora_flwr.wire.arrays import to_numpy, travel_size
@@ -51,7 +49,7 @@ class FedLoRA(Declared, Exchange):
     """Federated averaging of LoRA factors under a component plan: the base of every method.
 
     Where a method overrides nothing, both factors train at every step and are averaged each on its
-    own. A method overrides `plan`, and what else it does differently: `aggregate`, `instructions`,
+    own. A method overrides `plan`, and what else it does differently: `aggregate`, `order`,
     `download`, `check_upload`, `check_shapes`. What it can do, and its own settings, it declares
     as class attributes (see `fedlora_flwr.strategies.declared.Declared`); callers ask those.
 
@@ -144,6 +142,7 @@ class FedLoRA(Declared, Exchange):
         self.num_rounds = 0
         self.last_round: RoundReport | None = None
         self._cohorts: Cohorts | None = None
+        self._turns: Mapping[str, Any] = {}
         self._ledgers = LedgerWatch()
         self._trained = False
         self._result = Result()
@@ -222,6 +221,35 @@ class FedLoRA(Declared, Exchange):
         """
         merge(current, arrays)
 
+    def begin(self) -> None:
+        """Forget an earlier run. A method that carries state between rounds forgets it, too."""
+        self._ledgers, self._trained, self._turns = LedgerWatch(), False, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is carried from one round to the next, beside the global arrays.
+
+        A strategy with the same arguments that loads it goes on bit for bit as this one would. It
+        holds what clients may be asked for, and what their ledgers have counted. A method that
+        remembers more adds it here, takes it up in `load_state_dict` and forgets it in `begin`.
+
+        Returns
+        -------
+        dict[str, Any]
+            NumPy arrays and plain values (texts, numbers, flags, None), and lists and dictionaries
+            of them by name.
+        """
+        turns = self._turns if self._cohorts is None else self._cohorts.turns.state_dict()
+        return {
+            "num_rounds": self.num_rounds, "trained": self._trained, "turns": dict(turns),
+            "ledgers": self._ledgers.state_dict(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` returned; `start` begins a new run and forgets it."""
+        self.num_rounds, self._trained = state["num_rounds"], state["trained"]
+        self._cohorts, self._turns = None, state["turns"]
+        self._ledgers.load_state_dict(state["ledgers"])
+
     @property
     def finished(self) -> bool:
         """Whether no client that was connected in the last round may be asked for another."""
@@ -245,7 +273,8 @@ class FedLoRA(Declared, Exchange):
             Arrays and metrics of the rounds that took place.
         """
         self.num_rounds = num_rounds
-        self._ledgers, self._trained, self._result = LedgerWatch(), False, Result()
+        self.begin()
+        self._result = Result()
         rest = train_config, evaluate_config, keeping(self._result, evaluate_fn)
         try:
             return super().start(grid, initial_arrays, num_rounds, timeout, *rest)
@@ -276,11 +305,13 @@ class FedLoRA(Declared, Exchange):
         check_clipping(config, type(self).__name__, self.averages and everything)
         if server_round == 1 or self._cohorts is None:
             self._cohorts = Cohorts(grid, self.seed, self.max_rounds, self.node_timeout)
+            if self._turns:
+                self._cohorts.load_state_dict(self._turns)
         self._asked = nodes = self._cohorts.train(
             grid, server_round, self.fraction_train, self.min_available_nodes, self.min_train_nodes
         )
-        config.update({ROUND: server_round, PLAN: str(self._plan), WEIGHTING: self.weighting})
-        config.update(self.instructions())
+        order = replace(self.order(server_round, str(self._plan)), weighting=self.weighting)
+        config.update(order.to_config())
         self._plain = sum(travel_size(arrays[name]) for name in layout.names)
         report = self.last_round = RoundReport(
             server_round, str(self._plan), sent=len(nodes), bytes_plain=self._plain * len(nodes)

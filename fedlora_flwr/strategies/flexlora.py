@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,6 +35,20 @@ class FlexLoRA(FedLoRA):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._ranks: dict[str, int] = {}
+
+    def begin(self) -> None:
+        """Forget the ranks of an earlier run's clients."""
+        super().begin()
+        self._ranks = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Add the clients' ranks."""
+        return {**super().state_dict(), "ranks": dict(self._ranks)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the clients' ranks, too."""
+        super().load_state_dict(state)
+        self._ranks = dict(state["ranks"])
 
     def download(self, arrays: ArrayRecord, client: str) -> ArrayRecord:
         """Cut the factors to the client's rank, once it is known."""

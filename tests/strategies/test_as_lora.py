@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
@@ -22,6 +23,7 @@ from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.strategies import ASLoRA, Upload
 from fedlora_flwr.strategies.choices import Choice, Scores
 from tests.strategies.duels import Duels, known, layout_of
+from tests.strategies.resumed import assert_goes_on_bit_for_bit
 from tests.strategies.tiny import NAMES, Tiny, arrays_of, record_of, reply_of, start_arrays
 
 LAYOUT = Layout.of(NAMES)
@@ -337,3 +339,10 @@ def test_blocks_of_several_layers_share_a_mode_and_a_score() -> None:
 def test_what_an_argument_cannot_be_is_refused_by_name(key: str, value: Any) -> None:
     with pytest.raises(InvalidValue, match=f"{key.replace('_', '-')} = {value!r}"):
         ASLoRA(**{key: value})
+
+
+@pytest.mark.parametrize(("curvature", "cohort"), [("none", 1), ("secant", 3)])
+def test_a_saved_run_goes_on_bit_for_bit(curvature: str, cohort: int) -> None:
+    """One upload is compared with the round before, and the secant with the last movement."""
+    make = partial(ASLoRA, curvature=curvature, warm_up=0.0)
+    assert_goes_on_bit_for_bit(make, saved_after=6, cohort=cohort)

@@ -20,6 +20,7 @@ from tests.strategies.dense import (
     product,
 )
 from tests.strategies.products import Folding
+from tests.strategies.resumed import assert_goes_on_bit_for_bit
 
 
 class TestFedExLoRA(Folding):
@@ -68,3 +69,7 @@ def test_the_residual_is_the_covariance_of_the_factors(
         for share, upload in zip(shares, uploads, strict=True):
             expected += share * (upload.arrays[b] - after[b]) @ (upload.arrays[a] - after[a])
         np.testing.assert_allclose(folded_product(after, layer), expected, rtol=0, atol=1e-11)
+
+
+def test_a_saved_run_goes_on_bit_for_bit() -> None:
+    assert_goes_on_bit_for_bit(FedExLoRA)

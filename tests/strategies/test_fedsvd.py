@@ -17,6 +17,7 @@ from tests.strategies.dense import (
     federations,
 )
 from tests.strategies.products import ExactMeans
+from tests.strategies.resumed import assert_goes_on_bit_for_bit
 
 
 class TestFedSVD(ExactMeans):
@@ -58,3 +59,7 @@ def test_fedsvd_is_the_svd_of_the_mean_product(
         np.testing.assert_allclose(after[a] @ after[a].T, np.eye(rank), rtol=0, atol=1e-10)
         sigma = np.linalg.svd(mean, compute_uv=False)[:rank]
         np.testing.assert_allclose(np.linalg.norm(after[b], axis=0), sigma, rtol=0, atol=1e-10)
+
+
+def test_a_saved_run_goes_on_bit_for_bit() -> None:
+    assert_goes_on_bit_for_bit(FedSVD)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedlora_flwr.strategies import FFALoRA
+from tests.strategies.resumed import assert_goes_on_bit_for_bit
 from tests.strategies.tiny import A_NAMES, B_NAMES, Tiny, arrays_of, moved, plans, start_arrays
 
 
@@ -23,3 +24,7 @@ def test_the_factors_of_ffa_lora_start_where_the_server_says() -> None:
     final = arrays_of(tiny.run(FFALoRA(), num_rounds=3).arrays)
     for name in A_NAMES:
         assert final[name].tobytes() == start_arrays()[name].tobytes()
+
+
+def test_a_saved_run_goes_on_bit_for_bit() -> None:
+    assert_goes_on_bit_for_bit(FFALoRA)

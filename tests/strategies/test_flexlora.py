@@ -29,6 +29,7 @@ from tests.strategies.dense import (
     start,
 )
 from tests.strategies.products import Products
+from tests.strategies.resumed import assert_goes_on_bit_for_bit
 from tests.strategies.tiny import Asked, arrays_of, reply_of
 
 
@@ -161,3 +162,7 @@ def test_flexlora_is_the_truncated_svd_of_the_mean_product(
         np.testing.assert_allclose(error[: len(sigma) - rank], sigma[rank:], rtol=0, atol=1e-10)
         np.testing.assert_allclose(np.linalg.norm(found[0], axis=0), sigma[:rank], atol=1e-10)
         np.testing.assert_allclose(found[1] @ found[1].T, np.eye(rank), rtol=0, atol=1e-10)
+
+
+def test_a_saved_run_goes_on_bit_for_bit() -> None:
+    assert_goes_on_bit_for_bit(FlexLoRA, ranks=(1, 2, 3))

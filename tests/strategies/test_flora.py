@@ -26,6 +26,7 @@ from tests.strategies.dense import (
     product,
 )
 from tests.strategies.products import Folding
+from tests.strategies.resumed import assert_goes_on_bit_for_bit
 
 
 class TestFLoRA(Folding):
@@ -84,3 +85,7 @@ def test_folding_restores_the_mean_exactly(
         expected = folded_product(before, layer) + mean_product(uploads, layer)
         close(product(after, layer), expected, 1e-12)
     assert all(np.array_equal(current[name], array) for name, array in before.items())
+
+
+def test_a_saved_run_goes_on_bit_for_bit() -> None:
+    assert_goes_on_bit_for_bit(FLoRA)

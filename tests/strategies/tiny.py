@@ -114,7 +114,7 @@ class Tiny:
                 partition,
                 int(str(config["server-round"])),
                 ComponentPlan.parse(str(config["plan"])),
-                str(config["weighting"]),
+                str(config.get("weighting", "uniform")),
                 arrays_of(content.array_records["arrays"]),
                 {array.dtype for array in content.array_records["arrays"].values()},
             )
