@@ -26,7 +26,7 @@ from fedlora_flwr.layout import Layout, factor_of
 from fedlora_flwr.plan import A, B
 from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.server.noise import noise_to_signal, noisy_coordinates
-from fedlora_flwr.server.serve import build_strategy
+from fedlora_flwr.server.strategy import build_strategy
 from fedlora_flwr.tasks.registry import build_task
 
 RESULTS = Path(__file__).parent / "results"

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fedlora_flwr.privacy.mechanism import Mechanism as Mechanism
     from fedlora_flwr.simulations.local_grid import LocalGrid as LocalGrid
     from fedlora_flwr.strategies import ASLoRA as ASLoRA
+    from fedlora_flwr.strategies import DPLoRA as DPLoRA
     from fedlora_flwr.strategies import FedExLoRA as FedExLoRA
     from fedlora_flwr.strategies import FedLoRA as FedLoRA
     from fedlora_flwr.strategies import FedSALoRA as FedSALoRA
@@ -64,6 +65,7 @@ _HOMES = {
     "PrivateTrainer": "integrations.hf_trainer",
     "LocalGrid": "simulations.local_grid",
     "ASLoRA": "strategies",
+    "DPLoRA": "strategies",
     "FedExLoRA": "strategies",
     "FedSALoRA": "strategies",
     "FedSVD": "strategies",

@@ -50,7 +50,7 @@ def make_client(context: Context) -> LoRAClient:
         partition, partitions, open_test = 0, 1, _public_records
         opens = _private_records
     elif in_simulation() and "partition-id" in node and "num-partitions" in node:
-        identity, config = client_identity(context), RunConfig.of(context.run_config)
+        identity, config = client_identity(context), RunConfig.received(context.run_config)
         partition, partitions = int(node["partition-id"]), int(node["num-partitions"])
         open_test, opens = None, None
     else:

@@ -17,10 +17,6 @@ MODES = (A, B, BOTH)
 HEAD = "head"
 """Arrays that belong to no factor."""
 PARTS = (A, B, HEAD)
-# How AS-LoRA chooses: what of curvature it counts, by which rule, and what shares a choice.
-CURVATURES = ("none", "secant")
-SELECTIONS = ("sample", "argmax", "fixed")
-GROUPS = ("block", "tied", "layer")
 
 
 @dataclass(frozen=True)

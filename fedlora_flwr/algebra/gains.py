@@ -8,7 +8,7 @@ and none subtracted. The derivation is in docs/methods.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +55,13 @@ class Movement:
     mean: NDArray[np.float32]
     square: Estimate | None
     noise: float
+
+    @classmethod
+    def of(
+        cls, mean: NDArray[np.float32], square: Mapping[str, float] | None, noise: float
+    ) -> Movement:
+        """Make a movement of what ``dataclasses.asdict`` makes of it."""
+        return cls(np.array(mean), None if square is None else Estimate(**square), noise)
 
     def times(self, factor: float) -> Movement:
         """Return it multiplied by a number."""

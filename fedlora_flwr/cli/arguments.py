@@ -12,6 +12,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.keys import Check, fields_by_key
 from fedlora_flwr.config.recipes import recipe_names
 from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.places import strategy_names
 
 
 def complete_recipe(incomplete: str) -> list[str]:
@@ -51,9 +52,7 @@ def complete_row(incomplete: str) -> list[str]:
 def names_of(key: str) -> tuple[str, ...]:
     """Return the names that a key takes; none for a number or a free text."""
     if key == "strategy":
-        from fedlora_flwr.strategies import STRATEGIES
-
-        return tuple(STRATEGIES)
+        return strategy_names()
     if key == "task":
         from fedlora_flwr.tasks.registry import task_names
 

@@ -121,7 +121,7 @@ def _check_complete(found: Mapping[str, Any], path: Path) -> None:
     for key, allowed in _REQUIRED.items():
         if key not in found:
             raise InvalidValue(key, None, f"{allowed}, in {path}")
-    RunConfig.of({key: value for key, value in found.items() if key != "state-dir"})
+    RunConfig.received({key: value for key, value in found.items() if key != "state-dir"})
     for keys in required_on_device(found["task"]):
         if not any(found.get(key) for key in keys):
             allowed = f"a value in {path}, as task = {found['task']!r} needs it"

@@ -11,11 +11,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fedlora_flwr.config.keys import Decider, allowed_values, fields_by_key
+from fedlora_flwr.config.on_device import UNREAD
 from fedlora_flwr.config.run_config import RunConfig
 from fedlora_flwr.wire import ARRAYS
 from fedlora_flwr.wire.order import ARRAYS_ALLOWED, ARRAYS_WHY, Order
 from fedlora_flwr.wire.report import FURTHER, Report
 
+OWN_SETTINGS = "<method>.<setting>"
 HEADER = ("key", "who decides on a device", "accepted", "why")
 
 
@@ -57,6 +59,10 @@ def rows() -> Iterator[Row]:
         )  # fmt: skip
     # Arrays come in a record of their own, and are no field of an order.
     yield Row("order", ARRAYS, Decider.RUN, ARRAYS_ALLOWED, ARRAYS_WHY)
+    yield Row(
+        "configuration", OWN_SETTINGS, Decider.RUN, UNREAD,
+        "The server's strategy alone reads it, and no strategy is loaded on a device.",
+    )  # fmt: skip
     for entry in fields(Order):
         about = entry.metadata
         yield Row("order", about["key"], about["decides"], about["allowed"], about["why"])

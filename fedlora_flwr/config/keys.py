@@ -189,8 +189,8 @@ def dashed(name: str) -> str:
 
 
 def fields_by_key(config: Any) -> dict[str, Field[Any]]:
-    """Return a dataclass's fields by key."""
-    return {dashed(entry.name): entry for entry in fields(config)}
+    """Return the keys that a dataclass declares, each with its field."""
+    return {dashed(entry.name): entry for entry in fields(config) if "check" in entry.metadata}
 
 
 def allowed_values(entry: Field[Any], which: str = "device_check") -> str:

@@ -12,6 +12,7 @@ from dataclasses import Field, dataclass
 from typing import Any
 
 from fedlora_flwr.config.keys import Decider, check_value, fields_by_key, widen
+from fedlora_flwr.config.methods import OWN_KEY
 from fedlora_flwr.config.run_config import RunConfig
 from fedlora_flwr.errors import InvalidValue, OrderRefused, unknown
 
@@ -19,6 +20,9 @@ _KEYS = fields_by_key(RunConfig)
 _OF_THE_RUN = (Decider.RUN, Decider.LIMITED)
 _AGREED = ("task",)
 _LONGEST = 10_000  # characters of a text that a run sends
+_MOST_OWN = 1_000  # settings of methods that a run sends
+UNREAD = f"a number, true, false, or a text of at most {_LONGEST:,} characters"
+"""What a device accepts as a setting of a method, which it does not read."""
 
 OWN = tuple(key for key, entry in _KEYS.items() if entry.metadata["decides"] == Decider.DEVICE)
 """Keys that a device's file may give."""
@@ -132,8 +136,14 @@ def device_config(
         so it does not travel.
     """
     values: dict[str, Any] = {}
+    own_settings = 0
     for key, value in run.items():
-        values[str(key)] = _accepted(str(key), value)
+        if OWN_KEY.fullmatch(str(key)):
+            # The server's strategy alone reads these. No code is loaded for them here.
+            own_settings += 1
+            _check_unread(str(key), value, own_settings)
+        else:
+            values[str(key)] = _accepted(str(key), value)
     for key in _AGREED:
         mine = own.get(key, _KEYS[key].default)
         if key in values and values[key] != mine:
@@ -145,10 +155,10 @@ def device_config(
         limit.check(values.get(key, _KEYS[key].default))
     try:
         # On their own first: what is wrong among the run's own values may be told.
-        RunConfig.of(_decided(values, {}))
+        RunConfig.received(_decided(values, {}))
     except InvalidValue as error:
         raise OrderRefused(str(error)) from error
-    return RunConfig.of(_decided(values, own))
+    return RunConfig.received(_decided(values, own))
 
 
 def _decided(run: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,6 +187,15 @@ def _accepted(key: str, value: Any) -> Any:
         return _checked(entry, value)
     except InvalidValue as error:
         raise OrderRefused(str(error)) from error
+
+
+def _check_unread(key: str, value: Any, count: int) -> None:
+    """Refuse what is no setting of any method; what it says is the server's alone."""
+    if count > _MOST_OWN:
+        raise OrderRefused(f"The run has more than {_MOST_OWN:,} settings of methods.")
+    text = value if isinstance(value, str) else ""
+    if not isinstance(value, bool | int | float | str) or len(text) > _LONGEST:
+        raise OrderRefused(f"{key} is refused: a method's setting is {UNREAD}.")
 
 
 def _checked(entry: Field[Any], value: Any) -> Any:

@@ -38,7 +38,9 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def _read(key: str, text: str) -> Any:
-    kind = type(_KEYS[key].default) if key in _KEYS else None
+    if key not in _KEYS:  # A method's own setting, or nothing.
+        return _number(text)
+    kind = type(_KEYS[key].default)
     if kind in (int, float):
         number = _number(text)
         # Of a key that counts, 1e3 is a thousand; 2.5 is left for the configuration to refuse.

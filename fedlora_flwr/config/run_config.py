@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedlora_flwr.config.keys import Value, check_value, dashed, fields_by_key, widen
+from fedlora_flwr.config.method_keys import ASLoRAKeys
+from fedlora_flwr.config.methods import OWN_KEY, PERSONAL, check_method, checked_own, flattened
 from fedlora_flwr.config.privacy_keys import PrivacyKeys, ProcessKeys
 from fedlora_flwr.config.task_keys import DataKeys, PartitionKeys, TaskKeys
 from fedlora_flwr.config.toml import toml_value
@@ -22,16 +24,6 @@ from fedlora_flwr.schedules import Schedule
 MOST_STEPS = 1_000_000_000
 """Private steps that a run may plan for; accountants answer up to here."""
 
-_NEW_BASIS = "factors of two rounds are in different bases, and have no mean"
-_FOLDS = "part of each round's model is folded into frozen weights, and has no mean"
-_NO_AVERAGE = {
-    "fedsvd": _NEW_BASIS,
-    "flexlora": _NEW_BASIS,
-    "flora": _FOLDS,
-    "fedex-lora": _FOLDS,
-    "fedsa-lora": "models stay with the clients, and are evaluated there",
-}
-
 
 @dataclass(frozen=True)
 class RunConfig(
@@ -40,6 +32,7 @@ class RunConfig(
     PrivacyKeys,
     TrainingKeys,
     LoRAKeys,
+    ASLoRAKeys,
     FederationKeys,
     PartitionKeys,
     DataKeys,
@@ -49,14 +42,21 @@ class RunConfig(
 
     Make one with `RunConfig.of`, and on a device with `fedlora_flwr.config.device_config`.
 
+    Parameters
+    ----------
+    own : tuple[tuple[str, Value], ...]
+        Settings of methods that stand in tables of their own, by key: ``"table.name"``.
+
     Raises
     ------
     InvalidValue
         A value is of the wrong type or out of range, or two values contradict each other.
     """
 
+    own: tuple[tuple[str, Value], ...] = ()
+
     def __post_init__(self) -> None:
-        for entry in fields(self):
+        for entry in fields_by_key(self).values():
             check_value(entry, getattr(self, entry.name))
         if self.secure_noise and self.reproducible:
             raise InvalidValue(
@@ -94,25 +94,11 @@ class RunConfig(
             )
         if self.groups == "layer" and self.blocks:
             raise InvalidValue("groups", self.groups, "'block' or 'tied' where blocks is set")
-        if self.quantization != "none" and self.strategy in ("flora", "fedex-lora"):
-            raise InvalidValue(
-                "quantization",
-                self.quantization,
-                f"'none' where strategy = {self.strategy!r}, which changes the frozen weights",
-            )
         if not self.share_head and not self.train_head:
             raise InvalidValue("share-head", False, "true, or train-head = true")
-        if self.average_decay and self.strategy in _NO_AVERAGE:
-            raise InvalidValue(
-                "average-decay",
-                self.average_decay,
-                f"0 where strategy = {self.strategy!r}: {_NO_AVERAGE[self.strategy]}",
-            )
         if self.average_decay and not self.share_head:
-            allowed = f"0 where share-head = false: {_NO_AVERAGE['fedsa-lora']}"
+            allowed = f"0 where share-head = false: {PERSONAL}"
             raise InvalidValue("average-decay", self.average_decay, allowed)
-        if self.client_ranks and self.strategy != "flexlora":
-            raise InvalidValue("client-ranks", self.client_ranks, "empty, or strategy = 'flexlora'")
         if not all(1 <= rank <= self.rank for rank in self._client_ranks()):
             raise InvalidValue("client-ranks", self.client_ranks, f"ranks of 1 to {self.rank}")
 
@@ -149,17 +135,39 @@ class RunConfig(
     def of(cls, *layers: Mapping[str, Any]) -> RunConfig:
         """Make a configuration from mappings of keys to values, later ones first in force.
 
+        The strategy is loaded where a value is a matter of what it can do, or a setting of its own.
+
+        Raises
+        ------
+        InvalidValue
+            A key is unknown, or a value cannot be used.
+        """
+        config = cls.received(*layers)
+        check_method(config)
+        if not config.own:
+            return config
+        own = checked_own(config.strategy, dict(config.own), fields_by_key(cls))
+        return replace(config, own=tuple(own.items()))
+
+    @classmethod
+    def received(cls, *layers: Mapping[str, Any]) -> RunConfig:
+        """Make a configuration as a client does, which never loads the strategy.
+
+        Settings of the method's own are kept as they came: the server alone reads them.
+
         Raises
         ------
         InvalidValue
             A key is unknown, or a value cannot be used.
         """
         known = fields_by_key(cls)
-        merged = {key: value for layer in layers for key, value in layer.items()}
+        merged = {key: value for layer in layers for key, value in flattened(layer)}
+        own = {key: value for key, value in merged.items() if OWN_KEY.fullmatch(key)}
         for key in merged:
-            if key not in known:
+            if key not in known and key not in own:
                 raise unknown("configuration key", key, known)
-        return cls(**{known[key].name: widen(known[key], value) for key, value in merged.items()})
+        values = {known[k].name: widen(known[k], v) for k, v in merged.items() if k not in own}
+        return cls(**values, own=tuple(own.items()))
 
     @property
     def planned_steps(self) -> int:
@@ -178,7 +186,8 @@ class RunConfig(
 
     def items(self) -> dict[str, Value]:
         """Return every key with its value."""
-        return {dashed(entry.name): getattr(self, entry.name) for entry in fields(self)}
+        values = {key: getattr(self, entry.name) for key, entry in fields_by_key(self).items()}
+        return {**values, **dict(self.own)}
 
     def to_toml(self) -> str:
         """Write the configuration in the form that ``flwr run --run-config FILE`` reads."""

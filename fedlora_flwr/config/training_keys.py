@@ -17,7 +17,6 @@ from fedlora_flwr.config.keys import (
     choice,
     key,
 )
-from fedlora_flwr.plan import CURVATURES, GROUPS, SELECTIONS
 from fedlora_flwr.schedules import ALLOWED, is_schedule
 from fedlora_flwr.wire import WEIGHTINGS
 
@@ -70,41 +69,6 @@ class FederationKeys:
     round_timeout: float = key(
         3600.0, above(0), "seconds to wait for a round's replies", _RUN, _SERVER
     )
-    curvature: str = key(
-        "none", choice(*CURVATURES), "as-lora: take from scores what curvature and noise cost",
-        _RUN, _SERVER,
-    )  # fmt: skip
-    curvature_rounds: int = key(
-        0, between(0, 1_000_000), "as-lora: use curvature in this many last rounds; 0 = all",
-        _RUN, _SERVER,
-    )  # fmt: skip
-    selection: str = key(
-        "sample", choice(*SELECTIONS), "as-lora: draw by score, take the better, or alternate",
-        _RUN, _SERVER,
-    )  # fmt: skip
-    groups: str = key(
-        "block", choice(*GROUPS), "as-lora: what has a choice of its own; tied = all share one",
-        _RUN, "A device obeys any plan under the same private step.",
-    )  # fmt: skip
-    temperature: float = key(
-        1.0, between(1e-6, 1e6), "as-lora: divides the lead of a score before a draw",
-        _RUN, _SERVER,
-    )  # fmt: skip
-    explore: float = key(
-        0.02, between(0, 0.5), "as-lora: least probability of either factor", _RUN, _SERVER
-    )
-    score_decay: float = key(
-        0.9, between(0, 0.9999), "as-lora: weight of the past in scores; 0 = the last alone",
-        _RUN, _SERVER,
-    )  # fmt: skip
-    score_drift: float = key(
-        0.2, between(0, 1e6), "as-lora: share by which scores may change in a round, unseen",
-        _RUN, _SERVER,
-    )  # fmt: skip
-    warm_up: float = key(
-        0.1, between(0, 1), "as-lora: share of the rounds in which all blocks alternate",
-        _RUN, _SERVER,
-    )  # fmt: skip
     blocks: str = key(
         "", PATTERN, "as-lora: pattern of block names; empty = known families",
         _RUN, "A slow pattern would keep a device busy without end.", device_check=QUICK_PATTERN,

@@ -240,7 +240,7 @@ def _fill(draft: Path, folder: Path, fleet: Fleet, run: RunConfig) -> None:
     _text(server / "fedlora-superlink.service", _UNIT, {"title": "Flower SuperLink"})
     _text(operator / "connection.toml", _CONNECTION, values)
     _script(operator / "register.sh", _REGISTER, values)
-    write_app(operator / "app")
+    write_app(operator / "app", dict(run.own))
     for number, name in enumerate(fleet.names):
         device = draft / "devices" / name
         device.mkdir(mode=0o700)

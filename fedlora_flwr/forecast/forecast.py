@@ -23,7 +23,7 @@ from fedlora_flwr.privacy.grad_sample import GradSampler
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.server.noise import noise_to_signal, noisy_coordinates
 from fedlora_flwr.server.rehearsal import check_folding, rehearse_unbuilt
-from fedlora_flwr.server.serve import build_strategy
+from fedlora_flwr.server.strategy import build_strategy
 from fedlora_flwr.strategies import FedLoRA
 from fedlora_flwr.tasks.registry import Task, build_task
 

@@ -35,9 +35,6 @@ from numpy.typing import NDArray
 from fedlora_flwr.errors import BudgetsSpent, FederationAborted, InvalidValue
 from fedlora_flwr.flower_internals import ErrorCode, GridClientProxy
 from fedlora_flwr.strategies.base import FedLoRA
-from fedlora_flwr.strategies.fedex_lora import FedExLoRA
-from fedlora_flwr.strategies.flexlora import FlexLoRA
-from fedlora_flwr.strategies.flora import FLoRA
 from fedlora_flwr.strategies.identities import KnownNode, KnowsNodes
 from fedlora_flwr.strategies.replies import last_line
 from fedlora_flwr.wire import LOSS, NAMES
@@ -47,8 +44,6 @@ from fedlora_flwr.wire.records import evaluate_content, fit_content
 EvaluateFn = Callable[[int, NDArrays, dict[str, Scalar]], tuple[float, dict[str, Scalar]] | None]
 Res = TypeVar("Res", FitRes, EvaluateRes)
 
-# Their aggregate is no mean of uploads.
-_NEEDS_EACH_UPLOAD = (FedExLoRA, FlexLoRA, FLoRA)
 # What Flower's proxy puts around a client's own words.
 _CLIENTS_WORDS = re.compile(r"\(reason: (.*)\)\. It originated", re.DOTALL)
 
@@ -243,7 +238,7 @@ class LegacyStrategy(Strategy):
         if len(results) < 2 or len({id(result.parameters) for _, result in results}) > 1:
             return
         name, reason = type(self.strategy).__name__, ""
-        if isinstance(self.strategy, _NEEDS_EACH_UPLOAD):
+        if self.strategy.needs_each_upload:
             reason = f"{name} needs each upload: use a strategy that averages, such as RoLoRA"
         elif self.strategy.weighting == "inverse-noise":
             reason = "weighting = 'inverse-noise' would not be used: set 'uniform' or 'size'"

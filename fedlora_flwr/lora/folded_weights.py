@@ -86,7 +86,7 @@ class FoldedWeights:
         if len(owners) > 1:
             allowed = (
                 "a weight of its own, as updates are folded into it: leave the layer out of "
-                "lora-targets, or choose another strategy than 'flora' and 'fedex-lora'"
+                "lora-targets, or choose a strategy that changes no frozen weights"
             )
             raise InvalidValue(f"weight of {layer.name}", owners, allowed)
 

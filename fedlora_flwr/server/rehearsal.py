@@ -39,7 +39,7 @@ def check_folding(strategy: FedLoRA, adapted: AdaptedModel) -> None:
     InvalidValue
         The method folds updates into weights, and a layer's weight is quantised or another's too.
     """
-    if getattr(strategy, "folds", False):
+    if strategy.folds:
         adapted.folded.check_weights()
 
 

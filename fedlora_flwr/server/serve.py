@@ -22,18 +22,17 @@ from fedlora_flwr.layout import Layout
 from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.lora.build import build_adapted
 from fedlora_flwr.plan import ComponentPlan
-from fedlora_flwr.privacy.budget import MIN_NOISE
 from fedlora_flwr.server.endings import reason_of, status_of
 from fedlora_flwr.server.noise import noise_of_mean
 from fedlora_flwr.server.rehearsal import check_folding, rehearse
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.strategies import FedLoRA, strategy_class
+from fedlora_flwr.server.strategy import build_strategy
+from fedlora_flwr.strategies import FedLoRA
 from fedlora_flwr.strategies.replies import RoundReport, to_record
 from fedlora_flwr.tasks.registry import Task, build_task
 from fedlora_flwr.terminal import uninterrupted
 from fedlora_flwr.wire import ACCOUNTANT, CLIENT, DELTA, EPSILON_BUDGET, FINGERPRINT, WEIGHT
 from fedlora_flwr.wire.arrays import to_numpy
-from fedlora_flwr.wire.limits import MOST_RECORDS, MOST_WEIGHT
 
 OnRound = Callable[[dict[str, Any]], None]
 ALL_ROUNDS, BUDGETS_SPENT = "all rounds are done", "no client has budget left"
@@ -100,34 +99,6 @@ def serve(
     summary["end"] = BUDGETS_SPENT if early else ALL_ROUNDS
     run_dir.write_summary(summary)
     return summary
-
-
-def build_strategy(config: RunConfig) -> FedLoRA:
-    """Make the configured strategy."""
-    chosen = strategy_class(config.strategy)
-    return chosen(
-        fraction_train=config.fraction_train,
-        min_train_nodes=1,
-        min_available_nodes=config.min_clients,
-        seed=config.seed,
-        weighting=config.weighting,
-        min_completion=config.min_completion,
-        max_rounds=config.max_rounds,
-        blocks=config.block_pattern,
-        local_steps=config.local_steps,
-        max_weight=_max_weight(config),
-        share_head=config.share_head,
-        **{name: getattr(config, name) for name in chosen.settings},
-    )
-
-
-def _max_weight(config: RunConfig) -> float:
-    """Return the largest weight that a client can have, from what is public."""
-    if config.weighting == "size":
-        return float(MOST_RECORDS)
-    # No calibration ends below the smallest σ.
-    largest = config.batch_size / (MIN_NOISE * config.clip_norm)
-    return min(largest * largest, MOST_WEIGHT) if config.weighting == "inverse-noise" else 1.0
 
 
 @dataclass

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config import RunConfig, Value
 
 PROJECT_FILE = "pyproject.toml"
 PACKAGE = "fedlora-flwr"
@@ -31,7 +33,7 @@ clientapp = "{COMPONENTS["clientapp"]}"
 """
 
 
-def write_app(folder: Path) -> None:
+def write_app(folder: Path, own: Mapping[str, Value] | None = None) -> None:
     """Write the app into a folder, which is made if there is none.
 
     The bundle that Flower makes of it holds no code: servers and clients run what is installed.
@@ -40,7 +42,9 @@ def write_app(folder: Path) -> None:
     ----------
     folder : Path
         The app's folder.
+    own : Mapping[str, Value], optional
+        Settings of a method that stand in its table: Flower overrides only keys that it finds.
     """
     folder.mkdir(exist_ok=True)
-    text = _PROJECT + RunConfig().to_toml()
+    text = _PROJECT + replace(RunConfig(), own=tuple((own or {}).items())).to_toml()
     (folder / PROJECT_FILE).write_text(text, encoding="utf-8")

@@ -26,7 +26,8 @@ from fedlora_flwr.processes.workers import Execute, executor, one_by_one
 from fedlora_flwr.server.endings import COMPLETED, untold
 from fedlora_flwr.server.rehearsal import check_folding, rehearse
 from fedlora_flwr.server.run_dir import CLAIM, RunDirectory
-from fedlora_flwr.server.serve import build_strategy, serve
+from fedlora_flwr.server.serve import serve
+from fedlora_flwr.server.strategy import build_strategy
 from fedlora_flwr.simulations.app import write_app
 from fedlora_flwr.simulations.superlink import LOCAL, SimulationSuperLink
 from fedlora_flwr.tasks.registry import build_task, reading
@@ -151,8 +152,8 @@ def run_on_flower(
     config, placement = _placed(plan.config, run_dir), place(plan.config, workers)
     if cluster:  # Ray takes no number of CPUs for what runs already.
         placement = replace(placement, workers=None)
-    # A task of the user's own is imported from the folder that the command runs in.
-    modules = Path.cwd() if ":" in config.task else None
+    # A task or strategy of the user's own is imported from the folder that the command runs in.
+    modules = Path.cwd() if ":" in config.task + config.strategy else None
     run_dir.take()
     claim = {CLAIM: run_dir.claim}
     with (
@@ -160,7 +161,7 @@ def run_on_flower(
         SimulationSuperLink(log, config.client_threads, modules, claim) as superlink,
     ):
         placed = superlink.file("run.toml", config.to_toml())
-        superlink.submit(app_folder(run_dir), placed, _federation(config, placement))
+        superlink.submit(app_folder(run_dir, config), placed, _federation(config, placement))
         _follow(superlink, run_dir, on_round)
     summary = run_dir.summary()
     if summary is None or summary["status"] != COMPLETED:
@@ -204,14 +205,18 @@ def run_in_process(
         return serve(grid, config, run_dir, on_round, rehearsed=True)
 
 
-def app_folder(run_dir: RunDirectory) -> Path:
-    """Return the folder of the Flower app: the repository, or a stub beside the results."""
+def app_folder(run_dir: RunDirectory, config: RunConfig) -> Path:
+    """Return the folder of the Flower app: the repository, or a stub beside the results.
+
+    The repository's list of keys holds no setting of a method's own table.
+    """
     repository = Path(fedlora_flwr.__file__).resolve().parent.parent
     project = repository / "pyproject.toml"
-    if project.exists() and "[tool.flwr.app.components]" in project.read_text(encoding="utf-8"):
+    text = project.read_text(encoding="utf-8") if project.exists() else ""
+    if "[tool.flwr.app.components]" in text and not config.own:
         return repository
     stub = run_dir.path / "app"
-    write_app(stub)
+    write_app(stub, dict(config.own))
     return stub
 
 

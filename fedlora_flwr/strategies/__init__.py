@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from fedlora_flwr.errors import unknown
+from dataclasses import fields
+
+from fedlora_flwr import places
+from fedlora_flwr.config.keys import FLAG, above, at_least, between, choice
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.places import load_strategy
 from fedlora_flwr.strategies.as_lora import ASLoRA
 from fedlora_flwr.strategies.base import FedLoRA
+from fedlora_flwr.strategies.declared import setting
+from fedlora_flwr.strategies.dp_lora import DPLoRA
 from fedlora_flwr.strategies.fedex_lora import FedExLoRA
 from fedlora_flwr.strategies.fedsa_lora import FedSALoRA
 from fedlora_flwr.strategies.fedsvd import FedSVD
@@ -15,36 +22,34 @@ from fedlora_flwr.strategies.la_lora import LALoRA
 from fedlora_flwr.strategies.replies import RoundReport, Upload
 from fedlora_flwr.strategies.rolora import RoLoRA
 
-STRATEGIES: dict[str, type[FedLoRA]] = {
-    "dp-lora": FedLoRA,
-    "ffa-lora": FFALoRA,
-    "rolora": RoLoRA,
-    "la-lora": LALoRA,
-    "as-lora": ASLoRA,
-    "fedsvd": FedSVD,
-    "flexlora": FlexLoRA,
-    "flora": FLoRA,
-    "fedex-lora": FedExLoRA,
-    "fedsa-lora": FedSALoRA,
-}
+STRATEGIES: dict[str, type[FedLoRA]] = {name: load_strategy(name) for name in places.STRATEGIES}
+"""The built-in strategies by name."""
 
 
 def strategy_class(name: str) -> type[FedLoRA]:
-    """Return the strategy called ``name``.
+    """Return the strategy called ``name``: built in, of an installed package, or module:Class.
 
     Raises
     ------
     InvalidValue
-        No strategy has that name.
+        No strategy has that name, or it stands for something else.
     """
-    if name not in STRATEGIES:
-        raise unknown("strategy", name, STRATEGIES)
-    return STRATEGIES[name]
+    found = load_strategy(name)
+    if not isinstance(found, type) or not issubclass(found, FedLoRA):
+        allowed = "the name of a strategy, or module:Class of one: a subclass of FedLoRA"
+        raise InvalidValue("strategy", name, allowed)
+    if fields(found.settings) and not found.name:
+        raise InvalidValue(
+            "strategy", name, "a class with a name, which its settings need: set `name` in it"
+        )
+    return found
 
 
 __all__ = [
+    "FLAG",
     "STRATEGIES",
     "ASLoRA",
+    "DPLoRA",
     "FFALoRA",
     "FLoRA",
     "FedExLoRA",
@@ -56,5 +61,10 @@ __all__ = [
     "RoLoRA",
     "RoundReport",
     "Upload",
+    "above",
+    "at_least",
+    "between",
+    "choice",
+    "setting",
     "strategy_class",
 ]

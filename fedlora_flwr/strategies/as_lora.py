@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import numpy as np
-from flwr.serverapp.strategy import Result
 from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.gains import Estimate, Movement, across, movements, secant
 from fedlora_flwr.algebra.means import Arrays
+from fedlora_flwr.config.method_keys import ASLoRAKeys
 from fedlora_flwr.layout import Layout, factor_of
-from fedlora_flwr.plan import CURVATURES, GROUPS, SELECTIONS, A, B, ComponentPlan
+from fedlora_flwr.plan import A, B, ComponentPlan
 from fedlora_flwr.randomness import stream_seed
 from fedlora_flwr.schedules import Schedule
 from fedlora_flwr.strategies.base import FedLoRA
 from fedlora_flwr.strategies.choices import Choice, Scores, chance_of_a, lead, verdict
 from fedlora_flwr.strategies.replies import Upload
-from fedlora_flwr.wire.limits import LONGEST_NAME, Number, Text
 
-_LIMITS: dict[str, Text | Number] = {
-    "curvature": Text(LONGEST_NAME, CURVATURES),
-    "curvature_rounds": Number(0, 1_000_000, whole=True),
-    "selection": Text(LONGEST_NAME, SELECTIONS),
-    "groups": Text(LONGEST_NAME, GROUPS),
-    "temperature": Number(0, 1e6, above=True),
-    "explore": Number(0, 0.5),
-    "score_decay": Number(0, 0.9999),
-    "score_drift": Number(0, 1e6),
-    "warm_up": Number(0, 1),
-}
 _STILL = 1e-12  # learning rates up to here move nothing
 
 
@@ -82,24 +71,27 @@ class ASLoRA(FedLoRA):
         An argument is out of range.
     """
 
-    settings: ClassVar[tuple[str, ...]] = (
-        "curvature", "curvature_rounds", "selection", "groups", "temperature", "explore",
-        "score_decay", "score_drift", "warm_up", "lr_a", "lr_b", "lr_schedule", "lr_schedule_a",
-        "lr_schedule_b",
+    name: ClassVar[str] = "as-lora"
+    settings: ClassVar[type] = ASLoRAKeys
+    reads: ClassVar[tuple[str, ...]] = (
+        "lr_a", "lr_b", "lr_schedule", "lr_schedule_a", "lr_schedule_b",
     )  # fmt: skip
+    averages: ClassVar[bool] = True
+    needs_each_upload: ClassVar[bool] = False
+
+    curvature: str
+    curvature_rounds: int
+    selection: str
+    groups: str
+    temperature: float
+    explore: float
+    score_decay: float
+    score_drift: float
+    warm_up: float
 
     def __init__(
         self,
         *args: Any,
-        curvature: str = "none",
-        curvature_rounds: int = 0,
-        selection: str = "sample",
-        groups: str = "block",
-        temperature: float = 1.0,
-        explore: float = 0.02,
-        score_decay: float = 0.9,
-        score_drift: float = 0.2,
-        warm_up: float = 0.1,
         lr_a: float = 1.0,
         lr_b: float = 1.0,
         lr_schedule: str = "constant",
@@ -108,18 +100,7 @@ class ASLoRA(FedLoRA):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.curvature = curvature
-        self.curvature_rounds = curvature_rounds
-        self.selection = selection
-        self.groups = groups
-        self.temperature = temperature
-        self.explore = explore
-        self.score_decay = score_decay
-        self.score_drift = score_drift
-        self.warm_up = warm_up
-        for name, limit in _LIMITS.items():
-            limit.read(name.replace("_", "-"), getattr(self, name))
-        if groups == "layer":
+        if self.groups == "layer":
             self.blocks = self.blocks or ".+"
         self.rates = {A: lr_a, B: lr_b}
         self._schedules = {
@@ -132,10 +113,32 @@ class ASLoRA(FedLoRA):
         self._made: list[Choice] = []
         self._last: dict[str, tuple[int, Movement]] = {}
 
-    def start(self, *args: Any, **kwargs: Any) -> Result:
-        """Run the federation, with no scores from an earlier one."""
+    def begin(self) -> None:
+        """Forget the scores of an earlier run."""
+        super().begin()
         self.scores, self._choices, self._made, self._last = [], [], [], {}
-        return super().start(*args, **kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Add the scores, each array's last movement, and the choices so far."""
+        return {
+            **super().state_dict(),
+            "scores": [asdict(scores) for scores in self.scores],
+            "last": {
+                name: {"round": number, **asdict(moved)}
+                for name, (number, moved) in self._last.items()
+            },
+            "made": [asdict(choice) for choice in self._made],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up scores, movements and choices, too."""
+        super().load_state_dict(state)
+        self.scores = [Scores.of(**scores) for scores in state["scores"]]
+        self._last = {
+            name: (found["round"], Movement.of(found["mean"], found["square"], found["noise"]))
+            for name, found in state["last"].items()
+        }
+        self._made = [Choice(**choice) for choice in state["made"]]
 
     def plan(self, server_round: int, layout: Layout) -> ComponentPlan:
         """Choose the blocks' modes.

@@ -1,10 +1,11 @@
-"""The base strategy: plan, cohort, completion, merge. On its own it is DP-LoRA."""
+"""The base strategy: plan, cohort, completion, merge."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from logging import INFO
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -20,6 +21,7 @@ from fedlora_flwr.plan import BOTH, A, B, ComponentPlan
 from fedlora_flwr.strategies.agreement import describe
 from fedlora_flwr.strategies.clipping import check_clipping
 from fedlora_flwr.strategies.cohort import Cohorts
+from fedlora_flwr.strategies.declared import Declared
 from fedlora_flwr.strategies.early_end import EvaluateFn, keeping
 from fedlora_flwr.strategies.exchange import Exchange
 from fedlora_flwr.strategies.expected import Expected
@@ -35,10 +37,7 @@ from fedlora_flwr.wire import (
     ARRAYS,
     CONFIG,
     NUM_EXAMPLES,
-    PLAN,
-    ROUND,
     STATUS_EXHAUSTED,
-    WEIGHTING,
     WEIGHTINGS,
 )
 from fedlora_flwr.wire.arrays import to_numpy, travel_size
@@ -46,12 +45,13 @@ from fedlora_flwr.wire.limits import MOST_WEIGHT
 from fedlora_flwr.wire.records import read_training
 
 
-class FedLoRA(Exchange):
-    """Federated averaging of LoRA factors under a component plan (DP-LoRA, arXiv 2312.17493).
+class FedLoRA(Declared, Exchange):
+    """Federated averaging of LoRA factors under a component plan: the base of every method.
 
-    Both factors train at every step and are averaged each on its own, so the mean of the products
-    differs from the product of the means. A method of its own overrides `plan`, and what else it
-    does differently: `aggregate`, `instructions`, `download`, `check_upload`, `check_shapes`.
+    Where a method overrides nothing, both factors train at every step and are averaged each on its
+    own. A method overrides `plan`, and what else it does differently: `aggregate`, `order`,
+    `download`, `check_upload`, `check_shapes`. What it can do, and its own settings, it declares
+    as class attributes (see `fedlora_flwr.strategies.declared.Declared`); callers ask those.
 
     No client is trusted. A reply that cannot be used is its sender's failure, and the round goes on
     with the others; what one client can still do is move the mean within the limits of `wire`.
@@ -80,11 +80,11 @@ class FedLoRA(Exchange):
         Largest weight that a client may state, from what is public.
     share_head : bool (default: True)
         Whether the head is averaged. Else each client keeps its own, and measures its own model.
+    **own
+        The method's own settings.
 
     Attributes
     ----------
-    settings : tuple[str, ...]
-        Names of further arguments that are keys of the run configuration.
     last_round : RoundReport or None
         What came of the last round.
 
@@ -94,7 +94,8 @@ class FedLoRA(Exchange):
         An argument is out of range.
     """
 
-    settings: ClassVar[tuple[str, ...]] = ()
+    averages: ClassVar[bool] = True
+    needs_each_upload: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -116,6 +117,7 @@ class FedLoRA(Exchange):
         local_steps: int = 0,
         max_weight: float = MOST_WEIGHT,
         share_head: bool = True,
+        **own: Any,
     ) -> None:
         if not 0 <= min_completion <= 1:
             raise InvalidValue("min_completion", min_completion, "a number from 0 to 1")
@@ -140,6 +142,7 @@ class FedLoRA(Exchange):
         self.num_rounds = 0
         self.last_round: RoundReport | None = None
         self._cohorts: Cohorts | None = None
+        self._turns: Mapping[str, Any] = {}
         self._ledgers = LedgerWatch()
         self._trained = False
         self._result = Result()
@@ -149,6 +152,7 @@ class FedLoRA(Exchange):
         self._global: dict[str, NDArray[np.floating]] = {}
         self._plan = ComponentPlan.uniform(BOTH)
         self._expected = Expected(self._plan, ())
+        self.take_settings(own)
 
     def plan(self, server_round: int, layout: Layout) -> ComponentPlan:
         """Say what trains in a round.
@@ -217,6 +221,35 @@ class FedLoRA(Exchange):
         """
         merge(current, arrays)
 
+    def begin(self) -> None:
+        """Forget an earlier run. A method that carries state between rounds forgets it, too."""
+        self._ledgers, self._trained, self._turns = LedgerWatch(), False, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is carried from one round to the next, beside the global arrays.
+
+        A strategy with the same arguments that loads it goes on bit for bit as this one would. It
+        holds what clients may be asked for, and what their ledgers have counted. A method that
+        remembers more adds it here, takes it up in `load_state_dict` and forgets it in `begin`.
+
+        Returns
+        -------
+        dict[str, Any]
+            NumPy arrays and plain values (texts, numbers, flags, None), and lists and dictionaries
+            of them by name.
+        """
+        turns = self._turns if self._cohorts is None else self._cohorts.turns.state_dict()
+        return {
+            "num_rounds": self.num_rounds, "trained": self._trained, "turns": dict(turns),
+            "ledgers": self._ledgers.state_dict(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` returned; `start` begins a new run and forgets it."""
+        self.num_rounds, self._trained = state["num_rounds"], state["trained"]
+        self._cohorts, self._turns = None, state["turns"]
+        self._ledgers.load_state_dict(state["ledgers"])
+
     @property
     def finished(self) -> bool:
         """Whether no client that was connected in the last round may be asked for another."""
@@ -240,7 +273,8 @@ class FedLoRA(Exchange):
             Arrays and metrics of the rounds that took place.
         """
         self.num_rounds = num_rounds
-        self._ledgers, self._trained, self._result = LedgerWatch(), False, Result()
+        self.begin()
+        self._result = Result()
         rest = train_config, evaluate_config, keeping(self._result, evaluate_fn)
         try:
             return super().start(grid, initial_arrays, num_rounds, timeout, *rest)
@@ -267,16 +301,17 @@ class FedLoRA(Exchange):
         self._plan = self.plan(server_round, layout)
         self._plan.check(len(layout.blocks))
         self._expected = Expected.of(layout, self._plan, self.shared, self.local_steps)
-        averages = type(self).aggregate is FedLoRA.aggregate
         everything = self._expected.whole == set(arrays)
-        check_clipping(config, type(self).__name__, averages and everything)
+        check_clipping(config, type(self).__name__, self.averages and everything)
         if server_round == 1 or self._cohorts is None:
             self._cohorts = Cohorts(grid, self.seed, self.max_rounds, self.node_timeout)
+            if self._turns:
+                self._cohorts.load_state_dict(self._turns)
         self._asked = nodes = self._cohorts.train(
             grid, server_round, self.fraction_train, self.min_available_nodes, self.min_train_nodes
         )
-        config.update({ROUND: server_round, PLAN: str(self._plan), WEIGHTING: self.weighting})
-        config.update(self.instructions())
+        order = replace(self.order(server_round, str(self._plan)), weighting=self.weighting)
+        config.update(order.to_config())
         self._plain = sum(travel_size(arrays[name]) for name in layout.names)
         report = self.last_round = RoundReport(
             server_round, str(self._plan), sent=len(nodes), bytes_plain=self._plain * len(nodes)
@@ -310,8 +345,7 @@ class FedLoRA(Exchange):
             return None, None
         self._trained = True
         arrays = within_limits(self.aggregate(server_round, self._global, report.uploads))
-        personal = len(self.shared) == 1  # Then no client's product of factors is known here.
-        report.compared = describe(self._global, report.uploads, personal=personal)
+        report.compared = describe(self._global, report.uploads, personal=self.personal)
         metrics = combine_metrics([upload.metrics for upload in report.uploads])
         self._result.arrays = to_record(arrays)
         self._result.train_metrics_clientapp[server_round] = metrics

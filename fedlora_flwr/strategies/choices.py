@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
+from typing import Any
 
 from fedlora_flwr.algebra.gains import Average, Estimate
 from fedlora_flwr.plan import A, B
@@ -41,6 +42,13 @@ class Scores:
 
     gains: dict[str, Average] = field(default_factory=lambda: {A: Average(), B: Average()})
     bends: dict[str, Average] = field(default_factory=lambda: {A: Average(), B: Average()})
+
+    @classmethod
+    def of(cls, gains: Mapping[str, Any], bends: Mapping[str, Any]) -> Scores:
+        """Make scores of what ``dataclasses.asdict`` makes of them."""
+        return cls(
+            *({f: Average(**values) for f, values in found.items()} for found in (gains, bends))
+        )
 
     def before(
         self, server_round: int, decay: float, curved: bool

@@ -32,6 +32,6 @@ def check_clipping(config: Mapping[str, object], strategy: str, whole_mean: bool
     if KEY_CLIPPING_NORM in config and not whole_mean:
         raise FederationAborted(
             f"Flower's clipping of whole updates does not work on {strategy}, whose round is not "
-            "the mean of uploads of every array. Wrap FedLoRA or LALoRA, or use the private step "
+            "the mean of uploads of every array. Wrap DPLoRA or LALoRA, or use the private step "
             "(LoRAClient), which needs no wrapper."
         )

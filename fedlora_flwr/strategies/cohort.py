@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from logging import INFO, WARNING
+from typing import Any
 
 import numpy as np
 from flwr.app import Message, MessageType, RecordDict
@@ -43,6 +44,17 @@ class Turns:
         self._taken: Counter[str] = Counter()
         self._places: dict[str, int] = {}
         self._spent: set[str] = set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is counted, by client."""
+        return {
+            "taken": dict(self._taken), "places": dict(self._places), "spent": sorted(self._spent),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Count on from a state."""
+        self._taken, self._places = Counter(state["taken"]), dict(state["places"])
+        self._spent = set(state["spent"])
 
     def left(self, client: str) -> bool:
         """Tell whether a client may be asked again."""
@@ -122,6 +134,12 @@ class Cohorts:
         self._timeout = timeout
         self._nodes: list[int] = []
         self._drawn: dict[int, str] = {}
+        self._restored = False
+
+    def load_state_dict(self, turns: Mapping[str, Any]) -> None:
+        """Take over the turns of a run that was interrupted; its node ids mean nothing here."""
+        self.turns.load_state_dict(turns)
+        self._restored = True
 
     def train(
         self, grid: Grid, server_round: int, fraction: float, needed: int, least: int
@@ -149,7 +167,8 @@ class Cohorts:
         nodes = self._nodes = wait_for_nodes(grid, max(needed, least), self._timeout)
         self.identities.look()
         size = cohort_size(len(nodes), fraction, least)
-        if size < len(nodes):
+        # Turns are those of clients, so a run that goes on has to know who is who.
+        if size < len(nodes) or self._restored:
             identify(grid, nodes, self.identities, self._timeout)
         able = self._able()
         if len(able) < least:

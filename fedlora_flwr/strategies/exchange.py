@@ -13,7 +13,7 @@ from fedlora_flwr.strategies.identities import Identities
 from fedlora_flwr.strategies.inbox import Inbox, read_measurements
 from fedlora_flwr.strategies.personal import mean_of_own_models, shared_part
 from fedlora_flwr.strategies.replies import RoundReport, size_of, weighted_figures
-from fedlora_flwr.wire import ROUND, SHARE
+from fedlora_flwr.wire.order import Order
 
 
 class Exchange(FedAvg):
@@ -21,22 +21,20 @@ class Exchange(FedAvg):
 
     Attributes
     ----------
-    shared : str
-        The factors that travel, where not everything does (see `fedlora_flwr.layout.is_shared`).
     last_round : RoundReport or None
         What came of the last round.
     """
 
-    shared: str = ""
+    shared: str
     last_round: RoundReport | None
     _cohorts: Cohorts | None
     _result: Result
     _asked: list[int]
     _measuring: list[int]
 
-    def instructions(self) -> dict[str, str]:
-        """Say what clients are asked beside the plan, in the words of `wire`."""
-        return {SHARE: self.shared} if self.shared else {}
+    def order(self, server_round: int, plan: str = "") -> Order:
+        """Say what clients are asked for, beside the arrays; without a plan, to measure."""
+        return Order(server_round, plan, share=self.shared)
 
     def download(self, arrays: ArrayRecord, client: str) -> ArrayRecord:
         """Choose what a client gets.
@@ -58,11 +56,11 @@ class Exchange(FedAvg):
 
         Where a part of the models stays with the clients, those of the round measure their own.
         """
-        report, config[ROUND] = self.last_round, server_round
+        report = self.last_round
+        config.update(self.order(server_round).to_config())
         if report is not None and self.shared:
             # From now on no model of the server's stands in for theirs.
             report.evaluation, self._measuring = {}, list(self._asked)
-            config.update(self.instructions())
             return self._messages(MessageType.EVALUATE, arrays, config, self._asked, report)
         if not self.fraction_evaluate or self._cohorts is None or report is None:
             return []

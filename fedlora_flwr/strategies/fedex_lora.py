@@ -25,6 +25,7 @@ class FedExLoRA(FedLoRA):
     """
 
     folds: ClassVar[bool] = True
+    needs_each_upload: ClassVar[bool] = True
 
     def aggregate(
         self, server_round: int, current: Arrays, uploads: Sequence[Upload]

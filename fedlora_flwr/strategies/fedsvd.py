@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,9 @@ class FedSVD(FedLoRA):
     The mean is exact, the product is not changed by its new factors, and A, which clients hold
     fixed, has orthonormal rows. They span what A spanned at the start. Source: arXiv 2505.12805.
     """
+
+    stable_basis: ClassVar[bool] = False
+    needs_each_upload: ClassVar[bool] = False
 
     def plan(self, server_round: int, layout: Layout) -> ComponentPlan:
         """Train B in every round."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
@@ -28,9 +28,27 @@ class FlexLoRA(FedLoRA):
     global rank, holds for all clients. Source: arXiv 2402.11505.
     """
 
+    stable_basis: ClassVar[bool] = False
+    needs_each_upload: ClassVar[bool] = True
+    own_ranks: ClassVar[bool] = True
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._ranks: dict[str, int] = {}
+
+    def begin(self) -> None:
+        """Forget the ranks of an earlier run's clients."""
+        super().begin()
+        self._ranks = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Add the clients' ranks."""
+        return {**super().state_dict(), "ranks": dict(self._ranks)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the clients' ranks, too."""
+        super().load_state_dict(state)
+        self._ranks = dict(state["ranks"])
 
     def download(self, arrays: ArrayRecord, client: str) -> ArrayRecord:
         """Cut the factors to the client's rank, once it is known."""

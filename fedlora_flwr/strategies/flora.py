@@ -26,6 +26,7 @@ class FLoRA(FedLoRA):
     """
 
     folds: ClassVar[bool] = True
+    needs_each_upload: ClassVar[bool] = True
 
     def aggregate(
         self, server_round: int, current: Arrays, uploads: Sequence[Upload]

@@ -187,6 +187,14 @@ class LedgerWatch:
     def __init__(self) -> None:
         self._steps: dict[str, float] = {}
 
+    def state_dict(self) -> dict[str, float]:
+        """Return the steps by client."""
+        return dict(self._steps)
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Remember the steps of a state."""
+        self._steps = dict(state)
+
     def check(self, client: str, numbers: Mapping[str, float], ordered: int = 0) -> None:
         """Refuse a client whose ledger counts no more steps than before its last release.
 

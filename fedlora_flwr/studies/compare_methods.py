@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fedlora_flwr.config import RunConfig, Value, parse_overrides
 from fedlora_flwr.config.keys import fields_by_key
+from fedlora_flwr.config.method_keys import ASLoRAKeys
+from fedlora_flwr.config.methods import OWN_KEY
 from fedlora_flwr.config.training_keys import FederationKeys, LoRAKeys, TrainingKeys
 from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.strategies import strategy_class
@@ -20,6 +22,7 @@ _SHARED = (
 )
 ROW_KEYS = (
     *(key for key in fields_by_key(FederationKeys) if key not in _SHARED),
+    *fields_by_key(ASLoRAKeys),
     *fields_by_key(LoRAKeys),
     *fields_by_key(TrainingKeys),
     *("clip-norm", "max-rounds"),
@@ -56,7 +59,11 @@ class Method:
             A setting cannot be used; the text names the row.
         """
         try:
-            return RunConfig.of(shared.items(), {"strategy": self.strategy}, self.settings)
+            return RunConfig.of(
+                replace(shared, own=_own_of(self.strategy, shared)).items(),
+                {"strategy": self.strategy},
+                self.settings,
+            )
         except InvalidValue as error:
             expected = f"{error.allowed} (row {self.name!r})"
             raise InvalidValue(error.key, error.value, expected, error.near) from error
@@ -97,7 +104,7 @@ def read_methods(rows: Iterable[str], shared: RunConfig) -> tuple[Method, ...]:
             for key in other.settings
             if key in row.settings or key not in RATES
         )
-        name = ", ".join([row.strategy, *(_word(key, values[key]) for key in told)])
+        name = ", ".join([row.strategy, *(_word(key, values.get(key, "")) for key in told)])
         # Values as the configuration has them: 1 and 1.0 are one row.
         settings = {key: values[key] for key in row.settings}
         found[name] = Method(name, row.strategy, settings)
@@ -114,11 +121,21 @@ def _read(text: str) -> Method:
     settings = parse_overrides(pairs)
     known = fields_by_key(RunConfig)
     for key in settings:
+        if OWN_KEY.fullmatch(key):  # The configuration asks the row's strategy.
+            continue
         if key not in known:
             raise unknown("configuration key", key, ROW_KEYS)
         if key not in ROW_KEYS:
             raise unknown(_OPTION, key, ROW_KEYS, before="a key that rows may differ in, ")
     return Method(text, strategy, settings)
+
+
+def _own_of(strategy: str, shared: RunConfig) -> tuple[tuple[str, Value], ...]:
+    """Return what the shared configuration says of a row's own settings, and of no other row's."""
+    if not shared.own:
+        return ()
+    table = strategy_class(strategy).name
+    return tuple((key, value) for key, value in shared.own if key.partition(".")[0] == table)
 
 
 def _word(key: str, value: Value) -> str:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from fedlora_flwr.errors import InvalidValue, unknown
+from fedlora_flwr.places import is_place, load
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -59,7 +56,6 @@ class Task(Protocol):
 
 
 TaskFactory = Callable[[Any], Task]
-_PLACE = re.compile(r"[^:.\s][^:\s]*:\w+")
 _METHODS = ("build_model", "client_records", "test_records", "losses", "evaluate")
 _FACTORIES: dict[str, str] = {
     "digits": "fedlora_flwr.tasks.digits:DigitsTask",
@@ -197,31 +193,13 @@ def unstated_classes(task: Task) -> list[str]:
 
 
 def _require_known(name: str) -> None:
-    if name not in _FACTORIES and not _PLACE.fullmatch(name):
+    if name not in _FACTORIES and not is_place(name):
         raise unknown("task", name, _FACTORIES, after=", or your own module:function")
 
 
 def _factory(place: str) -> TaskFactory:
-    """Import ``module:function``; modules beside the user's files are found too.
-
-    Not where Python was told to look at no such files, as it is on a device: what lies in the
-    folder that it is started in does not become code there.
-    """
-    module, _, attribute = place.partition(":")
-    own = place not in _FACTORIES.values() and not sys.flags.safe_path
-    if own and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        # An error in the module itself is the author's to read.
-        found: Any = getattr(importlib.import_module(module), attribute, None)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise
-        where = f"in {Path.cwd()} or on PYTHONPATH" if own else "that is installed or on PYTHONPATH"
-        allowed = f"module:function; {module!r} is no module {where}"
-        raise InvalidValue("task", place, allowed) from error
-    if found is None:
-        raise InvalidValue("task", place, f"module:function; {module!r} has no {attribute!r}")
+    """Import ``module:function`` (see `fedlora_flwr.places`)."""
+    found = load("task", place, "function of a task")
     if not callable(found):
         raise InvalidValue("task", place, "module:function, a class or function that makes a task")
     return cast(TaskFactory, found)

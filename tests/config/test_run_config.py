@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 import tomllib
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora_flwr.config import RunConfig, parse_overrides, read_toml
+from fedlora_flwr.config.keys import fields_by_key
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.privacy.postprocessing.filters import FILTERS
 
@@ -183,7 +183,9 @@ def test_the_tables_of_this_test_are_complete() -> None:
 
 
 def test_keys_are_the_fields_with_dashes() -> None:
-    assert [key.replace("-", "_") for key in DEFAULTS] == [f.name for f in fields(RunConfig)]
+    assert [key.replace("-", "_") for key in DEFAULTS] == [
+        f.name for f in fields_by_key(RunConfig).values()
+    ]
 
 
 @pytest.mark.parametrize(("key", "value"), cases(GOOD))

@@ -30,7 +30,7 @@ from fedlora_flwr.privacy.mechanism import Mechanism, poisson_batches
 from fedlora_flwr.privacy.postprocessing.filters import FILTERS, make_filter
 from fedlora_flwr.server.noise import noise_to_signal, noisy_coordinates
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.server.serve import build_strategy
+from fedlora_flwr.server.strategy import build_strategy
 from fedlora_flwr.simulations.runner import make_plan, run_in_process
 from tests.conftest import MakeConfig
 

@@ -17,7 +17,7 @@ from fedlora_flwr.forecast.forecast import forecast
 from fedlora_flwr.privacy.budget import Segment, calibrate, epsilon_spent
 from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.server.serve import build_strategy
+from fedlora_flwr.server.strategy import build_strategy
 from fedlora_flwr.simulations.runner import make_plan, run_in_process
 from tests.backbones import checkpoints
 

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora_flwr.algebra.gains import Estimate
 from fedlora_flwr.layout import Layout, factor_of
 from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.strategies import ASLoRA, Upload
+from fedlora_flwr.strategies.choices import Scores
 
 SHAPES = {"A": (2, 24), "B": (24, 2)}
 SIZE = 48
@@ -83,3 +85,17 @@ class Duels:
         """Return the share of A in each block, from a round on."""
         table = np.array([[mode == "A" for mode in plan] for plan in self.plans[first:]])
         return np.asarray(table.mean(axis=0), np.float64)
+
+
+def layout_of(blocks: int) -> Layout:
+    return Layout.of(
+        [f"blocks.{i}.fc.lora_{factor}.weight" for i in range(blocks) for factor in "AB"]
+    )
+
+
+def known(a: float, b: float, error: float = 1.0) -> Scores:
+    """Return what a group has learnt of its factors, as of round 0."""
+    scores = Scores()
+    scores.gains["A"].add(Estimate(a, error**2), 0, 0.9)
+    scores.gains["B"].add(Estimate(b, error**2), 0, 0.9)
+    return scores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -113,7 +114,7 @@ class Tiny:
                 partition,
                 int(str(config["server-round"])),
                 ComponentPlan.parse(str(config["plan"])),
-                str(config["weighting"]),
+                str(config.get("weighting", "uniform")),
                 arrays_of(content.array_records["arrays"]),
                 {array.dtype for array in content.array_records["arrays"].values()},
             )
@@ -147,3 +148,18 @@ class Tiny:
 
     def cohort(self, server_round: int) -> list[int]:
         return sorted(e.partition for e in self.asked if e.server_round == server_round)
+
+
+def moved(tiny: Tiny, final: Arrays, rounds: int) -> list[set[str]]:
+    """Return the names of the arrays whose bits changed in each round."""
+    states = [tiny.received(r) for r in range(1, rounds + 1)] + [final]
+    return [
+        {name for name in NAMES if before[name].tobytes() != after[name].tobytes()}
+        for before, after in itertools.pairwise(states)
+    ]
+
+
+def plans(method: FedLoRA, rounds: int) -> list[str]:
+    """Return the plans of the first rounds."""
+    layout = Layout.of(NAMES)
+    return [str(method.plan(server_round, layout)) for server_round in range(1, rounds + 1)]

@@ -27,6 +27,7 @@ from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.strategies import FedSALoRA
 from fedlora_flwr.strategies.replies import to_record
 from tests.conftest import MakeConfig
+from tests.strategies.resumed import assert_goes_on_bit_for_bit
 from tests.strategies.tiny import NAMES
 
 
@@ -271,3 +272,7 @@ def test_a_head_that_is_not_shared_stays_with_its_client(
 def test_a_head_that_does_not_train_cannot_stay(make_config: MakeConfig) -> None:
     with pytest.raises(InvalidValue, match="share-head"):
         make_config(share_head=False, train_head=False)
+
+
+def test_a_saved_run_goes_on_bit_for_bit() -> None:
+    assert_goes_on_bit_for_bit(FedSALoRA)

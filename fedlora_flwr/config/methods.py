@@ -1,0 +1,162 @@
+"""What the configuration asks of a method: its own settings, and what it can do.
+
+A method is loaded for that by name, on the server and where a run is started. A client never does:
+a strategy is the server's code (see `RunConfig.received`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fedlora_flwr.config.keys import Value, check_value, dashed, fields_by_key, widen
+from fedlora_flwr.errors import InvalidValue, unknown
+from fedlora_flwr.places import load, strategy_names
+
+if TYPE_CHECKING:
+    from fedlora_flwr.config.run_config import RunConfig
+
+OWN_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}\.[A-Za-z0-9_-]{1,64}")
+"""What a method's own setting is called: its table, a dot, its name."""
+
+
+class Method(Protocol):
+    """The part of a strategy's declaration that the configuration asks for."""
+
+    name: str
+    settings: type
+    personal: bool
+    stable_basis: bool
+    folds: bool
+    own_ranks: bool
+
+
+def method_of(name: str) -> Method:
+    """Load a strategy by name.
+
+    Raises
+    ------
+    InvalidValue
+        There is no such strategy.
+    """
+    found: Method = load("strategy", "fedlora_flwr.strategies:strategy_class", "function")(name)
+    return found
+
+
+def flattened(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield keys and values, those of a table with the table's name and a dot before them."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{key}.{name}", inner) for name, inner in value.items())
+        else:
+            yield key, value
+
+
+def own_keys(method: Method, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the declarations of a method's own settings, by key.
+
+    Parameters
+    ----------
+    method : Method
+        The strategy.
+    known : Mapping[str, Field]
+        The keys of the run configuration itself, which are nobody's own.
+    """
+    entries = fields_by_key(method.settings)
+    return {f"{method.name}.{k}": e for k, e in entries.items() if known.get(k) is not e}
+
+
+def checked_own(
+    strategy: str, own: Mapping[str, Any], known: Mapping[str, Any]
+) -> dict[str, Value]:
+    """Return a run's settings of methods, checked.
+
+    Parameters
+    ----------
+    strategy : str
+        The strategy of the run. Others that are installed may have settings here, too: a recipe
+        serves them all.
+    own : Mapping[str, Any]
+        Values by key, ``"table.name"``.
+    known : Mapping[str, Field]
+        The keys of the run configuration itself.
+
+    Raises
+    ------
+    InvalidValue
+        No method has such a setting, or its value is of another type or out of range.
+    """
+    found: dict[str, Value] = {}
+    chosen = method_of(strategy)
+    for key, value in own.items():
+        table = key.partition(".")[0]
+        method = chosen
+        if table != chosen.name:
+            if table not in strategy_names():
+                raise _unknown_table(key, chosen, known)
+            method = method_of(table)
+        entries = own_keys(method, known)
+        if key not in entries:
+            raise _unknown_setting(key, table, entries, known)
+        entry = entries[key]
+        try:
+            check_value(entry, widened := widen(entry, value))
+        except InvalidValue as error:
+            raise InvalidValue(key, error.value, error.allowed, error.near) from error
+        found[key] = widened
+    return found
+
+
+def check_method(config: RunConfig) -> None:
+    """Refuse settings that the configured method cannot work with.
+
+    Raises
+    ------
+    InvalidValue
+        There is such a setting; names it, and what is allowed.
+    """
+    if config.quantization != "none" and method_of(config.strategy).folds:
+        raise InvalidValue(
+            "quantization",
+            config.quantization,
+            f"'none' where strategy = {config.strategy!r}, which changes the frozen weights",
+        )
+    if config.average_decay and (reason := _no_average(method_of(config.strategy))):
+        raise InvalidValue(
+            "average-decay",
+            config.average_decay,
+            f"0 where strategy = {config.strategy!r}: {reason}",
+        )
+    if config.client_ranks and not method_of(config.strategy).own_ranks:
+        raise InvalidValue("client-ranks", config.client_ranks, "empty, or strategy = 'flexlora'")
+
+
+PERSONAL = "models stay with the clients, and are evaluated there"
+
+
+def _no_average(method: Method) -> str:
+    """Say why a method's models of several rounds have no mean; empty where they have one."""
+    if method.personal:
+        return PERSONAL
+    if method.folds:
+        return "part of each round's model is folded into frozen weights, and has no mean"
+    if not method.stable_basis:
+        return "factors of two rounds are in different bases, and have no mean"
+    return ""
+
+
+def _unknown_table(key: str, chosen: Method, known: Mapping[str, Any]) -> InvalidValue:
+    tables = {chosen.name} if own_keys(chosen, known) else set()
+    return unknown("configuration key", key, {*known, *own_keys(chosen, known), *tables})
+
+
+def _unknown_setting(
+    key: str, table: str, entries: Mapping[str, Any], known: Mapping[str, Any]
+) -> InvalidValue:
+    if entries:
+        return unknown("configuration key", key, entries)
+    name = dashed(key.partition(".")[2])
+    if name in known:
+        return InvalidValue("configuration key", key, repr(name), (name,))
+    return InvalidValue("configuration key", key, f"none: {table} has no settings of its own")

@@ -1,0 +1,120 @@
+"""Where a name's code is: built-in names, names of installed packages, and ``module:name``.
+
+Code is loaded when a name is used. So a low room can ask for what a high one holds, without an
+import that points upwards, and nothing is loaded where nobody asks.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from fedlora_flwr.errors import InvalidValue, unknown
+
+STRATEGY_GROUP = "fedlora_flwr.strategies"
+"""The group of entry points under which an installed package names its strategies."""
+
+STRATEGIES: Mapping[str, str] = {
+    "dp-lora": "fedlora_flwr.strategies.dp_lora:DPLoRA",
+    "ffa-lora": "fedlora_flwr.strategies.ffa_lora:FFALoRA",
+    "rolora": "fedlora_flwr.strategies.rolora:RoLoRA",
+    "la-lora": "fedlora_flwr.strategies.la_lora:LALoRA",
+    "as-lora": "fedlora_flwr.strategies.as_lora:ASLoRA",
+    "fedsvd": "fedlora_flwr.strategies.fedsvd:FedSVD",
+    "flexlora": "fedlora_flwr.strategies.flexlora:FlexLoRA",
+    "flora": "fedlora_flwr.strategies.flora:FLoRA",
+    "fedex-lora": "fedlora_flwr.strategies.fedex_lora:FedExLoRA",
+    "fedsa-lora": "fedlora_flwr.strategies.fedsa_lora:FedSALoRA",
+}
+
+_PLACE = re.compile(r"[^:.\s][^:\s]*:\w+")
+
+
+def is_place(name: str) -> bool:
+    """Tell whether a name has the form ``module:name``."""
+    return bool(_PLACE.fullmatch(name))
+
+
+def strategy_names() -> tuple[str, ...]:
+    """Return the names of the built-in strategies, then those of installed packages."""
+    return tuple(dict.fromkeys((*STRATEGIES, *sorted(_registered()))))
+
+
+def load_strategy(name: str) -> Any:
+    """Load what a strategy's name stands for. It is not checked what that is.
+
+    Raises
+    ------
+    InvalidValue
+        No strategy has that name, or two packages give it, or its code is not there.
+    """
+    registered = _registered()
+    if name in STRATEGIES:  # No package takes a built-in name.
+        return load("strategy", STRATEGIES[name], "Class of a strategy")
+    places = registered.get(name, [])
+    if len(places) > 1:
+        raise InvalidValue(
+            "strategy", name, f"a name that one package gives; this one is {' and '.join(places)}"
+        )
+    if places:
+        return load("strategy", places[0], "Class of a strategy")
+    if not is_place(name):
+        names = (*STRATEGIES, *registered)
+        raise unknown("strategy", name, names, after=", or your own module:Class")
+    return load("strategy", name, "Class of a strategy")
+
+
+def load(key: str, place: str, what: str) -> Any:
+    """Import ``module:name``; modules beside the user's files are found too.
+
+    Not where Python was told to look at no such files (its option ``-P``), as it is on a device:
+    there, what lies in the folder that a process is started in does not become code.
+
+    Parameters
+    ----------
+    key : str
+        The setting that names the place.
+    place : str
+        A module and a name in it, with a colon between them.
+    what : str
+        What the name is to be, for the error: ``"function of a task"``.
+
+    Raises
+    ------
+    InvalidValue
+        There is no such module, or no such name in it.
+    """
+    module, _, attribute = place.partition(":")
+    beside = not sys.flags.safe_path
+    if beside and not module.startswith("fedlora_flwr.") and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    word = what.partition(" ")[0]
+    try:
+        # An error in the module itself is the author's to read.
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        where = f"in {Path.cwd()} or" if beside else "that is installed or"
+        allowed = f"module:{word}; {module!r} is no module {where} on PYTHONPATH"
+        raise InvalidValue(key, place, allowed) from error
+    if found is None:
+        raise InvalidValue(key, place, f"module:{word}; {module!r} has no {attribute!r}")
+    return found
+
+
+def _registered() -> dict[str, list[str]]:
+    """Return the places that installed packages give for each name."""
+    return _by_name((p.name, p.value) for p in entry_points(group=STRATEGY_GROUP))
+
+
+def _by_name(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, place in dict.fromkeys(pairs):
+        found.setdefault(name, []).append(place)
+    return found

@@ -1,0 +1,58 @@
+"""The strategy of a run, made of its configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.keys import fields_by_key
+from fedlora_flwr.privacy.budget import MIN_NOISE
+from fedlora_flwr.strategies import FedLoRA, strategy_class
+from fedlora_flwr.wire.limits import MOST_RECORDS, MOST_WEIGHT
+
+
+def build_strategy(config: RunConfig) -> FedLoRA:
+    """Make the configured strategy.
+
+    Raises
+    ------
+    InvalidValue
+        There is no such strategy, or it cannot use a value.
+    """
+    chosen = strategy_class(config.strategy)
+    return chosen(
+        fraction_train=config.fraction_train,
+        min_train_nodes=1,
+        min_available_nodes=config.min_clients,
+        seed=config.seed,
+        weighting=config.weighting,
+        min_completion=config.min_completion,
+        max_rounds=config.max_rounds,
+        blocks=config.block_pattern,
+        local_steps=config.local_steps,
+        max_weight=max_weight(config),
+        share_head=config.share_head,
+        **{name: getattr(config, name) for name in chosen.reads},
+        **_own_settings(config, chosen),
+    )
+
+
+def _own_settings(config: RunConfig, chosen: type[FedLoRA]) -> dict[str, Any]:
+    """Return a method's own settings by name: keys of its table, or of the configuration."""
+    keys, table = fields_by_key(RunConfig), dict(config.own)
+    found: dict[str, Any] = {}
+    for key, entry in fields_by_key(chosen.settings).items():
+        if keys.get(key) is entry:
+            found[entry.name] = getattr(config, entry.name)
+        elif f"{chosen.name}.{key}" in table:
+            found[entry.name] = table[f"{chosen.name}.{key}"]
+    return found
+
+
+def max_weight(config: RunConfig) -> float:
+    """Return the largest weight that a client can have, from what is public."""
+    if config.weighting == "size":
+        return float(MOST_RECORDS)
+    # No calibration ends below the smallest σ.
+    largest = config.batch_size / (MIN_NOISE * config.clip_norm)
+    return min(largest * largest, MOST_WEIGHT) if config.weighting == "inverse-noise" else 1.0

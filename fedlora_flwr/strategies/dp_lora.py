@@ -1,0 +1,14 @@
+"""DP-LoRA: both factors train and are averaged (arXiv 2312.17493)."""
+
+from __future__ import annotations
+
+from fedlora_flwr.strategies.base import FedLoRA
+
+
+class DPLoRA(FedLoRA):
+    """Train A and B at every step and average each on its own: the baseline.
+
+    The mean of the products differs from the product of the means, and noise on both factors
+    multiplies. It is what `FedLoRA` does where a method overrides nothing. Source: arXiv
+    2312.17493.
+    """
