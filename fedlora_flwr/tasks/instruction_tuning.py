@@ -11,11 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlora_flwr.backbones.language_models import (
-    build,
-    check_length,
     load_config,
-    load_tokenizer,
-    skeleton,
 )
 from fedlora_flwr.data.arrow_records import ArrowRecords, pad_collate
 from fedlora_flwr.data.prepared import prepare
@@ -23,8 +19,8 @@ from fedlora_flwr.data.records import Batch, Records
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.lora.exported import DRAWN
 from fedlora_flwr.tasks.chats import IGNORED, chat_columns, chat_tokens
-from fedlora_flwr.tasks.dataset_task import DatasetTask
 from fedlora_flwr.tasks.evaluation import evaluating, in_order_of_length
+from fedlora_flwr.tasks.language_task import LanguageTask
 from fedlora_flwr.tasks.tokens import check_ids, made_up_texts
 
 if TYPE_CHECKING:
@@ -34,7 +30,7 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger(__name__)
 
 
-class InstructionTuning(DatasetTask):
+class InstructionTuning(LanguageTask):
     """Learn the assistant's answers in conversations.
 
     Conversations become text by the chat template of the model's tokenizer, and the loss is of the
@@ -52,8 +48,7 @@ class InstructionTuning(DatasetTask):
 
     name = "instruction-tuning"
     metric = "token_accuracy"
-    lora_targets = ""
-    head: tuple[str, ...] = ()
+    head = ()
     _input_fields = ("role", "content")
 
     def build_model(self) -> nn.Module:
@@ -65,7 +60,7 @@ class InstructionTuning(DatasetTask):
             See `fedlora_flwr.backbones.language_models.build`; or the checkpoint lacks the layer
             that scores words, which no adapter makes up for.
         """
-        model: Any = build(self._auto, self._settings, self._config)
+        model: Any = super().build_model()
         if self._settings.weights != "random" and (drawn := getattr(model, DRAWN)):
             allowed = f"a language model with all its weights: those of {drawn[0]!r} are missing"
             raise InvalidValue("model", self._settings.model, allowed)
@@ -75,9 +70,8 @@ class InstructionTuning(DatasetTask):
 
     def skeleton(self, device: str = "meta") -> nn.Module:
         """Return the model without the checkpoint's weights; they are random but on ``"meta"``."""
-        model: Any = skeleton(self._auto, self._config, device)
+        model: Any = super().skeleton(device)
         model.config.use_cache = False
-        check_length(self._settings.max_length, model)
         return model  # type: ignore[no-any-return]
 
     def largest_batch(self, records: int) -> Batch:
@@ -158,19 +152,10 @@ class InstructionTuning(DatasetTask):
     def _config(self) -> PretrainedConfig:
         return load_config(self._settings)
 
-    @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer = load_tokenizer(self._settings)
+    def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.chat_template:
             allowed = f"one whose tokenizer has a chat template, as task = {self.name!r} needs it"
             raise InvalidValue("model", self._settings.model, allowed)
-        return tokenizer
-
-    @cached_property
-    def _tokenizer_text(self) -> str:
-        """The tokenizer as it was loaded: a call takes its truncation away."""
-        text: str = self._tokenizer.backend_tokenizer.to_str()
-        return text
 
     def _input_columns(self, dataset: Dataset) -> list[str]:
         return chat_columns(dataset, self._settings.input_columns)

@@ -12,23 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedlora_flwr.backbones.language_models import (
-    build,
-    check_length,
-    head_modules,
-    input_names,
     load_config,
-    load_tokenizer,
-    skeleton,
 )
 from fedlora_flwr.data.arrow_records import ArrowRecords, pad_collate
 from fedlora_flwr.data.dataset_settings import DatasetSettings
 from fedlora_flwr.data.prepared import prepare
 from fedlora_flwr.data.records import Batch, Records
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.tasks.dataset_task import DatasetTask
 from fedlora_flwr.tasks.evaluation import evaluating, in_order_of_length
+from fedlora_flwr.tasks.language_task import LanguageTask
 from fedlora_flwr.tasks.squad import exact_match, f1
-from fedlora_flwr.tasks.tokens import check_ids, made_up_texts
+from fedlora_flwr.tasks.tokens import check_ids
 from fedlora_flwr.tasks.windows import (
     NO_TARGET,
     all_windows,
@@ -50,7 +44,7 @@ _EVALUATION = ("none", "begins", "ends")
 _BEST, _LONGEST = 20, 30
 
 
-class QuestionAnswering(DatasetTask):
+class QuestionAnswering(LanguageTask):
     """Find the answer to a question in a text.
 
     Columns of the data set are ``question``, ``context`` and ``answers``: the texts and where in
@@ -80,7 +74,6 @@ class QuestionAnswering(DatasetTask):
 
     name = "question-answering"
     metric = "f1"
-    lora_targets = ""
 
     def __init__(self, settings: DatasetSettings) -> None:
         super().__init__(settings)
@@ -91,38 +84,17 @@ class QuestionAnswering(DatasetTask):
             )
             raise InvalidValue("report-unprotected-metrics", True, allowed)
 
-    @cached_property
-    def head(self) -> tuple[str, ...]:
-        """The layer that scores tokens as starts and ends."""
-        return head_modules(self.skeleton())
-
-    def skeleton(self, device: str = "meta") -> nn.Module:
-        """Return the model without the checkpoint's weights; they are random but on ``"meta"``."""
-        model = skeleton(self._auto, self._config, device)
-        check_length(self._settings.max_length, model)
-        return model
-
     def largest_batch(self, records: int) -> Batch:
         """Return windows of ``max-length`` tokens."""
-        shape = (records, self._settings.max_length)
-        tokens = {name: torch.ones(shape, dtype=torch.int64) for name in self._inputs}
-        return {**tokens, **{name: torch.zeros(records, dtype=torch.int64) for name in _TARGETS}}
+        return {
+            **self._largest_inputs(records),
+            **{name: torch.zeros(records, dtype=torch.int64) for name in _TARGETS},
+        }
 
     def made_up_batch(self, records: int) -> Batch:
         """Return windows of random words of up to ``max-length`` tokens, without an answer."""
-        shape = (records, self._settings.max_length)
-        texts = made_up_texts(self._tokenizer, self._config, self._inputs, shape, pair=True)
+        texts = self._made_up_inputs(records, pair=True)
         return {**texts, **{name: torch.zeros(records, dtype=torch.int64) for name in _TARGETS}}
-
-    def build_model(self) -> nn.Module:
-        """Return the checkpoint with a head whose start follows from the seed.
-
-        Raises
-        ------
-        InvalidValue
-            See `fedlora_flwr.backbones.language_models.build`.
-        """
-        return build(self._auto, self._settings, self._config)
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross entropy of an answer's start and end, shape (n,)."""
@@ -220,21 +192,8 @@ class QuestionAnswering(DatasetTask):
         # The head has one output a label.
         return load_config(self._settings, num_labels=len(_TARGETS))
 
-    @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer = load_tokenizer(self._settings)
+    def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         check_room(self._settings.max_length, tokenizer)
-        return tokenizer
-
-    @cached_property
-    def _tokenizer_text(self) -> str:
-        """The tokenizer as it was loaded: a call leaves its truncation behind."""
-        text: str = self._tokenizer.backend_tokenizer.to_str()
-        return text
-
-    @cached_property
-    def _inputs(self) -> list[str]:
-        return input_names(self._tokenizer, self._config)
 
     def _input_columns(self, dataset: Dataset) -> list[str]:
         for name in _COLUMNS:

@@ -12,13 +12,7 @@ from torch import Tensor, nn
 
 from fedlora_flwr.backbones.language_models import (
     MeanPooled,
-    build,
-    check_length,
-    head_modules,
-    input_names,
     load_config,
-    load_tokenizer,
-    skeleton,
 )
 from fedlora_flwr.data.arrow_records import ArrowRecords, pad_collate
 from fedlora_flwr.data.dataset_settings import names
@@ -26,7 +20,8 @@ from fedlora_flwr.data.prepared import prepare
 from fedlora_flwr.data.records import Batch
 from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.tasks.classifier_task import ClassifierTask
-from fedlora_flwr.tasks.tokens import check_ids, made_up_texts
+from fedlora_flwr.tasks.language_task import LanguageTask
+from fedlora_flwr.tasks.tokens import check_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,7 +33,7 @@ if TYPE_CHECKING:
 _INDEX = re.compile(r"__index_level_\d+__|(\w+[_-])?(id|idx|uid|guid|uuid)|index", re.IGNORECASE)
 
 
-class TextClassification(ClassifierTask):
+class TextClassification(ClassifierTask, LanguageTask):
     """Classify a text, or a pair of texts.
 
     Batches are ``{"input_ids", "attention_mask", …: (n, t) int64, "label": (n,) int64}``, padded to
@@ -48,40 +43,14 @@ class TextClassification(ClassifierTask):
     """
 
     name = "text-classification"
-    lora_targets = ""
-
-    @cached_property
-    def head(self) -> tuple[str, ...]:
-        """The classifier beside the backbone."""
-        return head_modules(self.skeleton())
-
-    def skeleton(self, device: str = "meta") -> nn.Module:
-        """Return the model without the checkpoint's weights; they are random but on ``"meta"``."""
-        model = skeleton(self._auto, self._config, device)
-        check_length(self._settings.max_length, model)
-        return model
 
     def largest_batch(self, records: int) -> Batch:
         """Return texts of ``max-length`` tokens."""
-        shape = (records, self._settings.max_length)
-        tokens = {name: torch.ones(shape, dtype=torch.int64) for name in self._inputs}
-        return {**tokens, "label": torch.zeros(records, dtype=torch.int64)}
+        return {**self._largest_inputs(records), "label": torch.zeros(records, dtype=torch.int64)}
 
     def made_up_batch(self, records: int) -> Batch:
         """Return random texts of up to ``max-length`` tokens, all of the first class."""
-        shape = (records, self._settings.max_length)
-        texts = made_up_texts(self._tokenizer, self._config, self._inputs, shape)
-        return {**texts, "label": torch.zeros(records, dtype=torch.int64)}
-
-    def build_model(self) -> nn.Module:
-        """Return the checkpoint with a classifier whose start follows from the seed.
-
-        Raises
-        ------
-        InvalidValue
-            See `fedlora_flwr.backbones.language_models.build`.
-        """
-        return build(self._auto, self._settings, self._config)
+        return {**self._made_up_inputs(records), "label": torch.zeros(records, dtype=torch.int64)}
 
     @property
     def _auto(self) -> Any:
@@ -97,20 +66,6 @@ class TextClassification(ClassifierTask):
         # Models that classify the last token find it by the padding.
         config.pad_token_id = self._tokenizer.pad_token_id
         return config
-
-    @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self._settings)
-
-    @cached_property
-    def _tokenizer_text(self) -> str:
-        """The tokenizer as it was loaded: a call leaves its truncation behind."""
-        text: str = self._tokenizer.backend_tokenizer.to_str()
-        return text
-
-    @cached_property
-    def _inputs(self) -> list[str]:
-        return input_names(self._tokenizer, self._config)
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
         logits: Tensor = model(**{name: batch[name] for name in self._inputs}).logits
