@@ -25,7 +25,7 @@ from fedlora_flwr.server.noise import noise_to_signal, noisy_coordinates
 from fedlora_flwr.server.rehearsal import check_folding, rehearse_unbuilt
 from fedlora_flwr.server.strategy import build_strategy
 from fedlora_flwr.strategies import FedLoRA
-from fedlora_flwr.tasks.registry import Task, build_task
+from fedlora_flwr.tasks.registry import Task, build_task, optional
 
 # Of all our measured runs none with more noise has ended above its start; see docs/results.md and
 # `benchmarks.learning`, which finds it. It says nothing for certain of other data and models.
@@ -184,7 +184,7 @@ def skeleton(config: RunConfig, task: Task) -> AdaptedModel:
     InvalidValue
         The adapters cannot be attached.
     """
-    bare = getattr(task, "skeleton", None)
+    bare = optional(task, "skeleton")
     with explained(f"Building the model of task {config.task!r}", "Set another model."):
         model: nn.Module = bare() if bare else task.build_model().to("meta")
         with torch.device("meta"):
@@ -304,7 +304,7 @@ def _memory(config: RunConfig, task: Task, model: AdaptedModel, coordinates: int
 
 def _example(task: Task, records: int) -> Batch:
     """Return a batch of the largest shapes that the task has."""
-    made = getattr(task, "largest_batch", None)
+    made = optional(task, "largest_batch")
     if made is not None:
         found: Batch = made(records)
         return found

@@ -71,7 +71,16 @@ _INSERT = (
 )
 _COPIES = "put back the newest copies of it and of its witness, or count its data's budget as spent"
 _KEPT = 8  # files that a thread has open at most
-_threads = threading.local()
+
+
+class _Connections(threading.local):
+    """Connections of one thread, the one used last at the end."""
+
+    def __init__(self) -> None:
+        self.kept: dict[Any, sqlite3.Connection] = {}
+
+
+_connections = _Connections()
 Key = tuple[object, ...]
 _checked: dict[Key, Head] = {}
 
@@ -184,7 +193,7 @@ class LedgerFile:
     @contextmanager
     def _connection(self) -> Iterator[tuple[sqlite3.Connection, Key]]:
         """Give this thread's connection, kept open: opening takes as long as writing a row."""
-        kept: dict[Any, sqlite3.Connection] = vars(_threads)
+        kept = _connections.kept
         key = self._key()
         db = kept.pop(key, None) if key else None
         if db is None:

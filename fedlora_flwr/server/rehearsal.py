@@ -17,7 +17,7 @@ from fedlora_flwr.lora.precision import run_in_bf16
 from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.noise import SeededNoise
-from fedlora_flwr.tasks.registry import Task
+from fedlora_flwr.tasks.registry import Task, optional
 
 if TYPE_CHECKING:
     from fedlora_flwr.strategies import FedLoRA
@@ -107,7 +107,7 @@ def rehearse_unbuilt(config: RunConfig, task: Task, skeleton: AdaptedModel) -> N
     if size > _LARGEST:
         return
     with _random_streams(), explained("Building the model", _ADVICE):
-        unread = getattr(task, "skeleton", None) if hasattr(task, "made_up_batch") else None
+        unread = optional(task, "skeleton") if optional(task, "made_up_batch") else None
         model = task.build_model() if unread is None else unread("cpu")
         adapted = attach(model, lora_spec(config, task), seed=0)
     if config.precision == "bf16":
@@ -116,7 +116,7 @@ def rehearse_unbuilt(config: RunConfig, task: Task, skeleton: AdaptedModel) -> N
 
 
 def _records(task: Task) -> Records:
-    made_up = getattr(task, "made_up_batch", None)
+    made_up = optional(task, "made_up_batch")
     return task.test_records() if made_up is None else TensorRecords(made_up(2))
 
 

@@ -13,6 +13,44 @@ from fedlora_flwr.data.records import Batch, Records, lengths_of
 from fedlora_flwr.errors import InvalidValue
 
 
+def measured(
+    model: nn.Module, records: Records, batch_size: int, measure: Callable[[Batch], Tensor]
+) -> Tensor:
+    """Measure all records in batches of similar length, without changing the model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Put in evaluation mode meanwhile; batches are moved to its device.
+    records : Records
+        At least one record.
+    batch_size : int
+        Records per forward pass.
+    measure : Callable[[Batch], Tensor]
+        Measures a batch: fp64, shape (figures, any number).
+
+    Returns
+    -------
+    Tensor
+        What was measured, side by side on the CPU: shape (figures, sum of the numbers). The order
+        is not that of the records.
+
+    Raises
+    ------
+    InvalidValue
+        There are no records.
+    """
+    if len(records) == 0:
+        raise InvalidValue("records", 0, "at least one record to evaluate on")
+    device = next(model.parameters()).device
+    found: list[Tensor] = []
+    with evaluating(model), torch.inference_mode():
+        for indices in torch.split(in_order_of_length(records), batch_size):
+            batch = {key: value.to(device) for key, value in records.batch(indices).items()}
+            found.append(measure(batch).cpu())
+    return torch.cat(found, dim=1)
+
+
 def evaluate_classifier(
     model: nn.Module,
     records: Records,
@@ -47,26 +85,22 @@ def evaluate_classifier(
     InvalidValue
         There are no records.
     """
-    if len(records) == 0:
-        raise InvalidValue("records", 0, "at least one record to evaluate on")
-    device = next(model.parameters()).device
-    found: list[Tensor] = []
-    with evaluating(model), torch.inference_mode():
-        for indices in torch.split(in_order_of_length(records), batch_size):
-            batch = {key: value.to(device) for key, value in records.batch(indices).items()}
-            scores, labels = logits(batch).float(), batch["label"]
-            losses = F.cross_entropy(scores, labels, reduction="none").double()
-            hits = (scores.argmax(dim=1) == labels).double()
-            part = batch.get("part", torch.full_like(labels, -1)).double()
-            found.append(torch.stack((losses, hits, part)).cpu())
-    losses, hits, part = torch.cat(found, dim=1)
-    measured = {"loss": losses.mean().item(), "accuracy": hits.mean().item()}
+
+    def measure(batch: Batch) -> Tensor:
+        scores, labels = logits(batch).float(), batch["label"]
+        losses = F.cross_entropy(scores, labels, reduction="none").double()
+        hits = (scores.argmax(dim=1) == labels).double()
+        part = batch.get("part", torch.full_like(labels, -1)).double()
+        return torch.stack((losses, hits, part))
+
+    losses, hits, part = measured(model, records, batch_size, measure)
+    metrics = {"loss": losses.mean().item(), "accuracy": hits.mean().item()}
     for number, name in enumerate(parts if len(parts) > 1 else ()):
         mine = part == number
         if mine.any():
-            measured[f"loss_{name}"] = losses[mine].mean().item()
-            measured[f"accuracy_{name}"] = hits[mine].mean().item()
-    return measured
+            metrics[f"loss_{name}"] = losses[mine].mean().item()
+            metrics[f"accuracy_{name}"] = hits[mine].mean().item()
+    return metrics
 
 
 def in_order_of_length(records: Records) -> Tensor:

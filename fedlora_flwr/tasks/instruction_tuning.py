@@ -19,7 +19,7 @@ from fedlora_flwr.data.records import Batch, Records
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.lora.exported import DRAWN
 from fedlora_flwr.tasks.chats import IGNORED, chat_columns, chat_tokens
-from fedlora_flwr.tasks.evaluation import evaluating, in_order_of_length
+from fedlora_flwr.tasks.evaluation import measured
 from fedlora_flwr.tasks.language_task import LanguageTask
 from fedlora_flwr.tasks.tokens import check_ids, made_up_texts
 
@@ -121,21 +121,17 @@ class InstructionTuning(LanguageTask):
         InvalidValue
             No record has an answer.
         """
-        nothing = InvalidValue("records", len(records), "records with answers to evaluate on")
-        if len(records) == 0:
-            raise nothing
-        device = next(model.parameters()).device
-        sums = torch.zeros(3, dtype=torch.float64)
-        with evaluating(model), torch.inference_mode():
-            for indices in torch.split(in_order_of_length(records), self._settings.eval_batch_size):
-                batch = {key: value.to(device) for key, value in records.batch(indices).items()}
-                logits, labels, _ = _predicted(model, batch)
-                losses = F.cross_entropy(logits, labels, reduction="none").double()
-                hits = (logits.argmax(dim=1) == labels).double()
-                sums += torch.stack((losses, hits, torch.ones_like(hits))).sum(dim=1).cpu()
-        loss, hits, tokens = sums
+
+        def measure(batch: Batch) -> Tensor:
+            logits, labels, _ = _predicted(model, batch)
+            losses = F.cross_entropy(logits, labels, reduction="none").double()
+            hits = (logits.argmax(dim=1) == labels).double()
+            return torch.stack((losses, hits, torch.ones_like(hits))).sum(dim=1, keepdim=True)
+
+        size = self._settings.eval_batch_size
+        loss, hits, tokens = measured(model, records, size, measure).sum(dim=1)
         if not tokens:
-            raise nothing
+            raise InvalidValue("records", len(records), "records with answers to evaluate on")
         return {
             "loss": (loss / tokens).item(),
             "perplexity": (loss / tokens).exp().item(),

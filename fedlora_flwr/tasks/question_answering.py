@@ -19,7 +19,7 @@ from fedlora_flwr.data.dataset_settings import DatasetSettings
 from fedlora_flwr.data.prepared import prepare
 from fedlora_flwr.data.records import Batch, Records
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.tasks.evaluation import evaluating, in_order_of_length
+from fedlora_flwr.tasks.evaluation import measured
 from fedlora_flwr.tasks.language_task import LanguageTask
 from fedlora_flwr.tasks.squad import exact_match, f1
 from fedlora_flwr.tasks.tokens import check_ids
@@ -126,15 +126,12 @@ class QuestionAnswering(LanguageTask):
         InvalidValue
             There are no records.
         """
-        if len(records) == 0:
-            raise InvalidValue("records", 0, "at least one record to evaluate on")
-        device = next(model.parameters()).device
-        measured: list[Tensor] = []
-        with evaluating(model), torch.inference_mode():
-            for indices in torch.split(in_order_of_length(records), self._settings.eval_batch_size):
-                batch = {key: value.to(device) for key, value in records.batch(indices).items()}
-                measured.append(_measured(*self._scores(model, batch), batch).cpu())
-        question, target, loss, *found = torch.cat(measured, dim=1).numpy()
+
+        def measure(batch: Batch) -> Tensor:
+            return _measured(*self._scores(model, batch), batch)
+
+        size = self._settings.eval_batch_size
+        question, target, loss, *found = measured(model, records, size, measure).numpy()
         questions, predictions = self._predictions(question.astype(np.int64), *found)
         golds = [self._golds[question] for question in questions]
         pairs = list(zip(predictions, golds, strict=True))

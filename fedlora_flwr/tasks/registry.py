@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from fedlora_flwr.errors import InvalidValue, unknown
@@ -55,6 +55,20 @@ class Task(Protocol):
         ...
 
 
+OPTIONAL: Mapping[str, str] = {
+    "skeleton": "the model without its weights, on a device named as torch names it, by default "
+    '"meta": a plan then builds no weights',
+    "largest_batch": "a batch of a given number of records of the largest shapes: a plan then "
+    "forecasts memory without a record",
+    "made_up_batch": "a batch of a given number of made-up records: a rehearsal then reads no "
+    "public record",
+    "reading": "per split, which records are read and left out, by number of clients",
+    "private_reading": "the same of a device's private split",
+    "unstated_classes": "names of the private classes where only their number is configured",
+    "check_splits_apart": "raises an error if a public record is private: a device evaluates only "
+    "with it",
+}
+"""Members that a task may have beside those of `Task`, and what each is for."""
 TaskFactory = Callable[[Any], Task]
 _METHODS = ("build_model", "client_records", "test_records", "losses", "evaluate")
 _FACTORIES: dict[str, str] = {
@@ -113,8 +127,8 @@ def build_task(name: str, settings: Any) -> Task:
     name : str
         A registered name; or ``module:function`` of a function or class that takes ``settings``
         and returns a `Task`.
-    settings : TaskConfig
-        The task's part of the run configuration.
+    settings : RunConfig
+        The run configuration; a task reads its keys as attributes.
 
     Raises
     ------
@@ -127,6 +141,13 @@ def build_task(name: str, settings: Any) -> Task:
         allowed = f"module:function of a task; it gives a {type(task).__name__} without {missing}"
         raise InvalidValue("task", name, allowed)
     return task
+
+
+def optional(task: Task, member: str) -> Callable[..., Any] | None:
+    """Return one of a task's `OPTIONAL` members, or ``None`` where the task has no such member."""
+    assert member in OPTIONAL
+    found: Callable[..., Any] | None = getattr(task, member, None)
+    return found
 
 
 def check_splits_apart(task: Task) -> None:
@@ -142,7 +163,7 @@ def check_splits_apart(task: Task) -> None:
     InvalidValue
         There is such a record, or a task of the user's own has no such method.
     """
-    check: Callable[[], None] | None = getattr(task, "check_splits_apart", None)
+    check = optional(task, "check_splits_apart")
     if check is None:
         allowed = (
             "one with a method check_splits_apart, which refuses public records that are private: "
@@ -167,7 +188,7 @@ def reading(task: Task, num_partitions: int) -> list[str]:
     InvalidValue
         A split cannot be read.
     """
-    account = getattr(task, "reading", None)
+    account = optional(task, "reading")
     return [line for split in account(num_partitions) for line in split.lines()] if account else []
 
 
@@ -176,7 +197,7 @@ def private_reading(task: Task) -> list[str]:
 
     Parameters and errors are those of `reading`.
     """
-    account = getattr(task, "private_reading", None)
+    account = optional(task, "private_reading")
     return list(account().lines()) if account else []
 
 
@@ -188,7 +209,7 @@ def unstated_classes(task: Task) -> list[str]:
     InvalidValue
         The private split cannot be read.
     """
-    names = getattr(task, "unstated_classes", None)
+    names = optional(task, "unstated_classes")
     return list(names()) if names else []
 
 

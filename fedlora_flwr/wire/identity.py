@@ -18,7 +18,7 @@ def current() -> Identity:
     Raises
     ------
     RuntimeError
-        Nobody yet.
+        No run has been assigned to this process.
     """
     return TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id
 
@@ -26,10 +26,10 @@ def current() -> Identity:
 @contextmanager
 def acting_for(run_id: int, node_id: int = 1, task_id: int = 1) -> Iterator[None]:
     """Let this process act for a node of a run, and be who it was after."""
-    before = {name: getattr(TaskIdentity, f"_{name}") for name in ("run_id", "node_id", "task_id")}
+    before = {name: vars(TaskIdentity)[name] for name in ("_run_id", "_node_id", "_task_id")}
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, node_id, task_id
     try:
         yield
     finally:
         for name, value in before.items():
-            setattr(TaskIdentity, f"_{name}", value)
+            setattr(TaskIdentity, name, value)

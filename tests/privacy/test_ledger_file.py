@@ -38,9 +38,9 @@ def write(path: Path, count: int = 1, client: str = "ward") -> None:
 def forget() -> None:
     """Look at files as a fresh process does."""
     ledger_file._checked.clear()
-    for db in vars(ledger_file._threads).values():
+    for db in ledger_file._connections.kept.values():
         db.close()
-    vars(ledger_file._threads).clear()
+    ledger_file._connections.kept.clear()
 
 
 def edit(path: Path, *statements: str) -> None:

@@ -153,7 +153,7 @@ def test_records_without_answers_count_as_records_and_are_reported(
     assert whole == pytest.approx(task.evaluate(task.build_model(), last), rel=1e-6)
     with pytest.raises(InvalidValue, match="records with answers"):
         task.evaluate(task.build_model(), task.test_records().subset(np.array([0, 1])))
-    with pytest.raises(InvalidValue, match="records with answers"):
+    with pytest.raises(InvalidValue, match="at least one record"):
         task.evaluate(task.build_model(), task.test_records().subset(np.array([], dtype=np.int64)))
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import fedlora_flwr
+from fedlora_flwr.tasks.registry import OPTIONAL, Task
 from tests.test_readme import unactivated
 
 PAGE = Path(__file__).parents[2] / "docs" / "tasks.md"
@@ -56,3 +58,16 @@ def test_the_page_names_every_task() -> None:
     from fedlora_flwr.tasks.registry import task_names
 
     assert all(f"`{name}`" in PAGE.read_text(encoding="utf-8") for name in task_names())
+
+
+def test_the_page_lists_what_a_task_may_have_beside_its_nine_members() -> None:
+    own = [name for name in vars(Task) if not name.startswith("_")]
+    own += [name for name in Task.__annotations__ if name not in own]
+    assert len(own) == 9
+    assert all(f"`{name}(" in PAGE.read_text(encoding="utf-8") for name in OPTIONAL)
+
+
+def test_a_member_of_a_task_is_asked_for_in_one_place() -> None:
+    package = Path(fedlora_flwr.__file__).parent
+    asked = [p.name for p in package.rglob("*.py") if "getattr(task" in p.read_text("utf-8")]
+    assert asked == ["registry.py"]
