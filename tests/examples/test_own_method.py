@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,18 +12,26 @@ import numpy as np
 import pytest
 from rich.console import Console
 from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
+from fedlora_flwr.cli import app
+from fedlora_flwr.client_app import respond
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.forecast.forecast import forecast
+from fedlora_flwr.lora.build import build_adapted
 from fedlora_flwr.places import strategy_names
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.server.strategy import build_strategy
 from fedlora_flwr.simulations.app import write_app
+from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.simulations.runner import make_plan, run_in_process
+from fedlora_flwr.strategies import DPLoRA
+from fedlora_flwr.strategies.replies import to_record
 from fedlora_flwr.studies.compare_methods import read_methods
-from tests.conftest import QUICK
+from fedlora_flwr.tasks.registry import build_task
+from tests.conftest import QUICK, MakeConfig
 from tests.examples.projects import copy_of
 from tests.strategies.resumed import assert_goes_on_bit_for_bit
 
@@ -99,6 +108,27 @@ def test_it_is_listed_planned_and_compared() -> None:
 def test_what_beta_cannot_be_is_said_before_any_work(value: Any) -> None:
     with pytest.raises(InvalidValue, match=f"server-momentum.beta = {value!r}"):
         RunConfig.of({"strategy": NAME, "server-momentum.beta": value})
+
+
+def test_its_setting_is_explained_beside_the_keys() -> None:
+    shown = CliRunner().invoke(app, ["keys", f"{NAME}.beta", "--json"])
+    (found,) = json.loads(shown.stdout)
+    assert (found["key"], found["default"], found["type"]) == (f"{NAME}.beta", 0.5, "a number")
+    assert found["allowed"] == "a number from 0 to 0.99"
+    assert found["about"].startswith("share of the last round's movement")
+    every = json.loads(CliRunner().invoke(app, ["keys", "--json"]).stdout)
+    assert [entry["key"] for entry in every] == [*RunConfig().items(), f"{NAME}.beta"]
+
+
+def test_clients_take_part_without_the_strategy(make_config: MakeConfig) -> None:
+    """A client that looked for the strategy of this run would find no such module."""
+    config = make_config(num_clients=2)
+    adapted = build_adapted(config, build_task(config.task, config))
+    told = {**config.items(), "strategy": "nowhere:Nothing", "nowhere.beta": 0.5}
+    told |= {"average-decay": 0.5, "server-momentum.beta": "not looked at"}
+    with LocalGrid(respond, 2, told).running() as grid:
+        result = DPLoRA().start(grid, to_record(adapted.read()), num_rounds=1)
+    assert result.train_metrics_clientapp[1]
 
 
 def test_an_app_for_flower_lists_the_setting(tmp_path: Path) -> None:
