@@ -142,9 +142,6 @@ class FedLoRA(Declared, Exchange):
         self.num_rounds = 0
         self.last_round: RoundReport | None = None
         self._cohorts: Cohorts | None = None
-        self._turns: Mapping[str, Any]
-        self._ledgers: LedgerWatch
-        self._trained: bool
         self._result = Result()
         self._plain = 0
         self._asked: list[int] = []
@@ -224,7 +221,8 @@ class FedLoRA(Declared, Exchange):
 
     def begin(self) -> None:
         """Set what is carried between rounds to what it is before the first one."""
-        self._ledgers, self._trained, self._turns = LedgerWatch(), False, {}
+        self._ledgers, self._trained = LedgerWatch(), False
+        self._turns: Mapping[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is carried from one round to the next, beside the global arrays.

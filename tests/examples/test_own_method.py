@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from fedlora_flwr.cli import app
 from fedlora_flwr.client_app import respond
-from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config import RunConfig, read_toml
 from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.forecast.forecast import forecast
@@ -24,9 +24,8 @@ from fedlora_flwr.lora.build import build_adapted
 from fedlora_flwr.places import strategy_names
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.server.strategy import build_strategy
-from fedlora_flwr.simulations.app import write_app
 from fedlora_flwr.simulations.local_grid import LocalGrid
-from fedlora_flwr.simulations.runner import make_plan, run_in_process
+from fedlora_flwr.simulations.runner import app_folder, make_plan, run_in_process
 from fedlora_flwr.strategies import DPLoRA
 from fedlora_flwr.strategies.replies import to_record
 from fedlora_flwr.studies.compare_methods import read_methods
@@ -131,10 +130,13 @@ def test_clients_take_part_without_the_strategy(make_config: MakeConfig) -> None
     assert result.train_metrics_clientapp[1]
 
 
-def test_an_app_for_flower_lists_the_setting(tmp_path: Path) -> None:
+def test_the_app_of_a_run_on_flower_lists_the_setting(tmp_path: Path) -> None:
     """Flower lets a run override only keys that the app's own file has."""
-    write_app(tmp_path, {"server-momentum.beta": 0.9})
-    assert "\nserver-momentum.beta = 0.9\n" in (tmp_path / "pyproject.toml").read_text()
+    run_dir = RunDirectory(tmp_path / "run")
+    config = RunConfig.of({"strategy": NAME, "server-momentum.beta": 0.9})
+    listed = read_toml(app_folder(run_dir, config) / "pyproject.toml")["tool"]["flwr"]["app"]
+    assert listed["config"]["server-momentum"] == {"beta": 0.9}
+    assert listed["config"].keys() >= RunConfig().items().keys()
 
 
 def test_its_saved_run_goes_on_bit_for_bit() -> None:
