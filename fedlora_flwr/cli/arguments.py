@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import Field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,8 +50,16 @@ def complete_row(incomplete: str) -> list[str]:
     return [before + space + name for name in complete_override(last)]
 
 
-def names_of(key: str) -> tuple[str, ...]:
-    """Return the names that a key takes; none for a number or a free text."""
+def names_of(key: str, entry: Field[Any] | None = None) -> tuple[str, ...]:
+    """Return the names that a key takes; none for a number or a free text.
+
+    Parameters
+    ----------
+    key : str
+        A key of the run configuration, or a setting of a method.
+    entry : Field, optional
+        Its declaration, which a setting of a method needs.
+    """
     if key == "strategy":
         return strategy_names()
     if key == "task":
@@ -61,7 +70,7 @@ def names_of(key: str) -> tuple[str, ...]:
         from fedlora_flwr.data.partition import PARTITIONER_NAMES
 
         return PARTITIONER_NAMES
-    entry = fields_by_key(RunConfig)[key]
+    entry = entry or fields_by_key(RunConfig)[key]
     if isinstance(entry.default, bool):
         return ("true", "false")
     check: Check = entry.metadata["check"]

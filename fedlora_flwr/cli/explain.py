@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import Field
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
 
 from fedlora_flwr.cli.arguments import AsJson, complete_key, names_of
-from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config import RunConfig, Value
 from fedlora_flwr.config.keys import allowed_values, fields_by_key, type_words
+from fedlora_flwr.config.methods import settings_of_methods
 from fedlora_flwr.config.recipes import about_recipe, recipe_names
 from fedlora_flwr.config.toml import toml_value
 from fedlora_flwr.errors import unknown
@@ -47,6 +48,8 @@ def keys(
         print(markdown(), end="")
         return
     entries = fields_by_key(RunConfig)
+    if not names or not entries.keys() >= set(names):
+        entries.update(settings_of_methods(entries))
     for name in names or ():
         if name not in entries:
             raise unknown("key", name, entries)
@@ -57,15 +60,21 @@ def keys(
     elif names:
         _show_in_full(console, chosen)
     else:
-        defaults = RunConfig().items()
-        rows = [(k, toml_value(defaults[k]), e.metadata["about"]) for k, e in chosen.items()]
+        rows = [
+            (k, toml_value(cast(Value, e.default)), e.metadata["about"]) for k, e in chosen.items()
+        ]
         show(console, Table(("key", "default", "meaning"), rows, "<<<"))
 
 
+_OPEN = {
+    "task": ("or your own, as module:function",),
+    "strategy": ("or your own, as module:Class",),
+}
+
+
 def _explained(key: str, entry: Field[Any]) -> dict[str, Any]:
-    about, names = entry.metadata, names_of(key)
-    open_ended = "or your own, as module:function" if key == "task" else ""
-    listed = ", ".join(filter(None, (*names, open_ended)))
+    about, names = entry.metadata, names_of(key, entry)
+    listed = ", ".join((*names, *_OPEN.get(key, ())))
     return {
         "key": key,
         "about": about["about"],

@@ -67,6 +67,12 @@ def own_keys(method: Method, known: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{method.name}.{k}": e for k, e in entries.items() if known.get(k) is not e}
 
 
+def settings_of_methods(known: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the settings in tables of all named strategies, by key; loads them all."""
+    for name in strategy_names():
+        yield from own_keys(method_of(name), known).items()
+
+
 def checked_own(
     strategy: str, own: Mapping[str, Any], known: Mapping[str, Any]
 ) -> dict[str, Value]:

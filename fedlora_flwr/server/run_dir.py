@@ -47,7 +47,7 @@ class RunDirectory:
     def new(cls, parent: Path, config: RunConfig) -> RunDirectory:
         """Make ``<parent>/<time>-<task>-<strategy>`` and point ``<parent>/latest`` at it."""
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        name = f"{stamp}-{config.task.replace(':', '.')}-{config.strategy}"
+        name = f"{stamp}-{config.task}-{config.strategy}".replace(":", ".")
         path, count = private_folder(parent) / name, 1
         while True:
             try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.keys import fields_by_key
+from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.privacy.budget import MIN_NOISE
 from fedlora_flwr.strategies import FedLoRA, strategy_class
 from fedlora_flwr.wire.limits import MOST_RECORDS, MOST_WEIGHT
@@ -20,21 +22,27 @@ def build_strategy(config: RunConfig) -> FedLoRA:
         There is no such strategy, or it cannot use a value.
     """
     chosen = strategy_class(config.strategy)
-    return chosen(
-        fraction_train=config.fraction_train,
-        min_train_nodes=1,
-        min_available_nodes=config.min_clients,
-        seed=config.seed,
-        weighting=config.weighting,
-        min_completion=config.min_completion,
-        max_rounds=config.max_rounds,
-        blocks=config.block_pattern,
-        local_steps=config.local_steps,
-        max_weight=max_weight(config),
-        share_head=config.share_head,
+    arguments: dict[str, Any] = {
+        "fraction_train": config.fraction_train,
+        "min_train_nodes": 1,
+        "min_available_nodes": config.min_clients,
+        "seed": config.seed,
+        "weighting": config.weighting,
+        "min_completion": config.min_completion,
+        "max_rounds": config.max_rounds,
+        "blocks": config.block_pattern,
+        "local_steps": config.local_steps,
+        "max_weight": max_weight(config),
+        "share_head": config.share_head,
         **{name: getattr(config, name) for name in chosen.reads},
         **_own_settings(config, chosen),
-    )
+    }
+    try:
+        inspect.signature(chosen).bind(**arguments)
+    except TypeError as error:
+        allowed = f"a class that takes FedLoRA's arguments and its own settings ({error})"
+        raise InvalidValue("strategy", config.strategy, allowed) from error
+    return chosen(**arguments)
 
 
 def _own_settings(config: RunConfig, chosen: type[FedLoRA]) -> dict[str, Any]:

@@ -107,16 +107,15 @@ class ASLoRA(FedLoRA):
             A: Schedule.parse(lr_schedule_a or lr_schedule),
             B: Schedule.parse(lr_schedule_b or lr_schedule),
         }
+
+    def begin(self) -> None:
+        """Know no scores."""
+        super().begin()
         self.scores: list[Scores] = []
         """One for each group of blocks that share a choice."""
         self._choices: list[Choice] = []
         self._made: list[Choice] = []
         self._last: dict[str, tuple[int, Movement]] = {}
-
-    def begin(self) -> None:
-        """Forget the scores of an earlier run."""
-        super().begin()
-        self.scores, self._choices, self._made, self._last = [], [], [], {}
 
     def state_dict(self) -> dict[str, Any]:
         """Add the scores, each array's last movement, and the choices so far."""

@@ -142,9 +142,6 @@ class FedLoRA(Declared, Exchange):
         self.num_rounds = 0
         self.last_round: RoundReport | None = None
         self._cohorts: Cohorts | None = None
-        self._turns: Mapping[str, Any] = {}
-        self._ledgers = LedgerWatch()
-        self._trained = False
         self._result = Result()
         self._plain = 0
         self._asked: list[int] = []
@@ -153,6 +150,7 @@ class FedLoRA(Declared, Exchange):
         self._plan = ComponentPlan.uniform(BOTH)
         self._expected = Expected(self._plan, ())
         self.take_settings(own)
+        self.begin()
 
     def plan(self, server_round: int, layout: Layout) -> ComponentPlan:
         """Say what trains in a round.
@@ -222,15 +220,16 @@ class FedLoRA(Declared, Exchange):
         merge(current, arrays)
 
     def begin(self) -> None:
-        """Forget an earlier run. A method that carries state between rounds forgets it, too."""
-        self._ledgers, self._trained, self._turns = LedgerWatch(), False, {}
+        """Set what is carried between rounds to what it is before the first one."""
+        self._ledgers, self._trained = LedgerWatch(), False
+        self._turns: Mapping[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is carried from one round to the next, beside the global arrays.
 
         A strategy with the same arguments that loads it goes on bit for bit as this one would. It
         holds what clients may be asked for, and what their ledgers have counted. A method that
-        remembers more adds it here, takes it up in `load_state_dict` and forgets it in `begin`.
+        remembers more adds it here, takes it up in `load_state_dict` and sets it in `begin`.
 
         Returns
         -------

@@ -32,14 +32,10 @@ class FlexLoRA(FedLoRA):
     needs_each_upload: ClassVar[bool] = True
     own_ranks: ClassVar[bool] = True
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._ranks: dict[str, int] = {}
-
     def begin(self) -> None:
-        """Forget the ranks of an earlier run's clients."""
+        """Know nobody's rank."""
         super().begin()
-        self._ranks = {}
+        self._ranks: dict[str, int] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Add the clients' ranks."""

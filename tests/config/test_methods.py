@@ -32,6 +32,10 @@ class Damped(FedLoRA):
 class Nameless(FedLoRA):
     settings = Settings
 
+class Closed(FedLoRA):
+    def __init__(self, damping):
+        super().__init__()
+
 def function(): pass
 """
 
@@ -113,6 +117,7 @@ def test_a_setting_that_no_method_has_is_refused(strategy: str, key: str, messag
         ("mine_own_method:Dampd", "has no 'Dampd'"),
         ("mine_own_metod:Damped", "is no module in"),
         ("mine_own_method:function", "a subclass of FedLoRA"),
+        ("mine_own_method:Closed", "missing a required argument: 'damping'"),
         ("mine_own_method:Nameless", "set `name` in it"),
         ("dampd", "or your own module:Class"),
     ],

@@ -1,0 +1,1 @@
+"""A strategy that remembers which way the global arrays moved."""
