@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fedlora_flwr.clients.handler import answer_message as answer_message
     from fedlora_flwr.clients.local_round import LocalRound as LocalRound
     from fedlora_flwr.clients.numpy_client import LoRAClient as LoRAClient
-    from fedlora_flwr.clients.trainer import Trainer as Trainer
+    from fedlora_flwr.clients.trainer import LocalTrainer as LocalTrainer
     from fedlora_flwr.config import RunConfig as RunConfig
     from fedlora_flwr.data.records import TensorRecords as TensorRecords
     from fedlora_flwr.integrations.hf_trainer import PrivateTrainer as PrivateTrainer
@@ -54,7 +54,7 @@ _HOMES = {
     "LoRAClient": "clients.numpy_client",
     "follow_fit": "integrations.planned_loop",
     "follow_plan": "integrations.planned_loop",
-    "Trainer": "clients.trainer",
+    "LocalTrainer": "clients.trainer",
     "RunConfig": "config",
     "ComponentPlan": "plan",
     "calibrate": "privacy.budget",

@@ -12,7 +12,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.files import SERVER_STATE, data_folder
 from fedlora_flwr.server.endings import recorded
 from fedlora_flwr.server.run_dir import CLAIM, RunDirectory
-from fedlora_flwr.server.serve import serve
+from fedlora_flwr.server.serve import run_federation
 from fedlora_flwr.server.watched_grid import WatchedGrid
 
 app = ServerApp()
@@ -31,4 +31,4 @@ def main(grid: Grid, context: Context) -> None:
     state = os.environ.get(SERVER_STATE)
     identities = Path(state) / "identities.json" if state else None
     with recorded(run_dir, config):
-        serve(WatchedGrid(grid, identities), config, run_dir)
+        run_federation(WatchedGrid(grid, identities), config, run_dir)

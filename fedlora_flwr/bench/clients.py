@@ -19,7 +19,7 @@ from fedlora_flwr.bench.rounds import time_rounds
 from fedlora_flwr.environment import peak_memory
 from fedlora_flwr.processes.workers import log_to_file
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.simulations.runner import make_plan
+from fedlora_flwr.simulations.runner import prepare_run
 
 TIME_BAR, MEMORY_BAR = 1.2, 1.1
 
@@ -56,12 +56,12 @@ def rounds_of(
         folder = Path(scratch)
         log_to_file(folder / "flower.log")
         run_dir = RunDirectory(folder / "run")
-        plan = make_plan(
+        prepared = prepare_run(
             stack_config(
                 run_dir.path, registered, rounds + 1, **{"fraction-train": sampled / registered}
             )
         )
-        seconds = time_rounds(plan, run_dir, between)
+        seconds = time_rounds(prepared, run_dir, between)
     return {"seconds": statistics.median(seconds), "megabytes": peak_memory() / 1e6}
 
 

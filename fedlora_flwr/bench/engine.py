@@ -25,7 +25,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.plan import BOTH, ComponentPlan
 from fedlora_flwr.processes.workers import log_to_file
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.simulations.runner import RunPlan, make_plan
+from fedlora_flwr.simulations.runner import PreparedRun, prepare_run
 
 WIDTH, DEPTH = 768, 32
 MESSAGE_BAR, START_BAR = 2.0, 1 / 3
@@ -93,24 +93,24 @@ def overhead(clients: int, count: int) -> float:
         folder = Path(scratch)
         log_to_file(folder / "flower.log")
         run_dir = RunDirectory(folder / "run")
-        plan = make_plan(stack_config(run_dir.path, clients, count + 1))
+        prepared = prepare_run(stack_config(run_dir.path, clients, count + 1))
         bare: list[float] = []
 
         def loop() -> None:
-            bare.append(_bare_loop(plan, server_round=len(bare) + 2))
+            bare.append(_bare_loop(prepared, server_round=len(bare) + 2))
 
-        rounds = time_rounds(plan, run_dir, between=loop)
+        rounds = time_rounds(prepared, run_dir, between=loop)
     # A loop and the round after it, on the same batches: no machine is as fast for long.
     pairs = zip(rounds, bare[:-1], strict=True)
     return statistics.median(whole - loop for whole, loop in pairs)
 
 
-def _bare_loop(plan: RunPlan, server_round: int) -> float:
+def _bare_loop(prepared: PreparedRun, server_round: int) -> float:
     """Train each client on the batches and with the noise that it had in the round."""
-    trainer = process_trainer(plan.config)
-    clients = plan.config.num_clients
+    trainer = process_trainer(prepared.config)
+    clients = prepared.config.num_clients
     begin = time.perf_counter()
-    for client, mechanism in enumerate(plan.mechanisms):
+    for client, mechanism in enumerate(prepared.mechanisms):
         records = trainer.task.client_records(client, clients)
         stream = (f"partition-{client:06d}", server_round)
         trainer.train(trainer.start, ComponentPlan.uniform(BOTH), records, mechanism, stream)

@@ -19,7 +19,7 @@ from fedlora_flwr.lora.compiled import compile_backbone
 from fedlora_flwr.lora.precision import run_in_bf16
 from fedlora_flwr.processes.workers import log_to_file
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.simulations.runner import make_plan
+from fedlora_flwr.simulations.runner import prepare_run
 
 BARS = Bars(narrow=1.05, all_linears=1.05, memory=None)
 HALF_BAR = 0.5
@@ -147,7 +147,7 @@ def _round(workers: int, rounds: int) -> float:
         folder = Path(scratch)
         log_to_file(folder / "flower.log")
         run_dir = RunDirectory(folder / "run")
-        plan = make_plan(
+        prepared = prepare_run(
             RunConfig.of(
                 {
                     "task": "fedlora_flwr.bench.gpu:Pictures",
@@ -165,7 +165,7 @@ def _round(workers: int, rounds: int) -> float:
                 }
             )
         )
-        return statistics.median(time_rounds(plan, run_dir, workers=workers))
+        return statistics.median(time_rounds(prepared, run_dir, workers=workers))
 
 
 class Pictures(ShapeTask):

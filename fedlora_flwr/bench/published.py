@@ -29,7 +29,7 @@ from fedlora_flwr.bench.rounds import time_rounds
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.processes.workers import log_to_file
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.simulations.runner import make_plan
+from fedlora_flwr.simulations.runner import prepare_run
 
 BAR = 1 / 5
 WORDS = 5000
@@ -78,8 +78,8 @@ def measure(setting: Setting, on_figure: Callable[[Figure], None]) -> None:
 def _take_turns(folder: Path, setting: Setting) -> tuple[list[float], list[float]]:
     config = _config(folder, setting)
     log_to_file(folder / "flower.log")
-    plan = make_plan(config)
-    script = _Script(folder, setting, plan.mechanisms[0].noise_multiplier, config.clip_norm)
+    prepared = prepare_run(config)
+    script = _Script(folder, setting, prepared.mechanisms[0].noise_multiplier, config.clip_norm)
     theirs: list[float] = []
 
     rounds = 0
@@ -94,7 +94,7 @@ def _take_turns(folder: Path, setting: Setting) -> tuple[list[float], list[float
         script.client(setting.steps)
         theirs.append(time.perf_counter() - begin)
 
-    ours = time_rounds(plan, RunDirectory(folder / "run"), between=published)
+    ours = time_rounds(prepared, RunDirectory(folder / "run"), between=published)
     return ours, theirs
 
 

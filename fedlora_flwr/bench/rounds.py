@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.simulations.runner import RunPlan, run_in_process
+from fedlora_flwr.simulations.runner import PreparedRun, run_in_process
 
 
 def time_rounds(
-    plan: RunPlan,
+    prepared: PreparedRun,
     run_dir: RunDirectory,
     between: Callable[[], object] = lambda: None,
     workers: int = 1,
@@ -22,7 +22,7 @@ def time_rounds(
 
     Parameters
     ----------
-    plan, run_dir, workers
+    prepared, run_dir, workers
         As of `run_in_process`.
     between : callable, optional
         Called after each round, outside of its time: what takes turns with rounds.
@@ -38,5 +38,5 @@ def time_rounds(
             between()
         mark = time.perf_counter()
 
-    run_in_process(plan, run_dir, after, workers)
+    run_in_process(prepared, run_dir, after, workers)
     return seconds

@@ -56,21 +56,21 @@ def _launch(
     from fedlora_flwr.processes.workers import log_to_file
     from fedlora_flwr.server.endings import recorded
     from fedlora_flwr.server.run_dir import RunDirectory, check_unused
-    from fedlora_flwr.simulations.runner import make_plan
+    from fedlora_flwr.simulations.runner import prepare_run
 
     console = Console(stderr=as_json)
     if config.run_dir:
         check_unused(Path(config.run_dir))
-    plan = make_plan(config, console)
+    prepared = prepare_run(config, console)
     run_dir = (
         RunDirectory(Path(config.run_dir))
         if config.run_dir
         else RunDirectory.new(output.resolve(), config)
     )
     try:
-        with recorded(run_dir, config), Screen(console, plan) as screen:
-            log_to_file(run_dir.log, plan.records)
-            summary = launch(plan, run_dir, screen.round)
+        with recorded(run_dir, config), Screen(console, prepared) as screen:
+            log_to_file(run_dir.log, prepared.records)
+            summary = launch(prepared, run_dir, screen.round)
     except BrokenPipeError:
         raise
     except Exception as error:

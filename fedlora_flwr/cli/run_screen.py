@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from fedlora_flwr.forecast.participation import participation
-from fedlora_flwr.simulations.runner import RunPlan
+from fedlora_flwr.simulations.runner import PreparedRun
 from fedlora_flwr.terminal import Bar, show_line, show_lines
 
 UNPROTECTED = "unprotected metrics were reported"
@@ -21,20 +21,20 @@ class Screen:
     ----------
     console : Console
         Where to write.
-    plan : RunPlan
+    prepared : PreparedRun
         The run.
     """
 
-    def __init__(self, console: Console, plan: RunPlan) -> None:
+    def __init__(self, console: Console, prepared: PreparedRun) -> None:
         self._console = console
-        self._plan = plan
+        self._prepared = prepared
         self._bar = Bar(console, "round")
 
     def __enter__(self) -> Screen:
         """Say what is about to happen and begin to show progress."""
-        show_lines(self._console, describe_plan(self._plan))
+        show_lines(self._console, describe_plan(self._prepared))
         if self._console.is_terminal:
-            self._bar.to(0, self._plan.config.num_rounds, "starting")
+            self._bar.to(0, self._prepared.config.num_rounds, "starting")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -43,23 +43,23 @@ class Screen:
 
     def round(self, row: dict[str, Any]) -> None:
         """Show one row of ``rounds.jsonl``."""
-        state = describe_round(row, self._plan.metric)
-        last = self._plan.config.num_rounds
+        state = describe_round(row, self._prepared.metric)
+        last = self._prepared.config.num_rounds
         if self._console.is_terminal:
             self._bar.to(row["round"], last, state)
         else:
             show_line(self._console, f"round {row['round']}/{last}: {state}")
 
 
-def describe_plan(plan: RunPlan) -> list[tuple[str, str]]:
+def describe_plan(prepared: PreparedRun) -> list[tuple[str, str]]:
     """Return names and texts of the lines that announce a run."""
-    config, sigmas = plan.config, [m.noise_multiplier for m in plan.mechanisms]
-    sizes = [m.num_records for m in plan.mechanisms]
+    config, sigmas = prepared.config, [m.noise_multiplier for m in prepared.mechanisms]
+    sizes = [m.num_records for m in prepared.mechanisms]
     lines = [
         (
             "Task",
-            f"{config.task}: {plan.parameters:,} parameters frozen, {plan.trained:,} trained "
-            f"(LoRA of rank {config.rank}{', head' if plan.head else ''})",
+            f"{config.task}: {prepared.parameters:,} parameters frozen, {prepared.trained:,} trained "
+            f"(LoRA of rank {config.rank}{', head' if prepared.head else ''})",
         ),
         (
             "Strategy",
@@ -71,7 +71,7 @@ def describe_plan(plan: RunPlan) -> list[tuple[str, str]]:
             f"{config.num_clients} with {min(sizes)} to {max(sizes)} private records "
             f"({config.partitioner})",
         ),
-        *(("Records", line) for line in plan.records),
+        *(("Records", line) for line in prepared.records),
     ]
     if config.fraction_train < 1 or config.max_rounds:
         lines.append(("Rounds", str(participation(config))))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr.clients.local_store import LocalStore
-from fedlora_flwr.clients.trainer import LocalUpdate, Trainer
+from fedlora_flwr.clients.trainer import LocalTrainer, LocalUpdate
 from fedlora_flwr.data.records import Records
 from fedlora_flwr.environment import in_simulation, peak_memory
 from fedlora_flwr.errors import BudgetExhausted, InvalidValue, OrderRefused, untold
@@ -36,7 +36,7 @@ class LocalRound:
 
     Parameters
     ----------
-    trainer : Trainer
+    trainer : LocalTrainer
         The process's model and engine.
     records : Records or callable
         The client's private records, or a function that opens them. It is called after an order
@@ -63,7 +63,7 @@ class LocalRound:
 
     def __init__(
         self,
-        trainer: Trainer,
+        trainer: LocalTrainer,
         records: Records | Callable[[], Records],
         ledger: Ledger,
         client: str,

@@ -43,7 +43,7 @@ class LocalUpdate:
 
 
 @dataclass(frozen=True, eq=False)
-class Trainer:
+class LocalTrainer:
     """A model with its private engine, built once a process and used for every client and round.
 
     Parameters
@@ -67,7 +67,7 @@ class Trainer:
     start: Mapping[str, NDArray[np.float32]]
 
     @classmethod
-    def build(cls, config: RunConfig, task: Task | None = None) -> Trainer:
+    def build(cls, config: RunConfig, task: Task | None = None) -> LocalTrainer:
         """Build everything that a process needs to train."""
         task = task or build_task(config.task, config)
         adapted = build_adapted(config, task)
@@ -185,9 +185,9 @@ class Trainer:
 
 
 @lru_cache(maxsize=1)
-def process_trainer(config: RunConfig) -> Trainer:
+def process_trainer(config: RunConfig) -> LocalTrainer:
     """Return this process's trainer for ``config``, built at the first call."""
-    trainer = Trainer.build(config)
+    trainer = LocalTrainer.build(config)
     if config.share_weights:
         share(trainer.adapted)
     return trainer

@@ -180,7 +180,7 @@ def _lives(process: int) -> bool:
     return True
 
 
-def serve(made_for: str, seconds: float, parent: int) -> None:
+def handle_calls(made_for: str, seconds: float, parent: int) -> None:
     """Answer calls, one at a time, until nobody needs this process any more."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     # The socket is in a folder of its own that only this user can enter.
@@ -209,4 +209,4 @@ def _outcome(module: str, name: str, args: tuple[object, ...]) -> tuple[bool, An
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))
+    handle_calls(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))

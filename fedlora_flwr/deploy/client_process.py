@@ -14,7 +14,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.logger import log
 
 from fedlora_flwr.deploy.bundles import BundleRefused, check_bundle
-from fedlora_flwr.deploy.flower import serve_with
+from fedlora_flwr.deploy.flower import handle_with
 from fedlora_flwr.flower_internals import ErrorCode
 
 TRY = "--try"
@@ -48,9 +48,9 @@ def _refusing(reason: str) -> ClientAppCallable:
 
 def main() -> None:
     """Answer one message, as SuperExec asks on the command line."""
-    serve = serve_with(app_for)
+    handle = handle_with(app_for)
     if sys.argv[1:] != [TRY]:
-        serve()
+        handle()
 
 
 if __name__ == "__main__":

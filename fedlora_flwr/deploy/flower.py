@@ -122,7 +122,7 @@ def _execution(kind: object) -> object:
     )  # fmt: skip
 
 
-def serve_with(load: Loader) -> Callable[[], object]:
+def handle_with(load: Loader) -> Callable[[], object]:
     """Replace, for the rest of this process, what Flower does with an app bundle.
 
     Nothing of a bundle is written to the disk, put on the path of imports, imported or installed;
@@ -160,8 +160,8 @@ def serve_with(load: Loader) -> Callable[[], object]:
     for _, name, stand_in in stand_ins:
         if name != "load_app" and getattr(runtime, name, None) != stand_in:
             raise OtherFlower(f"{_RUNTIME} does not use {name}")
-    serve: Callable[[], object] = programs()[CLIENT].load()
-    return serve
+    handle: Callable[[], object] = programs()[CLIENT].load()
+    return handle
 
 
 class _Loading:

@@ -38,7 +38,7 @@ OnRound = Callable[[dict[str, Any]], None]
 ALL_ROUNDS, BUDGETS_SPENT = "all rounds are done", "no client has budget left"
 
 
-def serve(
+def run_federation(
     grid: Grid,
     config: RunConfig,
     run_dir: RunDirectory,

@@ -115,7 +115,7 @@ class LocalGrid(Grid):
             for node, keys in by_node.items()
         ]
         with self._turn:
-            for node, state, replies in self._execute(partial(_serve, self._app), jobs):
+            for node, state, replies in self._execute(partial(_handle, self._app), jobs):
                 self._replies.update(replies)
                 if state or node in self._states:
                     self._states[node] = state
@@ -145,7 +145,7 @@ class LocalGrid(Grid):
         return self.pull_messages(self.push_messages(messages))
 
 
-def _serve(
+def _handle(
     app: ClientAppCall, job: tuple[Context, Sequence[str], Sequence[Message]]
 ) -> tuple[int, RecordDict, dict[str, Message]]:
     """Serve a node's messages; return its id, its state after, and the replies."""

@@ -26,7 +26,7 @@ from fedlora_flwr.processes.workers import Execute, executor, one_by_one
 from fedlora_flwr.server.endings import COMPLETED, untold
 from fedlora_flwr.server.rehearsal import check_folding, rehearse
 from fedlora_flwr.server.run_dir import CLAIM, RunDirectory
-from fedlora_flwr.server.serve import serve
+from fedlora_flwr.server.serve import run_federation
 from fedlora_flwr.server.strategy import build_strategy
 from fedlora_flwr.simulations.app import write_app
 from fedlora_flwr.simulations.superlink import LOCAL, SimulationSuperLink
@@ -42,7 +42,7 @@ class RunFailed(FedLoRAError):
 
 
 @dataclass(frozen=True)
-class RunPlan:
+class PreparedRun:
     """What is about to happen.
 
     Parameters
@@ -72,7 +72,7 @@ class RunPlan:
     records: list[str] = field(default_factory=list)
 
 
-def make_plan(config: RunConfig, console: Console | None = None) -> RunPlan:
+def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRun:
     """Check everything that can be known before a run, and work out each client's noise.
 
     Parameters
@@ -107,7 +107,7 @@ def make_plan(config: RunConfig, console: Console | None = None) -> RunPlan:
         disable=console is None or not console.is_terminal,
     )
     trained = sum(parameter.numel() for parameter in adapted.parameters.values())
-    return RunPlan(
+    return PreparedRun(
         config=config,
         mechanisms=[calibrated_mechanism(config, size) for size in progress],
         parameters=sum(parameter.numel() for parameter in adapted.model.parameters()) - trained,
@@ -119,13 +119,13 @@ def make_plan(config: RunConfig, console: Console | None = None) -> RunPlan:
 
 
 def run_on_flower(
-    plan: RunPlan, run_dir: RunDirectory, on_round: OnRound, workers: int | None = None
+    prepared: PreparedRun, run_dir: RunDirectory, on_round: OnRound, workers: int | None = None
 ) -> dict[str, Any]:
     """Run with ``flwr run`` on Flower's Ray simulation engine.
 
     Parameters
     ----------
-    plan : RunPlan
+    prepared : PreparedRun
         The checked run; ``run-dir`` and ``state-dir`` become the run directory where empty.
     run_dir : RunDirectory
         Where results and the log go.
@@ -149,7 +149,7 @@ def run_on_flower(
     cluster = os.environ.get("RAY_ADDRESS", LOCAL) != LOCAL
     if workers is not None and cluster:
         raise InvalidValue("workers", workers, "left out where RAY_ADDRESS names a cluster")
-    config, placement = _placed(plan.config, run_dir), place(plan.config, workers)
+    config, placement = _placed(prepared.config, run_dir), place(prepared.config, workers)
     if cluster:  # Ray takes no number of CPUs for what runs already.
         placement = replace(placement, workers=None)
     # A task or strategy of the user's own is imported from the folder that the command runs in.
@@ -170,13 +170,13 @@ def run_on_flower(
 
 
 def run_in_process(
-    plan: RunPlan, run_dir: RunDirectory, on_round: OnRound, workers: int = 1
+    prepared: PreparedRun, run_dir: RunDirectory, on_round: OnRound, workers: int = 1
 ) -> dict[str, Any]:
     """Run the same recipe without Ray or a server. Same seed, same arrays.
 
     Parameters
     ----------
-    plan, run_dir, on_round
+    prepared, run_dir, on_round
         As of `run_on_flower`.
     workers : int (default: 1)
         Processes that serve clients; 1 is this one alone.
@@ -191,7 +191,7 @@ def run_in_process(
     from fedlora_flwr.client_app import respond
     from fedlora_flwr.simulations.local_grid import LocalGrid
 
-    config = _placed(plan.config, run_dir)
+    config = _placed(prepared.config, run_dir)
     place(config, workers)
     run_dir.take()
     execute: Execute = one_by_one
@@ -202,7 +202,7 @@ def run_in_process(
             execute = stack.enter_context(executor(workers, run_dir.log))
         grid = LocalGrid(respond, config.num_clients, config.items(), execute)
         stack.enter_context(grid.running())
-        return serve(grid, config, run_dir, on_round, rehearsed=True)
+        return run_federation(grid, config, run_dir, on_round, rehearsed=True)
 
 
 def app_folder(run_dir: RunDirectory, config: RunConfig) -> Path:

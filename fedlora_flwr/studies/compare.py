@@ -170,7 +170,7 @@ class Comparison:
             A setting cannot be used, or a client could not keep its promise.
         """
         from fedlora_flwr.privacy.budget import check_budget
-        from fedlora_flwr.simulations.runner import make_plan
+        from fedlora_flwr.simulations.runner import prepare_run
 
         jobs = [*self.tune_jobs(), *self.report_jobs(self._own())]
         batches = {(j.config.epsilon, j.config.batch_size, j.config.seed): j.config for j in jobs}
@@ -182,7 +182,7 @@ class Comparison:
                     check_budget(config.epsilon, config.delta, config.batch_size, len(records))
         # The calibrations are kept for the runs.
         for config in {job.row: job.config for job in reversed(jobs)}.values():
-            make_plan(config, console)
+            prepare_run(config, console)
 
     def document(self) -> dict[str, Any]:
         """Return the settings as ``settings.json`` holds them; ε as text, for infinity's sake."""
@@ -286,7 +286,7 @@ def _run_all(
 
 def _run(scratch: str, job: Job) -> Row:
     """Run one job; an error is a result."""
-    from fedlora_flwr.simulations.runner import make_plan, run_in_process
+    from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 
     row = dict(zip(KEY, job.key, strict=True)) | {"strategy": job.config.strategy}
     started = time.perf_counter()
@@ -294,7 +294,7 @@ def _run(scratch: str, job: Job) -> Row:
         metric = build_task(job.config.task, job.config).metric
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             run_dir = RunDirectory(Path(folder))
-            summary = run_in_process(make_plan(job.config), run_dir, lambda _: None)
+            summary = run_in_process(prepare_run(job.config), run_dir, lambda _: None)
     except Exception as error:  # Whatever it is, the other runs go on.
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return {**row, "seconds": time.perf_counter() - started, "error": text}

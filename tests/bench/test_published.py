@@ -8,7 +8,7 @@ import pytest
 
 from fedlora_flwr.bench.figures import Figure
 from fedlora_flwr.bench.published import Setting, _config, _make, _Script, measure
-from fedlora_flwr.clients.trainer import Trainer
+from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.privacy.calibration import calibrated_mechanism
 
 SMALL = Setting(
@@ -40,7 +40,7 @@ def test_both_ways_train_the_same_arrays_at_the_same_noise(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(made / "cache"))
     config = _config(made, SMALL)
-    trainer = Trainer.build(config)
+    trainer = LocalTrainer.build(config)
     records = trainer.task.client_records(0, SMALL.clients)
     mechanism = calibrated_mechanism(config, len(records))
     script = _Script(made, SMALL, mechanism.noise_multiplier, config.clip_norm)

@@ -9,7 +9,7 @@ from flwr.clientapp import ClientApp
 from flwr.supercore.run import Run
 
 from fedlora_flwr.client_app import app
-from fedlora_flwr.clients.trainer import Trainer, process_trainer
+from fedlora_flwr.clients.trainer import LocalTrainer, process_trainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.strategies.replies import to_record
@@ -23,7 +23,7 @@ class Asker:
     ) -> None:
         self.config = config
         self.adapted = process_trainer(config).adapted
-        self.start = Trainer.build(config).adapted.read()
+        self.start = LocalTrainer.build(config).adapted.read()
         self.grid = LocalGrid(client_app, config.num_clients, config.items())
         if run_id is not None:
             self.grid.set_run(Run.create_empty(run_id))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedlora_flwr.clients.local_round import LocalRound
-from fedlora_flwr.clients.trainer import Trainer
+from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.errors import OrderRefused
 from fedlora_flwr.privacy.ledger import Ledger
 from fedlora_flwr.wire.order import Order
@@ -28,13 +28,13 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 from pathlib import Path
 from fedlora_flwr.clients.local_round import LocalRound
-from fedlora_flwr.clients.trainer import Trainer
+from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.privacy.ledger import Ledger
 from fedlora_flwr.wire.order import Order
 
 config = RunConfig.of({"num-clients": 3, "num-rounds": 2, "partitioner": "iid", "device": "cpu"})
-trainer = Trainer.build(config)
+trainer = LocalTrainer.build(config)
 records = trainer.task.client_records(0, 3)
 local_round = LocalRound(trainer, records, Ledger(Path(sys.argv[1])), "one", "run")
 released = local_round.run(Order(server_round=1, plan="B"), dict(local_round.start))
@@ -54,7 +54,7 @@ def test_a_round_needs_nothing_of_flower(tmp_path: Path) -> None:
 
 
 def round_of(make_config: MakeConfig, tmp_path: Path, **changes: object) -> LocalRound:
-    trainer = Trainer.build(make_config(**changes))
+    trainer = LocalTrainer.build(make_config(**changes))
     records = trainer.task.client_records(0, 3)
     return LocalRound(trainer, records, Ledger(tmp_path / "ledger.sqlite"), "one", "run")
 
@@ -84,7 +84,7 @@ def test_a_refused_order_opens_no_record_and_writes_no_row(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     opened: list[int] = []
-    trainer = Trainer.build(make_config())
+    trainer = LocalTrainer.build(make_config())
     ledger = Ledger(tmp_path / "ledger.sqlite")
 
     def open_records() -> object:

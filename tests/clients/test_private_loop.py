@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedlora_flwr.clients import trainer as trainer_module
-from fedlora_flwr.clients.trainer import Trainer
+from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.data.records import TensorRecords
 from fedlora_flwr.errors import PrivacyViolation
 from fedlora_flwr.layout import factor_of
@@ -31,9 +31,9 @@ SEED = 42
 
 
 @pytest.fixture
-def trainer(make_config: MakeConfig) -> Trainer:
+def trainer(make_config: MakeConfig) -> LocalTrainer:
     rates = {"lr_a": 0.5, "lr_b": 0.25, "lr_head": 0.125}
-    return Trainer.build(make_config(seed=SEED, local_steps=1, lora_dropout=0.0, **rates))
+    return LocalTrainer.build(make_config(seed=SEED, local_steps=1, lora_dropout=0.0, **rates))
 
 
 def seed(purpose: str, stream: tuple[object, ...]) -> int:
@@ -49,13 +49,16 @@ def streams(mechanism: Mechanism, *sizes: int) -> Iterator[tuple[object, ...]]:
 
 
 def train(
-    trainer: Trainer, stream: tuple[object, ...], mechanism: Mechanism = SPARSE, records: Any = None
+    trainer: LocalTrainer,
+    stream: tuple[object, ...],
+    mechanism: Mechanism = SPARSE,
+    records: Any = None,
 ) -> Arrays:
     given = trainer.task.client_records(0, 3) if records is None else records
     return trainer.train(trainer.start, BOTH, given, mechanism, stream).arrays
 
 
-def noise_of(trainer: Trainer, found: Arrays) -> NDArray[np.float64]:
+def noise_of(trainer: LocalTrainer, found: Arrays) -> NDArray[np.float64]:
     """Return b over C times the gradient of the only step, in the optimiser's order."""
     moved = {n: trainer.start[n].astype(np.float64) - array for n, array in found.items()}
     return np.concatenate(
@@ -68,7 +71,7 @@ def noise_of(trainer: Trainer, found: Arrays) -> NDArray[np.float64]:
     )
 
 
-def test_an_empty_batch_is_a_step_of_the_noise_streams_own_noise(trainer: Trainer) -> None:
+def test_an_empty_batch_is_a_step_of_the_noise_streams_own_noise(trainer: LocalTrainer) -> None:
     stream = next(streams(SPARSE, 0))
     noise = noise_of(trainer, train(trainer, stream))
 
@@ -82,7 +85,7 @@ def test_an_empty_batch_is_a_step_of_the_noise_streams_own_noise(trainer: Traine
 
 @pytest.mark.parametrize("purpose", ["noise", "batches", "dropout"])
 def test_streams_of_a_real_run_follow_128_bits_of_the_operating_system(
-    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, purpose: str
+    trainer: LocalTrainer, monkeypatch: pytest.MonkeyPatch, purpose: str
 ) -> None:
     """Of two entropies that share all but their highest bits, each gives its own stream."""
     config = replace(trainer.config, reproducible=False, lora_dropout=0.0)
@@ -103,7 +106,11 @@ def test_streams_of_a_real_run_follow_128_bits_of_the_operating_system(
 
 
 def by_hand(
-    trainer: Trainer, stream: tuple[object, ...], mechanism: Mechanism, records: Any, steps: int
+    trainer: LocalTrainer,
+    stream: tuple[object, ...],
+    mechanism: Mechanism,
+    records: Any,
+    steps: int,
 ) -> Arrays:
     """Take the planned steps one by one at the configured rates, and nothing else."""
     trainer.load(trainer.start)
@@ -119,7 +126,7 @@ def by_hand(
 def test_a_round_is_the_planned_steps_at_the_configured_rates_bit_for_bit(
     make_config: MakeConfig, dropout: float
 ) -> None:
-    trainer = Trainer.build(make_config(seed=SEED, local_steps=4, lora_dropout=dropout))
+    trainer = LocalTrainer.build(make_config(seed=SEED, local_steps=4, lora_dropout=dropout))
     records = trainer.task.client_records(0, 3)
     trainer.engine.verify(records)
     mechanism = Mechanism(0.5, 1.0, 2, 100)
@@ -131,7 +138,7 @@ def test_a_round_is_the_planned_steps_at_the_configured_rates_bit_for_bit(
     assert all(np.array_equal(found[name], array) for name, array in expected.items())
 
 
-def test_records_that_did_not_join_change_no_bit(trainer: Trainer) -> None:
+def test_records_that_did_not_join_change_no_bit(trainer: LocalTrainer) -> None:
     records = trainer.task.client_records(0, 3)
     whole = records.batch(torch.arange(len(records)))
     stream = next(streams(SPARSE, 0))
@@ -142,7 +149,9 @@ def test_records_that_did_not_join_change_no_bit(trainer: Trainer) -> None:
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
-def test_arrays_of_a_server_that_is_not_trusted_are_looked_at_each_time(trainer: Trainer) -> None:
+def test_arrays_of_a_server_that_is_not_trusted_are_looked_at_each_time(
+    trainer: LocalTrainer,
+) -> None:
     """A process that has looked once looks again at what came since."""
     records = trainer.task.client_records(0, 3)
     train(trainer, ("client", 0))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedlora_flwr.clients.trainer import Trainer
+from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.data.records import TensorRecords
 from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.privacy.engine import PrivateEngine
@@ -52,7 +52,7 @@ class Rigged:
 
 
 @dataclass(frozen=True, eq=False)
-class OwnNoise(Trainer):
+class OwnNoise(LocalTrainer):
     """A trainer whose noise a test brings along."""
 
     source: list[NoiseSource] = field(default_factory=list)
@@ -63,7 +63,7 @@ class OwnNoise(Trainer):
 
 
 def double_precision(make_config: MakeConfig, **changes: Any) -> OwnNoise:
-    trainer = Trainer.build(make_config(local_steps=4, lr_a=0.3, lr_b=0.2, **changes))
+    trainer = LocalTrainer.build(make_config(local_steps=4, lr_a=0.3, lr_b=0.2, **changes))
     task, adapted = trainer.task, trainer.adapted
     adapted.model.double()
 
@@ -75,7 +75,7 @@ def double_precision(make_config: MakeConfig, **changes: Any) -> OwnNoise:
     )
 
 
-def start_of(trainer: Trainer) -> dict[str, Any]:
+def start_of(trainer: LocalTrainer) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     return {
         name: rng.normal(0, 0.1, tuple(p.shape)) for name, p in trainer.adapted.parameters.items()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fedlora_flwr.client_app import state_folder
 from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.numpy_client import LoRAClient
-from fedlora_flwr.clients.trainer import Trainer, process_trainer
+from fedlora_flwr.clients.trainer import LocalTrainer, process_trainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.layout import factor_of
@@ -87,7 +87,7 @@ def personal(asker: Asker) -> dict[str, Any]:
 
 def measured(config: RunConfig, *layers: Mapping[str, Any]) -> dict[str, Any]:
     """Evaluate on the public test set with the given arrays over the start, on another model."""
-    trainer = Trainer.build(config)
+    trainer = LocalTrainer.build(config)
     arrays = {**trainer.start}
     for layer in layers:
         arrays.update(layer)
@@ -124,7 +124,7 @@ def test_b_and_head_come_back_after_a_restart(make_config: MakeConfig) -> None:
     found = uploaded(train(asker, 2))
 
     # The same round on a trainer of its own, told by hand what was kept.
-    trainer = Trainer.build(config)
+    trainer = LocalTrainer.build(config)
     records = trainer.task.client_records(0, config.num_clients)
     mechanism = calibrated_mechanism(config, len(records))
     plan, stream = ComponentPlan.parse("*"), (CLIENT, 2)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from fedlora_flwr.clients.trainer import Trainer, process_trainer
+from fedlora_flwr.clients.trainer import LocalTrainer, process_trainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.layout import factor_of
@@ -33,12 +33,12 @@ STREAM = ("client-3", 7)
 
 
 @pytest.fixture
-def trainer(make_config: MakeConfig) -> Trainer:
-    return Trainer.build(make_config(local_steps=3, lora_dropout=0.1))
+def trainer(make_config: MakeConfig) -> LocalTrainer:
+    return LocalTrainer.build(make_config(local_steps=3, lora_dropout=0.1))
 
 
 def run(
-    trainer: Trainer,
+    trainer: LocalTrainer,
     plan: ComponentPlan = ALTERNATING,
     stream: tuple[object, ...] = STREAM,
     mechanism: Mechanism = MECHANISM,
@@ -51,7 +51,7 @@ def run(
     return changed.train(start, plan, records, mechanism, stream).arrays
 
 
-def start_of(trainer: Trainer) -> Arrays:
+def start_of(trainer: LocalTrainer) -> Arrays:
     generator = np.random.default_rng(0)
     return {
         name: generator.normal(0, 0.05, tuple(p.shape)).astype(np.float32)
@@ -68,14 +68,14 @@ def differing(first: Arrays, second: Arrays) -> set[str | None]:
     return kinds
 
 
-def test_one_stream_gives_one_result(trainer: Trainer) -> None:
+def test_one_stream_gives_one_result(trainer: LocalTrainer) -> None:
     first = run(trainer)
     torch.rand(3)
     np.random.rand(3)  # noqa: NPY002 - the global generator is what must not matter
     run(trainer, stream=("another", 1))
 
     assert differing(first, run(trainer)) == set()
-    assert differing(first, run(Trainer.build(trainer.config))) == set()
+    assert differing(first, run(LocalTrainer.build(trainer.config))) == set()
 
 
 @pytest.mark.parametrize("stream", [("client-4", 7), ("client-3", 8)])
@@ -91,20 +91,20 @@ def test_one_stream_gives_one_result(trainer: Trainer) -> None:
 def test_another_client_or_round_has_its_own(
     make_config: MakeConfig, stream: tuple[object, ...], mechanism: Mechanism, dropout: float
 ) -> None:
-    trainer = Trainer.build(make_config(lora_dropout=dropout))
+    trainer = LocalTrainer.build(make_config(lora_dropout=dropout))
     first, again, other = (run(trainer, BOTH, s, mechanism) for s in (STREAM, STREAM, stream))
 
     assert differing(first, again) == set()
     assert differing(first, other) == {"A", "B", None}
 
 
-def test_another_seed_gives_another_result(trainer: Trainer) -> None:
+def test_another_seed_gives_another_result(trainer: LocalTrainer) -> None:
     assert differing(run(trainer), run(trainer, seed=43)) == {"A", "B", None}
 
 
 @pytest.mark.parametrize("name", [name for name in FILTERS if name != "none"])
 def test_a_filter_acts_on_the_privatised_gradient_before_the_step(
-    trainer: Trainer, name: str
+    trainer: LocalTrainer, name: str
 ) -> None:
     start = start_of(trainer)
     one_step: dict[str, Any] = {"local_steps": 1, "lr_a": 1.0, "lr_b": 1.0, "lr_head": 1.0}
@@ -119,14 +119,14 @@ def test_a_filter_acts_on_the_privatised_gradient_before_the_step(
         assert differing(plain, filtered) == {"A", "B"}
 
 
-def test_a_temporal_filter_starts_anew_in_every_round(trainer: Trainer) -> None:
+def test_a_temporal_filter_starts_anew_in_every_round(trainer: LocalTrainer) -> None:
     first, again = (run(trainer, BOTH, filter="ema", local_steps=3) for _ in range(2))
     assert differing(first, again) == set()
     assert differing(first, run(trainer, BOTH, local_steps=3)) == {"A", "B", None}
 
 
 @pytest.mark.parametrize("secure", [False, True])
-def test_without_reproducibility_every_result_differs(trainer: Trainer, secure: bool) -> None:
+def test_without_reproducibility_every_result_differs(trainer: LocalTrainer, secure: bool) -> None:
     first, second = (run(trainer, reproducible=False, secure_noise=secure) for _ in range(2))
 
     assert differing(first, second) == {"A", "B", None}
@@ -142,7 +142,9 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("fails", [False, True])
-def test_threads_and_the_global_generator_are_given_back(trainer: Trainer, fails: bool) -> None:
+def test_threads_and_the_global_generator_are_given_back(
+    trainer: LocalTrainer, fails: bool
+) -> None:
     state, seen = torch.get_rng_state(), []
 
     def losses(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -171,7 +173,7 @@ def test_threads_and_the_global_generator_are_given_back(trainer: Trainer, fails
     ],
 )
 def test_an_upload_holds_what_the_plan_trains_and_nothing_else(
-    trainer: Trainer, plan: ComponentPlan, steps: int, kinds: set[str | None]
+    trainer: LocalTrainer, plan: ComponentPlan, steps: int, kinds: set[str | None]
 ) -> None:
     found, start = run(trainer, plan, local_steps=steps), start_of(trainer)
 
@@ -184,7 +186,7 @@ def test_an_upload_holds_what_the_plan_trains_and_nothing_else(
             assert np.array_equal(parameter.detach().numpy(), start[name])
 
 
-def test_a_plan_by_block_trains_each_blocks_own_factor(trainer: Trainer) -> None:
+def test_a_plan_by_block_trains_each_blocks_own_factor(trainer: LocalTrainer) -> None:
     found = run(trainer, ComponentPlan.parse("BAB*"))
 
     factors = {
@@ -194,7 +196,7 @@ def test_a_plan_by_block_trains_each_blocks_own_factor(trainer: Trainer) -> None
     assert factors == {0: {"B"}, 1: {"A"}, 2: {"B"}, 3: {"A", "B"}}
 
 
-def test_each_step_of_an_alternation_changes_one_factor(trainer: Trainer) -> None:
+def test_each_step_of_an_alternation_changes_one_factor(trainer: LocalTrainer) -> None:
     states: list[Arrays] = [start_of(trainer)]
     for steps in range(1, 5):
         # Streams do not depend on the number of steps, so each run goes on where the last ended.
@@ -205,7 +207,7 @@ def test_each_step_of_an_alternation_changes_one_factor(trainer: Trainer) -> Non
     assert changes == [{"B", None}, {"A", None}, {"B", None}, {"A", None}]
 
 
-def test_each_factor_has_its_own_learning_rate(trainer: Trainer) -> None:
+def test_each_factor_has_its_own_learning_rate(trainer: LocalTrainer) -> None:
     start = start_of(trainer)
     slow = run(trainer, BOTH, local_steps=1, lr_a=0.1, lr_b=0.1, lr_head=0.1)
     fast = run(trainer, BOTH, local_steps=1, lr_a=0.2, lr_b=0.4, lr_head=0.8)
@@ -219,7 +221,7 @@ def test_each_factor_has_its_own_learning_rate(trainer: Trainer) -> None:
 def test_microbatches_and_optimiser_come_from_the_configuration(make_config: MakeConfig) -> None:
     usual = {"local_steps": 2, "lr_a": 0.01, "lr_b": 0.01, "lr_head": 0.01}
     whole, parts, adam = (
-        run(Trainer.build(make_config(**usual, **changes)))
+        run(LocalTrainer.build(make_config(**usual, **changes)))
         for changes in ({}, {"microbatch_size": 3}, {"optimizer": "adamw"})
     )
 
@@ -228,7 +230,7 @@ def test_microbatches_and_optimiser_come_from_the_configuration(make_config: Mak
     assert differing(whole, adam) == {"A", "B", None}
 
 
-def test_rates_follow_their_schedule_over_the_rounds(trainer: Trainer) -> None:
+def test_rates_follow_their_schedule_over_the_rounds(trainer: LocalTrainer) -> None:
     start, records = start_of(trainer), trainer.task.client_records(0, 3)
     config = replace(trainer.config, local_steps=1, num_rounds=5, lr_schedule="linear:0")
     changed = replace(trainer, config=replace(config, lr_schedule_head="constant"))
@@ -245,7 +247,7 @@ def test_rates_follow_their_schedule_over_the_rounds(trainer: Trainer) -> None:
         np.testing.assert_allclose(moved[5][name], none * first, rtol=1e-3, atol=1e-6)
 
 
-def test_without_a_clip_norm_the_step_is_the_sum_of_the_gradients(trainer: Trainer) -> None:
+def test_without_a_clip_norm_the_step_is_the_sum_of_the_gradients(trainer: LocalTrainer) -> None:
     mechanism = Mechanism(0.0, math.inf, 8, 100)
     small, large, none = (
         run(trainer, BOTH, mechanism=replace(mechanism, clip_norm=norm), local_steps=1)
@@ -260,7 +262,7 @@ def test_without_a_clip_norm_the_step_is_the_sum_of_the_gradients(trainer: Train
     ) == Mechanism(0.0, math.inf, trainer.config.batch_size, 100)
 
 
-def test_arrays_that_miss_a_name_are_refused_by_that_name(trainer: Trainer) -> None:
+def test_arrays_that_miss_a_name_are_refused_by_that_name(trainer: LocalTrainer) -> None:
     start = dict(start_of(trainer))
     del start["head.bias"]
 
@@ -268,14 +270,14 @@ def test_arrays_that_miss_a_name_are_refused_by_that_name(trainer: Trainer) -> N
         trainer.train(start, BOTH, trainer.task.client_records(0, 3), MECHANISM, STREAM)
 
 
-def test_arrays_of_another_model_are_refused(trainer: Trainer) -> None:
+def test_arrays_of_another_model_are_refused(trainer: LocalTrainer) -> None:
     start = {**start_of(trainer), "blocks.9.attn.qkv.lora_A.weight": np.zeros((4, 48), np.float32)}
 
     with pytest.raises(InvalidValue, match=r"blocks\.9"):
         trainer.train(start, BOTH, trainer.task.client_records(0, 3), MECHANISM, STREAM)
 
 
-def test_a_plan_for_another_number_of_blocks_is_refused(trainer: Trainer) -> None:
+def test_a_plan_for_another_number_of_blocks_is_refused(trainer: LocalTrainer) -> None:
     with pytest.raises(InvalidValue, match="1 or 4 modes a step"):
         run(trainer, ComponentPlan.parse("BAB"))
 
@@ -336,7 +338,9 @@ def test_adapters_are_built_as_configured(make_config: MakeConfig) -> None:
 
 
 def test_every_process_starts_from_the_same_adapters(make_config: MakeConfig) -> None:
-    first, second, other = (Trainer.build(make_config(seed=seed)).adapted for seed in (1, 1, 2))
+    first, second, other = (
+        LocalTrainer.build(make_config(seed=seed)).adapted for seed in (1, 1, 2)
+    )
 
     assert differing(first.read(), second.read()) == set()
     assert differing(first.read(), other.read()) == {"A"}

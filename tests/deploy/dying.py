@@ -22,7 +22,7 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from fedlora_flwr.client_app import app
 from fedlora_flwr.clients.device import Device
 from fedlora_flwr.clients.local_store import LocalStore
-from fedlora_flwr.clients.trainer import Trainer, process_trainer
+from fedlora_flwr.clients.trainer import LocalTrainer, process_trainer
 from fedlora_flwr.config import read_toml
 from fedlora_flwr.privacy.engine import PrivateEngine
 from fedlora_flwr.privacy.ledger import Ledger
@@ -69,7 +69,7 @@ def with_pages_on_the_disk() -> None:
 
 
 POINTS: dict[str, Callable[[], None]] = {
-    "before training": before(Trainer, "train"),
+    "before training": before(LocalTrainer, "train"),
     "after a step": after(PrivateEngine, "step"),
     "before the row": before(Ledger, "record"),
     "in the ledger's transaction": with_pages_on_the_disk,

@@ -11,7 +11,7 @@ from safetensors.numpy import load
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy.fleet import Fleet, make_fleet, stated
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.simulations.runner import make_plan, run_in_process
+from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from fedlora_flwr.simulations.superlink import free_port
 from tests.backbones.checkpoints import write_split
 from tests.deploy.running import running
@@ -35,7 +35,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, RunDire
         names = (SIMULATED, SEEDED, SHORT, FIRST, SECOND)
         found = {name: RunDirectory(base / name) for name in names}
         for name, rounds in ((SIMULATED, 2), (SHORT, 1)):
-            plan = make_plan(RunConfig.of(config.items(), {"num-rounds": rounds}))
+            plan = prepare_run(RunConfig.of(config.items(), {"num-rounds": rounds}))
             run_in_process(plan, found[name], lambda row: None)
         with running(base / "fleet", base / "operator", NAMES) as fleet:
             set_up_devices(base, reproducible=True)

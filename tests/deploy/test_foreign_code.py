@@ -14,7 +14,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy.fleet import CONNECTION
 from fedlora_flwr.deploy.supernode import START
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.simulations.runner import make_plan, run_in_process
+from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from tests.deploy import hostile
 from tests.deploy.hostile import write_hostile
 from tests.deploy.running import RunningFleet, running
@@ -50,7 +50,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         patch.setenv("XDG_CACHE_HOME", str(base / "cache"))
         patch.setenv("PYTHONPATH", str(ROOT))
         config = RunConfig.of(prepare(base).items(), {"num-rounds": 1, "min-completion": 1.0})
-        run_in_process(make_plan(config), RunDirectory(base / "simulated"), lambda row: None)
+        run_in_process(prepare_run(config), RunDirectory(base / "simulated"), lambda row: None)
         set_up_devices(base, reproducible=True)
         with running(base / "fleet", base / "operator", []) as fleet:
             yield play(base, fleet, config)

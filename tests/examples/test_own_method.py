@@ -25,7 +25,7 @@ from fedlora_flwr.places import strategy_names
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.server.strategy import build_strategy
 from fedlora_flwr.simulations.local_grid import LocalGrid
-from fedlora_flwr.simulations.runner import app_folder, make_plan, run_in_process
+from fedlora_flwr.simulations.runner import app_folder, prepare_run, run_in_process
 from fedlora_flwr.strategies import DPLoRA
 from fedlora_flwr.strategies.replies import to_record
 from fedlora_flwr.studies.compare_methods import read_methods
@@ -66,7 +66,7 @@ def rounds_of(strategy: str, folder: Path, *settings: str) -> Rounds:
     def keep(row: dict[str, Any]) -> None:
         rounds.append(load_file(run_dir.adapter / "adapter_model.safetensors"))
 
-    summary = run_in_process(make_plan(config, Console(quiet=True)), run_dir, keep)
+    summary = run_in_process(prepare_run(config, Console(quiet=True)), run_dir, keep)
     assert summary["status"] == "completed"
     assert summary["strategy"] == strategy
     assert len(rounds) == 3

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from typer.testing import CliRunner
 
 from fedlora_flwr.cli import app
-from fedlora_flwr.clients.trainer import Trainer
+from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.forecast.forecast import (
@@ -31,13 +31,13 @@ from fedlora_flwr.privacy.postprocessing.filters import FILTERS, make_filter
 from fedlora_flwr.server.noise import noise_to_signal, noisy_coordinates
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.server.strategy import build_strategy
-from fedlora_flwr.simulations.runner import make_plan, run_in_process
+from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from tests.conftest import MakeConfig
 
 
 def test_noise_is_that_of_the_plan(make_config: MakeConfig) -> None:
     config = make_config(partitioner="dirichlet", num_clients=5, epsilon=3.0, min_records=20)
-    found, plan = forecast(config), make_plan(config)
+    found, plan = forecast(config), prepare_run(config)
     assert [client.mechanism for client in found.clients] == plan.mechanisms
     assert [client.records for client in found.clients] == [m.num_records for m in plan.mechanisms]
     assert found.broken == 0
@@ -46,7 +46,7 @@ def test_noise_is_that_of_the_plan(make_config: MakeConfig) -> None:
 @pytest.mark.parametrize("strategy", ["dp-lora", "ffa-lora", "rolora", "la-lora", "fedsa-lora"])
 def test_bytes_are_those_of_a_run(strategy: str, make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(strategy=strategy, num_rounds=2)
-    summary = run_in_process(make_plan(config), RunDirectory(tmp_path / "run"), lambda row: None)
+    summary = run_in_process(prepare_run(config), RunDirectory(tmp_path / "run"), lambda row: None)
     found, rounds = forecast(config), 2 * config.num_clients
     assert summary["bytes_up"] == rounds * found.bytes_up
     if strategy != "fedsa-lora":  # Whose clients hold what they do not download.
@@ -84,7 +84,7 @@ def test_without_privacy_there_is_no_noise() -> None:
 
 def test_activations_are_what_a_real_forward_pass_keeps(make_config: MakeConfig) -> None:
     config = make_config(batch_size=16)
-    trainer = Trainer.build(config)
+    trainer = LocalTrainer.build(config)
     batch = trainer.task.test_records().batch(torch.arange(16))
     own = {p.untyped_storage().data_ptr() for p in trainer.adapted.model.parameters()}
     kept: dict[int, int] = {}
@@ -111,7 +111,7 @@ def test_activations_are_what_a_real_forward_pass_keeps(make_config: MakeConfig)
 
 def test_memory_by_record_is_that_of_the_largest_step(make_config: MakeConfig) -> None:
     config = make_config(strategy="rolora", batch_size=16)
-    trainer = Trainer.build(config)
+    trainer = LocalTrainer.build(config)
     names = trainer.layout.active(ComponentPlan.uniform("B"), 1)
     samples = trainer.engine.gradients_by_record(
         trainer.task.test_records(), torch.arange(16), names
@@ -134,7 +134,7 @@ def test_a_model_that_looks_at_values_is_measured_by_nothing(make_config: MakeCo
             total: torch.Tensor = batch["image"].sum()
             return total if bool(total > 0) else -total
 
-    trainer = Trainer.build(make_config())
+    trainer = LocalTrainer.build(make_config())
     adapted: AdaptedModel = trainer.adapted
     assert activation_bytes(Curious(), adapted, {"image": torch.ones(2, 2)}) is None  # type: ignore[arg-type]
 
@@ -161,7 +161,7 @@ def test_a_filter_leaves_a_round_the_noise_that_is_counted(
     name: str, strategy: str, steps: int, make_config: MakeConfig
 ) -> None:
     config = make_config(strategy=strategy, local_steps=steps, filter=name)
-    trainer = Trainer.build(config)
+    trainer = LocalTrainer.build(config)
     shapes = {key: tuple(p.shape) for key, p in trainer.adapted.parameters.items()}
     plan = build_strategy(config).plan(1, trainer.layout)
     counted = noisy_coordinates([plan], trainer.layout, shapes, steps, name)
@@ -231,7 +231,7 @@ def test_records_can_be_given_instead_of_data(make_config: MakeConfig) -> None:
 
 
 def test_steps_are_counted_by_the_plans_that_train_them(make_config: MakeConfig) -> None:
-    trainer = Trainer.build(make_config())
+    trainer = LocalTrainer.build(make_config())
     sizes = {name: p.numel() for name, p in trainer.adapted.parameters.items()}
     b = sum(sizes[n] for n in trainer.layout.active(ComponentPlan.uniform("B"), 1))
     a = sum(sizes[n] for n in trainer.layout.active(ComponentPlan.uniform("A"), 1))

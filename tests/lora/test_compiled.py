@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from torch._dynamo.utils import counters
 
-from fedlora_flwr.clients.trainer import Trainer
+from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.lora.compiled import compile_backbone
 from fedlora_flwr.plan import BOTH, ComponentPlan
@@ -21,7 +21,7 @@ def test_a_compiled_backbone_trains_to_the_same_arrays(make_config: MakeConfig) 
     trained = {}
     # As any other backend, without a compiler's minute.
     for backend in ("none", "aot_eager"):
-        trainer = Trainer.build(make_config(compile=backend, local_steps=1, reproducible=True))
+        trainer = LocalTrainer.build(make_config(compile=backend, local_steps=1, reproducible=True))
         records = trainer.task.client_records(0, 3)
         mechanism = Mechanism(0.5, 1.0, 6, len(records))
         plan = ComponentPlan.uniform(BOTH)

@@ -15,7 +15,7 @@ from fedlora_flwr.lora.precision import run_in_bf16
 from fedlora_flwr.privacy.engine import PrivateEngine
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.simulations.runner import make_plan, run_in_process
+from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from tests.conftest import MakeConfig
 from tests.models import FAMILIES, SWIN, Family, active, joint_norm, loop_gradients, update
 
@@ -154,7 +154,7 @@ def test_a_run_in_bf16_learns_as_in_fp32_and_gives_other_bits(
             precision=precision, num_rounds=4, local_steps=5, epsilon=float("inf"), lr_head=0.5
         )
         directory = RunDirectory(tmp_path / precision)
-        run_in_process(make_plan(config), directory, lambda _: None)
+        run_in_process(prepare_run(config), directory, lambda _: None)
         rows[precision] = directory.rows("rounds")[-1]
 
     assert rows["fp32"]["accuracy"] > 0.7

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from fedlora_flwr.processes.workers import WorkerDied, executor
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.local_grid import LocalGrid
-from fedlora_flwr.simulations.runner import make_plan, run_in_process
+from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from tests.conftest import MakeConfig
 
 
@@ -27,7 +27,7 @@ def test_workers_give_the_arrays_and_rows_of_one_process(
         folder = tmp_path / f"workers-{workers}"
         config = make_config(strategy=strategy, lora_dropout=0.1, state_dir=str(folder))
         run_dir = RunDirectory(folder)
-        summary = run_in_process(make_plan(config), run_dir, lambda _: None, workers)
+        summary = run_in_process(prepare_run(config), run_dir, lambda _: None, workers)
         arrays = load_file(run_dir.adapter / "adapter_model.safetensors")
         rows = [
             {key: value for key, value in row.items() if "seconds" not in key}

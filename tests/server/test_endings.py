@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from fedlora_flwr.cli import app
 from fedlora_flwr.files import FileTrouble
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.simulations.runner import make_plan, run_in_process
+from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from tests.conftest import QUICK, MakeConfig
 from tests.processes.processes import LOOPBACK, MARK, left_of, listening, marked
 
@@ -69,7 +69,7 @@ def test_a_summary_tells_an_interrupt_from_a_failure(
             raise error
 
     with pytest.raises(type(error)):
-        run_in_process(make_plan(make_config()), run_dir, on_round)
+        run_in_process(prepare_run(make_config()), run_dir, on_round)
     summary = run_dir.summary()
     assert summary is not None
     assert (summary["status"], summary["rounds_done"]) == (status, 1)
@@ -133,7 +133,7 @@ def test_the_first_trouble_is_shown_and_not_the_second(
             run_dir.path.touch()
 
     with pytest.raises(FileTrouble, match="/run/adapter cannot be used: a file is in the way"):
-        run_in_process(make_plan(make_config()), run_dir, block)
+        run_in_process(prepare_run(make_config()), run_dir, block)
     assert json.loads((moved / "adapter" / "adapter_config.json").read_text())["r"] == 4
     assert not (moved / "summary.json").exists()
 

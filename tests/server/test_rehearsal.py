@@ -18,7 +18,7 @@ from fedlora_flwr.lora.build import build_adapted
 from fedlora_flwr.server import rehearsal
 from fedlora_flwr.server.rehearsal import rehearse
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.simulations.runner import make_plan, run_in_process
+from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from fedlora_flwr.tasks.digits import DigitsTask
 from fedlora_flwr.tasks.registry import build_task
 from tests.backbones import checkpoints
@@ -179,7 +179,7 @@ def test_a_token_beyond_the_embedding_is_refused_before_a_round(
         checkpoints.write_split(tmp_path / "set", split, rows[task])
     config = text_config(model, tmp_path / "set", task=task, weights="random", num_clients=2)
 
-    for prepare in (forecast, make_plan):
+    for prepare in (forecast, prepare_run):
         with pytest.raises(InvalidValue, match=f"records have token {len(words)}, and the model"):
             prepare(config)
 
@@ -203,13 +203,13 @@ def test_a_mistake_in_a_users_own_task_is_one_sentence_that_says_where(
 ) -> None:
     config = make_config(task="tests.server.test_rehearsal:Failing")
     line = Failing.losses.__code__.co_firstlineno + 1
-    for prepare in (forecast, make_plan):
+    for prepare in (forecast, prepare_run):
         with pytest.raises(ModelFailed, match="KeyError: 'label'") as told:
             prepare(config)
         assert f"in {__file__}, line {line}" in str(told.value)
         assert "\n" not in str(told.value)
 
-    plan = make_plan(make_config(task=config.task, eval_every=2))
+    plan = prepare_run(make_config(task=config.task, eval_every=2))
     with pytest.raises(ModelFailed, match=r"public records failed \(ZeroDivisionError: a mean"):
         run_in_process(plan, RunDirectory(tmp_path / "run"), lambda row: None)
     assert not RunDirectory(tmp_path / "run").rows("rounds")
@@ -272,7 +272,7 @@ def test_a_model_with_numbers_among_its_buffers_trains_private_rounds(
     assert any(
         not buffer.shape for buffer in build_task(config.task, config).build_model().buffers()
     )
-    found = run_in_process(make_plan(config), RunDirectory(tmp_path / "run"), lambda row: None)
+    found = run_in_process(prepare_run(config), RunDirectory(tmp_path / "run"), lambda row: None)
     assert (found["status"], found["failures"]) == ("completed", 0)
 
 
@@ -286,7 +286,7 @@ def test_only_a_head_that_trains_is_announced(words: Any, tmp_path: Path) -> Non
     texts = text_config(model, write_reviews(tmp_path / "reviews"), max_length=32, **changes)
     frozen = text_config(model, tmp_path / "reviews", max_length=32, train_head=False, **changes)
     assert [
-        "head" in describe_plan(make_plan(config))[0][1] for config in (chats, texts, frozen)
+        "head" in describe_plan(prepare_run(config))[0][1] for config in (chats, texts, frozen)
     ] == [
         False,
         True,

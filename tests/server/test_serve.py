@@ -19,7 +19,7 @@ from fedlora_flwr.config import RunConfig, read_toml
 from fedlora_flwr.errors import FederationAborted, InvalidValue
 from fedlora_flwr.forecast.participation import participation
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.server.serve import serve
+from fedlora_flwr.server.serve import run_federation
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.tasks.registry import build_task
 from tests.conftest import MakeConfig
@@ -59,7 +59,7 @@ SUMMARY = {
 def run(config: RunConfig, folder: Path, **options: Any) -> tuple[RunDirectory, dict[str, Any]]:
     run_dir = RunDirectory(folder)
     with LocalGrid(app, config.num_clients, config.items()).running() as grid:
-        return run_dir, serve(grid, config, run_dir, **options)
+        return run_dir, run_federation(grid, config, run_dir, **options)
 
 
 def adapter(run_dir: RunDirectory) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def test_the_summary_states_the_budgets_that_clients_told(
     config, run_dir = make_config(), RunDirectory(tmp_path / "run")
     clients = {**config.items(), "epsilon": 4.0, "delta": 5e-4}
     with LocalGrid(app, config.num_clients, clients).running() as grid:
-        summary = serve(grid, config, run_dir)
+        summary = run_federation(grid, config, run_dir)
     assert (config.epsilon, config.delta) == (8.0, 1e-3)
     assert (summary["epsilon_budget"], summary["delta"]) == (4.0, 5e-4)
 
@@ -294,7 +294,7 @@ def test_a_run_that_dies_later_keeps_its_last_round(
         LocalGrid(respond, config.num_clients, config.items()).running() as grid,
         pytest.raises(FederationAborted, match="Round 3: 0 of 3 clients answered"),
     ):
-        serve(grid, config, run_dir)
+        run_federation(grid, config, run_dir)
     summary = run_dir.summary()
     assert summary is not None
     assert (summary["status"], summary["rounds_done"]) == ("failed", 2)
@@ -319,7 +319,7 @@ def test_what_clients_call_their_numbers_does_not_change_what_the_server_counts(
     config = make_config(strategy="fedsa-lora", num_rounds=1)
     run_dir = RunDirectory(tmp_path / "run")
     with LocalGrid(respond, config.num_clients, config.items()).running() as grid:
-        summary = serve(grid, config, run_dir)
+        summary = run_federation(grid, config, run_dir)
     row = run_dir.rows("rounds")[1]
     assert (row["round"], row["plan"], row["clients_used"], row["failures"]) == (1, "*", 3, [])
     assert row["seconds"] > 0
@@ -338,7 +338,7 @@ def test_a_run_in_which_no_client_measures_goes_on_without_figures(
     config = make_config(strategy="fedsa-lora")
     run_dir = RunDirectory(tmp_path / "run")
     with LocalGrid(respond, config.num_clients, config.items()).running() as grid:
-        summary = serve(grid, config, run_dir)
+        summary = run_federation(grid, config, run_dir)
     assert (summary["status"], summary["rounds_done"]) == ("completed", 2)
     for row in run_dir.rows("rounds")[1:]:
         assert "accuracy" not in row

@@ -8,7 +8,7 @@ import pytest
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.simulations.runner import RunFailed, make_plan, run_on_flower
+from fedlora_flwr.simulations.runner import RunFailed, prepare_run, run_on_flower
 
 pytestmark = pytest.mark.flower
 
@@ -56,9 +56,9 @@ def test_a_killed_worker_is_reported_in_every_round_that_it_shrinks(
     )
     if completion == 1.0:
         with pytest.raises(RunFailed, match=r"of 4 clients answered.*worker process died"):
-            run_on_flower(make_plan(config), run_dir, lambda _: None, workers=2)
+            run_on_flower(prepare_run(config), run_dir, lambda _: None, workers=2)
         return
-    summary = run_on_flower(make_plan(config), run_dir, lambda _: None, workers=2)
+    summary = run_on_flower(prepare_run(config), run_dir, lambda _: None, workers=2)
 
     assert (tmp_path / "fired").exists()
     rows = run_dir.rows("rounds")[1:]

@@ -23,7 +23,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.layout import factor_of, is_folded
 from fedlora_flwr.privacy.postprocessing.filters import FILTERS
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.server.serve import serve
+from fedlora_flwr.server.serve import run_federation
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.strategies import STRATEGIES
 from fedlora_flwr.tasks.registry import build_task
@@ -72,7 +72,7 @@ class Session:
         self.uploads: list[dict[str, Any]] = []
         app = ClientApp(client_fn, mods=[partial(_watch, self), bridge])
         with LocalGrid(app, config.num_clients, config.items()).running() as grid:
-            self.summary = serve(grid, config, self.run_dir)
+            self.summary = run_federation(grid, config, self.run_dir)
 
     @property
     def rounds(self) -> list[dict[str, Any]]:

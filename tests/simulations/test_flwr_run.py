@@ -18,7 +18,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import (
     RunFailed,
-    make_plan,
+    prepare_run,
     run_in_process,
     run_on_flower,
 )
@@ -60,7 +60,7 @@ def flower_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         rows: list[dict[str, Any]] = []
         run_dir = RunDirectory(folder / strategy)
         # Returns only if Flower's own status is "finished:completed".
-        summary = run_on_flower(make_plan(config(strategy)), run_dir, rows.append, workers=2)
+        summary = run_on_flower(prepare_run(config(strategy)), run_dir, rows.append, workers=2)
         assert summary["status"] == "completed"
         assert [row["round"] for row in rows] == [0, 1, 2]
         found[strategy] = run_dir.path
@@ -72,7 +72,7 @@ def test_a_run_on_ray_equals_the_run_in_this_process_bit_for_bit(
     flower_runs: dict[str, Path], strategy: str, tmp_path: Path
 ) -> None:
     local = RunDirectory(tmp_path / "local")
-    run_in_process(make_plan(config(strategy)), local, ignore)
+    run_in_process(prepare_run(config(strategy)), local, ignore)
     on_ray, here = adapter(flower_runs[strategy]), adapter(local.path)
     assert on_ray.keys() == here.keys()
     for name, array in on_ray.items():
@@ -81,7 +81,7 @@ def test_a_run_on_ray_equals_the_run_in_this_process_bit_for_bit(
 
 def test_one_worker_gives_the_arrays_of_two(flower_runs: dict[str, Path], tmp_path: Path) -> None:
     run_dir = RunDirectory(tmp_path / "one")
-    run_on_flower(make_plan(config("rolora")), run_dir, ignore, workers=1)
+    run_on_flower(prepare_run(config("rolora")), run_dir, ignore, workers=1)
     one, two = adapter(run_dir.path), adapter(flower_runs["rolora"])
     for name, array in one.items():
         np.testing.assert_array_equal(array, two[name], err_msg=name)
@@ -111,7 +111,7 @@ def test_half_uploads_weigh_half(flower_runs: dict[str, Path]) -> None:
 
 
 def test_a_run_that_fails_says_why_although_flower_exits_with_zero(tmp_path: Path) -> None:
-    plan = make_plan(replace(config("rolora"), round_timeout=0.01))
+    plan = prepare_run(replace(config("rolora"), round_timeout=0.01))
     run_dir = RunDirectory(tmp_path / "late")
     with pytest.raises(RunFailed, match="no reply in time"):
         run_on_flower(plan, run_dir, ignore)

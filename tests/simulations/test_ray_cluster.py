@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.simulations.runner import make_plan, run_in_process, run_on_flower
+from fedlora_flwr.simulations.runner import prepare_run, run_in_process, run_on_flower
 from fedlora_flwr.simulations.superlink import free_port
 
 pytestmark = pytest.mark.flower
@@ -96,12 +96,12 @@ def test_two_nodes_give_the_arrays_of_one_process(
         }
     )
     alone = RunDirectory(tmp_path / "alone")
-    run_in_process(make_plan(config), alone, lambda _: None)
+    run_in_process(prepare_run(config), alone, lambda _: None)
     monkeypatch.setenv("RAY_ADDRESS", cluster)
     spread = RunDirectory(tmp_path / "spread")
     with pytest.raises(InvalidValue, match=r"workers = 2.*RAY_ADDRESS"):
-        run_on_flower(make_plan(config), spread, lambda _: None, workers=2)
-    summary = run_on_flower(make_plan(config), spread, lambda _: None)
+        run_on_flower(prepare_run(config), spread, lambda _: None, workers=2)
+    summary = run_on_flower(prepare_run(config), spread, lambda _: None)
 
     assert summary["failures"] == 0
     assert len(list((tmp_path / "nodes").iterdir())) == 2

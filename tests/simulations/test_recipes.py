@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer, RobertaConfig
 
-from fedlora_flwr.clients.trainer import Trainer
+from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.recipes import RECIPES, load_recipe, recipe_names
 from fedlora_flwr.forecast.forecast import forecast
@@ -18,7 +18,7 @@ from fedlora_flwr.privacy.budget import Segment, calibrate, epsilon_spent
 from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.server.strategy import build_strategy
-from fedlora_flwr.simulations.runner import make_plan, run_in_process
+from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from tests.backbones import checkpoints
 
 PAPER = [name for name in recipe_names() if name.startswith("paper/")]
@@ -206,7 +206,7 @@ def test_a_shrunken_twin_takes_a_private_step(
 ) -> None:
     config = load_recipe(name)
     config = load_recipe(name, _shrunken(config, models["tiny"], tmp_path))
-    trainer = Trainer.build(config)
+    trainer = LocalTrainer.build(config)
     plan = build_strategy(config).plan(1, trainer.layout)
     records = trainer.task.client_records(0, 2)
     mechanism = calibrated_mechanism(config, len(records))
@@ -233,7 +233,7 @@ def test_a_round_on_the_full_architecture(
     config = load_recipe(name, [*kept, *model, "num-rounds=1", "max-rounds=0", "fraction-train=1"])
     run_dir = RunDirectory(tmp_path / "run")
 
-    summary = run_in_process(make_plan(config), run_dir, lambda row: None)
+    summary = run_in_process(prepare_run(config), run_dir, lambda row: None)
 
     assert (summary["status"], summary["failures"]) == ("completed", 0)
     assert all(math.isfinite(row["loss"]) for row in run_dir.rows("rounds"))

@@ -18,7 +18,7 @@ from fedlora_flwr.client_app import app
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FederationAborted
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.server.serve import serve
+from fedlora_flwr.server.serve import run_federation
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.strategies.replies import to_record
 from fedlora_flwr.tasks.digits import DigitsTask
@@ -111,7 +111,7 @@ class Outcome:
         self.run_dir = RunDirectory(folder)
         self.arrays: Numbers = {}
         with LocalGrid(respond, config.num_clients, config.items()).running() as grid:
-            serve(grid, config, self.run_dir)
+            run_federation(grid, config, self.run_dir)
         (self.round,) = self.run_dir.rows("rounds")[1:]
         self.adapter = (self.run_dir.adapter / "adapter_model.safetensors").read_bytes()
 
@@ -183,7 +183,7 @@ def test_a_client_that_does_not_measure_its_model_in_time_is_a_failure(
     run_dir = RunDirectory(tmp_path / "run")
     fedsa = RunConfig.of(config.items(), {"strategy": "fedsa-lora"})
     with MutedAfterTraining(app, 3, fedsa.items()).running() as grid:
-        serve(grid, fedsa, run_dir)
+        run_federation(grid, fedsa, run_dir)
     (row,) = run_dir.rows("rounds")[1:]
     assert row["clients_used"] == 3
     (line,) = row["failures"]

@@ -17,12 +17,12 @@ from safetensors.numpy import load_file
 from fedlora_flwr.client_app import client_fn, state_folder
 from fedlora_flwr.clients.bridge import bridge
 from fedlora_flwr.clients.local_store import LocalStore
-from fedlora_flwr.clients.trainer import Trainer, process_trainer
+from fedlora_flwr.clients.trainer import LocalTrainer, process_trainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.layout import Layout, factor_of
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.server.serve import serve
+from fedlora_flwr.server.serve import run_federation
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.strategies import FedSALoRA
 from fedlora_flwr.strategies.replies import to_record
@@ -82,12 +82,12 @@ def run(
     with Shuffled(app, config.num_clients, config.items()).running() as grid:
         assert isinstance(grid, Shuffled)
         grid.seed = seed
-        return run_dir, serve(grid, config, run_dir), str(grid.run_id)
+        return run_dir, run_federation(grid, config, run_dir), str(grid.run_id)
 
 
 def personal_metrics(config: RunConfig, run_id: str, shared: Mapping[str, Any]) -> list[Any]:
     """Evaluate each client's model on the public test set, put together by hand."""
-    trainer = Trainer.build(config)
+    trainer = LocalTrainer.build(config)
     store, found = LocalStore(state_folder(config) / "local"), []
     for client in range(config.num_clients):
         local = store.recall(f"partition-{client:06d}", run_id)
@@ -137,7 +137,7 @@ def test_the_figures_of_a_round_are_the_means_of_the_clients_own(
         assert rows[1][key] == pytest.approx(np.mean(first), rel=1e-12)
     assert summary["final_accuracy"] == rows[-1]["accuracy"]
     # Not those of a model that the server could have had.
-    trainer = Trainer.build(config)
+    trainer = LocalTrainer.build(config)
     trainer.adapted.write({**trainer.start, **shared})
     bare = trainer.task.evaluate(trainer.adapted.model, trainer.task.test_records())
     assert rows[0]["accuracy"] == summary["initial_accuracy"] == bare["accuracy"]
@@ -228,7 +228,7 @@ def test_budgets_that_are_spent_do_not_stop_the_figures(
     assert row["clients_used"] == 2
     assert len(wire.metrics["evaluate"]) == 3
     shared = {n: a for n, a in exported(run_dir).items() if factor_of(n) == "A"}
-    trainer, losses = Trainer.build(config), []
+    trainer, losses = LocalTrainer.build(config), []
     for client in range(3):
         local = LocalStore(state_folder(config) / "local").recall(f"partition-{client:06d}", run_id)
         assert bool(local) == (client != 0)
@@ -255,7 +255,7 @@ def test_a_head_that_is_not_shared_stays_with_its_client(
     assert all(factor_of(name) for name in travelled)
     # Every client's figures are those of the last factors with its own head.
     (*_, shared) = [arrays for kind, arrays in wire.down if kind == "evaluate"]
-    trainer, heads, found = Trainer.build(config), [], []
+    trainer, heads, found = LocalTrainer.build(config), [], []
     store = LocalStore(state_folder(config) / "local")
     for client in range(config.num_clients):
         local = store.recall(f"partition-{client:06d}", run_id)

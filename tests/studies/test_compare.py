@@ -18,7 +18,7 @@ from filelock import FileLock
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.simulations.runner import make_plan, run_in_process
+from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from fedlora_flwr.studies.compare import RANGES, TUNING_SEED, Comparison, compare
 from fedlora_flwr.studies.compare_methods import RATES, plain_methods
 from fedlora_flwr.studies.compare_results import (
@@ -109,7 +109,7 @@ def test_a_row_is_what_that_run_alone_gives(
         {name: float(row[name]) for name in (*RATES, "epsilon")},
         {"strategy": row["strategy"], "seed": int(row["seed"])},
     )
-    summary = run_in_process(make_plan(config), RunDirectory(tmp_path / "run"), lambda _: None)
+    summary = run_in_process(prepare_run(config), RunDirectory(tmp_path / "run"), lambda _: None)
     assert row["initial"] == summary["initial_accuracy"]
     assert row["final"] == summary["final_accuracy"] != row["initial"]
     assert row["epsilon_max"] == summary["epsilon_max"]

@@ -226,7 +226,7 @@ def test_names_are_split_at_commas() -> None:
 
 OTHER_PROCESS = """
 import json, socket, sys
-from fedlora_flwr.clients.trainer import Trainer
+from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.config import RunConfig
 from tests.tasks.texts import records_digest, state_digest
 
@@ -237,7 +237,7 @@ def refuse(*place, **options):
 socket.getaddrinfo = refuse
 found = []
 for values in json.loads(sys.argv[1]):
-    trainer = Trainer.build(RunConfig.of(values))
+    trainer = LocalTrainer.build(RunConfig.of(values))
     task = trainer.task
     # The private records come first here, the public ones in the test.
     private, public = task.client_records(1, 2), task.test_records()

@@ -15,11 +15,11 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 
-from fedlora_flwr.clients.trainer import Trainer
+from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.data.pictures import image_column, normalised
 from fedlora_flwr.errors import InvalidValue, PrivacyViolation
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.simulations.runner import make_plan, run_in_process
+from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from fedlora_flwr.tasks.image_classification import ImageClassification
 from tests.data.pictures import CLASSES, MODES, image_config, picture, write_pictures
 from tests.models import plain_parameters
@@ -50,7 +50,7 @@ def test_timms_transformers_are_adapted_and_clipped_record_by_record(
     make_task: Make, model: str
 ) -> None:
     task = make_task(model=model, rank=3)
-    trainer = Trainer.build(task._settings, task)  # type: ignore[arg-type]
+    trainer = LocalTrainer.build(task._settings, task)  # type: ignore[arg-type]
     records, (head, layers) = task.client_records(0, 2), MODELS[model]
     fill(trainer.adapted)
     config = LoraConfig(r=3, lora_alpha=8, target_modules=TARGETS, modules_to_save=list(head))
@@ -75,7 +75,7 @@ def test_timms_transformers_are_adapted_and_clipped_record_by_record(
 def test_queries_and_values_of_a_fused_layer_are_adapted_apart(make_task: Make) -> None:
     whole, task = make_task(), make_task(split_qkv=True, rank=3)
     fused, batch = whole.build_model().eval(), whole.made_up_batch(2)
-    trainer = Trainer.build(task._settings, task)  # type: ignore[arg-type]
+    trainer = LocalTrainer.build(task._settings, task)  # type: ignore[arg-type]
     with torch.no_grad():
         expected = whole._logits(fused, batch)
         torch.testing.assert_close(task._logits(trainer.adapted.model, batch), expected)
@@ -128,7 +128,7 @@ def test_a_layer_whose_weight_timm_reads_itself_is_refused_by_name(
     save_for_hf(model, str(tmp_path / "v2"), model_args={"img_size": 32, **sizes})
     for targets in (TARGETS, ""):
         task = make_task(model=str(tmp_path / "v2"), image_size=0, lora_targets=targets)
-        trainer = Trainer.build(task._settings, task)  # type: ignore[arg-type]
+        trainer = LocalTrainer.build(task._settings, task)  # type: ignore[arg-type]
         records = task.client_records(0, 2)
         if targets:
             with pytest.raises(PrivacyViolation, match=r"'layers\.0\.blocks\.0\.attn\.qkv\.lora_A"):
@@ -203,7 +203,7 @@ def test_a_private_run_learns(tmp_path: Path, empty_cache: Path) -> None:
         delta=1e-4,
     )
     rows: list[dict[str, Any]] = []
-    summary = run_in_process(make_plan(config), RunDirectory(tmp_path / "run"), rows.append)
+    summary = run_in_process(prepare_run(config), RunDirectory(tmp_path / "run"), rows.append)
 
     assert summary["status"] == "completed"
     assert 7.8 < summary["epsilon_max"] <= 8
@@ -222,7 +222,7 @@ def test_plain_peft_loads_the_export_and_predicts_the_same(
     make_task: Make, model: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
     task = make_task(model=model, **changes)
-    trainer = Trainer.build(task._settings, task)  # type: ignore[arg-type]
+    trainer = LocalTrainer.build(task._settings, task)  # type: ignore[arg-type]
     fill(trainer.adapted)
     trainer.adapted.export(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(task.build_model(), str(tmp_path / "adapter")).eval()

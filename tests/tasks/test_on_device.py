@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedlora_flwr.clients.trainer import Trainer
+from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.registry import build_task, required_on_device, task_names
@@ -99,7 +99,7 @@ def test_the_model_is_made_without_the_records(
         model = built.build_model()
         built.skeleton()
         batch = built.largest_batch(3)
-        trainer = Trainer.build(config, built)
+        trainer = LocalTrainer.build(config, built)
         assert isinstance(built.lora_targets, str)
         assert isinstance(built.head, tuple)
         assert trainer.layout.names
@@ -118,9 +118,9 @@ def test_the_model_is_the_same_on_any_device(
 ) -> None:
     """Also where there are no records at all."""
     config = make_config(task, **stated)
-    here = Trainer.build(config, build_task(task, config)).layout
+    here = LocalTrainer.build(config, build_task(task, config)).layout
     moved = RunConfig.of(config.items(), {"dataset": str(tmp_path / "nothing")})
-    there = Trainer.build(moved, build_task(task, moved)).layout
+    there = LocalTrainer.build(moved, build_task(task, moved)).layout
     assert here == there
 
 

@@ -17,7 +17,7 @@ from fedlora_flwr.forecast.forecast import activation_bytes, skeleton
 from fedlora_flwr.lora.adapters import LoRASpec, attach
 from fedlora_flwr.privacy.engine import PrivateEngine
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.simulations.runner import make_plan, run_in_process
+from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from fedlora_flwr.tasks.registry import build_task
 from tests.backbones import checkpoints
 from tests.conftest import MakeConfig
@@ -221,7 +221,7 @@ def test_a_private_run_learns_and_plain_peft_answers_like_it(
     )
     run_dir = RunDirectory(tmp_path / "run")
 
-    plan = make_plan(config)
+    plan = prepare_run(config)
     assert "".join(capfd.readouterr()) == ""
     summary = run_in_process(plan, run_dir, lambda row: None)
 

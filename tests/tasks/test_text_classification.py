@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from fedlora_flwr.clients.trainer import Trainer
+from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.layout import factor_of
 from fedlora_flwr.plan import BOTH, ComponentPlan
@@ -20,7 +20,7 @@ from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.microbatches import PASS_COST
 from fedlora_flwr.privacy.noise import SeededNoise
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.simulations.runner import make_plan, run_in_process
+from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from fedlora_flwr.tasks.text_classification import TextClassification
 from tests.backbones import checkpoints
 from tests.tasks.texts import (
@@ -60,18 +60,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make_trainer(
     checkpoint: Checkpoint, data: Path, empty_cache: Path
-) -> Callable[..., tuple[Trainer, TextClassification]]:
-    def make(kind: str, **changes: Any) -> tuple[Trainer, TextClassification]:
+) -> Callable[..., tuple[LocalTrainer, TextClassification]]:
+    def make(kind: str, **changes: Any) -> tuple[LocalTrainer, TextClassification]:
         config = text_config(checkpoint(kind), data, **changes)
         task = TextClassification(config)
-        trainer = Trainer.build(config, task)
+        trainer = LocalTrainer.build(config, task)
         fill(trainer.adapted)
         return trainer, task
 
     return make
 
 
-Make = Callable[..., tuple[Trainer, TextClassification]]
+Make = Callable[..., tuple[LocalTrainer, TextClassification]]
 
 
 @every_kind
@@ -190,7 +190,7 @@ def test_dropout_of_backbone_and_adapters_are_apart(
     folder = shutil.copytree(checkpoint("bert"), empty_cache / "model")
     set_in_config(folder, **dict.fromkeys(drops, 0.5))
     config = text_config(folder, data, backbone_dropout=backbone, lora_dropout=adapters)
-    trainer = Trainer.build(config)
+    trainer = LocalTrainer.build(config)
     fill(trainer.adapted)
     start, records = trainer.adapted.read(), trainer.task.client_records(0, 3)
     count = len(records)
@@ -224,7 +224,7 @@ def test_a_private_run_learns_and_spends_its_budget(
         pooling="mean",
     )
     rows: list[dict[str, Any]] = []
-    summary = run_in_process(make_plan(config), RunDirectory(tmp_path / "run"), rows.append)
+    summary = run_in_process(prepare_run(config), RunDirectory(tmp_path / "run"), rows.append)
 
     assert summary["status"] == "completed"
     assert 7.8 < summary["epsilon_max"] <= 8
@@ -331,7 +331,7 @@ def test_an_empty_text_is_a_record_like_any_other(
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["post_processor"] = None
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    trainer = Trainer.build(text_config(folder, tmp_path / "set"))
+    trainer = LocalTrainer.build(text_config(folder, tmp_path / "set"))
     records = trainer.task.client_records(0, 1)
 
     assert trainer.task._tokenizer("").input_ids == []  # type: ignore[attr-defined]
@@ -367,7 +367,7 @@ def test_columns_and_lengths_that_cannot_be_read_are_named(
     checkpoints.write_split(tmp_path / "set", "train", rows)
     config = text_config(checkpoint("roberta"), tmp_path / "set", **changes)
     with pytest.raises(InvalidValue) as caught:
-        Trainer.build(config).task.client_records(0, 1)
+        LocalTrainer.build(config).task.client_records(0, 1)
     assert caught.value.key == key
     assert allowed in str(caught.value)
     if key == "max-length":

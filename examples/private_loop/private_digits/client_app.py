@@ -5,7 +5,14 @@ from functools import lru_cache
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedlora_flwr import Ledger, LocalRound, RunConfig, Trainer, answer_message, client_identity
+from fedlora_flwr import (
+    Ledger,
+    LocalRound,
+    LocalTrainer,
+    RunConfig,
+    answer_message,
+    client_identity,
+)
 from fedlora_flwr.client_app import state_folder
 from private_digits.task import Digits
 
@@ -13,9 +20,9 @@ app = ClientApp()
 
 
 @lru_cache(maxsize=1)
-def trainer(config: RunConfig) -> Trainer:
+def trainer(config: RunConfig) -> LocalTrainer:
     """Build model and private step once a process."""
-    return Trainer.build(config, Digits())
+    return LocalTrainer.build(config, Digits())
 
 
 @app.train()

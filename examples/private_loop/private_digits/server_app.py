@@ -6,7 +6,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from fedlora_flwr import RoLoRA, RunConfig, Trainer
+from fedlora_flwr import LocalTrainer, RoLoRA, RunConfig
 from private_digits.task import Digits
 
 app = ServerApp()
@@ -16,7 +16,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Serve one run; each round's arrays go to the folder ``run-dir``, if one is named."""
     config, task = RunConfig.of(context.run_config), Digits()
-    adapted = Trainer.build(config, task).adapted
+    adapted = LocalTrainer.build(config, task).adapted
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         values = {name: array.numpy() for name, array in arrays.items()}
