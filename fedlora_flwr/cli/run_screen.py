@@ -59,7 +59,8 @@ def describe_plan(prepared: PreparedRun) -> list[tuple[str, str]]:
         (
             "Task",
             f"{config.task}: {prepared.parameters:,} parameters frozen, "
-            f"{prepared.trained:,} trained (LoRA of rank {config.rank}{', head' if prepared.head else ''})",
+            f"{prepared.trained:,} trained "
+            f"(LoRA of rank {config.rank}{', head' if prepared.head else ''})",
         ),
         (
             "Strategy",
