@@ -59,7 +59,9 @@ def load_strategy(name: str) -> Any:
     places = registered.get(name, [])
     if len(places) > 1:
         raise InvalidValue(
-            "strategy", name, f"a name that one package gives; this one is {' and '.join(places)}"
+            "strategy",
+            name,
+            f"a name that one package gives; this one is {' and '.join(sorted(places))}",
         )
     if places:
         return load("strategy", places[0], "Class of a strategy")
