@@ -24,7 +24,6 @@ from fedlora_flwr.strategies.cohort import Cohorts
 from fedlora_flwr.strategies.declared import Declared
 from fedlora_flwr.strategies.early_end import EvaluateFn, keeping
 from fedlora_flwr.strategies.exchange import Exchange
-from fedlora_flwr.strategies.expected import Expected
 from fedlora_flwr.strategies.replies import (
     LedgerWatch,
     RoundReport,
@@ -33,6 +32,7 @@ from fedlora_flwr.strategies.replies import (
     to_record,
     within_limits,
 )
+from fedlora_flwr.strategies.round import Round
 from fedlora_flwr.wire import (
     ARRAYS,
     CONFIG,
@@ -40,7 +40,6 @@ from fedlora_flwr.wire import (
     STATUS_EXHAUSTED,
     WEIGHTINGS,
 )
-from fedlora_flwr.wire.arrays import to_numpy, travel_size
 from fedlora_flwr.wire.limits import MOST_WEIGHT
 from fedlora_flwr.wire.records import read_training
 
@@ -143,12 +142,7 @@ class FedLoRA(Declared, Exchange):
         self.last_round: RoundReport | None = None
         self._cohorts: Cohorts | None = None
         self._result = Result()
-        self._plain = 0
-        self._asked: list[int] = []
-        self._measuring: list[int] = []
-        self._global: dict[str, NDArray[np.floating]] = {}
-        self._plan = ComponentPlan.uniform(BOTH)
-        self._expected = Expected(self._plan, ())
+        self._round = Round()
         self.take_settings(own)
         self.begin()
 
@@ -296,26 +290,24 @@ class FedLoRA(Declared, Exchange):
             Nobody may be asked for another round, and the run is over.
         """
         layout = Layout.of(arrays, self.blocks)
-        self._global = {name: to_numpy(array) for name, array in arrays.items()}
-        self._plan = self.plan(server_round, layout)
-        self._plan.check(len(layout.blocks))
-        self._expected = Expected.of(layout, self._plan, self.shared, self.local_steps)
-        everything = self._expected.whole == set(arrays)
+        plan = self.plan(server_round, layout)
+        this = self._round = Round.of(arrays, layout, plan, self.shared, self.local_steps)
+        everything = this.expected.whole == set(arrays)
         check_clipping(config, type(self).__name__, self.averages and everything)
         if server_round == 1 or self._cohorts is None:
             self._cohorts = Cohorts(grid, self.seed, self.max_rounds, self.node_timeout)
             if self._turns:
                 self._cohorts.load_state_dict(self._turns)
-        self._asked = nodes = self._cohorts.train(
+        this.asked = self._cohorts.train(
             grid, server_round, self.fraction_train, self.min_available_nodes, self.min_train_nodes
         )
-        order = replace(self.order(server_round, str(self._plan)), weighting=self.weighting)
+        order = replace(self.order(server_round, str(plan)), weighting=self.weighting)
         config.update(order.to_config())
-        self._plain = sum(travel_size(arrays[name]) for name in layout.names)
+        sent = len(this.asked)
         report = self.last_round = RoundReport(
-            server_round, str(self._plan), sent=len(nodes), bytes_plain=self._plain * len(nodes)
+            server_round, str(plan), sent=sent, bytes_plain=this.plain * sent
         )
-        return self._messages(MessageType.TRAIN, arrays, config, nodes, report)
+        return self._messages(MessageType.TRAIN, arrays, config, this.asked, report)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -336,15 +328,15 @@ class FedLoRA(Declared, Exchange):
         for client, content in self._inbox(MessageType.TRAIN, report).read(replies):
             self._read(client, content, report)
         if self._cohorts is not None:
-            self._cohorts.took(self._asked)
+            self._cohorts.took(self._round.asked)
         more = server_round < self.num_rounds and not self.finished
         report.settle(self.min_completion, may_decline=self._trained or more)
         log(INFO, "aggregate_train: %d of %d clients", len(report.uploads), report.sent)
         if not report.uploads:
             return None, None
         self._trained = True
-        arrays = within_limits(self.aggregate(server_round, self._global, report.uploads))
-        report.compared = describe(self._global, report.uploads, personal=self.personal)
+        arrays = within_limits(self.aggregate(server_round, self._round.current, report.uploads))
+        report.compared = describe(self._round.current, report.uploads, personal=self.personal)
         metrics = combine_metrics([upload.metrics for upload in report.uploads])
         self._result.arrays = to_record(arrays)
         self._result.train_metrics_clientapp[server_round] = metrics
@@ -352,7 +344,7 @@ class FedLoRA(Declared, Exchange):
 
     def _read(self, client: str, content: RecordDict, report: RoundReport) -> None:
         try:
-            report.count(content, self._plain)
+            report.count(content, self._round.plain)
             found = read_training(content)
             if found.status == STATUS_EXHAUSTED:
                 report.declined.append(f"{client}: its privacy budget is spent")
@@ -361,8 +353,8 @@ class FedLoRA(Declared, Exchange):
                 return
             keys = self.weighting, self.weighted_by_key
             upload = Upload.of(client, found, *keys, self.max_weight)
-            self._expected.check(upload.arrays)
-            self.check_upload(self._global, upload)
+            self._round.expected.check(upload.arrays)
+            self.check_upload(self._round.current, upload)
             self._ledgers.check(client, upload.metrics, self.local_steps)
         except Exception as error:  # One client's reply must not end the others' round.
             report.fail(client, error)

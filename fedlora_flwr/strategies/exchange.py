@@ -13,6 +13,7 @@ from fedlora_flwr.strategies.identities import Identities
 from fedlora_flwr.strategies.inbox import Inbox, read_measurements
 from fedlora_flwr.strategies.personal import mean_of_own_models, shared_part
 from fedlora_flwr.strategies.replies import RoundReport, size_of, weighted_figures
+from fedlora_flwr.strategies.round import Round
 from fedlora_flwr.wire.order import Order
 
 
@@ -29,8 +30,7 @@ class Exchange(FedAvg):
     last_round: RoundReport | None
     _cohorts: Cohorts | None
     _result: Result
-    _asked: list[int]
-    _measuring: list[int]
+    _round: Round
 
     def order(self, server_round: int, plan: str = "") -> Order:
         """Say what clients are asked for, beside the arrays; without a plan, to measure."""
@@ -60,13 +60,15 @@ class Exchange(FedAvg):
         config.update(self.order(server_round).to_config())
         if report is not None and self.shared:
             # From now on no model of the server's stands in for theirs.
-            report.evaluation, self._measuring = {}, list(self._asked)
-            return self._messages(MessageType.EVALUATE, arrays, config, self._asked, report)
+            report.evaluation, self._round.measuring = {}, list(self._round.asked)
+            return self._messages(MessageType.EVALUATE, arrays, config, self._round.asked, report)
         if not self.fraction_evaluate or self._cohorts is None or report is None:
             return []
         least = max(self.min_available_nodes, self.min_evaluate_nodes)
-        self._measuring = self._cohorts.evaluate(grid, server_round, self.fraction_evaluate, least)
-        return self._messages(MessageType.EVALUATE, arrays, config, self._measuring, report)
+        self._round.measuring = self._cohorts.evaluate(
+            grid, server_round, self.fraction_evaluate, least
+        )
+        return self._messages(MessageType.EVALUATE, arrays, config, self._round.measuring, report)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -84,8 +86,8 @@ class Exchange(FedAvg):
 
     def _inbox(self, kind: str, report: RoundReport) -> Inbox:
         if kind == MessageType.TRAIN:
-            return Inbox(self._who, self._asked, kind, report)
-        return Inbox(self._who, self._measuring, kind, report, "no measurement in time")
+            return Inbox(self._who, self._round.asked, kind, report)
+        return Inbox(self._who, self._round.measuring, kind, report, "no measurement in time")
 
     def _messages(
         self,

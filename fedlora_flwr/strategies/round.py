@@ -1,0 +1,80 @@
+"""The state of one round: made when its messages are, and gone when the next round begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from flwr.app import ArrayRecord
+from numpy.typing import NDArray
+
+from fedlora_flwr.layout import Layout
+from fedlora_flwr.plan import BOTH, ComponentPlan
+from fedlora_flwr.strategies.expected import Expected
+from fedlora_flwr.wire.arrays import to_numpy, travel_size
+
+
+@dataclass
+class Round:
+    """What a strategy needs from a round's messages to its mean.
+
+    Parameters
+    ----------
+    current : Mapping[str, ndarray]
+        The global arrays that the clients start from.
+    plan : ComponentPlan
+        What trains.
+    expected : Expected
+        The arrays that an upload holds.
+    plain : int
+        Bytes of one message with both factors and the head, which the report compares with.
+    asked : list[int]
+        Nodes that were asked to train.
+    measuring : list[int]
+        Nodes that were asked to measure.
+    """
+
+    current: Mapping[str, NDArray[np.floating]] = field(default_factory=dict)
+    plan: ComponentPlan = field(default_factory=lambda: ComponentPlan.uniform(BOTH))
+    expected: Expected = field(default_factory=lambda: Expected(ComponentPlan.uniform(BOTH), ()))
+    plain: int = 0
+    asked: list[int] = field(default_factory=list)
+    measuring: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        arrays: ArrayRecord,
+        layout: Layout,
+        plan: ComponentPlan,
+        shared: str,
+        local_steps: int,
+    ) -> Round:
+        """Begin a round.
+
+        Parameters
+        ----------
+        arrays : ArrayRecord
+            The global arrays.
+        layout : Layout
+            Their names and blocks.
+        plan : ComponentPlan
+            What trains.
+        shared : str
+            The factors that are exchanged; empty for everything.
+        local_steps : int
+            K, or 0 where the strategy does not know it.
+
+        Raises
+        ------
+        InvalidValue
+            The plan is for another number of blocks.
+        """
+        plan.check(len(layout.blocks))
+        return cls(
+            current={name: to_numpy(array) for name, array in arrays.items()},
+            plan=plan,
+            expected=Expected.of(layout, plan, shared, local_steps),
+            plain=sum(travel_size(arrays[name]) for name in layout.names),
+        )
