@@ -17,6 +17,9 @@ settings.load_profile("patient")
 # Two processes of one thread each are faster on two cores than two that fight over both.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Fixtures of tasks, data and backbones: settings, tiny models and an empty cache.
+pytest_plugins = ["tests.tasks.fixtures"]
+
 MakeConfig = Callable[..., RunConfig]
 
 # Small enough for a round in a fraction of a second. Clients of equal size share one σ.

@@ -337,6 +337,13 @@ def _promise(
         return
     count, lines = opened
     yield from (Finding(name, True, line) for line in lines)
+    yield from _budget(name, client, config, count, state)
+
+
+def _budget(
+    name: str, client: str, config: RunConfig, count: int, state: Path | None
+) -> Iterator[Finding]:
+    """Say what a run would cost the device's budget, and what is spent of it."""
     account = Account(
         client, "", config.epsilon, config.delta, config.ledger_scope, config.run_epsilon
     )

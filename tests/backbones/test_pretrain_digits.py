@@ -16,7 +16,7 @@ from fedlora_flwr.backbones.pretrain_digits import (
     ensure_backbone,
     load_backbone,
 )
-from tests.tasks.conftest import QUICK
+from tests.tasks.fixtures import QUICK
 
 
 def _screen(terminal: bool) -> Console:

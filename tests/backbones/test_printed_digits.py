@@ -64,7 +64,7 @@ def test_rendering_leaves_the_global_random_state_alone() -> None:
 @pytest.fixture(scope="module")
 def handwritten() -> Tensor:
     from fedlora_flwr.tasks.digits import DigitsTask
-    from tests.tasks.conftest import settings
+    from tests.tasks.fixtures import settings
 
     return DigitsTask(settings()).test_records().batch(torch.arange(360))["image"]
 

@@ -29,7 +29,7 @@ from fedlora_flwr.tasks.text_classification import TextClassification
 from tests.backbones.checkpoints import write_split
 from tests.data.pictures import image_config, picture, write_pictures
 from tests.tasks import conversations, questions
-from tests.tasks.conftest import settings
+from tests.tasks.fixtures import settings
 from tests.tasks.texts import text_config
 
 pytestmark = pytest.mark.usefixtures("empty_cache")

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from fedlora_flwr.data.records import Batch, Records
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.digits import DigitsTask
-from tests.tasks.conftest import settings
+from tests.tasks.fixtures import settings
 
 
 def _all(records: Records) -> Batch:

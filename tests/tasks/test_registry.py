@@ -13,7 +13,7 @@ from fedlora_flwr.data.records import TensorRecords, lengths_of
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.digits import DigitsTask
 from fedlora_flwr.tasks.registry import Task, build_task, task_names
-from tests.tasks.conftest import settings
+from tests.tasks.fixtures import settings
 
 ROOT = Path(__file__).parents[2]
 
