@@ -21,30 +21,34 @@ from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.terminal import show_json
 
+Shared = Annotated[
+    str,
+    typer.Option(
+        help="A recipe, as for `run`: what all runs share.", autocompletion=complete_recipe
+    ),
+]
+Strategies = Annotated[
+    str | None,
+    typer.Option(
+        help="Names joined by commas, or all; all if neither this nor --row is given.",
+        autocompletion=complete_strategies,
+    ),
+]
+Rows = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--row",
+        metavar="'STRATEGY KEY=VALUE …'",
+        help="A row with settings of its own, e.g. 'la-lora filter=binomial'; repeatable.",
+        autocompletion=complete_row,
+    ),
+]
+
 
 def compare(
-    task: Annotated[
-        str,
-        typer.Option(
-            help="A recipe, as for `run`: what all runs share.", autocompletion=complete_recipe
-        ),
-    ] = "digits",
-    strategies: Annotated[
-        str | None,
-        typer.Option(
-            help="Names joined by commas, or all; all if neither this nor --row is given.",
-            autocompletion=complete_strategies,
-        ),
-    ] = None,
-    rows: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--row",
-            metavar="'STRATEGY KEY=VALUE …'",
-            help="A row with settings of its own, e.g. 'la-lora filter=binomial'; repeatable.",
-            autocompletion=complete_row,
-        ),
-    ] = None,
+    task: Shared = "digits",
+    strategies: Strategies = None,
+    rows: Rows = None,
     epsilon: Annotated[
         str, typer.Option(help="Privacy budgets joined by commas; none = no privacy.")
     ] = "1,3,8,none",

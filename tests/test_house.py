@@ -1,0 +1,41 @@
+"""The package keeps the sizes that a stranger can read."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from pathlib import Path
+from statistics import median
+
+import fedlora_flwr
+
+PACKAGE = Path(fedlora_flwr.__file__).parent
+LINES = {path: len(path.read_text("utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
+
+
+def test_no_file_has_more_than_400_lines_and_half_have_at_most_130() -> None:
+    assert len(LINES) > 150
+    assert [path.name for path, lines in LINES.items() if lines > 400] == []
+    assert median(LINES.values()) <= 130
+
+
+def test_no_function_has_more_than_50_lines_beside_its_docstring() -> None:
+    assert [name for path in LINES for name, lines in functions(path) if lines > 50] == []
+
+
+def functions(path: Path) -> list[tuple[str, int]]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first, lines = node.body[0], (node.end_lineno or 0) - node.lineno + 1
+            if ast.get_docstring(node) is not None:
+                lines -= (first.end_lineno or 0) - first.lineno + 1
+            found.append((f"{path.name}:{node.name}", lines))
+    return found
+
+
+def test_no_room_has_more_than_15_percent_of_the_lines() -> None:
+    rooms = Counter[str]()
+    for path, lines in LINES.items():
+        rooms[path.relative_to(PACKAGE).parts[0]] += lines
+    assert {room for room, lines in rooms.items() if lines > 0.15 * rooms.total()} == set()
