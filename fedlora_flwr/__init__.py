@@ -1,88 +1,92 @@
 """Differentially private federated fine-tuning with LoRA, on Flower.
 
-The public API; names are imported when first used, so that strategies alone never load torch.
+The public API in three tiers: strategies for a server; client and engine for private training; and
+blocks, which the others are built from. Names are imported when first used, so that strategies
+alone never load torch.
+
+Examples
+--------
+>>> from fedlora_flwr import RoLoRA
+>>> RoLoRA(fraction_train=0.5, min_available_nodes=4).fraction_train
+0.5
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
-if TYPE_CHECKING:
-    from fedlora_flwr.clients.bridge import bridge as bridge
-    from fedlora_flwr.clients.device import client_identity as client_identity
-    from fedlora_flwr.clients.handler import answer_message as answer_message
-    from fedlora_flwr.clients.local_round import LocalRound as LocalRound
-    from fedlora_flwr.clients.numpy_client import LoRAClient as LoRAClient
-    from fedlora_flwr.clients.trainer import LocalTrainer as LocalTrainer
-    from fedlora_flwr.config import RunConfig as RunConfig
-    from fedlora_flwr.data.records import TensorRecords as TensorRecords
-    from fedlora_flwr.integrations.hf_trainer import PrivateTrainer as PrivateTrainer
-    from fedlora_flwr.integrations.legacy_strategy import LegacyStrategy as LegacyStrategy
-    from fedlora_flwr.integrations.planned_loop import follow_fit as follow_fit
-    from fedlora_flwr.integrations.planned_loop import follow_plan as follow_plan
-    from fedlora_flwr.lora.adapters import AdaptedModel as AdaptedModel
-    from fedlora_flwr.lora.adapters import LoRASpec as LoRASpec
-    from fedlora_flwr.lora.adapters import attach as attach
-    from fedlora_flwr.plan import ComponentPlan as ComponentPlan
-    from fedlora_flwr.privacy.budget import calibrate as calibrate
-    from fedlora_flwr.privacy.budget import epsilon_spent as epsilon_spent
-    from fedlora_flwr.privacy.engine import PrivateEngine as PrivateEngine
-    from fedlora_flwr.privacy.ledger import Ledger as Ledger
-    from fedlora_flwr.privacy.mechanism import Mechanism as Mechanism
-    from fedlora_flwr.simulations.local_grid import LocalGrid as LocalGrid
-    from fedlora_flwr.strategies import ASLoRA as ASLoRA
-    from fedlora_flwr.strategies import DPLoRA as DPLoRA
-    from fedlora_flwr.strategies import FedExLoRA as FedExLoRA
-    from fedlora_flwr.strategies import FedLoRA as FedLoRA
-    from fedlora_flwr.strategies import FedSALoRA as FedSALoRA
-    from fedlora_flwr.strategies import FedSVD as FedSVD
-    from fedlora_flwr.strategies import FFALoRA as FFALoRA
-    from fedlora_flwr.strategies import FlexLoRA as FlexLoRA
-    from fedlora_flwr.strategies import FLoRA as FLoRA
-    from fedlora_flwr.strategies import LALoRA as LALoRA
-    from fedlora_flwr.strategies import RoLoRA as RoLoRA
-
-_HOMES = {
+# Each name is written here alone; `__init__.pyi`, for editors and type checkers, is made of this.
+STRATEGIES: Mapping[str, str] = {
+    "FedLoRA": "strategies.base",
+    "DPLoRA": "strategies.dp_lora",
+    "FFALoRA": "strategies.ffa_lora",
+    "RoLoRA": "strategies.rolora",
+    "LALoRA": "strategies.la_lora",
+    "ASLoRA": "strategies.as_lora",
+    "FedSVD": "strategies.fedsvd",
+    "FlexLoRA": "strategies.flexlora",
+    "FLoRA": "strategies.flora",
+    "FedExLoRA": "strategies.fedex_lora",
+    "FedSALoRA": "strategies.fedsa_lora",
+    "LegacyStrategy": "integrations.legacy_strategy",
+}
+CLIENT_AND_ENGINE: Mapping[str, str] = {
+    "LoRAClient": "clients.numpy_client",
+    "LocalRound": "clients.local_round",
+    "LocalTrainer": "clients.trainer",
+    "answer_message": "clients.handler",
+    "bridge": "clients.bridge",
+    "client_identity": "clients.device",
+    "follow_plan": "integrations.planned_loop",
+    "follow_fit": "integrations.planned_loop",
+    "PrivateEngine": "privacy.engine",
+    "PrivateTrainer": "integrations.hf_trainer",
+    "LocalGrid": "simulations.local_grid",
+    "RunConfig": "config.run_config",
+}
+BLOCKS: Mapping[str, str] = {
+    "ComponentPlan": "plan",
     "AdaptedModel": "lora.adapters",
     "LoRASpec": "lora.adapters",
     "attach": "lora.adapters",
-    "bridge": "clients.bridge",
-    "client_identity": "clients.device",
-    "answer_message": "clients.handler",
-    "LocalRound": "clients.local_round",
-    "LoRAClient": "clients.numpy_client",
-    "follow_fit": "integrations.planned_loop",
-    "follow_plan": "integrations.planned_loop",
-    "LocalTrainer": "clients.trainer",
-    "RunConfig": "config",
-    "ComponentPlan": "plan",
+    "TensorRecords": "data.records",
+    "Mechanism": "privacy.mechanism",
     "calibrate": "privacy.budget",
     "epsilon_spent": "privacy.budget",
-    "Mechanism": "privacy.mechanism",
-    "PrivateEngine": "privacy.engine",
     "Ledger": "privacy.ledger",
-    "PrivateTrainer": "integrations.hf_trainer",
-    "LocalGrid": "simulations.local_grid",
-    "ASLoRA": "strategies",
-    "DPLoRA": "strategies",
-    "FedExLoRA": "strategies",
-    "FedSALoRA": "strategies",
-    "FedSVD": "strategies",
-    "FlexLoRA": "strategies",
-    "FLoRA": "strategies",
-    "FedLoRA": "strategies",
-    "FFALoRA": "strategies",
-    "LALoRA": "strategies",
-    "RoLoRA": "strategies",
-    "LegacyStrategy": "integrations.legacy_strategy",
-    "TensorRecords": "data.records",
 }
+_HOMES = {**STRATEGIES, **CLIENT_AND_ENGINE, **BLOCKS}
 
-__all__ = sorted(_HOMES)
+try:
+    __version__ = version("fedlora-flwr")
+except PackageNotFoundError:  # A bundle of the app, of which nothing is installed.
+    __version__ = "unknown"
+
+__all__ = ["__version__", *sorted(_HOMES)]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+def _stub() -> str:
+    """Return what ``__init__.pyi`` holds."""
+    tiers = {"Strategies": STRATEGIES, "Client and engine": CLIENT_AND_ENGINE, "Blocks": BLOCKS}
+    command = "python -c 'import fedlora_flwr; print(fedlora_flwr._stub())'"
+    lines = [f"# Made of `__init__.py` by {command}"]
+    for title, names in tiers.items():
+        lines += ["", f"# {title}."]
+        lines += [f"from fedlora_flwr.{home} import {n} as {n}" for n, home in names.items()]
+    rest = ["", "__version__: str", "__all__: list[str]", "def _stub() -> str: ..."]
+    return "\n".join([*lines, *rest])
+        [*lines, "", "__version__: str", "__all__: list[str]", "def _stub() -> str: ..."]
+    )

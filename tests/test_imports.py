@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -61,10 +62,19 @@ def test_the_trainer_does_not_load_flower() -> None:
 
 def test_every_public_name_exists() -> None:
     assert fedlora_flwr.__all__
-    for name in fedlora_flwr.__all__:
+    for name in set(fedlora_flwr.__all__) - {"__version__"}:
         assert getattr(fedlora_flwr, name).__name__ == name
+
+
+def test_the_stub_is_made_of_the_one_list_of_names() -> None:
+    stub = Path(fedlora_flwr.__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+    assert stub == fedlora_flwr._stub() + "\n"
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    assert fedlora_flwr.__version__ == version("fedlora-flwr")
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
-        _ = fedlora_flwr.no_such_name
+        _ = fedlora_flwr.no_such_name  # type: ignore[attr-defined]

@@ -1,0 +1,44 @@
+# Made of `__init__.py` by python -c 'import fedlora_flwr; print(fedlora_flwr._stub())'
+
+# Strategies.
+from fedlora_flwr.strategies.base import FedLoRA as FedLoRA
+from fedlora_flwr.strategies.dp_lora import DPLoRA as DPLoRA
+from fedlora_flwr.strategies.ffa_lora import FFALoRA as FFALoRA
+from fedlora_flwr.strategies.rolora import RoLoRA as RoLoRA
+from fedlora_flwr.strategies.la_lora import LALoRA as LALoRA
+from fedlora_flwr.strategies.as_lora import ASLoRA as ASLoRA
+from fedlora_flwr.strategies.fedsvd import FedSVD as FedSVD
+from fedlora_flwr.strategies.flexlora import FlexLoRA as FlexLoRA
+from fedlora_flwr.strategies.flora import FLoRA as FLoRA
+from fedlora_flwr.strategies.fedex_lora import FedExLoRA as FedExLoRA
+from fedlora_flwr.strategies.fedsa_lora import FedSALoRA as FedSALoRA
+from fedlora_flwr.integrations.legacy_strategy import LegacyStrategy as LegacyStrategy
+
+# Client and engine.
+from fedlora_flwr.clients.numpy_client import LoRAClient as LoRAClient
+from fedlora_flwr.clients.local_round import LocalRound as LocalRound
+from fedlora_flwr.clients.trainer import LocalTrainer as LocalTrainer
+from fedlora_flwr.clients.handler import answer_message as answer_message
+from fedlora_flwr.clients.bridge import bridge as bridge
+from fedlora_flwr.clients.device import client_identity as client_identity
+from fedlora_flwr.integrations.planned_loop import follow_plan as follow_plan
+from fedlora_flwr.integrations.planned_loop import follow_fit as follow_fit
+from fedlora_flwr.privacy.engine import PrivateEngine as PrivateEngine
+from fedlora_flwr.integrations.hf_trainer import PrivateTrainer as PrivateTrainer
+from fedlora_flwr.simulations.local_grid import LocalGrid as LocalGrid
+from fedlora_flwr.config.run_config import RunConfig as RunConfig
+
+# Blocks.
+from fedlora_flwr.plan import ComponentPlan as ComponentPlan
+from fedlora_flwr.lora.adapters import AdaptedModel as AdaptedModel
+from fedlora_flwr.lora.adapters import LoRASpec as LoRASpec
+from fedlora_flwr.lora.adapters import attach as attach
+from fedlora_flwr.data.records import TensorRecords as TensorRecords
+from fedlora_flwr.privacy.mechanism import Mechanism as Mechanism
+from fedlora_flwr.privacy.budget import calibrate as calibrate
+from fedlora_flwr.privacy.budget import epsilon_spent as epsilon_spent
+from fedlora_flwr.privacy.ledger import Ledger as Ledger
+
+__version__: str
+__all__: list[str]
+def _stub() -> str: ...
