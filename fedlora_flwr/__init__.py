@@ -88,5 +88,3 @@ def _stub() -> str:
         lines += [f"from fedlora_flwr.{home} import {n} as {n}" for n, home in names.items()]
     rest = ["", "__version__: str", "__all__: list[str]", "def _stub() -> str: ..."]
     return "\n".join([*lines, *rest])
-        [*lines, "", "__version__: str", "__all__: list[str]", "def _stub() -> str: ..."]
-    )
