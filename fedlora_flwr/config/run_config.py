@@ -51,13 +51,22 @@ class RunConfig(
     ------
     InvalidValue
         A value is of the wrong type or out of range, or two values contradict each other.
+
+    Examples
+    --------
+    >>> RunConfig(epsilon=3, strategy="ffa-lora").epsilon
+    3.0
+    >>> RunConfig.of({"num-rounds": 5}, {"lr-a": 0.1}).num_rounds
+    5
     """
 
     own: tuple[tuple[str, Value], ...] = ()
 
     def __post_init__(self) -> None:
         for entry in fields_by_key(self).values():
-            check_value(entry, getattr(self, entry.name))
+            value = widen(entry, getattr(self, entry.name))
+            object.__setattr__(self, entry.name, value)
+            check_value(entry, value)
         if self.secure_noise and self.reproducible:
             raise InvalidValue(
                 "secure-noise", True, "false where reproducible = true: such noise has no seed"
@@ -166,7 +175,7 @@ class RunConfig(
         for key in merged:
             if key not in known and key not in own:
                 raise unknown("configuration key", key, known)
-        values = {known[k].name: widen(known[k], v) for k, v in merged.items() if k not in own}
+        values = {known[k].name: v for k, v in merged.items() if k not in own}
         return cls(**values, own=tuple(own.items()))
 
     @property

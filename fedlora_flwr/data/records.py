@@ -61,6 +61,13 @@ class TensorRecords:
     ------
     InvalidValue
         There is no field, or the fields differ in length.
+
+    Examples
+    --------
+    >>> import torch
+    >>> records = TensorRecords({"x": torch.zeros(3, 2), "label": torch.tensor([0, 1, 1])})
+    >>> records.batch(torch.tensor([2, 0]))["label"].tolist()
+    [1, 0]
     """
 
     alike = True

@@ -108,6 +108,11 @@ def calibrate(epsilon: float, delta: float, sample_rate: float, steps: int) -> f
     References
     ----------
     PRV: arXiv 2106.02848. RDP: arXiv 1908.10530. PLD: the library dp-accounting.
+
+    Examples
+    --------
+    >>> round(calibrate(epsilon=8.0, delta=1e-3, sample_rate=0.1, steps=100), 3)
+    0.779
     """
     _check_epsilon(epsilon)
     _check_delta(delta)
@@ -143,6 +148,13 @@ def epsilon_spent(history: Sequence[Segment], delta: float, accountant: str = "p
     ------
     InvalidValue
         If `delta` or `accountant` is not one of those.
+
+    Examples
+    --------
+    >>> history = [Segment(noise_multiplier=1.0, sample_rate=0.1, steps=100)]
+    >>> found = epsilon_spent(history, delta=1e-3)
+    >>> round(found.epsilon, 2), found.accountant
+    (4.79, 'prv')
     """
     _check_delta(delta)
     if accountant not in _ACCOUNTANTS:

@@ -198,6 +198,15 @@ class PrivateEngine:
         PrivacyViolation
             Rows cannot be told apart by record, or the step touched a frozen parameter or a
             buffer.
+
+        Guarantees
+        ----------
+        *What holds.* The active arrays move by a function of one noisy sum: each record's gradient,
+        joint over all active arrays, is clipped to C, and noise of deviation σC is added once. The
+        step is taken for an empty batch, too. Frozen arrays and buffers do not move.
+        *Under which assumptions.* ``indices`` come from `poisson_batches`, and the loss of a record
+        reads that record alone, which `verify` tests and cannot prove for every input.
+        *What does not hold.* Time and memory of a step follow the number and the length of records.
         """
         optimizer = self._optimizer
         if optimizer is None:

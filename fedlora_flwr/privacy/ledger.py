@@ -122,6 +122,14 @@ class Ledger:
             σ, q or the plan are not those that the run began with.
         BudgetExhausted
             The release is beyond the plan, or the plan is beyond the budget. Nothing is written.
+
+        Guarantees
+        ----------
+        *What holds.* When this returns, the row is on the disk, and no later call in any process
+        admits steps that take the account beyond its budget.
+        *Under which assumptions.* The file and its witness are not put back together to an older
+        state, and all releases of the data go through one ledger.
+        *What does not hold.* The ledger counts what it is told; it does not see the steps.
         """
         _check_request(server_round, segment, planned)
         while True:

@@ -37,6 +37,20 @@ class Mechanism:
     ------
     InvalidValue
         A value out of range, or noise without a finite clip norm.
+
+    Guarantees
+    ----------
+    *What holds.* T steps with these numbers are the Poisson-subsampled Gaussian mechanism with σ
+    and q = b/n, for one record whose gradient is replaced by zero (zero-out adjacency).
+    *Under which assumptions.* Each record joins each step by a draw of its own (`poisson_batches`),
+    each record's gradient has norm C at most, and the noise is drawn fresh for each step.
+    *What does not hold.* Nothing is promised for n itself, which q, b and σ tell, nor for several
+    records of one person.
+
+    Examples
+    --------
+    >>> Mechanism(noise_multiplier=1.0, clip_norm=1.0, batch_size=32, num_records=320).sample_rate
+    0.1
     """
 
     noise_multiplier: float

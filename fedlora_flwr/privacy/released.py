@@ -36,6 +36,15 @@ class Released:
         Number of records where that is the weight, otherwise 1; 0 where nothing trained.
     unprotected : Mapping[str, float]
         Metrics on private records *without* protection; empty unless the run asks for them.
+
+    Guarantees
+    ----------
+    *What holds.* `report` is all that travels, and each of its fields has a row in the table of who
+    decides (docs/privacy.md).
+    *Under which assumptions.* ``arrays`` come from `LocalTrainer.train`: private steps alone made
+    their values.
+    *What does not hold.* ``unprotected`` is outside the promise, and ``seconds`` and
+    ``peak_memory_mb`` are side channels.
     """
 
     arrays: Mapping[str, NDArray[np.float32]]

@@ -69,6 +69,14 @@ class ASLoRA(FedLoRA):
     ------
     InvalidValue
         An argument is out of range.
+
+    Examples
+    --------
+    >>> from fedlora_flwr.layout import Layout
+    >>> layout = Layout(("blocks.0.fc.lora_A.weight", "blocks.0.fc.lora_B.weight"))
+    >>> strategy = ASLoRA(seed=1)
+    >>> str(strategy.plan(1, layout))  # While B = 0 the gradient of A is zero.
+    'B'
     """
 
     name: ClassVar[str] = "as-lora"

@@ -91,6 +91,16 @@ class FedLoRA(Declared, Exchange):
     ------
     InvalidValue
         An argument is out of range.
+
+    Examples
+    --------
+    >>> from fedlora_flwr.layout import Layout
+    >>> layout = Layout(("blocks.0.fc.lora_A.weight", "blocks.0.fc.lora_B.weight"))
+    >>> class OnlyInEvenRounds(FedLoRA):
+    ...     def plan(self, server_round, layout):
+    ...         return ComponentPlan.uniform("A" if server_round % 2 == 0 else "B")
+    >>> str(OnlyInEvenRounds().plan(2, layout))
+    'A'
     """
 
     averages: ClassVar[bool] = True

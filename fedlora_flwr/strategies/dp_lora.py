@@ -11,4 +11,11 @@ class DPLoRA(FedLoRA):
     The mean of the products differs from the product of the means, and noise on both factors
     multiplies. It is what `FedLoRA` does where a method overrides nothing. Source: arXiv
     2312.17493.
+
+    Examples
+    --------
+    >>> from fedlora_flwr.layout import Layout
+    >>> layout = Layout(("blocks.0.fc.lora_A.weight", "blocks.0.fc.lora_B.weight"))
+    >>> [str(DPLoRA().plan(number, layout)) for number in (1, 2, 3)]
+    ['*', '*', '*']
     """

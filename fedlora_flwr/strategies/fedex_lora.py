@@ -22,6 +22,23 @@ class FedExLoRA(FedLoRA):
     So the model is the exact mean of the clients' models. The residual travels as factors, summed
     over the rounds since a client may be new: the download grows by rank (N - 1) r a round, up to
     min(m, n). Source: arXiv 2410.09432.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fedlora_flwr.strategies.replies import Upload
+    >>> a, b = "fc.lora_A.weight", "fc.lora_B.weight"
+    >>> start = {a: np.array([[3.0, 4.0]]), b: np.zeros((1, 1))}
+    >>> uploads = [
+    ...     Upload(str(x), {a: np.array([[x, 0.0]]), b: np.array([[x]])}, 1.0, {})
+    ...     for x in (1.0, 3.0)
+    ... ]
+    >>> after = FedExLoRA().aggregate(1, start, uploads)
+    >>> (after[b] @ after[a]).tolist()  # The product of the means.
+    [[4.0, 0.0]]
+    >>> folded = after["fc.folded_B.weight"] @ after["fc.folded_A.weight"]
+    >>> np.round(folded, 6).tolist()  # What it misses of the mean of the products.
+    [[1.0, 0.0]]
     """
 
     folds: ClassVar[bool] = True

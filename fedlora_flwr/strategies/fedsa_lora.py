@@ -13,6 +13,12 @@ class FedSALoRA(FedLoRA):
     own on the public test set, and the round's metrics are the means. B trains under the same noise
     as A although it stays, since the gradient of A reads it. A client without a B of its own starts
     from the backbone's head and B = 0. Source: arXiv 2410.01463.
+
+    Examples
+    --------
+    >>> strategy = FedSALoRA()
+    >>> strategy.shared, strategy.personal
+    ('A', True)
     """
 
     shared = A

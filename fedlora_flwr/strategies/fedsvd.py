@@ -21,6 +21,17 @@ class FedSVD(FedLoRA):
 
     The mean is exact, the product is not changed by its new factors, and A, which clients hold
     fixed, has orthonormal rows. They span what A spanned at the start. Source: arXiv 2505.12805.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fedlora_flwr.strategies.replies import Upload
+    >>> a, b = "fc.lora_A.weight", "fc.lora_B.weight"
+    >>> start = {a: np.array([[3.0, 4.0]]), b: np.zeros((1, 1))}
+    >>> uploads = [Upload(str(x), {b: np.array([[x]])}, 1.0, {}) for x in (1.0, 3.0)]
+    >>> after = FedSVD().aggregate(1, start, uploads)
+    >>> np.round(after[b] @ after[a], 6).tolist()  # The mean of B, 2, times A.
+    [[6.0, 8.0]]
     """
 
     stable_basis: ClassVar[bool] = False

@@ -12,6 +12,13 @@ class FFALoRA(FedLoRA):
 
     ``mean(B_k) A = mean(B_k A)`` because every client holds the same A, which comes from the
     server. Uploads are half of DP-LoRA's. Source: arXiv 2403.12313.
+
+    Examples
+    --------
+    >>> from fedlora_flwr.layout import Layout
+    >>> layout = Layout(("blocks.0.fc.lora_A.weight", "blocks.0.fc.lora_B.weight"))
+    >>> [str(FFALoRA().plan(number, layout)) for number in (1, 2, 3)]
+    ['B', 'B', 'B']
     """
 
     def plan(self, server_round: int, layout: Layout) -> ComponentPlan:

@@ -26,6 +26,20 @@ class FlexLoRA(FedLoRA):
     approximation of a lower rank is their leading columns and rows. A client gets all of them until
     its first upload has told its rank, and only its own from then on. One LoRA scaling, that of the
     global rank, holds for all clients. Source: arXiv 2402.11505.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fedlora_flwr.strategies.replies import Upload
+    >>> a, b = "fc.lora_A.weight", "fc.lora_B.weight"
+    >>> start = {a: np.array([[3.0, 4.0]]), b: np.zeros((1, 1))}
+    >>> uploads = [
+    ...     Upload(str(x), {a: np.array([[x, 0.0]]), b: np.array([[x]])}, 1.0, {})
+    ...     for x in (1.0, 3.0)
+    ... ]
+    >>> after = FlexLoRA().aggregate(1, start, uploads)
+    >>> np.round(after[b] @ after[a], 6).tolist()  # The mean of the products 1 and 9.
+    [[5.0, 0.0]]
     """
 
     stable_basis: ClassVar[bool] = False

@@ -23,6 +23,23 @@ class FLoRA(FedLoRA):
     Stacking ``[B_1 … B_N][p_1 A_1; …; p_N A_N]`` is the exact mean of the products. The stacks
     travel as factors, summed over the rounds since a client may be new: the download grows by rank
     N r a round, up to min(m, n). Source: arXiv 2409.05976.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fedlora_flwr.strategies.replies import Upload
+    >>> a, b = "fc.lora_A.weight", "fc.lora_B.weight"
+    >>> start = {a: np.array([[3.0, 4.0]]), b: np.zeros((1, 1))}
+    >>> uploads = [
+    ...     Upload(str(x), {a: np.array([[x, 0.0]]), b: np.array([[x]])}, 1.0, {})
+    ...     for x in (1.0, 3.0)
+    ... ]
+    >>> after = FLoRA().aggregate(1, start, uploads)
+    >>> after[b].tolist()
+    [[0.0]]
+    >>> folded = after["fc.folded_B.weight"] @ after["fc.folded_A.weight"]
+    >>> np.round(folded, 6).tolist()  # The mean of the products 1 and 9.
+    [[5.0, 0.0]]
     """
 
     folds: ClassVar[bool] = True

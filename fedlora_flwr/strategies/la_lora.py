@@ -13,6 +13,13 @@ class LALoRA(FedLoRA):
     Within a step one factor is frozen, so noise on both never multiplies; the average at the
     round's end is not exact. B is first: while B = 0 the gradient of A is zero. The method's
     low-pass filter is the client's ``filter = "binomial"``. Source: arXiv 2602.19926.
+
+    Examples
+    --------
+    >>> from fedlora_flwr.layout import Layout
+    >>> layout = Layout(("blocks.0.fc.lora_A.weight", "blocks.0.fc.lora_B.weight"))
+    >>> [str(LALoRA().plan(number, layout)) for number in (1, 2, 3)]
+    ['B/A', 'B/A', 'B/A']
     """
 
     def plan(self, server_round: int, layout: Layout) -> ComponentPlan:

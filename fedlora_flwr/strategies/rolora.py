@@ -12,6 +12,13 @@ class RoLoRA(FedLoRA):
 
     B is first: while B = 0 the gradient of A is zero, and a private step on A would be pure noise.
     Uploads are half of DP-LoRA's. Source: arXiv 2502.01755.
+
+    Examples
+    --------
+    >>> from fedlora_flwr.layout import Layout
+    >>> layout = Layout(("blocks.0.fc.lora_A.weight", "blocks.0.fc.lora_B.weight"))
+    >>> [str(RoLoRA().plan(number, layout)) for number in (1, 2, 3)]
+    ['B', 'A', 'B']
     """
 
     def plan(self, server_round: int, layout: Layout) -> ComponentPlan:

@@ -463,3 +463,9 @@ def test_each_layer_is_a_block_where_choices_are_by_layer() -> None:
     assert RunConfig.of({"groups": "layer"}).block_pattern == ".+"
     with pytest.raises(InvalidValue, match="groups = 'layer'"):
         RunConfig.of({"groups": "layer", "blocks": r"stages\.\d+"})
+
+
+def test_a_whole_number_is_a_number_however_a_configuration_is_made() -> None:
+    made = RunConfig(epsilon=8, lr_a=1)
+    assert (made.epsilon, type(made.epsilon), type(made.lr_a)) == (8.0, float, float)
+    assert made == RunConfig.of({"epsilon": 8, "lr-a": 1})
