@@ -6,9 +6,15 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.plan import ComponentPlan
+from fedlora_flwr.plan import A, ComponentPlan
+
+Float = TypeVar("Float", bound=np.floating)
 
 _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
 
@@ -58,6 +64,28 @@ def layer_of(name: str) -> str:
     """Return the layer that a factor belongs to, or the name itself if it is no factor's."""
     match = _FACTOR.fullmatch(name)
     return match["layer"] if match else name
+
+
+def rank_axis(name: str) -> int:
+    """Return the axis of a factor that its rank r is on: A is (r, n), B is (m, r)."""
+    return 0 if factor_of(name) == A else 1
+
+
+def leading_ranks(name: str, array: NDArray[Float], rank: int) -> NDArray[Float]:
+    """Cut a factor to its first ranks; any other array, and one that is no matrix, stays whole.
+
+    Parameters
+    ----------
+    name : str
+        The array's name.
+    array : ndarray
+        A of shape (r, n) or B of shape (m, r).
+    rank : int
+        Ranks that stay, from the first. A server sorts them by weight.
+    """
+    if factor_of(name) is None or array.ndim != 2:
+        return array
+    return array[:rank] if rank_axis(name) == 0 else array[:, :rank]
 
 
 @dataclass(frozen=True)

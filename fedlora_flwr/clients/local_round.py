@@ -14,8 +14,8 @@ from fedlora_flwr.clients.trainer import LocalTrainer, LocalUpdate
 from fedlora_flwr.data.records import Records
 from fedlora_flwr.environment import in_simulation, peak_memory
 from fedlora_flwr.errors import BudgetExhausted, InvalidValue, OrderRefused, untold
-from fedlora_flwr.layout import factor_of
-from fedlora_flwr.plan import BOTH, A, ComponentPlan
+from fedlora_flwr.layout import leading_ranks
+from fedlora_flwr.plan import BOTH, ComponentPlan
 from fedlora_flwr.privacy.budget import Segment
 from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.privacy.ledger import Account, Ledger, LedgerSummary
@@ -265,16 +265,10 @@ class LocalRound:
         if order.share:
             local = self._local.recall(self._account.client, self._account.run)
             arrays = {**trainer.start, **local, **arrays}
-        arrays = {name: self._cut(name, array) for name, array in arrays.items()}
+        if self._rank is not None:
+            arrays = {n: leading_ranks(n, array, self._rank) for n, array in arrays.items()}
         check_shapes(arrays, trainer.start, self._rank or trainer.config.rank)
         return arrays
-
-    def _cut(self, name: str, array: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Keep the leading ranks that this client trains; the server sorts them by weight."""
-        rank, factor = self._rank, factor_of(name)
-        if rank is None or factor is None or array.ndim != 2:
-            return array
-        return array[:rank] if factor == A else array[:, :rank]
 
     @property
     def _local(self) -> LocalStore:

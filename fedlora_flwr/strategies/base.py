@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.means import Arrays, merge, weighted_mean
 from fedlora_flwr.errors import BudgetsSpent, FedLoRAError, InvalidValue
-from fedlora_flwr.layout import Layout
+from fedlora_flwr.layout import Layout, factor_of
 from fedlora_flwr.plan import BOTH, A, B, ComponentPlan
 from fedlora_flwr.strategies.agreement import describe
 from fedlora_flwr.strategies.clipping import check_clipping
@@ -191,6 +191,13 @@ class FedLoRA(Declared, Exchange):
         del server_round
         mean = weighted_mean([u.arrays for u in uploads], [u.weight for u in uploads])
         return merge(current, mean)
+
+    def average_heads(
+        self, current: Arrays, uploads: Sequence[Upload]
+    ) -> dict[str, NDArray[np.floating]]:
+        """Return the global arrays with the mean of the heads; factors are left as they are."""
+        heads = [{n: x for n, x in u.arrays.items() if not factor_of(n)} for u in uploads]
+        return merge(current, weighted_mean(heads, [upload.weight for upload in uploads]))
 
     def remarks(self) -> dict[str, str]:
         """Return sentences about the whole run, by name, for its summary and closing table."""

@@ -10,10 +10,9 @@ from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.factors import combine, truncate
-from fedlora_flwr.algebra.means import Arrays, merge, weighted_mean
+from fedlora_flwr.algebra.means import Arrays, merge
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.layout import Layout, factor_of
-from fedlora_flwr.plan import A, B
+from fedlora_flwr.layout import Layout, factor_of, leading_ranks, rank_axis
 from fedlora_flwr.strategies.base import FedLoRA
 from fedlora_flwr.strategies.replies import Upload
 from fedlora_flwr.wire.arrays import from_numpy, record_of, to_numpy
@@ -69,12 +68,12 @@ class FlexLoRA(FedLoRA):
 
     def check_shapes(self, current: Arrays, arrays: Arrays) -> None:
         """Let an upload have any rank up to the global one, the same in all layers."""
-        ranks = {array.shape[_axis(n)] for n, array in arrays.items() if factor_of(n)}
-        most = min(array.shape[_axis(n)] for n, array in current.items() if factor_of(n))
+        ranks = {array.shape[rank_axis(n)] for n, array in arrays.items() if factor_of(n)}
+        most = min(array.shape[rank_axis(n)] for n, array in current.items() if factor_of(n))
         if len(ranks) != 1 or not 1 <= min(ranks) <= most:
             raise InvalidValue("ranks of an upload", sorted(ranks), f"one rank of 1 to {most}")
         (rank,) = ranks
-        merge({name: _leading(name, array, rank) for name, array in current.items()}, arrays)
+        merge({name: leading_ranks(name, array, rank) for name, array in current.items()}, arrays)
 
     def aggregate(
         self, server_round: int, current: Arrays, uploads: Sequence[Upload]
@@ -82,8 +81,7 @@ class FlexLoRA(FedLoRA):
         """Average the products, as stacks of factors, and take their SVD."""
         del server_round
         layout, weights = Layout.of(current), [upload.weight for upload in uploads]
-        heads = [{n: x for n, x in u.arrays.items() if not factor_of(n)} for u in uploads]
-        arrays = merge(current, weighted_mean(heads, weights))
+        arrays = self.average_heads(current, uploads)
         for layer in layout.layers:
             b, a = layout.pair(layer)
             stack = combine([(u.arrays[b], u.arrays[a]) for u in uploads], weights)
@@ -94,16 +92,5 @@ class FlexLoRA(FedLoRA):
         return arrays
 
 
-def _axis(name: str) -> int:
-    return 0 if factor_of(name) == A else 1
-
-
-def _leading(name: str, array: NDArray[np.floating], rank: int) -> NDArray[np.floating]:
-    factor = factor_of(name)
-    if factor == B:
-        return array[:, :rank]
-    return array[:rank] if factor == A else array
-
-
 def _cut(name: str, array: Array, rank: int) -> Array:
-    return from_numpy(np.ascontiguousarray(_leading(name, to_numpy(array), rank)))
+    return from_numpy(np.ascontiguousarray(leading_ranks(name, to_numpy(array), rank)))

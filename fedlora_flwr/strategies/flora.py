@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.factors import combine
-from fedlora_flwr.algebra.means import Arrays, merge, weighted_mean
-from fedlora_flwr.layout import Layout, factor_of
+from fedlora_flwr.algebra.means import Arrays
+from fedlora_flwr.layout import Layout
 from fedlora_flwr.randomness import stream_seed
 from fedlora_flwr.strategies.base import FedLoRA
 from fedlora_flwr.strategies.folding import fold
@@ -50,8 +50,7 @@ class FLoRA(FedLoRA):
     ) -> dict[str, NDArray[np.floating]]:
         """Fold the stacks in; average the head; draw a fresh A as PEFT does, and B = 0."""
         layout, weights = Layout.of(current), [upload.weight for upload in uploads]
-        heads = [{n: x for n, x in u.arrays.items() if not factor_of(n)} for u in uploads]
-        arrays = merge(current, weighted_mean(heads, weights))
+        arrays = self.average_heads(current, uploads)
         updates = {}
         for layer in layout.layers:
             b, a = layout.pair(layer)
