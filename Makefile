@@ -28,10 +28,10 @@ recipes: setup
 	$(BIN)/python -m pytest -n 0 -m recipes tests/simulations/test_recipes.py
 
 bench: setup
-	@$(BIN)/fedlora bench --output benchmarks/results/bench.json
+	@$(BIN)/python -m benchmarks --output benchmarks/results/bench.json
 
 bench-gpu: setup
-	@$(BIN)/fedlora bench gpu --output benchmarks/results/bench-gpu.json
+	@$(BIN)/python -m benchmarks gpu --output benchmarks/results/bench-gpu.json
 
 lint: setup
 	$(BIN)/ruff check .

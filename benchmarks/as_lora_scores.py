@@ -171,7 +171,7 @@ class Network:
 
     def losses(self, b: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """Return each client's mean loss at B of both layers, (clients, d)."""
-        first, second = b.split([self.HIDDEN * self.RANK, 10 * self.RANK], dim=1)
+        first, second = torch.split(b, [self.HIDDEN * self.RANK, 10 * self.RANK], dim=1)
         for number, (part, width) in enumerate(((first, self.HIDDEN), (second, 10))):
             low = (x @ self.a[number].T) @ part.view(len(b), width, self.RANK).mT
             x = x @ self.frozen[number].T + 2 * low

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -50,12 +50,13 @@ def table() -> pd.DataFrame:
     """Return one row for each setting: its noise, and the share of the gain that it keeps."""
     rows = pd.DataFrame(_settings())
     plain = rows[np.isinf(rows["epsilon"])]
-    rows["plain"] = [_without_privacy(row, plain) for row in rows.to_dict("records")]
+    rows["plain"] = [_without_privacy(row, plain) for _, row in rows.iterrows()]
     rows = rows[np.isfinite(rows["epsilon"])].copy()
     rows["kept"] = (rows["final"] - rows["initial"]) / (rows["plain"] - rows["initial"])
     rows["gains"] = rows["final"] - rows["initial"] >= GAINED
     rows["learns"] = rows["kept"] >= KEPT
-    return rows.round(4)
+    rounded: pd.DataFrame = rows.round(4)
+    return rounded
 
 
 def fit(figures: NDArray[np.float64], good: NDArray[np.bool_]) -> float:
@@ -100,12 +101,13 @@ def _settings() -> Iterator[dict[str, Any]]:
             frame = frame[(frame["phase"] == "report") & ~frame["strategy"].isin(LEFT_OUT)]
             frame["option"] = frame["option"].fillna("") if "option" in frame else changed
             groups = frame.groupby(["strategy", "epsilon", "option"], sort=False)
-            for (strategy, epsilon, option), group in groups:
+            for key, group in groups:
+                strategy, epsilon, option = (str(part) for part in cast(Sequence[object], key))
                 own = {"strategy": strategy, "epsilon": float(epsilon), "seed": 1}
                 given = parse_overrides(option.split()) if option else {}
                 config = RunConfig.of(known, own, given)
                 yield {
-                    "data": data, "file": file, "strategy": strategy, "epsilon": epsilon,
+                    "data": data, "file": file, "strategy": strategy, "epsilon": float(epsilon),
                     "option": option, "rounds": config.num_rounds, "runs": len(group),
                     **_noise(data, config),
                     "initial": group["initial"].mean(), "final": group["final"].mean(),
@@ -147,7 +149,7 @@ def _sizes(data: str, config: RunConfig) -> list[int]:
     return [len(task.client_records(client, clients)) for client in range(clients)]
 
 
-def _without_privacy(row: dict[str, Any], plain: pd.DataFrame) -> float:
+def _without_privacy(row: pd.Series[Any], plain: pd.DataFrame) -> float:
     """Return what the same method reaches without noise, with the same options if that was run."""
     same = plain[(plain["data"] == row["data"]) & (plain["strategy"] == row["strategy"])]
     for file, option in ((row["file"], row["option"]), (row["file"], ""), ("rows.csv", "")):

@@ -78,3 +78,10 @@ def test_the_version_is_that_of_the_installed_package() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = fedlora_flwr.no_such_name  # type: ignore[attr-defined]
+
+
+def test_the_package_does_not_import_its_benchmarks() -> None:
+    package = Path(fedlora_flwr.__file__).parent
+    texts = {path.name: path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
+    assert [name for name, text in texts.items() if "import benchmarks" in text] == []
+    assert [name for name, text in texts.items() if "from benchmarks" in text] == []

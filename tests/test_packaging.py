@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 DEPENDENCIES = sysconfig.get_path("purelib")
 # Folders whose modules come with the package but are no part of a Flower app.
-NOT_IN_A_BUNDLE = {"bench", "tests", "benchmarks", "runs"}
+NOT_IN_A_BUNDLE = {"tests", "benchmarks", "runs"}
 
 
 def call(*command: str | Path, cwd: Path, **env: str) -> str:

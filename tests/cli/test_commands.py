@@ -74,7 +74,6 @@ def test_the_version_is_that_of_the_package() -> None:
         (["compare", "--row"], "la-lora fil", ["la-lora filter="]),
         (["compare", "--row"], "la", ["la-lora"]),
         (["keys"], "lr-h", ["lr-head"]),
-        (["bench"], "st", ["step", "start"]),
     ],
 )
 def test_a_shell_completes(arguments: list[str], incomplete: str, expected: list[str]) -> None:

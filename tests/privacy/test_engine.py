@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedlora_flwr.bench.figures import operators
+from benchmarks.figures import operators
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.layout import factor_of
 from fedlora_flwr.privacy import engine as engine_module

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedlora_flwr.bench import started
-from fedlora_flwr.bench.figures import Figure
+from benchmarks import ROOT, started
+from benchmarks.figures import Figure
 
 START_BAR = 1 / 2
 WORDS = ("a", "fine", "film", "the", "plot", "was", "dull", "and", "long", "very", "lovely")
@@ -131,6 +131,7 @@ def start(way: str, folder: Path) -> Start:
         (folder / f"{way}.log").open("w+") as log,
         subprocess.Popen(
             [sys.executable, "-m", started.__name__, way, str(folder)],
+            cwd=ROOT,
             env={**os.environ, **quiet},
             stdout=subprocess.PIPE,
             stderr=log,

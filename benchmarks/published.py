@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fedlora_flwr.bench.figures import Figure
-from fedlora_flwr.bench.rounds import time_rounds
+from benchmarks.figures import Figure
+from benchmarks.rounds import time_rounds
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.processes.workers import log_to_file
 from fedlora_flwr.server.run_dir import RunDirectory

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedlora_flwr.bench.figures import Figure
-from fedlora_flwr.bench.step import Shape, roberta
-from fedlora_flwr.bench.tasks import ShapeTask
+from benchmarks import ROOT
+from benchmarks.figures import Figure
+from benchmarks.step import Shape, roberta
+from benchmarks.tasks import ShapeTask
 
 MEMORY_BAR = 100.0
 
@@ -22,8 +23,8 @@ MEMORY_BAR = 100.0
 class Setting:
     """The task whose model the workers have, one of next to nothing, and how many there are."""
 
-    task: str = "fedlora_flwr.bench.workers:Texts"
-    tiny: str = "fedlora_flwr.bench.workers:TinyTexts"
+    task: str = "benchmarks.workers:Texts"
+    tiny: str = "benchmarks.workers:TinyTexts"
     workers: int = 2
 
 
@@ -68,6 +69,7 @@ def _megabytes(kinds: list[str], task: str, scratch: Path) -> float:
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", __name__, kind, task, str(scratch)],
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

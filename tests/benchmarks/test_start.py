@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedlora_flwr.bench.start import START_BAR, Setting, Start, figures_of, take_starts
+from benchmarks.start import START_BAR, Setting, Start, figures_of, take_starts
 
 SMALL = Setting(starts=1, layers=1, width=32, words=50, records=40)
 # Draws, compares accountants, deals records out, reads pictures, simulates: no device does.

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-from fedlora_flwr.bench.figures import Figure
-from fedlora_flwr.bench.growth import Setting, measure
-from tests.bench.test_step import small_roberta
+from benchmarks.figures import Figure
+from benchmarks.growth import Setting, measure
+from tests.benchmarks.test_step import small_roberta
 
 
 def test_each_row_is_over_its_first() -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedlora_flwr.bench.figures import Figure
-from fedlora_flwr.bench.step import (
+from benchmarks.figures import Figure
+from benchmarks.step import (
     PHASES,
     Shape,
     StepBench,
@@ -66,7 +66,7 @@ def test_every_model_layer_choice_and_phase_gives_time_and_memory() -> None:
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_both_sides_train_the_same_arrays(phase: str) -> None:
-    from fedlora_flwr.bench.step import _choose
+    from benchmarks.step import _choose
     from fedlora_flwr.layout import factor_of
 
     bench = StepBench(small_roberta(), small_roberta().targets["q,v"], 3, torch.device("cpu"))

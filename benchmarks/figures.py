@@ -68,7 +68,8 @@ class Figure:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figure as the JSON file holds it."""
-        return {**asdict(self), "ratio": self.ratio, "met": self.met}
+        measured = self.ours if self.ratio is None else self.ratio
+        return {**asdict(self), "ratio": self.ratio, "measured": measured, "met": self.met}
 
 
 def take_turns(calls: Mapping[str, Call], repetitions: int) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlora_flwr.bench.step import Shape
+from benchmarks.step import Shape
 from fedlora_flwr.data.records import TensorRecords
 
 

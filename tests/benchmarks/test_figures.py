@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from fedlora_flwr.bench.figures import Figure, operators, peak_bytes, table, take_turns
-from fedlora_flwr.bench.suite import BENCHMARKS, run_suite
+from benchmarks import ROOT
+from benchmarks.figures import Figure, operators, peak_bytes, table, take_turns
+from benchmarks.suite import BENCHMARKS, run_suite
 from fedlora_flwr.errors import InvalidValue
 
 FIGURES = {
@@ -71,7 +74,7 @@ def test_the_suite_shows_and_writes_every_figure(
         for name in ("met", "failed"):
             on_figure(FIGURES[name])  # type: ignore[operator]
 
-    monkeypatch.setattr("fedlora_flwr.bench.suite.BENCHMARKS", {"quick": quick})
+    monkeypatch.setattr("benchmarks.suite.BENCHMARKS", {"quick": quick})
     console, output = (
         Console(width=160, record=True, file=io.StringIO()),
         tmp_path / "new" / "bench.json",
@@ -82,7 +85,7 @@ def test_the_suite_shows_and_writes_every_figure(
     assert "quick: Two figures." in console.export_text()
     content = json.loads(output.read_text())
     assert content["figures"] == {"quick": [FIGURES[n].as_dict() for n in ("met", "failed")]}
-    assert content["command"] == "fedlora bench"
+    assert content["command"] == "python -m benchmarks"
     assert {"torch", "opacus", "python"} <= content["versions"].keys()
     assert content["machine"].keys() == {"cpu", "cores", "gpu", "load_average"}
 
@@ -99,3 +102,13 @@ def test_operators_are_counted_forwards_and_backwards_but_for_views() -> None:
     assert operators(lambda: (x * 2).sum()) == 2
     # Of the gradient: ones like the sum, its expansion is a view, times two.
     assert operators(lambda: torch.autograd.grad((x * 2).sum(), x)) > 3
+
+
+def test_an_unknown_benchmark_is_one_sentence_with_the_nearest_name() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "stepp"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "did you mean 'step'?" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from fedlora_flwr.bench.figures import Figure, peak_bytes, take_turns
-from fedlora_flwr.bench.rounds import time_rounds
-from fedlora_flwr.bench.step import Bars, Shape, StepBench, measure, roberta, swin
-from fedlora_flwr.bench.tasks import ShapeTask
+from benchmarks.figures import Figure, peak_bytes, take_turns
+from benchmarks.rounds import time_rounds
+from benchmarks.step import Bars, Shape, StepBench, measure, roberta, swin
+from benchmarks.tasks import ShapeTask
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.lora.compiled import compile_backbone
 from fedlora_flwr.lora.precision import run_in_bf16
@@ -150,7 +150,7 @@ def _round(workers: int, rounds: int) -> float:
         prepared = prepare_run(
             RunConfig.of(
                 {
-                    "task": "fedlora_flwr.bench.gpu:Pictures",
+                    "task": "benchmarks.gpu:Pictures",
                     "strategy": "dp-lora",
                     "num-clients": 8,
                     "num-rounds": rounds + 1,

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from rich.console import Console
 
-from fedlora_flwr.bench.figures import Figure, table, write
+from benchmarks.figures import Figure, table, write
 from fedlora_flwr.errors import unknown
 from fedlora_flwr.terminal import show, show_line, show_lines
 
@@ -22,7 +22,7 @@ Benchmark: TypeAlias = Callable[[OnFigure], None]
 
 def private_step(on_figure: OnFigure) -> None:
     """Compare the private step with plain PEFT without privacy, and with Opacus' own."""
-    from fedlora_flwr.bench.step import measure, roberta, swin
+    from benchmarks.step import measure, roberta, swin
 
     shapes = [swin(), roberta()]
     torch.set_num_threads(os.cpu_count() or 1)
@@ -31,8 +31,8 @@ def private_step(on_figure: OnFigure) -> None:
 
 def one_factor_per_step(on_figure: OnFigure) -> None:
     """Compare steps that train A and B in turn with steps that train both."""
-    from fedlora_flwr.bench.alternation import measure
-    from fedlora_flwr.bench.step import roberta, swin
+    from benchmarks.alternation import measure
+    from benchmarks.step import roberta, swin
 
     torch.set_num_threads(os.cpu_count() or 1)
     measure([swin(), roberta()], 4, 9, torch.device("cpu"), on_figure)
@@ -40,49 +40,49 @@ def one_factor_per_step(on_figure: OnFigure) -> None:
 
 def growth(on_figure: OnFigure) -> None:
     """Show how a step's cost grows with rank, records and model."""
-    from fedlora_flwr.bench.growth import Setting, measure
+    from benchmarks.growth import Setting, measure
 
     measure(Setting(), on_figure)
 
 
 def published_way(on_figure: OnFigure) -> None:
     """Compare a round on short texts with a round as public scripts run it."""
-    from fedlora_flwr.bench.published import Setting, measure
+    from benchmarks.published import Setting, measure
 
     measure(Setting(), on_figure)
 
 
 def in_process(on_figure: OnFigure) -> None:
     """Compare the in-process engine with a bare training loop, and its start with Ray's."""
-    from fedlora_flwr.bench.engine import Setting, measure
+    from benchmarks.engine import Setting, measure
 
     measure(Setting(), on_figure)
 
 
 def registered_clients(on_figure: OnFigure) -> None:
     """Compare rounds of ten clients out of up to 10,000 with rounds of ten out of ten."""
-    from fedlora_flwr.bench.clients import Setting, measure
+    from benchmarks.clients import Setting, measure
 
     measure(Setting(), on_figure)
 
 
 def client_start(on_figure: OnFigure) -> None:
     """Compare a device's process, started for each message, with the plain way to start."""
-    from fedlora_flwr.bench.start import Setting, measure
+    from benchmarks.start import Setting, measure
 
     measure(Setting(), on_figure)
 
 
 def worker_memory(on_figure: OnFigure) -> None:
     """Weigh one more worker process that shares the frozen weights with the others."""
-    from fedlora_flwr.bench.workers import Setting, measure
+    from benchmarks.workers import Setting, measure
 
     measure(Setting(), on_figure)
 
 
 def on_a_gpu(on_figure: OnFigure) -> None:
     """Compare full-size steps on a GPU with plain PEFT, bf16 with fp32, workers with one."""
-    from fedlora_flwr.bench.gpu import full_size, measure_gpu
+    from benchmarks.gpu import full_size, measure_gpu
 
     measure_gpu(full_size(), on_figure)
 
@@ -152,7 +152,7 @@ def run_suite(
         show_line(console, title)
         show(console, table(figures))
     if output:
-        command = " ".join(["fedlora bench", *names])
+        command = " ".join(["python -m benchmarks", *names])
         write(output, command, found, time.perf_counter() - begin)
         show_lines(console, [("Results", str(output))])
     return found

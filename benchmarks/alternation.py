@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fedlora_flwr.bench.figures import Figure, peak_bytes, take_turns
-from fedlora_flwr.bench.step import ALL_LINEARS, PHASES, Shape, StepBench
+from benchmarks.figures import Figure, peak_bytes, take_turns
+from benchmarks.step import ALL_LINEARS, PHASES, Shape, StepBench
 from fedlora_flwr.layout import factor_of
 
 TIME_BAR, MEMORY_BAR = 0.90, 0.80

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from fedlora_flwr.bench.clients import MEMORY_BAR, TIME_BAR, Setting, measure
-from fedlora_flwr.bench.figures import Figure
+from benchmarks.clients import MEMORY_BAR, TIME_BAR, Setting, measure
+from benchmarks.figures import Figure
 
 
 def test_each_number_of_clients_is_compared_with_the_smallest() -> None:

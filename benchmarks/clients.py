@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from fedlora_flwr.bench.engine import stack_config
-from fedlora_flwr.bench.figures import Figure
-from fedlora_flwr.bench.rounds import time_rounds
+from benchmarks import ROOT
+from benchmarks.engine import stack_config
+from benchmarks.figures import Figure
+from benchmarks.rounds import time_rounds
 from fedlora_flwr.environment import peak_memory
 from fedlora_flwr.processes.workers import log_to_file
 from fedlora_flwr.server.run_dir import RunDirectory
@@ -91,6 +92,7 @@ class _Run:
         self._log = log
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, *arguments],
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fedlora_flwr.bench.figures import Call, Figure, peak_bytes, take_turns
-from fedlora_flwr.bench.step import ALL_LINEARS, RANK, Shape, StepBench, roberta
+from benchmarks.figures import Call, Figure, peak_bytes, take_turns
+from benchmarks.step import ALL_LINEARS, RANK, Shape, StepBench, roberta
 
 Cell = tuple[Shape, int, int]
 """Model, records in the batch, rank."""

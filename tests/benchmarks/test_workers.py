@@ -2,11 +2,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedlora_flwr.bench.figures import Figure
-from fedlora_flwr.bench.step import Shape
-from fedlora_flwr.bench.tasks import ShapeTask
-from fedlora_flwr.bench.workers import MEMORY_BAR, Setting, measure
-from tests.bench.test_step import small_roberta
+from benchmarks.figures import Figure
+from benchmarks.step import Shape
+from benchmarks.tasks import ShapeTask
+from benchmarks.workers import MEMORY_BAR, Setting, measure
+from tests.benchmarks.test_step import small_roberta
 
 
 class Small(ShapeTask):
@@ -26,7 +26,7 @@ class Small(ShapeTask):
 def test_shared_weights_cost_a_worker_less_than_its_own() -> None:
     found: list[Figure] = []
 
-    measure(Setting("tests.bench.test_workers:Small"), found.append)
+    measure(Setting("tests.benchmarks.test_workers:Small"), found.append)
 
     (figure,) = found
     assert (figure.reference, figure.unit, figure.bar) == (MEMORY_BAR, "MB", 1.0)

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fedlora_flwr.bench.figures import Figure
-from fedlora_flwr.bench.published import Setting, _config, _make, _Script, measure
+from benchmarks.figures import Figure
+from benchmarks.published import Setting, _config, _make, _Script, measure
 from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.privacy.calibration import calibrated_mechanism
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import torch
 
-from fedlora_flwr.bench.alternation import measure
-from fedlora_flwr.bench.figures import Figure
-from tests.bench.test_step import small_roberta
+from benchmarks.alternation import measure
+from benchmarks.figures import Figure
+from tests.benchmarks.test_step import small_roberta
 
 
 def test_one_factor_is_held_against_both_in_time_and_memory() -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedlora_flwr.bench.figures import Figure
-from fedlora_flwr.bench.gpu import Pictures, Setting, full_size, measure_gpu
-from tests.bench.test_step import small_roberta
+from benchmarks.figures import Figure
+from benchmarks.gpu import Pictures, Setting, full_size, measure_gpu
+from tests.benchmarks.test_step import small_roberta
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is skipped without a GPU")

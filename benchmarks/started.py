@@ -1,4 +1,4 @@
-"""What `fedlora_flwr.bench.start` starts: a process that gets ready for a private step.
+"""What `benchmarks.start` starts: a process that gets ready for a private step.
 
 Every import is in a function, because imports are most of what is measured.
 """
@@ -46,8 +46,8 @@ def as_a_warm_client(folder: Path, clock: Clock) -> None:
 
     clock.done("Flower")
     # By the name that it has in any process.
+    from benchmarks import started
     from fedlora_flwr import client_app  # noqa: F401
-    from fedlora_flwr.bench import started
     from fedlora_flwr.clients.device import Device
     from fedlora_flwr.clients.warm import WarmProcess
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from fedlora_flwr.bench.figures import Call, Figure, operators, peak_bytes, take_turns
+from benchmarks.figures import Call, Figure, operators, peak_bytes, take_turns
 from fedlora_flwr.data.records import TensorRecords
 from fedlora_flwr.layout import factor_of
 from fedlora_flwr.lora.adapters import LoRASpec, attach

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedlora_flwr.bench.figures import Figure
-from fedlora_flwr.bench.rounds import time_rounds
-from fedlora_flwr.bench.step import Shape
-from fedlora_flwr.bench.tasks import ShapeTask
+from benchmarks import ROOT
+from benchmarks.figures import Figure
+from benchmarks.rounds import time_rounds
+from benchmarks.step import Shape
+from benchmarks.tasks import ShapeTask
 from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.plan import BOTH, ComponentPlan
@@ -73,6 +74,7 @@ def _message(setting: Setting) -> Figure:
     """Measure `overhead` in a process that has done nothing else, whatever ran in this one."""
     done = subprocess.run(
         [sys.executable, "-m", __name__, str(setting.clients), str(setting.rounds)],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
@@ -121,7 +123,7 @@ def stack_config(folder: Path, clients: int, rounds: int, **changes: Any) -> Run
     """Return a run of `Stack` whose results go to a folder; every client takes part by default."""
     return RunConfig.of(
         {
-            "task": "fedlora_flwr.bench.engine:Stack",
+            "task": "benchmarks.engine:Stack",
             "strategy": "dp-lora",
             "num-clients": clients,
             "num-rounds": rounds,
@@ -163,6 +165,7 @@ def _until_first_round(command: str) -> float:
         begin = time.perf_counter()
         with subprocess.Popen(
             [sys.executable, "-m", "fedlora_flwr.cli", *arguments],
+            cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

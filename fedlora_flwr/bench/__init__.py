@@ -1,1 +1,0 @@
-"""Benchmarks: ratios to what a user would have otherwise, in one run on one machine."""
