@@ -1,7 +1,7 @@
 """Measurements behind the claims about speed, memory and learning.
 
-`python -m benchmarks` runs those with a bar. Each other module is a command of its own,
-`python -m benchmarks.NAME`. Nothing of this is in the installed package.
+`python -m benchmarks` runs those with a bar. `aggregation`, `as_lora_scores` and `learning` are
+commands of their own, `python -m benchmarks.NAME`. Nothing of this is in the installed package.
 """
 
 from pathlib import Path
