@@ -163,7 +163,7 @@ def test_what_is_no_grid_is_refused(plans: list[str], blocks: list[str], tmp_pat
 
 
 def test_matplotlib_is_loaded_only_to_draw() -> None:
-    code = "import sys, fedlora_flwr.plots.plots; print('matplotlib' in sys.modules)"
+    code = "import sys, fedlora_flwr.plots.accuracy; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
