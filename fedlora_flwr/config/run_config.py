@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from fedlora_flwr.config.keys import Value, check_value, dashed, fields_by_key, widen
-from fedlora_flwr.config.method_keys import ASLoRAKeys
+from fedlora_flwr.config.sections.as_lora import ASLoRAKeys
 from fedlora_flwr.config.methods import OWN_KEY, PERSONAL, check_method, checked_own, flattened
-from fedlora_flwr.config.privacy_keys import PrivacyKeys, ProcessKeys
-from fedlora_flwr.config.task_keys import DataKeys, PartitionKeys, TaskKeys
+from fedlora_flwr.config.sections.privacy import PrivacyKeys, ProcessKeys
+from fedlora_flwr.config.sections.task import DataKeys, PartitionKeys, TaskKeys
 from fedlora_flwr.config.toml import toml_value
-from fedlora_flwr.config.training_keys import FederationKeys, LoRAKeys, TrainingKeys
+from fedlora_flwr.config.sections.training import FederationKeys, LoRAKeys, TrainingKeys
 from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.schedules import Schedule
 

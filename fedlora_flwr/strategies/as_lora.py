@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.gains import Estimate, Movement, across, movements, secant
 from fedlora_flwr.algebra.means import Arrays
-from fedlora_flwr.config.method_keys import ASLoRAKeys
+from fedlora_flwr.config.sections.as_lora import ASLoRAKeys
 from fedlora_flwr.layout import Layout, factor_of
 from fedlora_flwr.plan import A, B, ComponentPlan
 from fedlora_flwr.randomness import stream_seed

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from fedlora_flwr.config import RunConfig, Value, parse_overrides
 from fedlora_flwr.config.keys import fields_by_key
-from fedlora_flwr.config.method_keys import ASLoRAKeys
+from fedlora_flwr.config.sections.as_lora import ASLoRAKeys
 from fedlora_flwr.config.methods import OWN_KEY
-from fedlora_flwr.config.training_keys import FederationKeys, LoRAKeys, TrainingKeys
+from fedlora_flwr.config.sections.training import FederationKeys, LoRAKeys, TrainingKeys
 from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.strategies import strategy_class
 

@@ -1,0 +1,1 @@
+"""The sections of the run configuration, one file each."""
