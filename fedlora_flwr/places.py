@@ -32,6 +32,24 @@ STRATEGIES: Mapping[str, str] = {
     "fedsa-lora": "fedlora_flwr.strategies.fedsa_lora:FedSALoRA",
 }
 
+TASKS: Mapping[str, str] = {
+    "digits": "fedlora_flwr.tasks.digits:DigitsTask",
+    "image-classification": "fedlora_flwr.tasks.image_classification:ImageClassification",
+    "instruction-tuning": "fedlora_flwr.tasks.instruction_tuning:InstructionTuning",
+    "question-answering": "fedlora_flwr.tasks.question_answering:QuestionAnswering",
+    "text-classification": "fedlora_flwr.tasks.text_classification:TextClassification",
+}
+
+_DATA = (("model",), ("dataset",))
+NEEDED_ON_DEVICE: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "image-classification": (*_DATA, ("class-names", "num-classes")),
+    "instruction-tuning": _DATA,
+    "question-answering": _DATA,
+    "text-classification": (*_DATA, ("class-names", "num-classes")),
+}
+"""Keys that a device's own file gives for a task, of each group at least one (see
+`fedlora_flwr.tasks.registry.required_on_device`)."""
+
 _PLACE = re.compile(r"[^:.\s][^:\s]*:\w+")
 
 
@@ -45,6 +63,30 @@ def strategy_names() -> tuple[str, ...]:
     return tuple(dict.fromkeys((*STRATEGIES, *sorted(_registered()))))
 
 
+def check_task_name(name: str) -> None:
+    """Refuse what is neither a task of the package nor a place of one.
+
+    Raises
+    ------
+    InvalidValue
+        No task has that name.
+    """
+    if name not in TASKS and not is_place(name):
+        raise unknown("task", name, TASKS, after=", or your own module:function")
+
+
+def check_strategy_name(name: str) -> None:
+    """Refuse what is neither a strategy, of the package or of another, nor a place of one.
+
+    Raises
+    ------
+    InvalidValue
+        No strategy has that name.
+    """
+    if not is_place(name) and name not in (names := strategy_names()):
+        raise unknown("strategy", name, names, after=", or your own module:Class")
+
+
 def load_strategy(name: str) -> Any:
     """Load what a strategy's name stands for. It is not checked what that is.
 
@@ -53,22 +95,17 @@ def load_strategy(name: str) -> Any:
     InvalidValue
         No strategy has that name, or two packages give it, or its code is not there.
     """
-    registered = _registered()
     if name in STRATEGIES:  # No package takes a built-in name.
         return load("strategy", STRATEGIES[name], "Class of a strategy")
-    places = registered.get(name, [])
+    check_strategy_name(name)
+    places = _registered().get(name, [])
     if len(places) > 1:
         raise InvalidValue(
             "strategy",
             name,
             f"a name that one package gives; this one is {' and '.join(sorted(places))}",
         )
-    if places:
-        return load("strategy", places[0], "Class of a strategy")
-    if not is_place(name):
-        names = (*STRATEGIES, *registered)
-        raise unknown("strategy", name, names, after=", or your own module:Class")
-    return load("strategy", name, "Class of a strategy")
+    return load("strategy", places[0] if places else name, "Class of a strategy")
 
 
 def load(key: str, place: str, what: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlora_flwr.data.dataset_settings import DatasetSettings
+from fedlora_flwr.config.sections import TaskSection
 from fedlora_flwr.data.hub import hub_answers, own_copies_only
 from fedlora_flwr.errors import InvalidValue, one_line
 from fedlora_flwr.files import cache_folder
@@ -31,15 +31,17 @@ _LAYERS = (
 )
 
 
-def build(settings: DatasetSettings, num_classes: int) -> nn.Module:
+def build(settings: TaskSection, num_classes: int, seed: int) -> nn.Module:
     """Return the model; a classifier for other classes than the weights' is drawn by the seed.
 
     Parameters
     ----------
-    settings : DatasetSettings
-        Model, weights, size of pictures and seed.
+    settings : TaskSection
+        Model, weights and size of pictures.
     num_classes : int
         Outputs of the classifier.
+    seed : int
+        Seed of the weights that are drawn.
 
     Raises
     ------
@@ -54,7 +56,7 @@ def build(settings: DatasetSettings, num_classes: int) -> nn.Module:
         file = _weights_in(folder)
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also seed the accelerators, which the fork does not restore.
-        torch.default_generator.manual_seed(settings.seed)
+        torch.default_generator.manual_seed(seed)
         model = _create(settings, num_classes, pretrained=file == "pretrained")
     if file not in ("pretrained", "random"):
         _load(model, file)
@@ -63,7 +65,7 @@ def build(settings: DatasetSettings, num_classes: int) -> nn.Module:
     return model
 
 
-def skeleton(settings: DatasetSettings, num_classes: int, device: str = "meta") -> nn.Module:
+def skeleton(settings: TaskSection, num_classes: int, device: str = "meta") -> nn.Module:
     """Return the model without its weights: its modules and their names.
 
     On the meta device there are shapes alone; on another one the weights are random.
@@ -140,7 +142,7 @@ def model_folder(name: str) -> Path:
     return cache_folder() / "models" / name
 
 
-def _create(settings: DatasetSettings, num_classes: int, *, pretrained: bool) -> nn.Module:
+def _create(settings: TaskSection, num_classes: int, *, pretrained: bool) -> nn.Module:
     import timm
 
     model, folder = settings.model, _folder(settings.model)

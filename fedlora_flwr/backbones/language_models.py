@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from fedlora_flwr.data.dataset_settings import DatasetSettings
+from fedlora_flwr.config.sections import TaskSection
 from fedlora_flwr.data.hub import hub_answers, own_copies_only
 from fedlora_flwr.errors import InvalidValue, one_line
 from fedlora_flwr.lora.exported import DRAWN
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 _Found = TypeVar("_Found")
 
 
-def load_config(settings: DatasetSettings, **changes: Any) -> PretrainedConfig:
+def load_config(settings: TaskSection, **changes: Any) -> PretrainedConfig:
     """Return the model's configuration.
 
     Parameters
     ----------
-    settings : DatasetSettings
+    settings : TaskSection
         Names the model.
     **changes : Any
         Fields to set, e.g. ``num_labels``.
@@ -44,7 +44,7 @@ def load_config(settings: DatasetSettings, **changes: Any) -> PretrainedConfig:
     return _fetched(settings.model, lambda **where: AutoConfig.from_pretrained(**where, **changes))
 
 
-def load_tokenizer(settings: DatasetSettings) -> PreTrainedTokenizerBase:
+def load_tokenizer(settings: TaskSection) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer, with a token for padding.
 
     Raises
@@ -225,7 +225,7 @@ def _beside(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def build(auto: Any, settings: DatasetSettings, config: PretrainedConfig) -> nn.Module:
+def build(auto: Any, settings: TaskSection, config: PretrainedConfig, seed: int) -> nn.Module:
     """Return the model; weights that the checkpoint lacks, the head's, are drawn by the seed.
 
     A head of the checkpoint's that is for other classes is not taken.
@@ -234,10 +234,12 @@ def build(auto: Any, settings: DatasetSettings, config: PretrainedConfig) -> nn.
     ----------
     auto : type
         One of transformers' auto classes.
-    settings : DatasetSettings
-        Model, weights, quantisation and seed.
+    settings : TaskSection
+        Model, weights and quantization.
     config : PretrainedConfig
         As of `load_config`.
+    seed : int
+        Seed of the weights that are drawn.
 
     Raises
     ------
@@ -253,7 +255,7 @@ def build(auto: Any, settings: DatasetSettings, config: PretrainedConfig) -> nn.
     options = quantized(settings.quantization, head_modules(bare))
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also seed the accelerators, which the fork does not restore.
-        torch.default_generator.manual_seed(settings.seed)
+        torch.default_generator.manual_seed(seed)
         if settings.weights == "random":
             model: nn.Module = skeleton(auto, config, "cpu")
             setattr(model, DRAWN, _beside(bare))

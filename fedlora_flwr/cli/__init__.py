@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedlora_flwr.cli import compare, deploy, explain, forecast, plot, pretrain, run
+from fedlora_flwr.cli import compare, convert, deploy, explain, forecast, plot, pretrain, run
 from fedlora_flwr.environment import versions
 from fedlora_flwr.terminal import Commands
 
@@ -44,6 +44,7 @@ app.command("inspect-split")(forecast.inspect_split)
 app.command()(plot.plot)
 app.command()(explain.recipes)
 app.command()(explain.keys)
+app.command()(convert.convert)
 app.command()(pretrain.pretrain)
 app.add_typer(deploy.app, name="deploy")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import Field
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +12,10 @@ import typer
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.keys import Check, fields_by_key
+from fedlora_flwr.config.names import full_name, short_name
 from fedlora_flwr.config.recipes import recipe_names
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.places import strategy_names
+from fedlora_flwr.places import TASKS, strategy_names
 
 
 def complete_recipe(incomplete: str) -> list[str]:
@@ -22,8 +24,9 @@ def complete_recipe(incomplete: str) -> list[str]:
 
 
 def complete_key(incomplete: str) -> list[str]:
-    """Return the configuration keys that begin so."""
-    return _beginning(fields_by_key(RunConfig), incomplete)
+    """Return the configuration keys that begin so, in full where a section is written."""
+    known = fields_by_key(RunConfig)
+    return _beginning(map(full_name, known) if "." in incomplete else known, incomplete)
 
 
 def complete_override(incomplete: str) -> list[str]:
@@ -31,8 +34,10 @@ def complete_override(incomplete: str) -> list[str]:
     key, separator, text = incomplete.partition("=")
     if not separator:
         return [f"{name}=" for name in complete_key(incomplete)]
-    entry = fields_by_key(RunConfig).get(key)
-    return [f"{key}={name}" for name in _beginning(names_of(key) if entry else (), text)]
+    with suppress(InvalidValue):
+        if (short := short_name(key)) in fields_by_key(RunConfig):
+            return [f"{key}={name}" for name in _beginning(names_of(short), text)]
+    return []
 
 
 def complete_strategies(incomplete: str) -> list[str]:
@@ -63,13 +68,7 @@ def names_of(key: str, entry: Field[Any] | None = None) -> tuple[str, ...]:
     if key == "strategy":
         return strategy_names()
     if key == "task":
-        from fedlora_flwr.tasks.registry import task_names
-
-        return tuple(task_names())
-    if key == "partitioner":
-        from fedlora_flwr.data.partition import PARTITIONER_NAMES
-
-        return PARTITIONER_NAMES
+        return tuple(TASKS)
     entry = entry or fields_by_key(RunConfig)[key]
     if isinstance(entry.default, bool):
         return ("true", "false")

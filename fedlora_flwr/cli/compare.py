@@ -16,8 +16,8 @@ from fedlora_flwr.cli.arguments import (
     complete_row,
     complete_strategies,
 )
+from fedlora_flwr.cli.convert import read_recipe
 from fedlora_flwr.config import parse_overrides
-from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.terminal import show_json
 
@@ -66,7 +66,7 @@ def compare(
 ) -> None:
     """Compare strategies over privacy budgets; the same command again goes on where it stopped."""
     texts, budgets = _rows(strategies, rows or []), _budgets(epsilon)
-    config = load_recipe(task, _shared(overrides or [], texts[0].split(), budgets[0]))
+    config = read_recipe(task, _shared(overrides or [], texts[0].split(), budgets[0]))
     from fedlora_flwr.cli.compare_screen import CompareScreen
     from fedlora_flwr.studies.compare import Comparison
     from fedlora_flwr.studies.compare import compare as run_comparison

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from fedlora_flwr.cli.arguments import AsJson, Overrides, complete_recipe
-from fedlora_flwr.config.recipes import load_recipe
+from fedlora_flwr.cli.convert import read_recipe
 from fedlora_flwr.errors import FedLoRAError
 from fedlora_flwr.terminal import Commands, show_json, show_line
 
@@ -38,7 +38,7 @@ def init(
     """Write certificates, keys, start scripts, units and settings of a small fleet."""
     from fedlora_flwr.deploy.fleet import CONNECTION, Fleet, make_fleet
 
-    run = load_recipe(recipe, None) if recipe else None
+    run = read_recipe(recipe, None) if recipe else None
     make_fleet(folder, Fleet(devices, host, port, days), run)
     app_folder = folder / "operator" / "app"
     lines = [
@@ -72,7 +72,7 @@ def check(
     from fedlora_flwr.deploy.fleet import SETTINGS
 
     look = check_device if (folder / SETTINGS).exists() else check_fleet
-    run = load_recipe(recipe, overrides) if recipe else None
+    run = read_recipe(recipe, overrides) if recipe else None
     console, found = Console(), []
     for finding in look(folder.resolve(), run):
         found.append(finding)

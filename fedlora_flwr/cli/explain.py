@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field
 from typing import Annotated, Any, cast
 
@@ -13,6 +13,7 @@ from fedlora_flwr.cli.arguments import AsJson, complete_key, names_of
 from fedlora_flwr.config import RunConfig, Value
 from fedlora_flwr.config.keys import allowed_values, fields_by_key, type_words
 from fedlora_flwr.config.methods import settings_of_methods
+from fedlora_flwr.config.names import by_section, full_name, short_name
 from fedlora_flwr.config.recipes import about_recipe, recipe_names
 from fedlora_flwr.config.toml import toml_value
 from fedlora_flwr.errors import unknown
@@ -32,7 +33,8 @@ def keys(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Keys to explain in full; all keys in short if none.", autocompletion=complete_key
+            help="Keys or sections to explain in full; all keys in short if none.",
+            autocompletion=complete_key,
         ),
     ] = None,
     who_decides: Annotated[
@@ -48,12 +50,9 @@ def keys(
         print(markdown(), end="")
         return
     entries = fields_by_key(RunConfig)
-    if not names or not entries.keys() >= set(names):
+    if not names or not {*entries, *by_section(entries)} >= {short_name(name) for name in names}:
         entries.update(settings_of_methods(entries))
-    for name in names or ():
-        if name not in entries:
-            raise unknown("key", name, entries)
-    chosen = {name: entries[name] for name in names or entries}
+    chosen = {name: entries[name] for name in _chosen(names or [], entries)}
     console = Console()
     if as_json:
         show_json([_explained(name, entry) for name, entry in chosen.items()])
@@ -61,9 +60,27 @@ def keys(
         _show_in_full(console, chosen)
     else:
         rows = [
-            (k, toml_value(cast(Value, e.default)), e.metadata["about"]) for k, e in chosen.items()
+            (*_parts(k), toml_value(cast(Value, e.default)), e.metadata["about"])
+            for k, e in chosen.items()
         ]
-        show(console, Table(("key", "default", "meaning"), rows, "<<<"))
+        show(console, Table(("section", "key", "default", "meaning"), rows, "<<<<"))
+
+
+def _chosen(names: Sequence[str], entries: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the keys of ``entries`` that are named: in short, in full, or by their section."""
+    sections = by_section(entries)
+    for name in names or sections:
+        if name in sections and not (names and name in entries):
+            yield from (short_name(f"{name}.{key}") for key in sections[name])
+        elif (key := short_name(name)) in entries:
+            yield key
+        else:
+            raise unknown("key or section", name, (*entries, *sections))
+
+
+def _parts(key: str) -> tuple[str, str]:
+    section, _, name = full_name(key).partition(".")
+    return section, name
 
 
 _OPEN = {
@@ -76,6 +93,7 @@ def _explained(key: str, entry: Field[Any]) -> dict[str, Any]:
     about, names = entry.metadata, names_of(key, entry)
     listed = ", ".join((*names, *_OPEN.get(key, ())))
     return {
+        "section": _parts(key)[0],
         "key": key,
         "about": about["about"],
         "type": type_words(entry),
@@ -95,7 +113,7 @@ def _show_in_full(console: Console, chosen: Mapping[str, Field[Any]]) -> None:
             show_line(console, "")
         found = _explained(key, entry)
         lines = [
-            ("Key", key),
+            ("Key", full_name(key)),
             ("Meaning", found["about"]),
             ("Default", toml_value(found["default"])),
             ("Type", found["type"]),

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from fedlora_flwr.cli.arguments import AsJson, Overrides, Recipe, png_file
-from fedlora_flwr.config.recipes import load_recipe
+from fedlora_flwr.cli.convert import read_recipe
 from fedlora_flwr.terminal import show, show_json, show_lines
 
 
@@ -22,6 +22,7 @@ def budget(
     as_json: AsJson = False,
 ) -> None:
     """Print the noise multiplier σ for a budget, and what each accountant says of it."""
+    from fedlora_flwr.privacy.accountants import ACCOUNTANTS
     from fedlora_flwr.privacy.budget import Segment, calibrate, check_budget, epsilon_spent
 
     check_budget(epsilon, delta, batch_size, records)
@@ -29,7 +30,7 @@ def budget(
     sigma = calibrate(epsilon, delta, rate, steps)
     spent = {
         name: epsilon_spent([Segment(sigma, rate, steps)], delta, name).epsilon
-        for name in ("prv", "pld", "rdp")
+        for name in ACCOUNTANTS
     }
     if as_json:
         show_json({"noise_multiplier": sigma, "sample_rate": rate, "epsilon": spent})
@@ -51,7 +52,7 @@ def plan(
 
     Exits with code 1 if a client cannot keep its promise.
     """
-    config = load_recipe(recipe, overrides)
+    config = read_recipe(recipe, overrides)
     from fedlora_flwr.cli.forecast_screen import show_forecast
     from fedlora_flwr.forecast import forecast
 
@@ -73,7 +74,7 @@ def inspect_split(
     as_json: AsJson = False,
 ) -> None:
     """Show which client of a simulation gets how many records of which class; trains nothing."""
-    config = load_recipe(recipe, overrides)
+    config = read_recipe(recipe, overrides)
     path = png_file(output or Path(f"split-{Path(recipe).stem}.png"))
     from fedlora_flwr.forecast.split_table import (
         MAX_COLUMNS,

@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 
 from fedlora_flwr.cli.arguments import AsJson, Output, Overrides, Recipe
+from fedlora_flwr.cli.convert import read_recipe
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.errors import FedLoRAError
 from fedlora_flwr.terminal import show_json, show_lines, told
 
@@ -27,7 +27,7 @@ def run(
     ] = None,
 ) -> None:
     """Run a recipe with `flwr run` on Flower's simulation engine."""
-    config = load_recipe(recipe, overrides)  # Bad input is told before the slow imports.
+    config = read_recipe(recipe, overrides)  # Bad input is told before the slow imports.
     from fedlora_flwr.simulations.runner import run_on_flower
 
     _launch(partial(run_on_flower, workers=workers), config, as_json, output)
@@ -43,7 +43,7 @@ def simulate(
     ] = 1,
 ) -> None:
     """Run a recipe without Ray or a server: same seed, same arrays."""
-    config = load_recipe(recipe, overrides)
+    config = read_recipe(recipe, overrides)
     from fedlora_flwr.simulations.runner import run_in_process
 
     _launch(partial(run_in_process, workers=workers), config, as_json, output)

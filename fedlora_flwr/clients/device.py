@@ -11,6 +11,7 @@ from typing import Any
 from flwr.app import Context
 
 from fedlora_flwr.config import OWN, Limit, RunConfig, device_config, read_toml
+from fedlora_flwr.config.names import by_short_name
 from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.tasks.registry import required_on_device
 from fedlora_flwr.wire import partition_name
@@ -83,12 +84,13 @@ class Device:
         limits = found.pop(LIMITS, {})
         if not isinstance(limits, dict):
             raise InvalidValue(LIMITS, limits, "a table, [limits]")
+        found = by_short_name(found)
         for key in found:
             if key not in OWN:
                 raise unknown(f"key of {path.name}", key, OWN)
         _check_complete(found, path)
         settings = {key: _local(key, value, path.parent) for key, value in found.items()}
-        read_limits = {key: Limit.read(key, value) for key, value in limits.items()}
+        read_limits = {key: Limit.read(key, value) for key, value in by_short_name(limits).items()}
         return cls(client, settings, float(keep_warm), read_limits)
 
     @property

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fedlora_flwr.config.keys import Decider, allowed_values, fields_by_key
+from fedlora_flwr.config.names import full_name, short_name
 from fedlora_flwr.config.on_device import UNREAD
 from fedlora_flwr.config.run_config import RunConfig
 from fedlora_flwr.wire import ARRAYS
@@ -54,7 +55,7 @@ def rows() -> Iterator[Row]:
     for key, entry in fields_by_key(RunConfig).items():
         about = entry.metadata
         yield Row(
-            "configuration", key, about["decides"], allowed_values(entry), about["why"],
+            "configuration", full_name(key), about["decides"], allowed_values(entry), about["why"],
             about["on_device"],
         )  # fmt: skip
     # Arrays come in a record of their own, and are no field of an order.
@@ -105,14 +106,15 @@ def in_force(settings: Mapping[str, Any], limits: Mapping[str, Any]) -> Iterator
     for row in rows():
         if row.where != "configuration":
             continue
+        key = short_name(row.key)
         if row.decides == Decider.DEVICE:
-            given = row.key in settings
-            value = settings.get(row.key, row.default)
+            given = key in settings
+            value = settings.get(key, row.default)
             yield row.key, f"{value!r}, {'its file' if given else 'default: its file is silent'}"
         elif row.decides == Decider.PACKAGE:
             yield row.key, f"{row.default!r}, always"
-        elif row.key in limits:
-            yield row.key, f"the run, {limits[row.key]}"
+        elif key in limits:
+            yield row.key, f"the run, {limits[key]}"
         else:
             yield row.key, f"the run, {row.accepted}"
 

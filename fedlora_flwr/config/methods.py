@@ -44,15 +44,6 @@ def method_of(name: str) -> Method:
     return found
 
 
-def flattened(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield keys and values, those of a table with the table's name and a dot before them."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{key}.{name}", inner) for name, inner in value.items())
-        else:
-            yield key, value
-
-
 def own_keys(method: Method, known: Mapping[str, Any]) -> dict[str, Any]:
     """Return the declarations of a method's own settings, by key.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from fedlora_flwr.config.keys import Decider, check_value, fields_by_key, widen
 from fedlora_flwr.config.methods import OWN_KEY
+from fedlora_flwr.config.names import by_short_name
 from fedlora_flwr.config.run_config import RunConfig
 from fedlora_flwr.errors import InvalidValue, OrderRefused, unknown
 
@@ -137,13 +138,13 @@ def device_config(
     """
     values: dict[str, Any] = {}
     own_settings = 0
-    for key, value in run.items():
-        if OWN_KEY.fullmatch(str(key)):
+    for key, value in _by_short_name(run).items():
+        if OWN_KEY.fullmatch(key):
             # The server's strategy alone reads these. No code is loaded for them here.
             own_settings += 1
-            _check_unread(str(key), value, own_settings)
+            _check_unread(key, value, own_settings)
         else:
-            values[str(key)] = _accepted(str(key), value)
+            values[key] = _accepted(key, value)
     for key in _AGREED:
         mine = own.get(key, _KEYS[key].default)
         if key in values and values[key] != mine:
@@ -159,6 +160,13 @@ def device_config(
     except InvalidValue as error:
         raise OrderRefused(str(error)) from error
     return RunConfig.received(_decided(values, own))
+
+
+def _by_short_name(run: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return by_short_name({str(key): value for key, value in run.items()})
+    except InvalidValue as error:
+        raise OrderRefused(f"{error} Install the same version on server and devices.") from error
 
 
 def _decided(run: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

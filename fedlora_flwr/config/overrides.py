@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from fedlora_flwr.config.keys import fields_by_key
+from fedlora_flwr.config.names import short_name
 from fedlora_flwr.config.run_config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 
@@ -26,7 +27,7 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
     Raises
     ------
     InvalidValue
-        A pair has no ``=``.
+        A pair has no ``=``, or its key is in no section.
     """
     found: dict[str, Any] = {}
     for pair in pairs:
@@ -37,7 +38,8 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def _read(key: str, text: str) -> Any:
+def _read(name: str, text: str) -> Any:
+    key = short_name(name)
     if key not in _KEYS:  # A method's own setting, or nothing.
         return _number(text)
     kind = type(_KEYS[key].default)

@@ -1,6 +1,6 @@
 """A run's configuration, checked.
 
-A key of ``[tool.flwr.app.config]`` is the name of a field of `RunConfig` with dashes.
+The short name of a key is the name of a field of `RunConfig` with dashes.
 """
 
 from __future__ import annotations
@@ -12,13 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from fedlora_flwr.config.keys import Value, check_value, dashed, fields_by_key, widen
-from fedlora_flwr.config.sections.as_lora import ASLoRAKeys
-from fedlora_flwr.config.methods import OWN_KEY, PERSONAL, check_method, checked_own, flattened
-from fedlora_flwr.config.sections.privacy import PrivacyKeys, ProcessKeys
-from fedlora_flwr.config.sections.task import DataKeys, PartitionKeys, TaskKeys
+from fedlora_flwr.config.methods import OWN_KEY, PERSONAL, check_method, checked_own
+from fedlora_flwr.config.names import by_section, by_short_name, full_name
+from fedlora_flwr.config.sections import (
+    ASLoRASection,
+    DataSection,
+    FederationSection,
+    LoRASection,
+    PartitionSection,
+    PrivacySection,
+    RunSection,
+    TaskSection,
+    TrainingSection,
+)
 from fedlora_flwr.config.toml import toml_value
-from fedlora_flwr.config.sections.training import FederationKeys, LoRAKeys, TrainingKeys
 from fedlora_flwr.errors import InvalidValue, unknown
+from fedlora_flwr.places import check_strategy_name, check_task_name
 from fedlora_flwr.schedules import Schedule
 
 MOST_STEPS = 1_000_000_000
@@ -28,15 +37,15 @@ MOST_STEPS = 1_000_000_000
 @dataclass(frozen=True)
 class RunConfig(
     # A dataclass takes the fields of its last base first.
-    ProcessKeys,
-    PrivacyKeys,
-    TrainingKeys,
-    LoRAKeys,
-    ASLoRAKeys,
-    FederationKeys,
-    PartitionKeys,
-    DataKeys,
-    TaskKeys,
+    RunSection,
+    PrivacySection,
+    TrainingSection,
+    LoRASection,
+    ASLoRASection,
+    FederationSection,
+    PartitionSection,
+    DataSection,
+    TaskSection,
 ):
     """Everything that defines a run, checked.
 
@@ -144,6 +153,9 @@ class RunConfig(
     def of(cls, *layers: Mapping[str, Any]) -> RunConfig:
         """Make a configuration from mappings of keys to values, later ones first in force.
 
+        A key is written in short (``epsilon``), in full (``privacy.epsilon``), or in the table of
+        its section.
+
         The strategy is loaded where a value is a matter of what it can do, or a setting of its own.
 
         Raises
@@ -152,6 +164,8 @@ class RunConfig(
             A key is unknown, or a value cannot be used.
         """
         config = cls.received(*layers)
+        check_task_name(config.task)
+        check_strategy_name(config.strategy)
         check_method(config)
         if not config.own:
             return config
@@ -167,10 +181,10 @@ class RunConfig(
         Raises
         ------
         InvalidValue
-            A key is unknown, or a value cannot be used.
+            A key is unknown or given twice in one mapping, or a value cannot be used.
         """
         known = fields_by_key(cls)
-        merged = {key: value for layer in layers for key, value in flattened(layer)}
+        merged = {key: value for layer in layers for key, value in by_short_name(layer).items()}
         own = {key: value for key, value in merged.items() if OWN_KEY.fullmatch(key)}
         for key in merged:
             if key not in known and key not in own:
@@ -194,10 +208,21 @@ class RunConfig(
         return math.isfinite(self.epsilon)
 
     def items(self) -> dict[str, Value]:
-        """Return every key with its value."""
+        """Return every key with its value, by its short name."""
         values = {key: getattr(self, entry.name) for key, entry in fields_by_key(self).items()}
         return {**values, **dict(self.own)}
 
-    def to_toml(self) -> str:
-        """Write the configuration in the form that ``flwr run --run-config FILE`` reads."""
-        return "".join(f"{key} = {toml_value(value)}\n" for key, value in self.items().items())
+    def to_toml(self, table: str = "") -> str:
+        """Write the configuration in the form that ``flwr run --run-config FILE`` reads.
+
+        Parameters
+        ----------
+        table : str (default: none)
+            The table in which the sections stand.
+        """
+        values = {full_name(key): value for key, value in self.items().items()}
+        parts = []
+        for section, keys in by_section(self.items()).items():
+            lines = (f"{key} = {toml_value(values[f'{section}.{key}'])}\n" for key in keys)
+            parts.append(f"[{table}{section}]\n" + "".join(lines))
+        return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""Recipes: flat TOML in, flat TOML out."""
+"""TOML files of configuration keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedlora_flwr.errors import InvalidValue
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read a recipe: a flat TOML file of configuration keys.
+    """Read a TOML file of configuration keys.
 
     Raises
     ------

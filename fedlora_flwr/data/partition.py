@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora_flwr.config.sections.partition import PARTITIONERS
 from fedlora_flwr.data.splits import Split
 from fedlora_flwr.errors import InvalidValue, unknown
 
@@ -94,7 +95,7 @@ def _by_place(name: str) -> Callable[[Split], Partitioner]:
     return build
 
 
-PARTITIONERS: dict[str, Callable[[Split], Partitioner]] = {
+_MAKERS: dict[str, Callable[[Split], Partitioner]] = {
     "iid": _iid,
     "dirichlet": _dirichlet,
     "pathological": _pathological,
@@ -106,7 +107,6 @@ PARTITIONERS: dict[str, Callable[[Split], Partitioner]] = {
     "exponential": _by_place("ExponentialPartitioner"),
 }
 LABEL_SHARES = "label-shares"
-PARTITIONER_NAMES = (*PARTITIONERS, LABEL_SHARES)
 _BY_COLUMN = ("dirichlet", "pathological", "shard", "natural-id", LABEL_SHARES)
 
 
@@ -139,8 +139,8 @@ def partition_records(columns: Mapping[str, NDArray[Any]], split: Split) -> list
     InvalidValue
         A setting is out of range, or does not suit these records.
     """
-    if split.partitioner not in PARTITIONER_NAMES:
-        raise unknown("partitioner", split.partitioner, PARTITIONER_NAMES)
+    if split.partitioner not in PARTITIONERS:
+        raise unknown("partitioner", split.partitioner, PARTITIONERS)
     if split.partitioner in _BY_COLUMN:
         _require_column(columns, split)
     records = len(next(iter(columns.values())))
@@ -151,7 +151,7 @@ def partition_records(columns: Mapping[str, NDArray[Any]], split: Split) -> list
     if split.partitioner == LABEL_SHARES:
         parts = _by_shares(columns[split.by], split)
     else:
-        parts = _dealt(columns, PARTITIONERS[split.partitioner](split), split)
+        parts = _dealt(columns, _MAKERS[split.partitioner](split), split)
     if min(map(len, parts)) < split.min_size:
         raise _unmet(split, min(map(len, parts)))
     if split.partitioner == "pathological":

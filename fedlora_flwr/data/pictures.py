@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fedlora_flwr.data.arrow_records import Rows
-from fedlora_flwr.data.dataset_settings import names
+from fedlora_flwr.data.names import names
 from fedlora_flwr.data.prepared import prepare
 from fedlora_flwr.errors import unknown
 

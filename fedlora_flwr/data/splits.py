@@ -3,53 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
+from fedlora_flwr.config.sections import PartitionSection
 from fedlora_flwr.errors import InvalidValue
-
-
-class SplitSettings(Protocol):
-    """What a `Split` is made from: a part of the run configuration."""
-
-    @property
-    def partitioner(self) -> str:
-        """One of `fedlora_flwr.data.partition.PARTITIONER_NAMES`."""
-        ...
-
-    @property
-    def dirichlet_alpha(self) -> float:
-        """Dirichlet concentration."""
-        ...
-
-    @property
-    def min_records(self) -> int:
-        """Records that the smallest client must have."""
-        ...
-
-    @property
-    def classes_per_client(self) -> int:
-        """Classes, or shards, of each client."""
-        ...
-
-    @property
-    def partition_column(self) -> str:
-        """Name of the column to split by; empty means the label."""
-        ...
-
-    @property
-    def partition_sizes(self) -> str:
-        """Whole numbers with commas between them."""
-        ...
-
-    @property
-    def label_shares(self) -> str:
-        """Shares of the classes, one row per client."""
-        ...
-
-    @property
-    def seed(self) -> int:
-        """Seed of the partition."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -59,7 +15,7 @@ class Split:
     Parameters
     ----------
     partitioner : str
-        One of `fedlora_flwr.data.partition.PARTITIONER_NAMES`.
+        One of `fedlora_flwr.config.sections.partition.PARTITIONERS`.
     num_partitions : int
         Clients.
     seed : int
@@ -90,8 +46,8 @@ class Split:
     shares: tuple[tuple[float, ...], ...] = ()
 
     @classmethod
-    def of(cls, settings: SplitSettings, num_partitions: int) -> Split:
-        """Make a split from the run configuration.
+    def of(cls, partition: PartitionSection, num_partitions: int, seed: int) -> Split:
+        """Make a split from its section of the configuration.
 
         Raises
         ------
@@ -99,15 +55,15 @@ class Split:
             ``partition-sizes`` are no numbers, or ``label-shares`` no shares.
         """
         return cls(
-            partitioner=settings.partitioner,
+            partitioner=partition.partitioner,
             num_partitions=num_partitions,
-            seed=settings.seed,
-            alpha=settings.dirichlet_alpha,
-            min_size=settings.min_records,
-            classes_per_partition=settings.classes_per_client,
-            column=settings.partition_column,
-            sizes=_whole_numbers(settings.partition_sizes),
-            shares=_shares(settings.label_shares),
+            seed=seed,
+            alpha=partition.dirichlet_alpha,
+            min_size=partition.min_records,
+            classes_per_partition=partition.classes_per_client,
+            column=partition.partition_column,
+            sizes=_whole_numbers(partition.partition_sizes),
+            shares=_shares(partition.label_shares),
         )
 
     @property

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,7 +30,15 @@ from scipy.special import ndtr  # type: ignore[import-untyped]
 
 from fedlora_flwr.errors import InvalidValue
 
-__all__ = ["Segment", "merge", "pld_epsilon", "prv_epsilon", "rdp_epsilon", "step_divergence"]
+__all__ = [
+    "ACCOUNTANTS",
+    "Segment",
+    "merge",
+    "pld_epsilon",
+    "prv_epsilon",
+    "rdp_epsilon",
+    "step_divergence",
+]
 
 Direction = Literal["add", "remove"]
 
@@ -342,6 +350,15 @@ def pld_epsilon(segments: Sequence[Segment], delta: float, *, interval: float = 
         step = dp_accounting.PoissonSampledDpEvent(s.sample_rate, noise)
         accountant.compose(dp_accounting.SelfComposedDpEvent(step, s.steps))
     return float(accountant.get_epsilon(delta))
+
+
+ACCOUNTANTS: Mapping[str, Callable[[Sequence[Segment], float], float | None]] = {
+    "prv": prv_epsilon,
+    "pld": pld_epsilon,
+    "rdp": rdp_epsilon,
+}
+"""Accountants by name. Each takes a history and δ, and returns ε, or ``None`` where it would take
+too much memory: `rdp_epsilon` then answers."""
 
 
 @functools.lru_cache(maxsize=1)

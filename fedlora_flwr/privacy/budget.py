@@ -25,11 +25,10 @@ from pathlib import Path
 from fedlora_flwr.errors import FedLoRAError, InvalidValue, unknown
 from fedlora_flwr.files import cache_folder, private_folder, replace_file
 from fedlora_flwr.privacy import accountants
-from fedlora_flwr.privacy.accountants import Segment, merge, pld_epsilon, prv_epsilon, rdp_epsilon
+from fedlora_flwr.privacy.accountants import ACCOUNTANTS, Segment, merge, pld_epsilon, rdp_epsilon
 
 __all__ = ["AccountantsDisagree", "Segment", "Spent", "calibrate", "check_budget", "epsilon_spent"]
 
-_ACCOUNTANTS = ("pld", "prv", "rdp")
 _TOLERANCE = 1e-3
 MIN_NOISE = 1e-3
 _MAX_NOISE = 1e5
@@ -136,7 +135,7 @@ def epsilon_spent(history: Sequence[Segment], delta: float, accountant: str = "p
     delta : float
         δ, between 0 and 1.
     accountant : str (default: "prv")
-        ``"prv"``, ``"rdp"`` or ``"pld"``.
+        One of `fedlora_flwr.privacy.accountants.ACCOUNTANTS`.
 
     Returns
     -------
@@ -157,8 +156,8 @@ def epsilon_spent(history: Sequence[Segment], delta: float, accountant: str = "p
     (4.79, 'prv')
     """
     _check_delta(delta)
-    if accountant not in _ACCOUNTANTS:
-        raise unknown("accountant", accountant, _ACCOUNTANTS)
+    if accountant not in ACCOUNTANTS:
+        raise unknown("accountant", accountant, ACCOUNTANTS)
     segments = merge(history)
     if not segments:
         return Spent(0.0, accountant)
@@ -192,12 +191,10 @@ def _spent(segments: tuple[Segment, ...], delta: float, accountant: str) -> Spen
 
 def _account(segments: Sequence[Segment], delta: float, accountant: str) -> tuple[float, str]:
     """Compute ε, and name the accountant that gave it."""
-    if accountant == "pld":
-        return pld_epsilon(segments, delta), "pld"
-    epsilon = prv_epsilon(segments, delta) if accountant == "prv" else None
+    epsilon = ACCOUNTANTS[accountant](segments, delta)
     if epsilon is None:
         return rdp_epsilon(segments, delta), "rdp"
-    return epsilon, "prv"
+    return epsilon, accountant
 
 
 def _search(budget: float, delta: float, rate: float, steps: int) -> tuple[float, str]:

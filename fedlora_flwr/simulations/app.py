@@ -29,7 +29,6 @@ serverapp = "{COMPONENTS["serverapp"]}"
 clientapp = "{COMPONENTS["clientapp"]}"
 
 # Every key with its default; `fedlora keys` explains them. `--run-config` overrides them.
-[tool.flwr.app.config]
 """
 
 
@@ -46,5 +45,6 @@ def write_app(folder: Path, own: Mapping[str, Value] | None = None) -> None:
         Settings of a method that stand in its table: Flower overrides only keys that it finds.
     """
     folder.mkdir(exist_ok=True)
-    text = _PROJECT + replace(RunConfig(), own=tuple((own or {}).items())).to_toml()
+    config = replace(RunConfig(), own=tuple((own or {}).items()))
+    text = _PROJECT + config.to_toml(table="tool.flwr.app.config.")
     (folder / PROJECT_FILE).write_text(text, encoding="utf-8")

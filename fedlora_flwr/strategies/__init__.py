@@ -6,6 +6,7 @@ from dataclasses import fields
 
 from fedlora_flwr import places
 from fedlora_flwr.config.keys import FLAG, above, at_least, between, choice
+from fedlora_flwr.config.sections import SECTIONS
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.places import load_strategy
 from fedlora_flwr.strategies.as_lora import ASLoRA
@@ -42,6 +43,9 @@ def strategy_class(name: str) -> type[FedLoRA]:
         raise InvalidValue(
             "strategy", name, "a class with a name, which its settings need: set `name` in it"
         )
+    if SECTIONS.get(found.name, found.settings) is not found.settings:
+        allowed = "a class whose settings have a table of their own: set another `name` in it"
+        raise InvalidValue("strategy", name, f"{allowed} than {found.name!r}")
     return found
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.gains import Estimate, Movement, across, movements, secant
 from fedlora_flwr.algebra.means import Arrays
-from fedlora_flwr.config.sections.as_lora import ASLoRAKeys
+from fedlora_flwr.config.sections.as_lora import ASLoRASection
 from fedlora_flwr.layout import Layout, factor_of
 from fedlora_flwr.plan import A, B, ComponentPlan
 from fedlora_flwr.randomness import stream_seed
@@ -80,7 +80,7 @@ class ASLoRA(FedLoRA):
     """
 
     name: ClassVar[str] = "as-lora"
-    settings: ClassVar[type] = ASLoRAKeys
+    settings: ClassVar[type] = ASLoRASection
     reads: ClassVar[tuple[str, ...]] = (
         "lr_a", "lr_b", "lr_schedule", "lr_schedule_a", "lr_schedule_b",
     )  # fmt: skip

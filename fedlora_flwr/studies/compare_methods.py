@@ -8,24 +8,29 @@ from dataclasses import dataclass, field, replace
 
 from fedlora_flwr.config import RunConfig, Value, parse_overrides
 from fedlora_flwr.config.keys import fields_by_key
-from fedlora_flwr.config.sections.as_lora import ASLoRAKeys
 from fedlora_flwr.config.methods import OWN_KEY
-from fedlora_flwr.config.sections.training import FederationKeys, LoRAKeys, TrainingKeys
+from fedlora_flwr.config.names import by_short_name
+from fedlora_flwr.config.sections import (
+    ASLoRASection,
+    FederationSection,
+    LoRASection,
+    TrainingSection,
+)
 from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.strategies import strategy_class
 
 RATES = ("lr-a", "lr-b", "lr-head")
 """What is tuned, unless a row sets it."""
 _SHARED = (
-    *("strategy", "seed", "num-clients", "min-clients", "num-rounds", "fraction-train"),
+    *("strategy", "num-clients", "min-clients", "num-rounds", "fraction-train"),
     *("min-completion", "round-timeout"),
 )
 ROW_KEYS = (
-    *(key for key in fields_by_key(FederationKeys) if key not in _SHARED),
-    *fields_by_key(ASLoRAKeys),
-    *fields_by_key(LoRAKeys),
-    *fields_by_key(TrainingKeys),
-    *("clip-norm", "max-rounds"),
+    *(key for key in fields_by_key(FederationSection) if key not in _SHARED),
+    *fields_by_key(ASLoRASection),
+    *fields_by_key(LoRASection),
+    *fields_by_key(TrainingSection),
+    *("clip-norm", "max-rounds", "split-qkv"),
 )
 """Keys that a row may set: how a method trains. Data, clients, rounds and budget are shared."""
 _OPTION = "--row"
@@ -118,7 +123,7 @@ def _read(text: str) -> Method:
     except ValueError as error:
         raise InvalidValue(_OPTION, text, f"a strategy and key=value words ({error})") from error
     strategy_class(strategy)
-    settings = parse_overrides(pairs)
+    settings = by_short_name(parse_overrides(pairs))
     known = fields_by_key(RunConfig)
     for key in settings:
         if OWN_KEY.fullmatch(key):  # The configuration asks the row's strategy.

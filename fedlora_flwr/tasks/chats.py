@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_flwr.data.dataset_settings import names
+from fedlora_flwr.data.names import names
 from fedlora_flwr.errors import InvalidValue, unknown
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedlora_flwr.data.dataset_settings import DatasetSettings, names
+from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.labels import Labels, near_names, without_class
+from fedlora_flwr.data.names import names
 from fedlora_flwr.data.reading import Reading
 from fedlora_flwr.data.records import Batch, Records
 from fedlora_flwr.data.unusable import naming
@@ -32,7 +33,7 @@ class ClassifierTask(DatasetTask):
 
     Parameters
     ----------
-    settings : DatasetSettings
+    settings : RunConfig
         Model, data set, split and classes.
 
     Raises
@@ -43,7 +44,7 @@ class ClassifierTask(DatasetTask):
 
     metric = "accuracy"
 
-    def __init__(self, settings: DatasetSettings) -> None:
+    def __init__(self, settings: RunConfig) -> None:
         super().__init__(settings)
         self._labels = Labels(
             # A limit must not change the classes.

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.arrow_records import ArrowRecords
-from fedlora_flwr.data.dataset_settings import DatasetSettings, names
+from fedlora_flwr.data.names import names
 from fedlora_flwr.data.partition import partition_records
 from fedlora_flwr.data.reading import Reading, empty_texts
 from fedlora_flwr.data.records import Batch
@@ -36,7 +37,7 @@ class DatasetTask(ABC):
 
     Parameters
     ----------
-    settings : DatasetSettings
+    settings : RunConfig
         Model, data set and split.
 
     Raises
@@ -50,7 +51,7 @@ class DatasetTask(ABC):
     # Fields that are read of a column of structures; empty for all.
     _input_fields: tuple[str, ...] = ()
 
-    def __init__(self, settings: DatasetSettings) -> None:
+    def __init__(self, settings: RunConfig) -> None:
         self._settings = settings
         if not settings.model:
             raise InvalidValue("model", "", f"a name or a folder, as task = {self.name!r} needs it")
@@ -288,7 +289,8 @@ class DatasetTask(ABC):
     def _parts(self, num_partitions: int) -> list[NDArray[np.int64]]:
         found = self._dealt.get(num_partitions)
         if found is None:
-            found = partition_records(self._columns(), Split.of(self._settings, num_partitions))
+            split = Split.of(self._settings, num_partitions, self._settings.seed)
+            found = partition_records(self._columns(), split)
             self._dealt[num_partitions] = found
         return found
 

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedlora_flwr.backbones.pretrain_digits import build_vit, load_backbone
+from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.partition import partition_records
 from fedlora_flwr.data.records import Batch, Records, TensorRecords
-from fedlora_flwr.data.splits import Split, SplitSettings
+from fedlora_flwr.data.splits import Split
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.evaluation import evaluate_classifier
 
@@ -34,7 +35,7 @@ class DigitsTask:
 
     Parameters
     ----------
-    settings : SplitSettings
+    settings : RunConfig
         How the private records are spread over clients.
     """
 
@@ -45,7 +46,7 @@ class DigitsTask:
     lora_targets = r"blocks\.\d+\.attn\.(qkv|proj)"
     head: tuple[str, ...] = ("head",)
 
-    def __init__(self, settings: SplitSettings) -> None:
+    def __init__(self, settings: RunConfig) -> None:
         self._settings = settings
 
     def build_model(self) -> nn.Module:
@@ -68,7 +69,8 @@ class DigitsTask:
         InvalidValue
             There is no such client, or the records cannot be spread as the settings ask.
         """
-        return _client(Split.of(self._settings, num_partitions), partition_id)
+        split = Split.of(self._settings, num_partitions, self._settings.seed)
+        return _client(split, partition_id)
 
     def test_records(self) -> Records:
         """Return the 360 public digits, a fifth of each class, the same for every seed."""

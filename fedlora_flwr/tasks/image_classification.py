@@ -56,7 +56,7 @@ class ImageClassification(ClassifierTask):
         InvalidValue
             See `fedlora_flwr.backbones.image_models.build`.
         """
-        return build(self._settings, self.num_classes)
+        return build(self._settings, self.num_classes, self._settings.seed)
 
     def skeleton(self, device: str = "meta") -> nn.Module:
         """Return the model without its weights; they are random but on ``"meta"``."""

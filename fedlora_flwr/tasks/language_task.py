@@ -51,7 +51,7 @@ class LanguageTask(DatasetTask):
         InvalidValue
             See `fedlora_flwr.backbones.language_models.build`.
         """
-        return build(self._auto, self._settings, self._config)
+        return build(self._auto, self._settings, self._config, self._settings.seed)
 
     @property
     def _auto(self) -> Any:

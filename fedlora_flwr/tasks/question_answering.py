@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fedlora_flwr.backbones.language_models import (
     load_config,
 )
+from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.arrow_records import ArrowRecords, pad_collate
-from fedlora_flwr.data.dataset_settings import DatasetSettings
 from fedlora_flwr.data.prepared import prepare
 from fedlora_flwr.data.records import Batch, Records
 from fedlora_flwr.errors import InvalidValue
@@ -62,7 +62,7 @@ class QuestionAnswering(LanguageTask):
 
     Parameters
     ----------
-    settings : DatasetSettings
+    settings : RunConfig
         Model, data set and split; ``label_column`` is not read.
 
     Raises
@@ -75,7 +75,7 @@ class QuestionAnswering(LanguageTask):
     name = "question-answering"
     metric = "f1"
 
-    def __init__(self, settings: DatasetSettings) -> None:
+    def __init__(self, settings: RunConfig) -> None:
         super().__init__(settings)
         if settings.report_unprotected_metrics:
             allowed = (

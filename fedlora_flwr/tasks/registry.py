@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from fedlora_flwr.errors import InvalidValue, unknown
-from fedlora_flwr.places import is_place, load
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.places import NEEDED_ON_DEVICE, TASKS, check_task_name, load
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -71,26 +71,11 @@ OPTIONAL: Mapping[str, str] = {
 """Members that a task may have beside those of `Task`, and what each is for."""
 TaskFactory = Callable[[Any], Task]
 _METHODS = ("build_model", "client_records", "test_records", "losses", "evaluate")
-_FACTORIES: dict[str, str] = {
-    "digits": "fedlora_flwr.tasks.digits:DigitsTask",
-    "image-classification": "fedlora_flwr.tasks.image_classification:ImageClassification",
-    "instruction-tuning": "fedlora_flwr.tasks.instruction_tuning:InstructionTuning",
-    "question-answering": "fedlora_flwr.tasks.question_answering:QuestionAnswering",
-    "text-classification": "fedlora_flwr.tasks.text_classification:TextClassification",
-}
-
-_ON_DEVICE: dict[str, tuple[tuple[str, ...], ...]] = {
-    "digits": (),
-    "image-classification": (("model",), ("dataset",), ("class-names", "num-classes")),
-    "instruction-tuning": (("model",), ("dataset",)),
-    "question-answering": (("model",), ("dataset",)),
-    "text-classification": (("model",), ("dataset",), ("class-names", "num-classes")),
-}
 
 
 def task_names() -> list[str]:
     """Return the registered task names, sorted."""
-    return sorted(_FACTORIES)
+    return sorted(TASKS)
 
 
 def required_on_device(name: str) -> tuple[tuple[str, ...], ...]:
@@ -115,8 +100,8 @@ def required_on_device(name: str) -> tuple[tuple[str, ...], ...]:
     InvalidValue
         No task has that name.
     """
-    _require_known(name)
-    return _ON_DEVICE.get(name, ())
+    check_task_name(name)
+    return NEEDED_ON_DEVICE.get(name, ())
 
 
 def build_task(name: str, settings: Any) -> Task:
@@ -135,8 +120,8 @@ def build_task(name: str, settings: Any) -> Task:
     InvalidValue
         No task has that name, there is no such module or function, or it makes something else.
     """
-    _require_known(name)
-    task = _factory(_FACTORIES.get(name, name))(settings)
+    check_task_name(name)
+    task = _factory(TASKS.get(name, name))(settings)
     if missing := [member for member in _METHODS if not hasattr(task, member)]:
         allowed = f"module:function of a task; it gives a {type(task).__name__} without {missing}"
         raise InvalidValue("task", name, allowed)
@@ -211,11 +196,6 @@ def unstated_classes(task: Task) -> list[str]:
     """
     names = optional(task, "unstated_classes")
     return list(names()) if names else []
-
-
-def _require_known(name: str) -> None:
-    if name not in _FACTORIES and not is_place(name):
-        raise unknown("task", name, _FACTORIES, after=", or your own module:function")
 
 
 def _factory(place: str) -> TaskFactory:

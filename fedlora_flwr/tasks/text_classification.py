@@ -15,7 +15,7 @@ from fedlora_flwr.backbones.language_models import (
     load_config,
 )
 from fedlora_flwr.data.arrow_records import ArrowRecords, pad_collate
-from fedlora_flwr.data.dataset_settings import names
+from fedlora_flwr.data.names import names
 from fedlora_flwr.data.prepared import prepare
 from fedlora_flwr.data.records import Batch
 from fedlora_flwr.errors import InvalidValue, unknown

@@ -28,7 +28,8 @@ pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 def made(classes: int = 3, **changes: Any) -> nn.Module:
-    return build(image_config(Path("unused"), **changes), classes)
+    config = image_config(Path("unused"), **changes)
+    return build(config, classes, config.seed)
 
 
 def trained(name: str = "test_vit", classes: int = 10, size: int = 32) -> Any:

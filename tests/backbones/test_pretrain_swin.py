@@ -110,8 +110,9 @@ def test_a_head_for_other_classes_follows_the_seed(source: Path) -> None:
     save_for_hf(build_swin(100), str(model_folder(SMALL_SWIN)), model_args=MODEL_ARGS)
     first, again, other = (
         build(
-            image_config(source, model=SMALL_SWIN, weights="pretrained", image_size=0, seed=seed),
+            image_config(source, model=SMALL_SWIN, weights="pretrained", image_size=0),
             3,
+            seed,
         ).state_dict()
         for seed in (1, 1, 2)
     )

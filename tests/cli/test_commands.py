@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from fedlora_flwr.cli import app
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.names import full_name
 from fedlora_flwr.config.recipes import recipe_names
 from fedlora_flwr.strategies import STRATEGIES
 
@@ -97,7 +98,8 @@ def test_bash_is_answered_by_the_command_itself() -> None:
 
 def test_in_a_pipe_keys_and_recipes_are_a_row_per_line() -> None:
     lines = fedlora("keys").splitlines()
-    assert [line.split()[0] for line in lines] == ["key", *DEFAULTS]
+    named = [line.split()[:2] for line in lines]
+    assert named == [["section", "key"], *(full_name(key).split(".") for key in DEFAULTS)]
     column = lines[0].index("meaning")
     assert all(line[column - 1] == " " != line[column] for line in lines)
     lines = fedlora("recipes").splitlines()
@@ -118,7 +120,7 @@ def test_a_key_is_explained_in_full() -> None:
 def test_an_unknown_key_names_the_near_ones_first() -> None:
     result = CliRunner().invoke(app, ["keys", "rank", "lr"])
     assert result.exit_code == 1
-    start = "Error: key = 'lr' cannot be used: did you mean 'lr-a', 'lr-b', 'lr-head', "
+    start = "Error: key or section = 'lr' cannot be used: did you mean 'lr-a', 'lr-b', 'lr-head', "
     assert result.stderr.startswith(start)
     assert result.stdout == ""
 
@@ -194,4 +196,4 @@ def test_what_is_wrong_leaves_stdout_empty_for_a_script() -> None:
 def test_a_reader_who_has_had_enough_is_no_error() -> None:
     command = f"{sys.executable} -m fedlora_flwr.cli keys | head -1"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
-    assert (done.stdout.split()[0], done.stderr) == ("key", "")
+    assert (done.stdout.split()[0], done.stderr) == ("section", "")

@@ -8,6 +8,7 @@ import pytest
 from fedlora_flwr.config import Decider, RunConfig
 from fedlora_flwr.config.authority import in_force, markdown, rows
 from fedlora_flwr.config.keys import fields_by_key
+from fedlora_flwr.config.names import full_name
 from fedlora_flwr.config.on_device import Limit
 from fedlora_flwr.wire.order import Order
 from fedlora_flwr.wire.report import Report
@@ -18,7 +19,7 @@ PRIVACY = Path(__file__).parents[2] / "docs" / "privacy.md"
 def test_every_key_and_every_field_has_a_row() -> None:
     found = [(row.where, row.key) for row in rows()]
     keys = [key for where, key in found if where == "configuration"]
-    assert keys == [*fields_by_key(RunConfig), "<method>.<setting>"]
+    assert keys == [*map(full_name, fields_by_key(RunConfig)), "<method>.<setting>"]
     orders = [entry.metadata["key"] for entry in fields(Order)]
     assert [key for where, key in found if where == "order"] == ["arrays", *orders]
     reports = [key for where, key in found if where == "report"]
@@ -52,15 +53,15 @@ def test_the_documents_table_is_the_codes() -> None:
     ],
 )  # fmt: skip
 def test_a_server_never_decides_over_records_budget_and_state(key: str) -> None:
-    (row,) = [row for row in rows() if row.where == "configuration" and row.key == key]
+    (row,) = [row for row in rows() if row.where == "configuration" and row.key == full_name(key)]
     assert row.decides == Decider.DEVICE
 
 
 def test_a_devices_own_table_says_what_is_in_force() -> None:
     limits = {"rank": Limit.read("rank", 8)}
     found = dict(in_force({"epsilon": 3.0}, limits))
-    assert found["epsilon"] == "3.0, its file"
-    assert found["ledger-scope"] == "'lifetime', default: its file is silent"
-    assert found["partitioner"] == "'iid', always"
-    assert found["rank"] == "the run, at most 8"
-    assert found["clip-norm"].startswith("the run, a number from")
+    assert found["privacy.epsilon"] == "3.0, its file"
+    assert found["privacy.ledger-scope"] == "'lifetime', default: its file is silent"
+    assert found["partition.partitioner"] == "'iid', always"
+    assert found["lora.rank"] == "the run, at most 8"
+    assert found["privacy.clip-norm"].startswith("the run, a number from")

@@ -101,9 +101,10 @@ def test_what_cannot_be_used_is_named_with_what_is_allowed(
     [
         (PLACE, "dampd.damping", "'dampd.damping' .* did you mean 'damped.damping'"),
         ("rolora", "damped.damping", "'damped.damping' cannot be used"),
-        ("rolora", "as-lora.explore", "'as-lora.explore' .* did you mean 'explore'"),
+        ("rolora", "as-lora.explor", "'as-lora.explor' .* did you mean 'as-lora.explore'"),
         ("rolora", "rolora.beta", "'rolora.beta' .* rolora has no settings of its own"),
         ("rolora", "partitioner.x", "'partitioner.x' cannot be used"),
+        ("rolora", "privacy.beta", "'privacy.beta' .* did you mean 'privacy.delta'"),
     ],
 )
 def test_a_setting_that_no_method_has_is_refused(strategy: str, key: str, message: str) -> None:

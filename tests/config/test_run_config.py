@@ -1,15 +1,12 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from fedlora_flwr.config import RunConfig, parse_overrides, read_toml
+from fedlora_flwr.config import RunConfig, parse_overrides
 from fedlora_flwr.config.keys import fields_by_key
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.privacy.postprocessing.filters import FILTERS
@@ -278,58 +275,6 @@ def test_an_infinite_budget_promises_nothing() -> None:
     assert not RunConfig.of({"epsilon": math.inf}).private
 
 
-numbers = st.floats(1e-12, 1e12)
-
-
-@given(
-    st.fixed_dictionaries(
-        {
-            "task": st.text(),
-            "lora-targets": st.text(),
-            "run-dir": st.text().map(lambda tail: "/" + tail),
-            "epsilon": st.one_of(numbers, st.just(math.inf)),
-            "lora-alpha": st.floats(1e-3, 1e5),
-            "delta": st.floats(1e-300, 1),
-            "seed": st.integers(0, 2**62),
-            "rslora": st.booleans(),
-        }
-    )
-)
-def test_written_toml_is_read_back(values: dict[str, Any]) -> None:
-    config = RunConfig.of(values)
-    assert RunConfig.of(tomllib.loads(config.to_toml())) == config
-
-
-def test_a_written_file_is_a_recipe(tmp_path: Path) -> None:
-    config = RunConfig.of({"epsilon": math.inf, "lora-targets": r"blocks\.\d+\.attn", "seed": 7})
-    path = tmp_path / "config.toml"
-    path.write_text(config.to_toml(), encoding="utf-8")
-    assert RunConfig.of(read_toml(path)) == config
-
-
-@pytest.mark.parametrize("content", [None, "rank = ", "= 3"])
-def test_an_unreadable_recipe_is_named(tmp_path: Path, content: str | None) -> None:
-    path = tmp_path / "mine.toml"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(InvalidValue, match=r"mine\.toml"):
-        read_toml(path)
-
-
-def test_a_recipe_that_is_no_text_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "mine.toml"
-    path.write_bytes(b'task = "\xff\xfe"')
-    with pytest.raises(InvalidValue, match=r"mine\.toml"):
-        read_toml(path)
-
-
-@pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_a_recipe_may_begin_with_a_byte_order_mark(mark: str, tmp_path: Path) -> None:
-    path = tmp_path / "mine.toml"
-    path.write_text(f'{mark}strategy = "la-lora"\n', encoding="utf-8")
-    assert read_toml(path) == {"strategy": "la-lora"}
-
-
 @pytest.mark.parametrize("key", [k for k, v in DEFAULTS.items() if type(v) is float])
 @pytest.mark.parametrize("digits", [400, 5000])
 def test_a_whole_number_beyond_all_floats_is_refused_by_key(key: str, digits: int) -> None:
@@ -345,84 +290,12 @@ def test_a_whole_number_of_many_digits_is_a_number_where_it_is_one() -> None:
     assert RunConfig.of({"epsilon": 10**300}).epsilon == 1e300
 
 
-def test_overrides_are_toml_or_plain_text() -> None:
-    pairs = [
-        "strategy=ffa-lora",
-        "epsilon=inf",
-        "seed = 7",
-        "rslora=true",
-        'task="digits"',
-        "run-dir=/tmp/a=b",
-        "lora-targets=",
-    ]
-    assert parse_overrides(pairs) == {
-        "strategy": "ffa-lora",
-        "epsilon": math.inf,
-        "seed": 7,
-        "rslora": True,
-        "task": "digits",
-        "run-dir": "/tmp/a=b",
-        "lora-targets": "",
-    }
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        (".5", 0.5), ("5.", 5.0), ("-.5", -0.5), ("+.632", 0.632), ("1e-3", 1e-3), ("1E-3", 1e-3),
-        ("5.e-2", 0.05), ("1_000", 1000.0), ("1_000.5", 1000.5), ("+3", 3.0), ("007", 7.0),
-        ("inf", math.inf), ("+inf", math.inf), ("Infinity", math.inf), (" 0.5 ", 0.5),
-    ],
-)  # fmt: skip
-def test_a_number_is_read_in_every_way_that_a_person_writes_it(text: str, number: float) -> None:
-    assert parse_overrides([f"epsilon={text}"]) == {"epsilon": number}
-    assert RunConfig.of({"num-rounds": 5}, parse_overrides(["lr-a=.632"])).lr_a == 0.632
-
-
-@pytest.mark.parametrize("text", ["3", "+3", "3.", "3e0", "0_3", "003"])
-def test_a_count_is_whole_however_it_is_written(text: str) -> None:
-    (rank,) = parse_overrides([f"rank={text}"]).values()
-    assert (rank, type(rank)) == (3, int)
-
-
-@pytest.mark.parametrize("text", ["2.5", "inf", "nan", "three", "1,000", "0.5.1", "--3", "", "e5"])
-def test_what_is_no_count_is_refused_by_its_key(text: str) -> None:
-    with pytest.raises(InvalidValue, match=r"^rank = .* expected a whole number"):
-        RunConfig.of(parse_overrides([f"rank={text}"]))
-
-
-@pytest.mark.parametrize("text", ["123", ".5", "true", "inf", "2026-01-01", "[1]", "a b", "x=1"])
-def test_a_text_needs_no_quotes_whatever_it_looks_like(text: str) -> None:
-    assert RunConfig.of(parse_overrides([f"dataset={text}"])).dataset == text
-    assert RunConfig.of(parse_overrides([f"dataset='{text}'"])).dataset == text
-
-
 @pytest.mark.parametrize("strategy", ["fedsvd", "flexlora", "flora", "fedex-lora", "fedsa-lora"])
 def test_models_that_have_no_mean_are_not_averaged(strategy: str) -> None:
     with pytest.raises(InvalidValue, match=f"0 where strategy = '{strategy}': ") as caught:
         RunConfig.of({"strategy": strategy, "average-decay": 0.9})
     assert caught.value.key == "average-decay"
     assert RunConfig.of({"strategy": strategy}).average_decay == 0.0
-
-
-def test_an_override_without_a_value_is_refused() -> None:
-    with pytest.raises(InvalidValue, match="key=value"):
-        parse_overrides(["seed"])
-
-
-def test_an_override_of_a_wrong_type_is_refused_with_its_key() -> None:
-    with pytest.raises(InvalidValue, match="train-head = 'True'"):
-        RunConfig.of(parse_overrides(["train-head=True"]))
-
-
-def test_the_app_runs_the_digits_recipe() -> None:
-    """``flwr run -c`` overrides only keys that ``[tool.flwr.app.config]`` holds."""
-    with (ROOT / "pyproject.toml").open("rb") as stream:
-        app_config = tomllib.load(stream)["tool"]["flwr"]["app"]["config"]
-    assert set(app_config) == set(DEFAULTS)
-    # A deployment takes these defaults: its noise must not follow a seed that is public.
-    assert app_config == {**RunConfig.of(read_toml(DIGITS)).items(), "reproducible": False}
-    assert app_config == RunConfig().items()
 
 
 def test_ranks_of_clients_take_turns() -> None:

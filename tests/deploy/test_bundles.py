@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.sections import SECTIONS
 from fedlora_flwr.deploy.bundles import MAX_PROJECT, BundleRefused, check_bundle
 from fedlora_flwr.simulations.app import COMPONENTS, write_app
 
@@ -49,7 +50,8 @@ def test_what_flower_makes_of_the_fleets_app_is_served(app: Path) -> None:
         assert archive.namelist() == ["pyproject.toml", ".info/CONTENT"]
         project = tomllib.loads(archive.read("pyproject.toml").decode())
     # `--run-config` overrides only what is there.
-    assert project["tool"]["flwr"]["app"]["config"] == RunConfig().items()
+    assert RunConfig.of(project["tool"]["flwr"]["app"]["config"]) == RunConfig()
+    assert set(project["tool"]["flwr"]["app"]["config"]) == set(SECTIONS)
     check_bundle(bundle)
 
 

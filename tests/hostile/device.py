@@ -23,6 +23,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 
 import fedlora_flwr.clients.numpy_client  # noqa: F401 - what it imports is not the message's doing
 from fedlora_flwr.client_app import app
+from fedlora_flwr.config.names import by_short_name
 from fedlora_flwr.wire.identity import acting_for
 from tests.hostile import allowed
 from tests.hostile.canaries import CANARY, Builder
@@ -50,9 +51,9 @@ _ROOTS = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib", "/run", "/nonexistent
 
 
 def shipped_settings() -> dict[str, Any]:
-    """Return the run configuration that Flower sends: the app's own, from its pyproject.toml."""
+    """Return the app's own run configuration, from its pyproject.toml, by short names."""
     content = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    return dict(content["tool"]["flwr"]["app"]["config"])
+    return by_short_name(content["tool"]["flwr"]["app"]["config"])
 
 
 RUN: dict[str, Any] = {

@@ -19,6 +19,7 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 
 from fedlora_flwr.config.keys import allowed_values, fields_by_key
+from fedlora_flwr.config.names import full_name
 from fedlora_flwr.config.run_config import RunConfig
 from tests.hostile.device import RUN, start
 
@@ -103,14 +104,17 @@ def at_the_limits(bait: Path) -> Iterator[tuple[str, Any]]:
 def run_configs(bait: Path) -> st.SearchStrategy[dict[str, Any]]:
     """Return run configurations: the shipped one with up to six keys changed, and other keys."""
     paths = st.sampled_from([str(bait), f"{bait}/model", "../../outside/bait", "../.."])
-    keys = st.one_of(st.sampled_from([*RUN]), st.sampled_from([*RUN]), st.text(max_size=20))
+    # In short, in full as Flower sends them, and what is no key.
+    short, full = st.sampled_from([*RUN]), st.sampled_from([*map(full_name, RUN)])
+    keys = st.one_of(short, short, full, full, st.text(max_size=20))
     changes = st.dictionaries(keys, st.one_of(run_scalars, paths), max_size=6)
     left_out = st.sets(st.sampled_from([*RUN]), max_size=3)
-    return st.builds(
-        lambda changed, out: {**{k: v for k, v in RUN.items() if k not in out}, **changed},
-        changes,
-        left_out,
-    )
+
+    def sent(changed: dict[str, Any], out: set[str]) -> dict[str, Any]:
+        kept = {k: v for k, v in RUN.items() if k not in out and full_name(k) not in changed}
+        return {**kept, **changed}
+
+    return st.builds(sent, changes, left_out)
 
 
 PLANS = [

@@ -182,7 +182,7 @@ def test_epsilon_from_first_principles(sigma: float, rate: float, steps: int) ->
     assert epsilon_spent(history, delta, "rdp").epsilon >= worst
 
 
-@pytest.mark.parametrize("accountant", ["prv", "rdp", "pld"])
+@pytest.mark.parametrize("accountant", accountants.ACCOUNTANTS)
 def test_equal_neighbours_count_as_one_segment(accountant: str) -> None:
     halves = [Segment(1.0, 0.05, 60), Segment(1.0, 0.05, 0), Segment(1.0, 0.05, 60)]
 
@@ -212,7 +212,7 @@ def test_epsilon_grows_with_steps(sigma: float, rate: float) -> None:
     assert all(before < after for before, after in pairwise(spent))
 
 
-@pytest.mark.parametrize("accountant", ["prv", "rdp", "pld"])
+@pytest.mark.parametrize("accountant", accountants.ACCOUNTANTS)
 def test_no_steps_cost_nothing_and_no_noise_costs_everything(accountant: str) -> None:
     noiseless = [Segment(1.0, 0.1, 5), Segment(0.0, 0.1, 1)]
 

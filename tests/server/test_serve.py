@@ -359,9 +359,9 @@ def test_a_picture_that_cannot_be_drawn_does_not_take_the_result_away(
     assert not (run_dir.path / "modes.png").exists()
 
 
-def test_an_unknown_strategy_fails_before_training(make_config: MakeConfig, tmp_path: Path) -> None:
-    with pytest.raises(InvalidValue, match="did you mean 'rolora'"):
-        run(make_config(strategy="roloro"), tmp_path / "run")
+def test_what_is_no_strategy_fails_before_training(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(InvalidValue, match="a subclass of FedLoRA"):
+        run(make_config(strategy="json:JSONDecoder"), tmp_path / "run")
     summary = RunDirectory(tmp_path / "run").summary()
     assert summary is not None
     assert summary["status"] == "failed"

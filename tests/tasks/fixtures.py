@@ -3,30 +3,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from fedlora_flwr.backbones.pretrain_digits import Recipe
+from fedlora_flwr.config import RunConfig
 from fedlora_flwr.tasks.digits import DigitsTask
 from tests.tasks import conversations, questions
 
 QUICK = Recipe(images=200, steps=3, batch=16)
 
 
-def settings(**changes: object) -> SimpleNamespace:
+def settings(**changes: Any) -> RunConfig:
     """Return the settings that the tests share, but for ``changes``."""
-    defaults = {
-        "partitioner": "dirichlet",
-        "dirichlet_alpha": 0.5,
-        "min_records": 32,
-        "classes_per_client": 2,
-        "partition_column": "",
-        "partition_sizes": "",
-        "label_shares": "",
-        "seed": 42,
-    }
-    return SimpleNamespace(**{**defaults, **changes})
+    return RunConfig(**{"min_records": 32, **changes})
 
 
 @pytest.fixture(scope="session")

@@ -112,7 +112,7 @@ def test_every_layout_of_conversations_is_read(
         (tmp_path / "set" / "train.jsonl").unlink()
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "set" / "train.parquet")
 
-    config = RunConfig.of(task._settings.items(), {"input-columns": chosen})  # type: ignore[attr-defined]
+    config = RunConfig.of(task._settings.items(), {"input-columns": chosen})
     found = all_records(InstructionTuning(config))
 
     assert [{k: v.tolist() for k, v in record.items()} for record in found] == [

@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fedlora_flwr.data.dataset_settings import names
 from timm.models import save_for_hf
 
 from fedlora_flwr.backbones.image_models import SMALL_SWIN, model_folder
 from fedlora_flwr.backbones.pretrain_swin import MODEL_ARGS, build_swin
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.data.dataset_settings import names
 from fedlora_flwr.data.records import Records
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.dataset_task import DatasetTask
@@ -271,7 +271,7 @@ def test_another_process_sees_the_same_prepares_nothing_again_and_is_silent(
     ]
     kept = {path: path.stat().st_mtime_ns for path in empty_cache.rglob("data.arrow")}
     assert len([path for path in kept if "sources" not in path.parts]) == 2 * len(tasks)
-    values = [task._settings.items() for task in tasks]  # type: ignore[attr-defined]
+    values = [task._settings.items() for task in tasks]
 
     done = subprocess.run(
         [sys.executable, "-c", OTHER_PROCESS, json.dumps(values)],

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,13 +62,9 @@ def test_a_client_that_does_not_exist_is_refused(task: DigitsTask, partition_id:
         task.client_records(partition_id, 10)
 
 
-@pytest.mark.parametrize(
-    ("key", "broken"),
-    [("partitioner", settings(partitioner="by-hand")), ("min-records", settings(min_records=500))],
-)
-def test_settings_that_cannot_be_met_are_named(key: str, broken: SimpleNamespace) -> None:
-    with pytest.raises(InvalidValue, match=key):
-        DigitsTask(broken).client_records(0, 10)
+def test_settings_that_cannot_be_met_are_named() -> None:
+    with pytest.raises(InvalidValue, match="min-records"):
+        DigitsTask(settings(min_records=500)).client_records(0, 10)
 
 
 def test_the_model_is_bit_identical_each_time_and_draws_nothing(task: DigitsTask) -> None:

@@ -50,7 +50,7 @@ def test_timms_transformers_are_adapted_and_clipped_record_by_record(
     make_task: Make, model: str
 ) -> None:
     task = make_task(model=model, rank=3)
-    trainer = LocalTrainer.build(task._settings, task)  # type: ignore[arg-type]
+    trainer = LocalTrainer.build(task._settings, task)
     records, (head, layers) = task.client_records(0, 2), MODELS[model]
     fill(trainer.adapted)
     config = LoraConfig(r=3, lora_alpha=8, target_modules=TARGETS, modules_to_save=list(head))
@@ -75,7 +75,7 @@ def test_timms_transformers_are_adapted_and_clipped_record_by_record(
 def test_queries_and_values_of_a_fused_layer_are_adapted_apart(make_task: Make) -> None:
     whole, task = make_task(), make_task(split_qkv=True, rank=3)
     fused, batch = whole.build_model().eval(), whole.made_up_batch(2)
-    trainer = LocalTrainer.build(task._settings, task)  # type: ignore[arg-type]
+    trainer = LocalTrainer.build(task._settings, task)
     with torch.no_grad():
         expected = whole._logits(fused, batch)
         torch.testing.assert_close(task._logits(trainer.adapted.model, batch), expected)
@@ -128,7 +128,7 @@ def test_a_layer_whose_weight_timm_reads_itself_is_refused_by_name(
     save_for_hf(model, str(tmp_path / "v2"), model_args={"img_size": 32, **sizes})
     for targets in (TARGETS, ""):
         task = make_task(model=str(tmp_path / "v2"), image_size=0, lora_targets=targets)
-        trainer = LocalTrainer.build(task._settings, task)  # type: ignore[arg-type]
+        trainer = LocalTrainer.build(task._settings, task)
         records = task.client_records(0, 2)
         if targets:
             with pytest.raises(PrivacyViolation, match=r"'layers\.0\.blocks\.0\.attn\.qkv\.lora_A"):
@@ -222,7 +222,7 @@ def test_plain_peft_loads_the_export_and_predicts_the_same(
     make_task: Make, model: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
     task = make_task(model=model, **changes)
-    trainer = LocalTrainer.build(task._settings, task)  # type: ignore[arg-type]
+    trainer = LocalTrainer.build(task._settings, task)
     fill(trainer.adapted)
     trainer.adapted.export(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(task.build_model(), str(tmp_path / "adapter")).eval()

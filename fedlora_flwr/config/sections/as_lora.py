@@ -1,8 +1,8 @@
-"""Settings of methods that are keys of the run configuration itself.
+"""``[as-lora]``: how AS-LoRA chooses which factor of a block trains.
 
-A device checks every key that a run sends, and must not load a strategy for it, which is the
-server's code. So these stand below the strategies; `ASLoRA.settings` is this class. A new method
-declares its settings in its own file instead, and they have a table of their own.
+A device checks every key that a run sends, and must not load a strategy for that, since a strategy
+is the server's code. So this section stands below the strategies; `ASLoRA.settings` is this class.
+A new method declares its settings in its own file instead.
 """
 
 from __future__ import annotations
@@ -11,47 +11,46 @@ from dataclasses import dataclass
 
 from fedlora_flwr.config.keys import Decider, between, choice, key
 
-_RUN, _SERVER = Decider.RUN, "Only the server reads it."
+_RUN = Decider.RUN
+_SERVER = "Only the server reads it."
 
 
 @dataclass(frozen=True)
-class ASLoRAKeys:
+class ASLoRASection:
     """How AS-LoRA chooses which factor of a block trains."""
 
     curvature: str = key(
-        "none", choice("none", "secant"), "as-lora: take from scores what curvature and noise cost",
+        "none", choice("none", "secant"), "take from scores what curvature and noise cost",
         _RUN, _SERVER,
     )  # fmt: skip
     curvature_rounds: int = key(
-        0, between(0, 1_000_000), "as-lora: use curvature in this many last rounds; 0 = all",
+        0, between(0, 1_000_000), "use curvature in this many last rounds; 0 = all",
         _RUN, _SERVER,
     )  # fmt: skip
     selection: str = key(
         "sample", choice("sample", "argmax", "fixed"),
-        "as-lora: draw by score, take the better, or alternate",
+        "draw by score, take the better, or alternate",
         _RUN, _SERVER,
     )  # fmt: skip
     groups: str = key(
         "block", choice("block", "tied", "layer"),
-        "as-lora: what has a choice of its own; tied = all share one",
+        "what has a choice of its own; tied = all share one",
         _RUN, "A device obeys any plan under the same private step.",
     )  # fmt: skip
     temperature: float = key(
-        1.0, between(1e-6, 1e6), "as-lora: divides the lead of a score before a draw",
+        1.0, between(1e-6, 1e6), "divides the lead of a score before a draw",
         _RUN, _SERVER,
     )  # fmt: skip
-    explore: float = key(
-        0.02, between(0, 0.5), "as-lora: least probability of either factor", _RUN, _SERVER
-    )
+    explore: float = key(0.02, between(0, 0.5), "least probability of either factor", _RUN, _SERVER)
     score_decay: float = key(
-        0.9, between(0, 0.9999), "as-lora: weight of the past in scores; 0 = the last alone",
+        0.9, between(0, 0.9999), "weight of the past in scores; 0 = the last alone",
         _RUN, _SERVER,
     )  # fmt: skip
     score_drift: float = key(
-        0.2, between(0, 1e6), "as-lora: share by which scores may change in a round, unseen",
+        0.2, between(0, 1e6), "share by which scores may change in a round, unseen",
         _RUN, _SERVER,
     )  # fmt: skip
     warm_up: float = key(
-        0.1, between(0, 1), "as-lora: share of the rounds in which all blocks alternate",
+        0.1, between(0, 1), "share of the rounds in which all blocks alternate",
         _RUN, _SERVER,
     )  # fmt: skip

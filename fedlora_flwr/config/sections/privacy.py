@@ -1,11 +1,10 @@
-"""Keys of the privacy budget, and of where and how a process runs."""
+"""``[privacy]``: the promise to the records of a client."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from fedlora_flwr.config.keys import (
-    ANY,
     BUDGET,
     FLAG,
     Decider,
@@ -18,11 +17,10 @@ from fedlora_flwr.config.keys import (
 
 _DEVICE, _LIMITED, _PACKAGE = Decider.DEVICE, Decider.LIMITED, Decider.PACKAGE
 _PROMISE = "It is the promise that the device makes to its records."
-_HARDWARE = "It depends on the device's hardware."
 
 
 @dataclass(frozen=True)
-class PrivacyKeys:
+class PrivacySection:
     """The promise."""
 
     epsilon: float = key(
@@ -70,37 +68,4 @@ class PrivacyKeys:
     report_unprotected_metrics: bool = key(
         False, FLAG, "also report figures without privacy",
         _DEVICE, "Such figures are outside the promise.",
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ProcessKeys:
-    """Where and how a process runs."""
-
-    precision: str = key(
-        "fp32", choice("fp32", "bf16"),
-        "of the frozen backbone's products; what trains is fp32",
-        _LIMITED, "Clipping and noise are fp32 in both.",
-    )  # fmt: skip
-    compile: str = key(
-        "none", choice("none", "inductor", "aot_eager"),
-        "backend of torch.compile for the frozen backbone",
-        _DEVICE, "It makes and runs code on the device.",
-    )  # fmt: skip
-    share_weights: bool = key(
-        True, FLAG,
-        "whether processes of a machine share the frozen weights, by a cached file",
-        _DEVICE, "It writes a file; a device's process is alone.", on_device=False,
-    )  # fmt: skip
-    device: str = key(
-        "auto", ANY, "where clients train: auto, cpu, cuda, cuda:1, …", _DEVICE, _HARDWARE
-    )
-    client_threads: int = key(1, at_least(1), "CPU threads of one client", _DEVICE, _HARDWARE)
-    run_dir: str = key(
-        "", ANY, "absolute folder for results; empty = a new one",
-        _PACKAGE, "Only the server writes results.",
-    )  # fmt: skip
-    state_dir: str = key(
-        "", ANY, "absolute folder of the ledger; empty = the user's data folder",
-        _DEVICE, "A new folder would be a new budget.",
     )  # fmt: skip

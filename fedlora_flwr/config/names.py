@@ -1,0 +1,73 @@
+"""Names of keys: ``privacy.epsilon`` in full, ``epsilon`` in short, and tables of sections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from fedlora_flwr.config.sections import SECTION_OF, SECTIONS
+from fedlora_flwr.errors import InvalidValue, unknown
+
+
+def full_name(key: str) -> str:
+    """Return a key with its section, e.g. ``privacy.epsilon``; a method's own setting as it is."""
+    return f"{SECTION_OF[key]}.{key}" if key in SECTION_OF else key
+
+
+def short_name(key: str) -> str:
+    """Return a key without its section; what is in no section of the package as it is.
+
+    Raises
+    ------
+    InvalidValue
+        The section has no such key.
+    """
+    section, dot, short = key.partition(".")
+    if not dot or section not in SECTIONS:
+        return key
+    if (found := SECTION_OF.get(short)) is None:
+        keys = [name for name in SECTION_OF if SECTION_OF[name] == section]
+        raise unknown("configuration key", key, [f"{section}.{name}" for name in keys])
+    if found != section:
+        raise InvalidValue("configuration key", key, repr(full_name(short)), (full_name(short),))
+    return short
+
+
+def by_short_name(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by short name, whichever way they were written.
+
+    Parameters
+    ----------
+    values : Mapping[str, Any]
+        Tables of sections, full names and short names, in any mixture.
+
+    Raises
+    ------
+    InvalidValue
+        A section has no such key, or one key is given twice.
+    """
+    found: dict[str, Any] = {}
+    for key, value in _flattened(values):
+        short = short_name(key)
+        if short in found:
+            raise InvalidValue(full_name(short), value, "one value; it is given twice")
+        found[short] = value
+    return found
+
+
+def by_section(keys: Iterable[str]) -> dict[str, list[str]]:
+    """Return short names by section in their order, and settings of methods by their table."""
+    found: dict[str, list[str]] = {name: [] for name in SECTIONS}
+    for key in keys:
+        section, _, name = full_name(key).partition(".")
+        found.setdefault(section, []).append(name)
+    return {section: names for section, names in found.items() if names}
+
+
+def _flattened(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield keys and values, those of a table with the table's name and a dot before them."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{key}.{name}", inner) for name, inner in value.items())
+        else:
+            yield key, value

@@ -1,0 +1,51 @@
+"""``[data]``: which records there are, and how they are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedlora_flwr.config.keys import ANY, Decider, at_least, between, key
+
+_DEVICE = Decider.DEVICE
+_READS = "It selects which private records are read, or how."
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Which records there are, and how they are read."""
+
+    dataset: str = key(
+        "", ANY, "files, a folder, or the name of a data set on the hub", _DEVICE, _READS
+    )
+    dataset_subset: str = key(
+        "", ANY, "folder in the data set, or the hub's configuration name", _DEVICE, _READS
+    )
+    train_split: str = key("train", ANY, "split with the private records", _DEVICE, _READS)
+    test_split: str = key(
+        "validation", ANY, "public splits to evaluate on, e.g. 'a,b'",
+        _DEVICE, "Figures on private records are not protected; naming a split asks for them.",
+        on_device="",
+    )  # fmt: skip
+    input_columns: str = key(
+        "", ANY, "columns to learn from, e.g. 'premise,hypothesis'", _DEVICE, _READS
+    )
+    label_column: str = key("label", ANY, "column with the class", _DEVICE, _READS)
+    num_classes: int = key(
+        0, between(0, 1_000_000), "classes; 0 = those of the private records",
+        _DEVICE, "Counted from the records, it would tell the largest class.",
+    )  # fmt: skip
+    class_names: str = key(
+        "", ANY, "names of the classes in the order of their numbers, e.g. 'negative,positive'",
+        _DEVICE, "Taken from the records, the order would differ between devices.",
+    )  # fmt: skip
+    train_limit: int = key(
+        0, at_least(0), "private records to use, drawn at random; 0 = all", _DEVICE, _READS
+    )
+    test_limit: int = key(
+        0, at_least(0), "records of each public split to use; 0 = all",
+        _DEVICE, "A limit of one would tell one record's figures.",
+    )  # fmt: skip
+    eval_batch_size: int = key(
+        256, at_least(1), "records in a forward pass of an evaluation",
+        _DEVICE, "It depends on the device's memory.",
+    )  # fmt: skip

@@ -1,0 +1,67 @@
+"""``[federation]``: who takes part in which round, and what becomes of the uploads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedlora_flwr.config.keys import (
+    ANY,
+    FLAG,
+    PATTERN,
+    QUICK_PATTERN,
+    Decider,
+    above,
+    at_least,
+    between,
+    choice,
+    key,
+)
+from fedlora_flwr.wire import WEIGHTINGS
+
+_DEVICE, _LIMITED, _RUN = Decider.DEVICE, Decider.LIMITED, Decider.RUN
+_SERVER = "Only the server reads it."
+
+
+@dataclass(frozen=True)
+class FederationSection:
+    """Who takes part in which round, and what becomes of the uploads."""
+
+    strategy: str = key(
+        "rolora", ANY, "which LoRA factors train, and how they are averaged",
+        _RUN, "A device obeys any plan under the same private step.",
+    )  # fmt: skip
+    num_clients: int = key(
+        10, at_least(1), "clients that `fedlora run` and `simulate` make", _RUN, _SERVER
+    )
+    min_clients: int = key(
+        2, at_least(1), "clients that must be connected for a round", _RUN, _SERVER
+    )
+    num_rounds: int = key(
+        20, between(1, 1_000_000), "rounds T",
+        _LIMITED, "The noise is made for all planned steps, which the ledger reserves.",
+    )  # fmt: skip
+    fraction_train: float = key(
+        1.0, between(1e-9, 1), "share of the clients in each round", _RUN, _SERVER
+    )
+    weighting: str = key(
+        "uniform", choice(*WEIGHTINGS), "weights of the clients' means",
+        _DEVICE, "It decides whether the number of records, or the noise, is told.",
+    )  # fmt: skip
+    share_head: bool = key(
+        True, FLAG, "whether clients' heads are averaged; false leaves each client its own",
+        _RUN, "What stays with the client went through the same private steps.",
+    )  # fmt: skip
+    average_decay: float = key(
+        0.0, between(0, 0.9999),
+        "evaluate and keep a moving average of the rounds; 0 = the last", _RUN, _SERVER,
+    )  # fmt: skip
+    min_completion: float = key(
+        0.5, between(0, 1), "share of a round's clients that must answer", _RUN, _SERVER
+    )
+    round_timeout: float = key(
+        3600.0, above(0), "seconds to wait for a round's replies", _RUN, _SERVER
+    )
+    blocks: str = key(
+        "", PATTERN, "as-lora: pattern of block names; empty = known families",
+        _RUN, "A slow pattern would keep a device busy without end.", device_check=QUICK_PATTERN,
+    )  # fmt: skip

@@ -1,0 +1,48 @@
+"""``[partition]``: how a simulation splits the records over its clients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedlora_flwr.config.keys import ANY, Decider, above, at_least, choice, key
+
+_PACKAGE = Decider.PACKAGE
+_WHOLE = "A device trains on all of its records, so nothing splits them."
+
+PARTITIONERS = (
+    "iid", "dirichlet", "pathological", "shard", "natural-id", "size", "linear", "square",
+    "exponential", "label-shares",
+)  # fmt: skip
+"""Ways to split records; `fedlora_flwr.data.partition` makes them."""
+
+
+@dataclass(frozen=True)
+class PartitionSection:
+    """How a simulation splits the records over its clients."""
+
+    partitioner: str = key(
+        "dirichlet", choice(*PARTITIONERS), "how a simulation splits the records over clients",
+        _PACKAGE, _WHOLE, on_device="iid",
+    )  # fmt: skip
+    dirichlet_alpha: float = key(
+        0.5, above(0), "Dirichlet concentration; small = unequal", _PACKAGE, _WHOLE
+    )
+    min_records: int = key(
+        40, at_least(1), "records that the smallest simulated client has",
+        _PACKAGE, _WHOLE, on_device=1,
+    )  # fmt: skip
+    classes_per_client: int = key(
+        2, at_least(1), "pathological, shard: classes, or shards, of each client",
+        _PACKAGE, _WHOLE,
+    )  # fmt: skip
+    partition_column: str = key(
+        "", ANY, "column that the partitioner splits by; empty = the label", _PACKAGE, _WHOLE
+    )
+    partition_sizes: str = key(
+        "", ANY, "size: records of each client, e.g. '100,200,300'", _PACKAGE, _WHOLE
+    )
+    label_shares: str = key(
+        "", ANY,
+        "label-shares: each client's shares of the classes, e.g. '0.9,0.1; 0.1,0.9; 0.5,0.5'",
+        _PACKAGE, _WHOLE,
+    )  # fmt: skip

@@ -1,0 +1,51 @@
+"""``[run]``: where and how a process runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedlora_flwr.config.keys import ANY, FLAG, Decider, at_least, between, choice, key
+
+_DEVICE, _LIMITED, _RUN, _PACKAGE = Decider.DEVICE, Decider.LIMITED, Decider.RUN, Decider.PACKAGE
+_SERVER = "Only the server reads it."
+_HARDWARE = "It depends on the device's hardware."
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """Where and how a process runs."""
+
+    seed: int = key(
+        42, between(0, 2**63 - 1), "seed of partition, adapters and cohorts",
+        _RUN, "All devices start from the same adapters; noise never follows it there.",
+    )  # fmt: skip
+    eval_every: int = key(
+        1, at_least(1), "rounds from one evaluation by the server to the next", _RUN, _SERVER
+    )
+    precision: str = key(
+        "fp32", choice("fp32", "bf16"),
+        "of the frozen backbone's products; what trains is fp32",
+        _LIMITED, "Clipping and noise are fp32 in both.",
+    )  # fmt: skip
+    compile: str = key(
+        "none", choice("none", "inductor", "aot_eager"),
+        "backend of torch.compile for the frozen backbone",
+        _DEVICE, "It makes and runs code on the device.",
+    )  # fmt: skip
+    share_weights: bool = key(
+        True, FLAG,
+        "whether processes of a machine share the frozen weights, by a cached file",
+        _DEVICE, "It writes a file; a device's process is alone.", on_device=False,
+    )  # fmt: skip
+    device: str = key(
+        "auto", ANY, "where clients train: auto, cpu, cuda, cuda:1, …", _DEVICE, _HARDWARE
+    )
+    client_threads: int = key(1, at_least(1), "CPU threads of one client", _DEVICE, _HARDWARE)
+    run_dir: str = key(
+        "", ANY, "absolute folder for results; empty = a new one",
+        _PACKAGE, "Only the server writes results.",
+    )  # fmt: skip
+    state_dir: str = key(
+        "", ANY, "absolute folder of the ledger; empty = the user's data folder",
+        _DEVICE, "A new folder would be a new budget.",
+    )  # fmt: skip
