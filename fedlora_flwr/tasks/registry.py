@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from fedlora_flwr.errors import InvalidValue, unknown
+from fedlora_flwr.errors import InvalidValue, require, unknown
 from fedlora_flwr.places import is_place, load
 
 if TYPE_CHECKING:
@@ -79,6 +79,13 @@ _FACTORIES: dict[str, str] = {
     "text-classification": "fedlora_flwr.tasks.text_classification:TextClassification",
 }
 
+_EXTRAS: dict[str, tuple[str, ...]] = {
+    "digits": ("client", "vision"),
+    "image-classification": ("client", "vision"),
+    "instruction-tuning": ("client", "text"),
+    "question-answering": ("client", "text"),
+    "text-classification": ("client", "text"),
+}
 _ON_DEVICE: dict[str, tuple[tuple[str, ...], ...]] = {
     "digits": (),
     "image-classification": (("model",), ("dataset",), ("class-names", "num-classes")),
@@ -91,6 +98,17 @@ _ON_DEVICE: dict[str, tuple[tuple[str, ...], ...]] = {
 def task_names() -> list[str]:
     """Return the registered task names, sorted."""
     return sorted(_FACTORIES)
+
+
+def extras_of(name: str) -> tuple[str, ...]:
+    """Return what has to be installed for a task, as `fedlora_flwr.errors.require` takes it.
+
+    Parameters
+    ----------
+    name : str
+        As for `build_task`. What else a task of the user's own imports is not known here.
+    """
+    return _EXTRAS.get(name, ("client",))
 
 
 def required_on_device(name: str) -> tuple[tuple[str, ...], ...]:
@@ -134,8 +152,11 @@ def build_task(name: str, settings: Any) -> Task:
     ------
     InvalidValue
         No task has that name, there is no such module or function, or it makes something else.
+    NotInstalled
+        The task needs packages that are not installed.
     """
     _require_known(name)
+    require(*extras_of(name))
     task = _factory(_FACTORIES.get(name, name))(settings)
     if missing := [member for member in _METHODS if not hasattr(task, member)]:
         allowed = f"module:function of a task; it gives a {type(task).__name__} without {missing}"
