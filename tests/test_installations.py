@@ -88,7 +88,7 @@ def test_devices_train_privately_with_the_extras_of_their_task(tmp_path: Path) -
     points, words = tmp_path / "points.npy", tmp_path / "words"
     np.save(points, tiny_task.points(0, 64))
     model = checkpoints.bert(tmp_path / "bert", ALL)
-    configs = [
+    configs: list[tuple[str, dict[str, Any]]] = [
         ("client", {"task": tiny_task.NAME, "dataset": str(points)}),
         ("text", dict(text_config(model, write_reviews(words)).items())),
         ("vision", dict(image_config(write_pictures(tmp_path / "pictures", 60)).items())),
