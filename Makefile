@@ -1,5 +1,10 @@
 # Two commands do everything: `make run` and `make test` set up what is missing.
 PYTHON ?= python3
+# `make setup CPU=1` takes torch and torchvision without CUDA, for machines without a GPU, from the
+# index that TORCH names as pip's options; any other will do, e.g. TORCH="--index-url …".
+ifeq ($(CPU),1)
+TORCH ?= --index-url https://download.pytorch.org/whl/cpu
+endif
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -10,8 +15,11 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing into $(VENV): a few minutes and about 6 GB the first time."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@echo "Installing into $(VENV): a few minutes and about $(if $(TORCH),2,7) GB the first time."
+ifneq ($(TORCH),)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) torch torchvision
+endif
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[all,dev]"
 	@touch $(STAMP)
 
 run: setup

@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from fedlora_flwr.errors import NotInstalled
+
 # Each name is written here alone; `__init__.pyi`, for editors and type checkers, is made of this.
 STRATEGIES: Mapping[str, str] = {
     "FedLoRA": "strategies.base",
@@ -71,7 +73,12 @@ __all__ = ["__version__", *sorted(_HOMES)]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        if missing := NotInstalled.of(error):
+            raise missing from None
+        raise
 
 
 def __dir__() -> list[str]:

@@ -17,7 +17,6 @@ from fedlora_flwr.clients import uncollected
 from fedlora_flwr.clients.bridge import bridge, trains_or_evaluates
 from fedlora_flwr.clients.device import DEVICE, Device, client_identity
 from fedlora_flwr.clients.guarded import guarded
-from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.warm import WarmProcess
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.environment import in_simulation
@@ -59,6 +58,7 @@ def make_client(context: Context) -> LoRAClient:
             "on it. Start it with --node-config 'device=\"/path/device.toml\"'."
         )
     with uncollected():
+        from fedlora_flwr.clients.local_store import LocalStore
         from fedlora_flwr.clients.numpy_client import LoRAClient
         from fedlora_flwr.clients.trainer import process_trainer
         from fedlora_flwr.privacy.ledger import Ledger

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 _LONGEST = 1000  # characters of a value that an error shows
@@ -61,6 +62,85 @@ class OrderRefused(FedLoRAError):
     arrays and the hash of the model, which are public. It never names anything else that the
     device's file or a record holds.
     """
+
+
+EXTRAS: Mapping[str, tuple[str, ...]] = {
+    "client": ("torch", "transformers", "peft", "opacus", "dp_accounting", "safetensors", "scipy"),
+    "plots": ("matplotlib", "pandas"),
+    "text": ("tokenizers", "jinja2", "datasets", "huggingface_hub", "pyarrow"),
+    "vision": ("timm", "PIL", "sklearn", "matplotlib", "datasets", "huggingface_hub", "pyarrow"),
+    "simulation": ("ray", "flwr_datasets"),
+    "quantized": ("bitsandbytes",),
+}
+"""The modules that each extra of this package installs, as in ``pyproject.toml``.
+
+A module that is missing by itself is looked for from the top.
+"""
+
+
+class NotInstalled(FedLoRAError, ImportError):
+    """A package that only some work needs is not installed; the text has the command for it."""
+
+    @classmethod
+    def of(cls, error: BaseException) -> NotInstalled | None:
+        """Return this error for an import that failed because an extra is not installed.
+
+        Parameters
+        ----------
+        error : BaseException
+            Any error. ``None`` is returned for those that have another cause.
+        """
+        if isinstance(error, cls):
+            return error
+        module = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
+        if not _extra_of(module) or _installed(module):
+            return None
+        return cls(_not_installed([module], [_extra_of(module)]))
+
+
+def require(*wanted: str) -> None:
+    """Make sure, without importing them, that packages are there before work that needs them.
+
+    Parameters
+    ----------
+    *wanted : str
+        Names of `EXTRAS`, or single modules that one of them installs.
+
+    Raises
+    ------
+    NotInstalled
+        Some are not there.
+    """
+    absent: dict[str, list[str]] = {}
+    for name in wanted:
+        extra = name if name in EXTRAS else _extra_of(name)
+        modules = EXTRAS[extra] if name == extra else (name,)
+        if missing := [module for module in modules if not _installed(module)]:
+            absent.setdefault(extra, []).extend(missing)
+    if absent:
+        modules = tuple(dict.fromkeys(module for found in absent.values() for module in found))
+        raise NotInstalled(_not_installed(modules, list(absent)))
+
+
+def _not_installed(modules: Sequence[str], extras: Sequence[str]) -> str:
+    if len(modules) > 3:
+        modules = (modules[0], f"{len(modules) - 1} more packages")
+    *first, last = modules
+    subject = f"{', '.join(first)} and {last} are" if first else f"{last} is"
+    return f"{subject} not installed. Run pip install 'fedlora-flwr[{','.join(extras)}]'."
+
+
+def _extra_of(module: str) -> str:
+    return next((extra for extra, modules in EXTRAS.items() if module in modules), "")
+
+
+def _installed(module: str) -> bool:
+    try:
+        found = find_spec(module)
+    except (ImportError, ValueError):
+        return False
+    # A folder beside the user's files, called `datasets` for instance, is no package.
+    return found is not None and found.origin is not None
 
 
 class PrivacyViolation(FedLoRAError):
@@ -168,6 +248,8 @@ def explained(doing: str, advice: str) -> Iterator[None]:
     except FedLoRAError:
         raise
     except Exception as error:
+        if missing := NotInstalled.of(error):
+            raise missing from error
         reason = f"{type(error).__name__}: {one_line(error)}".rstrip(".: ")
         raise ModelFailed(f"{doing} failed ({reason}{_place(error)}). {advice}") from error
 

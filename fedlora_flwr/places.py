@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedlora_flwr.errors import InvalidValue, unknown
 
@@ -32,23 +32,47 @@ STRATEGIES: Mapping[str, str] = {
     "fedsa-lora": "fedlora_flwr.strategies.fedsa_lora:FedSALoRA",
 }
 
-TASKS: Mapping[str, str] = {
-    "digits": "fedlora_flwr.tasks.digits:DigitsTask",
-    "image-classification": "fedlora_flwr.tasks.image_classification:ImageClassification",
-    "instruction-tuning": "fedlora_flwr.tasks.instruction_tuning:InstructionTuning",
-    "question-answering": "fedlora_flwr.tasks.question_answering:QuestionAnswering",
-    "text-classification": "fedlora_flwr.tasks.text_classification:TextClassification",
-}
+
+class KnownTask(NamedTuple):
+    """What is known of a task before its code is loaded.
+
+    Parameters
+    ----------
+    place : str
+        Its class, as ``module:Class``.
+    extras : tuple[str, ...]
+        What has to be installed for it, as `fedlora_flwr.errors.require` takes it.
+    on_device : tuple[tuple[str, ...], ...]
+        Keys that a device's own file gives, of each group at least one (see
+        `fedlora_flwr.tasks.registry.required_on_device`).
+    """
+
+    place: str
+    extras: tuple[str, ...]
+    on_device: tuple[tuple[str, ...], ...] = ()
+
 
 _DATA = (("model",), ("dataset",))
-NEEDED_ON_DEVICE: Mapping[str, tuple[tuple[str, ...], ...]] = {
-    "image-classification": (*_DATA, ("class-names", "num-classes")),
-    "instruction-tuning": _DATA,
-    "question-answering": _DATA,
-    "text-classification": (*_DATA, ("class-names", "num-classes")),
+_CLASSES = ("class-names", "num-classes")
+TASKS: Mapping[str, KnownTask] = {
+    "digits": KnownTask("fedlora_flwr.tasks.digits:DigitsTask", ("client", "vision")),
+    "image-classification": KnownTask(
+        "fedlora_flwr.tasks.image_classification:ImageClassification",
+        ("client", "vision"),
+        (*_DATA, _CLASSES),
+    ),
+    "instruction-tuning": KnownTask(
+        "fedlora_flwr.tasks.instruction_tuning:InstructionTuning", ("client", "text"), _DATA
+    ),
+    "question-answering": KnownTask(
+        "fedlora_flwr.tasks.question_answering:QuestionAnswering", ("client", "text"), _DATA
+    ),
+    "text-classification": KnownTask(
+        "fedlora_flwr.tasks.text_classification:TextClassification",
+        ("client", "text"),
+        (*_DATA, _CLASSES),
+    ),
 }
-"""Keys that a device's own file gives for a task, of each group at least one (see
-`fedlora_flwr.tasks.registry.required_on_device`)."""
 
 _PLACE = re.compile(r"[^:.\s][^:\s]*:\w+")
 

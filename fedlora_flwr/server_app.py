@@ -9,11 +9,12 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.errors import require
 from fedlora_flwr.files import SERVER_STATE, data_folder
 from fedlora_flwr.server.endings import recorded
 from fedlora_flwr.server.run_dir import CLAIM, RunDirectory
-from fedlora_flwr.server.serve import run_federation
 from fedlora_flwr.server.watched_grid import WatchedGrid
+from fedlora_flwr.tasks.registry import extras_of
 
 app = ServerApp()
 
@@ -22,6 +23,9 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Serve one run; results go to ``run-dir``, or to a new folder in the user's data folder."""
     config = RunConfig.of(context.run_config)
+    require(*extras_of(config.task))  # It builds the model, to measure it: torch is imported now.
+    from fedlora_flwr.server.serve import run_federation
+
     if config.run_dir:
         run_dir = RunDirectory(Path(config.run_dir), os.environ.get(CLAIM, ""))
     else:

@@ -30,7 +30,7 @@ from rich.progress import (
 from rich.text import Text
 from typer.core import TyperGroup
 
-from fedlora_flwr.errors import FedLoRAError, either, near_names, one_line
+from fedlora_flwr.errors import FedLoRAError, NotInstalled, either, near_names, one_line
 from fedlora_flwr.files import FileTrouble, append, data_folder, private_folder, to_json
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -246,6 +246,7 @@ def told(error: Exception, log: Path | None = None) -> str:
     log : Path, optional
         File for the traceback; by default ``errors.log`` in this package's data folder.
     """
+    error = NotInstalled.of(error) or error
     if isinstance(error, FedLoRAError):
         return str(error)
     if isinstance(error, OSError | sqlite3.Error):

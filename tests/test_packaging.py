@@ -221,4 +221,4 @@ def test_an_image_has_no_root_no_secrets_and_keeps_quiet() -> None:
         told.items()
     )
     assert set(told) - set(QUIET) == {"PATH", "HOME"}
-    assert {text.split("=")[0] for text in arguments("ARG")} == {"BASE", "TORCH"}
+    assert {text.split("=")[0] for text in arguments("ARG")} == {"BASE", "EXTRAS", "TORCH"}

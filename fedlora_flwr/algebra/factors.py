@@ -185,11 +185,11 @@ def _decompose(B: Factor, A: Factor, rank: int, floor: float) -> tuple[Array64, 
     basis = rest = None
     if r < n:  # QR shrinks no factor with more columns than rows.
         padded = np.vstack([right, np.zeros((max(rank - r, 0), n))])  # It completes the basis.
-        q_a, r_a = _qr(padded.T)
+        q_a, r_a = np.linalg.qr(padded.T)
         inner = min(n, r)
         right, basis, rest = r_a[:inner, :r].T, q_a[:, :inner].T, q_a[:, inner:].T
     with np.errstate(over="ignore", invalid="ignore"):
-        core = (_qr(left, "r")[0][:r] if r < m else left) @ right
+        core = (np.linalg.qr(left, "r") if r < m else left) @ right
     if not (np.isfinite(floor) and np.isfinite(core).all()):
         raise InvalidValue("product", "infinite", "factors and a product within fp64's range")
     u, sigma, vt = np.linalg.svd(core, full_matrices=rank > len(core))
@@ -230,15 +230,7 @@ def _leading(B: Factor, A: Factor, rank: int, floor: float) -> tuple[Array64, Ar
 
 
 def _orthonormal(columns: Array64) -> Array64:
-    return _qr(columns)[0]
-
-
-def _qr(matrix: Array64, mode: str = "economic") -> tuple[Array64, ...]:
-    # Imported here: strategies that take no products start without it.
-    from scipy.linalg import qr  # type: ignore[import-untyped]
-
-    factors: tuple[Array64, ...] = qr(matrix, mode=mode, check_finite=False)
-    return factors
+    return np.linalg.qr(columns)[0]
 
 
 def _oriented(left: Array64, v: Array64, rank: int) -> tuple[Array64, Array64]:

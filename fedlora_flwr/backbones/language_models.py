@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,7 +14,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fedlora_flwr.config.sections import TaskSection
 from fedlora_flwr.data.hub import hub_answers, own_copies_only
-from fedlora_flwr.errors import InvalidValue, one_line
+from fedlora_flwr.errors import InvalidValue, one_line, require
 from fedlora_flwr.lora.exported import DRAWN
 
 if TYPE_CHECKING:
@@ -297,15 +296,15 @@ def quantized(quantization: str, head: tuple[str, ...]) -> dict[str, Any]:
     Raises
     ------
     InvalidValue
-        There is no CUDA device or no bitsandbytes here.
+        There is no CUDA device here.
+    NotInstalled
+        There is no bitsandbytes here.
     """
     if quantization == "none":
         return {}
     if not torch.cuda.is_available():
         raise InvalidValue("quantization", quantization, "'none' on a machine without a CUDA GPU")
-    if find_spec("bitsandbytes") is None:
-        allowed = "'none', or bitsandbytes installed (pip install 'fedlora-flwr[quantized]')"
-        raise InvalidValue("quantization", quantization, allowed)
+    require("quantized")
     from transformers import BitsAndBytesConfig
 
     options = (

@@ -18,7 +18,8 @@ from fedlora_flwr.cli.arguments import (
 )
 from fedlora_flwr.cli.convert import read_recipe
 from fedlora_flwr.config import parse_overrides
-from fedlora_flwr.errors import FedLoRAError, InvalidValue
+from fedlora_flwr.errors import FedLoRAError, InvalidValue, require
+from fedlora_flwr.tasks.registry import extras_of
 from fedlora_flwr.terminal import show_json
 
 Shared = Annotated[
@@ -67,6 +68,7 @@ def compare(
     """Compare strategies over privacy budgets; the same command again goes on where it stopped."""
     texts, budgets = _rows(strategies, rows or []), _budgets(epsilon)
     config = read_recipe(task, _shared(overrides or [], texts[0].split(), budgets[0]))
+    require(*extras_of(config.task), "plots", "flwr_datasets")
     from fedlora_flwr.cli.compare_screen import CompareScreen
     from fedlora_flwr.studies.compare import Comparison
     from fedlora_flwr.studies.compare import compare as run_comparison

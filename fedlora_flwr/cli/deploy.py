@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from fedlora_flwr.cli.arguments import AsJson, Overrides, complete_recipe
 from fedlora_flwr.cli.convert import read_recipe
-from fedlora_flwr.errors import FedLoRAError
+from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.terminal import Commands, show_json, show_line
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Real clients on real devices.")
@@ -90,6 +91,10 @@ def check(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def start(context: typer.Context) -> None:
     """Start a SuperNode that runs installed code only; a device's start.sh does it."""
+    from fedlora_flwr.clients.device import Device
+    from fedlora_flwr.deploy.fleet import SETTINGS
     from fedlora_flwr.deploy.supernode import start_supernode
 
+    with suppress(InvalidValue):  # What is wrong with this file, each message's answer says.
+        Device.read(Path.cwd() / SETTINGS).require()
     start_supernode(Path.cwd(), context.args)

@@ -10,6 +10,8 @@ from rich.console import Console
 
 from fedlora_flwr.cli.arguments import AsJson, Overrides, Recipe, png_file
 from fedlora_flwr.cli.convert import read_recipe
+from fedlora_flwr.errors import require
+from fedlora_flwr.tasks.registry import extras_of
 from fedlora_flwr.terminal import show, show_json, show_lines
 
 
@@ -22,6 +24,7 @@ def budget(
     as_json: AsJson = False,
 ) -> None:
     """Print the noise multiplier σ for a budget, and what each accountant says of it."""
+    require("client")
     from fedlora_flwr.privacy.accountants import ACCOUNTANTS
     from fedlora_flwr.privacy.budget import Segment, calibrate, check_budget, epsilon_spent
 
@@ -53,6 +56,7 @@ def plan(
     Exits with code 1 if a client cannot keep its promise.
     """
     config = read_recipe(recipe, overrides)
+    require(*extras_of(config.task), *(["flwr_datasets"] if records is None else []))
     from fedlora_flwr.cli.forecast_screen import show_forecast
     from fedlora_flwr.forecast import forecast
 
@@ -76,6 +80,7 @@ def inspect_split(
     """Show which client of a simulation gets how many records of which class; trains nothing."""
     config = read_recipe(recipe, overrides)
     path = png_file(output or Path(f"split-{Path(recipe).stem}.png"))
+    require(*extras_of(config.task), "plots", "flwr_datasets")
     from fedlora_flwr.forecast.split_table import (
         MAX_COLUMNS,
         split_counts,

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from fedlora_flwr.cli.arguments import png_file
-from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.errors import InvalidValue, require
 from fedlora_flwr.terminal import show_lines
 
 
@@ -24,6 +24,7 @@ def plot(
     if not (run_dir / "rounds.jsonl").is_file():
         raise InvalidValue("RUN_DIR", str(run_dir), "the folder of a run, with rounds.jsonl")
     path = png_file(output or run_dir / "rounds.png")
+    require("plots")
     from fedlora_flwr.plots.rounds import plot_rounds
     from fedlora_flwr.server.run_dir import RunDirectory
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from fedlora_flwr.errors import require
 from fedlora_flwr.terminal import show_lines
 
 
@@ -20,6 +21,7 @@ def pretrain(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
 ) -> None:
     """Pretrain the small Swin on classes 0 to 99, for `model = "small-swin"`."""
+    require("client", "vision")
     from fedlora_flwr.backbones.pretrain_swin import SwinRecipe, pretrain_swin
     from fedlora_flwr.lora.build import resolve_device
 

@@ -13,7 +13,8 @@ from rich.console import Console
 from fedlora_flwr.cli.arguments import AsJson, Output, Overrides, Recipe
 from fedlora_flwr.cli.convert import read_recipe
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.errors import FedLoRAError
+from fedlora_flwr.errors import FedLoRAError, require
+from fedlora_flwr.tasks.registry import extras_of
 from fedlora_flwr.terminal import show_json, show_lines, told
 
 
@@ -28,6 +29,7 @@ def run(
 ) -> None:
     """Run a recipe with `flwr run` on Flower's simulation engine."""
     config = read_recipe(recipe, overrides)  # Bad input is told before the slow imports.
+    require(*extras_of(config.task), "simulation")
     from fedlora_flwr.simulations.runner import run_on_flower
 
     _launch(partial(run_on_flower, workers=workers), config, as_json, output)
@@ -44,6 +46,7 @@ def simulate(
 ) -> None:
     """Run a recipe without Ray or a server: same seed, same arrays."""
     config = read_recipe(recipe, overrides)
+    require(*extras_of(config.task), "flwr_datasets")
     from fedlora_flwr.simulations.runner import run_in_process
 
     _launch(partial(run_in_process, workers=workers), config, as_json, output)

@@ -12,8 +12,8 @@ from flwr.app import Context
 
 from fedlora_flwr.config import OWN, Limit, RunConfig, device_config, read_toml
 from fedlora_flwr.config.names import by_short_name
-from fedlora_flwr.errors import InvalidValue, unknown
-from fedlora_flwr.tasks.registry import required_on_device
+from fedlora_flwr.errors import InvalidValue, require, unknown
+from fedlora_flwr.tasks.registry import extras_of, required_on_device
 from fedlora_flwr.wire import partition_name
 
 DEVICE = "device"
@@ -104,6 +104,16 @@ class Device:
         for key, (undoes, why) in _UNDO.items():
             if key in self.settings and undoes(self.settings[key]):
                 yield key, why
+
+    def require(self) -> None:
+        """Make sure that what the task needs is installed.
+
+        Raises
+        ------
+        NotInstalled
+            It is not.
+        """
+        require(*extras_of(str(self.settings["task"])))
 
     def config(self, run: Mapping[str, Any]) -> RunConfig:
         """Return a run's configuration as it is on this device.

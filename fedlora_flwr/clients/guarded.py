@@ -10,7 +10,13 @@ from typing import TypeVar
 from flwr.common.logger import log
 
 from fedlora_flwr.environment import in_simulation
-from fedlora_flwr.errors import BudgetExhausted, ClientFailed, FedLoRAError, OrderRefused
+from fedlora_flwr.errors import (
+    BudgetExhausted,
+    ClientFailed,
+    FedLoRAError,
+    NotInstalled,
+    OrderRefused,
+)
 
 T = TypeVar("T")
 
@@ -45,8 +51,13 @@ def guarded(call: Callable[..., T], *args: object) -> T:
         raise
     except BaseException as error:  # A panic of a library in Rust is no Exception, and quotes text.
         number = secrets.token_hex(4)
-        log(ERROR, "The client failed (error %s).", number, exc_info=error)
+        if missing := NotInstalled.of(error):
+            log(ERROR, "The client failed (error %s). %s", number, missing)
+        else:
+            log(ERROR, "The client failed (error %s).", number, exc_info=error)
         if in_simulation():
+            if missing:
+                raise missing from None
             if isinstance(error, FedLoRAError):
                 raise
             kind = type(error).__name__

@@ -228,7 +228,7 @@ def _with_images(dataset: Dataset) -> Dataset:
     import datasets
 
     for name in dataset.column_names:
-        if _is_picture(_first_content(dataset, name)):
+        if (content := _first_content(dataset, name)) and _is_picture(content):
             dataset = dataset.cast_column(name, datasets.Image())
     return dataset
 

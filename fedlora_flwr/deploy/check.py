@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -24,13 +24,10 @@ from fedlora_flwr.deploy.supernode import check_script, installed_code
 from fedlora_flwr.environment import versions
 from fedlora_flwr.errors import FedLoRAError, InvalidValue, one_line
 from fedlora_flwr.files import data_folder
-from fedlora_flwr.lora.build import build_adapted
-from fedlora_flwr.privacy.account import UNBOUND
-from fedlora_flwr.privacy.budget import Segment
-from fedlora_flwr.privacy.calibration import calibrated_mechanism
-from fedlora_flwr.privacy.ledger import Account, Ledger
-from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.tasks.registry import build_task, private_reading, unstated_classes
+
+if TYPE_CHECKING:
+    from fedlora_flwr.privacy.mechanism import Mechanism
 
 SOON = timedelta(days=14)
 _PATIENCE = 10.0  # seconds
@@ -113,7 +110,7 @@ def check_device(folder: Path, run: RunConfig | None = None) -> Iterator[Finding
     yield from _whole("private keys", _private_keys(folder, [folder / "device.key"]))
     yield from _whole(SCRIPT, _own_code(SCRIPT, folder / SCRIPT, installed_code))
     yield _reached(fleet, folder / "ca.pem")
-    yield from _whole(folder.name, _device(folder, folder.name, run, None))
+    yield from _whole(folder.name, _device(folder, folder.name, run, None, here=True))
     yield from _who_decides(folder / SETTINGS)
 
 
@@ -250,9 +247,7 @@ def _mismatch(key: Path) -> str:
             private = serialization.load_pem_private_key(content, None)
             certificate = key.with_suffix(".pem").read_bytes()
             public = x509.load_pem_x509_certificate(certificate).public_key()
-    except (
-        Exception
-    ) as error:  # A passphrase is a TypeError, another kind of key an error of its own.
+    except Exception as error:  # A passphrase is a TypeError; other kinds of keys have their own.
         return f"cannot be read: {error}"
     return "" if private.public_key() == public else "not the partner of the public key beside it"
 
@@ -277,6 +272,8 @@ class _Backbone:
         self._known: dict[str, str] = {}
 
     def of(self, config: RunConfig) -> str:
+        from fedlora_flwr.lora.build import build_adapted
+
         if config.model not in self._known:
             adapted = build_adapted(config, build_task(config.task, config))
             self._known[config.model] = adapted.fingerprint
@@ -284,7 +281,7 @@ class _Backbone:
 
 
 def _device(
-    folder: Path, name: str, run: RunConfig | None, backbone: _Backbone | None
+    folder: Path, name: str, run: RunConfig | None, backbone: _Backbone | None, here: bool = False
 ) -> Iterator[Finding]:
     file = folder / SETTINGS
     settings = _tried(name, lambda: Device.read(file), f"see {file}")
@@ -296,7 +293,12 @@ def _device(
         text = f"{key} = {settings.settings[key]!r} undoes the promise: {why}"
         fix = f"take the line out of {file}, unless the server may know these records"
         yield Finding(name, False, text, fix)
-    if run is None:
+    if run is None and not here:
+        return
+    missing = _tried(name, settings.require, "do so in the environment of this command")
+    if missing:
+        yield missing
+    if missing or run is None:
         return
     config = _tried(name, lambda: settings.config(run.items()), f"see {file}")
     if isinstance(config, Finding):
@@ -344,6 +346,11 @@ def _budget(
     name: str, client: str, config: RunConfig, count: int, state: Path | None
 ) -> Iterator[Finding]:
     """Say what a run would cost the device's budget, and what is spent of it."""
+    from fedlora_flwr.privacy.account import UNBOUND
+    from fedlora_flwr.privacy.budget import Segment
+    from fedlora_flwr.privacy.calibration import calibrated_mechanism
+    from fedlora_flwr.privacy.ledger import Account, Ledger
+
     account = Account(
         client, "", config.epsilon, config.delta, config.ledger_scope, config.run_epsilon
     )

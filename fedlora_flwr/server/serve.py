@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from fedlora_flwr.algebra.means import MovingAverage
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.environment import versions
-from fedlora_flwr.errors import explained
+from fedlora_flwr.errors import NotInstalled, explained
 from fedlora_flwr.files import replacing
 from fedlora_flwr.layout import Layout
 from fedlora_flwr.lora.adapters import AdaptedModel
@@ -150,7 +150,9 @@ class _Session:
             try:
                 plot_modes(plans, blocks, self.run_dir.path / "modes.png")
             except Exception as error:  # The run has its result; a picture must not take it away.
-                log(WARNING, "modes.png could not be drawn.", exc_info=error)
+                missing = NotInstalled.of(error)
+                why, trace = (f" {missing}", None) if missing else ("", error)
+                log(WARNING, "modes.png could not be drawn.%s", why, exc_info=trace)
 
     def _after_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
         """Evaluate on the public test set, keep the arrays, write the round's rows."""

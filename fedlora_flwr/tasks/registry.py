@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.places import NEEDED_ON_DEVICE, TASKS, check_task_name, load
+from fedlora_flwr.errors import InvalidValue, require
+from fedlora_flwr.places import TASKS, check_task_name, load
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -78,6 +78,17 @@ def task_names() -> list[str]:
     return sorted(TASKS)
 
 
+def extras_of(name: str) -> tuple[str, ...]:
+    """Return what has to be installed for a task, as `fedlora_flwr.errors.require` takes it.
+
+    Parameters
+    ----------
+    name : str
+        As for `build_task`. What else a task of the user's own imports is not known here.
+    """
+    return TASKS[name].extras if name in TASKS else ("client",)
+
+
 def required_on_device(name: str) -> tuple[tuple[str, ...], ...]:
     """Return what a device's own file must say for a task.
 
@@ -101,7 +112,7 @@ def required_on_device(name: str) -> tuple[tuple[str, ...], ...]:
         No task has that name.
     """
     check_task_name(name)
-    return NEEDED_ON_DEVICE.get(name, ())
+    return TASKS[name].on_device if name in TASKS else ()
 
 
 def build_task(name: str, settings: Any) -> Task:
@@ -119,9 +130,13 @@ def build_task(name: str, settings: Any) -> Task:
     ------
     InvalidValue
         No task has that name, there is no such module or function, or it makes something else.
+    NotInstalled
+        The task needs packages that are not installed.
     """
     check_task_name(name)
-    task = _factory(TASKS.get(name, name))(settings)
+    require(*extras_of(name))
+    known = TASKS.get(name)
+    task = _factory(known.place if known else name)(settings)
     if missing := [member for member in _METHODS if not hasattr(task, member)]:
         allowed = f"module:function of a task; it gives a {type(task).__name__} without {missing}"
         raise InvalidValue("task", name, allowed)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from fedlora_flwr.backbones.language_models import (
     quantized,
     skeleton,
 )
-from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.errors import InvalidValue, NotInstalled
 from fedlora_flwr.tasks.text_classification import TextClassification
 from tests.data import hub
 from tests.tasks.texts import set_in_config, state_digest, text_config, write_reviews
@@ -303,7 +304,7 @@ def test_quantisation_is_refused_where_it_cannot_be_had(
     with pytest.raises(InvalidValue, match=f"quantization = '{bits}'.*CUDA"):
         make_task(quantization=bits).build_model()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("fedlora_flwr.backbones.language_models.find_spec", lambda name: None)
-    with pytest.raises(InvalidValue, match=r"pip install 'fedlora-flwr\[quantized\]'"):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(NotInstalled, match=r"pip install 'fedlora-flwr\[quantized\]'"):
         make_task(quantization=bits).build_model()
     assert quantized("none", ()) == {}
