@@ -144,6 +144,14 @@ def client_identity(context: Context) -> str:
     ------
     InvalidValue
         The node config has none of them, or a device's file cannot be used.
+
+    Examples
+    --------
+    >>> from flwr.app import RecordDict
+    >>> client_identity(Context(1, 1, {"client-id": "hospital-7"}, RecordDict(), {}))
+    'hospital-7'
+    >>> client_identity(Context(1, 1, {"partition-id": 3}, RecordDict(), {}))
+    'partition-000003'
     """
     config = context.node_config
     if DEVICE in config:
