@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.processes.workers import Execute, executor, one_by_one
 from fedlora_flwr.server.endings import COMPLETED, untold
 from fedlora_flwr.server.rehearsal import check_folding, rehearse
+from fedlora_flwr.server.rounds import OnRound
 from fedlora_flwr.server.run_dir import CLAIM, RunDirectory
 from fedlora_flwr.server.serve import run_federation
 from fedlora_flwr.server.strategy import build_strategy
@@ -32,7 +32,6 @@ from fedlora_flwr.simulations.app import write_app
 from fedlora_flwr.simulations.superlink import LOCAL, SimulationSuperLink
 from fedlora_flwr.tasks.registry import build_task, reading
 
-OnRound = Callable[[dict[str, Any]], None]
 # Seconds from one question to Flower to the next, while a run's log goes on and once it has ended.
 STATUS_INTERVAL, ENDED_INTERVAL = 30.0, 1.0
 
@@ -246,7 +245,7 @@ def _follow(superlink: SimulationSuperLink, run_dir: RunDirectory, on_round: OnR
     """Report rounds as they end, until Flower says that the run has."""
     seen, asked = 0, time.monotonic()
     while True:
-        rows = run_dir.rows("rounds")
+        rows = run_dir.rounds()
         for row in rows[seen:]:
             on_round(row)
         seen = len(rows)

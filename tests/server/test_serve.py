@@ -260,7 +260,7 @@ def test_noise_without_a_seed_differs(make_config: MakeConfig, tmp_path: Path) -
 
 
 def test_progress_is_told_round_by_round(make_config: MakeConfig, tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = []
+    rows: list[Any] = []
     run_dir, _ = run(make_config(epsilon=float("inf")), tmp_path / "run", on_round=rows.append)
     assert [row["round"] for row in rows] == [0, 1, 2]
     assert [row["accuracy"] for row in rows] == [r["accuracy"] for r in run_dir.rows("rounds")]
@@ -340,7 +340,7 @@ def test_a_run_in_which_no_client_measures_goes_on_without_figures(
     with LocalGrid(respond, config.num_clients, config.items()).running() as grid:
         summary = run_federation(grid, config, run_dir)
     assert (summary["status"], summary["rounds_done"]) == ("completed", 2)
-    for row in run_dir.rows("rounds")[1:]:
+    for row in run_dir.rounds()[1:]:
         assert "accuracy" not in row
         assert row["clients_used"] == 3
         assert len(row["failures"]) == 3

@@ -27,7 +27,7 @@ from fedlora_flwr.studies.compare_results import (
     document_of,
     markdown,
     read_rows,
-    summarise,
+    summarize,
 )
 
 STRATEGIES = ("ffa-lora", "la-lora")
@@ -254,14 +254,14 @@ def test_a_failed_run_is_recorded_shown_and_tried_again(tmp_path: Path) -> None:
 
 def test_a_pair_whose_every_trial_failed_is_not_reported() -> None:
     what = comparison(strategies=("rolora",), epsilons=(1.0, 2.0), trials=2)
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    rows: dict[tuple[Any, ...], Any] = {}
     for job, final in zip(what.tune_jobs(), (None, None, 0.5, 0.5), strict=True):
         error = "" if final else "ValueError: no"
         rows[job.key] = {"final": final, "error": error}
     chosen = what.choose(rows)
     assert chosen == {("rolora", 1.0): None, ("rolora", 2.0): what.candidates("rolora")[0]}
     assert {job.pair for job in what.report_jobs(chosen)} == {("rolora", 2.0)}
-    table = markdown(document_of(summarise([], chosen, 2), what.config, "accuracy", 2))
+    table = markdown(document_of(summarize([], chosen, 2), what.config, "accuracy", 2))
     line = next(line for line in table.splitlines() if line.startswith("| rolora"))
     assert [cell.strip() for cell in line.split("|")[2:4]] == ["failed", "failed"]
 
