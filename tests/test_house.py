@@ -39,3 +39,21 @@ def test_no_room_has_more_than_15_percent_of_the_lines() -> None:
     for path, lines in LINES.items():
         rooms[path.relative_to(PACKAGE).parts[0]] += lines
     assert {room for room, lines in rooms.items() if lines > 0.15 * rooms.total()} == set()
+
+
+def test_no_function_deletes_an_argument_to_say_that_it_needs_none() -> None:
+    assert [f"{path.name}:{line}" for path in LINES for line in deleted_arguments(path)] == []
+
+
+def deleted_arguments(path: Path) -> list[int]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            given = {one.arg for one in (*node.args.args, *node.args.kwonlyargs)}
+            gone = (each for each in ast.walk(node) if isinstance(each, ast.Delete))
+            found += [
+                each.lineno
+                for each in gone
+                if any(isinstance(t, ast.Name) and t.id in given for t in each.targets)
+            ]
+    return found

@@ -36,7 +36,6 @@ class LoRAClient(LocalRound, NumPyClient):
 
     def get_parameters(self, config: Scalars) -> list[NDArray[np.float32]]:
         """Return the adapters' start, which follows from the seed and not from any record."""
-        del config
         return list(self.start.values())
 
     def fit(self, parameters: list[NDArray[np.float32]], config: Scalars) -> Reply:

@@ -170,7 +170,6 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Calibrate σ to the planned steps, write them to the ledger, and make the optimizer."""
-        del model
         steps, size = self._planned_steps(), int(self.args.train_batch_size)
         rate = size / len(self._records)
         sigma = calibrate(self._epsilon, self._delta, rate, steps)
@@ -192,7 +191,6 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
 
         The Trainer's own ``optimizer.step()`` finds no gradients after it, and moves nothing.
         """
-        del model
         if self._left < 1:
             raise PrivacyViolation("The Trainer asked for more steps than the budget was made for.")
         self._left -= 1

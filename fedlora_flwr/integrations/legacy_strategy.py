@@ -116,7 +116,6 @@ class LegacyStrategy(Strategy):
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters:
         """Return the initial arrays."""
-        del client_manager
         return ndarrays_to_parameters(list(self._initial.values()))
 
     def configure_fit(
@@ -331,8 +330,7 @@ def _fit_content(sent: Message, result: FitRes) -> RecordDict:
     return fit_content(values, _arrays(sent), result.metrics, result.num_examples)
 
 
-def _evaluate_content(sent: Message, result: EvaluateRes) -> RecordDict:
-    del sent
+def _evaluate_content(_: Message, result: EvaluateRes) -> RecordDict:
     return evaluate_content(result.loss, result.metrics, result.num_examples)
 
 

@@ -151,7 +151,6 @@ class LocalGrid(Grid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Push messages and pull all replies; nothing can time out in one process."""
-        del timeout
         return self.pull_messages(self.push_messages(messages))
 
 
