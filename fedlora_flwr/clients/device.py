@@ -19,7 +19,6 @@ DEVICE = "device"
 """Key of the node config that names the file: ``--node-config 'device="/etc/fedlora.toml"'``."""
 
 CLIENT_ID, KEEP_WARM, LIMITS = "client-id", "keep-warm", "limits"
-TEST_SPLIT = "test-split"
 _REQUIRED = {
     "epsilon": "a number: what may be spent on this device's records",
     "delta": "a number: what may be spent on this device's records",

@@ -20,7 +20,7 @@ from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from fedlora_flwr.studies.compare import RANGES, TUNING_SEED, Comparison, compare
-from fedlora_flwr.studies.compare_methods import RATES, plain_methods
+from fedlora_flwr.studies.compare_methods import RATES, read_methods
 from fedlora_flwr.studies.compare_results import (
     COLUMNS,
     KEY,
@@ -47,7 +47,7 @@ Told = list[tuple[str | None, int, int]]
 
 
 def comparison(**changes: Any) -> Comparison:
-    methods = plain_methods(changes.pop("strategies", STRATEGIES))
+    methods = read_methods(changes.pop("strategies", STRATEGIES), RunConfig())
     return replace(Comparison(SHARED, methods, EPSILONS, seeds=2, trials=2), **changes)
 
 
