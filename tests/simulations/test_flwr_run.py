@@ -25,7 +25,7 @@ from fedlora_flwr.simulations.runner import (
 )
 from fedlora_flwr.simulations.superlink import free_port
 from tests.processes.processes import MARK, left_of
-from tests.test_readme import BIN, FLOWER, ROOT, unactivated
+from tests.support.readme import BIN, FLOWER, ROOT, unactivated
 
 pytestmark = pytest.mark.flower
 FEDLORA = str(Path(sys.executable).parent / "fedlora")
