@@ -44,7 +44,7 @@ def run_federation(
     run_dir: RunDirectory,
     on_round: OnRound | None = None,
     *,
-    rehearsed: bool = False,
+    adapted: AdaptedModel | None = None,
 ) -> dict[str, Any]:
     """Run a federation from the first round to the summary.
 
@@ -58,8 +58,9 @@ def run_federation(
         Where the results go.
     on_round : callable, optional
         Called with each row of ``rounds.jsonl``, round 0 (before training) included.
-    rehearsed : bool (default: False)
-        Whether a private step was tried already, with `fedlora_flwr.server.rehearsal`.
+    adapted : AdaptedModel, optional
+        The run's model at its start, which has been rehearsed; the run changes it. Built and
+        rehearsed here if not given.
 
     Returns
     -------
@@ -81,8 +82,8 @@ def run_federation(
     try:
         task = build_task(config.task, config)
         strategy = build_strategy(config)
-        adapted = build_adapted(config, task)
-        if not rehearsed:
+        if adapted is None:
+            adapted = build_adapted(config, task)
             check_folding(strategy, adapted)
             rehearse(task, adapted)
         session = _Session(config, task, adapted, strategy, run_dir, on_round)
