@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -138,7 +138,7 @@ def quadratic() -> Problem:
 class Network:
     """A perceptron on scikit-learn's digits with LoRA of rank 4 on both layers.
 
-    Its frozen weights learnt pictures that were moved by a pixel, so there is something to adapt.
+    Its frozen weights learned pictures that were moved by a pixel, so there is something to adapt.
     """
 
     HIDDEN, RANK, BATCH = 48, 4, 32
@@ -257,13 +257,17 @@ def _table(title: str, rows: list[Row], columns: tuple[str, ...]) -> Table:
     return table
 
 
-def main() -> None:
-    """Measure, print, and write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--draws", type=int, default=400)
-    parser.add_argument("--runs", type=int, default=200)
-    parser.add_argument("--output", default="benchmarks/results/as-lora-scores.json")
-    given = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, and write the JSON file if one is named."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.as_lora_scores",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--draws", type=int, default=400, help="draws of the noise (400)")
+    parser.add_argument("--runs", type=int, default=200, help="runs of each choice (200)")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     found: Row = {"clients": CLIENTS, "steps": STEPS, "draws": given.draws, "runs": given.runs}
     for name, problem, rate in (
@@ -275,7 +279,8 @@ def main() -> None:
         Console().print(_table(name, rows, ("true", *ESTIMATES, "kappa")))
     found["choices"] = {str(s): choices(s, given.runs) for s in (0.0, 0.001, 0.01, 0.03, 0.1)}
     Console().print_json(json.dumps(found["choices"]))
-    Path(given.output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if given.output is not None:
+        given.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,9 +127,17 @@ def _wait_for_turn() -> None:
     sys.stdin.readline()
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Time rounds for the parent process, one for each line that it sends."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.clients", description=main.__doc__)
+    for name in ("registered", "sampled", "rounds"):
+        parser.add_argument(name, type=int)
+    given = parser.parse_args(arguments)
     import torch
 
     torch.set_num_threads(1)
-    registered, sampled, rounds = map(int, sys.argv[1:])
-    print(json.dumps(rounds_of(registered, sampled, rounds, _wait_for_turn)))
+    print(json.dumps(rounds_of(given.registered, given.sampled, given.rounds, _wait_for_turn)))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,15 @@ def _until_first_round(command: str) -> float:
     return taken
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the seconds of a round over a bare loop of the same training."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=main.__doc__)
+    for name in ("clients", "rounds"):
+        parser.add_argument(name, type=int)
+    given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    print(overhead(*map(int, sys.argv[1:])))
+    print(overhead(given.clients, given.rounds))
+
+
+if __name__ == "__main__":
+    main()

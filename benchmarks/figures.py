@@ -125,7 +125,6 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        del types
         self.count += not func.is_view
         return func(*args, **(kwargs or {}))
 

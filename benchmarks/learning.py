@@ -1,15 +1,16 @@
 """Does the noise that `fedlora plan` shows tell which runs learn? Refits that from our own runs.
 
-    python -m benchmarks.learning
+    python -m benchmarks.learning --output benchmarks/results
 
 Reads the reported rows of finished comparisons below ``benchmarks/results``, works out each run's
-noise, and writes ``learning.csv`` and ``learning.json`` there. Digits' clients are split as with
-seed 1. For the other data sets all clients have the mean number of records, since their records
-are not in the repository.
+noise, and prints the table and the fits; ``--output`` names a folder for ``learning.csv`` and
+``learning.json``. Digits' clients are split as with seed 1. For the other data sets all clients
+have the mean number of records, since their records are not in the repository.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -159,10 +160,16 @@ def _without_privacy(row: pd.Series[Any], plain: pd.DataFrame) -> float:
     raise ValueError(f"no run without privacy for {row}")
 
 
-def main() -> None:
-    """Write the table and the fits."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table and the fits, and write them where a folder is named."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.learning",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, help="folder for learning.csv and learning.json")
+    folder: Path | None = parser.parse_args(arguments).output
     rows = table()
-    rows.to_csv(RESULTS / "learning.csv", index=False)
     found = {
         "rows": len(rows),
         "gained_at_least": GAINED,
@@ -176,7 +183,10 @@ def main() -> None:
         },
     }
     text = json.dumps(found, indent=2) + "\n"
-    (RESULTS / "learning.json").write_text(text, encoding="utf-8")
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        rows.to_csv(folder / "learning.csv", index=False)
+        (folder / "learning.json").write_text(text, encoding="utf-8")
     print(rows.to_string(index=False), text, sep="\n")
 
 

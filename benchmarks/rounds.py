@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
+from fedlora_flwr.server.rounds import RoundRow
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import PreparedRun, run_in_process
 
@@ -30,7 +30,7 @@ def time_rounds(
     seconds: list[float] = []
     mark = time.perf_counter()
 
-    def after(row: dict[str, Any]) -> None:
+    def after(row: RoundRow) -> None:
         nonlocal mark
         if row["round"] > 1:
             seconds.append(time.perf_counter() - mark)

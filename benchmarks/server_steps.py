@@ -1,4 +1,7 @@
-"""Every strategy's server step for one layer, and those of published code: seconds, equality."""
+"""Every strategy's server step for one layer, and those of published code: seconds, equality.
+
+What `benchmarks.aggregation` measures with; it is no command of its own.
+"""
 
 from __future__ import annotations
 

@@ -5,9 +5,11 @@ Every import is in a function, because imports are most of what is measured.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +119,18 @@ def as_scripts_do(folder: Path, clock: Clock) -> None:
 
 WAYS = {"client": as_a_client, "warm": as_a_warm_client, "plain": as_scripts_do}
 
-if __name__ == "__main__":
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Get ready for a private step, and print how long each stage took."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.started", description=main.__doc__)
+    parser.add_argument("way", choices=WAYS)
+    parser.add_argument("folder", type=Path)
+    given = parser.parse_args(arguments)
     started = Clock()
-    WAYS[sys.argv[1]](Path(sys.argv[2]), started)
+    WAYS[given.way](given.folder, started)
     loaded = sorted({name.split(".")[0] for name in sys.modules})
     print(json.dumps({"stages": started.stages, "modules": loaded}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

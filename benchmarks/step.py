@@ -337,7 +337,7 @@ def roberta(name: str = "RoBERTa-base", **sizes: int) -> Shape:
 
 
 def token_batch(count: int, tokens: int, vocabulary: int) -> dict[str, Tensor]:
-    """Draw labelled records of the same number of tokens."""
+    """Draw labeled records of the same number of tokens."""
     generator = torch.Generator().manual_seed(0)
     return {
         "input_ids": torch.randint(3, vocabulary, (count, tokens), generator=generator),

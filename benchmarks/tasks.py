@@ -26,7 +26,6 @@ class ShapeTask(ABC):
     metric = "loss"
 
     def __init__(self, settings: Any) -> None:
-        del settings
         self._shape = self.shape()
         self._records = TensorRecords(self._shape.batch(64))
         self.lora_targets = next(iter(self._shape.targets.values()))
@@ -44,7 +43,6 @@ class ShapeTask(ABC):
 
     def client_records(self, partition_id: int, num_partitions: int) -> TensorRecords:
         """Return all records."""
-        del partition_id, num_partitions
         return self._records
 
     def test_records(self) -> TensorRecords:

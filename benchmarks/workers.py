@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,5 +113,15 @@ def _work(kind: str, task: str, scratch: str) -> None:
     del kept
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Get ready for private steps as a worker does, and wait until a line comes."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.workers", description=main.__doc__)
+    parser.add_argument("kind", choices=("shared", "apart"))
+    parser.add_argument("task", help="module:Class")
+    parser.add_argument("scratch", help="folder for ledger and results")
+    given = parser.parse_args(arguments)
+    _work(given.kind, given.task, given.scratch)
+
+
 if __name__ == "__main__":
-    _work(*sys.argv[1:])
+    main()

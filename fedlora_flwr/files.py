@@ -12,14 +12,16 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
 from fedlora_flwr.errors import FedLoRAError
+
+T = TypeVar("T")
 
 _LOGGER = logging.getLogger(__name__)
 _PATIENCE = 10.0  # seconds to wait for a lock in silence
@@ -185,6 +187,44 @@ def replacing(path: Path) -> Iterator[Path]:
         if _names_a_path(error) and draft in (named := Path(error.filename), *named.parents):
             error.filename = None
         raise FileTrouble.of(error, path) from error
+
+
+def read_or_make(path: Path, read: Callable[[], T | None], make: Callable[[Path], None]) -> T:
+    """Return what is read from a cache, made now if it is missing or damaged.
+
+    Of several processes that miss it at once, one makes it and the others wait, so that all of them
+    go on with the same content.
+
+    Parameters
+    ----------
+    path : Path
+        File or folder of the cache. Its folder is made where it is missing.
+    read : Callable
+        Reads it; ``None`` if it is missing or is not what was written.
+    make : Callable
+        Writes it to a draft (see `replacing`). An error leaves everything as it was.
+
+    Raises
+    ------
+    FileTrouble
+        It has to be made, and cannot be written or read back.
+    """
+    if (found := read()) is not None:
+        return found
+    private_folder(path.parent)
+    with locked(path):
+        # Another process may have made it while this one waited.
+        if (found := read()) is not None:
+            return found
+        if path.exists():
+            _LOGGER.warning("%s is damaged and is made again.", path)
+        for left in path.parent.glob(f".{path.name}.*"):  # By processes that were killed.
+            _remove(left)
+        with replacing(path) as draft:
+            make(draft)
+        if (found := read()) is not None:
+            return found
+    raise FileTrouble(f"{path} was written and cannot be read back. Choose another folder.")
 
 
 def append(path: Path, content: bytes) -> None:

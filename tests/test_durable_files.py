@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -22,7 +23,14 @@ from safetensors.torch import load_file, save_file
 from fedlora_flwr import files
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
-from fedlora_flwr.files import FileTrouble, append, locked, replace_file, replacing
+from fedlora_flwr.files import (
+    FileTrouble,
+    append,
+    locked,
+    read_or_make,
+    replace_file,
+    replacing,
+)
 from fedlora_flwr.lora.adapters import AdaptedModel, attach
 from fedlora_flwr.processes.workers import log_to_file
 from fedlora_flwr.server.run_dir import RunDirectory
@@ -221,3 +229,22 @@ def test_a_written_recipe_names_no_folder_of_its_run(tmp_path: Path) -> None:
     assert own not in recipe
     shared = RunConfig.of({"run-dir": own, "state-dir": str(tmp_path)})
     assert f'state-dir = "{tmp_path}"' in run.write_config(shared).read_text()
+
+
+def test_what_a_killed_process_left_of_a_cache_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    (tmp_path / ".weights.0123").write_text("half")
+    (tmp_path / ".weights.4567").mkdir()
+    read = partial(_text, path)
+    assert read_or_make(path, read, lambda draft: replace_file(draft, b"whole")) == "whole"
+    assert {entry.name for entry in tmp_path.iterdir()} <= {"weights", "weights.lock"}
+
+
+def test_a_cache_that_cannot_be_read_back_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    with pytest.raises(FileTrouble, match=r"/weights was written and cannot be read back\. Choose"):
+        read_or_make(path, lambda: None, lambda draft: draft.touch())
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text() if path.exists() else None

@@ -39,3 +39,50 @@ def test_no_room_has_more_than_15_percent_of_the_lines() -> None:
     for path, lines in LINES.items():
         rooms[path.relative_to(PACKAGE).parts[0]] += lines
     assert {room for room, lines in rooms.items() if lines > 0.15 * rooms.total()} == set()
+
+
+def test_no_function_deletes_an_argument_to_say_that_it_needs_none() -> None:
+    assert [f"{path.name}:{line}" for path in LINES for line in deleted_arguments(path)] == []
+
+
+def deleted_arguments(path: Path) -> list[int]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            given = {one.arg for one in (*node.args.args, *node.args.kwonlyargs)}
+            gone = (each for each in ast.walk(node) if isinstance(each, ast.Delete))
+            found += [
+                each.lineno
+                for each in gone
+                if any(isinstance(t, ast.Name) and t.id in given for t in each.targets)
+            ]
+    return found
+
+
+TESTS = {path: path.read_text("utf-8") for path in Path(__file__).parent.rglob("*.py")}
+LONGER = {"config/test_run_config.py"}  # One table of what is refused; it is cut with the sections.
+
+
+def test_no_file_of_tests_has_more_than_400_lines() -> None:
+    folder = Path(__file__).parent
+    long = {str(p.relative_to(folder)) for p, text in TESTS.items() if len(text.splitlines()) > 400}
+    assert long - LONGER == set()
+
+
+def test_no_module_imports_from_a_test_module() -> None:
+    """What several share is in a support module or a conftest: a test file is run, not read."""
+    assert len(TESTS) > 150
+    found = {
+        f"{path.name} imports {name}"
+        for path, text in TESTS.items()
+        for node in ast.walk(ast.parse(text))
+        for name in imported(node)
+        if name.startswith("tests.") and ".test_" in name
+    }
+    assert found == set()
+
+
+def imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.ImportFrom):
+        return [f"{node.module}.{each.name}" for each in node.names]
+    return [each.name for each in node.names] if isinstance(node, ast.Import) else []

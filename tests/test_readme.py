@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BIN = Path(sys.executable).parent
-# As they stand above `flwr run`: tests/simulations/test_flwr_run.py runs these lines.
-FLOWER = re.findall(r"^    (?:export|flwr) .*$", README, re.M)
+from tests.support.readme import BIN, FLOWER, README, ROOT, unactivated
+
 COMMANDS = re.findall(r"^    (\.venv/bin/.*?)(?: +#.*)?$", README, re.M)
 # What a command gets beside the README's own words, and the beginning of what it then says. A long
 # one is given a value that is refused when all else has been read: test_flwr_run and test_own_task
@@ -31,13 +26,6 @@ ENDS: dict[str, tuple[list[str], str]] = {
     "recipes": ([], "recipe "),
     "budget": ([], "noise multiplier σ = "),
 }
-
-
-def unactivated(**more: str) -> dict[str, str]:
-    """Return an environment that knows nothing of this project's programs."""
-    kept = ("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "PYTHONPATH", "OMP_NUM_THREADS")
-    base = {name: os.environ[name] for name in kept if name in os.environ}
-    return {**base, "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", **more}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -50,7 +50,7 @@ def weighted_mean(
     Raises
     ------
     InvalidValue
-        Names or shapes differ between clients, or the weights cannot be normalised.
+        Names or shapes differ between clients, or the weights cannot be normalized.
     """
     shares = normalise(weights)
     if len(shares) != len(uploads):

@@ -85,8 +85,10 @@ def backbone_path(recipe: Recipe = DEFAULT_RECIPE) -> Path:
     return cache_folder() / "backbones" / f"digits-vit-{mark}.safetensors"
 
 
-def ensure_backbone(console: Console | None = None, recipe: Recipe = DEFAULT_RECIPE) -> Path:
-    """Pretrain the backbone unless an intact copy is in the cache.
+def load_backbone(
+    console: Console | None = None, recipe: Recipe = DEFAULT_RECIPE
+) -> dict[str, Tensor]:
+    """Return the pretrained weights, head included; pretrain unless an intact copy is in the cache.
 
     Parameters
     ----------
@@ -95,24 +97,11 @@ def ensure_backbone(console: Console | None = None, recipe: Recipe = DEFAULT_REC
     recipe : Recipe (default: DEFAULT_RECIPE)
         What to train.
 
-    Returns
-    -------
-    Path
-        The safetensors file.
-
     Raises
     ------
     InvalidValue
         The cache folder cannot be written to.
     """
-    _weights(recipe, console)
-    return backbone_path(recipe)
-
-
-def load_backbone(
-    console: Console | None = None, recipe: Recipe = DEFAULT_RECIPE
-) -> dict[str, Tensor]:
-    """Return the pretrained weights, head included; arguments as for `ensure_backbone`."""
     state: dict[str, Tensor] = load(_weights(recipe, console))
     return state
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fedlora_flwr.backbones.image_models import SMALL_SWIN, data_config, model_folder
 from fedlora_flwr.data.arrow_records import ArrowRecords
 from fedlora_flwr.data.cached_file import require_writable
-from fedlora_flwr.data.pictures import collate, image_column, normalised, pixels
+from fedlora_flwr.data.pictures import collate, image_column, normalized, pixels
 from fedlora_flwr.data.sources import load_split
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import replacing
@@ -194,7 +194,7 @@ def _fit(
             if step:
                 report(step // steps, recipe.epochs)
         chosen = order[(step % steps) * recipe.batch :][: recipe.batch]
-        pictures = normalised(augmented(images[chosen], draw).to(device), data)
+        pictures = normalized(augmented(images[chosen], draw).to(device), data)
         loss = F.cross_entropy(model(pictures), labels[chosen].to(device), label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -248,7 +248,7 @@ def _accuracy(model: nn.Module, records: ArrowRecords, data: dict[str, Any]) -> 
     with torch.inference_mode():
         for indices in torch.split(torch.arange(len(records)), 500):
             batch = records.batch(indices)
-            scores = model(normalised(batch["image"].to(device), data))
+            scores = model(normalized(batch["image"].to(device), data))
             hits += int((scores.argmax(1).cpu() == batch["label"]).sum())
     return hits / len(records)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedlora_flwr.studies.compare_methods import RATES
 from fedlora_flwr.studies.compare_results import Part, Row, budget_name
 from fedlora_flwr.terminal import Bar, Table, show, show_line, show_lines
 
@@ -56,7 +55,7 @@ def describe_row(row: Row) -> str:
     """Return what one run came to, in one line."""
     what = f"{row['phase']} {row['row']} ε {budget_name(row['epsilon'])}"
     how = (
-        " / ".join(f"{row[name]:g}" for name in RATES)
+        f"{row['lr-a']:g} / {row['lr-b']:g} / {row['lr-head']:g}"
         if row["phase"] == "tune"
         else f"seed {row['seed']}"
     )

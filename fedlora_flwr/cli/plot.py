@@ -30,5 +30,5 @@ def plot(
 
     found = RunDirectory(run_dir)
     metric = (found.summary() or {}).get("metric", "accuracy")
-    plot_rounds(found.rows("rounds"), path, metric)
+    plot_rounds(found.rounds(), path, metric)
     show_lines(Console(), [("Plot", str(path))])

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from fedlora_flwr.forecast.participation import participation
+from fedlora_flwr.server.rounds import RoundRow, by_name
 from fedlora_flwr.simulations.runner import PreparedRun
 from fedlora_flwr.terminal import Bar, show_line, show_lines
 
@@ -41,7 +42,7 @@ class Screen:
         """Leave the console as it was."""
         self._bar.stop()
 
-    def round(self, row: dict[str, Any]) -> None:
+    def round(self, row: RoundRow) -> None:
         """Show one row of ``rounds.jsonl``."""
         state = describe_round(row, self._prepared.metric)
         last = self._prepared.config.num_rounds
@@ -92,11 +93,11 @@ def describe_plan(prepared: PreparedRun) -> list[tuple[str, str]]:
     return lines
 
 
-def describe_round(row: dict[str, Any], metric: str = "accuracy") -> str:
+def describe_round(row: RoundRow, metric: str = "accuracy") -> str:
     """Return what one round came to, in one line."""
     parts = []
     if metric in row:
-        parts.append(f"{_words(metric)} {row[metric]:.1%}")
+        parts.append(f"{_words(metric)} {by_name(row)[metric]:.1%}")
     elif "loss" in row:
         parts.append(f"loss {row['loss']:.4f}")
     spent = row.get("epsilon_max")

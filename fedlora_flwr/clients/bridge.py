@@ -63,6 +63,23 @@ def bridge(message: Message, context: Context, call_next: ClientAppCallable) -> 
     ------
     OrderRefused, BudgetExhausted, ClientFailed
         See `guarded`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from flwr.app import Array, ArrayRecord
+    >>> from flwr.client import NumPyClient
+    >>> from flwr.clientapp import ClientApp
+    >>> from fedlora_flwr import DPLoRA, LocalGrid
+    >>> class AddsOne(NumPyClient):
+    ...     def fit(self, parameters, config):
+    ...         return [array + 1 for array in parameters], 1, {}
+    >>> app = ClientApp(lambda context: AddsOne().to_client(), mods=[bridge])
+    >>> zeros = {f"fc.lora_{factor}.weight": Array(np.zeros((2, 2))) for factor in "AB"}
+    >>> with LocalGrid(app, 2, {}).running() as grid:
+    ...     result = DPLoRA().start(grid, ArrayRecord(zeros), num_rounds=3)
+    >>> float(result.arrays["fc.lora_A.weight"].numpy()[0, 0])
+    3.0
     """
     return guarded(_bridged, message, context, call_next)
 

@@ -20,7 +20,6 @@ DEVICE = "device"
 """Key of the node config that names the file: ``--node-config 'device="/etc/fedlora.toml"'``."""
 
 CLIENT_ID, KEEP_WARM, LIMITS = "client-id", "keep-warm", "limits"
-TEST_SPLIT = "test-split"
 _REQUIRED = {
     "epsilon": "a number: what may be spent on this device's records",
     "delta": "a number: what may be spent on this device's records",
@@ -156,6 +155,14 @@ def client_identity(context: Context) -> str:
     ------
     InvalidValue
         The node config has none of them, or a device's file cannot be used.
+
+    Examples
+    --------
+    >>> from flwr.app import RecordDict
+    >>> client_identity(Context(1, 1, {"client-id": "hospital-7"}, RecordDict(), {}))
+    'hospital-7'
+    >>> client_identity(Context(1, 1, {"partition-id": 3}, RecordDict(), {}))
+    'partition-000003'
     """
     config = context.node_config
     if DEVICE in config:

@@ -39,6 +39,26 @@ def answer_message(
         allowed (see `Order`).
     OrderRefused, BudgetExhausted, ClientFailed
         See `guarded`.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> from flwr.app import Array, ArrayRecord
+    >>> from fedlora_flwr import Ledger, LocalGrid, LocalTrainer, RoLoRA, RunConfig
+    >>> trainer = LocalTrainer.build(RunConfig(task="digits", device="cpu", local_steps=1))
+    >>> records = trainer.task.client_records(0, 10)
+    >>> start = ArrayRecord({name: Array(array) for name, array in trainer.start.items()})
+    >>> with TemporaryDirectory() as folder:
+    ...     ledger = Ledger(Path(folder) / "ledger.sqlite")
+    ...     local_round = LocalRound(trainer, records, ledger, "hospital-7", "run-1")
+    ...     app = lambda message, context: answer_message(local_round, message, "hospital-7")
+    ...     grid = LocalGrid(app, 1, {})
+    ...     with grid.running():
+    ...         strategy = RoLoRA(min_train_nodes=1, min_available_nodes=1)
+    ...         result = strategy.start(grid, start, num_rounds=1)
+    >>> round(result.train_metrics_clientapp[1]["epsilon"], 2)
+    2.68
     """
     return guarded(_answered, local_round, message, identity)
 

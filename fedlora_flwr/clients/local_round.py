@@ -59,6 +59,20 @@ class LocalRound:
     ------
     InvalidValue
         ``rank`` is below 1.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> from fedlora_flwr import RunConfig
+    >>> trainer = LocalTrainer.build(RunConfig(task="digits", device="cpu", local_steps=1))
+    >>> records = trainer.task.client_records(0, 10)
+    >>> with TemporaryDirectory() as folder:
+    ...     ledger = Ledger(Path(folder) / "ledger.sqlite")
+    ...     local_round = LocalRound(trainer, records, ledger, "hospital-7", "run-1")
+    ...     released = local_round.run(Order(server_round=1, plan="B"), local_round.start)
+    >>> len(local_round.start), len(released.arrays), released.ledger.steps
+    (18, 10, 1)
     """
 
     def __init__(

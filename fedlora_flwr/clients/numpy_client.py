@@ -17,11 +17,25 @@ class LoRAClient(LocalRound, NumPyClient):
     """A client that trains the planned LoRA factors on its own records, privately.
 
     A thin adapter: `LocalRound` does the work, holds the guarantees and documents the parameters.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> from fedlora_flwr import Ledger, LocalTrainer, RunConfig
+    >>> trainer = LocalTrainer.build(RunConfig(task="digits", device="cpu", local_steps=1))
+    >>> records = trainer.task.client_records(0, 10)
+    >>> with TemporaryDirectory() as folder:
+    ...     ledger = Ledger(Path(folder) / "ledger.sqlite")
+    ...     client = LoRAClient(trainer, records, ledger, client="hospital-7", run="run-1")
+    ...     start, order = client.get_parameters({}), {"server-round": 1, "plan": "B"}
+    ...     arrays, _, metrics = client.fit(start, order)
+    >>> len(arrays), round(metrics["epsilon"], 2)
+    (10, 2.68)
     """
 
     def get_parameters(self, config: Scalars) -> list[NDArray[np.float32]]:
         """Return the adapters' start, which follows from the seed and not from any record."""
-        del config
         return list(self.start.values())
 
     def fit(self, parameters: list[NDArray[np.float32]], config: Scalars) -> Reply:

@@ -51,13 +51,23 @@ class LocalTrainer:
     config : RunConfig
         The run.
     task : Task
-        What is learnt.
+        What is learned.
     adapted : AdaptedModel
         The model.
     engine : PrivateEngine
         The private step on that model.
     start : Mapping[str, ndarray]
         The arrays before any training, which follow from the seed and from no record.
+
+    Examples
+    --------
+    >>> trainer = LocalTrainer.build(RunConfig(task="digits", device="cpu", local_steps=1))
+    >>> records = trainer.task.client_records(0, 10)
+    >>> mechanism = Mechanism(1.0, clip_norm=1.0, batch_size=32, num_records=len(records))
+    >>> plan = ComponentPlan.parse("B")
+    >>> update = trainer.train(trainer.start, plan, records, mechanism, ("client 0", "round 1"))
+    >>> next(iter(update.arrays))
+    'blocks.0.attn.qkv.lora_B.weight'
     """
 
     config: RunConfig

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.files import locked, private_folder, replace_file
-
-_LOGGER = logging.getLogger(__name__)
+from fedlora_flwr.files import private_folder, read_or_make, replace_file
 
 
 def read_or_build(path: Path, build: Callable[[], bytes]) -> bytes:
@@ -37,19 +34,16 @@ def read_or_build(path: Path, build: Callable[[], bytes]) -> bytes:
     InvalidValue
         The file has to be made and its folder cannot be written to.
     """
+
+    def make(draft: Path) -> None:
+        content = build()
+        draft.write_bytes(content)
+        replace_file(_checksum_path(path), _checksum_line(path, content))
+
     if (content := _intact(path)) is not None:
         return content
     require_writable(path.parent)
-    with locked(path):
-        # Another process may have built it while this one waited.
-        if (content := _intact(path)) is not None:
-            return content
-        if path.exists():
-            _LOGGER.warning("%s does not match its checksum and is built again.", path)
-        content = build()
-        replace_file(path, content)
-        replace_file(_checksum_path(path), _checksum_line(path, content))
-    return content
+    return read_or_make(path, lambda: _intact(path), make)
 
 
 def _intact(path: Path) -> bytes | None:

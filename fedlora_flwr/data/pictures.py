@@ -48,7 +48,7 @@ def pixels(dataset: Dataset, column: str, data: Mapping[str, Any]) -> Dataset:
     return prepare(dataset, function, parts, ["image"], packages=["timm", "pillow"])
 
 
-def normalised(images: Tensor, data: Mapping[str, Any]) -> Tensor:
+def normalized(images: Tensor, data: Mapping[str, Any]) -> Tensor:
     """Scale uint8 pictures, shape (n, channels, h, w), to what the model was trained on."""
     mean = torch.tensor(data["mean"], device=images.device).view(1, -1, 1, 1)
     std = torch.tensor(data["std"], device=images.device).view(1, -1, 1, 1)
@@ -93,7 +93,7 @@ def eight_bits(picture: Image.Image, mode: str) -> Image.Image:
 def _pixels(rows: dict[str, list[Any]], *, column: str, data: Mapping[str, Any]) -> dict[str, Any]:
     from timm.data import create_transform
 
-    # With the prefetcher's setting, timm leaves scaling and normalising to the device.
+    # With the prefetcher's setting, timm leaves scaling and normalizing to the device.
     transform = create_transform(**data, is_training=False, use_prefetcher=True)
     mode = "L" if data["input_size"][0] == 1 else "RGB"
     images = [transform(eight_bits(picture, mode)) for picture in rows[column]]

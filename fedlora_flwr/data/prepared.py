@@ -11,10 +11,6 @@ import functools
 import hashlib
 import inspect
 import json
-import logging
-import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -27,13 +23,12 @@ from fedlora_flwr.data.cached_file import require_writable
 from fedlora_flwr.data.fingerprint import content_digest
 from fedlora_flwr.data.unusable import named
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
-from fedlora_flwr.files import cache_folder, locked
+from fedlora_flwr.files import cache_folder, read_or_make
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
-_LOGGER = logging.getLogger(__name__)
 _FORMAT = 1
 _ROWS = 256
 # Rows are picked fastest from few large chunks; three of them are in memory while one is written.
@@ -123,19 +118,16 @@ def kept(
     if (ready := _intact(folder, length)) is not None:
         return ready
     require_writable(folder.parent)
-    with locked(folder):
-        # Another process may have made it while this one waited.
-        if (ready := _intact(folder, length)) is not None:
-            return ready
-        _clear(folder)
-        if not _make(folder, tables()):
-            return None
-    made = _intact(folder, length)
-    if made is None:
-        raise InvalidValue(
-            "XDG_CACHE_HOME", str(folder.parent), "a disk that keeps what is written"
+    try:
+        return read_or_make(
+            folder, lambda: _intact(folder, length), lambda draft: _make(draft, tables())
         )
-    return made
+    except _NoRecords:
+        return None
+
+
+class _NoRecords(Exception):
+    """There is nothing to write."""
 
 
 def _key(
@@ -183,29 +175,11 @@ def _intact(folder: Path, length: int | None) -> Dataset | None:
     return dataset if length in (None, len(dataset)) else None
 
 
-def _clear(folder: Path) -> None:
-    """Remove a damaged result, and drafts of processes that were killed."""
-    if folder.exists():
-        _LOGGER.warning("%s is damaged and is made again.", folder)
-        shutil.rmtree(folder)
-    for draft in folder.parent.glob(f".{folder.name}.*"):
-        shutil.rmtree(draft)
-
-
-def _make(folder: Path, tables: Iterable[pa.Table]) -> bool:
-    """Write a result whole, or nothing; say whether there are records in it."""
-    draft = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
+def _make(draft: Path, tables: Iterable[pa.Table]) -> None:
     draft.mkdir(mode=0o700)
-    try:
-        if _write(draft / "data.arrow", tables):
-            (draft / "digest").write_text(content_digest(draft / "data.arrow"), encoding="ascii")
-            draft.rename(folder)
-            return True
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-    shutil.rmtree(draft)
-    return False
+    if not _write(draft / "data.arrow", tables):
+        raise _NoRecords
+    (draft / "digest").write_text(content_digest(draft / "data.arrow"), encoding="ascii")
 
 
 def _batches(
@@ -258,9 +232,6 @@ def _write(path: Path, tables: Iterable[pa.Table]) -> bool:
         if held:
             writer.write_table(pa.concat_tables(held).combine_chunks())
         writer.close()
-        stream.flush()
-        # A rename may reach the disk before the content does.
-        os.fsync(stream.fileno())
     return True
 
 

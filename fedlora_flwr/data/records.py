@@ -18,7 +18,7 @@ Batch = Mapping[str, Tensor]
 
 
 class Records(Protocol):
-    """Labelled records that can be read by position."""
+    """Labeled records that can be read by position."""
 
     def __len__(self) -> int:
         """Return the number of records."""
@@ -50,7 +50,7 @@ def lengths_of(records: Records, indices: Tensor) -> NDArray[np.int64] | None:
 
 
 class TensorRecords:
-    """Labelled records, one tensor per field.
+    """Labeled records, one tensor per field.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """The private step inside a Hugging Face `Trainer`, for one model and without Flower.
 
 The Trainer keeps its loop, callbacks, schedule, logging and saving. What it would do with private
-records is ours: who joins a batch, the loss of each record, clipping, noise and the optimiser's
+records is ours: who joins a batch, the loss of each record, clipping, noise and the optimizer's
 step. What would break the guarantee is made right here, or refused by name.
 """
 
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
 from fedlora_flwr.errors import InvalidValue, PrivacyViolation
+from fedlora_flwr.integrations.trainer_arguments import check_arguments, check_trainer
 from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.privacy.budget import Segment, calibrate, check_budget
 from fedlora_flwr.privacy.engine import LossFunction, OptimizerSettings, PrivateEngine
@@ -31,54 +32,6 @@ from fedlora_flwr.privacy.mechanism import Mechanism, poisson_batches
 from fedlora_flwr.privacy.noise import SecureNoise, SeededNoise
 from fedlora_flwr.randomness import stream_seed
 
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor")
-_ONE = "one process on one device: each of several would draw, clip and noise on its own"
-_BF16 = "False; for speed call fedlora_flwr.lora.precision.run_in_bf16(model), which clips in fp32"
-
-# Setting of TrainingArguments, what is fine, and what is expected where it is not.
-_ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    (
-        "gradient_accumulation_steps",
-        lambda value: value == 1,
-        "1: a private step takes one whole batch; per_device_train_batch_size is its expected "
-        "size, and microbatch_size what fits into one pass",
-    ),
-    (
-        "max_grad_norm",
-        lambda value: 0 < (value or 0) < math.inf,
-        "a number above 0: it is C, the largest norm of one record's gradient",
-    ),
-    ("world_size", lambda value: value == 1, _ONE),
-    ("n_gpu", lambda value: value <= 1, _ONE),
-    ("deepspeed", lambda value: not value, _ONE),
-    ("fsdp", lambda value: not value, _ONE),
-    ("fp16", lambda value: not value, "False: its loss scaler skips steps that records decide on"),
-    ("bf16", lambda value: not value, _BF16),
-    (
-        "train_sampling_strategy",
-        lambda value: value in (None, "random"),
-        "'random': batches are Poisson samples, and no other order has their guarantee",
-    ),
-    ("group_by_length", lambda value: not value, "False: batches are Poisson samples"),
-    (
-        "auto_find_batch_size",
-        lambda value: not value,
-        "False: the batch size sets the noise, and a restart repeats steps; use microbatch_size",
-    ),
-    (
-        "neftune_noise_alpha",
-        lambda value: value is None,
-        "None: its noise depends on the longest record of a batch, so it mixes records",
-    ),
-    ("torch_compile", lambda value: not value, "False: per-record gradients need the plain layers"),
-    ("use_liger_kernel", lambda value: not value, "False: it hides the loss of each record"),
-    (
-        "include_num_input_tokens_seen",
-        lambda value: value in (False, "no"),
-        "'no': the number of tokens in a batch is private",
-    ),
-    ("optim", lambda value: value in OPTIMIZERS, f"one that reads gradients only: {OPTIMIZERS}"),
-)
 _PRIVATE_FIGURES = ("loss", "grad_norm", "train_loss")
 
 
@@ -87,7 +40,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
 
     The model is a `peft.PeftModel` with LoRA adapters, and a head in ``modules_to_save`` if it
     trains. Each record joins a step with probability b/n, its gradient is clipped over all trained
-    tensors together to ``args.max_grad_norm``, noise is added, and the optimiser that the arguments
+    tensors together to ``args.max_grad_norm``, noise is added, and the optimizer that the arguments
     name steps. σ is calibrated for ``max_steps``, or all epochs, so that all of training spends at
     most ``epsilon``. The whole plan is written to a ledger before its first step: a run that stops
     early reports too much, never too little.
@@ -123,6 +76,21 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         A setting would break the guarantee, or the budget means nothing for this data set.
     PrivacyViolation
         A part of the model would escape clipping (see `AdaptedModel`).
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from transformers import RobertaConfig, RobertaForSequenceClassification, TrainingArguments
+    >>> sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    >>> net = RobertaForSequenceClassification(RobertaConfig(num_attention_heads=1, **sizes))
+    >>> model = get_peft_model(net, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    >>> rows = [{"input_ids": [3, 4], "labels": 0}, {"input_ids": [5, 6], "labels": 1}] * 10
+    >>> with TemporaryDirectory() as folder:
+    ...     args = TrainingArguments(folder, max_steps=2, report_to="none", use_cpu=True)
+    ...     trainer = PrivateTrainer(model, args, train_dataset=rows, epsilon=8.0, delta=1e-2)
+    ...     output = trainer.train()  # doctest: +ELLIPSIS
+    {'train_runtime': ..., 'epsilon': '7.997', 'delta': '0.01', ...}
     """
 
     def __init__(
@@ -139,8 +107,8 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         eval_is_public: bool = False,
         **kwargs: Any,
     ) -> None:
-        _check_trainer(type(self), kwargs)
-        _check_arguments(args)
+        check_trainer(type(self), kwargs)
+        check_arguments(args)
         if not hasattr(model, "peft_config"):
             allowed = "a peft.PeftModel: get_peft_model(model, LoraConfig(...))"
             raise InvalidValue("model", type(model).__name__, allowed)
@@ -201,8 +169,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         return DataLoader(_PoissonBatches(plan), batch_size=None)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Calibrate σ to the planned steps, write them to the ledger, and make the optimiser."""
-        del model
+        """Calibrate σ to the planned steps, write them to the ledger, and make the optimizer."""
         steps, size = self._planned_steps(), int(self.args.train_batch_size)
         rate = size / len(self._records)
         sigma = calibrate(self._epsilon, self._delta, rate, steps)
@@ -220,11 +187,10 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         return self.optimizer
 
     def training_step(self, model: Any, inputs: Mapping[str, Tensor], *_: Any) -> Tensor:
-        """Take one private step, the optimiser's included; return 0 for the loss, which is private.
+        """Take one private step, the optimizer's included; return 0 for the loss, which is private.
 
         The Trainer's own ``optimizer.step()`` finds no gradients after it, and moves nothing.
         """
-        del model
         if self._left < 1:
             raise PrivacyViolation("The Trainer asked for more steps than the budget was made for.")
         self._left -= 1
@@ -312,7 +278,7 @@ class _CollatedRecords:
 
 @dataclass(frozen=True)
 class _TrainersOptimizer(OptimizerSettings):
-    """Makes the optimiser that the Trainer's arguments name, over the engine's groups."""
+    """Makes the optimizer that the Trainer's arguments name, over the engine's groups."""
 
     kind: type[torch.optim.Optimizer] = torch.optim.SGD
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -330,32 +296,6 @@ class _TrainersOptimizer(OptimizerSettings):
         decayed = [{**group, "weight_decay": self.weight_decay} for group in groups]
         self.made.append(self.kind(decayed, **self.options))
         return self.made[0]
-
-
-def _check_trainer(kind: type, arguments: Mapping[str, Any]) -> None:
-    """Refuse what would train past the private step, before anything is built."""
-    if kind.compute_loss is not Trainer.compute_loss:  # type: ignore[attr-defined]
-        allowed = "transformers' own: it gives one loss a batch; pass losses, one loss a record"
-        raise InvalidValue("compute_loss", kind.__name__, allowed)
-    expected = {
-        "model_init": "None: pass the PeftModel itself",
-        "compute_loss_func": "None: it gives one loss a batch; pass losses, one loss a record",
-    }
-    for name, allowed in expected.items():
-        if arguments.get(name) is not None:
-            raise InvalidValue(name, arguments[name], allowed)
-    given = [type(made).__name__ for made in arguments.get("optimizers") or () if made is not None]
-    if given:
-        allowed = "none: name one by optim and lr_scheduler_type, or pass optimizer_cls_and_kwargs"
-        raise InvalidValue("optimizers", given, allowed)
-
-
-def _check_arguments(args: Any) -> None:
-    for name, is_fine, expected in _ARGUMENTS:
-        value = getattr(args, name, None)
-        value = getattr(value, "value", value)
-        if hasattr(args, name) and not is_fine(value):
-            raise InvalidValue(name, value, expected)
 
 
 def _in_steps(collator: Any, model: Any) -> Any:

@@ -70,6 +70,27 @@ class LegacyStrategy(Strategy):
     ------
     InvalidValue
         ``num_rounds`` is below 1, or the strategy has served another run.
+
+    Examples
+    --------
+    >>> from flwr.client import NumPyClient
+    >>> from flwr.clientapp import ClientApp
+    >>> from flwr.server import ServerApp, ServerAppComponents, ServerConfig
+    >>> from fedlora_flwr import DPLoRA, LocalGrid
+    >>> class AddsOne(NumPyClient):
+    ...     def fit(self, parameters, config):
+    ...         return [array + 1 for array in parameters], 1, {}
+    >>> start = {"fc.lora_A.weight": np.ones((2, 3)), "fc.lora_B.weight": np.zeros((4, 2))}
+    >>> def evaluate(server_round, arrays, config):
+    ...     print(dict(zip(config["array-names"].split(","), (float(a.sum()) for a in arrays))))
+    >>> def server_fn(context):
+    ...     strategy = LegacyStrategy(DPLoRA(), start, 1, evaluate)
+    ...     return ServerAppComponents(strategy=strategy, config=ServerConfig(1))
+    >>> app = ClientApp(lambda context: AddsOne().to_client())
+    >>> with LocalGrid(app, 2, {}).running() as grid:
+    ...     ServerApp(server_fn=server_fn)(grid, grid.context())
+    {'fc.lora_A.weight': 6.0, 'fc.lora_B.weight': 0.0}
+    {'fc.lora_A.weight': 12.0, 'fc.lora_B.weight': 8.0}
     """
 
     def __init__(
@@ -95,7 +116,6 @@ class LegacyStrategy(Strategy):
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters:
         """Return the initial arrays."""
-        del client_manager
         return ndarrays_to_parameters(list(self._initial.values()))
 
     def configure_fit(
@@ -310,8 +330,7 @@ def _fit_content(sent: Message, result: FitRes) -> RecordDict:
     return fit_content(values, _arrays(sent), result.metrics, result.num_examples)
 
 
-def _evaluate_content(sent: Message, result: EvaluateRes) -> RecordDict:
-    del sent
+def _evaluate_content(_: Message, result: EvaluateRes) -> RecordDict:
     return evaluate_content(result.loss, result.metrics, result.num_examples)
 
 

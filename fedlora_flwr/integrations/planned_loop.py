@@ -1,6 +1,6 @@
 """A project's own training loop under a plan. It is *not* private: nothing is clipped or noised.
 
-`follow_plan` writes the server's arrays into the model and hooks the project's optimiser, so that
+`follow_plan` writes the server's arrays into the model and hooks the project's optimizer, so that
 each of its steps moves what the plan says; the loop itself stays as it is.
 """
 
@@ -33,9 +33,9 @@ _PEFT = re.compile(
 
 
 class PlannedRound:
-    """One round of a project's own loop: from its first optimiser step to `reply`.
+    """One round of a project's own loop: from its first optimizer step to `reply`.
 
-    Made by `follow_plan` or `follow_fit`. Between two steps of the optimiser exactly the arrays of
+    Made by `follow_plan` or `follow_fit`. Between two steps of the optimizer exactly the arrays of
     the next step require gradients, so its state, momentum and weight decay never touch the others.
 
     Parameters
@@ -55,7 +55,7 @@ class PlannedRound:
     Raises
     ------
     InvalidValue
-        Arrays, model, optimiser and plan do not fit each other.
+        Arrays, model, optimizer and plan do not fit each other.
     """
 
     def __init__(
@@ -86,11 +86,11 @@ class PlannedRound:
         Raises
         ------
         FedLoRAError
-            The optimiser took no step.
+            The optimizer took no step.
         """
         if not self._steps:
             raise FedLoRAError(
-                "The optimiser took no step in this round: give follow_plan the optimiser that the "
+                "The optimizer took no step in this round: give follow_plan the optimizer that the "
                 "loop steps, and records to train on."
             )
         for hook in self._hooks:
@@ -145,7 +145,7 @@ def follow_plan(
 ) -> PlannedRound:
     """Let a loop of the project's own obey the plan of a Message-API strategy. *Not* private.
 
-    Call it before the loop, with the message that came and the optimiser that the loop steps; after
+    Call it before the loop, with the message that came and the optimizer that the loop steps; after
     the loop return ``planned.reply(message, metrics)``.
 
     Parameters
@@ -154,6 +154,27 @@ def follow_plan(
         The train message: one ArrayRecord, one ConfigRecord.
     model, optimizer, blocks
         See `PlannedRound`.
+
+    Examples
+    --------
+    >>> from flwr.app import Array, ArrayRecord
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from fedlora_flwr import LocalGrid, RoLoRA
+    >>> adapter = LoraConfig(r=1, target_modules=["0"])
+    >>> model = get_peft_model(nn.Sequential(nn.Linear(3, 2)), adapter)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> def app(message, context):
+    ...     planned = follow_plan(message, model, optimizer)
+    ...     model(torch.ones(4, 3)).sum().backward()
+    ...     optimizer.step()
+    ...     return planned.reply(message, {"num-examples": 4})
+    >>> a, b = Array(np.ones((1, 3))), Array(np.zeros((2, 1)))
+    >>> start = ArrayRecord({"0.lora_A.weight": a, "0.lora_B.weight": b})
+    >>> with LocalGrid(app, 1, {}).running() as grid:
+    ...     strategy = RoLoRA(min_train_nodes=1, min_available_nodes=1)
+    ...     result = strategy.start(grid, start, num_rounds=1)
+    >>> {name: round(float(array.numpy().sum()), 1) for name, array in result.arrays.items()}
+    {'0.lora_A.weight': 3.0, '0.lora_B.weight': -19.2}
     """
     (arrays,) = message.content.array_records.values() or [{}]
     (config,) = message.content.config_records.values() or [ConfigRecord()]
@@ -181,6 +202,20 @@ def follow_fit(
     ------
     InvalidValue
         The configuration does not name the arrays.
+
+    Examples
+    --------
+    >>> from peft import LoraConfig, get_peft_model
+    >>> adapter = LoraConfig(r=1, target_modules=["0"])
+    >>> model = get_peft_model(nn.Sequential(nn.Linear(3, 2)), adapter)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> config = {"array-names": "0.lora_A.weight,0.lora_B.weight", "plan": "B"}
+    >>> planned = follow_fit([np.ones((1, 3)), np.zeros((2, 1))], config, model, optimizer)
+    >>> model(torch.ones(4, 3)).sum().backward()
+    >>> optimizer.step()
+    >>> arrays, _, metrics = planned.fit_result(4, {})
+    >>> len(arrays), metrics["array-names"]
+    (1, '0.lora_B.weight')
     """
     names = [name for name in str(config.get(NAMES, "")).split(",") if name]
     if len(names) != len(parameters):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,14 +19,19 @@ from torch import Tensor, nn
 
 from fedlora_flwr.errors import InvalidValue, PrivacyViolation, unknown
 from fedlora_flwr.layout import Layout, is_folded
-from fedlora_flwr.lora.exported import is_saved, outermost, plain_name, write_adapter
+from fedlora_flwr.lora.exported import outermost, plain_name, write_adapter
 from fedlora_flwr.lora.folded_weights import FoldedWeights
-from fedlora_flwr.lora.targets import check_targets, usual_targets
+from fedlora_flwr.lora.targets import (
+    check_exportable,
+    check_head,
+    check_targets,
+    usual_targets,
+)
 
 
 @dataclass(frozen=True)
 class LoRASpec:
-    """What to attach to a backbone.
+    r"""What to attach to a backbone.
 
     Parameters
     ----------
@@ -43,12 +47,18 @@ class LoRASpec:
     head : tuple[str, ...]
         Names of modules that train in full. Empty leaves the head frozen.
     rslora : bool
-        Rank-stabilised scaling (arXiv 2312.03732).
+        Rank-stabilized scaling (arXiv 2312.03732).
     backbone_dropout : bool (default: True)
         Whether the backbone drops in training what it was made to drop: units, attention, paths.
     drawn : tuple[str, ...]
         Names of modules whose start is drawn at random, whether they train or not. An export holds
         them in full.
+
+    Examples
+    --------
+    >>> spec = LoRASpec(rank=4, alpha=8.0, dropout=0.0, targets=r"layers\.\d+\.q", head=("head",))
+    >>> spec.backbone_dropout
+    True
     """
 
     rank: int
@@ -113,6 +123,15 @@ class AdaptedModel:
         A trainable part is none that per-record gradients are known for: DoRA and other variants,
         adapters on convolutions or embeddings, adapter biases, several active adapters, a head of
         other layers than `torch.nn.Linear`, or any other trainable parameter. The message names it.
+
+    Examples
+    --------
+    >>> from peft import LoraConfig, get_peft_model
+    >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> config = LoraConfig(r=1, target_modules=["0"], modules_to_save=["2"])
+    >>> adapted = AdaptedModel(get_peft_model(net, config))
+    >>> {name: array.shape for name, array in adapted.read().items()}
+    {'0.lora_A.weight': (1, 3), '0.lora_B.weight': (4, 1), '2.weight': (2, 4), '2.bias': (2,)}
     """
 
     def __init__(
@@ -293,13 +312,20 @@ def attach(model: nn.Module, spec: LoRASpec, seed: int) -> AdaptedModel:
         ``spec.head`` is that of no module, or the end of another's.
     PrivacyViolation
         A trainable part cannot be clipped record by record (see `AdaptedModel`).
+
+    Examples
+    --------
+    >>> spec = LoRASpec(rank=2, alpha=4.0, dropout=0.0, targets="0")
+    >>> adapted = attach(nn.Sequential(nn.Linear(3, 4)), spec, seed=1)
+    >>> list(adapted.parameters), adapted.layers[0].scaling
+    (['0.lora_A.weight', '0.lora_B.weight'], 2.0)
     """
     targets = spec.targets or usual_targets(
         model, spec.head, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     )
     check_targets(model, targets, spec.head)
-    _check_head(model, spec)
-    _check_exportable(model, targets, spec.drawn)
+    check_head(model, spec.head)
+    check_exportable(model, targets, spec.drawn)
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,  # type: ignore[arg-type,unused-ignore]
@@ -328,27 +354,6 @@ def in_bytes(tensor: Tensor) -> Tensor:
     held = tensor.detach()
     dense = held if held.layout == torch.strided else held.to_dense()
     return dense.cpu().resolve_conj().contiguous().reshape(-1).view(torch.uint8)
-
-
-def _check_head(model: nn.Module, spec: LoRASpec) -> None:
-    names = [name for name, _ in model.named_modules()]
-    for head in spec.head:
-        if head not in names:
-            raise unknown("head", head, names)
-        # PEFT takes every module whose name ends like this.
-        if also := [name for name in names if name.endswith(head) and name not in spec.head]:
-            raise InvalidValue("head", head, f"a name that {also[0]!r} does not end with")
-
-
-def _check_exportable(model: nn.Module, targets: str, drawn: tuple[str, ...]) -> None:
-    pattern = re.compile(targets)
-    found = [name for name, _ in model.named_modules() if pattern.fullmatch(name)]
-    if all(is_saved(name, drawn) for name in found):
-        allowed = (
-            f"also a layer of the checkpoint: the weights of {found[0]!r} are new, and an exported "
-            "adapter would hold them in full instead of an adapter on them"
-        )
-        raise InvalidValue("lora-targets", targets, allowed)
 
 
 def _single_adapter(model: PeftModel) -> str:

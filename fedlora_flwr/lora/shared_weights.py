@@ -1,4 +1,4 @@
-"""Frozen weights in one piece of memory for all processes of a machine."""
+"""Frozen weights that all processes of a machine share in memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedlora_flwr.files import cache_folder, locked, replacing
+from fedlora_flwr.files import cache_folder, read_or_make
 from fedlora_flwr.lora.adapters import AdaptedModel, in_bytes
 
 _LOGGER = logging.getLogger(__name__)
@@ -37,17 +37,11 @@ def share(adapted: AdaptedModel) -> Path | None:
         return None
     path = cache_folder() / "frozen" / f"{adapted.fingerprint}.pt"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path):
-            mapped = _mapped(path, tensors)
-            if mapped is None:
-                with replacing(path) as draft:
-                    torch.save(tensors, draft)
-                mapped = _mapped(path, tensors)
+        mapped = read_or_make(
+            path, lambda: _mapped(path, tensors), lambda draft: torch.save(tensors, draft)
+        )
     except (OSError, RuntimeError) as error:
         _LOGGER.warning("Frozen weights are not shared between processes: %s", error)
-        return None
-    if mapped is None:
         return None
     for name, tensor in adapted.frozen():
         if name in mapped:
@@ -59,10 +53,7 @@ def _mapped(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor] | None
     """Map a file's tensors if they are the expected ones."""
     try:
         found = torch.load(path, mmap=True, weights_only=True)
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # Whatever a broken file makes torch raise.
-        _LOGGER.warning("%s cannot be read and is written again: %s", path, error)
+    except Exception:  # A broken file makes torch raise errors of many types.
         return None
     same = found.keys() == expected.keys() and all(
         found[name].dtype == tensor.dtype

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.errors import InvalidValue, unknown
+from fedlora_flwr.lora.exported import is_saved
 
 # Families of transformers models of which PEFT does not say what is usual.
 _USUAL = {
@@ -107,6 +108,41 @@ def check_targets(model: nn.Module, targets: str, head: tuple[str, ...]) -> None
         if _is_in(name, head):
             allowed = f"layers outside the head: {name!r} trains in full (or train-head = false)"
             raise InvalidValue("lora-targets", targets, allowed)
+
+
+def check_head(model: nn.Module, heads: tuple[str, ...]) -> None:
+    """Refuse a head that is no module's name, or that other names end with.
+
+    Raises
+    ------
+    InvalidValue
+        As said. The message names modules that are meant, or the one that has such an end.
+    """
+    names = [name for name, _ in model.named_modules()]
+    for head in heads:
+        if head not in names:
+            raise unknown("head", head, names)
+        # PEFT takes every module whose name ends like this.
+        if also := [name for name in names if name.endswith(head) and name not in heads]:
+            raise InvalidValue("head", head, f"a name that {also[0]!r} does not end with")
+
+
+def check_exportable(model: nn.Module, targets: str, drawn: tuple[str, ...]) -> None:
+    """Refuse a pattern whose layers are all drawn at random: an export would hold them in full.
+
+    Raises
+    ------
+    InvalidValue
+        As said.
+    """
+    pattern = re.compile(targets)
+    found = [name for name, _ in model.named_modules() if pattern.fullmatch(name)]
+    if all(is_saved(name, drawn) for name in found):
+        allowed = (
+            f"also a layer of the checkpoint: the weights of {found[0]!r} are new, and an exported "
+            "adapter would hold them in full instead of an adapter on them"
+        )
+        raise InvalidValue("lora-targets", targets, allowed)
 
 
 def _choice(model: nn.Module, targets: str, head: tuple[str, ...]) -> str:

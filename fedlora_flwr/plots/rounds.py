@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {**MODES, HEAD: "#CC79A7"}
-Rows = Sequence[Mapping[str, Any]]
+COLORS = {**MODES, HEAD: "#CC79A7"}
+Rows = Sequence[Mapping[str, object]]
 Points = list[tuple[int, float]]
 
 
@@ -53,10 +53,10 @@ def rounds_figure(rows: Rows, metric: str) -> Figure:
     _line(axes[0], _points(rows, metric), "black", "-", None)
     axes[0].set_title(f"{metric.replace('_', ' ').capitalize()} on the public records")
     for part in PARTS:
-        colour, label = COLOURS[part], part if part == HEAD else f"factor {part}"
-        _line(axes[1], _points(rows, "agreement", part), colour, "-", label)
-        _line(axes[2], ratios(rows, "spread", part), colour, "-", None)
-        _line(axes[2], ratios(rows, "noise", part), colour, ":", None)
+        color, label = COLORS[part], part if part == HEAD else f"factor {part}"
+        _line(axes[1], _points(rows, "agreement", part), color, "-", label)
+        _line(axes[2], ratios(rows, "spread", part), color, "-", None)
+        _line(axes[2], ratios(rows, "noise", part), color, ":", None)
     axes[1].set_title("Agreement of the uploads (mean cosine of all pairs)")
     axes[1].axhline(0, color="grey", linewidth=0.8)
     dotted = "; dotted: the noise of privacy" if any("noise" in row for row in rows) else ""
@@ -89,19 +89,19 @@ def ratios(rows: Rows, figure: str, part: str) -> Points:
 def _points(rows: Rows, figure: str, part: str | None = None) -> Points:
     found = []
     for row in rows:
-        value = row.get(figure)
+        value: Any = row.get(figure)
         if part is not None:
             value = (value or {}).get(part)
         if value is not None:
-            found.append((int(row["round"]), float(value)))
+            found.append((cast(int, row["round"]), float(value)))
     return found
 
 
-def _line(axes: Axes, points: Points, colour: str, style: str, label: str | None) -> None:
+def _line(axes: Axes, points: Points, color: str, style: str, label: str | None) -> None:
     """Draw points, joined where the rounds between them have none."""
     if points:
         numbers, values = zip(*points, strict=True)
         axes.plot(
-            numbers, values, style, color=colour, label=label, marker=".", markersize=4,
+            numbers, values, style, color=color, label=label, marker=".", markersize=4,
             linewidth=1.2,
         )  # fmt: skip

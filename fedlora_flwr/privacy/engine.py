@@ -41,7 +41,7 @@ LossFunction = Callable[[nn.Module, "Batch"], Tensor]
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Local optimiser; each factor has its own learning rate.
+    """Local optimizer; each factor has its own learning rate.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ class OptimizerSettings:
     ridge: float = 0.0
 
     def build(self, groups: Sequence[dict[str, object]]) -> torch.optim.Optimizer:
-        """Make a fresh optimiser over parameter groups that carry their own ``lr``."""
+        """Make a fresh optimizer over parameter groups that carry their own ``lr``."""
         if self.name == "sgd":
             return torch.optim.SGD(
                 groups, lr=0.0, momentum=self.momentum, weight_decay=self.weight_decay
@@ -99,6 +99,20 @@ class PrivateEngine:
     ------
     PrivacyViolation
         A part of the model would escape clipping (see `AdaptedModel`).
+
+    Examples
+    --------
+    >>> from fedlora_flwr import LoRASpec, TensorRecords, attach
+    >>> from fedlora_flwr.privacy.noise import SecureNoise
+    >>> spec = LoRASpec(rank=1, alpha=1.0, dropout=0.0, targets="0")
+    >>> adapted = attach(nn.Sequential(nn.Linear(3, 2)), spec, seed=1)
+    >>> engine = PrivateEngine(adapted, lambda model, batch: model(batch["x"]).square().sum(1))
+    >>> settings = OptimizerSettings("sgd", lr_a=0.1, lr_b=0.1, lr_head=0.1)
+    >>> engine.start_round(Mechanism(1.0, 1.0, 2, 8), settings, SecureNoise())
+    >>> records = TensorRecords({"x": torch.ones(8, 3)})
+    >>> engine.step(records, torch.tensor([0, 5]), ["0.lora_B.weight"])
+    >>> bool(adapted.parameters["0.lora_B.weight"].any())
+    True
     """
 
     def __init__(
@@ -127,7 +141,7 @@ class PrivateEngine:
         gradient_filter: GradientFilter | None = None,
         exact: bool = False,
     ) -> None:
-        """Begin a client's round with a fresh optimiser state.
+        """Begin a client's round with a fresh optimizer state.
 
         A deployed client is a new process for every message, so state that outlived a round would
         make simulations and deployments differ.
@@ -137,11 +151,11 @@ class PrivateEngine:
         mechanism : Mechanism
             How gradients are clipped and noised.
         settings : OptimizerSettings
-            The local optimiser.
+            The local optimizer.
         noise : NoiseSource
             Where the noise comes from.
         gradient_filter : GradientFilter, optional
-            Post-processing of the privatised gradients, with fresh state.
+            Post-processing of the privatized gradients, with fresh state.
         exact : bool (default: False)
             Whether passes over records of different lengths have shapes that do not tell how many
             there are of each (see `PassPlan`): for arrays that a server may have chosen.
@@ -274,7 +288,7 @@ class PrivateEngine:
             self._train_mode()
 
     def _activate(self, active: Sequence[str]) -> None:
-        """Let exactly the ``active`` arrays receive gradients and be seen by the optimiser."""
+        """Let exactly the ``active`` arrays receive gradients and be seen by the optimizer."""
         chosen = set(active)
         for name, parameter in self.adapted.parameters.items():
             parameter.requires_grad_(name in chosen)
@@ -288,7 +302,7 @@ class PrivateEngine:
                 group["params"] = [self.adapted.parameters[n] for n in names if n in chosen]
 
     def _post_process(self) -> None:
-        """Filter and precondition privatised gradients; nothing private is read here."""
+        """Filter and precondition privatized gradients; nothing private is read here."""
         settings, variance = self._settings, self._mechanism.noise_variance
         for name, p in self.adapted.parameters.items():
             if not p.requires_grad or p.grad is None:

@@ -51,6 +51,18 @@ class Ledger:
     LedgerDamaged
         The file or its witness is not what it was left as, or cannot be used. Every method raises
         this too.
+
+    Examples
+    --------
+    >>> from dataclasses import replace
+    >>> from tempfile import TemporaryDirectory
+    >>> planned = Segment(noise_multiplier=1.0, sample_rate=0.1, steps=20)
+    >>> account = Account(client="hospital-7", run="run-1", epsilon=8.0, delta=1e-3)
+    >>> with TemporaryDirectory() as folder:
+    ...     ledger = Ledger(Path(folder) / "ledger.sqlite")
+    ...     spent = ledger.record(account, 1, replace(planned, steps=5), planned)
+    >>> round(spent.epsilon, 2), spent.steps
+    (1.2, 5)
     """
 
     def __init__(

@@ -10,6 +10,7 @@ from typing import Any
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.files import to_json
 from fedlora_flwr.processes.lifeline import Lifeline
+from fedlora_flwr.server.rounds import RoundRow
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.terminal import uninterrupted
 
@@ -63,7 +64,7 @@ def recorded(run_dir: RunDirectory, config: RunConfig) -> Iterator[None]:
             with uninterrupted(), suppress(OSError):  # The first error is the one to show.
                 if untold(run_dir.summary()):
                     short = _short_summary(config, status_of(error), reason_of(error))
-                    run_dir.write_summary({**short, **_progress(run_dir.rows("rounds"))})
+                    run_dir.write_summary({**short, **_progress(run_dir.rounds())})
             raise
 
 
@@ -80,6 +81,6 @@ def _short_summary(config: RunConfig, status: str, error: str) -> dict[str, Any]
     }
 
 
-def _progress(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    spent = [row["epsilon_max"] for row in rows if row.get("epsilon_max") is not None]
+def _progress(rows: list[RoundRow]) -> dict[str, Any]:
+    spent = [spent for row in rows if (spent := row.get("epsilon_max")) is not None]
     return {"rounds_done": max(len(rows) - 1, 0), "epsilon_max": max(spent, default=None)}

@@ -37,7 +37,7 @@ def check_folding(strategy: FedLoRA, adapted: AdaptedModel) -> None:
     Raises
     ------
     InvalidValue
-        The method folds updates into weights, and a layer's weight is quantised or another's too.
+        The method folds updates into weights, and a layer's weight is quantized or another's too.
     """
     if strategy.folds:
         adapted.folded.check_weights()
@@ -103,8 +103,7 @@ def rehearse_unbuilt(config: RunConfig, task: Task, skeleton: AdaptedModel) -> N
     FedLoRAError
         As `rehearse`.
     """
-    size = sum(parameter.numel() for parameter in skeleton.model.parameters())
-    if size > _LARGEST:
+    if is_large(skeleton):
         return
     with _random_streams(), explained("Building the model", _ADVICE):
         unread = optional(task, "skeleton") if optional(task, "made_up_batch") else None
@@ -112,7 +111,16 @@ def rehearse_unbuilt(config: RunConfig, task: Task, skeleton: AdaptedModel) -> N
         adapted = attach(model, lora_spec(config, task), seed=0)
     if config.precision == "bf16":
         run_in_bf16(adapted.model)
-    rehearse(task, adapted, whole=size <= _SMALL)
+    rehearse(task, adapted, whole=_size(skeleton) <= _SMALL)
+
+
+def is_large(skeleton: AdaptedModel) -> bool:
+    """Return whether a model has too many weights to be built before a run needs them."""
+    return _size(skeleton) > _LARGEST
+
+
+def _size(adapted: AdaptedModel) -> int:
+    return sum(parameter.numel() for parameter in adapted.model.parameters())
 
 
 def _records(task: Task) -> Records:

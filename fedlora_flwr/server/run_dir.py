@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import append, private_folder, replace_file, to_json
+from fedlora_flwr.server.rounds import RoundRow
 
 CLAIM = "FEDLORA_CLAIM"
 """Environment variable with the claim of the run that this process works for."""
@@ -117,8 +118,12 @@ class RunDirectory:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         return [json.loads(line) for line in text.split("\n")[:-1] if line]
 
+    def rounds(self) -> list[RoundRow]:
+        """Return the complete rows of ``rounds.jsonl``."""
+        return cast("list[RoundRow]", self.rows("rounds"))
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write ``summary.json`` in one piece."""
+        """Write ``summary.json``; a reader sees all of it or nothing."""
         content = to_json(summary, indent=2) + "\n"
         replace_file(self.summary_file, content.encode())
 

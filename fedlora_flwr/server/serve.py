@@ -25,6 +25,7 @@ from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.server.endings import reason_of, status_of
 from fedlora_flwr.server.noise import noise_of_mean
 from fedlora_flwr.server.rehearsal import check_folding, rehearse
+from fedlora_flwr.server.rounds import OnRound, RoundRow, by_name
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.server.strategy import build_strategy
 from fedlora_flwr.strategies import FedLoRA
@@ -34,7 +35,6 @@ from fedlora_flwr.terminal import uninterrupted
 from fedlora_flwr.wire import ACCOUNTANT, CLIENT, DELTA, EPSILON_BUDGET, FINGERPRINT, WEIGHT
 from fedlora_flwr.wire.arrays import to_numpy
 
-OnRound = Callable[[dict[str, Any]], None]
 ALL_ROUNDS, BUDGETS_SPENT = "all rounds are done", "no client has budget left"
 
 
@@ -44,7 +44,7 @@ def run_federation(
     run_dir: RunDirectory,
     on_round: OnRound | None = None,
     *,
-    rehearsed: bool = False,
+    adapted: AdaptedModel | None = None,
 ) -> dict[str, Any]:
     """Run a federation from the first round to the summary.
 
@@ -58,8 +58,9 @@ def run_federation(
         Where the results go.
     on_round : callable, optional
         Called with each row of ``rounds.jsonl``, round 0 (before training) included.
-    rehearsed : bool (default: False)
-        Whether a private step was tried already, with `fedlora_flwr.server.rehearsal`.
+    adapted : AdaptedModel, optional
+        The run's model at its start, which has been rehearsed; the run changes it. Built and
+        rehearsed here if not given.
 
     Returns
     -------
@@ -81,8 +82,8 @@ def run_federation(
     try:
         task = build_task(config.task, config)
         strategy = build_strategy(config)
-        adapted = build_adapted(config, task)
-        if not rehearsed:
+        if adapted is None:
+            adapted = build_adapted(config, task)
             check_folding(strategy, adapted)
             rehearse(task, adapted)
         session = _Session(config, task, adapted, strategy, run_dir, on_round)
@@ -109,7 +110,7 @@ class _Session:
     strategy: FedLoRA
     run_dir: RunDirectory
     on_round: OnRound | None
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[RoundRow] = field(default_factory=list)
     accountants: set[str] = field(default_factory=set)
     budgets: dict[str, tuple[float, float]] = field(default_factory=dict)
     nodes: set[int] = field(default_factory=set)
@@ -136,13 +137,13 @@ class _Session:
             evaluate_config=ConfigRecord({FINGERPRINT: self.adapted.fingerprint}),
             evaluate_fn=self._after_round,
         )
-        if self.task.metric not in self.rows[-1]:
+        if self.task.metric not in by_name(self.rows[-1]):
             # The last clients with budget left have gone since, so nobody knew that it was the end.
-            self.rows[-1].update(self._evaluate(self.config.num_rounds))
+            by_name(self.rows[-1]).update(self._evaluate(self.config.num_rounds))
 
     def draw_modes(self) -> None:
         """Draw which factor each block trained in each round, where the plan tells blocks apart."""
-        plans = [str(row["plan"]) for row in self.rows[1:]]
+        plans = [row["plan"] for row in self.rows[1:]]
         blocks = self.layout.blocks
         if any(len(step) == len(blocks) > 1 for plan in plans for step in plan.split("/")):
             from fedlora_flwr.plots.modes import plot_modes
@@ -162,7 +163,8 @@ class _Session:
         with replacing(self.run_dir.adapter) as draft:
             self.adapted.export(draft)
         # What clients measured may have any name, and must not pass for what the server counted.
-        row = {"round": server_round, **metrics, **self._communication(server_round)}
+        row: RoundRow = {"round": server_round}
+        by_name(row).update({**metrics, **self._communication(server_round)})
         row["round"] = server_round
         now = time.perf_counter()
         row["seconds"], self._mark = now - self._mark, now
@@ -206,7 +208,8 @@ class _Session:
         found = noise_of_mean(self.config, report.server_round, plan, self.layout, shapes, told)
         return {"noise": {p: norm for p, norm in found.items() if p in parts}} if found else {}
 
-    def _communication(self, server_round: int) -> dict[str, Any]:
+    def _communication(self, server_round: int) -> Mapping[str, object]:
+        """Write what each client told, and return what the round's row says of all of them."""
         report = self.strategy.last_round
         if server_round == 0 or report is None:
             return {}
@@ -219,11 +222,8 @@ class _Session:
                 budget, delta = upload.metrics[EPSILON_BUDGET], upload.metrics[DELTA]
                 self.budgets[upload.client] = budget, delta
             self.run_dir.append("clients", row)
-        return {
+        counted: RoundRow = {
             "plan": report.plan,
-            **report.details,
-            **report.compared,
-            **self._noise(report),
             "epsilon_max": report.epsilon_max,
             "clients_asked": report.sent,
             "clients_used": len(report.uploads),
@@ -235,16 +235,13 @@ class _Session:
             "bytes_up_adapters": report.bytes_up_adapters,
             "bytes_plain": report.bytes_plain,
         }
+        return {**report.details, **report.compared, **self._noise(report), **counted}
 
 
 def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dict[str, Any]:
     rows = session.rows if session else []
     metric = session.task.metric if session else "accuracy"
-    rounds, measured = rows[1:], [row[metric] for row in rows if metric in row]
-
-    def total(key: str) -> int:
-        return sum(row[key] for row in rounds)
-
+    rounds, measured = rows[1:], [by_name(r)[metric] for r in rows if metric in by_name(r)]
     # Devices decide their own budgets; the run's own is what simulated clients have.
     told = list(session.budgets.values()) if session else []
     epsilons, deltas = zip(*told, strict=True) if told else ((config.epsilon,), (config.delta,))
@@ -263,10 +260,10 @@ def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dic
         "epsilon_budget": max(epsilons),
         "delta": max(deltas),
         "accountant": ", ".join(sorted(session.accountants)) if session else "",
-        "bytes_up": total("bytes_up"),
-        "bytes_up_adapters": total("bytes_up_adapters"),
-        "bytes_down": total("bytes_down"),
-        "bytes_plain": total("bytes_plain"),
+        "bytes_up": sum(row["bytes_up"] for row in rounds),
+        "bytes_up_adapters": sum(row["bytes_up_adapters"] for row in rounds),
+        "bytes_down": sum(row["bytes_down"] for row in rounds),
+        "bytes_plain": sum(row["bytes_plain"] for row in rounds),
         "seconds": seconds,
         "failures": sum(len(row["failures"]) for row in rounds),
         "declined": sum(len(row["declined"]) for row in rounds),

@@ -43,6 +43,16 @@ class LocalGrid(Grid):
         The run config that the app's context carries.
     execute : callable, optional
         Where nodes work (see `executor`); in this process by default.
+
+    Examples
+    --------
+    >>> def client_app(message, context):
+    ...     return Message(message.content, reply_to=message)
+    >>> grid = LocalGrid(client_app, num_nodes=3, run_config={})
+    >>> with grid.running():
+    ...     asked = [Message(RecordDict(), node, "train") for node in grid.get_node_ids()]
+    ...     len(list(grid.send_and_receive(asked)))
+    3
     """
 
     def __init__(
@@ -141,7 +151,6 @@ class LocalGrid(Grid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Push messages and pull all replies; nothing can time out in one process."""
-        del timeout
         return self.pull_messages(self.push_messages(messages))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,22 +16,24 @@ import fedlora_flwr
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.files import private_folder
+from fedlora_flwr.forecast.forecast import skeleton
 from fedlora_flwr.forecast.placement import Placement, place
 from fedlora_flwr.layout import Layout
+from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.lora.build import build_adapted
 from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.processes.workers import Execute, executor, one_by_one
 from fedlora_flwr.server.endings import COMPLETED, untold
-from fedlora_flwr.server.rehearsal import check_folding, rehearse
+from fedlora_flwr.server.rehearsal import check_folding, is_large, rehearse
+from fedlora_flwr.server.rounds import OnRound
 from fedlora_flwr.server.run_dir import CLAIM, RunDirectory
 from fedlora_flwr.server.serve import run_federation
 from fedlora_flwr.server.strategy import build_strategy
 from fedlora_flwr.simulations.app import write_app
 from fedlora_flwr.simulations.superlink import LOCAL, SimulationSuperLink
-from fedlora_flwr.tasks.registry import build_task, reading
+from fedlora_flwr.tasks.registry import build_task, optional, reading
 
-OnRound = Callable[[dict[str, Any]], None]
 # Seconds from one question to Flower to the next, while a run's log goes on and once it has ended.
 STATUS_INTERVAL, ENDED_INTERVAL = 30.0, 1.0
 
@@ -41,7 +42,7 @@ class RunFailed(FedLoRAError):
     """A run ended without a result."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class PreparedRun:
     """What is about to happen.
 
@@ -61,6 +62,8 @@ class PreparedRun:
         Whether a head trains beside the adapters.
     records : list[str] (default: [])
         Sentences on the records that are read and left out.
+    model : AdaptedModel or None
+        The model at its start, which has been rehearsed, for the run that takes it.
     """
 
     config: RunConfig
@@ -70,10 +73,19 @@ class PreparedRun:
     metric: str = "accuracy"
     head: bool = True
     records: list[str] = field(default_factory=list)
+    model: AdaptedModel | None = field(default=None, repr=False)
+
+    def take_model(self) -> AdaptedModel | None:
+        """Hand the model over, once: a run changes it, and another needs its own."""
+        model, self.model = self.model, None
+        return model
 
 
 def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRun:
     """Check everything that can be known before a run, and work out each client's noise.
+
+    A model of more than 200 million parameters is known by its shapes, where the task can tell
+    them: its weights are read when the run needs them, and rehearsed before the first round.
 
     Parameters
     ----------
@@ -91,11 +103,14 @@ def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRu
     """
     strategy = build_strategy(config)
     task = build_task(config.task, config)
-    adapted = build_adapted(config, task)
+    bare = skeleton(config, task) if optional(task, "skeleton") else None
+    large = bare is not None and is_large(bare)
+    adapted = bare if bare is not None and large else build_adapted(config, task)
     # A method may refuse a model, e.g. one whose blocks have no name.
     strategy.plan(1, Layout.of(adapted.parameters, config.block_pattern))
     check_folding(strategy, adapted)
-    rehearse(task, adapted)
+    if not large:
+        rehearse(task, adapted)
     sizes = [
         len(task.client_records(client, config.num_clients)) for client in range(config.num_clients)
     ]
@@ -115,6 +130,7 @@ def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRu
         metric=task.metric,
         head=bool(adapted.head),
         records=reading(task, config.num_clients),
+        model=None if large else adapted,
     )
 
 
@@ -152,6 +168,7 @@ def run_on_flower(
     config, placement = _placed(prepared.config, run_dir), place(prepared.config, workers)
     if cluster:  # Ray takes no number of CPUs for what runs already.
         placement = replace(placement, workers=None)
+    prepared.take_model()  # The server has its own, in another process.
     # A task or strategy of the user's own is imported from the folder that the command runs in.
     modules = Path.cwd() if ":" in config.task + config.strategy else None
     run_dir.take()
@@ -202,7 +219,7 @@ def run_in_process(
             execute = stack.enter_context(executor(workers, run_dir.log))
         grid = LocalGrid(respond, config.num_clients, config.items(), execute)
         stack.enter_context(grid.running())
-        return run_federation(grid, config, run_dir, on_round, rehearsed=True)
+        return run_federation(grid, config, run_dir, on_round, adapted=prepared.take_model())
 
 
 def app_folder(run_dir: RunDirectory, config: RunConfig) -> Path:
@@ -246,7 +263,7 @@ def _follow(superlink: SimulationSuperLink, run_dir: RunDirectory, on_round: OnR
     """Report rounds as they end, until Flower says that the run has."""
     seen, asked = 0, time.monotonic()
     while True:
-        rows = run_dir.rows("rounds")
+        rows = run_dir.rounds()
         for row in rows[seen:]:
             on_round(row)
         seen = len(rows)

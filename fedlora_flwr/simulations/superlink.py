@@ -163,22 +163,6 @@ class SimulationSuperLink:
         """Whether Flower has closed the run's log, which it does when the run is over."""
         return self._stream is None or self._stream.poll() is not None
 
-    def wait(self) -> str:
-        """Wait until the run is over; return Flower's own status of it.
-
-        Each question takes seconds of a processor, so none is asked before the log has ended.
-
-        Raises
-        ------
-        SuperLinkError
-            The SuperLink has ended or does not answer.
-        """
-        while self._alive() and not self.log_ended:
-            time.sleep(0.2)
-        while not (status := self.status()).startswith("finished"):
-            time.sleep(0.5)
-        return status
-
     def status(self) -> str:
         """Return Flower's own status of the run, e.g. ``"finished:completed"``.
 

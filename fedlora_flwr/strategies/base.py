@@ -166,7 +166,6 @@ class FedLoRA(Declared, Exchange):
         layout : Layout
             The arrays and their blocks.
         """
-        del server_round, layout
         return ComponentPlan.uniform(BOTH)
 
     def aggregate(
@@ -188,7 +187,6 @@ class FedLoRA(Declared, Exchange):
         dict[str, ndarray]
             All global arrays.
         """
-        del server_round
         mean = weighted_mean([u.arrays for u in uploads], [u.weight for u in uploads])
         return merge(current, mean)
 

@@ -46,7 +46,6 @@ class Exchange(FedAvg):
         client : str
             Who it is; empty as long as that is not known.
         """
-        del client
         return arrays
 
     def configure_evaluate(

@@ -39,7 +39,6 @@ class FedSVD(FedLoRA):
 
     def plan(self, server_round: int, layout: Layout) -> ComponentPlan:
         """Train B in every round."""
-        del server_round, layout
         return ComponentPlan.uniform(B)
 
     def aggregate(

@@ -23,5 +23,4 @@ class FFALoRA(FedLoRA):
 
     def plan(self, server_round: int, layout: Layout) -> ComponentPlan:
         """Train B in every block at every step."""
-        del server_round, layout
         return ComponentPlan.uniform(B)

@@ -79,7 +79,6 @@ class FlexLoRA(FedLoRA):
         self, server_round: int, current: Arrays, uploads: Sequence[Upload]
     ) -> dict[str, NDArray[np.floating]]:
         """Average the products, as stacks of factors, and take their SVD."""
-        del server_round
         layout, weights = Layout.of(current), [upload.weight for upload in uploads]
         arrays = self.average_heads(current, uploads)
         for layer in layout.layers:

@@ -24,5 +24,4 @@ class LALoRA(FedLoRA):
 
     def plan(self, server_round: int, layout: Layout) -> ComponentPlan:
         """Alternate B and A over the local steps, in every block."""
-        del server_round, layout
         return ComponentPlan.uniform(B, A)

@@ -23,5 +23,4 @@ class RoLoRA(FedLoRA):
 
     def plan(self, server_round: int, layout: Layout) -> ComponentPlan:
         """Train one factor in every block."""
-        del layout
         return ComponentPlan.uniform(B if server_round % 2 else A)

@@ -22,7 +22,6 @@ from fedlora_flwr.processes.workers import Execute, executor
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.studies.compare_methods import RATES, Method, settings_of
 from fedlora_flwr.studies.compare_results import (
-    KEY,
     Journal,
     Pair,
     Rates,
@@ -32,7 +31,7 @@ from fedlora_flwr.studies.compare_results import (
     claim,
     document_of,
     markdown,
-    summarise,
+    summarize,
 )
 from fedlora_flwr.tasks.registry import build_task
 
@@ -235,7 +234,7 @@ def compare(
     Returns
     -------
     pandas.DataFrame
-        See `fedlora_flwr.studies.compare_results.summarise`.
+        See `fedlora_flwr.studies.compare_results.summarize`.
 
     Raises
     ------
@@ -253,7 +252,7 @@ def compare(
         with executor(workers, folder / "compare.log") as execute:
             chosen = _run_all(comparison, journal, execute, partial(_run, scratch), on_row)
         rows = [journal.rows[job.key] for job in comparison.report_jobs(chosen)]
-        summary = summarise(rows, chosen, comparison.seeds)
+        summary = summarize(rows, chosen, comparison.seeds)
         parts = document_of(summary, comparison.config, metric, comparison.trials)
         replace_file(folder / "table.md", markdown(parts).encode())
         plot_accuracy(summary, folder / "accuracy.png", metric)
@@ -288,7 +287,11 @@ def _run(scratch: str, job: Job) -> Row:
     """Run one job; an error is a result."""
     from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 
-    row = dict(zip(KEY, job.key, strict=True)) | {"strategy": job.config.strategy}
+    lr_a, lr_b, lr_head = job.rates
+    row: Row = {
+        "phase": job.phase, "row": job.row, "epsilon": job.config.epsilon, "seed": job.config.seed,
+        "lr-a": lr_a, "lr-b": lr_b, "lr-head": lr_head, "strategy": job.config.strategy,
+    }  # fmt: skip
     started = time.perf_counter()
     try:
         metric = build_task(job.config.task, job.config).metric
@@ -298,9 +301,17 @@ def _run(scratch: str, job: Job) -> Row:
     except Exception as error:  # Whatever it is, the other runs go on.
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return {**row, "seconds": time.perf_counter() - started, "error": text}
-    kept = {name: summary[name] for name in ("epsilon_max", "bytes_up", "bytes_down", "failures")}
-    figures = {name: summary[f"{name}_{metric}"] for name in ("initial", "final")}
-    return {**row, **figures, **kept, "seconds": time.perf_counter() - started, "error": ""}
+    return {
+        **row,
+        "initial": summary[f"initial_{metric}"],
+        "final": summary[f"final_{metric}"],
+        "epsilon_max": summary["epsilon_max"],
+        "bytes_up": summary["bytes_up"],
+        "bytes_down": summary["bytes_down"],
+        "failures": summary["failures"],
+        "seconds": time.perf_counter() - started,
+        "error": "",
+    }
 
 
 def _spread(point: Sequence[float], own: Rates) -> Rates:

@@ -74,11 +74,6 @@ class Method:
             raise InvalidValue(error.key, error.value, expected, error.near) from error
 
 
-def plain_methods(strategies: Iterable[str]) -> tuple[Method, ...]:
-    """Return a row for each strategy, without settings of its own."""
-    return read_methods(strategies, RunConfig())
-
-
 def read_methods(rows: Iterable[str], shared: RunConfig) -> tuple[Method, ...]:
     """Read rows such as ``la-lora filter=binomial lr-b=0.2``, each once.
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import pandas as pd
 from filelock import FileLock, Timeout
@@ -21,13 +21,31 @@ from fedlora_flwr.studies.compare_methods import RATES, Method, settings_of
 SETTINGS = "settings.json"
 KEY = ("phase", "row", "epsilon", "seed", *RATES)
 COUNTS = ("bytes_up", "bytes_down", "failures")
-COLUMNS = (
-    *KEY,
-    "strategy",
-    *("initial", "final", "epsilon_max", "bytes_up", "bytes_down", "seconds", "failures", "error"),
+Row = TypedDict(
+    "Row",
+    {
+        "phase": str,
+        "row": str,
+        "epsilon": float,
+        "seed": int,
+        "lr-a": float,
+        "lr-b": float,
+        "lr-head": float,
+        "strategy": str,
+        "initial": float,
+        "final": float,
+        "epsilon_max": float,
+        "bytes_up": int,
+        "bytes_down": int,
+        "seconds": float,
+        "failures": int,
+        "error": str,
+    },
+    total=False,
 )
+"""One run of a comparison; where it failed, ``error`` says why and there are no figures."""
 
-Row = Mapping[str, Any]
+COLUMNS = tuple(Row.__annotations__)
 Rates = tuple[float, float, float]
 Pair = tuple[str, float]
 RowKey = tuple[Any, ...]
@@ -57,7 +75,7 @@ class Journal:
         self._path = path
         self.rows: dict[RowKey, Row] = {}
         for record in kept.to_dict("records"):
-            self.rows[row_key(record)] = {str(name): value for name, value in record.items()}
+            self.rows[row_key(record)] = cast(Row, record)
 
     def append(self, row: Row) -> None:
         """Keep a finished run."""
@@ -120,8 +138,8 @@ def read_rows(path: Path) -> pd.DataFrame:
     return frame.fillna({"error": ""})
 
 
-def summarise(rows: Sequence[Row], chosen: Mapping[Pair, Rates | None], seeds: int) -> pd.DataFrame:
-    """Summarise the reported runs of each row and ε.
+def summarize(rows: Sequence[Row], chosen: Mapping[Pair, Rates | None], seeds: int) -> pd.DataFrame:
+    """Summarize the reported runs of each row and ε.
 
     Parameters
     ----------
@@ -167,7 +185,7 @@ def document_of(summary: pd.DataFrame, config: RunConfig, metric: str, trials: i
     Parameters
     ----------
     summary : pandas.DataFrame
-        See `summarise`.
+        See `summarize`.
     config : RunConfig
         What all runs share.
     metric : str

@@ -18,7 +18,7 @@ from fedlora_flwr.backbones.image_models import (
     usual_layers,
 )
 from fedlora_flwr.data.arrow_records import ArrowRecords
-from fedlora_flwr.data.pictures import collate, image_column, normalised, pixels, without_picture
+from fedlora_flwr.data.pictures import collate, image_column, normalized, pixels, without_picture
 from fedlora_flwr.data.records import Batch
 from fedlora_flwr.tasks.classifier_task import ClassifierTask
 
@@ -30,7 +30,7 @@ class ImageClassification(ClassifierTask):
     """Classify pictures.
 
     Batches are ``{"image": (n, channels, h, w) uint8, "label": (n,) int64}``: resized and cropped
-    as timm's configuration of the model says, once; normalised on the model's device. Keys of the
+    as timm's configuration of the model says, once; normalized on the model's device. Keys of the
     configuration: ``model`` (a timm name, or a folder of ``timm.models.save_for_hf``), ``weights``,
     ``dataset``, ``input-columns`` (the picture's; empty finds it), ``label-column``,
     ``image-size``.
@@ -80,7 +80,7 @@ class ImageClassification(ClassifierTask):
         return data_config(self.skeleton(), self._settings.image_size)
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        found: Tensor = model(normalised(batch["image"], self._data))
+        found: Tensor = model(normalized(batch["image"], self._data))
         return found.float()
 
     def _input_columns(self, dataset: Dataset) -> list[str]:

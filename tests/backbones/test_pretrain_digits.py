@@ -11,9 +11,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fedlora_flwr.backbones.pretrain_digits import (
+    Recipe,
     backbone_path,
     build_vit,
-    ensure_backbone,
     load_backbone,
 )
 from tests.tasks.fixtures import QUICK
@@ -23,13 +23,19 @@ def _screen(terminal: bool) -> Console:
     return Console(file=io.StringIO(), force_terminal=terminal, width=60)
 
 
+def kept(console: Console, recipe: Recipe) -> Path:
+    """Pretrain unless an intact copy is in the cache, and return its file."""
+    load_backbone(console, recipe)
+    return backbone_path(recipe)
+
+
 def _shown(console: Console) -> str:
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
 
 def test_the_first_call_trains_and_keeps_the_weights_and_their_checksum(empty_cache: Path) -> None:
-    path = ensure_backbone(_screen(terminal=False), QUICK)
+    path = kept(_screen(terminal=False), QUICK)
 
     assert empty_cache in path.parents
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -41,17 +47,17 @@ def test_the_first_call_trains_and_keeps_the_weights_and_their_checksum(empty_ca
 
 @pytest.mark.usefixtures("empty_cache")
 def test_the_second_call_only_reads() -> None:
-    path = ensure_backbone(_screen(terminal=False), QUICK)
+    path = kept(_screen(terminal=False), QUICK)
     written = path.stat().st_mtime_ns
     console = _screen(terminal=False)
 
-    assert ensure_backbone(console, QUICK).stat().st_mtime_ns == written
+    assert kept(console, QUICK).stat().st_mtime_ns == written
     assert _shown(console) == ""
 
 
 @pytest.mark.usefixtures("empty_cache")
 def test_a_damaged_backbone_is_trained_again_to_the_same_weights() -> None:
-    path = ensure_backbone(_screen(terminal=False), QUICK)
+    path = kept(_screen(terminal=False), QUICK)
     intact = path.read_bytes()
     path.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
 
@@ -63,7 +69,7 @@ def test_a_damaged_backbone_is_trained_again_to_the_same_weights() -> None:
 @pytest.mark.usefixtures("empty_cache")
 def test_without_a_terminal_one_line_says_what_happens_and_where() -> None:
     console = _screen(terminal=False)
-    path = ensure_backbone(console, QUICK)
+    path = kept(console, QUICK)
 
     assert _shown(console).count("\n") == 1
     assert str(path) in _shown(console)
@@ -72,7 +78,7 @@ def test_without_a_terminal_one_line_says_what_happens_and_where() -> None:
 @pytest.mark.usefixtures("empty_cache")
 def test_a_terminal_gets_a_bar() -> None:
     console = _screen(terminal=True)
-    ensure_backbone(console, QUICK)
+    kept(console, QUICK)
 
     assert "100%" in _shown(console)
 
@@ -85,7 +91,7 @@ def test_each_recipe_has_its_own_file() -> None:
 @pytest.mark.usefixtures("empty_cache")
 def test_pretraining_leaves_the_process_as_it_was() -> None:
     before, threads = torch.get_rng_state(), torch.get_num_threads()
-    ensure_backbone(_screen(terminal=False), QUICK)
+    kept(_screen(terminal=False), QUICK)
 
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.get_num_threads() == threads

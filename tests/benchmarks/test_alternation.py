@@ -4,7 +4,7 @@ import torch
 
 from benchmarks.alternation import measure
 from benchmarks.figures import Figure
-from tests.benchmarks.test_step import small_roberta
+from tests.benchmarks.support import small_roberta
 
 
 def test_one_factor_is_held_against_both_in_time_and_memory() -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks.figures import Figure
 from benchmarks.gpu import Pictures, Setting, full_size, measure_gpu
-from tests.benchmarks.test_step import small_roberta
+from tests.benchmarks.support import small_roberta
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is skipped without a GPU")

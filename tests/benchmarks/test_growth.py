@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from benchmarks.figures import Figure
 from benchmarks.growth import Setting, measure
-from tests.benchmarks.test_step import small_roberta
+from tests.benchmarks.support import small_roberta
 
 
 def test_each_row_is_over_its_first() -> None:

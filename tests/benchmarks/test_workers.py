@@ -6,7 +6,7 @@ from benchmarks.figures import Figure
 from benchmarks.step import Shape
 from benchmarks.tasks import ShapeTask
 from benchmarks.workers import MEMORY_BAR, Setting, measure
-from tests.benchmarks.test_step import small_roberta
+from tests.benchmarks.support import small_roberta
 
 
 class Small(ShapeTask):

@@ -20,6 +20,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.sections import SECTIONS
 from fedlora_flwr.deploy.bundles import MAX_PROJECT, BundleRefused, check_bundle
 from fedlora_flwr.simulations.app import COMPONENTS, write_app
+from tests.deploy.support import packed
 
 Project = dict[str, Any]
 
@@ -34,14 +35,6 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def project(app: Path) -> Project:
     return tomllib.loads((app / "pyproject.toml").read_text())
-
-
-def packed(*files: tuple[str, bytes | str], method: int = zipfile.ZIP_DEFLATED) -> bytes:
-    buffer = BytesIO()
-    with zipfile.ZipFile(buffer, "w", method) as archive:
-        for name, content in files:
-            archive.writestr(name, content)
-    return buffer.getvalue()
 
 
 def test_what_flower_makes_of_the_fleets_app_is_served(app: Path) -> None:

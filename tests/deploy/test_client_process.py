@@ -11,7 +11,7 @@ from fedlora_flwr import client_app
 from fedlora_flwr.deploy.client_process import app_for
 from fedlora_flwr.simulations.app import write_app
 from fedlora_flwr.simulations.local_grid import LocalGrid
-from tests.deploy.test_bundles import packed
+from tests.deploy.support import packed
 
 
 def test_the_fleets_app_is_answered_by_the_installed_package(tmp_path: Path) -> None:

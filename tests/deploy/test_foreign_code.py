@@ -18,7 +18,7 @@ from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from tests.deploy import hostile
 from tests.deploy.hostile import write_hostile
 from tests.deploy.running import RunningFleet, running
-from tests.deploy.test_equality import NAMES, adapter, of, prepare, set_up_devices
+from tests.deploy.support import NAMES, adapter, of, prepare, set_up_devices
 
 pytestmark = pytest.mark.deploy
 ROOT = Path(__file__).parents[2]

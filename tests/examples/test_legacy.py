@@ -8,7 +8,7 @@ import pytest
 from tests.examples.projects import (
     ALL_A,
     ALL_B,
-    assert_learnt_by_rolora,
+    assert_learned_by_rolora,
     copy_of,
     flwr_run,
     local_run,
@@ -21,7 +21,7 @@ from tests.examples.projects import (
 def test_flwr_run_of_a_legacy_project_obeys_the_plan(tmp_path: Path) -> None:
     app = copy_of("legacy", tmp_path)
     log = flwr_run(app, {"output": tmp_path})
-    assert_learnt_by_rolora(tmp_path, log)
+    assert_learned_by_rolora(tmp_path, log)
 
 
 @pytest.mark.parametrize("strategy", ["la-lora", "as-lora"])

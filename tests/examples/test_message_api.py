@@ -11,7 +11,7 @@ from tests.examples.projects import (
     ALL_A,
     ALL_B,
     accuracies,
-    assert_learnt_by_rolora,
+    assert_learned_by_rolora,
     copy_of,
     flwr_run,
     local_run,
@@ -25,7 +25,7 @@ from tests.examples.projects import (
 def test_flwr_run_trains_the_factor_that_rolora_plans(tmp_path: Path) -> None:
     app = copy_of("message_api", tmp_path)
     log = flwr_run(app, {"output": tmp_path})
-    assert_learnt_by_rolora(tmp_path, log)
+    assert_learned_by_rolora(tmp_path, log)
 
 
 def test_la_lora_takes_turns_within_a_round(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.forecast.forecast import forecast
 from fedlora_flwr.lora.build import build_adapted
 from fedlora_flwr.places import strategy_names
+from fedlora_flwr.server.rounds import RoundRow
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.server.strategy import build_strategy
 from fedlora_flwr.simulations.local_grid import LocalGrid
@@ -64,7 +65,7 @@ def rounds_of(strategy: str, folder: Path, *settings: str) -> Rounds:
     config = load_recipe("digits", [*quick, f"strategy={strategy}", *settings])
     run_dir, rounds = RunDirectory(folder), []
 
-    def keep(row: dict[str, Any]) -> None:
+    def keep(_: RoundRow) -> None:
         rounds.append(load_file(run_dir.adapter / "adapter_model.safetensors"))
 
     summary = run_in_process(prepare_run(config, Console(quiet=True)), run_dir, keep)

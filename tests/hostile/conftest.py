@@ -9,7 +9,7 @@ import pytest
 
 from fedlora_flwr.tasks.dataset_task import DatasetTask
 from fedlora_flwr.tasks.digits import DigitsTask
-from tests.hostile.device import Device, Outside
+from tests.hostile.device import RUN, Device, Outside
 from tests.hostile.tiny_task import READS
 
 MakeDevice = Callable[..., Device]
@@ -71,3 +71,13 @@ def make_device(tmp_path: Path, outside: Outside) -> MakeDevice:
 @pytest.fixture
 def device(make_device: MakeDevice) -> Device:
     return make_device()
+
+
+@pytest.fixture
+def spent(device: Device) -> Device:
+    """Return a device whose budget is spent: it reads a good order to its end, and stops there."""
+    for number in range(RUN["num-rounds"]):
+        assert device.ask("train", device.order(server_round=number, plan="*")).kind == "ok"
+    assert device.ask("train", device.order(plan="*")).kind == "budget-exhausted"
+    assert device.ask("train", device.order()).kind == "exhausted"
+    return device

@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 from tests.hostile.conftest import MakeDevice
 from tests.hostile.device import RUN, Device, records, start
 from tests.hostile.orders import damaged_bytes, examples, hostile_arrays, sound_arrays
-from tests.hostile.test_orders import _legacy, spent
-
-__all__ = ["spent"]
+from tests.hostile.support import legacy
 
 
 def test_arrays_that_are_not_the_models(device: Device) -> None:
@@ -33,7 +31,7 @@ def test_arrays_that_are_not_the_models(device: Device) -> None:
         ):
             return
         if kind == "legacy":
-            answer = device.ask("train", _legacy("fitins", arrays, config))
+            answer = device.ask("train", legacy("fitins", arrays, config))
         else:
             answer = device.ask(kind, records(arrays, config))
         assert answer.kind in ("refused", "failed"), arrays
@@ -72,7 +70,7 @@ def test_each_damaged_array_runs_no_code(spent: Device) -> None:
         for kind in ("numpy.ndarray", "pickle", ""):
             arrays = {**start(4), "head.bias": Array("float32", (3,), kind, data)}
             assert spent.ask("train", records(arrays, {"plan": "*"})).kind in ("refused", "failed")
-            assert spent.ask("train", _legacy("fitins", arrays, {})).kind in ("refused", "failed")
+            assert spent.ask("train", legacy("fitins", arrays, {})).kind in ("refused", "failed")
     assert not spent.outside.mark.exists()
 
 

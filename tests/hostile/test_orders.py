@@ -12,29 +12,15 @@ from hypothesis import strategies as st
 from tests.hostile.conftest import MakeDevice
 from tests.hostile.device import RUN, Device, records, start
 from tests.hostile.orders import ORDER_KEYS, examples, order_configs, scalars
+from tests.hostile.support import KINDS, legacy
 from tests.hostile.tiny_task import RECORDS
 
-KINDS = [
-    "train", "evaluate", "query", "get_parameters", "get_properties", "reconnect", "train.custom",
-    "evaluate.default", "query.who", "train.", ".train", "TRAIN", "train ", "fit", "", "system",
-    "../query", "\x00", "x" * 10_000,
-]  # fmt: skip
 _SMALL: list[dict[str, Any]] = [{}, {"server-round": 1}, {"x": [1, 2]}, {"x": b"\x80"}]
 LEGACY = [
     "fitins.parameters", "fitins.config", "evaluateins.parameters", "evaluateins.config",
     "getparametersins.config", "getpropertiesins.config", "fitres.parameters", "arrays", "config",
     "metrics", "", "x",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def spent(device: Device) -> Device:
-    """Return a device whose budget is spent: it reads a good order to its end, and stops there."""
-    for number in range(RUN["num-rounds"]):
-        assert device.ask("train", device.order(server_round=number, plan="*")).kind == "ok"
-    assert device.ask("train", device.order(plan="*")).kind == "budget-exhausted"
-    assert device.ask("train", device.order()).kind == "exhausted"
-    return device
 
 
 def test_each_key_of_an_order_and_what_is_no_key(spent: Device) -> None:
@@ -71,7 +57,7 @@ def test_every_kind_of_message_with_any_records(spent: Device) -> None:
         metrics.map(lambda found: MetricRecord(dict(found))),
     )
     contents = st.dictionaries(st.sampled_from(LEGACY), record, max_size=4).map(RecordDict)
-    likely = st.builds(_legacy, st.sampled_from(["fitins", "evaluateins"]), arrays, configs)
+    likely = st.builds(legacy, st.sampled_from(["fitins", "evaluateins"]), arrays, configs)
 
     @examples(1_500)
     @given(st.sampled_from(KINDS), st.one_of(contents, likely))
@@ -102,7 +88,7 @@ def test_the_legacy_records_train_with_the_same_reply(make_device: MakeDevice) -
         ({"plan": [1]}, "failed"), ({"plan": 1}, "refused"), ({"share": "A"}, "ok"),
     ]  # fmt: skip
     for number, (config, kind) in enumerate(cases):
-        content = _legacy("fitins", start(4), config)
+        content = legacy("fitins", start(4), config)
         assert device.ask("train", content, run_id=100 + number).kind == kind, config
 
 
@@ -116,7 +102,7 @@ def test_a_device_that_names_a_split_gives_its_figures_and_no_others(
     assert (
         device.ask("evaluate", shared, {**RUN, "test-split": "records"}).content == answer.content
     )
-    assert device.ask("evaluate", _legacy("evaluateins", start(4), {"share": "A"})).kind == "ok"
+    assert device.ask("evaluate", legacy("evaluateins", start(4), {"share": "A"})).kind == "ok"
     for config in ({}, {"share": ""}, {"plan": "*"}, {"share": "A", "loss": 1}):
         assert device.ask("evaluate", records(start(4), config)).kind == "refused"
     for changes in (
@@ -142,13 +128,3 @@ def test_the_device_says_whether_its_size_or_noise_is_told(
             assert answer.kind == ("ok" if wanted in ("uniform", own) else "refused")
             if answer.kind == "ok" and wanted == "size":
                 assert answer.numbers["weight"] == answer.numbers["num-examples"] == RECORDS
-
-
-def _legacy(prefix: str, arrays: dict[str, Any], config: dict[str, Any]) -> RecordDict:
-    found = records(arrays, config)
-    return RecordDict(
-        {
-            f"{prefix}.parameters": found.array_records["arrays"],
-            f"{prefix}.config": found.config_records["config"],
-        }
-    )

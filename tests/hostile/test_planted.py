@@ -19,7 +19,7 @@ from tests.hostile.canaries import BROKEN, CANARY, SOUND
 from tests.hostile.conftest import MakeDevice
 from tests.hostile.device import RUN, Device, records, start
 from tests.hostile.orders import examples, order_configs, run_configs
-from tests.hostile.test_twins import ask_both
+from tests.hostile.support import ask_both
 from tests.hostile.texts import own_arrays, plant
 
 pytestmark = pytest.mark.usefixtures("counted")

@@ -5,8 +5,6 @@ What a server can tell from errors is then nothing that depends on a record.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.hostile.conftest import MakeDevice
-from tests.hostile.device import RUN, Answer, Device, records, start
+from tests.hostile.device import RUN, records, start
 from tests.hostile.orders import examples, hostile_arrays, order_configs, run_configs
-from tests.hostile.test_orders import KINDS
+from tests.hostile.support import KINDS, ask_both, seen
 from tests.hostile.tiny_task import FEATURES, RECORDS, points
 
 Values = dict[str, Any]
@@ -30,29 +28,6 @@ def strange_points() -> np.ndarray[Any, np.dtype[np.float32]]:
     table[0, :-2], table[1, :-2], table[2, :-2] = 1e30, 1e-40, np.nan
     table[3, :-2] = np.inf
     return table
-
-
-def seen(answer: Answer) -> tuple[object, ...]:
-    """Return what a server sees of an answer, without noise, times and numbers of errors."""
-    reason = re.sub(r"error [0-9a-f]{8}", "error", answer.reason)
-    arrays = [(name, values.shape) for name, values in answer.arrays.items()]
-    account: dict[str, Any] = {}
-    records: list[Mapping[str, Any]] = [
-        *answer.content.metric_records.values(),
-        *answer.content.config_records.values(),
-    ]
-    for record in records:
-        account |= {key: value for key, value in record.items() if key not in _VARYING}
-    return answer.kind, reason, arrays, sorted(account.items())
-
-
-_VARYING = ("seconds", "peak-memory-mb")
-
-
-def ask_both(twins: tuple[Device, Device], *args: Any, **kwargs: Any) -> Answer:
-    one, other = (device.ask(*args, **kwargs) for device in twins)
-    assert seen(one) == seen(other)
-    return one
 
 
 def test_no_message_tells_two_devices_apart(make_device: MakeDevice) -> None:

@@ -17,15 +17,12 @@ from fedlora_flwr.client_app import app as package_app
 from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.errors import FederationAborted, InvalidValue
 from fedlora_flwr.integrations.legacy_strategy import LegacyStrategy
-from fedlora_flwr.layout import Layout
-from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.strategies import STRATEGIES, FedLoRA, FFALoRA, RoLoRA
 from fedlora_flwr.strategies.replies import to_record
 from tests.conftest import MakeConfig
+from tests.integrations.support import Counts, Crashes, Metrics, only
 from tests.strategies.tiny import A_NAMES, B_NAMES, NAMES, Arrays, start_arrays
-
-Metrics = dict[str, Any]
 
 
 class Kept:
@@ -77,25 +74,6 @@ def test_a_legacy_run_equals_the_run_without_the_wrapper_bit_for_bit(
         np.testing.assert_array_equal(final[array_name], array.numpy(), err_msg=array_name)
 
 
-class Counts(NumPyClient):
-    """Adds its number plus one to what the plan trains."""
-
-    def __init__(self, partition: int) -> None:
-        self.partition = partition
-
-    def fit(self, parameters: list[Any], config: Mapping[str, Any]) -> tuple[list[Any], int, Any]:
-        arrays = dict(zip(config["array-names"].split(","), parameters, strict=True))
-        plan = ComponentPlan.parse(config["plan"])
-        names = Layout.of(arrays).trained(plan, len(plan.steps))
-        uploaded = [arrays[name] + self.partition + 1 for name in names]
-        return uploaded, 10 + self.partition, {"array-names": ",".join(names), "note": "fine"}
-
-    def evaluate(
-        self, parameters: list[Any], config: Mapping[str, Any]
-    ) -> tuple[float, int, Metrics]:
-        return float(self.partition), 1 + self.partition, {"accuracy": 0.25}
-
-
 def grid_of(client: Callable[[int], NumPyClient], count: int = 3) -> LocalGrid:
     def client_fn(context: Context) -> Any:
         return client(int(context.node_config["partition-id"])).to_client()
@@ -107,15 +85,6 @@ def run(
     strategy: FedLoRA, client: Callable[[int], NumPyClient], num_rounds: int = 1, count: int = 3
 ) -> Kept:
     return Kept().run(strategy, start_arrays(), grid_of(client, count), num_rounds)
-
-
-def only(partitions: set[int], bad: type[NumPyClient]) -> Callable[[int], NumPyClient]:
-    return lambda partition: (bad if partition in partitions else Counts)(partition)  # type: ignore[call-arg]
-
-
-class Crashes(Counts):
-    def fit(self, parameters: list[Any], config: Mapping[str, Any]) -> Any:
-        raise RuntimeError(f"disk of client {self.partition} is full")
 
 
 class IgnoresThePlan(Counts):

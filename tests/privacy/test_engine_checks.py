@@ -46,7 +46,7 @@ def time_first(x: Tensor, layer: nn.Module) -> Tensor:
     return hidden.transpose(0, 1)
 
 
-def normalised(x: Tensor, layer: nn.Module) -> Tensor:
+def normalized(x: Tensor, layer: nn.Module) -> Tensor:
     hidden: Tensor = layer(x)
     return hidden - 0.5 * hidden.mean(dim=0)
 
@@ -87,7 +87,7 @@ def one_step(engine: PrivateEngine, records: TensorRecords, mode: str = "*") -> 
     engine.step(records, torch.arange(2), active(engine.adapted, mode))
 
 
-@pytest.mark.parametrize("mix", [time_first, normalised, scaled_by_the_batch, slightly_mixed])
+@pytest.mark.parametrize("mix", [time_first, normalized, scaled_by_the_batch, slightly_mixed])
 def test_a_model_that_mixes_records_is_refused_with_the_layers_name(
     mix: Callable[[Tensor, nn.Module], Tensor],
 ) -> None:
@@ -100,7 +100,7 @@ def test_a_model_that_mixes_records_is_refused_with_the_layers_name(
     assert all(torch.equal(p, before[n]) for n, p in engine.adapted.parameters.items())
 
 
-@pytest.mark.parametrize("mix", [time_first, normalised])
+@pytest.mark.parametrize("mix", [time_first, normalized])
 def test_records_that_are_alike_do_not_hide_the_mixing(
     mix: Callable[[Tensor, nn.Module], Tensor],
 ) -> None:
@@ -108,7 +108,7 @@ def test_records_that_are_alike_do_not_hide_the_mixing(
         one_step(tokens_engine(mix), token_records(same=True))
 
 
-@pytest.mark.parametrize("mix", [time_first, normalised, slightly_mixed])
+@pytest.mark.parametrize("mix", [time_first, normalized, slightly_mixed])
 def test_records_without_an_answer_do_not_hide_the_mixing(
     mix: Callable[[Tensor, nn.Module], Tensor],
 ) -> None:

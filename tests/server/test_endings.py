@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from fedlora_flwr.cli import app
 from fedlora_flwr.files import FileTrouble
+from fedlora_flwr.server.rounds import RoundRow
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from tests.conftest import QUICK, MakeConfig
@@ -64,7 +65,7 @@ def test_a_summary_tells_an_interrupt_from_a_failure(
 ) -> None:
     run_dir = RunDirectory(tmp_path / "run")
 
-    def on_round(row: dict[str, Any]) -> None:
+    def on_round(row: RoundRow) -> None:
         if row["round"] == 1:
             raise error
 
@@ -81,6 +82,7 @@ import os, signal, sys, typer
 from pathlib import Path
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.server.endings import recorded
+from fedlora_flwr.server.rounds import RoundRow
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.terminal import guard
 
@@ -126,7 +128,7 @@ def test_the_first_trouble_is_shown_and_not_the_second(
 ) -> None:
     run_dir, moved = RunDirectory(tmp_path / "run"), tmp_path / "moved"
 
-    def block(row: dict[str, Any]) -> None:
+    def block(row: RoundRow) -> None:
         """Let nothing be written any more after the first row, neither adapter nor summary."""
         if row["round"] == 0:
             run_dir.path.rename(moved)

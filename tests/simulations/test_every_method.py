@@ -28,7 +28,7 @@ from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.strategies import STRATEGIES
 from fedlora_flwr.tasks.registry import build_task
 from tests.conftest import MakeConfig
-from tests.server.test_serve import SUMMARY
+from tests.server.support import SUMMARY
 
 every_method = pytest.mark.parametrize("method", sorted(STRATEGIES))
 # What trains in the two rounds, and what the server replaces though it did not train.

@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.server.rounds import RoundRow
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import (
     RunFailed,
@@ -24,7 +25,7 @@ from fedlora_flwr.simulations.runner import (
 )
 from fedlora_flwr.simulations.superlink import free_port
 from tests.processes.processes import MARK, left_of
-from tests.test_readme import BIN, FLOWER, ROOT, unactivated
+from tests.support.readme import BIN, FLOWER, ROOT, unactivated
 
 pytestmark = pytest.mark.flower
 FEDLORA = str(Path(sys.executable).parent / "fedlora")
@@ -47,7 +48,7 @@ def adapter(run: Path) -> dict[str, Any]:
     return dict(load_file(run / "adapter" / "adapter_model.safetensors"))
 
 
-def ignore(row: dict[str, Any]) -> None:
+def ignore(row: RoundRow) -> None:
     assert "round" in row
 
 
@@ -57,7 +58,7 @@ def flower_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     found: dict[str, Path] = {}
     for strategy in ON_RAY:
-        rows: list[dict[str, Any]] = []
+        rows: list[Any] = []
         run_dir = RunDirectory(folder / strategy)
         # Returns only if Flower's own status is "finished:completed".
         summary = run_on_flower(prepare_run(config(strategy)), run_dir, rows.append, workers=2)

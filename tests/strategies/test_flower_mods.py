@@ -33,7 +33,7 @@ from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.strategies import STRATEGIES, FedLoRA, FlexLoRA, FLoRA, LALoRA, RoLoRA
 from fedlora_flwr.strategies.replies import to_record
 from tests.conftest import MakeConfig
-from tests.integrations.test_legacy_strategy import Counts, Crashes, only
+from tests.integrations.support import Counts, Crashes, only
 from tests.strategies.tiny import NAMES, Arrays, arrays_of, record_of, start_arrays
 
 PARTIAL = ("ffa-lora", "rolora", "as-lora", "fedsvd", "fedsa-lora")

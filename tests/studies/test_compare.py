@@ -20,14 +20,14 @@ from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from fedlora_flwr.studies.compare import RANGES, TUNING_SEED, Comparison, compare
-from fedlora_flwr.studies.compare_methods import RATES, plain_methods
+from fedlora_flwr.studies.compare_methods import RATES, read_methods
 from fedlora_flwr.studies.compare_results import (
     COLUMNS,
     KEY,
     document_of,
     markdown,
     read_rows,
-    summarise,
+    summarize,
 )
 
 STRATEGIES = ("ffa-lora", "la-lora")
@@ -47,7 +47,7 @@ Told = list[tuple[str | None, int, int]]
 
 
 def comparison(**changes: Any) -> Comparison:
-    methods = plain_methods(changes.pop("strategies", STRATEGIES))
+    methods = read_methods(changes.pop("strategies", STRATEGIES), RunConfig())
     return replace(Comparison(SHARED, methods, EPSILONS, seeds=2, trials=2), **changes)
 
 
@@ -254,14 +254,14 @@ def test_a_failed_run_is_recorded_shown_and_tried_again(tmp_path: Path) -> None:
 
 def test_a_pair_whose_every_trial_failed_is_not_reported() -> None:
     what = comparison(strategies=("rolora",), epsilons=(1.0, 2.0), trials=2)
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    rows: dict[tuple[Any, ...], Any] = {}
     for job, final in zip(what.tune_jobs(), (None, None, 0.5, 0.5), strict=True):
         error = "" if final else "ValueError: no"
         rows[job.key] = {"final": final, "error": error}
     chosen = what.choose(rows)
     assert chosen == {("rolora", 1.0): None, ("rolora", 2.0): what.candidates("rolora")[0]}
     assert {job.pair for job in what.report_jobs(chosen)} == {("rolora", 2.0)}
-    table = markdown(document_of(summarise([], chosen, 2), what.config, "accuracy", 2))
+    table = markdown(document_of(summarize([], chosen, 2), what.config, "accuracy", 2))
     line = next(line for line in table.splitlines() if line.startswith("| rolora"))
     assert [cell.strip() for cell in line.split("|")[2:4]] == ["failed", "failed"]
 

@@ -8,7 +8,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.keys import fields_by_key
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.studies.compare import Comparison
-from fedlora_flwr.studies.compare_methods import ROW_KEYS, plain_methods, read_methods
+from fedlora_flwr.studies.compare_methods import ROW_KEYS, read_methods
 
 SHARED = RunConfig.of({"num-rounds": 40, "rank": 8, "lora-alpha": 16})
 
@@ -47,7 +47,7 @@ def test_a_row_is_what_all_share_with_its_own_settings() -> None:
     own = {"strategy": "la-lora", "filter": "ema", "lr-b": 0.2, "rank": 4}
     assert row.of(SHARED) == RunConfig.of({**SHARED.items(), **own})
     assert row.settings == {"filter": "ema", "lr-b": 0.2, "rank": 4}
-    (plain,) = plain_methods(["la-lora"])
+    (plain,) = read_methods(["la-lora"], RunConfig())
     assert (plain.name, dict(plain.settings)) == ("la-lora", {})
 
 

@@ -14,20 +14,20 @@ from fedlora_flwr.studies.compare_results import (
     document_of,
     markdown,
     read_rows,
-    summarise,
+    summarize,
 )
 
 
 def table_of(finals: Sequence[float | None], seeds: int) -> str:
     """Make the table of one method at ε = 1."""
     names = ("bytes_up", "bytes_down")
-    rows = [
+    rows: list[Any] = [
         dict.fromkeys(COLUMNS, "")
         | {"row": "rolora", "epsilon": 1.0, "final": final, "error": "" if final else "no"}
         | dict.fromkeys(names, 1500)
         for final in finals
     ]
-    summary = summarise(rows, {("rolora", 1.0): (0.1, 0.02, 1.0)}, seeds)
+    summary = summarize(rows, {("rolora", 1.0): (0.1, 0.02, 1.0)}, seeds)
     return markdown(document_of(summary, RunConfig(), "accuracy", 0))
 
 
@@ -57,8 +57,8 @@ def test_cells_of_the_table(finals: list[float | None], cell: str) -> None:
 def test_a_journal_reads_back_what_it_wrote(tmp_path: Path) -> None:
     values: dict[str, Any] = dict.fromkeys(COLUMNS, 1)
     texts = {"phase": "report", "row": "rolora", "strategy": "rolora", "error": ""}
-    row = {**values, **texts, "epsilon": math.inf, "lr-a": 0.1 + 0.2, "final": 1 / 3}
-    bad = {**row, "seed": 2, "final": None, "error": 'Error: "a, b" ε'}
+    row: Any = {**values, **texts, "epsilon": math.inf, "lr-a": 0.1 + 0.2, "final": 1 / 3}
+    bad: Any = {**row, "seed": 2, "final": None, "error": 'Error: "a, b" ε'}
     journal = Journal(tmp_path / "rows.csv")
     for entry in (row, bad):
         journal.append(entry)

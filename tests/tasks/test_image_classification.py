@@ -16,7 +16,7 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 
 from fedlora_flwr.clients.trainer import LocalTrainer
-from fedlora_flwr.data.pictures import image_column, normalised
+from fedlora_flwr.data.pictures import image_column, normalized
 from fedlora_flwr.errors import InvalidValue, PrivacyViolation
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import prepare_run, run_in_process
@@ -152,7 +152,7 @@ def test_pixels_are_those_of_timms_own_transform(
     transform = create_transform(**theirs, is_training=False)
     batch = task.test_records().batch(torch.arange(3))
 
-    found = normalised(batch["image"], task._data)
+    found = normalized(batch["image"], task._data)
 
     assert batch["image"].dtype == torch.uint8
     assert batch["label"].tolist() == [0, 1, 2]
@@ -202,7 +202,7 @@ def test_a_private_run_learns(tmp_path: Path, empty_cache: Path) -> None:
         lr_head=0.5,
         delta=1e-4,
     )
-    rows: list[dict[str, Any]] = []
+    rows: list[Any] = []
     summary = run_in_process(prepare_run(config), RunDirectory(tmp_path / "run"), rows.append)
 
     assert summary["status"] == "completed"

@@ -10,7 +10,7 @@ import pytest
 
 import fedlora_flwr
 from fedlora_flwr.tasks.registry import OPTIONAL, Task
-from tests.test_readme import unactivated
+from tests.support.readme import unactivated
 
 PAGE = Path(__file__).parents[2] / "docs" / "tasks.md"
 

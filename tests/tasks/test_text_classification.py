@@ -43,7 +43,7 @@ SHAPES: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "distilbert": (("pre_classifier", "classifier"), 4, ()),
     # One layer that runs three times.
     "albert": (("classifier",), 2, ("token_type_ids",)),
-    # Its head has a normalisation that is not clipped record by record, and so does not train.
+    # Its head has a normalization that is not clipped record by record, and so does not train.
     "modernbert": (("head.dense", "classifier"), 2, ()),
     "llama": (("score",), 4, ()),
     # Its tokenizer names token types, which the model would take for words.
@@ -223,7 +223,7 @@ def test_a_private_run_learns_and_spends_its_budget(
         delta=1e-4,
         pooling="mean",
     )
-    rows: list[dict[str, Any]] = []
+    rows: list[Any] = []
     summary = run_in_process(prepare_run(config), RunDirectory(tmp_path / "run"), rows.append)
 
     assert summary["status"] == "completed"
@@ -262,7 +262,7 @@ def test_plain_peft_loads_the_export_and_predicts_the_same(
 
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert (ours - bare).abs().max() > 0.01
-    # ModernBERT's head has a normalisation, which does not train and is in no checkpoint either.
+    # ModernBERT's head has a normalization, which does not train and is in no checkpoint either.
     frozen = ["head.norm"] if (kind, changes) == ("modernbert", {}) else []
     assert saved["modules_to_save"] == [*task.head, *frozen]
     assert saved["lora_dropout"] == changes.get("lora_dropout", 0.0)

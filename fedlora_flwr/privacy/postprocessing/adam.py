@@ -23,7 +23,7 @@ class NoiseAwareAdamW(torch.optim.Optimizer):
 
     With v̂ the bias-corrected second moment and Φ its expected noise content, the step divides by
     ``sqrt(max(v̂ - Φ, floor)) + eps``. The floor is the standard error of v̂ under white Gaussian
-    noise, ``Φ·sqrt(2·Σw²)`` with w the normalised weights of the moving average, exact where the
+    noise, ``Φ·sqrt(2·Σw²)`` with w the normalized weights of the moving average, exact where the
     noise variance is constant: below it the difference cannot be told from zero, and dividing by
     less would amplify noise. At a parameter's first step the floor is √2·Φ.
 

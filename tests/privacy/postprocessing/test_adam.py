@@ -26,8 +26,8 @@ def parameter(values: Array | list[float], dtype: torch.dtype = torch.float64) -
 
 def weights(beta: float, steps: int) -> Array:
     raw = beta ** np.arange(steps - 1, -1, -1.0)
-    normalised: Array = raw / raw.sum()
-    return normalised
+    normalized: Array = raw / raw.sum()
+    return normalized
 
 
 def expected_step(grads: Array, variances: Array, beta1: float, beta2: float, eps: float) -> Array:

@@ -1,0 +1,67 @@
+"""Rows of ``rounds.jsonl``: the server writes one per round; screens and plots read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypedDict, cast
+
+
+class RoundRow(TypedDict, total=False):
+    """What is known of one round.
+
+    Round 0, before training, has metrics and seconds alone. Beside these keys a row holds the
+    task's metrics, and what a strategy tells of its own (see `by_name`).
+
+    Parameters
+    ----------
+    round : int
+        Round, from 0.
+    seconds : float
+        Wall time since the row before.
+    loss : float
+        Mean loss on the public records, where the round was measured.
+    plan : str
+        The plan's wire string.
+    epsilon_max : float or None
+        Largest ε that a client of this round has spent; None if no client tells.
+    clients_asked, clients_used, clients_absent : int
+        Messages sent, uploads averaged, and nodes that are not connected any more.
+    declined, failures : list[str]
+        Who has spent the budget, and why other answers could not be used; one line each.
+    bytes_down, bytes_up, bytes_up_adapters, bytes_plain : int
+        See `fedlora_flwr.strategies.replies.RoundReport`.
+    agreement, signal, spread : dict[str, float]
+        How far uploads agree, by part (see `fedlora_flwr.strategies.agreement.describe`).
+    noise : dict[str, float]
+        Norm of the noise in the mean, by part, where the weights tell it.
+    mean_error : float
+        Error of averaging factors, relative to the mean of the products.
+    """
+
+    round: int
+    seconds: float
+    loss: float
+    plan: str
+    epsilon_max: float | None
+    clients_asked: int
+    clients_used: int
+    clients_absent: int
+    declined: list[str]
+    failures: list[str]
+    bytes_down: int
+    bytes_up: int
+    bytes_up_adapters: int
+    bytes_plain: int
+    agreement: dict[str, float]
+    signal: dict[str, float]
+    spread: dict[str, float]
+    noise: dict[str, float]
+    mean_error: float
+
+
+OnRound = Callable[[RoundRow], None]
+
+
+def by_name(row: RoundRow) -> dict[str, Any]:
+    """Return the same row, for metrics whose names only the task knows."""
+    return cast("dict[str, Any]", row)

@@ -1,0 +1,146 @@
+"""`fedlora deploy check` on a device."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from typer.testing import CliRunner
+
+from fedlora_flwr.cli import app
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.deploy.check import check_device
+from fedlora_flwr.deploy.fleet import Fleet, make_fleet, read_fleet, stated
+from fedlora_flwr.privacy.budget import Segment
+from fedlora_flwr.privacy.ledger import Account, Ledger
+from tests.deploy.support import answer_once, findings, texts
+from tests.tasks.texts import reviews
+
+pytestmark = pytest.mark.usefixtures("activated")
+
+
+@pytest.fixture
+def on_device(fleet: Path, tmp_path: Path) -> Path:
+    """Return the folder of a device, carried to where nothing else of the fleet is."""
+    return Path(shutil.copytree(fleet / "devices" / "device-01", tmp_path / "away" / "device-01"))
+
+
+def test_a_device_is_looked_at_where_it_is(
+    fleet: Path, on_device: Path, planned: RunConfig
+) -> None:
+    shutil.copytree(
+        fleet / "devices" / "device-01" / "data", on_device / "data", dirs_exist_ok=True
+    )
+    shutil.copy(fleet / "devices" / "device-01" / "device.toml", on_device)
+    _, port = answer_once(fleet / "server", read_fleet(fleet)[0].port)
+
+    found = list(check_device(on_device, planned))
+
+    assert texts(found, good=False) == {}
+    good = texts(found, good=True)
+    assert good[f"server 127.0.0.1:{port}"] == ["answers with a certificate of ca.pem"]
+    assert good["private keys"] == ["1 of mode 600, each fits its public key"]
+    assert [text.split(" in ")[0] for text in good["start.sh"]] == [
+        "runs only the code that is installed"
+    ]
+    assert any("records, ε ≤ 3" in text for text in good["device-01"])
+    assert any(text.startswith("backbone ") for text in good["device-01"])
+    # Who decides what here.
+    assert good["epsilon"] == ["3.0, its file"]
+    assert good["test-split"] == ["'', default: its file is silent"]
+    assert good["partitioner"] == ["'iid', always"]
+    assert good["clip-norm"][0].startswith("the run, a number from")
+
+
+def test_a_ledger_in_the_users_data_folder_is_asked(
+    fleet: Path, planned: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device whose file names no state-dir keeps its ledger there."""
+    device = fleet / "devices" / "device-01"
+    settings = (device / "device.toml").read_text().replace('state-dir = "state"\n', "")
+    (device / "device.toml").write_text(settings)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
+    spent = Segment(9.0, 0.2, 9)
+    account = Account("device-01", "r", 3.0, 1e-3, "lifetime")
+    Ledger(tmp_path / "home" / "fedlora" / "ledger.sqlite").record(account, 1, spent, spent)
+
+    here = texts(check_device(device, planned), good=True)["device-01"]
+    away = [f.text for f in findings(fleet, planned)[True] if f.subject == "device-01"]
+
+    assert any(re.match(r"ε = 0\.\d+ spent, ", text) for text in here), here
+    assert "its ledger is on the device: its file names no state-dir" in away
+
+
+def test_settings_that_undo_the_promise_are_found(fleet: Path) -> None:
+    file = fleet / "devices" / "device-01" / "device.toml"
+    lines = {
+        "epsilon": ("inf", "no noise is added"),
+        "reproducible": ("true", "follows the run's seed"),
+        "report-unprotected-metrics": ("true", "the loss on the records"),
+        "ledger-scope": ('"run"', "any number of runs"),
+    }
+    others = [one for one in file.read_text().splitlines() if one.split(" ")[0] not in lines]
+    stated_now = [f"{key} = {value}" for key, (value, _) in lines.items()]
+    file.write_text("\n".join([*stated_now, *others]))
+    bad = findings(fleet)[False]
+    assert {f.subject for f in bad} == {"device-01"}
+    assert len(bad) == len(lines)
+    for key, (_, text) in lines.items():
+        assert any(f.text.startswith(f"{key} = ") and text in f.text for f in bad), key
+
+
+def test_what_is_not_fit_on_a_device_is_found_there(
+    fleet: Path, on_device: Path, planned: RunConfig, tmp_path: Path
+) -> None:
+    server = f"server 127.0.0.1:{read_fleet(fleet)[0].port}"
+    (on_device / "device.key").chmod(0o644)
+    bad = texts(check_device(on_device), good=False)
+    assert bad["device.key"] == ["mode 644: others can read it"]
+    assert bad[server] == ["does not answer: Connection refused"]
+
+    make_fleet(tmp_path / "other", Fleet(1))
+    answer_once(tmp_path / "other" / "server", read_fleet(fleet)[0].port)
+    (found,) = texts(check_device(on_device), good=False)[server]
+    assert "self-signed certificate" in found or "unable to get local issuer" in found
+
+    (on_device / "device.toml").write_text(
+        'client-id = "a"\nepsilon = 3.0\ndelta = 1e-3\ndataset = "nowhere"\n' + stated(planned)
+    )
+    found, *_ = texts(check_device(on_device, planned), good=False)["device-01"]
+    assert "nowhere" in found
+
+
+@pytest.mark.parametrize("form", ["text", "numbered"])
+def test_classes_that_have_names_are_asked_for(
+    fleet: Path, planned: RunConfig, tmp_path: Path, form: str
+) -> None:
+    """Each device would number them by its own data set, where it knows their number alone."""
+    on_device = Path(shutil.copytree(fleet / "devices" / "device-01", tmp_path / "device-01"))
+    (on_device / "data" / "train.jsonl").unlink()
+    names, rows = ["good", "bad"], reviews(40)
+    kind = Value("string") if form == "text" else ClassLabel(names=names)
+    labels = [names[row["label"]] for row in rows]
+    columns = {"text": [row["text"] for row in rows], "label": labels}
+    features = Features({"text": Value("string"), "label": kind})
+    table = Dataset.from_dict(columns, features=features).data.table
+    pq.write_table(table, on_device / "data" / "train.parquet")
+
+    found, *_ = texts(check_device(on_device, planned), good=False)["device-01"]
+    order = sorted(names) if form == "text" else names
+    assert found.startswith(f"class-names = '' cannot be used: expected the names {order}")
+    text = (on_device / "device.toml").read_text()
+    stated_names = text.replace("num-classes = 2", 'class-names = "bad,good"')
+    assert stated_names != text
+    (on_device / "device.toml").write_text(stated_names)
+    assert "device-01" not in texts(check_device(on_device, planned), good=False)
+
+
+def test_the_command_takes_either_folder(fleet: Path, on_device: Path) -> None:
+    for folder, expected in ((fleet, 0), (on_device, 1)):  # Its server does not run.
+        done = CliRunner().invoke(app, ["deploy", "check", str(folder)])
+        assert done.exit_code == expected, done.output
+    assert "FAIL server 127.0.0.1" in done.output
