@@ -10,10 +10,13 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.files import SERVER_STATE, data_folder
+from fedlora_flwr.processes import uncollected
 from fedlora_flwr.server.endings import recorded
 from fedlora_flwr.server.run_dir import CLAIM, RunDirectory
-from fedlora_flwr.server.serve import run_federation
 from fedlora_flwr.server.watched_grid import WatchedGrid
+
+with uncollected():
+    from fedlora_flwr.server.serve import run_federation
 
 app = ServerApp()
 

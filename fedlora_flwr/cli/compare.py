@@ -19,6 +19,7 @@ from fedlora_flwr.cli.arguments import (
 from fedlora_flwr.config import parse_overrides
 from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
+from fedlora_flwr.processes import uncollected
 from fedlora_flwr.terminal import show_json
 
 Shared = Annotated[
@@ -67,13 +68,14 @@ def compare(
     """Compare strategies over privacy budgets; the same command again goes on where it stopped."""
     texts, budgets = _rows(strategies, rows or []), _budgets(epsilon)
     config = load_recipe(task, _shared(overrides or [], texts[0].split(), budgets[0]))
-    from fedlora_flwr.cli.compare_screen import CompareScreen
-    from fedlora_flwr.studies.compare import Comparison
-    from fedlora_flwr.studies.compare import compare as run_comparison
-    from fedlora_flwr.studies.compare_methods import read_methods
-    from fedlora_flwr.studies.compare_results import as_json as in_json
-    from fedlora_flwr.studies.compare_results import document_of, read_rows
-    from fedlora_flwr.tasks.registry import build_task
+    with uncollected():
+        from fedlora_flwr.cli.compare_screen import CompareScreen
+        from fedlora_flwr.studies.compare import Comparison
+        from fedlora_flwr.studies.compare import compare as run_comparison
+        from fedlora_flwr.studies.compare_methods import read_methods
+        from fedlora_flwr.studies.compare_results import as_json as in_json
+        from fedlora_flwr.studies.compare_results import document_of, read_rows
+        from fedlora_flwr.tasks.registry import build_task
 
     comparison = Comparison(config, read_methods(texts, config), budgets, seeds, trials)
     folder = (output or Path("runs") / f"compare-{Path(task).stem}").resolve()

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from fedlora_flwr.cli.arguments import AsJson, Overrides, Recipe, png_file
 from fedlora_flwr.config.recipes import load_recipe
+from fedlora_flwr.processes import uncollected
 from fedlora_flwr.terminal import show, show_json, show_lines
 
 
@@ -52,8 +53,9 @@ def plan(
     Exits with code 1 if a client cannot keep its promise.
     """
     config = load_recipe(recipe, overrides)
-    from fedlora_flwr.cli.forecast_screen import show_forecast
-    from fedlora_flwr.forecast import forecast
+    with uncollected():
+        from fedlora_flwr.cli.forecast_screen import show_forecast
+        from fedlora_flwr.forecast import forecast
 
     found = forecast.forecast(config, records)
     if as_json:

@@ -14,6 +14,7 @@ from fedlora_flwr.cli.arguments import AsJson, Output, Overrides, Recipe
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.errors import FedLoRAError
+from fedlora_flwr.processes import uncollected
 from fedlora_flwr.terminal import show_json, show_lines, told
 
 
@@ -28,7 +29,8 @@ def run(
 ) -> None:
     """Run a recipe with `flwr run` on Flower's simulation engine."""
     config = load_recipe(recipe, overrides)  # Bad input is told before the slow imports.
-    from fedlora_flwr.simulations.runner import run_on_flower
+    with uncollected():
+        from fedlora_flwr.simulations.runner import run_on_flower
 
     _launch(partial(run_on_flower, workers=workers), config, as_json, output)
 
@@ -44,7 +46,8 @@ def simulate(
 ) -> None:
     """Run a recipe without Ray or a server: same seed, same arrays."""
     config = load_recipe(recipe, overrides)
-    from fedlora_flwr.simulations.runner import run_in_process
+    with uncollected():
+        from fedlora_flwr.simulations.runner import run_in_process
 
     _launch(partial(run_in_process, workers=workers), config, as_json, output)
 

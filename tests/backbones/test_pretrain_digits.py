@@ -11,12 +11,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fedlora_flwr.backbones.pretrain_digits import (
+    Recipe,
     backbone_path,
     build_vit,
     ensure_backbone,
     load_backbone,
 )
-from tests.tasks.fixtures import QUICK
+
+QUICK = Recipe(images=200, steps=3, batch=16)
 
 
 def _screen(terminal: bool) -> Console:
