@@ -28,8 +28,9 @@ run: setup
 test: lint
 	$(BIN)/python -m pytest
 
+# Real Flower processes. Three files at a time, for fleets wait half of their time.
 test-deploy: setup
-	$(BIN)/python -m pytest -m deploy tests/deploy
+	$(BIN)/python -m pytest -n 3 -m "deploy or flower"
 
 # Every paper recipe for one private round on random weights of its full architecture.
 recipes: setup

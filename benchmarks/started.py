@@ -34,7 +34,7 @@ def as_a_client(folder: Path, clock: Clock) -> None:
 
     clock.done("Flower")
     from fedlora_flwr import client_app  # noqa: F401
-    from fedlora_flwr.clients import uncollected
+    from fedlora_flwr.processes import uncollected
 
     with uncollected():
         from fedlora_flwr.clients import numpy_client  # noqa: F401

@@ -13,7 +13,6 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.logger import log
 
-from fedlora_flwr.clients import uncollected
 from fedlora_flwr.clients.bridge import bridge, trains_or_evaluates
 from fedlora_flwr.clients.device import DEVICE, Device, client_identity
 from fedlora_flwr.clients.guarded import guarded
@@ -22,6 +21,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.environment import in_simulation
 from fedlora_flwr.errors import OrderRefused, untold
 from fedlora_flwr.files import data_folder
+from fedlora_flwr.processes import uncollected
 from fedlora_flwr.wire.identity import Identity, acting_for, current
 
 if TYPE_CHECKING:

@@ -11,10 +11,14 @@ from flwr.serverapp import Grid, ServerApp
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import require
 from fedlora_flwr.files import SERVER_STATE, data_folder
+from fedlora_flwr.processes import uncollected
 from fedlora_flwr.server.endings import recorded
 from fedlora_flwr.server.run_dir import CLAIM, RunDirectory
 from fedlora_flwr.server.watched_grid import WatchedGrid
 from fedlora_flwr.tasks.registry import extras_of
+
+with uncollected():
+    pass
 
 app = ServerApp()
 

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.processes import uncollected
 
 # A first call that warms torch up takes longer than Hypothesis waits; time is not what is tested.
 settings.register_profile("patient", deadline=None)
@@ -34,9 +36,28 @@ QUICK: dict[str, Any] = {
 }
 
 
+# Minutes each: fleets and Ray runs that the file's tests share.
+LONGEST = (
+    "test_equality.py",
+    "test_docs.py",
+    "test_faults.py",
+    "test_flwr_run.py",
+    "test_workers.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with Flower's own processes: they take as long as everything else together."""
-    items.sort(key=lambda item: item.get_closest_marker("flower") is None)
+    """Start with the files that take longest, so that no process ends with one of them alone."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Import what all tests use without looking through it for garbage, then or ever after."""
+    with uncollected():
+        collected = yield
+        gc.freeze()
+    return collected
 
 
 @pytest.fixture(autouse=True)

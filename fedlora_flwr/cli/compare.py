@@ -19,6 +19,7 @@ from fedlora_flwr.cli.arguments import (
 from fedlora_flwr.cli.convert import read_recipe
 from fedlora_flwr.config import parse_overrides
 from fedlora_flwr.errors import FedLoRAError, InvalidValue, require
+from fedlora_flwr.processes import uncollected
 from fedlora_flwr.tasks.registry import extras_of
 from fedlora_flwr.terminal import show_json
 
@@ -69,13 +70,14 @@ def compare(
     texts, budgets = _rows(strategies, rows or []), _budgets(epsilon)
     config = read_recipe(task, _shared(overrides or [], texts[0].split(), budgets[0]))
     require(*extras_of(config.task), "plots", "flwr_datasets")
-    from fedlora_flwr.cli.compare_screen import CompareScreen
-    from fedlora_flwr.studies.compare import Comparison
-    from fedlora_flwr.studies.compare import compare as run_comparison
-    from fedlora_flwr.studies.compare_methods import read_methods
-    from fedlora_flwr.studies.compare_results import as_json as in_json
-    from fedlora_flwr.studies.compare_results import document_of, read_rows
-    from fedlora_flwr.tasks.registry import build_task
+    with uncollected():
+        from fedlora_flwr.cli.compare_screen import CompareScreen
+        from fedlora_flwr.studies.compare import Comparison
+        from fedlora_flwr.studies.compare import compare as run_comparison
+        from fedlora_flwr.studies.compare_methods import read_methods
+        from fedlora_flwr.studies.compare_results import as_json as in_json
+        from fedlora_flwr.studies.compare_results import document_of, read_rows
+        from fedlora_flwr.tasks.registry import build_task
 
     comparison = Comparison(config, read_methods(texts, config), budgets, seeds, trials)
     folder = (output or Path("runs") / f"compare-{Path(task).stem}").resolve()

@@ -13,6 +13,7 @@ from rich.console import Console
 from fedlora_flwr.cli.arguments import AsJson, Overrides, complete_recipe
 from fedlora_flwr.cli.convert import read_recipe
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
+from fedlora_flwr.processes import uncollected
 from fedlora_flwr.terminal import Commands, show_json, show_line
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Real clients on real devices.")
@@ -69,7 +70,8 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Look at everything that can be known before a fleet, or a device, starts; one line each."""
-    from fedlora_flwr.deploy.check import check_device, check_fleet
+    with uncollected():
+        from fedlora_flwr.deploy.check import check_device, check_fleet
     from fedlora_flwr.deploy.fleet import SETTINGS
 
     look = check_device if (folder / SETTINGS).exists() else check_fleet

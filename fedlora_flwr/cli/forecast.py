@@ -11,6 +11,7 @@ from rich.console import Console
 from fedlora_flwr.cli.arguments import AsJson, Overrides, Recipe, png_file
 from fedlora_flwr.cli.convert import read_recipe
 from fedlora_flwr.errors import require
+from fedlora_flwr.processes import uncollected
 from fedlora_flwr.tasks.registry import extras_of
 from fedlora_flwr.terminal import show, show_json, show_lines
 
@@ -57,8 +58,9 @@ def plan(
     """
     config = read_recipe(recipe, overrides)
     require(*extras_of(config.task), *(["flwr_datasets"] if records is None else []))
-    from fedlora_flwr.cli.forecast_screen import show_forecast
-    from fedlora_flwr.forecast import forecast
+    with uncollected():
+        from fedlora_flwr.cli.forecast_screen import show_forecast
+        from fedlora_flwr.forecast import forecast
 
     found = forecast.forecast(config, records)
     if as_json:

@@ -14,6 +14,7 @@ from fedlora_flwr.cli.arguments import AsJson, Output, Overrides, Recipe
 from fedlora_flwr.cli.convert import read_recipe
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, require
+from fedlora_flwr.processes import uncollected
 from fedlora_flwr.tasks.registry import extras_of
 from fedlora_flwr.terminal import show_json, show_lines, told
 
@@ -30,7 +31,8 @@ def run(
     """Run a recipe with `flwr run` on Flower's simulation engine."""
     config = read_recipe(recipe, overrides)  # Bad input is told before the slow imports.
     require(*extras_of(config.task), "simulation")
-    from fedlora_flwr.simulations.runner import run_on_flower
+    with uncollected():
+        from fedlora_flwr.simulations.runner import run_on_flower
 
     _launch(partial(run_on_flower, workers=workers), config, as_json, output)
 
@@ -47,7 +49,8 @@ def simulate(
     """Run a recipe without Ray or a server: same seed, same arrays."""
     config = read_recipe(recipe, overrides)
     require(*extras_of(config.task), "flwr_datasets")
-    from fedlora_flwr.simulations.runner import run_in_process
+    with uncollected():
+        from fedlora_flwr.simulations.runner import run_in_process
 
     _launch(partial(run_in_process, workers=workers), config, as_json, output)
 

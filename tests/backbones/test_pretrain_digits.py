@@ -16,7 +16,8 @@ from fedlora_flwr.backbones.pretrain_digits import (
     build_vit,
     load_backbone,
 )
-from tests.tasks.fixtures import QUICK
+
+QUICK = Recipe(images=200, steps=3, batch=16)
 
 
 def _screen(terminal: bool) -> Console:

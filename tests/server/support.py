@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,17 @@ def run(config: RunConfig, folder: Path, **options: Any) -> tuple[RunDirectory, 
 
 def adapter(run_dir: RunDirectory) -> dict[str, Any]:
     return dict(load_file(run_dir.adapter / "adapter_model.safetensors"))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the content of every file below a folder, in short."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def only_run(parent: Path) -> Path:
+    (found,) = (path for path in parent.iterdir() if not path.is_symlink())
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,31 +23,18 @@ from fedlora_flwr.server.rounds import RoundRow
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from tests.conftest import QUICK, MakeConfig
-from tests.processes.processes import LOOPBACK, MARK, left_of, listening, marked
+from tests.processes.processes import MARK, left_of, marked
+from tests.server.support import digests, only_run
 
 FEDLORA = str(Path(sys.executable).parent / "fedlora")
 SHORT = [part for key, value in QUICK.items() for part in ("-c", f"{key}={json.dumps(value)}")]
 ENDLESS = [*SHORT, "-c", "num-rounds=100000", "-c", "epsilon=inf"]
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """Return the content of every file below a folder, in short."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
 def fedlora(*arguments: str) -> tuple[int, str]:
     done = CliRunner().invoke(app, list(arguments))
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     return done.exit_code, done.output
-
-
-def only_run(parent: Path) -> Path:
-    (found,) = (path for path in parent.iterdir() if not path.is_symlink())
-    return found
 
 
 def adapter(run: Path) -> bytes:
@@ -246,8 +232,8 @@ def test_a_run_that_is_ended_in_set_up_leaves_nothing_but_its_summary(
 
 @pytest.mark.flower
 def test_a_run_that_is_killed_stops_training(started: Any, tmp_path: Path, temporary: Path) -> None:
-    process, run = started("run", *ENDLESS, wait_for="clients.jsonl")
-    # The command, keepers, SuperLink, its helpers, the simulation, Ray's daemons and workers.
+    process, run = started("run", *ENDLESS, "--workers", "1", wait_for="clients.jsonl")
+    # The command, keepers, SuperLink, its helpers, the simulation, Ray's daemons and worker.
     assert len(marked(str(tmp_path))) > 10
     process.kill()
     process.communicate()
@@ -256,23 +242,3 @@ def test_a_run_that_is_killed_stops_training(started: Any, tmp_path: Path, tempo
     assert list(temporary.glob("fedlora-*")) == []
     assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
     assert digests(run) == before
-
-
-@pytest.mark.flower
-def test_a_run_on_flower_repeats_a_simulation_and_listens_on_the_loopback_alone(
-    started: Any, tmp_path: Path
-) -> None:
-    assert fedlora("simulate", *SHORT, "--output", str(tmp_path / "first"))[0] == 0
-    first = only_run(tmp_path / "first")
-    before = digests(first)
-    process, second = started("run", str(first / "config.toml"), wait_for="run.log")
-    found: set[str] = set()
-    while process.poll() is None:
-        found |= listening(marked(str(tmp_path)))
-        time.sleep(0.2)
-    assert process.returncode == 0, process.communicate()[0]
-    assert len(found) >= 2  # The SuperLink's, and Ray's.
-    assert found <= LOOPBACK
-    assert digests(first) == before
-    assert adapter(first) == adapter(second)
-    assert json.loads((second / "summary.json").read_text())["status"] == "completed"

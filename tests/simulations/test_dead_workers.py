@@ -58,8 +58,14 @@ def test_a_killed_worker_is_reported_in_every_round_that_it_shrinks(
         with pytest.raises(RunFailed, match=r"of 4 clients answered.*worker process died"):
             run_on_flower(prepare_run(config), run_dir, lambda _: None, workers=2)
         return
-    summary = run_on_flower(prepare_run(config), run_dir, lambda _: None, workers=2)
+    shown: list[int] = []
+    summary = run_on_flower(
+        prepare_run(config), run_dir, lambda row: shown.append(row["round"]), workers=2
+    )
 
+    # Returns only if Flower's own status is "finished:completed".
+    assert summary["status"] == "completed"
+    assert shown == [0, 1, 2, 3]
     assert (tmp_path / "fired").exists()
     rows = run_dir.rows("rounds")[1:]
     assert len(rows) == 3

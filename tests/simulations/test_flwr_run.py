@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from fedlora_flwr.simulations.runner import (
     run_in_process,
     run_on_flower,
 )
-from fedlora_flwr.simulations.superlink import free_port
-from tests.processes.processes import MARK, left_of
+from fedlora_flwr.simulations.superlink import SimulationSuperLink, free_port
+from tests.processes.processes import LOOPBACK, MARK, left_of, listening, marked
+from tests.server.support import digests, only_run
+from tests.simulations.in_turn import RECIPES, write_app
 from tests.support.readme import BIN, FLOWER, ROOT, unactivated
 
 pytestmark = pytest.mark.flower
@@ -54,17 +57,27 @@ def ignore(row: RoundRow) -> None:
 
 @pytest.fixture(scope="module")
 def flower_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Run each strategy once under `flwr run`, on two workers."""
+    """Run each strategy once under `flwr run`, all of them on the same two workers."""
     folder = tmp_path_factory.mktemp("runs")
-    found: dict[str, Path] = {}
-    for strategy in ON_RAY:
-        rows: list[Any] = []
-        run_dir = RunDirectory(folder / strategy)
-        # Returns only if Flower's own status is "finished:completed".
-        summary = run_on_flower(prepare_run(config(strategy)), run_dir, rows.append, workers=2)
-        assert summary["status"] == "completed"
-        assert [row["round"] for row in rows] == [0, 1, 2]
-        found[strategy] = run_dir.path
+    found, recipes = {strategy: folder / strategy for strategy in ON_RAY}, []
+    for strategy, path in found.items():
+        own = {"run-dir": str(path), "state-dir": str(path), "min-clients": SMALL["num-clients"]}
+        recipes.append(str(folder / f"{strategy}.toml"))
+        text = RunConfig.of(config(strategy).items(), own).to_toml()
+        Path(recipes[-1]).write_text(text, encoding="utf-8")
+    log_file = folder / "log"
+    with log_file.open("w") as log, SimulationSuperLink(log, modules=ROOT) as superlink:
+        overrides = superlink.file("run.toml", f"{RECIPES} = '{json.dumps(recipes)}'\n")
+        workers = "num-supernodes=4 client-resources-num-cpus=1 init-args-num-cpus=2"
+        superlink.submit(write_app(folder / "app"), overrides, workers)
+        while not superlink.log_ended:  # Each question for the status costs seconds of a processor.
+            time.sleep(0.2)
+        while not (status := superlink.status()).startswith("finished"):
+            time.sleep(0.5)
+    assert status == "finished:completed", log_file.read_text()
+    for path in found.values():
+        assert json.loads((path / "summary.json").read_text())["status"] == "completed"
+        assert [row["round"] for row in RunDirectory(path).rows("rounds")] == [0, 1, 2]
     return found
 
 
@@ -80,12 +93,34 @@ def test_a_run_on_ray_equals_the_run_in_this_process_bit_for_bit(
         np.testing.assert_array_equal(array, here[name], err_msg=name)
 
 
-def test_one_worker_gives_the_arrays_of_two(flower_runs: dict[str, Path], tmp_path: Path) -> None:
-    run_dir = RunDirectory(tmp_path / "one")
-    run_on_flower(prepare_run(config("rolora")), run_dir, ignore, workers=1)
-    one, two = adapter(run_dir.path), adapter(flower_runs["rolora"])
+def test_a_run_repeats_a_simulation_on_one_worker_and_listens_on_the_loopback_alone(
+    flower_runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """From the recipe that the simulation wrote, by the command."""
+    first, runs = RunDirectory(tmp_path / "first"), tmp_path / "runs"
+    run_in_process(prepare_run(config("rolora")), first, ignore)
+    before = digests(first.path)
+    command = [FEDLORA, "run", str(first.path / "config.toml"), "--workers", "1"]
+    found: set[str] = set()
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(
+            [*command, "--output", str(runs)],
+            env={**os.environ, MARK: str(tmp_path)}, stdout=said, stderr=said,
+        )  # fmt: skip
+        while process.poll() is None:
+            found |= listening(marked(str(tmp_path)))
+            time.sleep(0.2)
+    assert process.returncode == 0, (tmp_path / "said").read_text()
+    assert len(found) >= 2  # The SuperLink's, and Ray's.
+    assert found <= LOOPBACK
+    assert digests(first.path) == before
+    second = only_run(runs)
+    assert json.loads((second / "summary.json").read_text())["status"] == "completed"
+    one, two = adapter(second), adapter(flower_runs["rolora"])
+    assert one.keys() == two.keys()
     for name, array in one.items():
         np.testing.assert_array_equal(array, two[name], err_msg=name)
+        np.testing.assert_array_equal(array, adapter(first.path)[name], err_msg=name)
 
 
 @pytest.mark.parametrize("strategy", ON_RAY)
@@ -115,7 +150,7 @@ def test_a_run_that_fails_says_why_although_flower_exits_with_zero(tmp_path: Pat
     plan = prepare_run(replace(config("rolora"), round_timeout=0.01))
     run_dir = RunDirectory(tmp_path / "late")
     with pytest.raises(RunFailed, match="no reply in time"):
-        run_on_flower(plan, run_dir, ignore)
+        run_on_flower(plan, run_dir, ignore, workers=1)
     summary = run_dir.summary()
     assert summary is not None
     assert summary["status"] == "failed"

@@ -3,16 +3,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fedlora_flwr.backbones.pretrain_digits import Recipe
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.tasks.digits import DigitsTask
-from tests.tasks import conversations, questions
 
-QUICK = Recipe(images=200, steps=3, batch=16)
+# Imported where they are needed: every process of pytest loads this file, and one of them runs no
+# test, for which all others wait.
+if TYPE_CHECKING:
+    from fedlora_flwr.tasks.digits import DigitsTask
+    from tests.tasks import conversations, questions
 
 
 def settings(**changes: Any) -> RunConfig:
@@ -22,6 +23,8 @@ def settings(**changes: Any) -> RunConfig:
 
 @pytest.fixture(scope="session")
 def task() -> DigitsTask:
+    from fedlora_flwr.tasks.digits import DigitsTask
+
     return DigitsTask(settings())
 
 
@@ -41,21 +44,29 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 @pytest.fixture(scope="session")
 def question_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    from tests.tasks import questions
+
     return questions.save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
 def make_questions(question_models: dict[str, Path], tmp_path: Path) -> questions.Make:
+    from tests.tasks import questions
+
     return questions.task_maker(question_models, tmp_path / "set")
 
 
 @pytest.fixture(scope="session")
 def chat_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    from tests.tasks import conversations
+
     return conversations.save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
 def make_chats(chat_models: dict[str, Path], tmp_path: Path) -> conversations.Make:
+    from tests.tasks import conversations
+
     return conversations.task_maker(chat_models, tmp_path / "set")
 
 

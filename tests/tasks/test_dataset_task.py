@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from fedlora_flwr.data.dataset_settings import names
 from timm.models import save_for_hf
 
 from fedlora_flwr.backbones.image_models import SMALL_SWIN, model_folder
 from fedlora_flwr.backbones.pretrain_swin import MODEL_ARGS, build_swin
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.data.names import names
 from fedlora_flwr.data.records import Records
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.dataset_task import DatasetTask
