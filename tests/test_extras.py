@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import pickle
 import re
 import sys
@@ -14,8 +15,11 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from fedlora_flwr.clients.guarded import guarded
+from fedlora_flwr.environment import simulating
 from fedlora_flwr.errors import (
     EXTRAS,
+    ClientFailed,
     FedLoRAError,
     NotInstalled,
     explained,
@@ -254,3 +258,21 @@ def test_a_missing_package_is_told_wherever_it_is_met() -> None:
     with pytest.raises(NotInstalled) as asked:
         require("text", "PIL", "plots")
     assert str(asked.value) == sentence
+
+
+@pytest.mark.usefixtures("without_pillow")
+def test_a_server_is_not_told_what_a_device_has_not_installed(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work() -> None:
+        import PIL  # noqa: F401
+
+    monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
+    with pytest.raises(ClientFailed, match="could not do what was asked") as found:
+        guarded(work)
+    assert "PIL" not in str(found.value)
+    (record,) = caplog.records
+    assert "PIL is not installed. Run pip install 'fedlora-flwr[vision]'." in record.getMessage()
+    assert not record.exc_info
+    with simulating(), pytest.raises(NotInstalled, match="PIL is not installed"):
+        guarded(work)

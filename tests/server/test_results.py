@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -173,16 +175,31 @@ def test_a_run_in_which_no_client_measures_goes_on_without_figures(
         assert describe_round(row)
 
 
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        (False, "no space left on device"),
+        (True, "matplotlib is not installed. Run pip install 'fedlora-flwr[plots]'."),
+    ],
+)
 def test_a_picture_that_cannot_be_drawn_does_not_take_the_result_away(
-    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    missing: bool, told: str, make_config: MakeConfig, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     def fail(*_: Any) -> None:
+        if missing:
+            monkeypatch.setitem(sys.modules, "matplotlib", None)
+            import matplotlib  # noqa: F401
         raise OSError("no space left on device")
 
     monkeypatch.setattr("fedlora_flwr.plots.modes.plot_modes", fail)
-    run_dir, summary = run(make_config(strategy="as-lora"), tmp_path / "run")
+    monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
+    run_dir, summary = run(make_config(strategy="as-lora", num_rounds=1), tmp_path / "run")
     assert summary["status"] == "completed"
     assert not (run_dir.path / "modes.png").exists()
+    (record,) = [r for r in caplog.records if "modes.png could not be drawn" in r.getMessage()]
+    assert told in f"{record.getMessage()} {record.exc_text}"
+    assert bool(record.exc_info) != missing
 
 
 def test_unprotected_metrics_are_marked(make_config: MakeConfig, tmp_path: Path) -> None:
