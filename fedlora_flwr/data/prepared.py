@@ -120,14 +120,31 @@ def kept(
     require_writable(folder.parent)
     try:
         return read_or_make(
-            folder, lambda: _intact(folder, length), lambda draft: _make(draft, tables())
+            folder, lambda: _intact(folder, length), lambda draft: _make(draft, _read(tables))
         )
     except _NoRecords:
         return None
+    except _Unreadable as trouble:
+        raise trouble.error from trouble.error.__cause__
 
 
 class _NoRecords(Exception):
     """There is nothing to write."""
+
+
+class _Unreadable(Exception):
+    """The records could not be read, which is no trouble with the cache."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self.error = error
+
+
+def _read(tables: Callable[[], Iterable[pa.Table]]) -> Iterator[pa.Table]:
+    try:
+        yield from tables()
+    except OSError as error:
+        raise _Unreadable(error) from error
 
 
 def _key(

@@ -162,13 +162,13 @@ def run_on_flower(
     RunFailed
         Flower reports anything but a completed run.
     """
+    prepared.take_model()  # The server has its own, in another process.
     cluster = os.environ.get("RAY_ADDRESS", LOCAL) != LOCAL
     if workers is not None and cluster:
         raise InvalidValue("workers", workers, "left out where RAY_ADDRESS names a cluster")
     config, placement = _placed(prepared.config, run_dir), place(prepared.config, workers)
     if cluster:  # Ray takes no number of CPUs for what runs already.
         placement = replace(placement, workers=None)
-    prepared.take_model()  # The server has its own, in another process.
     # A task or strategy of the user's own is imported from the folder that the command runs in.
     modules = Path.cwd() if ":" in config.task + config.strategy else None
     run_dir.take()
@@ -194,7 +194,7 @@ def run_in_process(
     Parameters
     ----------
     prepared, run_dir, on_round
-        As of `run_on_flower`.
+        As of `run_on_flower`. The run takes the prepared model; a second one builds its own.
     workers : int (default: 1)
         Processes that serve clients; 1 is this one alone.
 

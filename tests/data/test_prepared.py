@@ -6,18 +6,19 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import Dataset
 from PIL import Image
 
 from fedlora_flwr.data import prepared as module
-from fedlora_flwr.data.prepared import prepare
+from fedlora_flwr.data.prepared import kept, prepare
 from fedlora_flwr.data.sources import load_split
 from fedlora_flwr.errors import InvalidValue
 from tests.data.preparing import COLUMNS, tokens
@@ -202,6 +203,17 @@ def test_a_failing_function_leaves_nothing(records: Dataset, empty_cache: Path) 
         prepare(records, fail, {}, COLUMNS)
     assert not results(empty_cache)
     assert not list((empty_cache / "fedlora" / "datasets").glob(".*"))
+
+
+def test_trouble_with_the_records_is_not_blamed_on_the_cache(empty_cache: Path) -> None:
+    def tables() -> Iterator[Any]:
+        yield pa.table({"x": [1]})
+        raise PermissionError(13, "Permission denied", "/data/train.csv")
+
+    folder = empty_cache / "fedlora" / "datasets" / "records"
+    with pytest.raises(PermissionError, match=r"Permission denied: '/data/train\.csv'$"):
+        kept(folder, tables)
+    assert not folder.exists()
 
 
 def test_a_column_keeps_the_type_of_its_first_records(records: Dataset) -> None:
