@@ -12,8 +12,8 @@ def uncollected() -> Iterator[None]:
     """Import without the garbage collector.
 
     What a process imports stays, and looking through a million new objects over and over for what
-    does not takes about a fifth of its start. Flower starts a process for each message, and Ray
-    one for each worker.
+    does not takes a tenth to a fifth of its start. Flower starts a process for each message, and
+    Ray one for each worker.
     """
     enabled = gc.isenabled()
     gc.disable()
