@@ -123,6 +123,7 @@ COMMANDS = {
     "inspect-split digits": "client,vision,plots,simulation",
     "compare": "client,vision,plots,simulation",
     "budget --epsilon 3 --delta 1e-5 --records 1000 --batch-size 10 --steps 5": "client",
+    "plan digits -c task=nothing": "task = 'nothing' cannot be used",
     "plot run": "plots",
     "pretrain tiny-imagenet": "client,vision",
     "-h": "",
@@ -175,6 +176,10 @@ def test_a_command_names_the_extras_that_it_needs(
         assert "not installed" not in output
         return
     assert code == 1
+    if "cannot be used" in extras:  # A mistake is told before anything has to be installed.
+        assert extras in output
+        assert "not installed" not in output
+        return
     assert f"not installed. Run pip install 'fedlora-flwr[{extras}]'." in output
     if "check" not in command:  # It has other findings, too.
         assert len(output.splitlines()) == 1

@@ -85,7 +85,13 @@ def extras_of(name: str) -> tuple[str, ...]:
     ----------
     name : str
         As for `build_task`. What else a task of the user's own imports is not known here.
+
+    Raises
+    ------
+    InvalidValue
+        No task has that name.
     """
+    check_task_name(name)
     return TASKS[name].extras if name in TASKS else ("client",)
 
 
@@ -133,7 +139,6 @@ def build_task(name: str, settings: Any) -> Task:
     NotInstalled
         The task needs packages that are not installed.
     """
-    check_task_name(name)
     require(*extras_of(name))
     known = TASKS.get(name)
     task = _factory(known.place if known else name)(settings)
