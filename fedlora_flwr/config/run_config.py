@@ -18,6 +18,7 @@ from fedlora_flwr.config.privacy_keys import PrivacyKeys, ProcessKeys
 from fedlora_flwr.config.task_keys import DataKeys, PartitionKeys, TaskKeys
 from fedlora_flwr.config.toml import toml_value
 from fedlora_flwr.config.training_keys import FederationKeys, LoRAKeys, TrainingKeys
+from fedlora_flwr.config.trust import SECURE_SUM, check_trust
 from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.schedules import Schedule
 
@@ -84,6 +85,7 @@ class RunConfig(
         if self.run_epsilon > self.epsilon:
             raise InvalidValue("run-epsilon", self.run_epsilon, f"at most epsilon = {self.epsilon}")
         self._check_methods()
+        check_trust(self)
         for key in ("run_dir", "state_dir"):
             if (folder := getattr(self, key)) and not Path(folder).is_absolute():
                 raise InvalidValue(dashed(key), folder, "an absolute path")
@@ -187,6 +189,11 @@ class RunConfig(
     def block_pattern(self) -> str:
         """Pattern of block names (see `fedlora_flwr.layout.Layout`)."""
         return ".+" if self.groups == "layer" else self.blocks
+
+    @property
+    def secure_sum(self) -> bool:
+        """Whether the server is to see nothing but sums of uploads."""
+        return self.trust_model == SECURE_SUM
 
     @property
     def private(self) -> bool:

@@ -27,6 +27,7 @@ from fedlora_flwr.server.noise import noise_of_mean
 from fedlora_flwr.server.rehearsal import check_folding, rehearse
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.server.strategy import build_strategy
+from fedlora_flwr.server.sum_step import sum_step
 from fedlora_flwr.strategies import FedLoRA
 from fedlora_flwr.strategies.replies import RoundReport, to_record
 from fedlora_flwr.tasks.registry import Task, build_task
@@ -85,6 +86,8 @@ def run_federation(
         if not rehearsed:
             check_folding(strategy, adapted)
             rehearse(task, adapted)
+        if config.secure_sum:
+            strategy.opener = sum_step(config, task, adapted)
         session = _Session(config, task, adapted, strategy, run_dir, on_round)
         session.run(grid)
         session.draw_modes()
@@ -271,6 +274,7 @@ def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dic
         "seed": config.seed,
         "reproducible_noise": config.reproducible,
         "weighting": config.weighting,
+        "trust_model": config.trust_model,
         "blocks": list(session.layout.blocks) if session else [],
         "remarks": session.strategy.remarks() if session else {},
         "unprotected_metrics": config.report_unprotected_metrics,

@@ -33,6 +33,7 @@ from fedlora_flwr.strategies.replies import (
     within_limits,
 )
 from fedlora_flwr.strategies.round import Round
+from fedlora_flwr.strategies.secure_sum import Opener, asks_for_shares, check_share, opened_upload
 from fedlora_flwr.wire import (
     ARRAYS,
     CONFIG,
@@ -86,6 +87,9 @@ class FedLoRA(Declared, Exchange):
     ----------
     last_round : RoundReport or None
         What came of the last round.
+    opener : Opener or None
+        Opens the sums of a run under a secure sum, and steps by them. Whoever starts such a run
+        sets it.
 
     Raises
     ------
@@ -150,6 +154,7 @@ class FedLoRA(Declared, Exchange):
         self.shared = self.shared or ("" if share_head else A + B)
         self.num_rounds = 0
         self.last_round: RoundReport | None = None
+        self.opener: Opener | None = None
         self._cohorts: Cohorts | None = None
         self._result = Result()
         self._round = Round()
@@ -319,6 +324,8 @@ class FedLoRA(Declared, Exchange):
             grid, server_round, self.fraction_train, self.min_available_nodes, self.min_train_nodes
         )
         order = replace(self.order(server_round, str(plan)), weighting=self.weighting)
+        if self.opener:
+            order = asks_for_shares(order, self.opener, len(this.asked))
         config.update(order.to_config())
         sent = len(this.asked)
         report = self.last_round = RoundReport(
@@ -351,9 +358,14 @@ class FedLoRA(Declared, Exchange):
         log(INFO, "aggregate_train: %d of %d clients", len(report.uploads), report.sent)
         if not report.uploads:
             return None, None
+        current, uploads = self._round.current, report.uploads
+        if self.opener:
+            uploads = opened_upload(self.opener, server_round, current, report)
+            if not uploads:
+                return None, None
         self._trained = True
-        arrays = within_limits(self.aggregate(server_round, self._round.current, report.uploads))
-        report.compared = describe(self._round.current, report.uploads, personal=self.personal)
+        arrays = within_limits(self.aggregate(server_round, current, uploads))
+        report.compared = describe(current, uploads, personal=self.personal)
         metrics = combine_metrics([upload.metrics for upload in report.uploads])
         self._result.arrays = to_record(arrays)
         self._result.train_metrics_clientapp[server_round] = metrics
@@ -370,8 +382,11 @@ class FedLoRA(Declared, Exchange):
                 return
             keys = self.weighting, self.weighted_by_key
             upload = Upload.of(client, found, *keys, self.max_weight)
-            self._round.expected.check(upload.arrays)
-            self.check_upload(self._round.current, upload)
+            if self.opener:
+                check_share(self._round.expected, self._round.current, upload.shares)
+            else:
+                self._round.expected.check({**upload.arrays, **upload.shares})
+                self.check_upload(self._round.current, upload)
             self._ledgers.check(client, upload.metrics, self.local_steps)
         except Exception as error:  # One client's reply must not end the others' round.
             report.fail(client, error)

@@ -12,7 +12,8 @@ class LALoRA(FedLoRA):
 
     Within a step one factor is frozen, so noise on both never multiplies; the average at the
     round's end is not exact. B is first: while B = 0 the gradient of A is zero. The method's
-    low-pass filter is the client's ``filter = "binomial"``. Source: arXiv 2602.19926.
+    low-pass filter is the client's ``filter = "binomial"``. With one local step per round the turns
+    go on from round to round. Source: arXiv 2602.19926.
 
     Examples
     --------
@@ -23,6 +24,8 @@ class LALoRA(FedLoRA):
     """
 
     def plan(self, server_round: int, layout: Layout) -> ComponentPlan:
-        """Alternate B and A over the local steps, in every block."""
-        del server_round, layout
+        """Alternate B and A over the local steps, in every block; over rounds of one step each."""
+        del layout
+        if self.local_steps == 1:
+            return ComponentPlan.uniform(B if server_round % 2 else A)
         return ComponentPlan.uniform(B, A)

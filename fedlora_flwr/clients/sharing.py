@@ -1,0 +1,80 @@
+"""What a client checks before it uploads a share to a secure sum, and what it adds to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from fedlora_flwr.clients.trainer import LocalTrainer
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.environment import in_simulation
+from fedlora_flwr.errors import InvalidValue, OrderRefused
+from fedlora_flwr.plan import ComponentPlan
+from fedlora_flwr.privacy.mechanism import Mechanism
+from fedlora_flwr.secure_sum.accounting import honest_shares
+from fedlora_flwr.secure_sum.grid import Grid, Residues
+from fedlora_flwr.wire import NUM_EXAMPLES
+from fedlora_flwr.wire.order import Order
+
+
+def check_order(order: Order, plan: ComponentPlan | None, config: RunConfig) -> int:
+    """Return m, the shares of the noise, or 0 where this client adds all of it itself.
+
+    Raises
+    ------
+    OrderRefused
+        The order asks for a share where the client adds all noise itself, or the other way round;
+        too few clients would share the noise; or nothing hides the upload.
+    """
+    if not config.secure_sum:
+        if order.cohort or order.grid_norm:
+            raise OrderRefused(
+                "The message asks for a share of a secure sum, and this run's trust-model is "
+                "'local'. Set trust-model = 'secure-sum' for the run, and on the device."
+            )
+        return 0
+    if not in_simulation():
+        # An upload has the noise of one share, so it must not leave where nothing hides it.
+        raise OrderRefused(
+            "trust-model = 'secure-sum' is refused: this version simulates the sum and masks no "
+            "upload, so a device sends none. Use trust-model = 'local'."
+        )
+    if plan is None or not order.cohort or not order.grid_norm:
+        raise OrderRefused(
+            "A secure sum needs a plan, the number of clients asked and the grid's norm in the "
+            "message. Use one of this package's strategies."
+        )
+    try:
+        shares = honest_shares(order.cohort, config.dropouts, config.colluding)
+    except InvalidValue as error:
+        raise OrderRefused(str(error)) from error
+    if shares < config.least_shares:
+        raise OrderRefused(
+            f"The noise would be shared among {shares} clients ({order.cohort} asked, less "
+            f"dropouts = {config.dropouts} and colluding = {config.colluding}), and this client "
+            f"takes part from least-shares = {config.least_shares} on. Ask more clients."
+        )
+    return shares
+
+
+def round_grid(
+    order: Order, mechanism: Mechanism, shares: int, trainer: LocalTrainer, plan: ComponentPlan
+) -> Grid:
+    """Return the round's grid, on which the sum has the noise of the mechanism.
+
+    Raises
+    ------
+    InvalidValue
+        The noise does not fit the grid, or is too little for it.
+    """
+    grid = Grid.of(mechanism.noise_multiplier, shares, order.grid_norm)
+    parameters = trainer.adapted.parameters
+    size = sum(parameters[name].numel() for name in trainer.layout.active(plan, 1))
+    grid.check_slack(size, trainer.config.planned_steps)
+    return grid
+
+
+def with_records(shares: Mapping[str, Residues], records: int) -> dict[str, Residues]:
+    """Add the number of records to a share: only their sum over all clients is opened, too."""
+    return {**shares, NUM_EXAMPLES: np.array([records], np.uint32)}
