@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr.clients.local_store import LocalStore
-from fedlora_flwr.clients.sharing import check_order, round_grid, with_records
+from fedlora_flwr.clients.sharing import check_order, round_grid, trust_of, with_records
 from fedlora_flwr.clients.trainer import LocalTrainer, LocalUpdate
 from fedlora_flwr.data.records import Records
 from fedlora_flwr.environment import in_simulation, peak_memory
@@ -152,7 +152,9 @@ class LocalRound:
         )
         try:
             # Written before the first private batch, so that a failure after it counts.
-            summary = self._ledger.record(self._account, order.server_round, segment, planned)
+            summary = self._ledger.record(
+                self._account, order.server_round, segment, planned, trust_of(shares)
+            )
         except BudgetExhausted:
             if plan is None:
                 raise

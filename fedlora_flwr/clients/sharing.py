@@ -8,9 +8,11 @@ import numpy as np
 
 from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.trust import SECURE_SUM
 from fedlora_flwr.environment import in_simulation
 from fedlora_flwr.errors import InvalidValue, OrderRefused
 from fedlora_flwr.plan import ComponentPlan
+from fedlora_flwr.privacy.ledger_file import LOCAL
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.secure_sum.accounting import honest_shares
 from fedlora_flwr.secure_sum.grid import Grid, Residues
@@ -73,6 +75,14 @@ def round_grid(
     size = sum(parameters[name].numel() for name in trainer.layout.active(plan, 1))
     grid.check_slack(size, trainer.config.planned_steps)
     return grid
+
+
+def trust_of(shares: int) -> str:
+    """Return what a row of the ledger says of the trust model: for a sum, with m.
+
+    Without masks an upload would have had the noise multiplier σ/√m (see `epsilon_unmasked`).
+    """
+    return f"{SECURE_SUM}, 1 of {shares} shares" if shares else LOCAL
 
 
 def with_records(shares: Mapping[str, Residues], records: int) -> dict[str, Residues]:

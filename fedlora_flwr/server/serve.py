@@ -238,6 +238,11 @@ class _Session:
         }
 
 
+def _remarks(strategy: FedLoRA) -> dict[str, str]:
+    opener = strategy.opener
+    return {**strategy.remarks(), **({"secure sum": opener.remark} if opener else {})}
+
+
 def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dict[str, Any]:
     rows = session.rows if session else []
     metric = session.task.metric if session else "accuracy"
@@ -276,7 +281,7 @@ def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dic
         "weighting": config.weighting,
         "trust_model": config.trust_model,
         "blocks": list(session.layout.blocks) if session else [],
-        "remarks": session.strategy.remarks() if session else {},
+        "remarks": _remarks(session.strategy) if session else {},
         "unprotected_metrics": config.report_unprotected_metrics,
         "versions": versions(),
     }

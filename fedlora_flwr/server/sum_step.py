@@ -12,11 +12,12 @@ from fedlora_flwr.algebra.means import Arrays
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.lora.adapters import AdaptedModel
-from fedlora_flwr.privacy.budget import calibrate
+from fedlora_flwr.privacy.budget import Segment, calibrate
 from fedlora_flwr.privacy.postprocessing.filters import make_filter
 from fedlora_flwr.privacy.postprocessing.optimizer import OptimizerSettings, PostProcessing
-from fedlora_flwr.secure_sum.accounting import check_union, honest_shares
-from fedlora_flwr.secure_sum.grid import Residues, add_shares, fitting_norm, opened
+from fedlora_flwr.secure_sum.accounting import check_union, epsilon_unmasked, honest_shares
+from fedlora_flwr.secure_sum.grid import Grid, Residues, add_shares, fitting_norm, opened
+from fedlora_flwr.strategies.cohort import cohort_size
 from fedlora_flwr.tasks.registry import Task
 
 
@@ -32,37 +33,23 @@ class SumStep:
         Rates, optimizer, filter, q, C, and the dropouts and colluding clients.
     adapted : AdaptedModel
         The server's model, on which the steps are taken.
-    noise_multiplier : float
-        σ of the sum.
-    records : int
-        Number of records of all clients.
-
-    Raises
-    ------
-    InvalidValue
-        δ is not below one over the number of records.
+    grid : Grid
+        The grid of each round (see `sum_grid`).
     """
 
-    def __init__(
-        self, config: RunConfig, adapted: AdaptedModel, noise_multiplier: float, records: int
-    ) -> None:
-        check_union(config.delta, records)
+    def __init__(self, config: RunConfig, adapted: AdaptedModel, grid: Grid) -> None:
         self.dropouts = config.dropouts
+        self.grid_norm = grid.norm
+        self.remark = (
+            "simulated: this process sees every upload. Unmasked, one client's uploads would spend "
+            f"ε = {unmasked(config, grid):.3g}"
+        )
         self._config = config
         self._adapted = adapted
-        self._sigma = noise_multiplier
-        self._batch = config.sample_rate * records
-        self._norm = 0
-        self._size = sum(parameter.numel() for parameter in adapted.parameters.values())
         self._post = PostProcessing(adapted)
         self._filter = make_filter(config.filter)
         self._optimizer = self._post.optimizer(OptimizerSettings.in_round(config, 1))
-
-    def grid_norm(self, asked: int) -> int:
-        """Return the largest grid norm C/γ with which the sum of a round does not wrap."""
-        shares = honest_shares(asked, self._config.dropouts, self._config.colluding)
-        self._norm = fitting_norm(self._sigma, shares, asked, self._batch, self._size)
-        return self._norm
+        self._deviation = grid.noise_multiplier * config.clip_norm
 
     def total(self, uploads: Sequence[Mapping[str, Residues]]) -> dict[str, NDArray[np.int64]]:
         """Return the opened sum, by name."""
@@ -100,13 +87,13 @@ class SumStep:
         config, adapted = self._config, self._adapted
         settings = OptimizerSettings.in_round(config, server_round)
         adapted.write(current)
-        scale = config.clip_norm / (self._norm * config.sample_rate * count)
+        scale = config.clip_norm / (self.grid_norm * config.sample_rate * count)
         for name, parameter in adapted.parameters.items():
             parameter.requires_grad_(name in total)
             parameter.grad = None
             if name in total:
                 parameter.grad = torch.from_numpy(total[name] * scale).to(parameter)
-        deviation = self._sigma * config.clip_norm / (config.sample_rate * count)
+        deviation = self._deviation / (config.sample_rate * count)
         self._post(settings, self._filter, self._optimizer, deviation * deviation)
         factors = self._post.groups(settings)
         for group, factor in zip(self._optimizer.param_groups, factors, strict=True):
@@ -115,16 +102,52 @@ class SumStep:
         return adapted.read(list(total))
 
 
+def sum_grid(config: RunConfig, records: int, coordinates: int) -> Grid:
+    """Work out a run's grid, and refuse a run that could not keep its promise.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run.
+    records : int
+        Number of records of all clients.
+    coordinates : int
+        Numbers that train.
+
+    Raises
+    ------
+    InvalidValue
+        δ is not below one over the number of records, too few clients share the noise, or the sum
+        does not fit into 32 bits.
+    """
+    check_union(config.delta, records)
+    asked = cohort_size(config.num_clients, config.fraction_train)
+    shares = honest_shares(asked, config.dropouts, config.colluding)
+    if shares < config.least_shares:
+        allowed = f"at most the {shares} that {asked} clients asked, dropouts and colluding leave"
+        raise InvalidValue("least-shares", config.least_shares, allowed)
+    sigma = calibrate(config.epsilon, config.delta, config.sample_rate, config.planned_steps)
+    norm = fitting_norm(sigma, shares, asked, config.sample_rate * records, coordinates)
+    grid = Grid.of(sigma, shares, norm)
+    grid.check_slack(coordinates, config.planned_steps)
+    return grid
+
+
 def sum_step(config: RunConfig, task: Task, adapted: AdaptedModel) -> SumStep:
     """Make the opener of a simulated run, which knows how many records its clients have.
 
     Raises
     ------
     InvalidValue
-        The promise cannot be kept to the union of all records.
+        See `sum_grid`.
     """
     clients = range(config.num_clients)
     records = sum(len(task.client_records(client, config.num_clients)) for client in clients)
-    check_union(config.delta, records)
-    sigma = calibrate(config.epsilon, config.delta, config.sample_rate, config.planned_steps)
-    return SumStep(config, adapted, sigma, records)
+    size = sum(parameter.numel() for parameter in adapted.parameters.values())
+    return SumStep(config, adapted, sum_grid(config, records, size))
+
+
+def unmasked(config: RunConfig, grid: Grid) -> float:
+    """Return the ε that one client's own uploads would spend if nothing hid them."""
+    rounds = Segment(1.0, config.sample_rate, config.planned_steps)
+    return epsilon_unmasked(grid.noise_multiplier, grid.shares, rounds, config.delta).epsilon

@@ -28,13 +28,15 @@ class Opener(Protocol):
     ----------
     dropouts : int
         t: clients of a round that may be missing.
+    grid_norm : int
+        C/γ: the clip norm in units of the grid.
+    remark : str
+        What the run's summary says of the sum.
     """
 
     dropouts: int
-
-    def grid_norm(self, asked: int) -> int:
-        """Return the grid norm of a round that asks so many clients."""
-        ...
+    grid_norm: int
+    remark: str
 
     def total(self, uploads: Sequence[Mapping[str, Residues]]) -> dict[str, NDArray[np.int64]]:
         """Return the sum of the uploads, and nothing else of them."""
@@ -61,7 +63,7 @@ class Opener(Protocol):
 
 def asks_for_shares(order: Order, opener: Opener, asked: int) -> Order:
     """Add to an order what a client needs for its share."""
-    return replace(order, cohort=asked, grid_norm=opener.grid_norm(asked))
+    return replace(order, cohort=asked, grid_norm=opener.grid_norm)
 
 
 def check_share(expected: Expected, current: Arrays, shares: Mapping[str, Residues]) -> None:

@@ -50,6 +50,7 @@ SUMMARY = {
     "seed",
     "reproducible_noise",
     "weighting",
+    "trust_model",
     "remarks",
     "unprotected_metrics",
     "versions",
