@@ -12,8 +12,8 @@ class LALoRA(FedLoRA):
 
     Within a step one factor is frozen, so noise on both never multiplies; the average at the
     round's end is not exact. B is first: while B = 0 the gradient of A is zero. The method's
-    low-pass filter is the client's ``filter = "binomial"``. With one local step per round the turns
-    go on from round to round. Source: arXiv 2602.19926.
+    low-pass filter is the client's ``filter = "binomial"``. Under a secure sum a round has one
+    step, and the factors take turns by round. Source: arXiv 2602.19926.
 
     Examples
     --------
@@ -24,8 +24,8 @@ class LALoRA(FedLoRA):
     """
 
     def plan(self, server_round: int, layout: Layout) -> ComponentPlan:
-        """Alternate B and A over the local steps, in every block; over rounds of one step each."""
+        """Alternate B and A over the local steps, in every block; by round under a secure sum."""
         del layout
-        if self.local_steps == 1:
+        if self.by_sum:
             return ComponentPlan.uniform(B if server_round % 2 else A)
         return ComponentPlan.uniform(B, A)

@@ -66,6 +66,21 @@ def asks_for_shares(order: Order, opener: Opener, asked: int) -> Order:
     return replace(order, cohort=asked, grid_norm=opener.grid_norm)
 
 
+def check_kind(upload: Upload, by_sum: bool) -> None:
+    """Refuse an upload, or a part of one, that is of the other trust model.
+
+    Raises
+    ------
+    InvalidValue
+        It holds arrays under a secure sum, or shares of one where there is none.
+    """
+    if wrong := upload.arrays if by_sum else upload.shares:
+        allowed = "whole numbers modulo 2³² alone" if by_sum else "floating-point numbers alone"
+        trust = "secure-sum" if by_sum else "local"
+        allowed += f", as the run's trust-model = {trust!r} has it"
+        raise InvalidValue("uploaded arrays", sorted(wrong)[:5], allowed)
+
+
 def check_share(expected: Expected, current: Arrays, shares: Mapping[str, Residues]) -> None:
     """Refuse an upload that is not exactly what the plan trains, and the number of records.
 
