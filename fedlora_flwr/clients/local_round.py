@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr.clients.local_store import LocalStore
-from fedlora_flwr.clients.sharing import check_order, round_grid, trust_of, with_records
+from fedlora_flwr.clients.sharing import agreed, check_order, round_grid, trust_of, with_records
 from fedlora_flwr.clients.trainer import LocalTrainer, LocalUpdate
 from fedlora_flwr.data.records import Records
 from fedlora_flwr.environment import in_simulation, peak_memory
@@ -145,6 +145,8 @@ class LocalRound:
         """Open the records, write the round's row, train, and put the release together."""
         run, records = self._trainer.config, self._open()
         mechanism = calibrated_mechanism(run, len(records), terms=self._ledger.terms(self._account))
+        if shares:
+            mechanism = agreed(mechanism, order)
         planned = Segment(mechanism.noise_multiplier, mechanism.sample_rate, run.planned_steps)
         segment = replace(planned, steps=run.local_steps)
         grid = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,8 +17,11 @@ from fedlora_flwr.privacy.ledger_file import LOCAL
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.secure_sum.accounting import honest_shares
 from fedlora_flwr.secure_sum.grid import Grid, Residues
-from fedlora_flwr.wire import NUM_EXAMPLES
+from fedlora_flwr.wire import NUM_EXAMPLES, SUM_NOISE
 from fedlora_flwr.wire.order import Order
+
+# Two machines may calibrate to other last digits. The ledger has the last word on ε.
+_ROUNDED = 1e-6
 
 
 def check_order(order: Order, plan: ComponentPlan | None, config: RunConfig) -> int:
@@ -30,7 +34,7 @@ def check_order(order: Order, plan: ComponentPlan | None, config: RunConfig) -> 
         too few clients would share the noise; or nothing hides the upload.
     """
     if not config.secure_sum:
-        if order.cohort or order.grid_norm:
+        if order.cohort or order.sum_noise or order.grid_norm:
             raise OrderRefused(
                 "The message asks for a share of a secure sum, and this run's trust-model is "
                 "'local'. Set trust-model = 'secure-sum' for the run, and on the device."
@@ -42,10 +46,10 @@ def check_order(order: Order, plan: ComponentPlan | None, config: RunConfig) -> 
             "trust-model = 'secure-sum' is refused: this version simulates the sum and masks no "
             "upload, so a device sends none. Use trust-model = 'local'."
         )
-    if plan is None or not order.cohort or not order.grid_norm:
+    if plan is None or not (order.cohort and order.sum_noise and order.grid_norm):
         raise OrderRefused(
-            "A secure sum needs a plan, the number of clients asked and the grid's norm in the "
-            "message. Use one of this package's strategies."
+            "A secure sum needs a plan, the number of clients asked, the noise of the sum and the "
+            "grid's norm in the message. Use one of this package's strategies."
         )
     try:
         shares = honest_shares(order.cohort, config.dropouts, config.colluding)
@@ -58,6 +62,23 @@ def check_order(order: Order, plan: ComponentPlan | None, config: RunConfig) -> 
             f"takes part from least-shares = {config.least_shares} on. Ask more clients."
         )
     return shares
+
+
+def agreed(own: Mechanism, order: Order) -> Mechanism:
+    """Return the mechanism with the noise that all clients of the sum make their shares for.
+
+    The sum has as much noise as all shares together. A client whose budget needs more than the
+    others add could not keep its promise by a larger share of its own.
+
+    Raises
+    ------
+    InvalidValue
+        The sum has less noise than this client's own budget needs.
+    """
+    if order.sum_noise < own.noise_multiplier * (1 - _ROUNDED):
+        allowed = f"at least {own.noise_multiplier:.6g}, which this client's budget needs"
+        raise InvalidValue(SUM_NOISE, order.sum_noise, allowed)
+    return replace(own, noise_multiplier=order.sum_noise)
 
 
 def round_grid(

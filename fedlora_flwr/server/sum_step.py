@@ -39,6 +39,7 @@ class SumStep:
 
     def __init__(self, config: RunConfig, adapted: AdaptedModel, grid: Grid) -> None:
         self.dropouts = config.dropouts
+        self.noise_multiplier = sum_noise(config)
         self.grid_norm = grid.norm
         self.remark = (
             "simulated: this process sees every upload. Unmasked, one client's uploads would spend "
@@ -102,6 +103,11 @@ class SumStep:
         return adapted.read(list(total))
 
 
+def sum_noise(config: RunConfig) -> float:
+    """Return σ of the sum, for the run's own budget and one mechanism on all records."""
+    return calibrate(config.epsilon, config.delta, config.sample_rate, config.planned_steps)
+
+
 def sum_grid(config: RunConfig, records: int, coordinates: int) -> Grid:
     """Work out a run's grid, and refuse a run that could not keep its promise.
 
@@ -126,7 +132,7 @@ def sum_grid(config: RunConfig, records: int, coordinates: int) -> Grid:
     if shares < config.least_shares:
         allowed = f"at most the {shares} that {asked} clients asked, dropouts and colluding leave"
         raise InvalidValue("least-shares", config.least_shares, allowed)
-    sigma = calibrate(config.epsilon, config.delta, config.sample_rate, config.planned_steps)
+    sigma = sum_noise(config)
     norm = fitting_norm(sigma, shares, asked, config.sample_rate * records, coordinates)
     grid = Grid.of(sigma, shares, norm)
     grid.check_slack(coordinates, config.planned_steps)

@@ -28,6 +28,8 @@ class Opener(Protocol):
     ----------
     dropouts : int
         t: clients of a round that may be missing.
+    noise_multiplier : float
+        σ of the sum, which every client makes its share for.
     grid_norm : int
         C/γ: the clip norm in units of the grid.
     remark : str
@@ -35,6 +37,7 @@ class Opener(Protocol):
     """
 
     dropouts: int
+    noise_multiplier: float
     grid_norm: int
     remark: str
 
@@ -63,7 +66,9 @@ class Opener(Protocol):
 
 def asks_for_shares(order: Order, opener: Opener, asked: int) -> Order:
     """Add to an order what a client needs for its share."""
-    return replace(order, cohort=asked, grid_norm=opener.grid_norm)
+    return replace(
+        order, cohort=asked, sum_noise=opener.noise_multiplier, grid_norm=opener.grid_norm
+    )
 
 
 def check_kind(upload: Upload, by_sum: bool) -> None:

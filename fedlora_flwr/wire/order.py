@@ -21,6 +21,7 @@ from fedlora_flwr.wire import (
     PLAN,
     ROUND,
     SHARE,
+    SUM_NOISE,
     WEIGHTING,
     WEIGHTINGS,
 )
@@ -79,6 +80,8 @@ class Order:
         with the client. Empty: nothing stays.
     cohort : int
         Under a secure sum, the number of clients that the round asks; else 0.
+    sum_noise : float
+        Under a secure sum, the noise multiplier σ of the sum, the same for all clients; else 0.
     grid_norm : int
         Under a secure sum, the clip norm in units of the round's grid; else 0.
 
@@ -112,6 +115,10 @@ class Order:
     cohort: int = _row(
         COHORT, 0, Number(1, MOST_COHORT, whole=True),
         "The share of the noise follows from it; the device's file says how small it may become.",
+    )  # fmt: skip
+    sum_noise: float = _row(
+        SUM_NOISE, 0.0, Number(1e-3, 1e6),
+        "A device refuses less than its own budget needs, and its ledger counts what was ordered.",
     )  # fmt: skip
     grid_norm: int = _row(
         GRID_NORM, 0, Number(1 << 10, 1 << 20, whole=True),

@@ -1,12 +1,15 @@
 """What a secure sum promises, against dp-accounting's own discrete Gaussian."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from dp_accounting.pld import privacy_loss_distribution as pld
 
-from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.errors import BudgetExhausted, InvalidValue
 from fedlora_flwr.privacy.budget import Segment, calibrate, epsilon_spent
+from fedlora_flwr.privacy.ledger import Account, Ledger
+from fedlora_flwr.privacy.lifetime import choose_order, filtered_epsilon, run_divergence
 from fedlora_flwr.secure_sum.accounting import (
     check_union,
     epsilon_of_sum,
@@ -74,3 +77,22 @@ def test_delta_is_checked_against_the_union() -> None:
 def test_somebody_has_to_be_left(numbers: tuple[int, int, int]) -> None:
     with pytest.raises(InvalidValue, match="fewer than the 10 clients"):
         honest_shares(*numbers)
+
+
+def test_a_lifetime_adds_up_releases_of_both_trust_models(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    own, shared = Segment(1.5, 0.1, 10), Segment(4.0, 0.14, 10)
+    # The owner lets each run spend a part, so that a filter adds up whatever settings they have.
+    first = Account("ward", "first", 4.0, 1e-5, "lifetime", run_epsilon=3.0)
+    second = dataclasses.replace(first, run="second")
+
+    ledger.record(first, 1, own, own)
+    both = ledger.record(second, 1, shared, shared, "secure-sum, 1 of 8 shares")
+
+    order = choose_order(4.0, 1e-5, own)
+    total = run_divergence(own, order) + run_divergence(shared, order)
+    assert both.epsilon == pytest.approx(filtered_epsilon(total, 1e-5, order))
+    assert both.steps == 20
+    more, third = dataclasses.replace(shared, steps=2000), dataclasses.replace(first, run="third")
+    with pytest.raises(BudgetExhausted):
+        ledger.record(third, 1, more, more, "secure-sum, 1 of 8 shares")

@@ -29,7 +29,7 @@ SENT = (*B_NAMES, "head.bias")
 class Adding:
     """Adds, and takes the sum for the arrays."""
 
-    dropouts, grid_norm, remark = 1, 4096, ""
+    dropouts, noise_multiplier, grid_norm, remark = 1, 2.5, 4096, ""
 
     def total(
         self, uploads: Sequence[Mapping[str, NDArray[np.uint32]]]
@@ -76,7 +76,9 @@ def test_nothing_is_opened_where_more_are_missing_than_the_noise_allows_for() ->
 def test_an_order_names_the_cohort_and_the_grid() -> None:
     order = asks_for_shares(Order(3, "B"), Adding(), 7)
 
-    assert Order.from_config(order.to_config()) == Order(3, "B", cohort=7, grid_norm=4096)
+    assert Order.from_config(order.to_config()) == Order(
+        3, "B", cohort=7, sum_noise=2.5, grid_norm=4096
+    )
 
 
 @pytest.mark.parametrize(
