@@ -22,6 +22,7 @@ from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.privacy.ledger import Account, Ledger, LedgerSummary
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.released import Released
+from fedlora_flwr.secure_sum.grid import Residues
 from fedlora_flwr.wire import STATUS_EXHAUSTED
 from fedlora_flwr.wire.order import Order, check_shapes
 
@@ -144,14 +145,11 @@ class LocalRound:
     ) -> Released:
         """Open the records, write the round's row, train, and put the release together."""
         run, records = self._trainer.config, self._open()
-        mechanism = calibrated_mechanism(run, len(records), terms=self._ledger.terms(self._account))
-        if shares:
-            mechanism = agreed(mechanism, order)
+        terms = self._ledger.terms(self._account)
+        mechanism = agreed(calibrated_mechanism(run, len(records), terms=terms), order)
         planned = Segment(mechanism.noise_multiplier, mechanism.sample_rate, run.planned_steps)
         segment = replace(planned, steps=run.local_steps)
-        grid = (
-            round_grid(order, mechanism, shares, self._trainer, plan) if shares and plan else None
-        )
+        grid = round_grid(order, mechanism, shares, self._trainer, plan)
         try:
             # Written before the first private batch, so that a failure after it counts.
             summary = self._ledger.record(
@@ -162,13 +160,9 @@ class LocalRound:
                 raise
             return self._exhausted(started)
         if grid and plan:
-            made = self._trainer.share(
-                arrays, plan, records, mechanism, grid, *self._manner(order, summary)
-            )
-            return Released(
-                {}, summary, time.perf_counter() - started, peak_memory() / 2**20,
-                unprotected=self._unprotected(records), shares=with_records(made, len(records)),
-            )  # fmt: skip
+            manner = self._manner(order, summary)
+            made = self._trainer.share(arrays, plan, records, mechanism, grid, *manner)
+            return self._shared(with_records(made, len(records)), summary, records, started)
         update = self._train(order, plan, arrays, records, mechanism, summary)
         if plan is None:
             # A server without plans replaces its arrays by what it gets, so it gets all of them.
@@ -186,6 +180,17 @@ class LocalRound:
             num_examples=len(records) if order.weighting == "size" else 1,
             unprotected=self._unprotected(records),
         )
+
+    def _shared(
+        self,
+        shares: Mapping[str, Residues],
+        summary: LedgerSummary,
+        records: Records,
+        started: float,
+    ) -> Released:
+        seconds, memory = time.perf_counter() - started, peak_memory() / 2**20
+        unprotected = self._unprotected(records)
+        return Released({}, summary, seconds, memory, unprotected=unprotected, shares=shares)
 
     def measure(self, order: Order, arrays: Arrays) -> dict[str, float]:
         """Evaluate the model with what this client keeps of its own.

@@ -65,7 +65,9 @@ def check_order(order: Order, plan: ComponentPlan | None, config: RunConfig) -> 
 
 
 def agreed(own: Mechanism, order: Order) -> Mechanism:
-    """Return the mechanism with the noise that all clients of the sum make their shares for.
+    """Return the mechanism with the noise that all clients of a sum make their shares for.
+
+    Where there is no sum, it is the client's own.
 
     The sum has as much noise as all shares together. A client whose budget needs more than the
     others add could not keep its promise by a larger share of its own.
@@ -75,6 +77,8 @@ def agreed(own: Mechanism, order: Order) -> Mechanism:
     InvalidValue
         The sum has less noise than this client's own budget needs.
     """
+    if not order.sum_noise:
+        return own
     if order.sum_noise < own.noise_multiplier * (1 - _ROUNDED):
         allowed = f"at least {own.noise_multiplier:.6g}, which this client's budget needs"
         raise InvalidValue(SUM_NOISE, order.sum_noise, allowed)
@@ -82,15 +86,21 @@ def agreed(own: Mechanism, order: Order) -> Mechanism:
 
 
 def round_grid(
-    order: Order, mechanism: Mechanism, shares: int, trainer: LocalTrainer, plan: ComponentPlan
-) -> Grid:
-    """Return the round's grid, on which the sum has the noise of the mechanism.
+    order: Order,
+    mechanism: Mechanism,
+    shares: int,
+    trainer: LocalTrainer,
+    plan: ComponentPlan | None,
+) -> Grid | None:
+    """Return the round's grid, on which the sum has the noise of the mechanism; None without one.
 
     Raises
     ------
     InvalidValue
         The noise does not fit the grid, or is too little for it.
     """
+    if not shares or plan is None:
+        return None
     grid = Grid.of(mechanism.noise_multiplier, shares, order.grid_norm)
     parameters = trainer.adapted.parameters
     size = sum(parameters[name].numel() for name in trainer.layout.active(plan, 1))

@@ -1,9 +1,11 @@
 """What fits a secure sum, and what is refused before a run."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedlora_flwr.clients.device import Device
 from fedlora_flwr.config import RunConfig, device_config
 from fedlora_flwr.errors import InvalidValue, OrderRefused
 
@@ -61,6 +63,19 @@ def test_what_a_sum_is_not_made_for_is_refused_by_name(key: str, value: Any) -> 
 def test_keys_of_a_sum_mean_nothing_without_one(key: str, value: Any) -> None:
     with pytest.raises(InvalidValue, match="or trust-model = 'secure-sum'"):
         RunConfig.of({key: value})
+
+
+def test_a_devices_file_may_name_a_secure_sum_and_leave_its_numbers_to_the_run(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "device.toml"
+    text = 'client-id = "ward"\ntask = "digits"\nepsilon = 1.0\ndelta = 1e-5\ntrust-model = "{}"\n'
+    file.write_text(text.format("secure-sum"))
+
+    assert Device.read(file).config(SUM).secure_sum
+    file.write_text(text.format("central"))
+    with pytest.raises(InvalidValue, match="trust-model = 'central'"):
+        Device.read(file)
 
 
 def test_a_device_takes_part_in_the_trust_model_of_its_own_file_alone() -> None:
