@@ -7,11 +7,13 @@ from typing import Any
 
 from rich.console import Console
 
+from fedlora_flwr.config import RunConfig
 from fedlora_flwr.forecast.participation import participation
 from fedlora_flwr.server.rounds import RoundRow, by_name
 from fedlora_flwr.simulations.runner import PreparedRun
 from fedlora_flwr.terminal import Bar, show_line, show_lines
 
+SIMULATED = "secure sum simulated"
 UNPROTECTED = "unprotected metrics were reported"
 
 
@@ -54,7 +56,7 @@ class Screen:
 
 def describe_plan(prepared: PreparedRun) -> list[tuple[str, str]]:
     """Return names and texts of the lines that announce a run."""
-    config, sigmas = prepared.config, [m.noise_multiplier for m in prepared.mechanisms]
+    config = prepared.config
     sizes = [m.num_records for m in prepared.mechanisms]
     lines = [
         (
@@ -63,11 +65,7 @@ def describe_plan(prepared: PreparedRun) -> list[tuple[str, str]]:
             f"{prepared.trained:,} trained "
             f"(LoRA of rank {config.rank}{', head' if prepared.head else ''})",
         ),
-        (
-            "Strategy",
-            f"{config.strategy}: {config.num_rounds} rounds of {config.local_steps} private "
-            f"steps, expected batch {config.batch_size}",
-        ),
+        ("Strategy", f"{config.strategy}: {config.num_rounds} rounds of {_steps(config)}"),
         (
             "Clients",
             f"{config.num_clients} with {min(sizes)} to {max(sizes)} private records "
@@ -77,20 +75,38 @@ def describe_plan(prepared: PreparedRun) -> list[tuple[str, str]]:
     ]
     if config.fraction_train < 1 or config.max_rounds:
         lines.append(("Rounds", str(participation(config))))
-    if config.private:
-        promise = (
-            f"ε ≤ {config.epsilon:g} at δ = {config.delta:g} for each record of each "
-            f"client; noise multiplier {min(sigmas):.2f} to {max(sigmas):.2f}, clip norm "
-            f"{config.clip_norm:g}"
-        )
-        lines.append(("Privacy", promise))
-    else:
-        lines.append(("Privacy", "none: epsilon = inf adds no noise"))
+    lines += [("" if n else "Privacy", text) for n, text in enumerate(_promise(prepared))]
     if config.reproducible and config.private:
         lines.append(("", "noise follows the seed: a reproducible simulation, not a release"))
     if config.report_unprotected_metrics:
         lines.append(("", UNPROTECTED))
     return lines
+
+
+def _steps(config: RunConfig) -> str:
+    if config.secure_sum:
+        return f"one step by a secure sum, which each record joins with q = {config.sample_rate:g}"
+    return f"{config.local_steps} private steps, expected batch {config.batch_size}"
+
+
+def _promise(prepared: PreparedRun) -> list[str]:
+    """Say what the run promises, and who has to be trusted for it."""
+    config, grid = prepared.config, prepared.grid
+    sigmas = [m.noise_multiplier for m in prepared.mechanisms]
+    whose = "of all clients together" if grid else "of each client"
+    promise = f"ε ≤ {config.epsilon:g} at δ = {config.delta:g} for each record {whose}; "
+    if grid:
+        return [
+            f"{promise}noise multiplier {grid.noise_multiplier:.2f} in a sum of {grid.shares} "
+            f"shares or more, clip norm {config.clip_norm:g}",
+            f"{SIMULATED}: nothing masks an upload, which has one share of the noise",
+        ]
+    if config.private:
+        return [
+            f"{promise}noise multiplier {min(sigmas):.2f} to {max(sigmas):.2f}, clip norm "
+            f"{config.clip_norm:g}"
+        ]
+    return ["none: epsilon = inf adds no noise"]
 
 
 def describe_round(row: RoundRow, metric: str = "accuracy") -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from flwr.app import Context
 
 from fedlora_flwr.config import OWN, Limit, RunConfig, device_config, read_toml
+from fedlora_flwr.config.keys import check_value, fields_by_key
 from fedlora_flwr.config.names import by_short_name
 from fedlora_flwr.errors import InvalidValue, require, unknown
 from fedlora_flwr.tasks.registry import extras_of, required_on_device
@@ -20,6 +21,7 @@ DEVICE = "device"
 """Key of the node config that names the file: ``--node-config 'device="/etc/fedlora.toml"'``."""
 
 CLIENT_ID, KEEP_WARM, LIMITS = "client-id", "keep-warm", "limits"
+TRUST_MODEL = "trust-model"
 _REQUIRED = {
     "epsilon": "a number: what may be spent on this device's records",
     "delta": "a number: what may be spent on this device's records",
@@ -132,7 +134,11 @@ def _check_complete(found: Mapping[str, Any], path: Path) -> None:
     for key, allowed in _REQUIRED.items():
         if key not in found:
             raise InvalidValue(key, None, f"{allowed}, in {path}")
-    RunConfig.received({key: value for key, value in found.items() if key != "state-dir"})
+    # A file of a secure sum is looked at without what the run has to add to it.
+    alone = {key: value for key, value in found.items() if key not in ("state-dir", TRUST_MODEL)}
+    RunConfig.received(alone)
+    if TRUST_MODEL in found:
+        check_value(fields_by_key(RunConfig)[TRUST_MODEL], found[TRUST_MODEL])
     for keys in required_on_device(found["task"]):
         if not any(found.get(key) for key in keys):
             allowed = f"a value in {path}, as task = {found['task']!r} needs it"

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr.clients.local_store import LocalStore
+from fedlora_flwr.clients.sharing import agreed, check_order, round_grid, trust_of, with_records
 from fedlora_flwr.clients.trainer import LocalTrainer, LocalUpdate
 from fedlora_flwr.data.records import Records
 from fedlora_flwr.environment import in_simulation, peak_memory
@@ -21,6 +22,7 @@ from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.privacy.ledger import Account, Ledger, LedgerSummary
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.released import Released
+from fedlora_flwr.secure_sum.grid import Residues
 from fedlora_flwr.wire import STATUS_EXHAUSTED
 from fedlora_flwr.wire.order import Order, check_shapes
 
@@ -140,10 +142,11 @@ class LocalRound:
         started = time.perf_counter()
         plan = order.plan_for(len(self._trainer.layout.blocks))
         self._permit(order)
+        shares = check_order(order, plan, self._trainer.config)
         names = tuple(arrays)
         arrays = self._complete(order, arrays)
         with untold():
-            return self._release(order, plan, names, arrays, started)
+            return self._release(order, plan, names, arrays, started, shares)
 
     def _release(
         self,
@@ -152,19 +155,28 @@ class LocalRound:
         names: tuple[str, ...],
         arrays: Arrays,
         started: float,
+        shares: int,
     ) -> Released:
         """Open the records, write the round's row, train, and put the release together."""
         run, records = self._trainer.config, self._open()
-        mechanism = calibrated_mechanism(run, len(records), terms=self._ledger.terms(self._account))
+        terms = self._ledger.terms(self._account)
+        mechanism = agreed(calibrated_mechanism(run, len(records), terms=terms), order)
         planned = Segment(mechanism.noise_multiplier, mechanism.sample_rate, run.planned_steps)
         segment = replace(planned, steps=run.local_steps)
+        grid = round_grid(order, mechanism, shares, self._trainer, plan)
         try:
             # Written before the first private batch, so that a failure after it counts.
-            summary = self._ledger.record(self._account, order.server_round, segment, planned)
+            summary = self._ledger.record(
+                self._account, order.server_round, segment, planned, trust_of(shares)
+            )
         except BudgetExhausted:
             if plan is None:
                 raise
             return self._exhausted(started)
+        if grid and plan:
+            manner = self._manner(order, summary)
+            made = self._trainer.share(arrays, plan, records, mechanism, grid, *manner)
+            return self._shared(with_records(made, len(records)), summary, records, started)
         update = self._train(order, plan, arrays, records, mechanism, summary)
         if plan is None:
             # A server without plans replaces its arrays by what it gets, so it gets all of them.
@@ -182,6 +194,17 @@ class LocalRound:
             num_examples=len(records) if order.weighting == "size" else 1,
             unprotected=self._unprotected(records),
         )
+
+    def _shared(
+        self,
+        shares: Mapping[str, Residues],
+        summary: LedgerSummary,
+        records: Records,
+        started: float,
+    ) -> Released:
+        seconds, memory = time.perf_counter() - started, peak_memory() / 2**20
+        unprotected = self._unprotected(records)
+        return Released({}, summary, seconds, memory, unprotected=unprotected, shares=shares)
 
     def measure(self, order: Order, arrays: Arrays) -> dict[str, float]:
         """Evaluate the model with what this client keeps of its own.
@@ -254,18 +277,22 @@ class LocalRound:
         mechanism: Mechanism,
         summary: LedgerSummary,
     ) -> LocalUpdate:
-        # A server that names no round must not make a seeded client repeat its noise.
-        before = summary.steps - self._trainer.config.local_steps
         return self._trainer.train(
             arrays,
             plan or ComponentPlan.uniform(BOTH),
             records,
             mechanism,
-            (self._account.client, order.server_round or f"after-{before}-steps"),
-            # In a simulation the arrays come from the same person as the records.
-            untrusted=self._trainer.config.exact_passes or not in_simulation(),
-            server_round=order.server_round or 1,
+            *self._manner(order, summary),
         )
+
+    def _manner(self, order: Order, summary: LedgerSummary) -> tuple[tuple[object, ...], bool, int]:
+        """Return the round's random streams, whether its arrays are trusted, and its number."""
+        # A server that names no round must not make a seeded client repeat its noise.
+        before = summary.steps - self._trainer.config.local_steps
+        stream = (self._account.client, order.server_round or f"after-{before}-steps")
+        # In a simulation the arrays come from the same person as the records.
+        untrusted = self._trainer.config.exact_passes or not in_simulation()
+        return stream, untrusted, order.server_round or 1
 
     def _complete(self, order: Order, arrays: Arrays) -> Arrays:
         """Return all arrays to start from: the server's, and with them what stays here."""

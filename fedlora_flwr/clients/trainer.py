@@ -26,6 +26,9 @@ from fedlora_flwr.privacy.mechanism import Mechanism, poisson_batches
 from fedlora_flwr.privacy.noise import NoiseSource, SecureNoise, SeededNoise
 from fedlora_flwr.privacy.postprocessing.filters import make_filter
 from fedlora_flwr.randomness import stream_seed
+from fedlora_flwr.secure_sum.discrete_gaussian import Words, seeded_words, system_words
+from fedlora_flwr.secure_sum.grid import Grid, Residues, residues
+from fedlora_flwr.secure_sum.rounding import rounded
 from fedlora_flwr.tasks.registry import Task, build_task
 
 
@@ -134,11 +137,76 @@ class LocalTrainer:
         PrivacyViolation
             See `PrivateEngine.step`.
         """
-        layout = self.layout
-        plan.check(len(layout.blocks))
+        layout, steps = self.layout, self.config.local_steps
+        with self._round(arrays, plan, records, mechanism, stream, untrusted, server_round):
+            batches = poisson_batches(mechanism, steps, self._seed("batches", stream))
+            for step, indices in enumerate(batches, start=1):
+                self.engine.step(records, indices, layout.active(plan, step))
+        return LocalUpdate(self.adapted.read(layout.trained(plan, steps)))
+
+    def share(
+        self,
+        arrays: Mapping[str, NDArray[np.floating]],
+        plan: ComponentPlan,
+        records: Records,
+        mechanism: Mechanism,
+        grid: Grid,
+        stream: tuple[object, ...],
+        untrusted: bool = False,
+        server_round: int = 1,
+    ) -> dict[str, Residues]:
+        """Make one client's upload to a secure sum: a sum of gradients with a share of the noise.
+
+        Parameters
+        ----------
+        arrays, plan, records, stream, untrusted, server_round
+            As for `train`.
+        mechanism : Mechanism
+            q, n and C; the noise is that of ``grid``.
+        grid : Grid
+            The round's grid.
+
+        Returns
+        -------
+        dict[str, ndarray]
+            By name of what trains in the plan's first step: whole numbers modulo 2³², uint32. An
+            empty sample gives the noise alone. The noise is that of *one share*: only a sum over
+            ``grid.shares`` of them is private.
+
+        Raises
+        ------
+        InvalidValue, PrivacyViolation
+            As of `train`.
+        """
+        with self._round(arrays, plan, records, mechanism, stream, untrusted, server_round):
+            (indices,) = poisson_batches(mechanism, 1, self._seed("batches", stream))
+            total = self.engine.whole_sum(
+                records,
+                indices,
+                self.layout.active(plan, 1),
+                lambda rows: rounded(rows, mechanism.clip_norm, grid.norm),
+            )
+        words = self._words(stream)
+        return {
+            name: residues(part.numpy() + grid.noise(part.numel(), words).reshape(part.shape))
+            for name, part in total.items()
+        }
+
+    @contextmanager
+    def _round(
+        self,
+        arrays: Mapping[str, NDArray[np.floating]],
+        plan: ComponentPlan,
+        records: Records,
+        mechanism: Mechanism,
+        stream: tuple[object, ...],
+        untrusted: bool,
+        server_round: int,
+    ) -> Iterator[None]:
+        """Load the arrays, check the plan and the model, and give the client its own randomness."""
+        plan.check(len(self.layout.blocks))
         self.load(arrays)
-        settings = self._optimizer(server_round)
-        steps = self.config.local_steps
+        settings = OptimizerSettings.in_round(self.config, server_round)
         with _one_client(self.config.client_threads, self._seed("dropout", stream)):
             self.engine.start_round(
                 mechanism,
@@ -149,11 +217,8 @@ class LocalTrainer:
             )
             if untrusted:
                 self.engine.verify(records)
-            batches = poisson_batches(mechanism, steps, self._seed("batches", stream))
             with self.engine.training():
-                for step, indices in enumerate(batches, start=1):
-                    self.engine.step(records, indices, layout.active(plan, step))
-        return LocalUpdate(self.adapted.read(layout.trained(plan, steps)))
+                yield
 
     def load(self, arrays: Mapping[str, NDArray[np.floating]]) -> None:
         """Write arrays into the model, which takes on their rank.
@@ -179,19 +244,10 @@ class LocalTrainer:
             return SecureNoise()
         return SeededNoise(self._seed("noise", stream))
 
-    def _optimizer(self, server_round: int) -> OptimizerSettings:
-        config = self.config
-        lr_a, lr_b, lr_head = config.learning_rates(server_round)
-        return OptimizerSettings(
-            name=config.optimizer,
-            lr_a=lr_a,
-            lr_b=lr_b,
-            lr_head=lr_head,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            precondition=config.precondition,
-            ridge=config.ridge,
-        )
+    def _words(self, stream: tuple[object, ...]) -> Words:
+        if not self.config.reproducible:
+            return system_words
+        return seeded_words(self._seed("noise", stream))
 
 
 @lru_cache(maxsize=1)

@@ -29,6 +29,7 @@ class Method(Protocol):
     personal: bool
     stable_basis: bool
     folds: bool
+    needs_each_upload: bool
     own_ranks: bool
 
 
@@ -125,8 +126,22 @@ def check_method(config: RunConfig) -> None:
             config.average_decay,
             f"0 where strategy = {config.strategy!r}: {reason}",
         )
+    if config.secure_sum and (reason := _no_sum(method_of(config.strategy))):
+        allowed = (
+            f"a method that works with a sum where trust-model = {config.trust_model!r}: {reason}"
+        )
+        raise InvalidValue("strategy", config.strategy, allowed)
     if config.client_ranks and not method_of(config.strategy).own_ranks:
         raise InvalidValue("client-ranks", config.client_ranks, "empty, or strategy = 'flexlora'")
+
+
+def _no_sum(method: Method) -> str:
+    """Say why the server cannot work with the sum of all uploads; empty where it can."""
+    if method.personal:
+        return "this one leaves a factor with each client"
+    if method.needs_each_upload:
+        return "this one needs each upload"
+    return ""
 
 
 PERSONAL = "models stay with the clients, and are evaluated there"

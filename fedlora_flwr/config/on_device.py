@@ -19,7 +19,7 @@ from fedlora_flwr.errors import InvalidValue, OrderRefused, unknown
 
 _KEYS = fields_by_key(RunConfig)
 _OF_THE_RUN = (Decider.RUN, Decider.LIMITED)
-_AGREED = ("task",)
+_AGREED = ("task", "trust-model")
 _LONGEST = 10_000  # characters of a text that a run sends
 _MOST_OWN = 1_000  # settings of methods that a run sends
 UNREAD = f"a number, true, false, or a text of at most {_LONGEST:,} characters"
@@ -156,7 +156,8 @@ def device_config(
         limit.check(values.get(key, _KEYS[key].default))
     try:
         # On their own first: what is wrong among the run's own values may be told.
-        RunConfig.received(_decided(values, {}))
+        agreed = {key: own[key] for key in _AGREED if key in own}
+        RunConfig.received(_decided(values, agreed))
     except InvalidValue as error:
         raise OrderRefused(str(error)) from error
     return RunConfig.received(_decided(values, own))

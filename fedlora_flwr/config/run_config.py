@@ -26,6 +26,7 @@ from fedlora_flwr.config.sections import (
     TrainingSection,
 )
 from fedlora_flwr.config.toml import toml_value
+from fedlora_flwr.config.trust import SECURE_SUM, check_trust
 from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.places import check_strategy_name, check_task_name
 from fedlora_flwr.schedules import Schedule
@@ -93,6 +94,7 @@ class RunConfig(
         if self.run_epsilon > self.epsilon:
             raise InvalidValue("run-epsilon", self.run_epsilon, f"at most epsilon = {self.epsilon}")
         self._check_methods()
+        check_trust(self)
         for key in ("run_dir", "state_dir"):
             if (folder := getattr(self, key)) and not Path(folder).is_absolute():
                 raise InvalidValue(dashed(key), folder, "an absolute path")
@@ -201,6 +203,11 @@ class RunConfig(
     def block_pattern(self) -> str:
         """Pattern of block names (see `fedlora_flwr.layout.Layout`)."""
         return ".+" if self.groups == "layer" else self.blocks
+
+    @property
+    def secure_sum(self) -> bool:
+        """Whether the server is to see nothing but sums of uploads."""
+        return self.trust_model == SECURE_SUM
 
     @property
     def private(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,7 +25,9 @@ from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.server.noise import noise_to_signal, noisy_coordinates
 from fedlora_flwr.server.rehearsal import check_folding, rehearse_unbuilt
 from fedlora_flwr.server.strategy import build_strategy
+from fedlora_flwr.server.sum_step import sum_grid
 from fedlora_flwr.strategies import FedLoRA
+from fedlora_flwr.strategies.cohort import cohort_size
 from fedlora_flwr.tasks.registry import Task, build_task, optional
 
 # Of all our measured runs none with more noise has ended above its start; see docs/results.md and
@@ -160,6 +163,8 @@ def forecast(config: RunConfig, records: int | None = None) -> Forecast:
     made = [client.mechanism for client in clients if client.mechanism is not None]
     shapes = {name: tuple(parameter.shape) for name, parameter in model.parameters.items()}
     noisy = noisy_coordinates(plans, layout, shapes, config.local_steps, config.filter)
+    if config.secure_sum:
+        made = [_together(config, numbers, max(coordinates))]
     ratio = noise_to_signal(config, made, noisy) if made else None
     found = Forecast(
         config=config,
@@ -167,7 +172,7 @@ def forecast(config: RunConfig, records: int | None = None) -> Forecast:
         coordinates=round(float(np.mean(coordinates))),
         layers=len(layout.layers),
         blocks=len(layout.blocks),
-        memory=_memory(config, task, model, max(coordinates)),
+        memory=_memory(config, task, model, max(coordinates), max(numbers)),
         bytes_up=round(_uploads(strategy, plans, layout, sent, config.local_steps)),
         bytes_down=sum(sent.values()),
         noise_to_signal=ratio,
@@ -254,6 +259,15 @@ def _client(config: RunConfig, records: int) -> ClientForecast:
         return ClientForecast(records, None, str(error))
 
 
+def _together(config: RunConfig, numbers: Sequence[int], coordinates: int) -> Mechanism:
+    """Return the one mechanism that a secure sum is, on the records of a whole cohort."""
+    grid = sum_grid(config, sum(numbers), coordinates)
+    asked = cohort_size(config.num_clients, config.fraction_train) / config.num_clients
+    records = max(1, round(sum(numbers) * asked))
+    q = config.sample_rate
+    return Mechanism(grid.noise_multiplier, config.clip_norm, q * records, records, q)
+
+
 def _sizes(config: RunConfig, task: Task, records: int | None) -> list[int]:
     if records is not None:
         return [records] * config.num_clients
@@ -287,12 +301,15 @@ def _uploads(
     )
 
 
-def _memory(config: RunConfig, task: Task, model: AdaptedModel, coordinates: int) -> Memory:
+def _memory(
+    config: RunConfig, task: Task, model: AdaptedModel, coordinates: int, most: int
+) -> Memory:
     trained = sum(p.numel() for p in model.parameters.values())
     everything = sum(p.numel() * p.element_size() for p in model.model.parameters())
     # A value and a gradient; AdamW keeps two moments, momentum one.
     copies = 2 + (2 if config.optimizer.startswith("adamw") else int(config.momentum > 0))
-    records = min(config.batch_size, config.microbatch_size or config.batch_size)
+    batch = math.ceil(config.sample_rate * most) if config.secure_sum else config.batch_size
+    records = min(batch, config.microbatch_size or batch)
     activations = activation_bytes(task, model, _example(task, records))
     return Memory(
         backbone=everything - _BYTES * trained,

@@ -78,7 +78,7 @@ def split_json(counts: pd.DataFrame, config: RunConfig) -> dict[str, Any]:
 
 def _checks(records: int, config: RunConfig) -> tuple[bool, bool]:
     """Tell whether a client's budget can be kept: δ < 1/n and b ≤ n."""
-    return config.delta * records < 1, config.batch_size <= records
+    return config.delta * records < 1, config.secure_sum or config.batch_size <= records
 
 
 def _labels(records: Records) -> NDArray[np.int64]:

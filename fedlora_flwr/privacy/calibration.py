@@ -17,6 +17,9 @@ def calibrated_mechanism(
 ) -> Mechanism:
     """Work out one client's mechanism: σ from its own q and the planned number of steps.
 
+    Under a secure sum q is the run's, the same for all clients, and σ is that of the whole sum: it
+    is one mechanism on the union of all records.
+
     Parameters
     ----------
     config : RunConfig
@@ -37,8 +40,10 @@ def calibrated_mechanism(
         # Still clipped, so that noise alone separates a run from its private twin.
         batch_size = min(config.batch_size, num_records)
         return Mechanism(0.0, config.clip_norm, batch_size, num_records)
-    check_budget(config.epsilon, config.delta, config.batch_size, num_records)
-    rate, steps = config.batch_size / num_records, config.planned_steps
+    common = config.sample_rate if config.secure_sum else None
+    check_budget(config.epsilon, config.delta, 1 if common else config.batch_size, num_records)
+    expected = common * num_records if common else config.batch_size
+    rate, steps = common or config.batch_size / num_records, config.planned_steps
     if config.ledger_scope == "lifetime" and (config.run_epsilon or terms.order):
         sigma = calibrate_run(
             config.epsilon,
@@ -52,4 +57,4 @@ def calibrated_mechanism(
         sigma = calibrate(config.epsilon, config.delta, rate, steps)
     # Less noise than the first run's would be refused, where that run has fixed it.
     sigma = max(sigma, terms.noise_multiplier)
-    return Mechanism(sigma, config.clip_norm, config.batch_size, num_records)
+    return Mechanism(sigma, config.clip_norm, expected, num_records, common)

@@ -7,24 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from fedlora_flwr.errors import InvalidValue, PrivacyViolation
-from fedlora_flwr.layout import factor_of
-from fedlora_flwr.lora.adapters import AdaptedLinear, AdaptedModel
-from fedlora_flwr.plan import A, B
+from fedlora_flwr.errors import PrivacyViolation
+from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.privacy.clipping import NoisyOptimizer
 from fedlora_flwr.privacy.grad_sample import GradSampler
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.microbatches import PassPlan, passes
 from fedlora_flwr.privacy.noise import NoiseSource
-from fedlora_flwr.privacy.postprocessing.adam import NoiseAwareAdamW
 from fedlora_flwr.privacy.postprocessing.filters import GradientFilter, NoFilter
-from fedlora_flwr.privacy.postprocessing.precondition import precondition
+from fedlora_flwr.privacy.postprocessing.optimizer import OptimizerSettings, PostProcessing
 from fedlora_flwr.privacy.record_independence import (
     Place,
     buffers_of,
@@ -36,50 +32,9 @@ from fedlora_flwr.privacy.record_independence import (
 if TYPE_CHECKING:
     from fedlora_flwr.data.records import Batch, Records
 
+__all__ = ["LossFunction", "OptimizerSettings", "PrivateEngine"]
+
 LossFunction = Callable[[nn.Module, "Batch"], Tensor]
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """Local optimizer; each factor has its own learning rate.
-
-    Parameters
-    ----------
-    name : str
-        ``"sgd"``; ``"adamw"``, which takes the noise out of its second moment; or
-        ``"adamw-plain"``, torch's own.
-    lr_a, lr_b, lr_head : float
-        Learning rates of A, of B and of the head.
-    momentum : float
-        Momentum of SGD; ignored by AdamW.
-    weight_decay : float
-        Weight decay of the active factor.
-    precondition : bool
-        Multiply each factor's gradient by the inverse of the other's Gram matrix (`precondition`).
-    ridge : float
-        Added to that matrix's diagonal.
-    """
-
-    name: str
-    lr_a: float
-    lr_b: float
-    lr_head: float
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    precondition: bool = False
-    ridge: float = 0.0
-
-    def build(self, groups: Sequence[dict[str, object]]) -> torch.optim.Optimizer:
-        """Make a fresh optimizer over parameter groups that carry their own ``lr``."""
-        if self.name == "sgd":
-            return torch.optim.SGD(
-                groups, lr=0.0, momentum=self.momentum, weight_decay=self.weight_decay
-            )
-        if self.name == "adamw":
-            return NoiseAwareAdamW(groups, lr=0.0, weight_decay=self.weight_decay)
-        if self.name == "adamw-plain":
-            return torch.optim.AdamW(groups, lr=0.0, weight_decay=self.weight_decay)
-        raise InvalidValue("optimizer", self.name, "'sgd', 'adamw' or 'adamw-plain'")
 
 
 class PrivateEngine:
@@ -128,10 +83,7 @@ class PrivateEngine:
         self._buffers: list[Place] = []
         self._norms: list[nn.Module] = []
         self._optimizer: NoisyOptimizer | None = None
-        self._partners: dict[str, tuple[AdaptedLinear, str, nn.Parameter]] = {}
-        for layer in adapted.layers:
-            self._partners[f"{layer.name}.lora_A.weight"] = (layer, A, layer.B)
-            self._partners[f"{layer.name}.lora_B.weight"] = (layer, B, layer.A)
+        self._post = PostProcessing(adapted)
 
     def start_round(
         self,
@@ -171,22 +123,13 @@ class PrivateEngine:
         self._norms = list(self._batch_norms())
         self._mechanism = mechanism
         device = next(iter(self.adapted.parameters.values())).device.type
-        self._plan = PassPlan(mechanism.batch_size, self._microbatch_size, device, exact)
+        self._plan = PassPlan(
+            max(1, round(mechanism.batch_size)), self._microbatch_size, device, exact
+        )
         self._settings = settings
-        rates = {"A": settings.lr_a, "B": settings.lr_b, None: settings.lr_head}
-        self._groups = {
-            factor: [name for name in self.adapted.parameters if factor_of(name) == factor]
-            for factor in rates
-        }
-        self._groups = {factor: names for factor, names in self._groups.items() if names}
-        parameters = self.adapted.parameters
+        self._groups = self._post.groups(settings)
         self._optimizer = NoisyOptimizer(
-            settings.build(
-                [
-                    {"params": [parameters[name] for name in names], "lr": rates[factor]}
-                    for factor, names in self._groups.items()
-                ]
-            ),
+            self._post.optimizer(settings),
             noise_multiplier=mechanism.noise_multiplier,
             max_grad_norm=mechanism.clip_norm,
             expected_batch_size=mechanism.batch_size,
@@ -238,6 +181,56 @@ class PrivateEngine:
                 optimizer.zero_grad(set_to_none=True)
         self._check_touched(versions, set(active))
         check_buffers(self._buffers, buffers)
+
+    def whole_sum(
+        self,
+        records: Records,
+        indices: Tensor,
+        active: Sequence[str],
+        whole: Callable[[Tensor], Tensor],
+    ) -> dict[str, Tensor]:
+        """Add up a step's gradients in whole numbers. No noise is added and nothing moves.
+
+        Parameters
+        ----------
+        records, indices, active
+            As for `step`; without ``indices`` the sum is zero.
+        whole : callable
+            Turns gradients by record, shape (n, D), over all active arrays together, into whole
+            numbers of bounded norm (see `fedlora_flwr.secure_sum.rounding.rounded`).
+
+        Returns
+        -------
+        dict[str, Tensor]
+            The sum by name, int64, in the arrays' shapes. *Not private*: noise has to be added.
+
+        Raises
+        ------
+        PrivacyViolation
+            As of `step`.
+        """
+        optimizer = self._optimizer
+        if optimizer is None:
+            raise RuntimeError("start_round must be called before whole_sum")
+        if not self._verified:
+            self.verify(records)
+        self._activate(active)
+        versions, buffers = self._versions(), states_of(self._buffers)
+        total = torch.zeros(())
+        with self.training():
+            for part in passes(records, indices, self._plan):
+                self._fill(part.batch, part.rows, active, slice(len(part.indices)))
+                # Whole numbers add up exactly in fp64.
+                total = total + whole(optimizer.rows()).sum(dim=0, dtype=torch.float64)
+                optimizer.zero_grad(set_to_none=True)
+        self._check_touched(versions, set())
+        check_buffers(self._buffers, buffers)
+        # As the optimizer has put their columns side by side.
+        named = [n for names in self._groups.values() for n in names if n in set(active)]
+        shapes = {name: self.adapted.parameters[name].shape for name in named}
+        sizes = [shape.numel() for shape in shapes.values()]
+        parts = torch.split(total.to("cpu", torch.int64), sizes)
+        return {n: part.view(shapes[n]) for n, part in zip(named, parts, strict=True)}
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -302,18 +295,8 @@ class PrivateEngine:
                 group["params"] = [self.adapted.parameters[n] for n in names if n in chosen]
 
     def _post_process(self) -> None:
-        """Filter and precondition privatized gradients; nothing private is read here."""
-        settings, variance = self._settings, self._mechanism.noise_variance
-        for name, p in self.adapted.parameters.items():
-            if not p.requires_grad or p.grad is None:
-                continue
-            p.grad = self._filter(name, p.grad)
-            if settings.precondition and name in self._partners:
-                layer, factor, other = self._partners[name]
-                p.grad = precondition(p.grad, other, factor, layer.scaling, settings.ridge)
-            optimizer = self._optimizer.original_optimizer if self._optimizer else None
-            if isinstance(optimizer, NoiseAwareAdamW):
-                optimizer.noise_variance[p] = variance * self._filter.noise_gain(name)
+        original = self._optimizer.original_optimizer if self._optimizer else None
+        self._post(self._settings, self._filter, original, self._mechanism.noise_variance)
 
     def _fill_grad_samples(
         self, records: Records, indices: Tensor, active: Sequence[str], of: slice = slice(None)

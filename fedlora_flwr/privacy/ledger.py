@@ -18,7 +18,7 @@ from fedlora_flwr.privacy.account import (
     terms,
 )
 from fedlora_flwr.privacy.budget import Segment
-from fedlora_flwr.privacy.ledger_file import LedgerFile, witness_of
+from fedlora_flwr.privacy.ledger_file import LOCAL, LedgerFile, witness_of
 from fedlora_flwr.wire import ROUND
 
 __all__ = ["LAPSE", "Account", "Ledger", "LedgerSummary", "Terms"]
@@ -104,7 +104,12 @@ class Ledger:
         return admit(account, tallies, planned, rest, self.lapse)[0]
 
     def record(
-        self, account: Account, server_round: int, segment: Segment, planned: Segment
+        self,
+        account: Account,
+        server_round: int,
+        segment: Segment,
+        planned: Segment,
+        trust: str = LOCAL,
     ) -> LedgerSummary:
         """Write a release. Call it before the first private batch is read.
 
@@ -122,6 +127,9 @@ class Ledger:
             The private steps of this release.
         planned : Segment
             All private steps of the client's run, with the same σ and q.
+        trust : str (default: "local")
+            Trust model of the release, for whoever reads the ledger. σ and q say what it spends,
+            whoever added the noise, so releases of all trust models add up.
 
         Returns
         -------
@@ -160,6 +168,7 @@ class Ledger:
                 datetime.now(UTC).isoformat(timespec="seconds"),
                 int(planned.steps),
                 order,
+                trust,
             )
             with self._file.writing() as writer:
                 if _same(_tallies(writer.db, account), tallies):

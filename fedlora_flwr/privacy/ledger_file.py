@@ -40,10 +40,12 @@ from fedlora_flwr.errors import LedgerDamaged
 from fedlora_flwr.files import private_folder, replacing, sync_folder
 from fedlora_flwr.privacy.witness import Head, Witness
 
-_VERSION = 1
+_VERSION = 2
+LOCAL = "local"
+"""Trust model of a row whose client added all of the noise itself."""
 _COLUMNS = (
     "client", "run", "round", "noise_multiplier", "sample_rate", "steps", "written_at",
-    "planned", "rdp_order",
+    "planned", "rdp_order", "trust",
 )  # fmt: skip
 _EARLIER = ("id", *_COLUMNS[:7])
 _RELEASES = """
@@ -64,6 +66,8 @@ _CHAINED = (
     "ALTER TABLE releases ADD COLUMN digest TEXT NOT NULL DEFAULT ''",
     "CREATE TABLE origin (ledger TEXT NOT NULL)",
 )
+_FIRST_CHAINED = (*_EARLIER, "planned", "rdp_order", "digest")
+_TRUSTING = f"ALTER TABLE releases ADD COLUMN trust TEXT NOT NULL DEFAULT '{LOCAL}'"
 _SELECT = f"SELECT id, digest, {', '.join(_COLUMNS)} FROM releases"  # noqa: S608
 _INSERT = (
     f"INSERT INTO releases (digest, {', '.join(_COLUMNS)}) "  # noqa: S608
@@ -233,7 +237,7 @@ class LedgerFile:
             raise self._damaged("a newer version of this package wrote it", "use that version")
         if version < _VERSION:
             self._migrate(db)
-        if _columns(db) != (*_EARLIER, "planned", "rdp_order", "digest"):
+        if _columns(db) != (*_FIRST_CHAINED, "trust"):
             raise self._damaged("it is not a ledger", "name another file")
         return db
 
@@ -261,12 +265,17 @@ class LedgerFile:
             sync_folder(self.witness.path.parent)
 
     def _migrate(self, db: sqlite3.Connection) -> None:
-        """Add the chain to a ledger of an earlier version."""
+        """Add what a ledger of an earlier version lacks: the chain, or the trust models."""
         with self.witness.locked() as witness:
             # Asked without SQLite's lock, whose holder may be waiting for the witness.
             if db.execute("PRAGMA user_version").fetchone() == (_VERSION,):
                 return
             db.execute("BEGIN IMMEDIATE")
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            if version == 1 and _columns(db) == _FIRST_CHAINED:
+                _set_version(db)  # The digests of its rows stay (see `chained`).
+                db.execute("COMMIT")
+                return
             if _columns(db) != _EARLIER:
                 db.execute("ROLLBACK")
                 raise self._damaged("it is not a ledger", "name another file")
@@ -334,14 +343,20 @@ def witness_of(path: Path) -> Path:
 
 
 def chained(digest: str, values: Values | list[Any]) -> str:
-    """Return the digest of a row that follows one with ``digest``."""
+    """Return the digest of a row that follows one with ``digest``.
+
+    A row of the local trust model has the digest that it had before rows named one.
+    """
+    if values[-1] == LOCAL:
+        values = values[:-1]
     return hashlib.sha256(json.dumps([digest, *values]).encode()).hexdigest()
 
 
 def _chain(db: sqlite3.Connection, head: Head) -> Head | None:
     """Add the chain to the rows that there are; None if their numbers have gaps."""
-    for statement in (*_CHAINED, _INDEX, f"PRAGMA user_version = {_VERSION}"):
+    for statement in (*_CHAINED, _INDEX):
         db.execute(statement)
+    _set_version(db)
     db.execute("INSERT INTO origin VALUES (?)", (head.ledger,))
     for number, _, *values in db.execute(f"{_SELECT} ORDER BY id").fetchall():
         head = Head(head.ledger, head.rows + 1, chained(head.digest, values))
@@ -349,6 +364,11 @@ def _chain(db: sqlite3.Connection, head: Head) -> Head | None:
             return None
         db.execute("UPDATE releases SET digest = ? WHERE id = ?", (head.digest, number))
     return head
+
+
+def _set_version(db: sqlite3.Connection) -> None:
+    db.execute(_TRUSTING)
+    db.execute(f"PRAGMA user_version = {_VERSION}")
 
 
 def _columns(db: sqlite3.Connection) -> tuple[str, ...]:

@@ -28,10 +28,14 @@ class Mechanism:
     clip_norm : float
         C: largest L2 norm of a record's gradient over all tensors that train together. Infinity
         leaves gradients as they are.
-    batch_size : int
-        Expected batch size b, which the noisy sum is divided by.
+    batch_size : float
+        Expected batch size b, which the noisy sum is divided by. Below 1 under a secure sum, where
+        q is given, and b = q·n follows from it.
     num_records : int
-        n: each record joins a step with probability ``sample_rate`` = b/n.
+        n: each record joins a step with probability ``sample_rate``.
+    rate : float, optional
+        q, where it is given first and b = q·n follows; by default b/n. Given, it is the same number
+        for all clients to the last bit.
 
     Raises
     ------
@@ -55,8 +59,9 @@ class Mechanism:
 
     noise_multiplier: float
     clip_norm: float
-    batch_size: int
+    batch_size: float
     num_records: int
+    rate: float | None = None
 
     def __post_init__(self) -> None:
         if self.noise_multiplier != 0 and not SMALLEST <= self.noise_multiplier <= LARGEST:
@@ -66,15 +71,16 @@ class Mechanism:
             raise InvalidValue("clip-norm", self.clip_norm, "a number above 0")
         if self.noise_multiplier > 0 and math.isinf(self.clip_norm):
             raise InvalidValue("clip-norm", self.clip_norm, "a finite number where noise is added")
-        if not 1 <= self.batch_size <= self.num_records:
-            raise InvalidValue(
-                "batch-size", self.batch_size, f"1 to n = {self.num_records} records"
-            )
+        if not 0 < self.batch_size <= self.num_records:
+            allowed = f"a number above 0, at most n = {self.num_records} records"
+            raise InvalidValue("batch-size", self.batch_size, allowed)
+        if self.rate is not None and not 0 < self.rate <= 1:
+            raise InvalidValue("sample-rate", self.rate, "a number above 0 and at most 1")
 
     @property
     def sample_rate(self) -> float:
         """Probability q with which a record joins a step."""
-        return self.batch_size / self.num_records
+        return self.batch_size / self.num_records if self.rate is None else self.rate
 
     @property
     def noise_variance(self) -> float:

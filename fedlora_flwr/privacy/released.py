@@ -36,6 +36,9 @@ class Released:
         Number of records where that is the weight, otherwise 1; 0 where nothing trained.
     unprotected : Mapping[str, float]
         Metrics on private records *without* protection; empty unless the run asks for them.
+    shares : Mapping[str, ndarray]
+        Under a secure sum, in place of arrays: uint32. Each has one share of the noise, and only
+        their sum over all clients is private.
 
     Guarantees
     ----------
@@ -55,6 +58,7 @@ class Released:
     status: str = STATUS_OK
     num_examples: int = 1
     unprotected: Mapping[str, float] = field(default_factory=dict)
+    shares: Mapping[str, NDArray[np.uint32]] = field(default_factory=dict)
 
     def report(self) -> Report:
         """Return what travels, held to the limits of the contract.
@@ -67,6 +71,7 @@ class Released:
         return Report(
             status=self.status,
             arrays=self.arrays,
+            shares=self.shares,
             epsilon=float(self.ledger.epsilon),
             epsilon_budget=float(self.ledger.epsilon_budget),
             delta=float(self.ledger.delta),

@@ -28,6 +28,7 @@ from fedlora_flwr.server.rehearsal import check_folding, rehearse
 from fedlora_flwr.server.rounds import OnRound, RoundRow, by_name
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.server.strategy import build_strategy
+from fedlora_flwr.server.sum_step import sum_step
 from fedlora_flwr.strategies import FedLoRA
 from fedlora_flwr.strategies.replies import RoundReport, to_record
 from fedlora_flwr.tasks.registry import Task, build_task
@@ -86,6 +87,8 @@ def run_federation(
             adapted = build_adapted(config, task)
             check_folding(strategy, adapted)
             rehearse(task, adapted)
+        if config.secure_sum:
+            strategy.opener = sum_step(config, task, adapted)
         session = _Session(config, task, adapted, strategy, run_dir, on_round)
         session.run(grid)
         session.draw_modes()
@@ -238,6 +241,11 @@ class _Session:
         return {**report.details, **report.compared, **self._noise(report), **counted}
 
 
+def _remarks(strategy: FedLoRA) -> dict[str, str]:
+    opener = strategy.opener
+    return {**strategy.remarks(), **({"secure sum": opener.remark} if opener else {})}
+
+
 def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dict[str, Any]:
     rows = session.rows if session else []
     metric = session.task.metric if session else "accuracy"
@@ -270,8 +278,9 @@ def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dic
         "seed": config.seed,
         "reproducible_noise": config.reproducible,
         "weighting": config.weighting,
+        "trust_model": config.trust_model,
         "blocks": list(session.layout.blocks) if session else [],
-        "remarks": session.strategy.remarks() if session else {},
+        "remarks": _remarks(session.strategy) if session else {},
         "unprotected_metrics": config.report_unprotected_metrics,
         "versions": versions(),
     }

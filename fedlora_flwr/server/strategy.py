@@ -42,7 +42,9 @@ def build_strategy(config: RunConfig) -> FedLoRA:
     except TypeError as error:
         allowed = f"a class that takes FedLoRA's arguments and its own settings ({error})"
         raise InvalidValue("strategy", config.strategy, allowed) from error
-    return chosen(**arguments)
+    made = chosen(**arguments)
+    made.by_sum = config.secure_sum
+    return made
 
 
 def _own_settings(config: RunConfig, chosen: type[FedLoRA]) -> dict[str, Any]:

@@ -24,12 +24,14 @@ from fedlora_flwr.lora.build import build_adapted
 from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.processes.workers import Execute, executor, one_by_one
+from fedlora_flwr.secure_sum.grid import Grid
 from fedlora_flwr.server.endings import COMPLETED, untold
 from fedlora_flwr.server.rehearsal import check_folding, is_large, rehearse
 from fedlora_flwr.server.rounds import OnRound
 from fedlora_flwr.server.run_dir import CLAIM, RunDirectory
 from fedlora_flwr.server.serve import run_federation
 from fedlora_flwr.server.strategy import build_strategy
+from fedlora_flwr.server.sum_step import sum_grid
 from fedlora_flwr.simulations.app import write_app
 from fedlora_flwr.simulations.superlink import LOCAL, SimulationSuperLink
 from fedlora_flwr.tasks.registry import build_task, optional, reading
@@ -64,6 +66,8 @@ class PreparedRun:
         Sentences on the records that are read and left out.
     model : AdaptedModel or None
         The model at its start, which has been rehearsed, for the run that takes it.
+    grid : Grid or None
+        Under a secure sum, the grid of each round.
     """
 
     config: RunConfig
@@ -73,6 +77,7 @@ class PreparedRun:
     metric: str = "accuracy"
     head: bool = True
     records: list[str] = field(default_factory=list)
+    grid: Grid | None = None
     model: AdaptedModel | None = field(default=None, repr=False)
 
     def take_model(self) -> AdaptedModel | None:
@@ -122,6 +127,7 @@ def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRu
         disable=console is None or not console.is_terminal,
     )
     trained = sum(parameter.numel() for parameter in adapted.parameters.values())
+    grid = sum_grid(config, sum(sizes), trained) if config.secure_sum else None
     return PreparedRun(
         config=config,
         mechanisms=[calibrated_mechanism(config, size) for size in progress],
@@ -131,6 +137,7 @@ def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRu
         head=bool(adapted.head),
         records=reading(task, config.num_clients),
         model=None if large else adapted,
+        grid=grid,
     )
 
 

@@ -18,6 +18,7 @@ from fedlora_flwr.algebra.means import Arrays, merge, weighted_mean
 from fedlora_flwr.errors import BudgetsSpent, FedLoRAError, InvalidValue
 from fedlora_flwr.layout import Layout, factor_of
 from fedlora_flwr.plan import BOTH, A, B, ComponentPlan
+from fedlora_flwr.strategies import secure_sum
 from fedlora_flwr.strategies.agreement import describe
 from fedlora_flwr.strategies.clipping import check_clipping
 from fedlora_flwr.strategies.cohort import Cohorts
@@ -86,6 +87,10 @@ class FedLoRA(Declared, Exchange):
     ----------
     last_round : RoundReport or None
         What came of the last round.
+    by_sum : bool
+        Whether the run is under a secure sum; whoever makes the strategy sets it.
+    opener : Opener or None
+        Opens the sums of such a run, and steps by them; whoever starts the run sets it.
 
     Raises
     ------
@@ -103,6 +108,7 @@ class FedLoRA(Declared, Exchange):
     'A'
     """
 
+    by_sum: bool = False
     averages: ClassVar[bool] = True
     needs_each_upload: ClassVar[bool] = False
 
@@ -150,6 +156,7 @@ class FedLoRA(Declared, Exchange):
         self.shared = self.shared or ("" if share_head else A + B)
         self.num_rounds = 0
         self.last_round: RoundReport | None = None
+        self.opener: secure_sum.Opener | None = None
         self._cohorts: Cohorts | None = None
         self._result = Result()
         self._round = Round()
@@ -317,6 +324,8 @@ class FedLoRA(Declared, Exchange):
             grid, server_round, self.fraction_train, self.min_available_nodes, self.min_train_nodes
         )
         order = replace(self.order(server_round, str(plan)), weighting=self.weighting)
+        if self.opener:
+            order = secure_sum.asks_for_shares(order, self.opener, len(this.asked))
         config.update(order.to_config())
         sent = len(this.asked)
         report = self.last_round = RoundReport(
@@ -349,9 +358,14 @@ class FedLoRA(Declared, Exchange):
         log(INFO, "aggregate_train: %d of %d clients", len(report.uploads), report.sent)
         if not report.uploads:
             return None, None
+        current, uploads = self._round.current, report.uploads
+        if self.opener:
+            uploads = secure_sum.opened_upload(self.opener, server_round, current, report)
+            if not uploads:
+                return None, None
         self._trained = True
-        arrays = within_limits(self.aggregate(server_round, self._round.current, report.uploads))
-        report.compared = describe(self._round.current, report.uploads, personal=self.personal)
+        arrays = within_limits(self.aggregate(server_round, current, uploads))
+        report.compared = describe(current, uploads, personal=self.personal)
         metrics = combine_metrics([upload.metrics for upload in report.uploads])
         self._result.arrays = to_record(arrays)
         self._result.train_metrics_clientapp[server_round] = metrics
@@ -368,8 +382,12 @@ class FedLoRA(Declared, Exchange):
                 return
             keys = self.weighting, self.weighted_by_key
             upload = Upload.of(client, found, *keys, self.max_weight)
-            self._round.expected.check(upload.arrays)
-            self.check_upload(self._round.current, upload)
+            secure_sum.check_kind(upload, bool(self.opener))
+            if self.opener:
+                secure_sum.check_share(self._round.expected, self._round.current, upload.shares)
+            else:
+                self._round.expected.check(upload.arrays)
+                self.check_upload(self._round.current, upload)
             self._ledgers.check(client, upload.metrics, self.local_steps)
         except Exception as error:  # One client's reply must not end the others' round.
             report.fail(client, error)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedlora_flwr.algebra.means import Arrays
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.layout import Layout, is_shared
 from fedlora_flwr.plan import ComponentPlan
@@ -55,7 +55,7 @@ class Expected:
         """The names where a round has as many steps as the plan, or more."""
         return self.possible[-1]
 
-    def check(self, arrays: Arrays) -> None:
+    def check(self, arrays: Mapping[str, object]) -> None:
         """Refuse an upload that is not exactly what the plan trains.
 
         Raises

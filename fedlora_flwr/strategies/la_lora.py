@@ -12,7 +12,8 @@ class LALoRA(FedLoRA):
 
     Within a step one factor is frozen, so noise on both never multiplies; the average at the
     round's end is not exact. B is first: while B = 0 the gradient of A is zero. The method's
-    low-pass filter is the client's ``filter = "binomial"``. Source: arXiv 2602.19926.
+    low-pass filter is the client's ``filter = "binomial"``. Under a secure sum a round has one
+    step, and the factors take turns by round. Source: arXiv 2602.19926.
 
     Examples
     --------
@@ -23,5 +24,7 @@ class LALoRA(FedLoRA):
     """
 
     def plan(self, server_round: int, layout: Layout) -> ComponentPlan:
-        """Alternate B and A over the local steps, in every block."""
+        """Alternate B and A over the local steps, in every block; by round under a secure sum."""
+        if self.by_sum:
+            return ComponentPlan.uniform(B if server_round % 2 else A)
         return ComponentPlan.uniform(B, A)

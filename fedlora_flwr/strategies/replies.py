@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from flwr.common.logger import log
+from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.means import Arrays, bounded
 from fedlora_flwr.errors import FederationAborted, FedLoRAError, InvalidValue
@@ -40,6 +41,8 @@ class Upload:
         The numbers that came along.
     texts : dict[str, str]
         The texts that came along.
+    shares : Mapping[str, ndarray]
+        Under a secure sum, in place of arrays.
     """
 
     client: str
@@ -47,6 +50,7 @@ class Upload:
     weight: float
     metrics: dict[str, float]
     texts: dict[str, str] = field(default_factory=dict)
+    shares: Mapping[str, NDArray[np.uint32]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -62,7 +66,7 @@ class Upload:
         numbers = {word: float(value) for word, value in found.numbers().items()}
         texts = {word: v for word, v in found.texts().items() if isinstance(v, str)}
         weight = weight_of(numbers, weighting, weighted_by, most)
-        return cls(client, dict(found.arrays), weight, numbers, texts)
+        return cls(client, dict(found.arrays), weight, numbers, texts, dict(found.shares))
 
 
 @dataclass

@@ -178,7 +178,8 @@ class Comparison:
             for client in range(config.num_clients):
                 records = task.client_records(client, config.num_clients)
                 if config.private:
-                    check_budget(config.epsilon, config.delta, config.batch_size, len(records))
+                    batch = 1 if config.secure_sum else config.batch_size
+                    check_budget(config.epsilon, config.delta, batch, len(records))
         # The calibrations are kept for the runs.
         for config in {job.row: job.config for job in reversed(jobs)}.values():
             prepare_run(config, console)

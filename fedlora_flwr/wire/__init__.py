@@ -15,6 +15,11 @@ WEIGHTINGS = ("uniform", "size", "inverse-noise")
 # Of the arrays of a message, in magnitude. Trained factors and heads stay below a hundred; products
 # of entries up to here stay far from the largest number in fp32.
 MOST_ENTRY = 1e4
+# Under a secure sum: the clients that a round asks, the noise of their sum, and the grid norm C/γ.
+COHORT = "cohort"
+SUM_NOISE = "sum-noise"
+GRID_NORM = "grid-norm"
+SHARES = "shares"
 # The account that a client gives, and what its round took.
 EPSILON = "epsilon"
 EPSILON_BUDGET = "epsilon-budget"

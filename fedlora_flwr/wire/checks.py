@@ -33,12 +33,25 @@ def checked_notes(notes: Mapping[str, object]) -> dict[str, bool | bytes | str]:
 
 def checked_arrays(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
     """Return arrays in fp32 that are finite and within range."""
+    _check_count(arrays)
+    return {ARRAY_NAME.read("array name", n): _checked_array(n, a) for n, a in arrays.items()}
+
+
+def checked_shares(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.uint32]]:
+    """Return the arrays of a secure sum; any whole number is one of theirs."""
+    _check_count(arrays)
+    for name, array in arrays.items():
+        if array.dtype != limits.RESIDUE:
+            raise InvalidValue(f"type of {name}", str(array.dtype)[:60], "uint32")
+    return {ARRAY_NAME.read("array name", n): a for n, a in arrays.items()}
+
+
+def _check_count(arrays: Mapping[str, NDArray[Any]]) -> None:
     if len(arrays) > limits.MOST_ARRAYS:
         raise InvalidValue("uploaded arrays", len(arrays), f"at most {limits.MOST_ARRAYS}")
     total = sum(array.size for array in arrays.values())
     if total > limits.MOST_ENTRIES:
         raise InvalidValue("entries of all arrays", total, f"at most {limits.MOST_ENTRIES}")
-    return {ARRAY_NAME.read("array name", n): _checked_array(n, a) for n, a in arrays.items()}
 
 
 def _checked_array(name: str, array: NDArray[Any]) -> NDArray[np.float32]:

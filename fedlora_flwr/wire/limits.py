@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.wire import MOST_ENTRY
 
@@ -22,6 +24,8 @@ fp64, and their factors far from the end of fp32.
 MOST_ARRAYS = 20_000
 MOST_ENTRIES = 2**31
 """Largest number of entries in all arrays of one message together."""
+RESIDUE = np.dtype(np.uint32)
+"""Type of the arrays of a secure sum: whole numbers modulo 2³²."""
 MOST_RECORDS = 10**9
 """Largest number of records that a client may say it has."""
 MOST_WEIGHT = 1e20

@@ -13,12 +13,15 @@ from fedlora_flwr.errors import InvalidValue, OrderRefused
 from fedlora_flwr.layout import factor_of, is_folded, is_shared
 from fedlora_flwr.plan import A, B, ComponentPlan
 from fedlora_flwr.wire import (
+    COHORT,
     FINGERPRINT,
+    GRID_NORM,
     MOST_ENTRY,
     NAMES,
     PLAN,
     ROUND,
     SHARE,
+    SUM_NOISE,
     WEIGHTING,
     WEIGHTINGS,
 )
@@ -28,6 +31,7 @@ Arrays = Mapping[str, NDArray[np.generic]]
 Scalar = bool | bytes | float | int | str
 
 MOST_ROUND = 1_000_000
+MOST_COHORT = 1_000_000
 LONGEST_PLAN = 100_000  # characters
 LONGEST = 128
 LONGEST_NAMES = 10_000_000  # characters of all names together
@@ -74,6 +78,12 @@ class Order:
     share : str
         The factors that are exchanged, ``"A"``, ``"B"`` or ``"AB"``; all else that trains stays
         with the client. Empty: nothing stays.
+    cohort : int
+        Under a secure sum, the number of clients that the round asks; else 0.
+    sum_noise : float
+        Under a secure sum, the noise multiplier σ of the sum, the same for all clients; else 0.
+    grid_norm : int
+        Under a secure sum, the clip norm in units of the round's grid; else 0.
 
     Raises
     ------
@@ -101,6 +111,18 @@ class Order:
     share: str = _row(
         SHARE, "", Text(LONGEST, (A, B, A + B)),
         "What stays with the client went through the same private steps.",
+    )  # fmt: skip
+    cohort: int = _row(
+        COHORT, 0, Number(1, MOST_COHORT, whole=True),
+        "The share of the noise follows from it; the device's file says how small it may become.",
+    )  # fmt: skip
+    sum_noise: float = _row(
+        SUM_NOISE, 0.0, Number(1e-3, 1e6),
+        "A device refuses less than its own budget needs, and its ledger counts what was ordered.",
+    )  # fmt: skip
+    grid_norm: int = _row(
+        GRID_NORM, 0, Number(1 << 10, 1 << 20, whole=True),
+        "The noise is made for any grid, and rounding never lengthens a record's gradient.",
     )  # fmt: skip
 
     def __post_init__(self) -> None:

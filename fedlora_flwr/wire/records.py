@@ -21,7 +21,8 @@ T = TypeVar("T")
 
 def train_records(report: Report) -> RecordDict:
     """Write the answer to a message that trains: arrays, numbers and texts."""
-    arrays = {name: from_numpy(array) for name, array in report.arrays.items()}
+    sent = {**report.arrays, **report.shares}
+    arrays = {name: from_numpy(array) for name, array in sent.items()}
     return RecordDict({ARRAYS: record_of(arrays), **_scalars(report)})
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedlora_flwr import wire
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.wire import limits
-from fedlora_flwr.wire.checks import checked_arrays, checked_notes
+from fedlora_flwr.wire.checks import checked_arrays, checked_notes, checked_shares
 from fedlora_flwr.wire.limits import NAME, Number, Text, shown
 
 Scalars = dict[str, bool | bytes | float | int | str]
@@ -59,6 +59,9 @@ class Report:
         ``"ok"`` or nothing, or ``"budget-exhausted"``: then no array counts.
     arrays : Mapping[str, ndarray]
         What trained.
+    shares : Mapping[str, ndarray]
+        Under a secure sum, in place of arrays: whole numbers modulo 2³², which mean nothing but in
+        the sum over all clients.
     epsilon, epsilon_budget, delta, accountant, steps
         The account that the client's ledger gives.
     seconds : float
@@ -100,6 +103,14 @@ class Report:
         f"up to {limits.MOST_ARRAYS} named arrays of fp16, fp32 or fp64, together "
         f"{limits.MOST_ENTRIES} finite entries of at most {limits.MOST_UPLOADED_ENTRY:g} in "
         "absolute value",
+    )
+    shares: Mapping[str, NDArray[Any]] = _row(
+        {},
+        RUN,
+        "They leave only where the device's file says trust-model = 'secure-sum'.",
+        wire.SHARES,
+        f"up to {limits.MOST_ARRAYS} named arrays of uint32, together {limits.MOST_ENTRIES} "
+        "entries",
     )
     epsilon: float | None = _row(
         None,
@@ -272,7 +283,10 @@ class Report:
         InvalidValue
             A word for a number came as a text, or the other way round.
         """
-        found: dict[str, Any] = {"arrays": arrays}
+        found: dict[str, Any] = {
+            "arrays": {n: a for n, a in arrays.items() if a.dtype != limits.RESIDUE},
+            "shares": {n: a for n, a in arrays.items() if a.dtype == limits.RESIDUE},
+        }
         further: dict[str, dict[str, object]] = {"unprotected": {}, "measured": {}, "notes": {}}
         by_number, by_text = _words(Number), _words(Text)
         for word, value in numbers.items():
@@ -317,6 +331,7 @@ class Report:
             values[name] = {NAME.read("name", n): _FURTHER.read(n, v) for n, v in given.items()}
         values["notes"] = checked_notes(self.notes)
         values["arrays"] = checked_arrays(self.arrays)
+        values["shares"] = checked_shares(self.shares)
         found = replace(self, **values)
         if None not in (found.epsilon, found.epsilon_budget) and not (
             cast(float, found.epsilon) <= cast(float, found.epsilon_budget) * (1 + 1e-9)

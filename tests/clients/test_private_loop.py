@@ -17,7 +17,7 @@ from fedlora_flwr.data.records import TensorRecords
 from fedlora_flwr.errors import PrivacyViolation
 from fedlora_flwr.layout import factor_of
 from fedlora_flwr.plan import ComponentPlan
-from fedlora_flwr.privacy.engine import PrivateEngine
+from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
 from fedlora_flwr.privacy.masks import own_randomness
 from fedlora_flwr.privacy.mechanism import Mechanism, poisson_batches
 from fedlora_flwr.privacy.noise import SeededNoise
@@ -116,7 +116,11 @@ def by_hand(
     trainer.load(trainer.start)
     engine = trainer.engine
     with own_randomness(seed("dropout", stream)):
-        engine.start_round(mechanism, trainer._optimizer(1), SeededNoise(seed("noise", stream)))
+        engine.start_round(
+            mechanism,
+            OptimizerSettings.in_round(trainer.config, 1),
+            SeededNoise(seed("noise", stream)),
+        )
         for batch in poisson_batches(mechanism, steps, seed("batches", stream)):
             engine.step(records, batch, trainer.layout.active(BOTH, 1))
     return trainer.adapted.read()

@@ -70,6 +70,7 @@ def test_a_devices_own_value_is_in_force(key: str) -> None:
     choices = {
         "quantization": "8bit", "compile": "inductor", "ledger-scope": "run", "weighting": "size",
         "state-dir": "/mine", "task": "digits", "delta": 1e-7,
+        "trust-model": "local",
     }  # fmt: skip
     own = {**MINE, key: choices.get(key, changed[type(DEFAULTS[key])])}
     assert device_config({}, own).items()[key] == own[key]

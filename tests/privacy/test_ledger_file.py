@@ -105,7 +105,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "last row deleted": lambda path: edit(path, "DELETE FROM releases WHERE id = 8"),
     "all rows deleted": lambda path: edit(path, "DELETE FROM releases"),
     "row added": lambda path: edit(
-        path, "INSERT INTO releases SELECT 9, 'w', 'r', 1, 2.0, 0.1, 1, 'now', 1, NULL, ''"
+        path, "INSERT INTO releases SELECT 9, 'w', 'r', 1, 2.0, 0.1, 1, 'now', 1, NULL, '', 'local'"
     ),
     "chain dropped": lambda path: edit(path, "PRAGMA user_version = 0"),
     "table dropped": lambda path: edit(path, "DROP TABLE releases"),
@@ -385,3 +385,29 @@ def test_a_folder_that_is_there_keeps_its_mode_unless_it_is_ours(
 
 def test_every_error_of_a_ledger_is_one_of_ours() -> None:
     assert issubclass(LedgerDamaged, FedLoRAError)
+
+
+def test_a_ledger_without_trust_models_keeps_its_rows_and_their_digests(path: Path) -> None:
+    edit(path, "ALTER TABLE releases DROP COLUMN trust", "PRAGMA user_version = 1")
+    with closing(sqlite3.connect(path)) as db:
+        before = db.execute("SELECT id, digest FROM releases").fetchall()
+
+    write(path)
+    Ledger(path).record(ACCOUNT, 10, ONE, PLAN, "secure-sum, 1 of 8 shares")
+    forget()
+
+    assert Ledger(path).summary(ACCOUNT).steps == len(before) + 2
+    with closing(sqlite3.connect(path)) as db:
+        rows = db.execute("SELECT id, digest FROM releases").fetchall()
+        trust = [row[0] for row in db.execute("SELECT trust FROM releases")]
+    assert rows[: len(before)] == before
+    assert trust == ["local"] * (len(before) + 1) + ["secure-sum, 1 of 8 shares"]
+
+
+def test_the_trust_model_of_a_row_cannot_be_edited(path: Path) -> None:
+    Ledger(path).record(ACCOUNT, 9, ONE, PLAN, "secure-sum, 1 of 8 shares")
+    forget()
+    edit(path, "UPDATE releases SET trust = 'local' WHERE id = 9")
+
+    with pytest.raises(LedgerDamaged, match="row 9 was changed"):
+        Ledger(path)

@@ -40,6 +40,7 @@ SUMMARY = {
     "seed",
     "reproducible_noise",
     "weighting",
+    "trust_model",
     "remarks",
     "unprotected_metrics",
     "versions",

@@ -34,6 +34,29 @@ class PrivacySection:
         0.0, at_least(0), "part of a lifetime's epsilon that one run may plan for; 0 = all",
         _DEVICE, _PROMISE,
     )  # fmt: skip
+    trust_model: str = key(
+        "local", choice("local", "secure-sum"),
+        "who adds the noise: each client all of it, or all together for a sum that alone is opened",
+        _DEVICE, _PROMISE,
+    )  # fmt: skip
+    sample_rate: float = key(
+        0.0, between(0, 1),
+        "secure-sum: q with which each record of any client joins a round, in place of batch-size",
+        _LIMITED, "The noise is made for this rate.",
+    )  # fmt: skip
+    dropouts: int = key(
+        0, between(0, 1_000_000), "secure-sum: clients of a round that may fail to answer",
+        _LIMITED, "Each client's share of the noise is larger for it.",
+    )  # fmt: skip
+    colluding: int = key(
+        0, between(0, 1_000_000), "secure-sum: clients of a round that may side with the server",
+        _LIMITED, "Each client's share of the noise is larger for it.",
+    )  # fmt: skip
+    least_shares: int = key(
+        1, between(1, 1_000_000),
+        "secure-sum: fewest clients, dropouts and colluding left out, that must share the noise",
+        _DEVICE, _PROMISE, on_device=2,
+    )  # fmt: skip
     clip_norm: float = key(
         1.0, between_or_inf(1e-6, 1e6),
         "C: largest norm of one record's gradient; inf = no clipping, where epsilon = inf",

@@ -1,0 +1,121 @@
+"""What a client checks before it uploads a share to a secure sum, and what it adds to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from fedlora_flwr.clients.trainer import LocalTrainer
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.trust import SECURE_SUM
+from fedlora_flwr.environment import in_simulation
+from fedlora_flwr.errors import InvalidValue, OrderRefused
+from fedlora_flwr.plan import ComponentPlan
+from fedlora_flwr.privacy.ledger_file import LOCAL
+from fedlora_flwr.privacy.mechanism import Mechanism
+from fedlora_flwr.secure_sum.accounting import honest_shares
+from fedlora_flwr.secure_sum.grid import Grid, Residues
+from fedlora_flwr.wire import NUM_EXAMPLES, SUM_NOISE
+from fedlora_flwr.wire.order import Order
+
+# Two machines may calibrate to other last digits. The ledger has the last word on ε.
+_ROUNDED = 1e-6
+
+
+def check_order(order: Order, plan: ComponentPlan | None, config: RunConfig) -> int:
+    """Return m, the shares of the noise, or 0 where this client adds all of it itself.
+
+    Raises
+    ------
+    OrderRefused
+        The order asks for a share where the client adds all noise itself, or the other way round;
+        too few clients would share the noise; or nothing hides the upload.
+    """
+    if not config.secure_sum:
+        if order.cohort or order.sum_noise or order.grid_norm:
+            raise OrderRefused(
+                "The message asks for a share of a secure sum, and this run's trust-model is "
+                "'local'. Set trust-model = 'secure-sum' for the run, and on the device."
+            )
+        return 0
+    if not in_simulation():
+        # An upload has the noise of one share, so it must not leave where nothing hides it.
+        raise OrderRefused(
+            "trust-model = 'secure-sum' is refused: this version simulates the sum and masks no "
+            "upload, so a device sends none. Use trust-model = 'local'."
+        )
+    if plan is None or not (order.cohort and order.sum_noise and order.grid_norm):
+        raise OrderRefused(
+            "A secure sum needs a plan, the number of clients asked, the noise of the sum and the "
+            "grid's norm in the message. Use one of this package's strategies."
+        )
+    try:
+        shares = honest_shares(order.cohort, config.dropouts, config.colluding)
+    except InvalidValue as error:
+        raise OrderRefused(str(error)) from error
+    if shares < config.least_shares:
+        raise OrderRefused(
+            f"The noise would be shared among {shares} clients ({order.cohort} asked, less "
+            f"dropouts = {config.dropouts} and colluding = {config.colluding}), and this client "
+            f"takes part from least-shares = {config.least_shares} on. Ask more clients."
+        )
+    return shares
+
+
+def agreed(own: Mechanism, order: Order) -> Mechanism:
+    """Return the mechanism with the noise that all clients of a sum make their shares for.
+
+    Where there is no sum, it is the client's own.
+
+    The sum has as much noise as all shares together. A client whose budget needs more than the
+    others add could not keep its promise by a larger share of its own.
+
+    Raises
+    ------
+    InvalidValue
+        The sum has less noise than this client's own budget needs.
+    """
+    if not order.sum_noise:
+        return own
+    if order.sum_noise < own.noise_multiplier * (1 - _ROUNDED):
+        allowed = f"at least {own.noise_multiplier:.6g}, which this client's budget needs"
+        raise InvalidValue(SUM_NOISE, order.sum_noise, allowed)
+    return replace(own, noise_multiplier=order.sum_noise)
+
+
+def round_grid(
+    order: Order,
+    mechanism: Mechanism,
+    shares: int,
+    trainer: LocalTrainer,
+    plan: ComponentPlan | None,
+) -> Grid | None:
+    """Return the round's grid, on which the sum has the noise of the mechanism; None without one.
+
+    Raises
+    ------
+    InvalidValue
+        The noise does not fit the grid, or is too little for it.
+    """
+    if not shares or plan is None:
+        return None
+    grid = Grid.of(mechanism.noise_multiplier, shares, order.grid_norm)
+    parameters = trainer.adapted.parameters
+    size = sum(parameters[name].numel() for name in trainer.layout.active(plan, 1))
+    grid.check_slack(size, trainer.config.planned_steps)
+    return grid
+
+
+def trust_of(shares: int) -> str:
+    """Return what a row of the ledger says of the trust model: for a sum, with m.
+
+    Without masks an upload would have had the noise multiplier σ/√m (see `epsilon_unmasked`).
+    """
+    return f"{SECURE_SUM}, 1 of {shares} shares" if shares else LOCAL
+
+
+def with_records(shares: Mapping[str, Residues], records: int) -> dict[str, Residues]:
+    """Add the number of records to a share: only their sum over all clients is opened, too."""
+    return {**shares, NUM_EXAMPLES: np.array([records], np.uint32)}

@@ -1,0 +1,73 @@
+"""Which settings fit the trust model of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from fedlora_flwr.config.keys import dashed
+from fedlora_flwr.errors import InvalidValue
+
+if TYPE_CHECKING:
+    from fedlora_flwr.config.run_config import RunConfig
+
+SECURE_SUM = "secure-sum"
+_HERE = f"where trust-model = {SECURE_SUM!r}"
+
+
+def check_trust(config: RunConfig) -> None:
+    """Refuse settings that contradict the trust model.
+
+    Raises
+    ------
+    InvalidValue
+        There is such a setting; names it, and what is allowed.
+    """
+    rows = _of_a_sum(config) if config.trust_model == SECURE_SUM else _of_clients(config)
+    for name, good, allowed in rows:
+        if not good:
+            raise InvalidValue(dashed(name), getattr(config, name), allowed)
+
+
+def _of_clients(config: RunConfig) -> Iterator[tuple[str, Any, str]]:
+    """Yield what has to hold where each client adds all of its noise itself."""
+    for name in ("sample_rate", "dropouts", "colluding"):
+        yield name, not getattr(config, name), f"0, or trust-model = {SECURE_SUM!r}"
+
+
+def _of_a_sum(config: RunConfig) -> Iterator[tuple[str, Any, str]]:
+    """Yield what has to hold under a secure sum."""
+    yield (
+        "sample_rate",
+        config.sample_rate,
+        f"a number above 0 {_HERE}: all clients draw their records with one q",
+    )
+    yield (
+        "local_steps",
+        config.local_steps == 1,
+        f"1 {_HERE}: after a first step a record acts through everybody else's gradients, which "
+        "the noise of one sum does not cover",
+    )
+    yield (
+        "epsilon",
+        math.isfinite(config.epsilon),
+        f"a finite number {_HERE}; for a run without noise set trust-model = 'local'",
+    )
+    yield (
+        "weighting",
+        config.weighting == "uniform",
+        f"'uniform' {_HERE}: records weigh alike in a sum, whoever has them",
+    )
+    yield "share_head", config.share_head, f"true {_HERE}: what stays with a client is in no sum"
+    yield (
+        "client_ranks",
+        not config.client_ranks,
+        f"empty {_HERE}: arrays of different shapes have no sum",
+    )
+    most = config.num_clients - 1 - config.colluding
+    yield (
+        "dropouts",
+        config.dropouts <= most,
+        f"at most num-clients - 1 - colluding = {most}: somebody must share the noise",
+    )

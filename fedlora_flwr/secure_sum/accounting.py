@@ -1,0 +1,137 @@
+"""What the noise of a secure sum promises: to the union of all records, and if masking failed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.privacy.budget import Segment, Spent, epsilon_spent
+from fedlora_flwr.secure_sum.grid import Grid
+from fedlora_flwr.secure_sum.slack import widened
+
+__all__ = ["check_union", "epsilon_of_sum", "epsilon_unmasked", "honest_shares"]
+
+
+def honest_shares(asked: int, dropouts: int, colluding: int) -> int:
+    """Return m: the shares of noise that every opened sum holds, and that the server cannot know.
+
+    Parameters
+    ----------
+    asked : int
+        N: clients that the round asks.
+    dropouts : int
+        t: clients that may fail to answer. If more do, nothing is opened.
+    colluding : int
+        c: clients that may tell the server their noise.
+
+    Raises
+    ------
+    InvalidValue
+        Nobody is left.
+
+    References
+    ----------
+    arXiv 2007.05553, section 4.1: noise for the clients that remain honest.
+
+    Examples
+    --------
+    >>> honest_shares(10, dropouts=1, colluding=1)
+    8
+    """
+    shares = asked - dropouts - colluding
+    if dropouts < 0 or colluding < 0 or shares < 1:
+        allowed = f"whole numbers from 0, together fewer than the {asked} clients of a round"
+        raise InvalidValue("dropouts and colluding", (dropouts, colluding), allowed)
+    return shares
+
+
+def check_union(delta: float, records: int) -> None:
+    """Refuse a δ that promises nothing to the records of all clients together.
+
+    The sum is one mechanism on the union of all records, so δ has to be below one over their
+    number. Below 1/n of one client alone would allow to give away somebody's record as a whole.
+
+    Parameters
+    ----------
+    delta : float
+        δ.
+    records : int
+        Σn over all clients of the federation.
+
+    Raises
+    ------
+    InvalidValue
+        δ is not below 1/Σn.
+    """
+    if not delta < 1 / records:
+        allowed = (
+            f"a number below 1/Σn = {1 / records:.3g}: a secure sum is taken over the n = "
+            f"{records:,} records of all clients together"
+        )
+        raise InvalidValue("delta", delta, allowed)
+
+
+def epsilon_of_sum(
+    grid: Grid, sample_rate: float, steps: int, delta: float, coordinates: int
+) -> Spent:
+    """Bound what all opened sums of a run tell about one record, the slack of integers included.
+
+    Parameters
+    ----------
+    grid : Grid
+        The grid of each round.
+    sample_rate : float
+        q: probability with which each record of every client joins a round.
+    steps : int
+        T: number of rounds.
+    delta : float
+        δ.
+    coordinates : int
+        D: largest number of coordinates that train at once.
+
+    Returns
+    -------
+    Spent
+        ε at ``delta``, and the accountant that gave it.
+
+    References
+    ----------
+    The Poisson-subsampled Gaussian of `fedlora_flwr.privacy.budget`, widened as
+    `fedlora_flwr.secure_sum.slack` says.
+    """
+    total = grid.slack(coordinates, steps)
+    # The accountant is asked at a δ that the slack then makes the given one.
+    _, factor = widened(0.0, 1.0, total)
+    spent = epsilon_spent([Segment(grid.noise_multiplier, sample_rate, steps)], delta / factor)
+    return replace(spent, epsilon=widened(spent.epsilon, delta, total)[0])
+
+
+def epsilon_unmasked(noise_multiplier: float, shares: int, segment: Segment, delta: float) -> Spent:
+    """Bound what one client's own uploads would tell about one of its records without masks.
+
+    An upload has the noise of one share, σ/√m. Nothing else protects it if the secure sum's
+    masks fail.
+
+    Parameters
+    ----------
+    noise_multiplier : float
+        σ of the whole sum.
+    shares : int
+        m.
+    segment : Segment
+        q and the number of rounds; its own σ is not read.
+    delta : float
+        δ.
+
+    Returns
+    -------
+    Spent
+        ε of the uploads on their own, infinite without noise.
+
+    Examples
+    --------
+    >>> rounds = Segment(1.0, sample_rate=0.1, steps=10)
+    >>> epsilon_unmasked(4.0, 16, rounds, 1e-3) == epsilon_spent([rounds], 1e-3)
+    True
+    """
+    return epsilon_spent([replace(segment, noise_multiplier=noise_multiplier / shares**0.5)], delta)

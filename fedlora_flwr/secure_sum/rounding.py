@@ -1,0 +1,59 @@
+"""Clipped gradients in whole numbers, of bounded norm, one row per record."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from fedlora_flwr.privacy.clipping import clip_factors, row_norms
+
+_MARGIN = 1.0  # Units of the grid: more than fp32 products can be off together.
+
+
+def rounded(rows: Tensor, clip_norm: float, norm: int) -> Tensor:
+    """Clip each record's gradient, and round it to whole numbers of norm Δ at most.
+
+    A record is clipped to Δ - √D/2 first, so that rounding to the nearest number cannot take it
+    past Δ: it moves each coordinate by at most a half. The bound is then checked in exact
+    arithmetic, and a record beyond it, or whose gradient is not finite, counts as zero as a whole.
+
+    Rounding is not stochastic. It has to be unbiased where a grid is coarse; here a whole record
+    is moved by √D/2 of Δ at most, thousands of times less than the noise moves the sum.
+
+    Parameters
+    ----------
+    rows : Tensor
+        Gradients, fp32 or wider, shape (n, D). It is written to.
+    clip_norm : float
+        C, finite.
+    norm : int
+        Δ, at most 2²⁰.
+
+    Returns
+    -------
+    Tensor
+        Whole numbers in the type of ``rows``, shape (n, D), of L2 norm at most Δ by row.
+
+    References
+    ----------
+    arXiv 2102.06387, section 4.1, rounds one vector per client, stochastically.
+
+    Examples
+    --------
+    >>> import torch
+    >>> rounded(torch.tensor([[3.0, 4.0], [0.0, float("inf")]]), clip_norm=1.0, norm=1024)
+    tensor([[613., 818.],
+            [  0.,   0.]])
+    """
+    room = norm - math.sqrt(rows.shape[1]) / 2 - _MARGIN
+    if room <= 0:
+        return rows.zero_()
+    # A record of norm up to C·room/Δ is scaled by Δ/C, and a longer one to norm ``room``.
+    factors = clip_factors(row_norms(rows), clip_norm * room / norm, rows.dtype)
+    rows.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    # First to norm 1, so that a tiny clip norm cannot make a factor infinite.
+    rows.mul_(factors[:, None]).mul_(room).round_()
+    # Squares of whole numbers up to 2²⁰ add up exactly in fp64, and roots tell 2⁴⁰ from 2⁴⁰ + 1.
+    rows[row_norms(rows) > norm] = 0.0
+    return rows

@@ -1,0 +1,159 @@
+"""The server's step under a secure sum: the opened sum is a gradient, and the optimizer is here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedlora_flwr.algebra.means import Arrays
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.lora.adapters import AdaptedModel
+from fedlora_flwr.privacy.budget import Segment, calibrate
+from fedlora_flwr.privacy.postprocessing.filters import make_filter
+from fedlora_flwr.privacy.postprocessing.optimizer import OptimizerSettings, PostProcessing
+from fedlora_flwr.secure_sum.accounting import check_union, epsilon_unmasked, honest_shares
+from fedlora_flwr.secure_sum.grid import Grid, Residues, add_shares, fitting_norm, opened
+from fedlora_flwr.strategies.cohort import cohort_size
+from fedlora_flwr.tasks.registry import Task
+
+
+class SumStep:
+    """Opens sums and steps by them: an `Opener`, with an *ideal* sum.
+
+    It sees every upload, so it is for simulations. State of momentum, Adam and temporal filters
+    lasts for the whole run: each factor's own, advanced in the rounds in which it trains.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Rates, optimizer, filter, q, C, and the dropouts and colluding clients.
+    adapted : AdaptedModel
+        The server's model, on which the steps are taken.
+    grid : Grid
+        The grid of each round (see `sum_grid`).
+    """
+
+    def __init__(self, config: RunConfig, adapted: AdaptedModel, grid: Grid) -> None:
+        self.dropouts = config.dropouts
+        self.noise_multiplier = sum_noise(config)
+        self.grid_norm = grid.norm
+        self.remark = (
+            "simulated: this process sees every upload. Unmasked, one client's uploads would spend "
+            f"ε = {unmasked(config, grid):.3g}"
+        )
+        self._config = config
+        self._adapted = adapted
+        self._post = PostProcessing(adapted)
+        self._filter = make_filter(config.filter)
+        self._optimizer = self._post.optimizer(OptimizerSettings.in_round(config, 1))
+        self._deviation = grid.noise_multiplier * config.clip_norm
+
+    def total(self, uploads: Sequence[Mapping[str, Residues]]) -> dict[str, NDArray[np.int64]]:
+        """Return the opened sum, by name."""
+        return {name: opened(add_shares(u[name] for u in uploads)) for name in uploads[0]}
+
+    def step(
+        self, server_round: int, current: Arrays, total: Mapping[str, NDArray[np.int64]], count: int
+    ) -> dict[str, NDArray[np.floating]]:
+        """Divide the sum by the expected number of records, and take one step.
+
+        Parameters
+        ----------
+        server_round : int
+            Round, from 1, which learning rates may depend on.
+        current : Arrays
+            The global arrays.
+        total : Mapping[str, ndarray]
+            The opened sum of what trained, in units of the grid.
+        count : int
+            Σn of the clients in the sum. Their q·Σn, not the number that joined, divides: that
+            number is private.
+
+        Returns
+        -------
+        dict[str, ndarray]
+            The arrays that trained, fp32.
+
+        Raises
+        ------
+        InvalidValue
+            The clients have no records.
+        """
+        if count < 1:
+            raise InvalidValue("records of all clients", count, "at least 1")
+        config, adapted = self._config, self._adapted
+        settings = OptimizerSettings.in_round(config, server_round)
+        adapted.write(current)
+        scale = config.clip_norm / (self.grid_norm * config.sample_rate * count)
+        for name, parameter in adapted.parameters.items():
+            parameter.requires_grad_(name in total)
+            parameter.grad = None
+            if name in total:
+                parameter.grad = torch.from_numpy(total[name] * scale).to(parameter)
+        deviation = self._deviation / (config.sample_rate * count)
+        self._post(settings, self._filter, self._optimizer, deviation * deviation)
+        factors = self._post.groups(settings)
+        for group, factor in zip(self._optimizer.param_groups, factors, strict=True):
+            group["lr"] = settings.rates[factor]
+        self._optimizer.step()
+        return adapted.read(list(total))
+
+
+def sum_noise(config: RunConfig) -> float:
+    """Return σ of the sum, for the run's own budget and one mechanism on all records."""
+    return calibrate(config.epsilon, config.delta, config.sample_rate, config.planned_steps)
+
+
+def sum_grid(config: RunConfig, records: int, coordinates: int) -> Grid:
+    """Work out a run's grid, and refuse a run that could not keep its promise.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run.
+    records : int
+        Number of records of all clients.
+    coordinates : int
+        Numbers that train.
+
+    Raises
+    ------
+    InvalidValue
+        δ is not below one over the number of records, too few clients share the noise, or the sum
+        does not fit into 32 bits.
+    """
+    check_union(config.delta, records)
+    asked = cohort_size(config.num_clients, config.fraction_train)
+    shares = honest_shares(asked, config.dropouts, config.colluding)
+    if shares < config.least_shares:
+        allowed = f"at most the {shares} that {asked} clients asked, dropouts and colluding leave"
+        raise InvalidValue("least-shares", config.least_shares, allowed)
+    sigma = sum_noise(config)
+    norm = fitting_norm(sigma, shares, asked, config.sample_rate * records, coordinates)
+    grid = Grid.of(sigma, shares, norm)
+    grid.check_slack(coordinates, config.planned_steps)
+    return grid
+
+
+def sum_step(config: RunConfig, task: Task, adapted: AdaptedModel) -> SumStep:
+    """Make the opener of a simulated run, which knows how many records its clients have.
+
+    Raises
+    ------
+    InvalidValue
+        See `sum_grid`.
+    """
+    clients = range(config.num_clients)
+    records = sum(len(task.client_records(client, config.num_clients)) for client in clients)
+    size = sum(parameter.numel() for parameter in adapted.parameters.values())
+    return SumStep(config, adapted, sum_grid(config, records, size))
+
+
+def unmasked(config: RunConfig, grid: Grid) -> float:
+    """Return the ε that one client's own uploads would spend if nothing hid them."""
+    rounds = Segment(1.0, config.sample_rate, config.planned_steps)
+    return epsilon_unmasked(grid.noise_multiplier, grid.shares, rounds, config.delta).epsilon

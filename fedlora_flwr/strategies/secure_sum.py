@@ -1,0 +1,143 @@
+"""A round whose uploads are opened as a sum: what a strategy needs for it, and how it is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from logging import WARNING
+from typing import Protocol
+
+import numpy as np
+from flwr.common.logger import log
+from numpy.typing import NDArray
+
+from fedlora_flwr.algebra.means import Arrays
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.strategies.expected import Expected
+from fedlora_flwr.strategies.replies import RoundReport, Upload
+from fedlora_flwr.wire import NUM_EXAMPLES
+from fedlora_flwr.wire.order import Order
+
+Residues = NDArray[np.uint32]
+
+
+class Opener(Protocol):
+    """Opens sums and takes the server's step with them.
+
+    Attributes
+    ----------
+    dropouts : int
+        t: clients of a round that may be missing.
+    noise_multiplier : float
+        σ of the sum, which every client makes its share for.
+    grid_norm : int
+        C/γ: the clip norm in units of the grid.
+    remark : str
+        What the run's summary says of the sum.
+    """
+
+    dropouts: int
+    noise_multiplier: float
+    grid_norm: int
+    remark: str
+
+    def total(self, uploads: Sequence[Mapping[str, Residues]]) -> dict[str, NDArray[np.int64]]:
+        """Return the sum of the uploads, and nothing else of them."""
+        ...
+
+    def step(
+        self, server_round: int, current: Arrays, total: Mapping[str, NDArray[np.int64]], count: int
+    ) -> dict[str, NDArray[np.floating]]:
+        """Return what trained, after one step by the opened sum.
+
+        Parameters
+        ----------
+        server_round : int
+            Round, from 1.
+        current : Arrays
+            The global arrays.
+        total : Mapping[str, ndarray]
+            The opened sum.
+        count : int
+            Number of records of the clients in it.
+        """
+        ...
+
+
+def asks_for_shares(order: Order, opener: Opener, asked: int) -> Order:
+    """Add to an order what a client needs for its share."""
+    return replace(
+        order, cohort=asked, sum_noise=opener.noise_multiplier, grid_norm=opener.grid_norm
+    )
+
+
+def check_kind(upload: Upload, by_sum: bool) -> None:
+    """Refuse an upload, or a part of one, that is of the other trust model.
+
+    Raises
+    ------
+    InvalidValue
+        It holds arrays under a secure sum, or shares of one where there is none.
+    """
+    if wrong := upload.arrays if by_sum else upload.shares:
+        allowed = "whole numbers modulo 2³² alone" if by_sum else "floating-point numbers alone"
+        trust = "secure-sum" if by_sum else "local"
+        allowed += f", as the run's trust-model = {trust!r} has it"
+        raise InvalidValue("uploaded arrays", sorted(wrong)[:5], allowed)
+
+
+def check_share(expected: Expected, current: Arrays, shares: Mapping[str, Residues]) -> None:
+    """Refuse an upload that is not exactly what the plan trains, and the number of records.
+
+    Raises
+    ------
+    InvalidValue
+        Arrays are missing, unknown or of other shapes.
+    """
+    if NUM_EXAMPLES not in shares or shares[NUM_EXAMPLES].shape != (1,):
+        allowed = f"also {NUM_EXAMPLES!r}: a client that knows this run's trust model"
+        raise InvalidValue("uploaded shares", sorted(shares)[:5], allowed)
+    arrays = {name: share for name, share in shares.items() if name != NUM_EXAMPLES}
+    expected.check(arrays)
+    for name, share in arrays.items():
+        if share.shape != current[name].shape:
+            raise InvalidValue(f"shape of {name}", share.shape, str(current[name].shape))
+
+
+def opened_upload(
+    opener: Opener, server_round: int, current: Arrays, report: RoundReport
+) -> list[Upload]:
+    """Open a round's sum, step by it, and return the result as the one upload of the round.
+
+    A strategy aggregates it as it would a single client's arrays.
+
+    Parameters
+    ----------
+    opener : Opener
+        Opens and steps.
+    server_round : int
+        Round, from 1.
+    current : Arrays
+        The global arrays.
+    report : RoundReport
+        The round; its details say how many shares the sum has, or that it was not opened.
+
+    Returns
+    -------
+    list[Upload]
+        One upload; none where more clients are missing than the noise allows for. Then nothing is
+        opened.
+    """
+    found, missing = len(report.uploads), report.sent - len(report.uploads)
+    report.details = {**report.details, "shares": found, "opened": missing <= opener.dropouts}
+    if missing > opener.dropouts:
+        log(
+            WARNING,
+            "Round %d is void, nothing is opened: %d of %d clients are missing (dropouts = %d).",
+            *(server_round, missing, report.sent, opener.dropouts),
+        )
+        return []
+    total = opener.total([upload.shares for upload in report.uploads])
+    (count,) = total.pop(NUM_EXAMPLES)
+    arrays = opener.step(server_round, current, total, int(count))
+    return [Upload("sum", arrays, 1.0, {})]
