@@ -15,7 +15,9 @@ from fedlora_flwr.client_app import app
 from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FederationAborted, InvalidValue
+from fedlora_flwr.layout import factor_of
 from fedlora_flwr.privacy.budget import calibrate
+from fedlora_flwr.secure_sum.grid import Grid
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.server.serve import run_federation
 from fedlora_flwr.server.sum_step import SumStep
@@ -154,3 +156,41 @@ def test_a_promise_that_cannot_be_kept_to_the_union_is_refused_before_the_run(
         prepare_run(make_config(**{**SUM, **changes}))
 
     assert caught.value.key == key
+
+
+def test_the_step_divides_by_the_expected_number_of_records_and_knows_each_rate(
+    make_config: MakeConfig,
+) -> None:
+    config = make_config(
+        **{**SUM, "clip_norm": 0.5, "lr_a": 0.1, "lr_head": 0.3, "lr_schedule": "linear:0.5"}
+    )
+    trainer = LocalTrainer.build(config)
+    step = SumStep(config, trainer.adapted, Grid.of(2.0, 2, 4096))
+    names = [name for name in trainer.start if factor_of(name) != "B"]
+    total = {name: np.full(trainer.start[name].shape, 8192, np.int64) for name in names}
+
+    after = step.step(2, trainer.start, total, 400)
+
+    change = config.learning_rates(2)[0] / config.lr_a
+    assert 0 < change < 1
+    assert set(after) == set(names)
+    for name in names:
+        rate = change * (0.1 if factor_of(name) else 0.3)
+        # Twice the clip norm, over q·Σn = 40 records.
+        assert trainer.start[name] - after[name] == pytest.approx(rate * 2 * 0.5 / 40, rel=1e-3)
+
+
+def test_momentum_of_a_factor_lasts_over_the_rounds_of_the_other(make_config: MakeConfig) -> None:
+    config = make_config(**{**SUM, "momentum": 0.5, "lr_b": 1.0})
+    trainer = LocalTrainer.build(config)
+    step, arrays = SumStep(config, trainer.adapted, Grid.of(2.0, 2, 4096)), dict(trainer.start)
+    chosen = {factor: [n for n in arrays if factor_of(n) == factor] for factor in ("A", "B")}
+    moved = []
+    for server_round, factor in enumerate(("B", "A", "B"), start=1):
+        total = {name: np.full(arrays[name].shape, 4096, np.int64) for name in chosen[factor]}
+        after = step.step(server_round, arrays, total, 10)
+        moved.append(float((arrays[chosen[factor][0]] - after[chosen[factor][0]]).mean()))
+        arrays.update(after)
+
+    # A gradient of 1 each time: the second step of B adds half of its first, whatever A did.
+    assert moved[2] == pytest.approx(1.5 * moved[0], rel=1e-3)
