@@ -18,35 +18,10 @@ import pytest
 from fedlora_flwr.errors import FedLoRAError, LedgerDamaged
 from fedlora_flwr.files import private_folder
 from fedlora_flwr.privacy import ledger_file
-from fedlora_flwr.privacy.budget import Segment
 from fedlora_flwr.privacy.ledger import Account, Ledger
 from fedlora_flwr.privacy.ledger_file import witness_of
 from fedlora_flwr.privacy.witness import Head, HeldWitness, Witness
-
-ONE, PLAN = Segment(2.0, 0.1, 1), Segment(2.0, 0.1, 50)
-ACCOUNT = Account("ward", "run", 8.0, 1e-5)
-
-
-def write(path: Path, count: int = 1, client: str = "ward") -> None:
-    ledger = Ledger(path)
-    account = Account(client, "run", 8.0, 1e-5)
-    begin = ledger.summary(account).steps
-    for number in range(begin + 1, begin + count + 1):
-        ledger.record(account, number, ONE, PLAN)
-
-
-def forget() -> None:
-    """Look at files as a fresh process does."""
-    ledger_file._checked.clear()
-    for db in ledger_file._connections.kept.values():
-        db.close()
-    ledger_file._connections.kept.clear()
-
-
-def edit(path: Path, *statements: str) -> None:
-    with closing(sqlite3.connect(path)) as db, db:
-        for statement in statements:
-            db.execute(statement)
+from tests.privacy.ledgers import ACCOUNT, ONE, PLAN, edit, forget, write
 
 
 @pytest.fixture
@@ -385,29 +360,3 @@ def test_a_folder_that_is_there_keeps_its_mode_unless_it_is_ours(
 
 def test_every_error_of_a_ledger_is_one_of_ours() -> None:
     assert issubclass(LedgerDamaged, FedLoRAError)
-
-
-def test_a_ledger_without_trust_models_keeps_its_rows_and_their_digests(path: Path) -> None:
-    edit(path, "ALTER TABLE releases DROP COLUMN trust", "PRAGMA user_version = 1")
-    with closing(sqlite3.connect(path)) as db:
-        before = db.execute("SELECT id, digest FROM releases").fetchall()
-
-    write(path)
-    Ledger(path).record(ACCOUNT, 10, ONE, PLAN, "secure-sum, 1 of 8 shares")
-    forget()
-
-    assert Ledger(path).summary(ACCOUNT).steps == len(before) + 2
-    with closing(sqlite3.connect(path)) as db:
-        rows = db.execute("SELECT id, digest FROM releases").fetchall()
-        trust = [row[0] for row in db.execute("SELECT trust FROM releases")]
-    assert rows[: len(before)] == before
-    assert trust == ["local"] * (len(before) + 1) + ["secure-sum, 1 of 8 shares"]
-
-
-def test_the_trust_model_of_a_row_cannot_be_edited(path: Path) -> None:
-    Ledger(path).record(ACCOUNT, 9, ONE, PLAN, "secure-sum, 1 of 8 shares")
-    forget()
-    edit(path, "UPDATE releases SET trust = 'local' WHERE id = 9")
-
-    with pytest.raises(LedgerDamaged, match="row 9 was changed"):
-        Ledger(path)
