@@ -32,8 +32,9 @@ SOURCES = sorted((ROOT / "fedlora_flwr").rglob("*.py"))
 # Rooms and modules that train, or build a model. Everything else belongs to the core.
 NEED_MORE = re.compile(
     r"backbones\.|lora\.|privacy\.|forecast\.|studies\.|tasks\.|data\.(arrow_records|pictures|records)$"
-    r"|clients\.(handler|local_round|local_store|numpy_client|trainer)$"
-    r"|integrations\.(hf_trainer|planned_loop)$|server\.(noise|rehearsal|serve|strategy)$"
+    r"|clients\.(handler|local_round|local_store|numpy_client|sharing|trainer)$"
+    r"|integrations\.(hf_trainer|planned_loop|trainer_arguments)$"
+    r"|secure_sum\.(accounting|rounding)$|server\.(noise|rehearsal|serve|strategy|sum_step)$"
     r"|cli\.\w+_screen$|simulations\.runner$"
 )
 NEED_CLIENT = {
