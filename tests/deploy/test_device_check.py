@@ -50,10 +50,10 @@ def test_a_device_is_looked_at_where_it_is(
     assert any("records, ε ≤ 3" in text for text in good["device-01"])
     assert any(text.startswith("backbone ") for text in good["device-01"])
     # Who decides what here.
-    assert good["epsilon"] == ["3.0, its file"]
-    assert good["test-split"] == ["'', default: its file is silent"]
-    assert good["partitioner"] == ["'iid', always"]
-    assert good["clip-norm"][0].startswith("the run, a number from")
+    assert good["privacy.epsilon"] == ["3.0, its file"]
+    assert good["data.test-split"] == ["'', default: its file is silent"]
+    assert good["partition.partitioner"] == ["'iid', always"]
+    assert good["privacy.clip-norm"][0].startswith("the run, a number from")
 
 
 def test_a_ledger_in_the_users_data_folder_is_asked(

@@ -197,7 +197,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_take_the_result_away(
     run_dir, summary = run(make_config(strategy="as-lora", num_rounds=1), tmp_path / "run")
     assert summary["status"] == "completed"
     assert not (run_dir.path / "modes.png").exists()
-    (record,) = [r for r in caplog.records if "modes.png could not be drawn" in r.getMessage()]
+    (record,) = {r for r in caplog.records if "modes.png could not be drawn" in r.getMessage()}
     assert told in f"{record.getMessage()} {record.exc_text}"
     assert bool(record.exc_info) != missing
 
