@@ -84,7 +84,7 @@ def pretrain_swin(
     Parameters
     ----------
     source : str
-        Tiny-ImageNet or another set of labelled pictures with splits ``train`` and ``valid``, as
+        Tiny-ImageNet or another set of labeled pictures with splits ``train`` and ``valid``, as
         for `load_split`.
     recipe : SwinRecipe, optional
         The defaults if not given.

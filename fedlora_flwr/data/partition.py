@@ -168,7 +168,7 @@ def partition_indices(
     alpha: float = 0.5,
     min_size: int = 1,
 ) -> list[NDArray[np.int64]]:
-    """Deal labelled records out to clients: `partition_records` for labels alone."""
+    """Deal labeled records out to clients: `partition_records` for labels alone."""
     split = Split(partitioner, num_partitions, seed, alpha, min_size)
     return partition_records({"label": labels}, split)
 

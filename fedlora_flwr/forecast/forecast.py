@@ -65,7 +65,7 @@ class Memory:
     backbone : int
         Frozen weights, which all clients of a process share.
     trained : int
-        Adapters, head, their gradients and the optimiser's state.
+        Adapters, head, their gradients and the optimizer's state.
     per_record : int
         Gradients by record of what trains in one step.
     activations : int or None

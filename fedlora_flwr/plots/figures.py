@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
-# Of a palette that colour-blind readers can tell apart (Okabe and Ito).
+# Of a palette that color-blind readers can tell apart (Okabe and Ito).
 MODES = {"A": "#0072B2", "B": "#E69F00", "AB": "#009E73"}
 
 

@@ -28,7 +28,7 @@ _COLUMNS = 1 << 14  # On a CPU, as many columns at once as fp64 copies of them s
 
 
 class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
-    """Opacus' optimiser with our noise source, and one row a record for all tensors together.
+    """Opacus' optimizer with our noise source, and one row a record for all tensors together.
 
     Opacus goes through the tensors one by one, several times; with a hundred adapters on a GPU that
     is most of what a private step costs beyond an ordinary one.

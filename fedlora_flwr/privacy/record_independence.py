@@ -28,7 +28,7 @@ def check_apart(
 ) -> bool:
     """Check, in the mode that trains, that a model treats each record on its own.
 
-    A model that mixes records (a layer with time as its first axis, normalisation over the batch,
+    A model that mixes records (a layer with time as its first axis, normalization over the batch,
     a router with a capacity, pictures that are blended) would give wrong per-record gradients
     without an error. Three things are looked at:
 
@@ -280,5 +280,5 @@ def _mixes_records(name: str) -> PrivacyViolation:
     return PrivacyViolation(
         f"The gradient of {name!r} for a record depends on the other records of its batch, so it "
         "cannot be clipped record by record. Look for layers that put time before the batch axis, "
-        "that normalise over the batch, or that share a limit among all records of it."
+        "that normalize over the batch, or that share a limit among all records of it."
     )

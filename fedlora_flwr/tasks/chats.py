@@ -122,7 +122,7 @@ def _rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list
     An answer is what the template adds to what it makes of the messages before, prompt included.
     """
     last = max((i for i, message in enumerate(chat) if message["role"] == "assistant"), default=-1)
-    # Nothing is learnt from what comes after the last answer.
+    # Nothing is learned from what comes after the last answer.
     text = _template(chat[: last + 1] or chat, tokenizer)
     answers = []
     for i, message in enumerate(chat):

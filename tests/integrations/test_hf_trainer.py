@@ -133,7 +133,7 @@ def moved(before: dict[str, Tensor], model: Any) -> Tensor:
 def test_without_noise_clipping_and_sampling_it_is_the_trainer(
     tmp_path: Path, causal: bool, changes: dict[str, Any]
 ) -> None:
-    """Batches of all records, so that nothing is drawn; optimiser, schedule and loss are theirs."""
+    """Batches of all records, so that nothing is drawn; optimizer, schedule and loss are theirs."""
     data = records(causal=causal)
     ours, theirs = build_model(causal), build_model(causal)
     private(tmp_path / "ours", ours, data, max_grad_norm=1e9, **changes).train()
@@ -311,7 +311,7 @@ def test_what_would_pass_the_private_step_by_is_refused(
         private(tmp_path, **changes)
 
 
-def test_an_optimiser_of_ones_own_is_refused(tmp_path: Path) -> None:
+def test_an_optimizer_of_ones_own_is_refused(tmp_path: Path) -> None:
     model = build_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(InvalidValue, match=r"optimizers = \['SGD'\] .* optimizer_cls_and_kwargs"):
