@@ -68,7 +68,7 @@ def truncate(B: Factor, A: Factor, rank: int) -> Pair:
 
     The server step of FlexLoRA (arXiv 2402.11505), which cuts one sum to each client's rank. The
     form is `refactorize`'s, ``U Σ`` and ``Vᵀ``, not the balanced ``U √Σ`` and ``√Σ Vᵀ``: A is
-    perfectly conditioned whatever the product, and a component with Σ = 0 still trains, as at
+    perfectly conditioned for any product, and a component with Σ = 0 still trains, as at
     LoRA's own start (balanced, both gradients are zero).
 
     Where the spectrum falls off behind a rank far below r, as for clients that moved little from
@@ -103,9 +103,9 @@ def combine(
     Parameters
     ----------
     pairs : sequence of (B, A), (m, r_k) and (r_k, n)
-        One pair a client; ranks may differ.
+        One pair per client; ranks may differ.
     weights : Sequence[float]
-        One weight a client; they are scaled to sum to one (p_k).
+        One weight per client; they are scaled to sum to one (p_k).
     scalings : Sequence[float], optional
         LoRA's alpha / r of each client (s_k); all one if left out.
 

@@ -38,9 +38,9 @@ def weighted_mean(
     Parameters
     ----------
     uploads : Sequence[Arrays]
-        One mapping a client, all with the same names and shapes.
+        One mapping per client, all with the same names and shapes.
     weights : Sequence[float]
-        One weight a client; they are scaled to sum to one.
+        One weight per client; they are scaled to sum to one.
 
     Returns
     -------

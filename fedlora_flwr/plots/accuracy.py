@@ -34,7 +34,7 @@ def plot_accuracy(table: pd.DataFrame, path: Path, metric: str) -> None:
         Columns ``row`` (the method's name), ``epsilon`` (infinity: no privacy), ``mean`` and
         ``std`` (fractions; NaN where there is none).
     path : Path
-        The PNG file, written in one piece.
+        The PNG file, written atomically.
     metric : str
         Name of the figure.
     """

@@ -29,7 +29,7 @@ def plot_rounds(rows: Rows, path: Path, metric: str) -> None:
     rows : Sequence[Mapping[str, Any]]
         Those of ``rounds.jsonl``; figures that a round lacks leave a gap.
     path : Path
-        The PNG file, written in one piece.
+        The PNG file, written atomically.
     metric : str
         Name of the metric.
 

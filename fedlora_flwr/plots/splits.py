@@ -25,9 +25,9 @@ def plot_split(counts: pd.DataFrame, path: Path, label: str) -> None:
     Parameters
     ----------
     counts : pandas.DataFrame
-        Records: one row a client, the first at the top, one column a class.
+        Records: one row per client, the first at the top, one column per class.
     path : Path
-        The PNG file, written in one piece.
+        The PNG file, written atomically.
     label : str
         What the records are, for the title.
 

@@ -138,8 +138,8 @@ def _check_alone(
         with RandomnessAtRest(), same_randomness(_SEED + i):
             found = gradients(records, batch, names, slice(i, i + 1))
         norms = {name: alone[name].norm() for name in names}
-        # Of arrays whose gradient is zero, as a query's of a text of one token, what is seen is
-        # rounding.
+        # Where an array's gradient is zero, as a query's is for a text of one token, only rounding
+        # is seen.
         rounding = 1e-3 * torch.stack(list(norms.values())).norm() + 1e-12
         for name in names:
             own, others = _finite(found[name][i]), found[name][torch.arange(len(batch)) != i]
@@ -155,7 +155,7 @@ def _at_rest(
     telling: dict[int, dict[str, Tensor]],
     names: Sequence[str],
 ) -> bool:
-    """Tell whether a record alone has one gradient, whatever the seed."""
+    """Tell whether a record alone has one gradient for every seed."""
     first, alone = next(iter(telling.items()))
     with RandomnessAtRest(), same_randomness(_SEED + 1):
         return _first_gap(_alone(gradients, records, first, names), alone) is None

@@ -1,6 +1,6 @@
 """How far a round's uploads agree, and what averaging their factors loses.
 
-The server works this out from uploads that it has anyhow, so it costs no privacy. Updates are taken
+The server works this out from uploads that it has anyway, so it costs no privacy. Updates are taken
 one array at a time: nothing here grows with the cohort but a few numbers per client.
 """
 

@@ -278,7 +278,7 @@ def test_arrays_of_another_model_are_refused(trainer: LocalTrainer) -> None:
 
 
 def test_a_plan_for_another_number_of_blocks_is_refused(trainer: LocalTrainer) -> None:
-    with pytest.raises(InvalidValue, match="1 or 4 modes a step"):
+    with pytest.raises(InvalidValue, match="1 or 4 modes per step"):
         run(trainer, ComponentPlan.parse("BAB"))
 
 

@@ -297,7 +297,10 @@ def mean_loss(*_: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"compute_loss_func": mean_loss}, "compute_loss_func = .* pass losses, one loss a record"),
+        (
+            {"compute_loss_func": mean_loss},
+            "compute_loss_func = .* pass losses, one loss per record",
+        ),
         ({"model_init": build_model}, "model_init = .* pass the PeftModel itself"),
         ({"data": iter(())}, "train_dataset = .* a data set with a length, read by position"),
         ({"eval_dataset": records(3)}, "eval_dataset = 'list'.* eval_is_public = True to say so"),
@@ -364,7 +367,7 @@ def test_a_mean_over_the_batch_is_no_loss_of_a_record(tmp_path: Path) -> None:
         loss: Tensor = model(**batch).loss
         return loss
 
-    with pytest.raises(PrivacyViolation, match="one loss a record is needed"):
+    with pytest.raises(PrivacyViolation, match="one loss per record is needed"):
         private(tmp_path, losses=losses).train()
 
 

@@ -179,7 +179,7 @@ def without(arrays: Arrays, parts: Iterable[str]) -> Arrays:
         (
             dict,
             {"plan": "BAB"},
-            "1 or 2 modes a step, for blocks .*layers.1.*; give follow_plan the strategy's blocks",
+            "1 or 2 modes per step, for blocks .*layers.1.*; give follow_plan the strategy",
         ),
         (dict, {"plan": "A", "share": "A"}, "FedSALoRA needs LoRAClient"),
         (

@@ -74,7 +74,7 @@ def _regular(gram: Tensor) -> bool:
     """Tell whether the matrix has an inverse that rounding did not make up.
 
     Rounding turns zero eigenvalues into small ones of either sign, so Cholesky often passes a
-    singular matrix. A unit diagonal first, because ranks of unequal size are no singularity.
+    singular matrix. A unit diagonal first, because ranks of unequal size do not make it singular.
     """
     size = gram.diagonal().sqrt()
     if not (size.isfinite() & (size > 0)).all():
