@@ -116,7 +116,7 @@ def test_where_python_looks_at_installed_code_alone_it_stays_so(folder: Path, pl
     *said, found = done.stdout.splitlines()
     assert found == "False"
     if place != "digits":
-        assert "no module that is installed or on PYTHONPATH" in said[0]
+        assert "not a module that is installed or on PYTHONPATH" in said[0]
 
 
 @pytest.mark.parametrize(
