@@ -22,7 +22,7 @@ ENDS: dict[str, tuple[list[str], str]] = {
     "plan": BAD,
     "inspect-split": BAD,
     "compare": BAD,
-    "keys": ([], "key "),
+    "keys": ([], "section "),
     "recipes": ([], "recipe "),
     "budget": ([], "noise multiplier σ = "),
 }
