@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
 
-from fedlora_flwr.algebra.factors import combine, compact, refactorise, residual, truncate
+from fedlora_flwr.algebra.factors import combine, compact, refactorize, residual, truncate
 from fedlora_flwr.algebra.means import weighted_mean
 
 Factor: TypeAlias = NDArray[np.floating]
@@ -58,7 +58,7 @@ def strategies(pairs: list[Pair], unrelated: list[Pair]) -> dict[str, Call]:
     only_a, only_b = [{"A": A} for _, A in pairs], [{"B": B} for B, _ in pairs]
 
     def fedsvd() -> Pair:
-        return refactorise(weighted_mean(only_b, weights)["B"], pairs[0][1])
+        return refactorize(weighted_mean(only_b, weights)["B"], pairs[0][1])
 
     def flexlora(clients: list[Pair]) -> Pair:
         return truncate(*combine(clients, weights), rank)
@@ -171,7 +171,7 @@ def compare(cell: Cell, related: bool) -> dict[str, object]:
         "rank": rank,
         "uploads": "one start and small changes" if related else "unrelated",
         FEDSVD: off(
-            np.matmul(*refactorise(mean["B"], pairs[0][1])),
+            np.matmul(*refactorize(mean["B"], pairs[0][1])),
             np.matmul(*svd_numpy(torch.from_numpy(single), rank)),
             float(np.linalg.norm(single, 2)),
         ),

@@ -50,7 +50,7 @@ class ShapeTask(ABC):
         return self._records
 
     def losses(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return one loss a record."""
+        """Return one loss per record."""
         return self._shape.losses(model, batch)
 
     def evaluate(self, model: Any, records: TensorRecords) -> dict[str, float]:

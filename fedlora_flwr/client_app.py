@@ -139,7 +139,7 @@ def _respond_here(identity: Identity, message: Message, context: Context) -> Mes
 
 
 def _guarded(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Let out only errors that a server may read, whatever raises them."""
+    """Let out only errors that a server may read; no other leaves, wherever it is raised."""
     return guarded(call_next, message, context)
 
 

@@ -139,7 +139,7 @@ def _installed(module: str) -> bool:
         found = find_spec(module)
     except (ImportError, ValueError):
         return False
-    # A folder beside the user's files, called `datasets` for instance, is no package.
+    # A folder beside the user's files, called `datasets` for instance, is not a package.
     return found is not None and found.origin is not None
 
 

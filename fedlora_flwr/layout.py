@@ -61,7 +61,7 @@ def folded_names(layer: str) -> tuple[str, str]:
 
 
 def layer_of(name: str) -> str:
-    """Return the layer that a factor belongs to, or the name itself if it is no factor's."""
+    """Return the layer that a factor belongs to, or the name itself if it is not a factor's."""
     match = _FACTOR.fullmatch(name)
     return match["layer"] if match else name
 
@@ -72,7 +72,7 @@ def rank_axis(name: str) -> int:
 
 
 def leading_ranks(name: str, array: NDArray[Float], rank: int) -> NDArray[Float]:
-    """Cut a factor to its first ranks; any other array, and one that is no matrix, stays whole.
+    """Cut a factor to its first ranks; any other array, and one that is not a matrix, stays whole.
 
     Parameters
     ----------
@@ -114,7 +114,7 @@ class Layout:
         Raises
         ------
         InvalidValue
-            No name is that of a LoRA factor, or ``pattern`` is no regular expression.
+            No name is that of a LoRA factor, or ``pattern`` is not a regular expression.
         """
         try:
             re.compile(pattern)

@@ -164,7 +164,7 @@ def load(key: str, place: str, what: str) -> Any:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         where = f"in {Path.cwd()} or" if beside else "that is installed or"
-        allowed = f"module:{word}; {module!r} is no module {where} on PYTHONPATH"
+        allowed = f"module:{word}; {module!r} is not a module {where} on PYTHONPATH"
         raise InvalidValue(key, place, allowed) from error
     if found is None:
         raise InvalidValue(key, place, f"module:{word}; {module!r} has no {attribute!r}")

@@ -27,7 +27,7 @@ class ComponentPlan:
     ----------
     steps : tuple[str, ...]
         One entry a local step, cycled when the round has more steps. An entry is a string of modes,
-        ``"A"``, ``"B"`` or ``"*"`` (both): one character for all blocks alike, or one a block.
+        ``"A"``, ``"B"`` or ``"*"`` (both): one character for all blocks alike, or one per block.
 
     Raises
     ------
@@ -91,4 +91,4 @@ class ComponentPlan:
         """
         for modes in self.steps:
             if len(modes) not in (1, num_blocks):
-                raise InvalidValue("plan", str(self), f"1 or {num_blocks} modes a step")
+                raise InvalidValue("plan", str(self), f"1 or {num_blocks} modes per step")

@@ -20,7 +20,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_flwr.algebra.means import normalise
+from fedlora_flwr.algebra.means import normalize
 from fedlora_flwr.errors import InvalidValue
 
 Factor: TypeAlias = NDArray[np.floating]
@@ -28,7 +28,7 @@ Pair: TypeAlias = tuple[Factor, Factor]
 Array64: TypeAlias = NDArray[np.float64]
 
 
-def refactorise(B: Factor, A: Factor) -> Pair:
+def refactorize(B: Factor, A: Factor) -> Pair:
     """Write the product as ``B' = U Σ`` and ``A' = Vᵀ``, its SVD, so that ``A'A'ᵀ = I``.
 
     The server step of FedSVD (arXiv 2505.12805). QR of B and of Aᵀ, then SVD of the r x r core:
@@ -48,7 +48,7 @@ def refactorise(B: Factor, A: Factor) -> Pair:
 
 
 def compact(B: Factor, A: Factor) -> Pair:
-    """Write the product in as few columns as it needs: `refactorise`'s form without its zeros.
+    """Write the product in as few columns as it needs: `refactorize`'s form without its zeros.
 
     What a sum of many pairs is kept in (`add`): its rank grows with what it holds, never beyond
     min(m, n). Each call drops at most the module's bound, so a product built up over T calls is
@@ -67,8 +67,8 @@ def truncate(B: Factor, A: Factor, rank: int) -> Pair:
     """Find the best approximation of the product that has at most the given rank (Eckart-Young).
 
     The server step of FlexLoRA (arXiv 2402.11505), which cuts one sum to each client's rank. The
-    form is `refactorise`'s, ``U Σ`` and ``Vᵀ``, not the balanced ``U √Σ`` and ``√Σ Vᵀ``: A is
-    perfectly conditioned whatever the product, and a component with Σ = 0 still trains, as at
+    form is `refactorize`'s, ``U Σ`` and ``Vᵀ``, not the balanced ``U √Σ`` and ``√Σ Vᵀ``: A is
+    perfectly conditioned for any product, and a component with Σ = 0 still trains, as at
     LoRA's own start (balanced, both gradients are zero).
 
     Where the spectrum falls off behind a rank far below r, as for clients that moved little from
@@ -103,9 +103,9 @@ def combine(
     Parameters
     ----------
     pairs : sequence of (B, A), (m, r_k) and (r_k, n)
-        One pair a client; ranks may differ.
+        One pair per client; ranks may differ.
     weights : Sequence[float]
-        One weight a client; they are scaled to sum to one (p_k).
+        One weight per client; they are scaled to sum to one (p_k).
     scalings : Sequence[float], optional
         LoRA's alpha / r of each client (s_k); all one if left out.
 
@@ -151,7 +151,7 @@ def residual(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
     Returns
     -------
     tuple of ndarray, (m, q) and (q, n)
-        In `refactorise`'s form; q, the numerical rank, is 0 when clients agree on a factor.
+        In `refactorize`'s form; q, the numerical rank, is 0 when clients agree on a factor.
     """
     shares = _shares(pairs, weights)
     ranks = [B.shape[1] for B, _ in pairs]
@@ -256,7 +256,7 @@ def _stack(Bs: Sequence[Factor], As: Sequence[Factor], shares: Array64) -> tuple
 
 
 def _shares(pairs: Sequence[Pair], weights: Sequence[float]) -> Array64:
-    shares = normalise(weights)
+    shares = normalize(weights)
     if len(shares) != len(pairs):
         raise InvalidValue("weights", list(weights), f"one for each of {len(pairs)} pairs")
     for B, A in pairs:

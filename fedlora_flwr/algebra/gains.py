@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_flwr.algebra.means import Arrays, normalise
+from fedlora_flwr.algebra.means import Arrays, normalize
 
 _LEAST = 1e-6  # weight of all pairs of clients; below, one client is all there is
 
@@ -135,7 +135,7 @@ def movements(
         Arrays to look at.
     """
     # Shares, since squares of tiny weights are zero.
-    names, shares = list(names), normalise(weights).tolist()
+    names, shares = list(names), normalize(weights).tolist()
     first = uploads[0]
     same = all(np.array_equal(u[n], first[n]) for u in uploads[1:] for n in names)
     found = {}

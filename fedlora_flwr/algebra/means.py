@@ -12,7 +12,7 @@ from fedlora_flwr.errors import InvalidValue
 Arrays = Mapping[str, NDArray[np.floating]]
 
 
-def normalise(weights: Sequence[float]) -> NDArray[np.float64]:
+def normalize(weights: Sequence[float]) -> NDArray[np.float64]:
     """Scale non-negative weights to sum to one.
 
     Raises
@@ -38,9 +38,9 @@ def weighted_mean(
     Parameters
     ----------
     uploads : Sequence[Arrays]
-        One mapping a client, all with the same names and shapes.
+        One mapping per client, all with the same names and shapes.
     weights : Sequence[float]
-        One weight a client; they are scaled to sum to one.
+        One weight per client; they are scaled to sum to one.
 
     Returns
     -------
@@ -52,7 +52,7 @@ def weighted_mean(
     InvalidValue
         Names or shapes differ between clients, or the weights cannot be normalized.
     """
-    shares = normalise(weights)
+    shares = normalize(weights)
     if len(shares) != len(uploads):
         raise InvalidValue("weights", list(weights), f"one for each of {len(uploads)} uploads")
     first = uploads[0]

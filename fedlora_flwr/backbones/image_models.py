@@ -49,7 +49,7 @@ def build(settings: TaskSection, num_classes: int, seed: int) -> nn.Module:
         There is no such model, or its weights cannot be read or do not fit.
     """
     if settings.quantization != "none":
-        allowed = "'none' for image models: only transformers models can be quantised"
+        allowed = "'none' for image models: only transformers models can be quantized"
         raise InvalidValue("quantization", settings.quantization, allowed)
     file = settings.weights
     if file == "pretrained" and (folder := _folder(settings.model)) is not None:

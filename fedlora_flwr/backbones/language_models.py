@@ -197,7 +197,7 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the modules beside a transformers model's backbone that can train.
 
     That is each of them; or the linear layers in it, where there are others too, as ModernBERT's
-    normalisation.
+    normalization.
     """
     names: list[str] = []
     for name in _beside(model):
@@ -244,7 +244,7 @@ def build(auto: Any, settings: TaskSection, config: PretrainedConfig, seed: int)
     ------
     InvalidValue
         ``max-length`` is more than the model reads, the weights cannot be read or are another
-        model's, or quantisation is asked for where it cannot be had.
+        model's, or quantization is asked for where it cannot be had.
     """
     if settings.weights not in ("pretrained", "random"):
         allowed = "'pretrained' or 'random'; for a folder of your own set model"
@@ -291,7 +291,7 @@ def _check_weights(model: str, drawn: Mapping[str, str], beside: tuple[str, ...]
 
 
 def quantized(quantization: str, head: tuple[str, ...]) -> dict[str, Any]:
-    """Return what `from_pretrained` needs to load a quantised backbone, head left out.
+    """Return what `from_pretrained` needs to load a quantized backbone, head left out.
 
     Raises
     ------

@@ -52,7 +52,7 @@ DEFAULT_RECIPE = Recipe()
 
 
 def build_vit(seed: int = 0) -> nn.Module:
-    """Return an untrained transformer for 8x8 grey pictures: 77k parameters, 4 blocks.
+    """Return an untrained transformer for 8x8 gray pictures: 77k parameters, 4 blocks.
 
     Parameters
     ----------

@@ -84,7 +84,7 @@ def pretrain_swin(
     Parameters
     ----------
     source : str
-        Tiny-ImageNet or another set of labelled pictures with splits ``train`` and ``valid``, as
+        Tiny-ImageNet or another set of labeled pictures with splits ``train`` and ``valid``, as
         for `load_split`.
     recipe : SwinRecipe, optional
         The defaults if not given.
@@ -254,7 +254,7 @@ def _accuracy(model: nn.Module, records: ArrowRecords, data: dict[str, Any]) -> 
 
 
 def _keep(model: nn.Module, card: dict[str, Any]) -> Path:
-    """Write the folder in one piece; the one before is replaced."""
+    """Write the folder atomically; the one before is replaced."""
     from timm.models import save_for_hf
 
     folder = model_folder(SMALL_SWIN)

@@ -82,7 +82,7 @@ def png_file(path: Path) -> Path:
     Raises
     ------
     InvalidValue
-        It is no PNG file, or its folder does not exist.
+        It is not a PNG file, or its folder does not exist.
     """
     path = path.resolve()
     if path.suffix.lower() != ".png" or not path.parent.is_dir():

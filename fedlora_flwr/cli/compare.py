@@ -66,7 +66,7 @@ def compare(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare strategies over privacy budgets; the same command again goes on where it stopped."""
+    """Compare strategies over privacy budgets; the same command continues where it stopped."""
     texts, budgets = _rows(strategies, rows or []), _budgets(epsilon)
     config = read_recipe(task, _shared(overrides or [], texts[0].split(), budgets[0]))
     require(*extras_of(config.task), "plots", "flwr_datasets")

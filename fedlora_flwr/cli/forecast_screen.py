@@ -60,7 +60,7 @@ def _lines(found: Forecast) -> list[tuple[str, str]]:
         ("Rounds", str(rounds)),
         (
             "Trains",
-            f"{found.coordinates:,} numbers a step, of {found.layers} layers in "
+            f"{found.coordinates:,} numbers per step, of {found.layers} layers in "
             f"{found.blocks} blocks",
         ),
         ("Noise", f"of a round, averaged: {noise}"),

@@ -18,7 +18,7 @@ UNPROTECTED = "unprotected metrics were reported"
 
 
 class Screen:
-    """Shows one run on a console; on a plain stream, one line a round.
+    """Shows one run on a console; on a plain stream, one line per round.
 
     Parameters
     ----------

@@ -49,7 +49,7 @@ def guarded(call: Callable[..., T], *args: object) -> T:
         raise BudgetExhausted("budget exhausted: this client takes no further part") from None
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # A panic of a library in Rust is no Exception, and quotes text.
+    except BaseException as error:  # A Rust library's panic is not an Exception, and quotes text.
         number = secrets.token_hex(4)
         if missing := NotInstalled.of(error):
             log(ERROR, "The client failed (error %s). %s", number, missing)

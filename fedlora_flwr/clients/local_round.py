@@ -33,7 +33,7 @@ class LocalRound:
     """Trains the planned LoRA factors on one client's records, privately, round after round.
 
     *Guarantees.* The order is read in full before a record is opened. The round is in the ledger
-    before the first private batch, so whatever fails after that counts as spent. Only arrays that
+    before the first private batch, so a failure after that counts as spent. Only arrays that
     private steps produced are released, and of those only what the order asks for.
 
     Parameters

@@ -32,7 +32,7 @@ class LocalStore:
         return self._folder / f"{name}.safetensors"
 
     def keep(self, client: str, run: str, arrays: Mapping[str, NDArray[np.float32]]) -> None:
-        """Replace what is kept, in one piece."""
+        """Replace what is kept, atomically."""
         private_folder(self._folder)
         content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
         replace_file(self.path(client, run), content)

@@ -47,7 +47,7 @@ class LocalUpdate:
 
 @dataclass(frozen=True, eq=False)
 class LocalTrainer:
-    """A model with its private engine, built once a process and used for every client and round.
+    """A model with its private engine, built once per process and used for every client and round.
 
     Parameters
     ----------

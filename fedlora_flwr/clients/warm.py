@@ -80,7 +80,7 @@ class WarmProcess:
             The process does not start, or ended before it answered. What the function has done by
             then is done; a ledger's rows are there.
         Exception
-            Whatever the function raises.
+            What the function raises.
         """
         private_folder(self.address.parent)
         with FileLock(f"{self.address}.lock"):

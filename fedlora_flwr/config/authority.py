@@ -58,7 +58,7 @@ def rows() -> Iterator[Row]:
             "configuration", full_name(key), about["decides"], allowed_values(entry), about["why"],
             about["on_device"],
         )  # fmt: skip
-    # Arrays come in a record of their own, and are no field of an order.
+    # Arrays come in a record of their own, and are not a field of an order.
     yield Row("order", ARRAYS, Decider.RUN, ARRAYS_ALLOWED, ARRAYS_WHY)
     yield Row(
         "configuration", OWN_SETTINGS, Decider.RUN, UNREAD,

@@ -199,7 +199,7 @@ def _accepted(key: str, value: Any) -> Any:
 
 
 def _check_unread(key: str, value: Any, count: int) -> None:
-    """Refuse what is no setting of any method; what it says is the server's alone."""
+    """Refuse what is not a setting of any method; what it says is the server's alone."""
     if count > _MOST_OWN:
         raise OrderRefused(f"The run has more than {_MOST_OWN:,} settings of methods.")
     text = value if isinstance(value, str) else ""

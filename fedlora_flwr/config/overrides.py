@@ -45,7 +45,7 @@ def _read(name: str, text: str) -> Any:
     kind = type(_KEYS[key].default)
     if kind in (int, float):
         number = _number(text)
-        # Of a key that counts, 1e3 is a thousand; 2.5 is left for the configuration to refuse.
+        # For a key that counts, 1e3 is a thousand; the configuration refuses 2.5.
         return int(number) if kind is int and _is_whole(number) else number
     value = _toml(text)
     return text if kind is str and not isinstance(value, str) else value

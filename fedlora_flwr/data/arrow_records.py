@@ -212,7 +212,7 @@ class PadCollate:
         Raises
         ------
         InvalidValue
-            A column is no number.
+            A column is not numeric.
         """
         lists = [values for values in rows.values() if isinstance(values, list)]
         for name, values in rows.items():
@@ -254,7 +254,7 @@ def pad_collate(
     Raises
     ------
     InvalidValue
-        ``multiple_of`` is below 1; when called: a column is no number.
+        ``multiple_of`` is below 1; when called: a column is not numeric.
     """
     if multiple_of < 1:
         raise InvalidValue("multiple_of", multiple_of, "a whole number above 0")

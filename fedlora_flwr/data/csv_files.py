@@ -29,7 +29,7 @@ _ROWS = 10_000
 def csv_tables(paths: Sequence[Path]) -> Iterator[pa.Table]:
     """Yield the records of CSV or TSV files as one table.
 
-    The first line names the columns. Blank lines are no records, and an empty cell is a missing
+    The first line names the columns. Blank lines are not records, and an empty cell is a missing
     value. A column is whole numbers, truth values or numbers where each of its other cells is one;
     cells with a word for a missing number (`MISSING_NUMBERS`) are missing then. All other columns
     are text, cell by cell as it stands.

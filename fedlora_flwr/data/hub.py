@@ -26,7 +26,7 @@ def hub_answers() -> bool:
 def own_copies_only(away: bool) -> Iterator[None]:
     """Keep the hub's client to the copies it has where the hub is away.
 
-    Libraries that are told to use local files ask the hub for some of them all the same.
+    Libraries that are told to use local files ask the hub for some of them anyway.
     """
     from huggingface_hub import constants
 
@@ -49,7 +49,7 @@ def _asked(minute: int) -> bool:  # noqa: ARG001 - what the cache goes by.
 
         try:
             get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
-        except Exception:  # noqa: S110 - whatever is wrong, there was no answer.
+        except Exception:  # noqa: S110 - any error means that there was no answer.
             pass
         else:
             answered.set()

@@ -24,7 +24,8 @@ Row = tuple[int, dict[str, Any]]
 def json_tables(paths: Sequence[Path]) -> Iterator[pa.Table]:
     """Yield the records of JSON or JSON lines files as one table.
 
-    A value that a record does not have is missing. Text stays text, whatever it looks like.
+    A value that a record does not have is missing. Text stays text, even if it looks like a
+    number or a date.
 
     Parameters
     ----------

@@ -144,7 +144,7 @@ def strangers(found: Found) -> list[str]:
             if path.suffix.lower() in IMAGES:
                 passed.setdefault("hidden pictures, which are not read", []).append(str(place))
         elif path.suffix.lower() not in IMAGES:
-            passed.setdefault("files that are no pictures by their names", []).append(str(place))
+            passed.setdefault("files that are not pictures by their names", []).append(str(place))
         elif len(place.parts) != 2:
             passed.setdefault(
                 "pictures not directly in a class folder, which are not read", []

@@ -119,7 +119,7 @@ def partition_records(columns: Mapping[str, NDArray[Any]], split: Split) -> list
     Parameters
     ----------
     columns : Mapping[str, NDArray]
-        One value a record, each of shape (n,): the labels, as ``label``, and what else the
+        One value per record, each of shape (n,): the labels, as ``label``, and what else the
         records may be split by.
     split : Split
         How. ``"dirichlet"`` is that of Yurochkin et al. (arXiv:1905.12022), per label, without
@@ -168,7 +168,7 @@ def partition_indices(
     alpha: float = 0.5,
     min_size: int = 1,
 ) -> list[NDArray[np.int64]]:
-    """Deal labelled records out to clients: `partition_records` for labels alone."""
+    """Deal labeled records out to clients: `partition_records` for labels alone."""
     split = Split(partitioner, num_partitions, seed, alpha, min_size)
     return partition_records({"label": labels}, split)
 
@@ -186,8 +186,8 @@ def partition_table(labels: NDArray[Any], parts: Sequence[NDArray[np.int64]]) ->
     Returns
     -------
     pandas.DataFrame
-        One row a client (index ``client``, from 0), one column a class that occurs in ``labels``,
-        sorted; int64.
+        One row per client (index ``client``, from 0), one column per class that occurs in
+        ``labels``, sorted; int64.
     """
     import pandas as pd
 
@@ -211,7 +211,7 @@ def _require_column(columns: Mapping[str, NDArray[Any]], split: Split) -> None:
             raise unknown("partition-column", split.column, known, after=otherwise)
         raise InvalidValue("partition-column", split.column, f"a column{otherwise}")
     values = columns[named]
-    # Nothing in the column, or what is no number where numbers have gaps.
+    # Nothing in the column, or what is not a number where numbers have gaps.
     if values.dtype.kind in "fO" and any(value is None or value != value for value in values):
         raise InvalidValue("partition-column", named, "a column without missing values")
     distinct = len(np.unique(values))

@@ -58,7 +58,7 @@ def normalized(images: Tensor, data: Mapping[str, Any]) -> Tensor:
 def eight_bits(picture: Image.Image, mode: str) -> Image.Image:
     """Return a picture as models read it.
 
-    Grey of 16 bits is divided by 257, so that the largest value stays the largest. Transparent
+    Gray of 16 bits is divided by 257, so that the largest value stays the largest. Transparent
     pixels are laid over white. Of several frames the current one is taken.
 
     Parameters
@@ -81,7 +81,7 @@ def eight_bits(picture: Image.Image, mode: str) -> Image.Image:
         )
     if picture.mode.startswith("I;16"):
         picture = _scaled(picture)
-    elif picture.mode == "LAB":  # To grey there is no direct way.
+    elif picture.mode == "LAB":  # To gray there is no direct way.
         picture = picture.convert("RGB")
     if picture.has_transparency_data:
         full = picture.convert("LA") if picture.mode == "La" else picture
@@ -102,11 +102,11 @@ def _pixels(rows: dict[str, list[Any]], *, column: str, data: Mapping[str, Any])
 
 def _scaled(picture: Image.Image) -> Image.Image:
     values = np.asarray(picture).astype(np.int64)
-    grey = Image.fromarray(((values + _SCALE // 2) // _SCALE).astype(np.uint8))
+    gray = Image.fromarray(((values + _SCALE // 2) // _SCALE).astype(np.uint8))
     hidden = picture.info.get("transparency")
     if hidden is None:
-        return grey
-    return Image.merge("LA", (grey, Image.fromarray(np.uint8(255) * (values != hidden))))
+        return gray
+    return Image.merge("LA", (gray, Image.fromarray(np.uint8(255) * (values != hidden))))
 
 
 def image_column(dataset: Dataset, chosen: str) -> str:

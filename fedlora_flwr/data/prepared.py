@@ -133,7 +133,7 @@ class _NoRecords(Exception):
 
 
 class _Unreadable(Exception):
-    """The records could not be read, which is no trouble with the cache."""
+    """The records could not be read, which is not the cache's fault."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__()
@@ -285,7 +285,7 @@ def _array(values: Any, wanted: pa.DataType | None = None) -> pa.Array:
 
     if isinstance(values, np.ndarray) and values.ndim > 1:
         flat: pa.Array = pa.array(np.ascontiguousarray(values).reshape(-1))
-        # Lists of one length keep the shape in the type, and rows are copied in one piece.
+        # Lists of one length keep the shape in the type, and rows are copied as a whole.
         for size in reversed(values.shape[1:]):
             flat = pa.FixedSizeListArray.from_arrays(flat, size)
         return flat

@@ -71,7 +71,7 @@ class TensorRecords:
     """
 
     alike = True
-    """Each record has tensors of the same shape, whatever it is batched with."""
+    """Each record has tensors of the same shape in every batch."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         lengths = {name: len(tensor) for name, tensor in tensors.items()}

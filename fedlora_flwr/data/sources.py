@@ -40,7 +40,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9](?!.*\.\.)[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 # The hub's library reads more into other names: paths, and sums and slices of splits.
 _HUB_SUBSET, _HUB_SPLIT = re.compile(r"(\w[^/\\]*)?"), re.compile(r"(?!all$)\w[\w.-]*")
 _PICTURE = frozenset({"bytes", "path"})
-# Of CSV files on the hub, the library would read words such as None and NA as missing.
+# In CSV files on the hub, the library would read words such as None and NA as missing.
 _CSV_WORDS = {"keep_default_na": False, "na_values": [""]}
 # Stands in a data set's info where its classes are the folders that were found.
 CLASS_FOLDERS = "class-folders"
@@ -54,7 +54,7 @@ def load_split(source: str, split: str, *, subset: str = "") -> Dataset:
     """Open one split of a data set.
 
     Local files are read once into an Arrow copy below the cache folder, named by their content,
-    and mapped from there; a changed file is read anew. Pictures stay encoded until a record is
+    and mapped from there; a changed file is read again. Pictures stay encoded until a record is
     read; those in class folders stay where they are, and their labels number the sorted class
     names of all splits of the folder.
 

@@ -52,7 +52,7 @@ class Split:
         Raises
         ------
         InvalidValue
-            ``partition-sizes`` are no numbers, or ``label-shares`` no shares.
+            ``partition-sizes`` are not numbers, or ``label-shares`` are not shares.
         """
         return cls(
             partitioner=partition.partitioner,

@@ -70,7 +70,7 @@ def check_fleet(folder: Path, run: RunConfig | None = None) -> Iterator[Finding]
     Raises
     ------
     InvalidValue
-        It is no fleet's folder.
+        It is not a fleet's folder.
     """
     fleet, made_with = read_fleet(folder)
     yield _versions(made_with)
@@ -103,7 +103,7 @@ def check_device(folder: Path, run: RunConfig | None = None) -> Iterator[Finding
     Raises
     ------
     InvalidValue
-        It is no device's folder.
+        It is not a device's folder.
     """
     fleet, made_with = read_fleet(folder)
     yield _versions(made_with)
@@ -134,7 +134,7 @@ def _who_decides(file: Path) -> Iterator[Finding]:
 
 
 def _own_code(subject: str, script: Path, look: Callable[[Path], Path | None]) -> Iterator[Finding]:
-    """Look whether only installed code would run on a device, whatever a server ships."""
+    """Check that only installed code would run on a device, and none that a server ships."""
     try:
         package = look(script)
     except NotSealed as error:
@@ -155,7 +155,7 @@ def _reached(fleet: Fleet, authority: Path) -> Finding:
         ):
             return Finding(subject, True, f"answers with a certificate of {authority.name}")
     except ssl.SSLCertVerificationError as error:
-        fix = f"make certificates anew, or put the ca.pem of this fleet's server into {authority}"
+        fix = f"make new certificates, or put the ca.pem of this fleet's server into {authority}"
         return Finding(subject, False, error.verify_message, fix)
     except OSError as error:
         fix = "start the server, and let this device through to that port"

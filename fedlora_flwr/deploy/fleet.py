@@ -1,4 +1,4 @@
-"""The folder of a small fleet: one folder for the server, one a device, one for the operator."""
+"""The folder of a small fleet: one for the server, one per device, one for the operator."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ _EXAMPLES = """# model = "model"
 # input-columns = "sentence"
 # label-column = "label"
 """
-_CONNECTION = """# Belongs into the operator's ~/.flwr/config.toml.
+_CONNECTION = """# Append this to the operator's ~/.flwr/config.toml.
 [superlink.$connection]
 address = "$host:$port"
 root-certificates = "$ca"
@@ -174,7 +174,7 @@ class Fleet:
 
 
 def make_fleet(folder: Path, fleet: Fleet, run: RunConfig | None = None) -> None:
-    """Write everything that a fleet needs, in one piece.
+    """Write everything that a fleet needs, atomically.
 
     Parameters
     ----------
@@ -209,7 +209,7 @@ def read_fleet(folder: Path) -> tuple[Fleet, dict[str, str]]:
     Raises
     ------
     InvalidValue
-        It is no fleet's folder.
+        It is not a fleet's folder.
     """
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

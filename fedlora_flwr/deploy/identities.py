@@ -105,7 +105,7 @@ def _write_private(
     path: Path, key: ec.EllipticCurvePrivateKey, kind: serialization.PrivateFormat
 ) -> None:
     path.touch(mode=PRIVATE)
-    path.chmod(PRIVATE)  # Whatever the umask is.
+    path.chmod(PRIVATE)  # Under any umask.
     path.write_bytes(
         key.private_bytes(serialization.Encoding.PEM, kind, serialization.NoEncryption())
     )

@@ -30,11 +30,11 @@ from fedlora_flwr.strategies import FedLoRA
 from fedlora_flwr.strategies.cohort import cohort_size
 from fedlora_flwr.tasks.registry import Task, build_task, optional
 
-# Of all our measured runs none with more noise has ended above its start; see docs/results.md and
-# `benchmarks.learning`, which finds it. It says nothing for certain of other data and models.
+# None of our measured runs with more noise ended above its start; see docs/results.md and
+# `benchmarks.learning`, which finds it. It says nothing certain about other data and models.
 MOST_THAT_GAINED = 5.0
 _BYTES = 4  # fp32
-_HEADER = 128  # Of NumPy's format, in which Flower's records hold arrays.
+_HEADER = 128  # NumPy's format, in which Flower's records hold arrays.
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Memory:
     backbone : int
         Frozen weights, which all clients of a process share.
     trained : int
-        Adapters, head, their gradients and the optimiser's state.
+        Adapters, head, their gradients and the optimizer's state.
     per_record : int
         Gradients by record of what trains in one step.
     activations : int or None
@@ -246,7 +246,7 @@ def activation_bytes(task: Task, adapted: AdaptedModel, batch: Batch) -> int | N
     except FedLoRAError:
         raise
     except Exception:
-        # Whatever a model of the user's does with values, it cannot be done here.
+        # A user's model may read values, which do not exist here.
         return None
     own = {image.untyped_storage()._cdata for image in (*frozen, *images)}
     return sum(size for name, size in kept.items() if name not in own)

@@ -55,7 +55,7 @@ def place(config: RunConfig, workers: int | None) -> Placement:
     free = [torch.cuda.mem_get_info(index)[0] for index in chosen]
     cores = max((os.cpu_count() or 1) // config.client_threads, 1)
     found = fit(forecast(config).memory, free, cores, workers)
-    # A run that names one GPU has its workers there, whatever Ray would give them.
+    # A run that names one GPU has its workers there, even if Ray would place them elsewhere.
     return found if device.index is None else Placement(found.workers)
 
 

@@ -45,7 +45,7 @@ def split_counts(config: RunConfig, task: Task | None = None) -> pd.DataFrame:
 
 
 def split_table(counts: pd.DataFrame, config: RunConfig) -> Table:
-    """Make the table of a split for a screen: a row a client, and whether its budget can be kept.
+    """Make a split's table for a screen: one row per client, and whether its budget can be kept.
 
     Up to 12 classes have a column each; of more, the number that a client has is shown.
     """

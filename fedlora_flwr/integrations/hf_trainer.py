@@ -58,7 +58,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
     epsilon, delta : float
         The budget of each record, whose gradient may be replaced by zero.
     losses : callable, optional
-        Maps (model, batch) to one loss a record, shape (n,). By default the cross entropy of
+        Maps (model, batch) to one loss per record, shape (n,). By default the cross entropy of
         ``labels``: of a class, or the mean over a record's own tokens, shifted by one for models
         that predict the next.
     microbatch_size : int, optional
@@ -249,7 +249,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
 
 
 class _PoissonBatches(IterableDataset[dict[str, Tensor]]):
-    """As many Poisson samples as an epoch has steps, drawn anew each time."""
+    """As many Poisson samples as an epoch has steps, drawn again each time."""
 
     def __init__(self, mechanism: Mechanism) -> None:
         self._mechanism = mechanism

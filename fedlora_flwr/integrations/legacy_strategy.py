@@ -232,7 +232,7 @@ class LegacyStrategy(Strategy):
                 continue
             try:
                 replies.append(Message(content_of(sent, result), reply_to=sent))
-            except Exception as error:  # Whatever one client sends, the others' round goes on.
+            except Exception as error:  # One client's reply must not end the others' round.
                 replies.append(_error(str(error), sent))
         for failure in failures:
             if isinstance(failure, tuple):
@@ -244,7 +244,7 @@ class LegacyStrategy(Strategy):
         return replies + [_error(text, sent) for sent in unanswered.values() if raised]
 
     def _check_aggregated(self) -> None:
-        """Refuse to go on from a round that Flower has dropped without a word."""
+        """Refuse to continue from a round that Flower has dropped without a word."""
         if self._open_round is not None:
             raise FederationAborted(
                 f"Round {self._open_round}: no upload was handed to the strategy. Flower's "

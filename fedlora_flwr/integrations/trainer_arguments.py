@@ -63,11 +63,11 @@ _ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 def check_trainer(kind: type, arguments: Mapping[str, Any]) -> None:
     """Refuse what would train past the private step, before anything is built."""
     if kind.compute_loss is not Trainer.compute_loss:  # type: ignore[attr-defined]
-        allowed = "transformers' own: it gives one loss a batch; pass losses, one loss a record"
+        allowed = "transformers' own: it gives one loss per batch; pass losses, one loss per record"
         raise InvalidValue("compute_loss", kind.__name__, allowed)
     expected = {
         "model_init": "None: pass the PeftModel itself",
-        "compute_loss_func": "None: it gives one loss a batch; pass losses, one loss a record",
+        "compute_loss_func": "None: it gives one loss per batch; pass losses, one loss per record",
     }
     for name, allowed in expected.items():
         if arguments.get(name) is not None:

@@ -31,7 +31,7 @@ def build_adapted(config: RunConfig, task: Task) -> AdaptedModel:
     advice = "Set another model, quantization or device."
     with explained(f"Building the model of task {config.task!r}", advice):
         model = task.build_model()
-        # A quantised backbone is made on its device, and must not be moved.
+        # A quantized backbone is made on its device, and must not be moved.
         model = model if getattr(model, "is_quantized", False) else model.to(device)
         spec = lora_spec(config, task, getattr(model, DRAWN, ()))
         adapted = attach(model, spec, stream_seed(config.seed, "adapters"))

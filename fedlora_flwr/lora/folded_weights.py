@@ -46,7 +46,7 @@ class FoldedWeights:
         ------
         InvalidValue
             An array belongs to no layer or comes without its partner, the shapes do not fit, or the
-            layer's weight is quantised or another layer's too.
+            layer's weight is quantized or another layer's too.
         """
         known = {name for layer in self._layers for name in folded_names(layer)}
         for name in arrays:
@@ -70,7 +70,7 @@ class FoldedWeights:
         Raises
         ------
         InvalidValue
-            A layer's weight is quantised, or another layer's too.
+            A layer's weight is quantized, or another layer's too.
         """
         for layer in self._layers.values():
             self._check_weight(layer)

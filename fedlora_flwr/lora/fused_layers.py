@@ -73,7 +73,7 @@ def _refused(reason: str) -> InvalidValue:
 
 
 def fused_name(model: nn.Module, layer: str) -> str:
-    """Return the name that a part's layer has in the model as it came; "" where it is no part."""
+    """Return the name that a part's layer has in the model as it came, else ""."""
     parent, _, own = layer.rpartition(".")
     is_part = own in PARTS and parent and isinstance(model.get_submodule(parent), SplitLinear)
     return parent if is_part else ""

@@ -20,7 +20,7 @@ def run_in_bf16(model: nn.Module) -> None:
     """Make a model's forward pass multiply in bfloat16 and return fp32.
 
     Autocast decides, operation by operation: products of matrices run in bfloat16, and softmax,
-    normalisation and losses in fp32. Parameters stay as they are.
+    normalization and losses in fp32. Parameters stay as they are.
 
     Parameters
     ----------

@@ -18,7 +18,7 @@ def share(adapted: AdaptedModel) -> Path | None:
     """Let a model's frozen weights be pages of a file that every process maps.
 
     The kernel keeps one copy of the file's pages however many processes map it. The mapping is
-    private: whatever a process writes to its weights stays its own, and costs it the page. The file
+    private: what a process writes to its weights stays its own, and costs it the page. The file
     is named by the weights' fingerprint, and what is mapped is compared with what was there before.
 
     Parameters

@@ -23,7 +23,7 @@ _ATTENTION = (
     ("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"),
     ("qkv_proj",), ("query_key_value",), ("Wqkv",), ("c_attn",),
 )  # fmt: skip
-# DeBERTa can use one layer for queries and for the positions, which are no record's.
+# DeBERTa can use one layer for queries and for the positions, which belong to no record.
 _BESIDE_POSITIONS = r".*\.attention\.(self\.value_proj|output\.dense)"
 _SHOWN = 8
 
@@ -86,8 +86,8 @@ def check_targets(model: nn.Module, targets: str, head: tuple[str, ...]) -> None
     Raises
     ------
     InvalidValue
-        It is no regular expression, or matches nothing, something else or a part of the head. The
-        message names the module, and layers to choose from, the likeliest first.
+        The pattern is not a regular expression, or matches nothing, something else or a part of the
+        head. The message names the module, and layers to choose from, the likeliest first.
     """
     try:
         pattern = re.compile(targets)
@@ -111,7 +111,7 @@ def check_targets(model: nn.Module, targets: str, head: tuple[str, ...]) -> None
 
 
 def check_head(model: nn.Module, heads: tuple[str, ...]) -> None:
-    """Refuse a head that is no module's name, or that other names end with.
+    """Refuse a head that is not a module's name, or that other names end with.
 
     Raises
     ------

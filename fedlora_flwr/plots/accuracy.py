@@ -34,7 +34,7 @@ def plot_accuracy(table: pd.DataFrame, path: Path, metric: str) -> None:
         Columns ``row`` (the method's name), ``epsilon`` (infinity: no privacy), ``mean`` and
         ``std`` (fractions; NaN where there is none).
     path : Path
-        The PNG file, written in one piece.
+        The PNG file, written atomically.
     metric : str
         Name of the figure.
     """
@@ -51,7 +51,7 @@ def accuracy_figure(table: pd.DataFrame, metric: str) -> Figure:
     axes = figure.add_subplot()
     ticks = _positions(sorted(table["epsilon"].unique()))
     methods = list(dict.fromkeys(table["row"]))
-    colours = colormaps["tab10"].colors  # type: ignore[attr-defined]
+    colors = colormaps["tab10"].colors  # type: ignore[attr-defined]
     for number, method in enumerate(methods):
         rows = table[table["row"] == method].sort_values("epsilon")
         axes.errorbar(
@@ -59,9 +59,9 @@ def accuracy_figure(table: pd.DataFrame, metric: str) -> Figure:
             rows["mean"],
             yerr=rows["std"],
             label=method,
-            color=colours[number % len(colours)],
+            color=colors[number % len(colors)],
             marker=MARKERS[number % len(MARKERS)],
-            linestyle=("-", "--", ":")[number // len(colours) % 3],
+            linestyle=("-", "--", ":")[number // len(colors) % 3],
             markersize=5,
             linewidth=1.2,
             elinewidth=0.9,
@@ -99,4 +99,4 @@ def _mark_budgets(axes: Axes, ticks: dict[float, float]) -> None:
     axes.set_xlabel("privacy budget ε (log scale; none = no privacy)")
     places = sorted(ticks.values())
     if math.inf in ticks and len(places) > 1:
-        axes.axvline((places[-2] + places[-1]) / 2, color="grey", linewidth=0.8, linestyle=":")
+        axes.axvline((places[-2] + places[-1]) / 2, color="gray", linewidth=0.8, linestyle=":")

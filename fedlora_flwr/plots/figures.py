@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
-# Of a palette that colour-blind readers can tell apart (Okabe and Ito).
+# From a palette that color-blind readers can tell apart (Okabe and Ito).
 MODES = {"A": "#0072B2", "B": "#E69F00", "AB": "#009E73"}
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a picture in one piece."""
+    """Write a picture atomically."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=DPI)
     replace_file(path, content.getvalue())

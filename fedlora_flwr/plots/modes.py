@@ -28,7 +28,7 @@ def plot_modes(plans: Sequence[str], blocks: Sequence[str], path: Path) -> None:
     blocks : Sequence[str]
         Names of the blocks, in model order.
     path : Path
-        The PNG file, written in one piece.
+        The PNG file, written atomically.
 
     Raises
     ------

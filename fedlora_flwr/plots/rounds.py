@@ -29,7 +29,7 @@ def plot_rounds(rows: Rows, path: Path, metric: str) -> None:
     rows : Sequence[Mapping[str, Any]]
         Those of ``rounds.jsonl``; figures that a round lacks leave a gap.
     path : Path
-        The PNG file, written in one piece.
+        The PNG file, written atomically.
     metric : str
         Name of the metric.
 
@@ -58,7 +58,7 @@ def rounds_figure(rows: Rows, metric: str) -> Figure:
         _line(axes[2], ratios(rows, "spread", part), color, "-", None)
         _line(axes[2], ratios(rows, "noise", part), color, ":", None)
     axes[1].set_title("Agreement of the uploads (mean cosine of all pairs)")
-    axes[1].axhline(0, color="grey", linewidth=0.8)
+    axes[1].axhline(0, color="gray", linewidth=0.8)
     dotted = "; dotted: the noise of privacy" if any("noise" in row for row in rows) else ""
     axes[2].set_title(f"Noise and differences in the mean, over what uploads share{dotted}")
     if any(np.isfinite(line.get_ydata()).any() for line in axes[2].lines):

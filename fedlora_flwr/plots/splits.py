@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# More colours than these cannot be told apart: a heat map takes over.
-MAX_COLOURS = 20
+# More colors than these cannot be told apart: a heat map takes over.
+MAX_COLORS = 20
 
 
 def plot_split(counts: pd.DataFrame, path: Path, label: str) -> None:
@@ -25,9 +25,9 @@ def plot_split(counts: pd.DataFrame, path: Path, label: str) -> None:
     Parameters
     ----------
     counts : pandas.DataFrame
-        Records: one row a client, the first at the top, one column a class.
+        Records: one row per client, the first at the top, one column per class.
     path : Path
-        The PNG file, written in one piece.
+        The PNG file, written atomically.
     label : str
         What the records are, for the title.
 
@@ -50,7 +50,7 @@ def split_figure(counts: pd.DataFrame, label: str) -> Figure:
     height = min(1.6 + 0.22 * max(clients, 4), 14)
     figure = Figure(figsize=(8.5, height), layout="constrained")
     axes = figure.add_subplot()
-    (_draw_bars if classes <= MAX_COLOURS else _draw_heat)(axes, counts)
+    (_draw_bars if classes <= MAX_COLORS else _draw_heat)(axes, counts)
     axes.set_ylim(clients - 0.4, -0.6)
     step = math.ceil(clients / 50)
     axes.set_yticks(range(0, clients, step), labels=list(map(str, counts.index[::step])))
@@ -64,7 +64,7 @@ def _draw_bars(axes: Axes, counts: pd.DataFrame) -> None:
     from matplotlib import colormaps
 
     name = "tab10" if counts.shape[1] <= 10 else "tab20"
-    colours = colormaps[name].colors  # type: ignore[attr-defined]
+    colors = colormaps[name].colors  # type: ignore[attr-defined]
     left = [0] * len(counts)
     for number, column in enumerate(counts.columns):
         sizes = counts[column].tolist()
@@ -72,7 +72,7 @@ def _draw_bars(axes: Axes, counts: pd.DataFrame) -> None:
             range(len(counts)),
             sizes,
             left=left,
-            color=colours[number],
+            color=colors[number],
             label=str(column),
             height=0.8,
         )
@@ -94,12 +94,12 @@ def _draw_heat(axes: Axes, counts: pd.DataFrame) -> None:
     from matplotlib.colors import LogNorm
 
     # A class that a client has none of is white: in a label-skewed split that is what matters.
-    colours = colormaps["viridis_r"].with_extremes(bad="white")
+    colors = colormaps["viridis_r"].with_extremes(bad="white")
     drawn = axes.pcolormesh(
         [number - 0.5 for number in range(counts.shape[1] + 1)],
         [number - 0.5 for number in range(len(counts) + 1)],
         counts.astype(float).where(counts > 0).to_numpy(),
-        cmap=colours,
+        cmap=colors,
         norm=LogNorm(vmin=1, vmax=max(int(counts.to_numpy().max()), 2)),
     )
     figure = axes.get_figure(root=True)

@@ -8,7 +8,7 @@ no ``run_epsilon``, the client's first run fixes them for its life: a later run 
 or a smaller rate, and each of its steps counts as one of the first run's. PRV is valid here even
 if a server chooses in between. A step with σ' ≥ σ and q' ≤ q is post-processing of a step with σ
 and q (draw from the output without the record with probability 1 - q'/q, then add the noise that
-is missing), so every step is bounded by the same pair of distributions whatever was seen before,
+is missing), so every step is bounded by the same pair of distributions after any history,
 and at most N of them compose to at most N times that pair (arXiv 2106.08567, theorem 10). To stop
 early is to take fewer.
 

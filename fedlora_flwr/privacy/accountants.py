@@ -97,7 +97,7 @@ class Segment:
 
 
 def merge(history: Sequence[Segment]) -> tuple[Segment, ...]:
-    """Join neighbours with the same σ and q, and drop segments without steps.
+    """Join neighbors with the same σ and q, and drop segments without steps.
 
     Returns
     -------
@@ -236,7 +236,7 @@ def prv_epsilon(segments: Sequence[Segment], delta: float) -> float | None:
             _directed_epsilon(segments, delta, error, points, mesh, direction)
             for direction in ("remove", "add")
         ]
-    except (RuntimeError, ValueError):  # Opacus found its own discretisation unfit.
+    except (RuntimeError, ValueError):  # Opacus found its own discretization unfit.
         return None
     return max(0.0, *both) if all(map(math.isfinite, both)) else None
 
@@ -281,7 +281,7 @@ def _directed_epsilon(
 ) -> float:
     """Compose one direction's variables on a grid and return the upper bound on ε."""
     parts = [
-        _discretised(s.noise_multiplier, s.sample_rate, points, mesh, direction) for s in segments
+        _discretized(s.noise_multiplier, s.sample_rate, points, mesh, direction) for s in segments
     ]
     prv, _ = _opacus()
     composed = prv.compose_heterogeneous(parts, [s.steps for s in segments])
@@ -290,7 +290,7 @@ def _directed_epsilon(
 
 
 @functools.lru_cache(maxsize=16)
-def _discretised(sigma: float, rate: float, points: int, mesh: float, direction: Direction) -> Any:
+def _discretized(sigma: float, rate: float, points: int, mesh: float, direction: Direction) -> Any:
     """Put one step's privacy loss on a grid."""
     prv, _ = _opacus()
     # Opacus' composition relies on zero being at this index.

@@ -6,7 +6,7 @@ change. `fedlora_flwr.privacy.accountants` says why PRV in both directions cover
 
 Results are kept in memory and in small files in ``$XDG_CACHE_HOME/fedlora/accounting``, shared by
 processes. A file counts only if it holds the very inputs, library versions and source code in use,
-and a correct checksum: a defence against stale and damaged files, not against someone who may
+and a correct checksum: a defense against stale and damaged files, not against someone who may
 write to the user's own cache.
 """
 
@@ -131,7 +131,7 @@ def epsilon_spent(history: Sequence[Segment], delta: float, accountant: str = "p
     Parameters
     ----------
     history : Sequence[Segment]
-        Steps in the order in which they ran. Neighbours with the same σ and q count as one.
+        Steps in the order in which they ran. Neighbors with the same σ and q count as one.
     delta : float
         δ, between 0 and 1.
     accountant : str (default: "prv")

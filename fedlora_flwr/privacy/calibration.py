@@ -34,7 +34,7 @@ def calibrated_mechanism(
     Raises
     ------
     InvalidValue
-        The client cannot keep the promise: δ >= 1/n, or more records a batch than it has.
+        The client cannot keep the promise: δ >= 1/n, or more records per batch than it has.
     """
     if not config.private:
         # Still clipped, so that noise alone separates a run from its private twin.

@@ -28,7 +28,7 @@ _COLUMNS = 1 << 14  # On a CPU, as many columns at once as fp64 copies of them s
 
 
 class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
-    """Opacus' optimiser with our noise source, and one row a record for all tensors together.
+    """Opacus' optimizer with our noise source, and one row per record for all tensors together.
 
     Opacus goes through the tensors one by one, several times; with a hundred adapters on a GPU that
     is most of what a private step costs beyond an ordinary one.
@@ -60,7 +60,7 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         rows = self.rows()
         if math.isfinite(self.max_grad_norm):
             factors = clip_factors(row_norms(rows), self.max_grad_norm, rows.dtype)
-            # The factor of such a record is 0, and 0 times infinity is no number.
+            # The factor of such a record is 0, and 0 times infinity is not a number.
             rows.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         else:
             factors = rows.new_ones(len(rows))
@@ -68,7 +68,7 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         self.summed = clipped if self.summed is None else self.summed + clipped
 
     def rows(self) -> Tensor:
-        """Return the gradients of the batch at hand, one row a record: (records, D)."""
+        """Return the gradients of the batch at hand, one row per record: (records, D)."""
         like = self.params[0]
         wide = torch.promote_types(like.dtype, torch.float32)
         parts = [p.grad_sample.flatten(1).to(like.device, wide) for p in self.params]

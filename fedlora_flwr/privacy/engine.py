@@ -45,7 +45,7 @@ class PrivateEngine:
     adapted : AdaptedModel
         The model, on its device.
     losses : callable
-        Maps (model, batch) to one loss a record, shape (n,).
+        Maps (model, batch) to one loss per record, shape (n,).
     microbatch_size : int, optional
         Largest number of records in one forward pass. Clipped sums add up, so it changes memory
         only. Records that are padded to different widths never share a pass (see `passes`).
@@ -322,7 +322,7 @@ class PrivateEngine:
             if losses.shape != (count,):
                 raise PrivacyViolation(
                     f"The task returned losses of shape {tuple(losses.shape)} for {count} "
-                    "records; one loss a record is needed."
+                    "records; one loss per record is needed."
                 )
             losses[of].sum().backward()  # type: ignore[no-untyped-call]
         for name in active:

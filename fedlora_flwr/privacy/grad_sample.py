@@ -87,7 +87,7 @@ def _fuses(layer: AdaptedLinear, x: Tensor) -> bool:
         and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
         and (isinstance(dropout, nn.Identity) or not dropout.training)
         and x.dtype == base.weight.dtype == layer.A.dtype == layer.B.dtype
-        and x.device.type != "meta"  # Of shapes alone; torch knows no autocast for it.
+        and x.device.type != "meta"  # Only shapes; torch knows no autocast for it.
         and not torch.is_autocast_enabled(x.device.type)
     )
 

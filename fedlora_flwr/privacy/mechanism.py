@@ -84,7 +84,7 @@ class Mechanism:
 
     @property
     def noise_variance(self) -> float:
-        """Variance (σC/b)² of the noise in each coordinate of the privatised mean gradient."""
+        """Variance (σC/b)² of the noise in each coordinate of the privatized mean gradient."""
         if self.noise_multiplier == 0:
             return 0.0
         deviation = self.noise_multiplier * self.clip_norm / self.batch_size

@@ -28,7 +28,7 @@ def check_apart(
 ) -> bool:
     """Check, in the mode that trains, that a model treats each record on its own.
 
-    A model that mixes records (a layer with time as its first axis, normalisation over the batch,
+    A model that mixes records (a layer with time as its first axis, normalization over the batch,
     a router with a capacity, pictures that are blended) would give wrong per-record gradients
     without an error. Three things are looked at:
 
@@ -138,8 +138,8 @@ def _check_alone(
         with RandomnessAtRest(), same_randomness(_SEED + i):
             found = gradients(records, batch, names, slice(i, i + 1))
         norms = {name: alone[name].norm() for name in names}
-        # Of arrays whose gradient is zero, as a query's of a text of one token, what is seen is
-        # rounding.
+        # Where an array's gradient is zero, as a query's is for a text of one token, only rounding
+        # is seen.
         rounding = 1e-3 * torch.stack(list(norms.values())).norm() + 1e-12
         for name in names:
             own, others = _finite(found[name][i]), found[name][torch.arange(len(batch)) != i]
@@ -155,7 +155,7 @@ def _at_rest(
     telling: dict[int, dict[str, Tensor]],
     names: Sequence[str],
 ) -> bool:
-    """Tell whether a record alone has one gradient, whatever the seed."""
+    """Tell whether a record alone has one gradient for every seed."""
     first, alone = next(iter(telling.items()))
     with RandomnessAtRest(), same_randomness(_SEED + 1):
         return _first_gap(_alone(gradients, records, first, names), alone) is None
@@ -280,5 +280,5 @@ def _mixes_records(name: str) -> PrivacyViolation:
     return PrivacyViolation(
         f"The gradient of {name!r} for a record depends on the other records of its batch, so it "
         "cannot be clipped record by record. Look for layers that put time before the batch axis, "
-        "that normalise over the batch, or that share a limit among all records of it."
+        "that normalize over the batch, or that share a limit among all records of it."
     )

@@ -2,7 +2,7 @@
 
 It is a script on Python's own modules alone, so that it starts in milliseconds and holds nothing
 that could fail. `fedlora_flwr.processes.lifeline` starts it. Its standard input is a pipe, which
-the kernel closes when the process at the other end ends, for whatever reason.
+the kernel closes when the process at the other end ends, for any reason.
 """
 
 from __future__ import annotations

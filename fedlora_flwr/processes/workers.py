@@ -65,7 +65,7 @@ def executor(workers: int, log: Path) -> Iterator[Execute]:
     workers : int
         Processes with one numerical thread each; 1 works in this process.
     log : Path
-        Where Flower's lines and whatever the workers print go.
+        Where Flower's lines and the workers' output go.
 
     Raises
     ------

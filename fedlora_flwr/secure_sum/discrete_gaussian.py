@@ -41,7 +41,7 @@ def seeded_words(seed: int) -> Words:
     Parameters
     ----------
     seed : int
-        Whoever knows it knows the noise, so what it made is no release.
+        Whoever knows it knows the noise, so what it made is not a release.
     """
     generator = np.random.default_rng(seed)
     return lambda count: np.frombuffer(generator.bytes(8 * count), dtype=np.uint64)

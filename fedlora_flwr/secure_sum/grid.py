@@ -2,7 +2,7 @@ r"""The integer grid of a secure sum: clipped gradients, shares of noise, and th
 
 A grid of mesh γ turns the clip norm C into Δ = C/γ, a whole number. Each record's clipped gradient
 is rounded to whole numbers whose norm is at most Δ, so that one record moves a client's integer sum
-by at most Δ whatever the rounding did. (Rounding the *sum* instead would let one record move every
+by at most Δ for any rounding. (Rounding the *sum* instead would let one record move every
 coordinate by one more: Δ + √D.) A client adds its share of noise in whole numbers and uploads the
 result modulo 2³². Only the sum over all clients is opened.
 """

@@ -15,7 +15,7 @@ has c = s²k/(k+1) (arXiv 2102.06387, section 3, with a slightly better constant
 number, and round the result x to the whole number y with probability proportional to ρ_w(y - x).
 The same integral gives y, up to :math:`(1 - \eta_w)^{\pm2}`, the discrete Gaussian of variance v
 around the number. The rounding reads x alone, so it is post-processing (the idea is that of
-Peikert, CRYPTO 2010, theorem 3.1). So whatever the accountants say of a Gaussian of variance v - w,
+Peikert, CRYPTO 2010, theorem 3.1). So what the accountants say of a Gaussian of variance v - w,
 for any sampling of records and any number of steps, holds for the discrete one, up to the factor.
 
 Over all coordinates and steps the factors multiply. With λ for the sum of their logarithms, an

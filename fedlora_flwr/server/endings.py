@@ -1,4 +1,4 @@
-"""How a run ended: its folder says so, whatever ended it."""
+"""How a run ended: its folder says so in every case."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from fedlora_flwr.algebra.means import normalise
+from fedlora_flwr.algebra.means import normalize
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.layout import Layout, factor_of
 from fedlora_flwr.plan import HEAD, PARTS, ComponentPlan
@@ -88,7 +88,7 @@ def noise_of_mean(
     if not plain or not clients:
         return {}
     weights, variances = (np.array(column) for column in zip(*clients, strict=True))
-    scale = float((normalise(weights.tolist()) ** 2 * variances).sum())
+    scale = float((normalize(weights.tolist()) ** 2 * variances).sum())
     rates = dict(zip(PARTS, config.learning_rates(server_round), strict=True))
     squares: dict[str, float] = {}
     found = _by_array(plan, layout, shapes, config.local_steps, config.filter)

@@ -76,7 +76,7 @@ class RunDirectory:
             return
         check_unused(self.path)
         try:
-            # Of several runs that try at once, one succeeds.
+            # If several runs try at once, one succeeds.
             with marker.open("x", encoding="ascii") as stream:
                 stream.write(self.claim)
         except FileExistsError:

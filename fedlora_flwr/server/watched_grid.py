@@ -103,7 +103,7 @@ class WatchedGrid(Grid):
         waiting = {m.metadata.message_id: m for m in sent if m.metadata.message_id in pushed}
         replies: list[Message] = []
         while waiting:
-            # First the nodes: a reply that is there counts, whatever became of its node.
+            # First the nodes: a reply that is there counts, even if its node is gone.
             lost = _restarted(waiting, activations, self._activations())
             for key in list(waiting):
                 if (reply := self._pull(key, waiting[key])) is not None:
@@ -125,7 +125,7 @@ class WatchedGrid(Grid):
             if _from_network(error):  # Flower's server is gone, and no client is to blame.
                 raise
             return _unusable(asked, f"its reply cannot be read ({type(error).__name__})")
-        # Flower hands out here whatever nodes push to the server, under ids that they may choose;
+        # Flower hands out here all that nodes push to the server, under ids that they may choose;
         # but nobody else knows the id of a message to this node.
         for reply in found:
             if reply.metadata.reply_to_message_id == key:
@@ -154,7 +154,7 @@ def _restarted(
     waiting: Mapping[str, Message], before: Mapping[int, str], now: Mapping[int, str]
 ) -> list[str]:
     nodes = {key: message.metadata.dst_node_id for key, message in waiting.items()}
-    # Of a node that is not connected Flower tells by itself.
+    # Flower itself reports a node that is not connected.
     return [key for key, node in nodes.items() if now.get(node) not in (None, before.get(node))]
 
 

@@ -67,7 +67,7 @@ class LocalGrid(Grid):
         self._execute = execute
         self._run_config = dict(run_config)
         self._partitions = {node: i for i, node in enumerate(_node_ids(num_nodes))}
-        # Of the nodes that keep something: there may be thousands that are never asked.
+        # Only nodes that keep something: there may be thousands that are never asked.
         self._states: dict[int, RecordDict] = {}
         self._replies: dict[str, Message] = {}
         # Legacy servers send from many threads, and clients share this process's one model.

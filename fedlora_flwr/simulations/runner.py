@@ -277,7 +277,7 @@ def _follow(superlink: SimulationSuperLink, run_dir: RunDirectory, on_round: OnR
         # Each question takes seconds of a processor, which the run itself needs.
         interval = ENDED_INTERVAL if superlink.log_ended else STATUS_INTERVAL
         if time.monotonic() - asked > interval:
-            # `flwr run` exits with 0 whatever comes of the run; its status tells.
+            # `flwr run` exits with 0 even if the run fails; its status tells.
             status = superlink.status()
             asked = time.monotonic()
             if status == "finished:completed":

@@ -70,7 +70,7 @@ class SimulationSuperLink:
     ) -> None:
         self._log = log
         self._env = {
-            # Else Ray joins whatever cluster it finds traces of on this machine, dead ones too.
+            # Else Ray joins any cluster that it finds traces of on this machine, dead ones too.
             "RAY_ADDRESS": LOCAL,
             **os.environ,
             **QUIET,

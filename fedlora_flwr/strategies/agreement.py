@@ -1,6 +1,6 @@
 """How far a round's uploads agree, and what averaging their factors loses.
 
-The server works this out from uploads that it has anyhow, so it costs no privacy. Updates are taken
+The server works this out from uploads that it has anyway, so it costs no privacy. Updates are taken
 one array at a time: nothing here grows with the cohort but a few numbers per client.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_flwr.algebra.means import Arrays, normalise
+from fedlora_flwr.algebra.means import Arrays, normalize
 from fedlora_flwr.layout import Layout, factor_of
 from fedlora_flwr.plan import HEAD, PARTS
 from fedlora_flwr.strategies.replies import Upload
@@ -79,7 +79,7 @@ class Agreement:
     @classmethod
     def of(cls, current: Arrays, uploads: Sequence[Upload], names: Sequence[str]) -> Agreement:
         """Measure it: for shares p_k, all pairs follow from ``|Σ p_k Δ_k|²`` and ``|Δ_k|²``."""
-        shares = normalise([upload.weight for upload in uploads])
+        shares = normalize([upload.weight for upload in uploads])
         squares, mean = np.zeros(len(uploads)), 0.0
         for name in names:
             total = np.zeros(current[name].shape)
@@ -131,7 +131,7 @@ def _squares(
     current: Arrays, uploads: Sequence[Upload], names: tuple[str, str]
 ) -> tuple[float, float]:
     """Return the squared norms of one layer's difference and of its mean product."""
-    shares = normalise([upload.weight for upload in uploads])
+    shares = normalize([upload.weight for upload in uploads])
     pairs = [tuple(u.arrays.get(name, current[name]) for name in names) for u in uploads]
     mean_b, mean_a = (_mean([pair[side] for pair in pairs], shares) for side in (0, 1))
     rank = len(mean_a)

@@ -243,7 +243,7 @@ class FedLoRA(Declared, Exchange):
     def state_dict(self) -> dict[str, Any]:
         """Return what is carried from one round to the next, beside the global arrays.
 
-        A strategy with the same arguments that loads it goes on bit for bit as this one would. It
+        A strategy with the same arguments that loads it continues bit for bit as this one would. It
         holds what clients may be asked for, and what their ledgers have counted. A method that
         remembers more adds it here, takes it up in `load_state_dict` and sets it in `begin`.
 

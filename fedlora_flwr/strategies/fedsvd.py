@@ -1,4 +1,4 @@
-"""FedSVD: clients train B, the server re-factorises the product (arXiv 2505.12805)."""
+"""FedSVD: clients train B, the server refactorizes the product (arXiv 2505.12805)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_flwr.algebra.factors import refactorise
+from fedlora_flwr.algebra.factors import refactorize
 from fedlora_flwr.algebra.means import Arrays
 from fedlora_flwr.layout import Layout
 from fedlora_flwr.plan import B, ComponentPlan
@@ -44,10 +44,10 @@ class FedSVD(FedLoRA):
     def aggregate(
         self, server_round: int, current: Arrays, uploads: Sequence[Upload]
     ) -> dict[str, NDArray[np.floating]]:
-        """Average B, then re-factorise each layer's product at O((m + n) r²)."""
+        """Average B, then refactorize each layer's product at O((m + n) r²)."""
         arrays = super().aggregate(server_round, current, uploads)
         layout = Layout.of(arrays)
         for layer in layout.layers:
             b, a = layout.pair(layer)
-            arrays[b], arrays[a] = refactorise(arrays[b], arrays[a])
+            arrays[b], arrays[a] = refactorize(arrays[b], arrays[a])
         return arrays

@@ -162,11 +162,11 @@ def _read(file: Path) -> dict[str, str]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not all(isinstance(key, str) for key in content.values()):
-            raise ValueError("a key is no text")
+            raise ValueError("a key is not text")
         return dict(content)
     except (OSError, ValueError, AttributeError) as error:
         allowed = f"a JSON object of identities and keys ({error}). Restore it from a backup, or "
-        allowed += "remove it: then each identity is bound anew on first contact"
+        allowed += "remove it: then each identity is bound again on first contact"
         raise InvalidValue("file of identities", str(file), allowed) from error
 
 

@@ -26,7 +26,7 @@ def mean_of_own_models(
 ) -> MetricRecord | None:
     """Average what clients measured of their own models; None where none did.
 
-    A device may refuse to measure, so that is no reason to end the run.
+    A device may refuse to measure, so that is not a reason to end the run.
     """
     if not reports:
         log(WARNING, "\t> round %d: no client measured its model.", report.server_round)

@@ -88,7 +88,7 @@ class Comparison:
     methods : tuple[Method, ...]
         Rows of the table.
     epsilons : tuple[float, ...]
-        Privacy budgets; infinity is no privacy.
+        Privacy budgets; infinity means no privacy.
     seeds : int
         Reported seeds are 1 to ``seeds``.
     trials : int
@@ -299,7 +299,7 @@ def _run(scratch: str, job: Job) -> Row:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             run_dir = RunDirectory(Path(folder))
             summary = run_in_process(prepare_run(job.config), run_dir, lambda _: None)
-    except Exception as error:  # Whatever it is, the other runs go on.
+    except Exception as error:  # The other runs continue in any case.
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return {**row, "seconds": time.perf_counter() - started, "error": text}
     return {

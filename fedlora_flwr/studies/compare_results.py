@@ -129,7 +129,7 @@ def row_key(row: Mapping[Any, Any]) -> RowKey:
 
 
 def read_rows(path: Path) -> pd.DataFrame:
-    """Read ``rows.csv``, its complete lines only; an infinite ε is no privacy."""
+    """Read ``rows.csv``, its complete lines only; an infinite ε means no privacy."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     complete = text[: text.rfind("\n") + 1]
     if not complete:

@@ -1,1 +1,1 @@
-"""What is learnt: tasks, their records, and how records spread over clients."""
+"""What is learned: tasks, their records, and how records spread over clients."""

@@ -78,8 +78,8 @@ def chat_tokens(
     Raises
     ------
     InvalidValue
-        A record is no conversation; the chat template refuses it, or changes what was said before
-        when an answer is added.
+        A record is not a conversation; the chat template refuses it, or changes what was said
+        before when an answer is added.
     """
     values = zip(*(rows[name] for name in columns), strict=True)
     rendered = [_rendered(_chat(value, columns), tokenizer) for value in values]
@@ -109,7 +109,7 @@ def _chat(values: tuple[Any, ...], columns: list[str]) -> Chat:
     try:
         chat = [(message["role"], message["content"] or "") for message in values[0]]
         if not all(isinstance(role, str) for role, _ in chat):
-            raise TypeError("a role is no text")
+            raise TypeError("a role is not text")
         return [{"role": role, "content": content} for role, content in chat]
     except (TypeError, KeyError) as error:
         allowed = "a column of conversations, which are lists of {'role', 'content'}"
@@ -122,7 +122,7 @@ def _rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list
     An answer is what the template adds to what it makes of the messages before, prompt included.
     """
     last = max((i for i, message in enumerate(chat) if message["role"] == "assistant"), default=-1)
-    # Nothing is learnt from what comes after the last answer.
+    # Nothing is learned from what comes after the last answer.
     text = _template(chat[: last + 1] or chat, tokenizer)
     answers = []
     for i, message in enumerate(chat):

@@ -155,7 +155,7 @@ class DatasetTask(ABC):
         return found
 
     def check_splits_apart(self) -> None:
-        """Make sure that no private record would be evaluated on, whatever splits are called.
+        """Make sure that no private record would be evaluated on, under any names of splits.
 
         All records of the splits are compared, also those that a limit or a missing class leaves
         out.
@@ -299,7 +299,7 @@ class DatasetTask(ABC):
         return {}
 
     def _columns(self) -> dict[str, NDArray[Any]]:
-        """Return what records may be split by, one value a record."""
+        """Return what records may be split by, one value per record."""
         settings, dataset = self._settings, self._train
         chosen = {
             "label": settings.label_column,

@@ -34,7 +34,7 @@ class InstructionTuning(LanguageTask):
     """Learn the assistant's answers in conversations.
 
     Conversations become text by the chat template of the model's tokenizer, and the loss is of the
-    answers' tokens, with whatever the template ends an answer with. ``input-columns`` names one
+    answers' tokens, with what the template puts after an answer. ``input-columns`` names one
     column of conversations (lists of ``{"role", "content"}``), or two of text, the prompt and the
     response; empty, it is ``messages`` or else ``prompt,response``. What is beyond ``max-length``
     tokens is cut off; a record whose answers are all cut off counts as a record, and its gradient

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _COLUMNS = ("question", "context", "answers")
 _TARGETS = ("start", "end")
 _EVALUATION = ("none", "begins", "ends")
-# Of an answer that is looked for.
+# How many candidates and how many tokens an answer may have.
 _BEST, _LONGEST = 20, 30
 
 

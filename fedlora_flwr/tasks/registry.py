@@ -1,4 +1,4 @@
-"""Tasks by name: what is learnt, from which records, on which backbone."""
+"""Tasks by name: what is learned, from which records, on which backbone."""
 
 from __future__ import annotations
 

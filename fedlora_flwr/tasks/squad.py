@@ -33,18 +33,18 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
     return _best(prediction, answers, _overlap)
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Return text in lower case, without ASCII punctuation and articles, one space between words.
 
-    >>> normalise("The  U.S.A., an ally")
+    >>> normalize("The  U.S.A., an ally")
     'usa ally'
     """
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def _best(prediction: str, answers: Sequence[str], score: Callable[[str, str], float]) -> float:
-    right = [text for text in map(normalise, answers) if text] or [""]
-    found = normalise(prediction)
+    right = [text for text in map(normalize, answers) if text] or [""]
+    found = normalize(prediction)
     return max(score(found, text) for text in right)
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
-# Names of records, which are no text to learn from: common ones, and what pandas calls the index
+# Names of records, which are not text to learn from: common ones, and what pandas calls the index
 # of a table that it writes as parquet. Whoever means such a column names it.
 _INDEX = re.compile(r"__index_level_\d+__|(\w+[_-])?(id|idx|uid|guid|uuid)|index", re.IGNORECASE)
 
@@ -133,7 +133,7 @@ def text_columns(dataset: Dataset, chosen: str, others: Collection[str]) -> list
     for name in found:
         if name not in texts:
             kind = dataset.features.get(name)
-            held = f"; {name!r} holds {kind}, which is no text" if kind is not None else ""
+            held = f"; {name!r} holds {kind}, which is not text" if kind is not None else ""
             raise unknown("input-columns", name, texts, after=held)
     if not 1 <= len(found) <= 2:
         raise InvalidValue("input-columns", chosen, f"one or two of {texts}")

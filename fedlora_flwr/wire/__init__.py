@@ -12,8 +12,8 @@ STATUS = "status"
 STATUS_OK = "ok"
 STATUS_EXHAUSTED = "budget-exhausted"
 WEIGHTINGS = ("uniform", "size", "inverse-noise")
-# Of the arrays of a message, in magnitude. Trained factors and heads stay below a hundred; products
-# of entries up to here stay far from the largest number in fp32.
+# The largest magnitude in a message's arrays. Trained factors and heads stay below a hundred, and
+# products of entries up to here stay far from the largest number in fp32.
 MOST_ENTRY = 1e4
 # Under a secure sum: the clients that a round asks, the noise of their sum, and the grid norm C/γ.
 COHORT = "cohort"

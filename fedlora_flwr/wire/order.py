@@ -172,7 +172,7 @@ class Order:
         Raises
         ------
         OrderRefused
-            The text is no plan, or one for another number of blocks.
+            The text is not a plan, or one for another number of blocks.
         """
         if not self.plan:
             return None

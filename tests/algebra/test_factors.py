@@ -13,7 +13,7 @@ from fedlora_flwr.algebra.factors import (
     add,
     combine,
     compact,
-    refactorise,
+    refactorize,
     residual,
     spectrum,
     truncate,
@@ -72,12 +72,12 @@ def mean_of_products(clients: list[Pair], weights: list[float]) -> Array64:
 
 
 @given(pairs())
-def test_refactorising_is_the_full_svd(pair: Pair) -> None:
+def test_refactorizing_is_the_full_svd(pair: Pair) -> None:
     (m, r), n = pair[0].shape, pair[1].shape[1]
     product = pair[0] @ pair[1]
     _, sigma, _ = full_svd(product)
 
-    B, A = refactorise(*pair)
+    B, A = refactorize(*pair)
 
     assert B.shape == (m, r)
     assert A.shape == (r, n)
@@ -119,7 +119,7 @@ def test_equal_products_give_equal_factors(pair: Pair, seed: int) -> None:
     if np.linalg.norm(B) * np.linalg.norm(A) > 1e4 * sigma[0]:
         mix = -np.eye(B.shape[1])[::-1]  # A dense mixture would lose the digits of uneven terms.
 
-    (b_1, a_1), (b_2, a_2) = refactorise(B, A), refactorise(B @ mix, mix.T @ A)
+    (b_1, a_1), (b_2, a_2) = refactorize(B, A), refactorize(B @ mix, mix.T @ A)
 
     gaps = -np.diff(sigma, append=0.0)
     for i in range(len(sigma)):
@@ -132,7 +132,7 @@ def test_the_first_of_tied_entries_is_positive() -> None:
     A = np.array([[-1.0, 1.0 + 1e-12, 0.5]])
     B = np.array([[2.0], [1.0]])
     for sign in (1.0, -1.0):
-        b, a = refactorise(sign * B, A)
+        b, a = refactorize(sign * B, A)
         close(a, -A / np.linalg.norm(A), 1)
         close(b, -sign * B * np.linalg.norm(A), 1)
 
@@ -192,7 +192,7 @@ def test_compacting_drops_what_is_zero_and_nothing_else(pair: Pair) -> None:
     close(B @ A, product, sigma[0])
     close(A @ A.T, np.eye(len(A)), 1)
     close(np.linalg.norm(B, axis=0), sigma[: len(A)], sigma[0])
-    whole = refactorise(*pair)
+    whole = refactorize(*pair)
     close(B, whole[0][:, : len(A)], sigma[0])
     assert not whole[0][:, len(A) :].any()
 
@@ -317,7 +317,7 @@ def test_no_residual_where_clients_agree_on_a_factor(
     B, A = residual([(b, a) for b, a in clients], weights)
     assert B.shape == (m, 0)
     assert A.shape == (0, n)
-    assert refactorise(B, A)[0].shape == (m, 0)
+    assert refactorize(B, A)[0].shape == (m, 0)
     assert not np.matmul(*truncate(B, A, 2)).any()
 
 
@@ -336,7 +336,7 @@ def test_results_have_the_inputs_type_and_the_same_bits(dtype: DTypeLike) -> Non
     clients = [(b.astype(dtype), a.astype(dtype)) for b, a in (draw_pair(rng, 9, 8, 3),) * 2]
     clients[1] = (clients[1][0][::-1], clients[1][1])
     calls: list[Callable[[], tuple[NDArray[np.floating], ...]]] = [
-        lambda: refactorise(*clients[0]),
+        lambda: refactorize(*clients[0]),
         lambda: truncate(*clients[0], 2),
         lambda: compact(*clients[0]),
         lambda: add(clients),
@@ -357,16 +357,16 @@ NAN = np.array([[np.nan, 1.0, 1.0]] * 2)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: refactorise(B, A.T), "shapes of B and A"),
+        (lambda: refactorize(B, A.T), "shapes of B and A"),
         (lambda: spectrum(B[0], A), "shapes of B and A"),
-        (lambda: refactorise(B[:0], A), "shapes of B and A"),
-        (lambda: refactorise(B, NAN), "entries of A"),
+        (lambda: refactorize(B[:0], A), "shapes of B and A"),
+        (lambda: refactorize(B, NAN), "entries of A"),
         (lambda: truncate(B * np.inf, A, 1), "entries of B"),
-        (lambda: refactorise(B.astype(int), A), "type of B"),
+        (lambda: refactorize(B.astype(int), A), "type of B"),
         (lambda: truncate(B, A, 0), "rank = 0"),
-        (lambda: refactorise(B * 1e160, A * 1e160), "product"),
-        (lambda: refactorise(B * 1e160, A / 1e160), "product"),
-        (lambda: refactorise(B.astype("f2") * 300, A.astype("f2") * 300), "result"),
+        (lambda: refactorize(B * 1e160, A * 1e160), "product"),
+        (lambda: refactorize(B * 1e160, A / 1e160), "product"),
+        (lambda: refactorize(B.astype("f2") * 300, A.astype("f2") * 300), "result"),
         (lambda: compact(B, A.T), "shapes of B and A"),
         (lambda: compact(B, NAN), "entries of A"),
         (lambda: truncate(np.ones((40, 40)) * 1e160, np.ones((40, 40)), 1), "product"),

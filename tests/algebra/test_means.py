@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedlora_flwr.algebra.means import MovingAverage, merge, normalise, weighted_mean
+from fedlora_flwr.algebra.means import MovingAverage, merge, normalize, weighted_mean
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.layout import Layout
 from fedlora_flwr.plan import ComponentPlan
@@ -84,7 +84,7 @@ def test_with_both_free_the_error_is_the_covariance(seed: int, weights: list[flo
 
 @given(st.lists(st.floats(0, 1e308), min_size=1).filter(any))
 def test_weights_sum_to_one_and_keep_their_ratios(weights: list[float]) -> None:
-    shares = normalise(weights)
+    shares = normalize(weights)
     assert shares.sum() == pytest.approx(1, abs=1e-9)
     largest = max(weights)
     np.testing.assert_allclose(
@@ -98,7 +98,7 @@ def test_weights_sum_to_one_and_keep_their_ratios(weights: list[float]) -> None:
 )
 def test_weights_that_mean_nothing_are_refused(weights: list[float]) -> None:
     with pytest.raises(InvalidValue, match="weights"):
-        normalise(weights)
+        normalize(weights)
 
 
 def test_only_the_ratio_of_weights_matters() -> None:

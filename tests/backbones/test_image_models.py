@@ -287,6 +287,6 @@ def test_pictures_are_as_large_as_the_model_or_the_settings_say(size: int, expec
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_quantisation_is_refused_by_name(bits: str) -> None:
+def test_quantization_is_refused_by_name(bits: str) -> None:
     with pytest.raises(InvalidValue, match=f"quantization = '{bits}'.*only transformers"):
         made(quantization=bits)

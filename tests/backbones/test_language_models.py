@@ -297,7 +297,7 @@ def test_inputs_and_lengths_are_the_models_own(
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_quantisation_is_refused_where_it_cannot_be_had(
+def test_quantization_is_refused_where_it_cannot_be_had(
     make_task: Make, bits: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

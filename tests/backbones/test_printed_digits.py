@@ -32,14 +32,14 @@ def test_pictures_have_the_form_of_the_handwritten_ones(printed: tuple[Tensor, T
     assert labels.bincount().tolist() == [200] * 10
 
 
-def test_ink_is_bright_centred_and_about_as_heavy_as_handwriting(
+def test_ink_is_bright_centered_and_about_as_heavy_as_handwriting(
     printed: tuple[Tensor, Tensor], handwritten: Tensor
 ) -> None:
     images = printed[0]
 
     # A negative, a shifted or a hairline set would miss these by far.
     assert images.mean().item() == pytest.approx(handwritten.mean().item(), abs=0.06)
-    for measure in (_row_centre, _column_centre):
+    for measure in (_row_center, _column_center):
         assert measure(images) == pytest.approx(measure(handwritten), abs=0.4)
 
 
@@ -69,7 +69,7 @@ def handwritten() -> Tensor:
     return DigitsTask(settings()).test_records().batch(torch.arange(360))["image"]
 
 
-def _centre(axis: int) -> Callable[[Tensor], float]:
+def _center(axis: int) -> Callable[[Tensor], float]:
     def measure(images: Tensor) -> float:
         ink = images[:, 0].sum(dim=(0, 3 - axis))
         return float((ink * torch.arange(8)).sum() / ink.sum())
@@ -77,4 +77,4 @@ def _centre(axis: int) -> Callable[[Tensor], float]:
     return measure
 
 
-_row_centre, _column_centre = _centre(1), _centre(2)
+_row_center, _column_center = _center(1), _center(2)

@@ -59,7 +59,7 @@ def train(
 
 
 def noise_of(trainer: LocalTrainer, found: Arrays) -> NDArray[np.float64]:
-    """Return b over C times the gradient of the only step, in the optimiser's order."""
+    """Return b over C times the gradient of the only step, in the optimizer's order."""
     moved = {n: trainer.start[n].astype(np.float64) - array for n, array in found.items()}
     return np.concatenate(
         [

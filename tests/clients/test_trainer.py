@@ -103,7 +103,7 @@ def test_another_seed_gives_another_result(trainer: LocalTrainer) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in FILTERS if name != "none"])
-def test_a_filter_acts_on_the_privatised_gradient_before_the_step(
+def test_a_filter_acts_on_the_privatized_gradient_before_the_step(
     trainer: LocalTrainer, name: str
 ) -> None:
     start = start_of(trainer)
@@ -218,7 +218,7 @@ def test_each_factor_has_its_own_learning_rate(trainer: LocalTrainer) -> None:
         np.testing.assert_allclose(fast[name] - first, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_microbatches_and_optimiser_come_from_the_configuration(make_config: MakeConfig) -> None:
+def test_microbatches_and_optimizer_come_from_the_configuration(make_config: MakeConfig) -> None:
     usual = {"local_steps": 2, "lr_a": 0.01, "lr_b": 0.01, "lr_head": 0.01}
     whole, parts, adam = (
         run(LocalTrainer.build(make_config(**usual, **changes)))
@@ -278,7 +278,7 @@ def test_arrays_of_another_model_are_refused(trainer: LocalTrainer) -> None:
 
 
 def test_a_plan_for_another_number_of_blocks_is_refused(trainer: LocalTrainer) -> None:
-    with pytest.raises(InvalidValue, match="1 or 4 modes a step"):
+    with pytest.raises(InvalidValue, match="1 or 4 modes per step"):
         run(trainer, ComponentPlan.parse("BAB"))
 
 

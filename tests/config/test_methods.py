@@ -116,7 +116,7 @@ def test_a_setting_that_no_method_has_is_refused(strategy: str, key: str, messag
     ("place", "message"),
     [
         ("mine_own_method:Dampd", "has no 'Dampd'"),
-        ("mine_own_metod:Damped", "is no module in"),
+        ("mine_own_metod:Damped", "is not a module in"),
         ("mine_own_method:function", "a subclass of FedLoRA"),
         ("mine_own_method:Closed", "missing a required argument: 'damping'"),
         ("mine_own_method:Nameless", "set `name` in it"),

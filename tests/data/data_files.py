@@ -181,7 +181,7 @@ PLACES = st.sampled_from(
 FOLDERS = st.sampled_from(["a", "B", "c d", "007", "None", "\u00e9"])
 
 
-def grey(value: int) -> bytes:
+def gray(value: int) -> bytes:
     stream = io.BytesIO()
     Image.new("L", (4, 4), value).save(stream, "PNG")
     return stream.getvalue()
@@ -189,10 +189,10 @@ def grey(value: int) -> bytes:
 
 @st.composite
 def picture_folders(draw: st.DrawFn) -> dict[str, bytes]:
-    """Return files by their places; a picture's grey is told by its name, some are broken."""
+    """Return files by their places; a picture's gray is told by its name, some are broken."""
     found = {}
     for number in range(draw(st.integers(1, 6))):
-        content = grey(number)
+        content = gray(number)
         if draw(st.integers(0, 12)) == 0:
             content = content[: draw(st.integers(0, len(content) - 20))]
         found[draw(PLACES).format(draw(FOLDERS), number)] = content

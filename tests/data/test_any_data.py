@@ -22,7 +22,7 @@ from fedlora_flwr.data.sources import load_split
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.image_classification import ImageClassification
 from fedlora_flwr.tasks.text_classification import TextClassification
-from tests.data.data_files import csv_files, grey, json_files, parquet_files, picture_folders
+from tests.data.data_files import csv_files, gray, json_files, parquet_files, picture_folders
 from tests.data.data_oracle import Refused, Table, classes, csv_table, json_table
 from tests.data.pictures import SIZE, image_config
 from tests.tasks.texts import text_config
@@ -209,10 +209,10 @@ def compare_pictures(folder: Path, files: dict[str, bytes]) -> str:
         and name.lower().endswith(".png")
     )
     task = ImageClassification(image_config(folder))
-    broken = [name for name in used if len(files[name]) < len(grey(0)) - 10]
+    broken = [name for name in used if len(files[name]) < len(gray(0)) - 10]
     if not used or broken:
         with pytest.raises(InvalidValue) as caught:
-            decoded_greys(task)
+            decoded_grays(task)
         assert_sentence(caught.value, str(folder / "train" / broken[0] if broken else folder))
         return "refused"
     account = task.private_reading()
@@ -221,7 +221,7 @@ def compare_pictures(folder: Path, files: dict[str, bytes]) -> str:
     empty = [name for name in names if not any(each.startswith(f"{name}/") for each in used)]
     strangers = [name for name in files if name not in used and not hidden_text(name)]
     assert sum(map(int, others)) == len(strangers) + len(empty)
-    assert decoded_greys(task) == [int(parts[name][1].split(".")[0]) for name in used]
+    assert decoded_grays(task) == [int(parts[name][1].split(".")[0]) for name in used]
     numbers = task._labels.numbers(task._train).tolist()
     assert [names[number] for number in numbers] == [parts[name][0] for name in used]
     assert task.num_classes == len(names)
@@ -232,7 +232,7 @@ def hidden_text(name: str) -> bool:
     return name.endswith(".txt") and any(part.startswith(".") for part in name.split("/"))
 
 
-def decoded_greys(task: ImageClassification) -> list[int]:
+def decoded_grays(task: ImageClassification) -> list[int]:
     return [
         int(value) for value in np.array(pixels(task._train, "image", SIZE)["image"])[:, 0, 0, 0]
     ]

@@ -114,12 +114,12 @@ def test_columns_of_all_kinds_reach_collate_in_shape() -> None:
             "deep": List(List(Value("int64"))),
         }
     )
-    grey = [Pillow.new("L", (4, 3), 10 * i) for i in range(3)]
+    gray = [Pillow.new("L", (4, 3), 10 * i) for i in range(3)]
     fixed = np.arange(18, dtype=np.uint8).reshape(3, 3, 2)
     rows = {
         "fixed": fixed.tolist(),
         "array": [[[i, 0], [0, i]] for i in range(3)],
-        "image": grey,
+        "image": gray,
         "class": [0, 1, 1],
         "text": ["x", "y", "z"],
         "deep": [[[1], []], [], [[2, 3]]],

@@ -1,4 +1,4 @@
-"""Pictures of every mode become the grey and the colors that they show."""
+"""Pictures of every mode become the gray and the colors that they show."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_picture_is_what_a_person_sees(mode: str) -> None:
     for wanted, expected in (("RGB", color), ("L", None)):
         picture = eight_bits(make(), wanted)
         found = np.asarray(picture).astype(int)
-        if expected is None:  # Grey is weighted as broadcasting does it (ITU-R 601).
+        if expected is None:  # Gray is weighted as broadcasting does it (ITU-R 601).
             expected = round(float(np.dot(color, (0.299, 0.587, 0.114))))  # type: ignore[assignment]
         assert picture.mode == wanted
         assert abs(found - np.array(expected)).max() <= away + (wanted == "L"), found
@@ -200,20 +200,20 @@ def turned() -> bytes:
     return stream.getvalue()
 
 
-def hidden_grey() -> bytes:
-    """Return 16 bits of grey of which one value is transparent."""
+def hidden_gray() -> bytes:
+    """Return 16 bits of gray of which one value is transparent."""
     stream = io.BytesIO()
     values = np.array([[0, 257, 514], [771, 1028, 65_535]], dtype=np.uint16)
     Image.fromarray(values).save(stream, "PNG", transparency=257)
     return stream.getvalue()
 
 
-def test_frames_turned_pictures_and_hidden_grey(tmp_path: Path, empty_cache: Path) -> None:
+def test_frames_turned_pictures_and_hidden_gray(tmp_path: Path, empty_cache: Path) -> None:
     rows = [
         two(CONTROL, (0, 0, 0), "GIF"),
         two(CONTROL, (0, 0, 0), "TIFF"),
         turned(),
-        hidden_grey(),
+        hidden_gray(),
     ]
     pq.write_table(pa.table({"image": rows}), tmp_path / "train.parquet")
     found = np.array(pixels(load_split(str(tmp_path), "train"), "image", SIZE)["image"])

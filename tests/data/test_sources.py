@@ -41,17 +41,17 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def picture(path: Path, grey: int) -> None:
+def picture(path: Path, gray: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", (4, 3), grey).save(path)
+    Image.new("L", (4, 3), gray).save(path)
 
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """Return class folders of pictures: two splits, of which one lacks a class."""
     folder = tmp_path / "pictures"
-    for grey, name in enumerate(["train/cat/b.png", "train/cat/a.png", "train/ant/z.png"]):
-        picture(folder / name, 10 * grey)
+    for gray, name in enumerate(["train/cat/b.png", "train/cat/a.png", "train/ant/z.png"]):
+        picture(folder / name, 10 * gray)
     picture(folder / "train" / "dog" / "only.jpg", 99)
     picture(folder / "test" / "dog" / "x.png", 77)
     (folder / "test" / "dog" / "notes.txt").write_text("no picture")

@@ -133,7 +133,7 @@ def moved(before: dict[str, Tensor], model: Any) -> Tensor:
 def test_without_noise_clipping_and_sampling_it_is_the_trainer(
     tmp_path: Path, causal: bool, changes: dict[str, Any]
 ) -> None:
-    """Batches of all records, so that nothing is drawn; optimiser, schedule and loss are theirs."""
+    """Batches of all records, so that nothing is drawn; optimizer, schedule and loss are theirs."""
     data = records(causal=causal)
     ours, theirs = build_model(causal), build_model(causal)
     private(tmp_path / "ours", ours, data, max_grad_norm=1e9, **changes).train()
@@ -297,7 +297,10 @@ def mean_loss(*_: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"compute_loss_func": mean_loss}, "compute_loss_func = .* pass losses, one loss a record"),
+        (
+            {"compute_loss_func": mean_loss},
+            "compute_loss_func = .* pass losses, one loss per record",
+        ),
         ({"model_init": build_model}, "model_init = .* pass the PeftModel itself"),
         ({"data": iter(())}, "train_dataset = .* a data set with a length, read by position"),
         ({"eval_dataset": records(3)}, "eval_dataset = 'list'.* eval_is_public = True to say so"),
@@ -311,7 +314,7 @@ def test_what_would_pass_the_private_step_by_is_refused(
         private(tmp_path, **changes)
 
 
-def test_an_optimiser_of_ones_own_is_refused(tmp_path: Path) -> None:
+def test_an_optimizer_of_ones_own_is_refused(tmp_path: Path) -> None:
     model = build_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(InvalidValue, match=r"optimizers = \['SGD'\] .* optimizer_cls_and_kwargs"):
@@ -364,7 +367,7 @@ def test_a_mean_over_the_batch_is_no_loss_of_a_record(tmp_path: Path) -> None:
         loss: Tensor = model(**batch).loss
         return loss
 
-    with pytest.raises(PrivacyViolation, match="one loss a record is needed"):
+    with pytest.raises(PrivacyViolation, match="one loss per record is needed"):
         private(tmp_path, losses=losses).train()
 
 

@@ -179,7 +179,7 @@ def without(arrays: Arrays, parts: Iterable[str]) -> Arrays:
         (
             dict,
             {"plan": "BAB"},
-            "1 or 2 modes a step, for blocks .*layers.1.*; give follow_plan the strategy's blocks",
+            "1 or 2 modes per step, for blocks .*layers.1.*; give follow_plan the strategy",
         ),
         (dict, {"plan": "A", "share": "A"}, "FedSALoRA needs LoRAClient"),
         (
@@ -198,13 +198,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert not moved(before, values(model))
 
 
-def test_an_optimiser_that_lacks_a_factor_is_refused(model: nn.Module, start: Arrays) -> None:
+def test_an_optimizer_that_lacks_a_factor_is_refused(model: nn.Module, start: Arrays) -> None:
     only = [p for name, p in model.named_parameters() if "lora_A" in name]
     with pytest.raises(InvalidValue, match=r"one over all arrays; it lacks '.*lora_B\.weight'"):
         begin(start, model, torch.optim.SGD(only, lr=0.1), plan="A")
 
 
-def test_a_loop_that_steps_another_optimiser_is_told(model: nn.Module, start: Arrays) -> None:
+def test_a_loop_that_steps_another_optimizer_is_told(model: nn.Module, start: Arrays) -> None:
     planned = begin(start, model, adamw(model), plan="B")
     step(model, adamw(model))
     with pytest.raises(FedLoRAError, match="took no step in this round: give follow_plan"):

@@ -89,7 +89,7 @@ def test_layers_describe_y_equals_w0_x_plus_s_b_a_x() -> None:
 
 
 @pytest.mark.parametrize(("rslora", "scaling"), [(False, 2.0), (True, 4.0)])
-def test_rank_stabilised_scaling_divides_by_the_root_of_the_rank(
+def test_rank_stabilized_scaling_divides_by_the_root_of_the_rank(
     rslora: bool, scaling: float
 ) -> None:
     adapted = attach(Small(), LoRASpec(4, 8.0, 0.0, "first", rslora=rslora), seed=0)

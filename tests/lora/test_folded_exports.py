@@ -109,7 +109,7 @@ def test_another_rank_keeps_the_scaling_and_exports(
 def test_a_resized_model_trains_like_one_padded_with_zeros(mode: str) -> None:
     engine, whole, records = engine_of(VIT), engine_of(VIT), VIT.records(4)
     mechanism = Mechanism(0.0, 0.05, 2, 4)
-    # A round at the first rank, so that what the optimiser kept of it has another shape.
+    # A round at the first rank, so that what the optimizer kept of it has another shape.
     update(engine, records, [0, 1], "*", mechanism)
     engine.adapted.resize(2)
     small = fill(engine.adapted, 5)

@@ -238,7 +238,7 @@ def test_pairs_that_do_not_fit_are_refused_and_nothing_is_written(
     [torch.zeros(24, 8, dtype=torch.int8), torch.zeros(96, 1, dtype=torch.uint8), torch.zeros(192)],
     ids=["int8", "packed", "flat"],
 )
-def test_a_quantised_weight_is_refused_by_name_and_nothing_is_written(weight: Tensor) -> None:
+def test_a_quantized_weight_is_refused_by_name_and_nothing_is_written(weight: Tensor) -> None:
     adapted = attach(VIT.model().float(), VIT.spec(), seed=0)
     adapted.layers[0].base.weight = nn.Parameter(weight, requires_grad=False)
     held = state_bits(adapted)

@@ -51,7 +51,7 @@ def size(path: Path) -> tuple[int, int]:
 
 
 def draw(figure: Figure) -> None:
-    """Work out colours and places."""
+    """Work out colors and places."""
     figure.savefig(io.BytesIO())
 
 
@@ -84,7 +84,7 @@ def test_points_stand_at_their_budget_with_none_last() -> None:
 
 def test_ten_methods_look_different() -> None:
     looks = {(line.lines[0].get_color(), line.lines[0].get_marker()) for line in lines(table())}
-    assert len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == 10
+    assert len({color for color, _ in looks}) == len({marker for _, marker in looks}) == 10
     more = {(line.lines[0].get_color(), line.lines[0].get_linestyle()) for line in lines(table(25))}
     assert len(more) == 25
 
@@ -184,8 +184,8 @@ def test_bars_are_the_counts_from_left_to_right(clients: int, classes: int) -> N
     starts = [[patch.get_x() for patch in bars.patches] for bars in axes.containers]  # type: ignore[attr-defined]
     before = frame.cumsum(axis=1) - frame
     assert np.array(starts).T.tolist() == before.to_numpy().tolist()
-    colours = {patch.get_facecolor() for bars in axes.containers for patch in bars.patches}  # type: ignore[attr-defined]
-    assert len(colours) == classes
+    colors = {patch.get_facecolor() for bars in axes.containers for patch in bars.patches}  # type: ignore[attr-defined]
+    assert len(colors) == classes
     low, high = axes.get_ylim()
     assert low > high, "the first client is at the top"
 

@@ -168,7 +168,7 @@ def test_epsilon_from_first_principles(sigma: float, rate: float, steps: int) ->
 
 
 @pytest.mark.parametrize("accountant", accountants.ACCOUNTANTS)
-def test_equal_neighbours_count_as_one_segment(accountant: str) -> None:
+def test_equal_neighbors_count_as_one_segment(accountant: str) -> None:
     halves = [Segment(1.0, 0.05, 60), Segment(1.0, 0.05, 0), Segment(1.0, 0.05, 60)]
 
     split = epsilon_spent(halves, 1e-5, accountant)

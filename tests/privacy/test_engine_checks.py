@@ -186,7 +186,7 @@ def test_a_layer_that_keeps_statistics_of_records_is_refused_by_name() -> None:
 def test_a_mean_loss_is_refused() -> None:
     engine = PrivateEngine(VIT.adapted(), lambda model, batch: VIT.losses(model, batch).mean())
 
-    with pytest.raises(PrivacyViolation, match="one loss a record"):
+    with pytest.raises(PrivacyViolation, match="one loss per record"):
         one_step(engine, VIT.records(4))
 
 

@@ -1,4 +1,4 @@
-"""Filters, preconditioning and AdamW read what was privatised, in that order."""
+"""Filters, preconditioning and AdamW read what was privatized, in that order."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_adamw_is_told_the_noise_that_the_filter_leaves(plan: str, filter_name: 
     assert len(told) == sum(map(len, steps.gradients))
     if filter_name != "none":
         assert min(told) < 0.7
-    # And the step is that optimiser's, on the filtered gradients.
+    # And the step is that optimizer's, on the filtered gradients.
     smooth = make_filter(filter_name)
     alone = {n: torch.nn.Parameter(p.clone()) for n, p in steps.before[0].items()}
     optimizer = NoiseAwareAdamW(

@@ -43,7 +43,7 @@ class Pictures(nn.Module):
 
 
 class OwnBatchNorm(nn.Module):
-    """Batch normalisation as many write it themselves."""
+    """Batch normalization as many write it themselves."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class BufferOnly(nn.Module):
 
 
 class GhostBatchNorm(nn.Module):
-    """Normalises each half of the batch by statistics that no gradient flows through."""
+    """Normalizes each half of the batch by statistics that no gradient flows through."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:

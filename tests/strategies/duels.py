@@ -94,7 +94,7 @@ def layout_of(blocks: int) -> Layout:
 
 
 def known(a: float, b: float, error: float = 1.0) -> Scores:
-    """Return what a group has learnt of its factors, as of round 0."""
+    """Return what a group has learned of its factors, as of round 0."""
     scores = Scores()
     scores.gains["A"].add(Estimate(a, error**2), 0, 0.9)
     scores.gains["B"].add(Estimate(b, error**2), 0, 0.9)

@@ -250,9 +250,9 @@ def test_a_head_that_is_not_shared_stays_with_its_client(
 
     _, summary, run_id = run(config, tmp_path / "run", wire)
 
-    travelled = {name for _, arrays in (*wire.down, *wire.up) for name in arrays}
-    assert travelled
-    assert all(factor_of(name) for name in travelled)
+    traveled = {name for _, arrays in (*wire.down, *wire.up) for name in arrays}
+    assert traveled
+    assert all(factor_of(name) for name in traveled)
     # Every client's figures are those of the last factors with its own head.
     (*_, shared) = [arrays for kind, arrays in wire.down if kind == "evaluate"]
     trainer, heads, found = LocalTrainer.build(config), [], []

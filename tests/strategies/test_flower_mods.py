@@ -121,7 +121,7 @@ def test_local_dp_works_on_whole_uploads_and_says_so_on_others() -> None:
         run(RoLoRA(), mod)
 
 
-def serialised(app: ClientApp) -> Callable[[Message, Context], Message]:
+def serialized(app: ClientApp) -> Callable[[Message, Context], Message]:
     """Give clients messages of their own, as a network does; Flower's mod writes into them."""
 
     def call(message: Message, context: Context) -> Message:
@@ -160,7 +160,7 @@ def counts(make: Any = Counts, count: int = 3, mods: Any = (secaggplus_mod,)) ->
     def client_fn(context: Context) -> Any:
         return make(int(context.node_config["partition-id"])).to_client()
 
-    return LocalGrid(serialised(ClientApp(client_fn, mods=list(mods))), count, {})
+    return LocalGrid(serialized(ClientApp(client_fn, mods=list(mods))), count, {})
 
 
 AVERAGING = ("dp-lora", "ffa-lora", "rolora", "la-lora", "as-lora", "fedsvd", "fedsa-lora")
@@ -172,7 +172,7 @@ def test_a_secure_sum_of_private_clients_is_the_mean(name: str, make_config: Mak
     start = process_trainer(config).start
     app = ClientApp(client_fn, mods=[secaggplus_mod, bridge])
     strategy = STRATEGIES[name]()
-    grid = LocalGrid(serialised(app), 3, config.items())
+    grid = LocalGrid(serialized(app), 3, config.items())
     *_, first, _ = secure_sum(strategy, grid, start, 2, max_weight=1.0)
     assert strategy.last_round is not None
     assert strategy.last_round.epsilon_max == pytest.approx(8.0, rel=0.01)

@@ -63,8 +63,8 @@ def test_an_answer_ends_with_what_the_template_ends_it_with(make_chats: Make) ->
     tokenizer = AutoTokenizer.from_pretrained(task._settings.model)
     (record,) = all_records(task)
 
-    learnt = record["labels"][record["labels"] != -100]
-    assert tokenizer.decode(learnt) == "yes<|end|>\n"
+    learned = record["labels"][record["labels"] != -100]
+    assert tokenizer.decode(learned) == "yes<|end|>\n"
     assert tokenizer.decode(record["input_ids"][0]).endswith("yes<|end|>\n")
 
 
@@ -78,9 +78,9 @@ def test_a_token_on_the_border_is_the_answer_s(make_chats: Make, tmp_path: Path)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     (record,) = all_records(task)
 
-    learnt = record["labels"][record["labels"] != -100]
+    learned = record["labels"][record["labels"] != -100]
     # The blank belongs to the prompt, and is one token with the word.
-    assert tokenizer.decode(learnt) == " bali\n"
+    assert tokenizer.decode(learned) == " bali\n"
 
 
 @pytest.mark.parametrize("chosen", ["", "messages", "talk", "prompt,response", "q, a"])

@@ -19,8 +19,8 @@ def _all(records: Records) -> Batch:
 
 def _rows(records: Records) -> list[tuple[float, ...]]:
     batch = _all(records)
-    labelled = torch.cat([batch["image"].flatten(1), batch["label"].unsqueeze(1)], dim=1)
-    return sorted(tuple(row) for row in labelled.tolist())
+    labeled = torch.cat([batch["image"].flatten(1), batch["label"].unsqueeze(1)], dim=1)
+    return sorted(tuple(row) for row in labeled.tolist())
 
 
 def test_clients_and_the_test_set_share_out_the_whole_data_set(task: DigitsTask) -> None:

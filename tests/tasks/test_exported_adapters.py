@@ -57,7 +57,7 @@ def both(
 CASES = [
     *both("pooler", "bert"),
     *both("two-layers", "roberta"),
-    *both("normalisation", "modernbert"),
+    *both("normalization", "modernbert"),
     *both("last-token", "gpt2"),
     *both("mean", "bert", "mean", pooling="mean"),
     *both("answers", "bert", "QuestionAnswering"),
@@ -73,7 +73,7 @@ CASES = [
     Case("folded", "roberta", changes={"train_head": False}, folds=True),
     Case("folded-on-new-layers", "roberta", changes={"train_head": False, "lora_targets": DENSE},
          folds=True),
-    Case("stabilised", "roberta", changes={"train_head": False, "rslora": True}, folds=True),
+    Case("stabilized", "roberta", changes={"train_head": False, "rslora": True}, folds=True),
 ]  # fmt: skip
 
 

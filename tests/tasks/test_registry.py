@@ -116,15 +116,15 @@ def test_where_python_looks_at_installed_code_alone_it_stays_so(folder: Path, pl
     *said, found = done.stdout.splitlines()
     assert found == "False"
     if place != "digits":
-        assert "no module that is installed or on PYTHONPATH" in said[0]
+        assert "not a module that is installed or on PYTHONPATH" in said[0]
 
 
 @pytest.mark.parametrize(
     ("place", "allowed"),
     [
-        ("no_such_module:made", "'no_such_module' is no module in"),
-        ("inner.missing:made", "'inner.missing' is no module in"),
-        ("missing.deep_task:made", "'missing.deep_task' is no module in"),
+        ("no_such_module:made", "'no_such_module' is not a module in"),
+        ("inner.missing:made", "'inner.missing' is not a module in"),
+        ("missing.deep_task:made", "'missing.deep_task' is not a module in"),
         ("own_task:mad", "'own_task' has no 'mad'"),
         ("own_task:number", "a class or function that makes a task"),
         ("own_task:nothing", "a NoneType without"),

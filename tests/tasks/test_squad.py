@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora_flwr.tasks.squad import exact_match, f1, normalise
+from fedlora_flwr.tasks.squad import exact_match, f1, normalize
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from fedlora_flwr.tasks.squad import exact_match, f1, normalise
     ],
 )
 def test_what_is_left_of_a_text(text: str, expected: str) -> None:
-    assert normalise(text) == expected
+    assert normalize(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -65,4 +65,4 @@ def test_f1_is_between_exact_match_and_one_and_each_answer_is_as_good(
 ) -> None:
     assert exact_match(prediction, answers) <= f1(prediction, answers) <= 1
     assert f1(prediction, answers) == f1(prediction, answers[::-1])
-    assert exact_match(prediction, [*answers, prediction]) == 1 or not normalise(prediction)
+    assert exact_match(prediction, [*answers, prediction]) == 1 or not normalize(prediction)

@@ -21,7 +21,7 @@ app = ClientApp()
 
 @lru_cache(maxsize=1)
 def trainer(config: RunConfig) -> LocalTrainer:
-    """Build model and private step once a process."""
+    """Build model and private step once per process."""
     return LocalTrainer.build(config, Digits())
 
 

@@ -45,7 +45,7 @@ class Digits:
         return _records(slice(1400, None))
 
     def losses(self, model, batch):
-        """Return one loss a record, shape (n,), not their mean."""
+        """Return one loss per record, shape (n,), not their mean."""
         return F.cross_entropy(model(batch["pixels"]), batch["label"], reduction="none")
 
     @torch.no_grad()

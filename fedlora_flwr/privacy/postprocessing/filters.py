@@ -1,4 +1,4 @@
-"""Low-pass filters on the privatised gradient, which trade noise for bias.
+"""Low-pass filters on the privatized gradient, which trade noise for bias.
 
 A filter reads released gradients and public constants only: post-processing, at no privacy cost.
 
@@ -27,10 +27,10 @@ _LAMBDA = 1.0  # strength of Laplacian smoothing
 
 
 class GradientFilter(Protocol):
-    """A linear filter on privatised gradients, with the state of one client's round."""
+    """A linear filter on privatized gradients, with the state of one client's round."""
 
     def __call__(self, name: str, grad: Tensor) -> Tensor:
-        """Filter the next privatised gradient of an array.
+        """Filter the next privatized gradient of an array.
 
         Parameters
         ----------

@@ -24,7 +24,7 @@ from fedlora_flwr.privacy.postprocessing.precondition import precondition
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Local optimiser; each factor has its own learning rate.
+    """Local optimizer; each factor has its own learning rate.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ class OptimizerSettings:
         return {A: self.lr_a, B: self.lr_b, None: self.lr_head}
 
     def build(self, groups: Sequence[dict[str, object]]) -> torch.optim.Optimizer:
-        """Make a fresh optimiser over parameter groups that carry their own ``lr``."""
+        """Make a fresh optimizer over parameter groups that carry their own ``lr``."""
         if self.name == "sgd":
             return torch.optim.SGD(
                 groups, lr=0.0, momentum=self.momentum, weight_decay=self.weight_decay

@@ -1,4 +1,4 @@
-"""Preconditioning of the privatised gradient of a LoRA factor by the factor that is frozen."""
+"""Preconditioning of the privatized gradient of a LoRA factor by the factor that is frozen."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ def precondition(grad: Tensor, other: Tensor, factor: str, scaling: float, ridge
 
     Moving B by X moves the weight by ``s·X·A``, which is nearest to the weight's gradient at
     ``X = s⁻² grad (A·Aᵀ)⁻¹``, and likewise for A (LA-LoRA, arXiv 2602.19926, Theorem 2). A ridge ρ
-    adds ``s²·ρ·‖X‖²`` to what is minimised.
+    adds ``s²·ρ·‖X‖²`` to what is minimized.
 
-    It costs no privacy: it is a function of the privatised gradient, of the frozen factor, which
+    It costs no privacy: it is a function of the privatized gradient, of the frozen factor, which
     earlier releases and private steps produced, and of public constants, so it is post-processing.
     It does amplify the noise along directions in which the frozen factor is small.
 
     Parameters
     ----------
     grad : Tensor
-        Privatised gradient: (m, r) for B, (r, n) for A. It is not written to.
+        Privatized gradient: (m, r) for B, (r, n) for A. It is not written to.
     other : Tensor
         The frozen factor: A, (r, n), for the gradient of B; B, (m, r), for that of A. It is not
         written to.
@@ -74,7 +74,7 @@ def _regular(gram: Tensor) -> bool:
     """Tell whether the matrix has an inverse that rounding did not make up.
 
     Rounding turns zero eigenvalues into small ones of either sign, so Cholesky often passes a
-    singular matrix. A unit diagonal first, because ranks of unequal size are no singularity.
+    singular matrix. A unit diagonal first, because ranks of unequal size do not make it singular.
     """
     size = gram.diagonal().sqrt()
     if not (size.isfinite() & (size > 0)).all():

@@ -242,7 +242,7 @@ def test_opacus_wraps_it(noise_multiplier: float) -> None:
     grad = p.grad.numpy()
     expected = expected_step(grad[None], np.array([variance]), 0.9, 0.999, 0.0)
     np.testing.assert_allclose(p.detach().numpy(), -expected, rtol=1e-9)
-    # The private gradient holds the noise that the optimiser was told of.
+    # The private gradient holds the noise that the optimizer was told of.
     clipped = (records * (5 / records.norm(dim=1, keepdim=True))).sum(0) / 2
     assert float((p.grad - clipped).var()) == pytest.approx(variance, rel=0.15, abs=1e-9)
     assert wrapped.state is inner.state
