@@ -28,9 +28,9 @@ run: setup
 test: lint
 	$(BIN)/python -m pytest
 
-# Real Flower processes. Three files at a time, for fleets wait half of their time.
+# Real Flower processes. Two files at a time: more of them slow a fleet beyond its timeouts.
 test-deploy: setup
-	$(BIN)/python -m pytest -n 3 -m "deploy or flower"
+	$(BIN)/python -m pytest -n 2 -m "deploy or flower"
 
 # Every paper recipe for one private round on random weights of its full architecture.
 recipes: setup

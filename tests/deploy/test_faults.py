@@ -31,7 +31,7 @@ pytestmark = pytest.mark.deploy
 LATE, KILLED, FAILING, SOUND = NAMES = [f"device-0{number}" for number in (1, 2, 3, 4)]
 STEPS = 2
 # Flower takes a minute to notice that a node or a client's process is gone.
-TIMEOUT = 100.0
+TIMEOUT = 150.0
 
 
 @dataclass

@@ -162,7 +162,7 @@ def test_flowers_own_command_is_as_the_readme_shows_it(tmp_path: Path) -> None:
     script = "\n".join(FLOWER)
     for shown, here in {
         "$PWD/.venv/bin": str(BIN),
-        "strategy='dp-lora'": "strategy='ffa-lora' num-rounds=1 local-steps=1",
+        "strategy='dp-lora'": "strategy='ffa-lora' federation.num-rounds=1 training.local-steps=1",
         "num-supernodes=10": "num-supernodes=2",
     }.items():
         assert shown in script
