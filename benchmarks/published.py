@@ -1,7 +1,7 @@
 """A round of ours against a round as public scripts for these papers run it, with the same maths.
 
 What those scripts have in common: every round and for every client the model is loaded and the
-privacy engine made anew, texts are tokenized when a record is asked for, and padded to the longest
+privacy engine made again, texts are tokenized when a record is asked for, and padded to the longest
 that is allowed. Written for this purpose, after none of them in particular.
 """
 

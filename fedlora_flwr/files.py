@@ -193,7 +193,7 @@ def read_or_make(path: Path, read: Callable[[], T | None], make: Callable[[Path]
     """Return what is read from a cache, made now if it is missing or damaged.
 
     Of several processes that miss it at once, one makes it and the others wait, so that all of them
-    go on with the same content.
+    have the same content.
 
     Parameters
     ----------

@@ -52,7 +52,7 @@ def keys(
     entries = fields_by_key(RunConfig)
     if not names or not {*entries, *by_section(entries)} >= {short_name(name) for name in names}:
         entries.update(settings_of_methods(entries))
-    chosen = {name: entries[name] for name in _chosen(names or [], entries)}
+    chosen = {key: entries[key] for key in _chosen(names, entries)} if names else entries
     console = Console()
     if as_json:
         show_json([_explained(name, entry) for name, entry in chosen.items()])
@@ -69,11 +69,11 @@ def keys(
 def _chosen(names: Sequence[str], entries: Mapping[str, Any]) -> Iterator[str]:
     """Yield the keys of ``entries`` that are named: in short, in full, or by their section."""
     sections = by_section(entries)
-    for name in names or sections:
-        if name in sections and not (names and name in entries):
-            yield from (short_name(f"{name}.{key}") for key in sections[name])
-        elif (key := short_name(name)) in entries:
+    for name in names:
+        if (key := short_name(name)) in entries:
             yield key
+        elif name in sections:
+            yield from (short_name(f"{name}.{key}") for key in sections[name])
         else:
             raise unknown("key or section", name, (*entries, *sections))
 

@@ -22,8 +22,8 @@ from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.privacy.ledger import Account, Ledger, LedgerSummary
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.released import Released
-from fedlora_flwr.secure_sum.grid import Residues
 from fedlora_flwr.wire import STATUS_EXHAUSTED
+from fedlora_flwr.wire.limits import Residues
 from fedlora_flwr.wire.order import Order, check_shapes
 
 Arrays = Mapping[str, NDArray[np.float32]]

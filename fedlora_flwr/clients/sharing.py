@@ -16,8 +16,9 @@ from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.privacy.ledger_file import LOCAL
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.secure_sum.accounting import honest_shares
-from fedlora_flwr.secure_sum.grid import Grid, Residues
+from fedlora_flwr.secure_sum.grid import Grid
 from fedlora_flwr.wire import NUM_EXAMPLES, SUM_NOISE
+from fedlora_flwr.wire.limits import Residues
 from fedlora_flwr.wire.order import Order
 
 # Two machines may calibrate to other last digits. The ledger has the last word on ε.

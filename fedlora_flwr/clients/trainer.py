@@ -27,9 +27,10 @@ from fedlora_flwr.privacy.noise import NoiseSource, SecureNoise, SeededNoise
 from fedlora_flwr.privacy.postprocessing.filters import make_filter
 from fedlora_flwr.randomness import stream_seed
 from fedlora_flwr.secure_sum.discrete_gaussian import Words, seeded_words, system_words
-from fedlora_flwr.secure_sum.grid import Grid, Residues, residues
+from fedlora_flwr.secure_sum.grid import Grid, residues
 from fedlora_flwr.secure_sum.rounding import rounded
 from fedlora_flwr.tasks.registry import Task, build_task
+from fedlora_flwr.wire.limits import Residues
 
 
 @dataclass(frozen=True, eq=False)

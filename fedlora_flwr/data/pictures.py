@@ -93,7 +93,7 @@ def eight_bits(picture: Image.Image, mode: str) -> Image.Image:
 def _pixels(rows: dict[str, list[Any]], *, column: str, data: Mapping[str, Any]) -> dict[str, Any]:
     from timm.data import create_transform
 
-    # With the prefetcher's setting, timm leaves scaling and normalizing to the device.
+    # Told to use a prefetcher, timm leaves scaling and normalizing to the device.
     transform = create_transform(**data, is_training=False, use_prefetcher=True)
     mode = "L" if data["input_size"][0] == 1 else "RGB"
     images = [transform(eight_bits(picture, mode)) for picture in rows[column]]

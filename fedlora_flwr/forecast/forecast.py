@@ -34,7 +34,7 @@ from fedlora_flwr.tasks.registry import Task, build_task, optional
 # `benchmarks.learning`, which finds it. It says nothing certain about other data and models.
 MOST_THAT_GAINED = 5.0
 _BYTES = 4  # fp32
-_HEADER = 128  # NumPy's format, in which Flower's records hold arrays.
+_HEADER = 128  # Bytes before an array in NumPy's format, which Flower's records use.
 
 
 @dataclass(frozen=True)

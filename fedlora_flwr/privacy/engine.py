@@ -165,22 +165,13 @@ class PrivateEngine:
         reads that record alone, which `verify` tests and cannot prove for every input.
         *What does not hold.* Time and memory of a step follow the number and the length of records.
         """
-        optimizer = self._optimizer
-        if optimizer is None:
-            raise RuntimeError("start_round must be called before step")
-        if not self._verified:
-            self.verify(records)
-        self._activate(active)
-        versions, buffers = self._versions(), states_of(self._buffers)
-        with self.training():
+        with self._watched(records, active, moved=set(active)) as optimizer:
             for part in passes(records, indices, self._plan):
                 optimizer.signal_skip_step(not part.is_last)
                 # What fills a pass up has no loss, and so adds zero.
                 self._fill(part.batch, part.rows, active, slice(len(part.indices)))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-        self._check_touched(versions, set(active))
-        check_buffers(self._buffers, buffers)
 
     def whole_sum(
         self,
@@ -209,28 +200,42 @@ class PrivateEngine:
         PrivacyViolation
             As of `step`.
         """
-        optimizer = self._optimizer
-        if optimizer is None:
-            raise RuntimeError("start_round must be called before whole_sum")
-        if not self._verified:
-            self.verify(records)
-        self._activate(active)
-        versions, buffers = self._versions(), states_of(self._buffers)
         total = torch.zeros(())
-        with self.training():
+        with self._watched(records, active, moved=set()) as optimizer:
             for part in passes(records, indices, self._plan):
                 self._fill(part.batch, part.rows, active, slice(len(part.indices)))
                 # Whole numbers add up exactly in fp64.
                 total = total + whole(optimizer.rows()).sum(dim=0, dtype=torch.float64)
                 optimizer.zero_grad(set_to_none=True)
-        self._check_touched(versions, set())
-        check_buffers(self._buffers, buffers)
         # As the optimizer has put their columns side by side.
         named = [n for names in self._groups.values() for n in names if n in set(active)]
         shapes = {name: self.adapted.parameters[name].shape for name in named}
         sizes = [shape.numel() for shape in shapes.values()]
         parts = torch.split(total.to("cpu", torch.int64), sizes)
         return {n: part.view(shapes[n]) for n, part in zip(named, parts, strict=True)}
+
+    @contextmanager
+    def _watched(
+        self, records: Records, active: Sequence[str], moved: set[str]
+    ) -> Iterator[NoisyOptimizer]:
+        """Let ``active`` receive gradients, and check that nothing but ``moved`` has changed.
+
+        Raises
+        ------
+        PrivacyViolation
+            As of `step`.
+        """
+        optimizer = self._optimizer
+        if optimizer is None:
+            raise RuntimeError("start_round must be called before a step")
+        if not self._verified:
+            self.verify(records)
+        self._activate(active)
+        versions, buffers = self._versions(), states_of(self._buffers)
+        with self.training():
+            yield optimizer
+        self._check_touched(versions, moved)
+        check_buffers(self._buffers, buffers)
 
     @contextmanager
     def training(self) -> Iterator[None]:

@@ -273,7 +273,7 @@ class LedgerFile:
             db.execute("BEGIN IMMEDIATE")
             (version,) = db.execute("PRAGMA user_version").fetchone()
             if version == 1 and _columns(db) == _FIRST_CHAINED:
-                _set_version(db)  # The digests of its rows stay (see `chained`).
+                _add_trust_models(db)  # The digests of its rows stay (see `chained`).
                 db.execute("COMMIT")
                 return
             if _columns(db) != _EARLIER:
@@ -356,7 +356,7 @@ def _chain(db: sqlite3.Connection, head: Head) -> Head | None:
     """Add the chain to the rows that there are; None if their numbers have gaps."""
     for statement in (*_CHAINED, _INDEX):
         db.execute(statement)
-    _set_version(db)
+    _add_trust_models(db)
     db.execute("INSERT INTO origin VALUES (?)", (head.ledger,))
     for number, _, *values in db.execute(f"{_SELECT} ORDER BY id").fetchall():
         head = Head(head.ledger, head.rows + 1, chained(head.digest, values))
@@ -366,7 +366,7 @@ def _chain(db: sqlite3.Connection, head: Head) -> Head | None:
     return head
 
 
-def _set_version(db: sqlite3.Connection) -> None:
+def _add_trust_models(db: sqlite3.Connection) -> None:
     db.execute(_TRUSTING)
     db.execute(f"PRAGMA user_version = {_VERSION}")
 

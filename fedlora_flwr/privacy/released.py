@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.privacy.ledger import LedgerSummary
 from fedlora_flwr.wire import STATUS_OK
+from fedlora_flwr.wire.limits import Residues
 from fedlora_flwr.wire.report import Report
 
 
@@ -58,7 +59,7 @@ class Released:
     status: str = STATUS_OK
     num_examples: int = 1
     unprotected: Mapping[str, float] = field(default_factory=dict)
-    shares: Mapping[str, NDArray[np.uint32]] = field(default_factory=dict)
+    shares: Mapping[str, Residues] = field(default_factory=dict)
 
     def report(self) -> Report:
         """Return what travels, held to the limits of the contract.

@@ -24,6 +24,7 @@ from fedlora_flwr.secure_sum.discrete_gaussian import (
     system_words,
 )
 from fedlora_flwr.secure_sum.slack import ROUNDING, log_ratio
+from fedlora_flwr.wire.limits import Residues
 
 __all__ = ["MOST_SLACK", "Grid", "add_shares", "fitting_norm", "opened", "residues"]
 
@@ -36,8 +37,6 @@ WRAPS = 2.0**-40
 """Probability, per round, with which a sum may leave the range of 32 bits, at most."""
 MOST_SLACK = 1e-15
 """Largest λ of a whole run: added to ε, it changes no digit that is shown or compared."""
-
-Residues = NDArray[np.uint32]
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from fedlora_flwr.privacy.budget import Segment, calibrate
 from fedlora_flwr.privacy.postprocessing.filters import make_filter
 from fedlora_flwr.privacy.postprocessing.optimizer import OptimizerSettings, PostProcessing
 from fedlora_flwr.secure_sum.accounting import check_union, epsilon_unmasked, honest_shares
-from fedlora_flwr.secure_sum.grid import Grid, Residues, add_shares, fitting_norm, opened
+from fedlora_flwr.secure_sum.grid import Grid, add_shares, fitting_norm, opened
 from fedlora_flwr.strategies.cohort import cohort_size
 from fedlora_flwr.tasks.registry import Task
+from fedlora_flwr.wire.limits import Residues
 
 
 class SumStep:

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from flwr.common.logger import log
-from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.means import Arrays, bounded
 from fedlora_flwr.errors import FederationAborted, FedLoRAError, InvalidValue
 from fedlora_flwr.layout import factor_of
 from fedlora_flwr.wire import EPSILON, MOST_ENTRY, STEPS, WEIGHT
 from fedlora_flwr.wire.arrays import from_numpy, record_of, travel_size
-from fedlora_flwr.wire.limits import Number
+from fedlora_flwr.wire.limits import Number, Residues
 from fedlora_flwr.wire.report import Report
 
 MOST_TIMES_MEDIAN = 10
@@ -50,7 +49,7 @@ class Upload:
     weight: float
     metrics: dict[str, float]
     texts: dict[str, str] = field(default_factory=dict)
-    shares: Mapping[str, NDArray[np.uint32]] = field(default_factory=dict)
+    shares: Mapping[str, Residues] = field(default_factory=dict)
 
     @classmethod
     def of(

@@ -16,9 +16,8 @@ from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.strategies.expected import Expected
 from fedlora_flwr.strategies.replies import RoundReport, Upload
 from fedlora_flwr.wire import NUM_EXAMPLES
+from fedlora_flwr.wire.limits import Residues
 from fedlora_flwr.wire.order import Order
-
-Residues = NDArray[np.uint32]
 
 
 class Opener(Protocol):

@@ -73,11 +73,6 @@ TaskFactory = Callable[[Any], Task]
 _METHODS = ("build_model", "client_records", "test_records", "losses", "evaluate")
 
 
-def task_names() -> list[str]:
-    """Return the registered task names, sorted."""
-    return sorted(TASKS)
-
-
 def extras_of(name: str) -> tuple[str, ...]:
     """Return what has to be installed for a task, as `fedlora_flwr.errors.require` takes it.
 

@@ -37,7 +37,7 @@ def checked_arrays(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.f
     return {ARRAY_NAME.read("array name", n): _checked_array(n, a) for n, a in arrays.items()}
 
 
-def checked_shares(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.uint32]]:
+def checked_shares(arrays: Mapping[str, NDArray[Any]]) -> dict[str, limits.Residues]:
     """Return the arrays of a secure sum; any whole number is one of theirs."""
     _check_count(arrays)
     for name, array in arrays.items():

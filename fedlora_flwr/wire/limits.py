@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.wire import MOST_ENTRY
@@ -25,7 +26,9 @@ MOST_ARRAYS = 20_000
 MOST_ENTRIES = 2**31
 """Largest number of entries in all arrays of one message together."""
 RESIDUE = np.dtype(np.uint32)
-"""Type of the arrays of a secure sum: whole numbers modulo 2³²."""
+"""Type of the entries of a secure sum: whole numbers modulo 2³²."""
+Residues = NDArray[np.uint32]
+"""An array of a secure sum."""
 MOST_RECORDS = 10**9
 """Largest number of records that a client may say it has."""
 MOST_WEIGHT = 1e20

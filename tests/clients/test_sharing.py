@@ -110,7 +110,7 @@ def test_a_sum_with_less_noise_than_the_clients_own_budget_needs_is_refused(
     ledger = Ledger(tmp_path / "ledger.sqlite")
     records = trainer.task.client_records(0, 5)
     needed = calibrated_mechanism(config, len(records)).noise_multiplier
-    # Without it the others would add less than this client's ledger counts on.
+    # If it took part, the others would add less noise than its ledger counts on.
     weak = replace(ORDER, sum_noise=needed * 0.99)
 
     with pytest.raises(InvalidValue, match=r"sum-noise .* which this client's budget needs"):

@@ -55,9 +55,9 @@ def test_the_documented_command_runs_on_flower(folder: Path) -> None:
 
 
 def test_the_page_names_every_task() -> None:
-    from fedlora_flwr.tasks.registry import task_names
+    from fedlora_flwr.places import TASKS
 
-    assert all(f"`{name}`" in PAGE.read_text(encoding="utf-8") for name in task_names())
+    assert all(f"`{name}`" in PAGE.read_text(encoding="utf-8") for name in TASKS)
 
 
 def test_the_page_lists_what_a_task_may_have_beside_its_nine_members() -> None:

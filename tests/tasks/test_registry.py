@@ -11,8 +11,9 @@ import torch
 
 from fedlora_flwr.data.records import TensorRecords, lengths_of
 from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.places import TASKS
 from fedlora_flwr.tasks.digits import DigitsTask
-from fedlora_flwr.tasks.registry import Task, build_task, task_names
+from fedlora_flwr.tasks.registry import Task, build_task
 from tests.tasks.fixtures import settings
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +23,7 @@ def test_a_task_is_built_by_name() -> None:
     built: Task = build_task("digits", settings())
 
     assert isinstance(built, DigitsTask)
-    assert built.name in task_names()
+    assert built.name in TASKS
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_one() -> None:
