@@ -16,6 +16,9 @@ from flwr.common.logger import log
 from fedlora_flwr.clients.bridge import bridge, trains_or_evaluates
 from fedlora_flwr.clients.device import DEVICE, Device, client_identity
 from fedlora_flwr.clients.guarded import guarded
+from fedlora_flwr.clients.sum_exchange import SumExchange
+from fedlora_flwr.clients.sum_messages import BETWEEN, answer_between, stage_of
+from fedlora_flwr.clients.sum_store import SumStore
 from fedlora_flwr.clients.warm import WarmProcess
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.environment import in_simulation
@@ -43,20 +46,8 @@ def make_client(context: Context) -> LoRAClient:
         The device's file cannot be used, or a simulated run config.
     """
     node = context.node_config
-    if DEVICE in node:
-        device = Device.read(Path(str(node[DEVICE])))
-        identity, config = device.client, device.config(context.run_config)
-        partition, partitions, open_test = 0, 1, _public_records
-        opens = _private_records
-    elif in_simulation() and "partition-id" in node and "num-partitions" in node:
-        identity, config = client_identity(context), RunConfig.received(context.run_config)
-        partition, partitions = int(node["partition-id"]), int(node["num-partitions"])
-        open_test, opens = None, None
-    else:
-        raise OrderRefused(
-            "This SuperNode names no device's file, without which a server would decide everything "
-            "on it. Start it with --node-config 'device=\"/path/device.toml\"'."
-        )
+    identity, config = _who(context)
+    device = DEVICE in node
     with uncollected():
         from fedlora_flwr.clients.local_store import LocalStore
         from fedlora_flwr.clients.numpy_client import LoRAClient
@@ -65,18 +56,49 @@ def make_client(context: Context) -> LoRAClient:
     with untold():
         trainer = process_trainer(config)
     folder = state_folder(config)
+    # A simulation's client is one of a number of partitions, and a device is all of its own.
+    partition = 0 if device else int(node["partition-id"])
+    partitions = 1 if device else int(node["num-partitions"])
     return LoRAClient(
         trainer,
-        partial(opens, trainer.task)
-        if opens
+        partial(_private_records, trainer.task)
+        if device
         else partial(trainer.task.client_records, partition, partitions),
         Ledger(folder / "ledger.sqlite"),
         identity,
         str(context.run_id),
         store=LocalStore(folder / "local"),
-        open_test=partial(open_test, trainer.task) if open_test else None,
+        open_test=partial(_public_records, trainer.task) if device else None,
+        exchange=_exchange(context),
         rank=config.client_rank(partition) if config.client_ranks else None,
     )
+
+
+def _who(context: Context) -> tuple[str, RunConfig]:
+    """Return who a client is, and the run's configuration as it is there.
+
+    Raises
+    ------
+    OrderRefused, InvalidValue
+        See `make_client`.
+    """
+    node = context.node_config
+    if DEVICE in node:
+        device = Device.read(Path(str(node[DEVICE])))
+        return device.client, device.config(context.run_config)
+    if in_simulation() and "partition-id" in node and "num-partitions" in node:
+        return client_identity(context), RunConfig.received(context.run_config)
+    raise OrderRefused(
+        "This SuperNode names no device's file, without which a server would decide everything "
+        "on it. Start it with --node-config 'device=\"/path/device.toml\"'."
+    )
+
+
+def _exchange(context: Context) -> SumExchange:
+    """Make a client's part in secure sums, which needs no model."""
+    identity, config = _who(context)
+    store = SumStore(state_folder(config) / "sums")
+    return SumExchange(config, identity, str(context.run_id), store)
 
 
 def _private_records(task: Task) -> Records:
@@ -109,6 +131,9 @@ def state_folder(config: RunConfig) -> Path:
 
 def _direct(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Answer a Message-API strategy without a detour over Flower's legacy records."""
+    if stage_of(message) in BETWEEN:
+        exchange = partial(_exchange, context)
+        return answer_between(exchange, message, client_identity(context))
     if trains_or_evaluates(message):
         # A question who the client is, or a message for a warm process, must not wait for torch.
         with uncollected():

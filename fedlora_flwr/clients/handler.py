@@ -9,6 +9,7 @@ from flwr.app import Message, MessageType
 
 from fedlora_flwr.clients.guarded import guarded
 from fedlora_flwr.clients.local_round import LocalRound
+from fedlora_flwr.clients.sum_messages import BETWEEN, answer_between, stage_of
 from fedlora_flwr.wire.records import evaluate_records, read_order, train_records
 from fedlora_flwr.wire.report import Report
 
@@ -66,13 +67,18 @@ def answer_message(
 def _answered(
     local_round: LocalRound | Callable[[], LocalRound], message: Message, identity: str
 ) -> Message:
+    if stage_of(message) in BETWEEN:
+        return answer_between(lambda: _made(local_round).exchange, message, identity)
     order, arrays = read_order(message.content)
-    if not isinstance(local_round, LocalRound):
-        local_round = local_round()
+    made = _made(local_round)
     if message.metadata.message_type == MessageType.TRAIN:
-        report = local_round.run(order, arrays).report()
+        report = made.run(order, arrays).report()
         content = train_records(replace(report, client=identity))
     else:
-        metrics = local_round.measure(order, arrays)
+        metrics = made.measure(order, arrays)
         content = evaluate_records(Report(client=identity, num_examples=1, measured=metrics))
     return Message(content, reply_to=message)
+
+
+def _made(local_round: LocalRound | Callable[[], LocalRound]) -> LocalRound:
+    return local_round if isinstance(local_round, LocalRound) else local_round()

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.sharing import agreed, check_order, round_grid, trust_of, with_records
+from fedlora_flwr.clients.sum_exchange import Masks, SumExchange
 from fedlora_flwr.clients.trainer import LocalTrainer, LocalUpdate
 from fedlora_flwr.data.records import Records
 from fedlora_flwr.environment import in_simulation, peak_memory
@@ -54,6 +55,8 @@ class LocalRound:
     open_test : callable, optional
         Opens the public records that this client evaluates on, where it is asked to; by default the
         task's.
+    exchange : SumExchange, optional
+        Agrees with other clients on the masks of a secure sum.
     rank : int, optional
         This client's LoRA rank, where clients have their own; the server's arrays are cut to it.
 
@@ -87,6 +90,7 @@ class LocalRound:
         *,
         store: LocalStore | None = None,
         open_test: Callable[[], Records] | None = None,
+        exchange: SumExchange | None = None,
         rank: int | None = None,
     ) -> None:
         self._trainer = trainer
@@ -96,6 +100,7 @@ class LocalRound:
         if rank is not None and rank < 1:
             raise InvalidValue("rank", rank, "a whole number of at least 1")
         self._store = store
+        self._exchange = exchange
         self._rank = rank
         config = trainer.config
         self._account = Account(
@@ -106,6 +111,22 @@ class LocalRound:
     def identity(self) -> str:
         """Stable identity of the client's records."""
         return self._account.client
+
+    @property
+    def exchange(self) -> SumExchange:
+        """The client's part in the messages of a secure sum.
+
+        Raises
+        ------
+        OrderRefused
+            It has none.
+        """
+        if self._exchange is None:
+            raise OrderRefused(
+                "The message belongs to a secure sum, and this client keeps no keys for one. Give "
+                "its LocalRound an exchange."
+            )
+        return self._exchange
 
     @property
     def start(self) -> Arrays:
@@ -142,11 +163,12 @@ class LocalRound:
         started = time.perf_counter()
         plan = order.plan_for(len(self._trainer.layout.blocks))
         self._permit(order)
-        shares = check_order(order, plan, self._trainer.config)
+        shares = check_order(order, self._trainer.config)
+        masks = self.exchange.masks(order) if order.stage else None
         names = tuple(arrays)
         arrays = self._complete(order, arrays)
         with untold():
-            return self._release(order, plan, names, arrays, started, shares)
+            return self._release(order, plan, names, arrays, started, shares, masks)
 
     def _release(
         self,
@@ -156,6 +178,7 @@ class LocalRound:
         arrays: Arrays,
         started: float,
         shares: int,
+        masks: Masks | None,
     ) -> Released:
         """Open the records, write the round's row, train, and put the release together."""
         run, records = self._trainer.config, self._open()
@@ -176,7 +199,9 @@ class LocalRound:
         if grid and plan:
             manner = self._manner(order, summary)
             made = self._trainer.share(arrays, plan, records, mechanism, grid, *manner)
-            return self._shared(with_records(made, len(records)), summary, records, started)
+            made = with_records(made, len(records))
+            made = masks.on(made) if masks else made
+            return self._shared(made, summary, records, started)
         update = self._train(order, plan, arrays, records, mechanism, summary)
         if plan is None:
             # A server without plans replaces its arrays by what it gets, so it gets all of them.

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from fedlora_flwr.clients.sum_exchange import shares_of
 from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.trust import SECURE_SUM
@@ -15,9 +16,8 @@ from fedlora_flwr.errors import InvalidValue, OrderRefused
 from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.privacy.ledger_file import LOCAL
 from fedlora_flwr.privacy.mechanism import Mechanism
-from fedlora_flwr.secure_sum.accounting import honest_shares
 from fedlora_flwr.secure_sum.grid import Grid
-from fedlora_flwr.wire import NUM_EXAMPLES, SUM_NOISE
+from fedlora_flwr.wire import NUM_EXAMPLES, STAGE, SUM_NOISE, UPLOAD
 from fedlora_flwr.wire.limits import Residues
 from fedlora_flwr.wire.order import Order
 
@@ -25,7 +25,7 @@ from fedlora_flwr.wire.order import Order
 _ROUNDED = 1e-6
 
 
-def check_order(order: Order, plan: ComponentPlan | None, config: RunConfig) -> int:
+def check_order(order: Order, config: RunConfig) -> int:
     """Return m, the shares of the noise, or 0 where this client adds all of it itself.
 
     Raises
@@ -35,34 +35,19 @@ def check_order(order: Order, plan: ComponentPlan | None, config: RunConfig) -> 
         too few clients would share the noise; or nothing hides the upload.
     """
     if not config.secure_sum:
-        if order.cohort or order.sum_noise or order.grid_norm:
-            raise OrderRefused(
-                "The message asks for a share of a secure sum, and this run's trust-model is "
-                "'local'. Set trust-model = 'secure-sum' for the run, and on the device."
-            )
-        return 0
-    if not in_simulation():
+        asks = order.cohort or order.sum_noise or order.grid_norm or order.stage
+        return shares_of(order, config) if asks else 0
+    if in_simulation():
+        if order.stage:
+            raise OrderRefused(f"A simulated client's upload is not masked. Send no {STAGE!r}.")
+    elif order.stage != UPLOAD:
         # An upload has the noise of one share, so it must not leave where nothing hides it.
         raise OrderRefused(
-            "trust-model = 'secure-sum' is refused: this version simulates the sum and masks no "
-            "upload, so a device sends none. Use trust-model = 'local'."
+            "trust-model = 'secure-sum': this client uploads to a masked sum alone, and the "
+            "message asks for an upload in the clear. Use one of this package's strategies with "
+            "trust-model = 'secure-sum' on the server, too."
         )
-    if plan is None or not (order.cohort and order.sum_noise and order.grid_norm):
-        raise OrderRefused(
-            "A secure sum needs a plan, the number of clients asked, the noise of the sum and the "
-            "grid's norm in the message. Use one of this package's strategies."
-        )
-    try:
-        shares = honest_shares(order.cohort, config.dropouts, config.colluding)
-    except InvalidValue as error:
-        raise OrderRefused(str(error)) from error
-    if shares < config.least_shares:
-        raise OrderRefused(
-            f"The noise would be shared among {shares} clients ({order.cohort} asked, less "
-            f"dropouts = {config.dropouts} and colluding = {config.colluding}), and this client "
-            f"takes part from least-shares = {config.least_shares} on. Ask more clients."
-        )
-    return shares
+    return shares_of(order, config)
 
 
 def agreed(own: Mechanism, order: Order) -> Mechanism:

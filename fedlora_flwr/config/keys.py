@@ -135,6 +135,7 @@ def _ways_of(code: Any, argument: Any) -> float:
 
 ANY = Check(lambda _: True, "anything")
 FLAG = Check(lambda _: True, "true or false")
+PRINTABLE = Check(lambda text: text.isprintable(), "a text of printable characters")
 PATTERN = Check(_is_pattern, "a regular expression")
 QUICK_PATTERN = Check(
     is_quick_pattern,

@@ -32,7 +32,7 @@ def check_trust(config: RunConfig) -> None:
 
 def _of_clients(config: RunConfig) -> Iterator[tuple[str, Any, str]]:
     """Yield what has to hold where each client adds all of its noise itself."""
-    for name in ("sample_rate", "dropouts", "colluding"):
+    for name in ("sample_rate", "dropouts", "colluding", "sum_records"):
         yield name, not getattr(config, name), f"0, or trust-model = {SECURE_SUM!r}"
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import isqrt
 
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.privacy.budget import Segment, Spent, epsilon_spent
 from fedlora_flwr.secure_sum.grid import Grid
 from fedlora_flwr.secure_sum.slack import widened
 
-__all__ = ["check_union", "epsilon_of_sum", "epsilon_unmasked", "honest_shares"]
+__all__ = ["check_dropouts", "check_union", "epsilon_of_sum", "epsilon_unmasked", "honest_shares"]
 
 
 def honest_shares(asked: int, dropouts: int, colluding: int) -> int:
@@ -38,11 +39,38 @@ def honest_shares(asked: int, dropouts: int, colluding: int) -> int:
     >>> honest_shares(10, dropouts=1, colluding=1)
     8
     """
-    shares = asked - dropouts - colluding
-    if dropouts < 0 or colluding < 0 or shares < 1:
+    check_dropouts(asked, dropouts, colluding)
+    return asked - dropouts - colluding
+
+
+def check_dropouts(asked: int, dropouts: int, colluding: int) -> None:
+    """Refuse more dropouts than masks can allow for, when a server tells clients different things.
+
+    Parameters
+    ----------
+    asked, dropouts, colluding : int
+        N, t and c.
+
+    Raises
+    ------
+    InvalidValue
+        N - c is not above t(t + 2), and a server could open a sum over fewer than N - t clients
+        (the reason is in `fedlora_flwr.secure_sum.party`); or a number is negative.
+
+    Examples
+    --------
+    >>> check_dropouts(10, dropouts=2, colluding=1)
+    """
+    if dropouts < 0 or colluding < 0 or asked - dropouts - colluding < 1:
         allowed = f"whole numbers from 0, together fewer than the {asked} clients of a round"
         raise InvalidValue("dropouts and colluding", (dropouts, colluding), allowed)
-    return shares
+    if asked - colluding <= dropouts * (dropouts + 2):
+        most = isqrt(asked - colluding) - 1
+        allowed = (
+            f"at most {most} where {asked} clients are asked and colluding = {colluding}: with "
+            "more, a server that tells clients different things may open the sum of fewer clients"
+        )
+        raise InvalidValue("dropouts", dropouts, allowed)
 
 
 def check_union(delta: float, records: int) -> None:

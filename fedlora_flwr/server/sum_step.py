@@ -16,17 +16,21 @@ from fedlora_flwr.privacy.budget import Segment, calibrate
 from fedlora_flwr.privacy.postprocessing.filters import make_filter
 from fedlora_flwr.privacy.postprocessing.optimizer import OptimizerSettings, PostProcessing
 from fedlora_flwr.secure_sum.accounting import check_union, epsilon_unmasked, honest_shares
-from fedlora_flwr.secure_sum.grid import Grid, add_shares, fitting_norm, opened
+from fedlora_flwr.secure_sum.grid import Grid, fitting_norm, opened
+from fedlora_flwr.server.masked_sum import MaskedSum
 from fedlora_flwr.strategies.cohort import cohort_size
+from fedlora_flwr.strategies.secure_sum import Ask
 from fedlora_flwr.tasks.registry import Task
+from fedlora_flwr.wire import NUM_EXAMPLES
 from fedlora_flwr.wire.limits import Residues
+from fedlora_flwr.wire.order import Order
 
 
 class SumStep:
-    """Opens sums and steps by them: an `Opener`, with an *ideal* sum.
+    """Opens sums and steps by them: an `Opener`.
 
-    It sees every upload, so it is for simulations. State of momentum, Adam and temporal filters
-    lasts for the whole run: each factor's own, advanced in the rounds in which it trains.
+    State of momentum, Adam and temporal filters lasts for the whole run: each factor's own,
+    advanced in the rounds in which it trains.
 
     Parameters
     ----------
@@ -36,16 +40,16 @@ class SumStep:
         The server's model, on which the steps are taken.
     grid : Grid
         The grid of each round (see `sum_grid`).
+    records : int
+        Largest number of records of all clients, for which the grid was made.
     """
 
-    def __init__(self, config: RunConfig, adapted: AdaptedModel, grid: Grid) -> None:
+    def __init__(self, config: RunConfig, adapted: AdaptedModel, grid: Grid, records: int) -> None:
         self.dropouts = config.dropouts
         self.noise_multiplier = sum_noise(config)
         self.grid_norm = grid.norm
-        self.remark = (
-            "simulated: this process sees every upload. Unmasked, one client's uploads would spend "
-            f"ε = {unmasked(config, grid):.3g}"
-        )
+        self._grid, self._records = grid, records
+        self._sum = MaskedSum(config)
         self._config = config
         self._adapted = adapted
         self._post = PostProcessing(adapted)
@@ -53,9 +57,36 @@ class SumStep:
         self._optimizer = self._post.optimizer(OptimizerSettings.in_round(config, 1))
         self._deviation = grid.noise_multiplier * config.clip_norm
 
-    def total(self, uploads: Sequence[Mapping[str, Residues]]) -> dict[str, NDArray[np.int64]]:
-        """Return the opened sum, by name."""
-        return {name: opened(add_shares(u[name] for u in uploads)) for name in uploads[0]}
+    @property
+    def remark(self) -> str:
+        """What the run's summary says of the sum."""
+        alone = f"one client's uploads would spend ε = {unmasked(self._config, self._grid):.3g}"
+        if self._sum.simulated:
+            return f"simulated: this process sees every upload. Unmasked, {alone}"
+        return f"masked by the clients. If masking failed, {alone}"
+
+    def agree(self, ask: Ask, order: Order, nodes: Sequence[int]) -> Mapping[int, Order]:
+        """Return what to send to each client that can upload (see `MaskedSum.agree`)."""
+        return self._sum.agree(ask, order, nodes)
+
+    def total(
+        self, ask: Ask, uploads: Mapping[int, Mapping[str, Residues]]
+    ) -> dict[str, NDArray[np.int64]]:
+        """Return the opened sum, by name.
+
+        Raises
+        ------
+        InvalidValue
+            It cannot be opened (see `MaskedSum.total`), or cannot be right.
+        """
+        found = {name: opened(array) for name, array in self._sum.total(ask, uploads).items()}
+        count = int(found[NUM_EXAMPLES][0])
+        if not 1 <= count <= self._records:
+            allowed = (
+                f"from 1 to {self._records} (sum-records): a client's upload was not what it said"
+            )
+            raise InvalidValue("records of all clients", count, allowed)
+        return found
 
     def step(
         self, server_round: int, current: Arrays, total: Mapping[str, NDArray[np.int64]], count: int
@@ -79,13 +110,7 @@ class SumStep:
         dict[str, ndarray]
             The arrays that trained, fp32.
 
-        Raises
-        ------
-        InvalidValue
-            The clients have no records.
         """
-        if count < 1:
-            raise InvalidValue("records of all clients", count, "at least 1")
         config, adapted = self._config, self._adapted
         settings = OptimizerSettings.in_round(config, server_round)
         adapted.write(current)
@@ -141,17 +166,18 @@ def sum_grid(config: RunConfig, records: int, coordinates: int) -> Grid:
 
 
 def sum_step(config: RunConfig, task: Task, adapted: AdaptedModel) -> SumStep:
-    """Make the opener of a simulated run, which knows how many records its clients have.
+    """Make the opener of a run. Simulated clients' records are counted, if nobody says how many.
 
     Raises
     ------
     InvalidValue
         See `sum_grid`.
     """
-    clients = range(config.num_clients)
-    records = sum(len(task.client_records(client, config.num_clients)) for client in clients)
     size = sum(parameter.numel() for parameter in adapted.parameters.values())
-    return SumStep(config, adapted, sum_grid(config, records, size))
+    records = config.sum_records or sum(
+        len(task.client_records(client, config.num_clients)) for client in range(config.num_clients)
+    )
+    return SumStep(config, adapted, sum_grid(config, records, size), records)
 
 
 def unmasked(config: RunConfig, grid: Grid) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from logging import INFO
 from typing import Any, ClassVar
 
@@ -154,7 +155,7 @@ class FedLoRA(Declared, Exchange):
         self.local_steps = local_steps
         self.max_weight = max_weight
         self.shared = self.shared or ("" if share_head else A + B)
-        self.num_rounds = 0
+        self.num_rounds, self._timeout = 0, 3600.0
         self.last_round: RoundReport | None = None
         self.opener: secure_sum.Opener | None = None
         self._cohorts: Cohorts | None = None
@@ -287,7 +288,7 @@ class FedLoRA(Declared, Exchange):
         Result
             Arrays and metrics of the rounds that took place.
         """
-        self.num_rounds = num_rounds
+        self.num_rounds, self._timeout = num_rounds, timeout
         self.begin()
         self._result = Result()
         rest = train_config, evaluate_config, keeping(self._result, evaluate_fn)
@@ -324,14 +325,17 @@ class FedLoRA(Declared, Exchange):
             grid, server_round, self.fraction_train, self.min_available_nodes, self.min_train_nodes
         )
         order = replace(self.order(server_round, str(plan)), weighting=self.weighting)
-        if self.opener:
-            order = secure_sum.asks_for_shares(order, self.opener, len(this.asked))
-        config.update(order.to_config())
         sent = len(this.asked)
         report = self.last_round = RoundReport(
             server_round, str(plan), sent=sent, bytes_plain=this.plain * sent
         )
-        return self._messages(MessageType.TRAIN, arrays, config, this.asked, report)
+        if self.opener is None:
+            config.update(order.to_config())
+            return self._messages(MessageType.TRAIN, arrays, config, this.asked, report)
+        this.ask = partial(self._ask, grid, report)
+        orders = secure_sum.orders_of_sum(self.opener, this.ask, order, this.asked, report)
+        this.asked = list(orders)
+        return self._messages(MessageType.TRAIN, arrays, config, orders, report)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -353,16 +357,17 @@ class FedLoRA(Declared, Exchange):
             self._read(client, content, report)
         if self._cohorts is not None:
             self._cohorts.took(self._round.asked)
+        if not self._round.asked:  # Too few clients agreed on a secure sum.
+            return report.settle_void(self.min_completion)
         more = server_round < self.num_rounds and not self.finished
         report.settle(self.min_completion, may_decline=self._trained or more)
         log(INFO, "aggregate_train: %d of %d clients", len(report.uploads), report.sent)
-        if not report.uploads:
-            return None, None
         current, uploads = self._round.current, report.uploads
-        if self.opener:
-            uploads = secure_sum.opened_upload(self.opener, server_round, current, report)
-            if not uploads:
-                return None, None
+        if self.opener and uploads:
+            ask = self._round.ask
+            uploads = secure_sum.opened_upload(self.opener, ask, current, report, self._nodes)
+        if not uploads:
+            return None, None
         self._trained = True
         arrays = within_limits(self.aggregate(server_round, current, uploads))
         report.compared = describe(current, uploads, personal=self.personal)

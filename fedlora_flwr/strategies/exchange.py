@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
+from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.strategies.cohort import Cohorts
 from fedlora_flwr.strategies.identities import Identities
 from fedlora_flwr.strategies.inbox import Inbox, read_measurements
 from fedlora_flwr.strategies.personal import mean_of_own_models, shared_part
 from fedlora_flwr.strategies.replies import RoundReport, size_of, weighted_figures
 from fedlora_flwr.strategies.round import Round
+from fedlora_flwr.wire import PACKET
 from fedlora_flwr.wire.order import Order
+from fedlora_flwr.wire.records import read_training
 
 
 class Exchange(FedAvg):
@@ -31,6 +34,7 @@ class Exchange(FedAvg):
     _cohorts: Cohorts | None
     _result: Result
     _round: Round
+    _timeout: float
 
     def order(self, server_round: int, plan: str = "") -> Order:
         """Say what clients are asked for, beside the arrays; without a plan, to measure."""
@@ -93,17 +97,56 @@ class Exchange(FedAvg):
         kind: str,
         arrays: ArrayRecord,
         config: ConfigRecord,
-        nodes: Sequence[int],
+        nodes: Sequence[int] | Mapping[int, Order],
         report: RoundReport,
     ) -> list[Message]:
-        """Make one message a node, and count what goes down."""
+        """Make one message for each node, and count what goes down; nodes may have own orders."""
         messages = []
         for node in nodes:
+            own = config
+            if isinstance(nodes, Mapping):
+                own = ConfigRecord({**config})
+                own.update(nodes[node].to_config())
+                report.bytes_down += len(nodes[node].packet)
             chosen = shared_part(self.download(arrays, self._who.of(node)), self.shared)
-            content = RecordDict({self.arrayrecord_key: chosen, self.configrecord_key: config})
+            content = RecordDict({self.arrayrecord_key: chosen, self.configrecord_key: own})
             report.bytes_down += size_of(content)
             messages.append(Message(content, node, kind))
         return messages
+
+    def _ask(
+        self, grid: Grid, report: RoundReport, orders: Mapping[int, Order], length: int
+    ) -> dict[int, bytes]:
+        """Send an order without arrays to each node, and return the packets of a length; 0: any."""
+        messages = []
+        for node, order in orders.items():
+            config = ConfigRecord()
+            config.update(order.to_config())
+            content = RecordDict(
+                {self.arrayrecord_key: ArrayRecord(), self.configrecord_key: config}
+            )
+            report.bytes_down += len(order.packet)
+            messages.append(Message(content, node, MessageType.TRAIN))
+        replies = grid.send_and_receive(messages, timeout=self._timeout)
+        found: dict[str, bytes] = {}
+        inbox = Inbox(self._who, list(orders), MessageType.TRAIN, report)
+        for client, reply in inbox.read(replies):
+            try:
+                packet = read_training(reply).packet
+                if length and len(packet) != length:
+                    raise InvalidValue(f"length of {PACKET}", len(packet), f"{length} bytes")
+            except Exception as error:  # One client's reply must not end the others' round.
+                report.fail(client, error)
+                continue
+            report.bytes_up += len(packet)
+            found[client] = packet
+        names = {self._who.name(node): node for node in orders}
+        return {names[client]: packet for client, packet in found.items()}
+
+    @property
+    def _nodes(self) -> dict[str, int]:
+        """The nodes of the round that were asked to train, by what their clients are called."""
+        return {self._who.name(node): node for node in self._round.asked}
 
     @property
     def _who(self) -> Identities:

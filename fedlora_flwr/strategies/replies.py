@@ -159,6 +159,20 @@ class RoundReport:
             for upload, weight in zip(self.uploads, weights, strict=True)
         ]
 
+    def settle_void(self, min_completion: float) -> tuple[None, None]:
+        """Keep a round in which nobody was asked to train: it has no arrays and no metrics.
+
+        Raises
+        ------
+        FederationAborted
+            Fewer than ``min_completion`` of the clients answered.
+        """
+        self.failures.sort()
+        for line in self.failures:
+            log(WARNING, "\t> round %d: %s", self.server_round, line)
+        self._check_answered(self.sent - len(self.failures), min_completion)
+        return None, None
+
     def _agree(self) -> None:
         """Keep the uploads of the arrays that most clients sent: others cannot be averaged."""
         if not self.uploads:
@@ -170,18 +184,23 @@ class RoundReport:
         self.uploads = [u for u in self.uploads if u.arrays.keys() == common]
 
     def _check_completion(self, min_completion: float, may_decline: bool) -> None:
-        answered = len(self.uploads) + len(self.declined)
-        lines = [*self.failures, *self.declined]
-        reasons = "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if lines[5:] else "")
+        self._check_answered(len(self.uploads) + len(self.declined), min_completion)
+        if not self.uploads and (self.failures or not may_decline):
+            raise FederationAborted(
+                f"Round {self.server_round}: no client sent arrays. Reasons: {self._reasons}"
+            )
+
+    def _check_answered(self, answered: int, min_completion: float) -> None:
         if self.sent and answered < min_completion * self.sent:
             raise FederationAborted(
                 f"Round {self.server_round}: {answered} of {self.sent} clients answered, "
-                f"fewer than min-completion = {min_completion:g}. Reasons: {reasons}"
+                f"fewer than min-completion = {min_completion:g}. Reasons: {self._reasons}"
             )
-        if not self.uploads and (self.failures or not may_decline):
-            raise FederationAborted(
-                f"Round {self.server_round}: no client sent arrays. Reasons: {reasons}"
-            )
+
+    @property
+    def _reasons(self) -> str:
+        lines = [*self.failures, *self.declined]
+        return "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if lines[5:] else "")
 
 
 class LedgerWatch:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fedlora_flwr.layout import Layout
 from fedlora_flwr.plan import BOTH, ComponentPlan
 from fedlora_flwr.strategies.expected import Expected
+from fedlora_flwr.strategies.secure_sum import Ask
 from fedlora_flwr.wire.arrays import to_numpy, travel_size
 
 
@@ -33,6 +34,8 @@ class Round:
         Nodes that were asked to train.
     measuring : list[int]
         Nodes that were asked to measure.
+    ask : callable
+        Under a secure sum, sends its messages to nodes of the round.
     """
 
     current: Mapping[str, NDArray[np.floating]] = field(default_factory=dict)
@@ -41,6 +44,7 @@ class Round:
     plain: int = 0
     asked: list[int] = field(default_factory=list)
     measuring: list[int] = field(default_factory=list)
+    ask: Ask = field(default=lambda *_: {})
 
     @classmethod
     def of(

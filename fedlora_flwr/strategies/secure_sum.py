@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from logging import WARNING
 from typing import Protocol
@@ -19,6 +19,10 @@ from fedlora_flwr.wire import NUM_EXAMPLES
 from fedlora_flwr.wire.limits import Residues
 from fedlora_flwr.wire.order import Order
 
+Ask = Callable[[Mapping[int, Order], int], dict[int, bytes]]
+"""Sends an order to each node, and returns the packets of those that answered with one of a length
+in bytes; 0 allows any length."""
+
 
 class Opener(Protocol):
     """Opens sums and takes the server's step with them.
@@ -31,17 +35,37 @@ class Opener(Protocol):
         σ of the sum, which every client makes its share for.
     grid_norm : int
         C/γ: the clip norm in units of the grid.
-    remark : str
-        What the run's summary says of the sum.
     """
 
     dropouts: int
     noise_multiplier: float
     grid_norm: int
-    remark: str
 
-    def total(self, uploads: Sequence[Mapping[str, Residues]]) -> dict[str, NDArray[np.int64]]:
-        """Return the sum of the uploads, and nothing else of them."""
+    @property
+    def remark(self) -> str:
+        """What the run's summary says of the sum."""
+        ...
+
+    def agree(self, ask: Ask, order: Order, nodes: Sequence[int]) -> Mapping[int, Order]:
+        """Return what to send to each client of a round that can upload.
+
+        Raises
+        ------
+        InvalidValue
+            Too few can.
+        """
+        ...
+
+    def total(
+        self, ask: Ask, uploads: Mapping[int, Mapping[str, Residues]]
+    ) -> dict[str, NDArray[np.int64]]:
+        """Return the sum of the uploads, and nothing else of them.
+
+        Raises
+        ------
+        InvalidValue
+            It cannot be opened.
+        """
         ...
 
     def step(
@@ -103,8 +127,33 @@ def check_share(expected: Expected, current: Arrays, shares: Mapping[str, Residu
             raise InvalidValue(f"shape of {name}", share.shape, str(current[name].shape))
 
 
+def orders_of_sum(
+    opener: Opener, ask: Ask, order: Order, asked: Sequence[int], report: RoundReport
+) -> Mapping[int, Order]:
+    """Return what to send to each client of a round under a secure sum; to nobody if it is void.
+
+    Parameters
+    ----------
+    opener : Opener
+        Agrees with the clients.
+    ask : callable
+        See `Ask`.
+    order : Order
+        The round's.
+    asked : Sequence[int]
+        The nodes of the round's clients.
+    report : RoundReport
+        The round; its details say so where it is void.
+    """
+    try:
+        return opener.agree(ask, asks_for_shares(order, opener, len(asked)), asked)
+    except InvalidValue as error:
+        _void(report, error)
+        return {}
+
+
 def opened_upload(
-    opener: Opener, server_round: int, current: Arrays, report: RoundReport
+    opener: Opener, ask: Ask, current: Arrays, report: RoundReport, nodes: Mapping[str, int]
 ) -> list[Upload]:
     """Open a round's sum, step by it, and return the result as the one upload of the round.
 
@@ -114,12 +163,14 @@ def opened_upload(
     ----------
     opener : Opener
         Opens and steps.
-    server_round : int
-        Round, from 1.
+    ask : callable
+        See `Ask`.
     current : Arrays
         The global arrays.
     report : RoundReport
         The round; its details say how many shares the sum has, or that it was not opened.
+    nodes : Mapping[str, int]
+        The node of each client.
 
     Returns
     -------
@@ -128,15 +179,21 @@ def opened_upload(
         opened.
     """
     found, missing = len(report.uploads), report.sent - len(report.uploads)
-    report.details = {**report.details, "shares": found, "opened": missing <= opener.dropouts}
-    if missing > opener.dropouts:
-        log(
-            WARNING,
-            "Round %d is void, nothing is opened: %d of %d clients are missing (dropouts = %d).",
-            *(server_round, missing, report.sent, opener.dropouts),
-        )
+    report.details = {**report.details, "shares": found, "opened": True}
+    try:
+        if missing > opener.dropouts:
+            allowed = f"at most {opener.dropouts} (dropouts)"
+            raise InvalidValue("missing clients", f"{missing} of {report.sent}", allowed)
+        total = opener.total(ask, {nodes[u.client]: u.shares for u in report.uploads})
+    except InvalidValue as error:
+        _void(report, error)
         return []
-    total = opener.total([upload.shares for upload in report.uploads])
     (count,) = total.pop(NUM_EXAMPLES)
-    arrays = opener.step(server_round, current, total, int(count))
+    arrays = opener.step(report.server_round, current, total, int(count))
     return [Upload("sum", arrays, 1.0, {})]
+
+
+def _void(report: RoundReport, why: Exception) -> None:
+    """Note that nothing of a round is opened."""
+    report.details = {**report.details, "opened": False}
+    log(WARNING, "Round %d is void, nothing is opened: %s.", report.server_round, why)

@@ -20,6 +20,11 @@ COHORT = "cohort"
 SUM_NOISE = "sum-noise"
 GRID_NORM = "grid-norm"
 SHARES = "shares"
+# Its messages, in their order: keys are shown, shares of secrets are sealed, the masked upload
+# leaves, and the sum is opened. What they carry beside words is one packet of bytes.
+STAGE = "sum-stage"
+PACKET = "sum-packet"
+SHOW_KEYS, SEAL_SHARES, UPLOAD, OPEN_SUM = STAGES = ("keys", "shares", "upload", "open")
 # The account that a client gives, and what its round took.
 EPSILON = "epsilon"
 EPSILON_BUDGET = "epsilon-budget"

@@ -40,6 +40,8 @@ MOST_NOTES = 32
 LONGEST_NAME = 128
 LONGEST_TEXT = 256
 LONGEST_BYTES = 4096
+LONGEST_PACKET = 1 << 24
+"""Most bytes of one message of a secure sum: those of 100,000 clients."""
 
 
 def shown(value: object) -> object:
@@ -135,6 +137,36 @@ class Text:
         if not fits or not str(value).strip() or (self.choices and value not in self.choices):
             raise InvalidValue(word, shown(value), self.allowed)
         return str(value)
+
+
+@dataclass(frozen=True)
+class Packet:
+    """Bytes that a protocol reads.
+
+    Parameters
+    ----------
+    longest : int
+        Largest number of bytes; the smallest is 1.
+    """
+
+    longest: int
+
+    @property
+    def allowed(self) -> str:
+        """What is allowed, in words."""
+        return f"1 to {self.longest} bytes"
+
+    def read(self, word: str, value: object) -> bytes:
+        """Return the value.
+
+        Raises
+        ------
+        InvalidValue
+            It is not allowed.
+        """
+        if not isinstance(value, bytes) or not 1 <= len(value) <= self.longest:
+            raise InvalidValue(word, shown(value), self.allowed)
+        return value
 
 
 NAME = Text(LONGEST_NAME)

@@ -18,14 +18,17 @@ from fedlora_flwr.wire import (
     GRID_NORM,
     MOST_ENTRY,
     NAMES,
+    PACKET,
     PLAN,
     ROUND,
     SHARE,
+    STAGE,
+    STAGES,
     SUM_NOISE,
     WEIGHTING,
     WEIGHTINGS,
 )
-from fedlora_flwr.wire.limits import Number, Text, shown
+from fedlora_flwr.wire.limits import LONGEST_PACKET, Number, Packet, Text, shown
 
 Arrays = Mapping[str, NDArray[np.generic]]
 Scalar = bool | bytes | float | int | str
@@ -44,7 +47,7 @@ ARRAYS_WHY = "Training starts from them; the private step holds at any weights w
 FLOWERS = ("clipping_norm", "norm_bit")
 
 
-def _row(key: str, default: Any, limit: Number | Text, why: str) -> Any:
+def _row(key: str, default: Any, limit: Number | Text | Packet, why: str) -> Any:
     """Make a field: its word on the wire, its limits, and why the run may decide it."""
     allowed = limit.allowed if isinstance(limit, Number) else f"empty, or {limit.allowed}"
     return field(
@@ -84,6 +87,10 @@ class Order:
         Under a secure sum, the noise multiplier σ of the sum, the same for all clients; else 0.
     grid_norm : int
         Under a secure sum, the clip norm in units of the round's grid; else 0.
+    stage : str
+        Under a masked sum, which of its messages this is.
+    packet : bytes
+        Under a masked sum, what others sent for this client (see `fedlora_flwr.secure_sum.party`).
 
     Raises
     ------
@@ -123,6 +130,14 @@ class Order:
     grid_norm: int = _row(
         GRID_NORM, 0, Number(1 << 10, 1 << 20, whole=True),
         "The noise is made for any grid, and rounding never lengthens a record's gradient.",
+    )  # fmt: skip
+    stage: str = _row(
+        STAGE, "", Text(LONGEST, STAGES),
+        "A device follows the order of the messages, and uploads to a sum in no other way.",
+    )  # fmt: skip
+    packet: bytes = _row(
+        PACKET, b"", Packet(LONGEST_PACKET),
+        "Keys are signed by the clients in the device's list, and shares are sealed for it.",
     )  # fmt: skip
 
     def __post_init__(self) -> None:

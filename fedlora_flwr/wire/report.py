@@ -17,7 +17,7 @@ from fedlora_flwr import wire
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.wire import limits
 from fedlora_flwr.wire.checks import checked_arrays, checked_notes, checked_shares
-from fedlora_flwr.wire.limits import NAME, Number, Text, shown
+from fedlora_flwr.wire.limits import NAME, Number, Packet, Text, shown
 
 Scalars = dict[str, bool | bytes | float | int | str]
 Arrays = Mapping[str, NDArray[Any]]
@@ -29,7 +29,7 @@ _FURTHER = Number(-limits.MOST_NUMBER, limits.MOST_NUMBER)
 
 
 def _row(
-    default: Any, decides: str, why: str, word: str = "", limit: Number | Text | str = ""
+    default: Any, decides: str, why: str, word: str = "", limit: Number | Text | Packet | str = ""
 ) -> Any:
     """Make a field: who decides it on a device, what is allowed, and why."""
     metadata = {
@@ -62,6 +62,8 @@ class Report:
     shares : Mapping[str, ndarray]
         Under a secure sum, in place of arrays: whole numbers modulo 2³², which mean nothing but in
         the sum over all clients.
+    packet : bytes
+        A message of a masked sum to the other clients: a card, sealed shares, or what opens it.
     epsilon, epsilon_budget, delta, accountant, steps
         The account that the client's ledger gives.
     seconds : float
@@ -111,6 +113,13 @@ class Report:
         wire.SHARES,
         f"up to {limits.MOST_ARRAYS} named arrays of uint32, together {limits.MOST_ENTRIES} "
         "entries",
+    )
+    packet: bytes = _row(
+        b"",
+        PACKAGE,
+        "Fresh keys and sealed shares of them tell nothing of a record.",
+        wire.PACKET,
+        Packet(limits.LONGEST_PACKET),
     )
     epsilon: float | None = _row(
         None,
@@ -215,7 +224,7 @@ class Report:
 
     def texts(self) -> dict[str, bool | bytes | str]:
         """Return all texts and flags, by their words on the wire."""
-        own = {word: getattr(self, name) for word, name in _words(Text).items()}
+        own = {word: getattr(self, name) for word, name in _words(Text, Packet).items()}
         return {**_present(own), **self.notes}
 
     def to_fit(self) -> tuple[list[NDArray[Any]], int, Scalars]:
@@ -288,7 +297,7 @@ class Report:
             "shares": {n: a for n, a in arrays.items() if a.dtype == limits.RESIDUE},
         }
         further: dict[str, dict[str, object]] = {"unprotected": {}, "measured": {}, "notes": {}}
-        by_number, by_text = _words(Number), _words(Text)
+        by_number, by_text = _words(Number), _words(Text, Packet)
         for word, value in numbers.items():
             if word in by_text:
                 raise InvalidValue(word, shown(value), "a text")
@@ -301,7 +310,7 @@ class Report:
         for word, value in texts.items():
             if word in by_number or word == wire.NAMES:
                 raise InvalidValue(word, shown(value), "a number among the metrics")
-            if word in by_text and value == "":
+            if word in by_text and value in ("", b""):
                 raise InvalidValue(word, value, _text_limit(word).allowed)
             if word in by_text:
                 found[by_text[word]] = value
@@ -342,14 +351,18 @@ class Report:
 
 
 def _present(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {word: value for word, value in values.items() if value is not None and value != ""}
+    return {
+        word: value
+        for word, value in values.items()
+        if value is not None and value not in ("", b"")
+    }
 
 
 @lru_cache
-def _words(kind: type[Number] | type[Text]) -> dict[str, str]:
-    """Return the fields that hold one number or one text, by their words on the wire."""
+def _words(*kinds: type[Number | Text | Packet]) -> dict[str, str]:
+    """Return the fields that hold one value of some kinds, by their words on the wire."""
     rows = [(entry.metadata["word"], entry.name, entry.metadata["limit"]) for entry in _rows()]
-    return {word: name for word, name, limit in rows if isinstance(limit, kind)}
+    return {word: name for word, name, limit in rows if isinstance(limit, kinds)}
 
 
 def _rows() -> tuple[Any, ...]:
@@ -357,7 +370,7 @@ def _rows() -> tuple[Any, ...]:
     return fields(Report)
 
 
-def _text_limit(word: str) -> Text:
-    """Return the limit of a text by its word on the wire."""
+def _text_limit(word: str) -> Text | Packet:
+    """Return the limit of a text or a packet by its word on the wire."""
     (found,) = [entry.metadata["limit"] for entry in _rows() if entry.metadata["word"] == word]
-    return cast(Text, found)
+    return cast(Text | Packet, found)

@@ -26,7 +26,7 @@ from fedlora_flwr.simulations.runner import prepare_run
 from tests.conftest import MakeConfig
 
 SUM: dict[str, Any] = {
-    "trust_model": "secure-sum", "sample_rate": 0.1, "local_steps": 1, "num_clients": 3,
+    "trust_model": "secure-sum", "sample_rate": 0.1, "local_steps": 1, "num_clients": 4,
     "num_rounds": 2, "dropouts": 1, "delta": 5e-4, "epsilon": 8, "strategy": "ffa-lora",
     "eval_every": 2, "min_completion": 0,
 }  # fmt: skip
@@ -93,7 +93,7 @@ def test_screen_summary_and_rows_say_that_the_sum_was_simulated(
 
     assert summary["trust_model"] == "secure-sum"
     assert summary["remarks"]["secure sum"].startswith("simulated")
-    assert [(row["shares"], row["opened"]) for row in run_dir.rows("rounds")[1:]] == [(2, True)] * 2
+    assert [(row["shares"], row["opened"]) for row in run_dir.rows("rounds")[1:]] == [(3, True)] * 2
     assert 0 < summary["epsilon_max"] <= 8
     assert any(name == "Secure sum" for name, _ in closing_rows(summary))
     screen = " ".join(text for _, text in describe_plan(prepare_run(config)))
@@ -119,7 +119,7 @@ def test_a_void_round_ends_the_run_where_too_few_answer(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     with pytest.raises(FederationAborted, match="min-completion"):
-        run(make_config(**{**SUM, "min_completion": 0.5}), tmp_path / "run", silent=(0, 2))
+        run(make_config(**{**SUM, "min_completion": 0.6}), tmp_path / "run", silent=(0, 2))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_every_method_of_means_runs(
 
 @pytest.mark.parametrize(
     ("key", "changes"),
-    [("delta", {"delta": 9e-4}), ("least-shares", {"least_shares": 3})],
+    [("delta", {"delta": 9e-4}), ("least-shares", {"least_shares": 4})],
 )
 def test_a_promise_that_cannot_be_kept_to_the_union_is_refused_before_the_run(
     make_config: MakeConfig, key: str, changes: dict[str, Any]
@@ -165,7 +165,7 @@ def test_the_step_divides_by_the_expected_number_of_records_and_knows_each_rate(
         **{**SUM, "clip_norm": 0.5, "lr_a": 0.1, "lr_head": 0.3, "lr_schedule": "linear:0.5"}
     )
     trainer = LocalTrainer.build(config)
-    step = SumStep(config, trainer.adapted, Grid.of(2.0, 2, 4096))
+    step = SumStep(config, trainer.adapted, Grid.of(2.0, 2, 4096), 1000)
     names = [name for name in trainer.start if factor_of(name) != "B"]
     total = {name: np.full(trainer.start[name].shape, 8192, np.int64) for name in names}
 
@@ -183,7 +183,10 @@ def test_the_step_divides_by_the_expected_number_of_records_and_knows_each_rate(
 def test_momentum_of_a_factor_lasts_over_the_rounds_of_the_other(make_config: MakeConfig) -> None:
     config = make_config(**{**SUM, "momentum": 0.5, "lr_b": 1.0})
     trainer = LocalTrainer.build(config)
-    step, arrays = SumStep(config, trainer.adapted, Grid.of(2.0, 2, 4096)), dict(trainer.start)
+    step, arrays = (
+        SumStep(config, trainer.adapted, Grid.of(2.0, 2, 4096), 1000),
+        dict(trainer.start),
+    )
     chosen = {factor: [n for n in arrays if factor_of(n) == factor] for factor in ("A", "B")}
     moved = []
     for server_round, factor in enumerate(("B", "A", "B"), start=1):

@@ -17,7 +17,7 @@ from fedlora_flwr.strategies import FFALoRA
 from fedlora_flwr.strategies.expected import Expected
 from fedlora_flwr.strategies.replies import RoundReport, Upload
 from fedlora_flwr.strategies.round import Round
-from fedlora_flwr.strategies.secure_sum import asks_for_shares, check_share, opened_upload
+from fedlora_flwr.strategies.secure_sum import Ask, asks_for_shares, check_share, opened_upload
 from fedlora_flwr.wire.order import Order
 from fedlora_flwr.wire.records import read_training, train_records
 from fedlora_flwr.wire.report import Report
@@ -31,15 +31,26 @@ class Adding:
 
     dropouts, noise_multiplier, grid_norm, remark = 1, 2.5, 4096, ""
 
+    def agree(self, ask: Ask, order: Order, nodes: Sequence[int]) -> dict[int, Order]:
+        return dict.fromkeys(nodes, order)
+
     def total(
-        self, uploads: Sequence[Mapping[str, NDArray[np.uint32]]]
+        self, ask: Ask, uploads: Mapping[int, Mapping[str, NDArray[np.uint32]]]
     ) -> dict[str, NDArray[np.int64]]:
-        return {n: np.sum([u[n] for u in uploads], axis=0).astype(np.int64) for n in uploads[0]}
+        parts, names = list(uploads.values()), next(iter(uploads.values()))
+        return {n: np.sum([u[n] for u in parts], axis=0).astype(np.int64) for n in names}
 
     def step(
         self, server_round: int, current: Any, total: Mapping[str, Any], count: int
     ) -> dict[str, NDArray[np.floating]]:
         return {name: part / count for name, part in total.items()}
+
+
+NODES = {str(i): i for i in range(10)}
+
+
+def nobody(orders: Mapping[int, Order], length: int) -> dict[int, bytes]:
+    return {}
 
 
 def shares(value: int = 1, records: int = 10) -> dict[str, NDArray[np.uint32]]:
@@ -59,7 +70,7 @@ def report(clients: int, sent: int) -> RoundReport:
 def test_a_sum_is_the_one_upload_of_its_round() -> None:
     found = report(3, 4)
 
-    (upload,) = opened_upload(Adding(), 1, start_arrays(), found)
+    (upload,) = opened_upload(Adding(), nobody, start_arrays(), found, NODES)
 
     assert set(upload.arrays) == set(SENT)
     assert all((array == 3 / 30).all() for array in upload.arrays.values())
@@ -69,7 +80,7 @@ def test_a_sum_is_the_one_upload_of_its_round() -> None:
 def test_nothing_is_opened_where_more_are_missing_than_the_noise_allows_for() -> None:
     found = report(2, 4)
 
-    assert opened_upload(Adding(), 1, start_arrays(), found) == []
+    assert opened_upload(Adding(), nobody, start_arrays(), found, NODES) == []
     assert found.details == {"shares": 2, "opened": False}
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fedlora_flwr.config.keys import (
     BUDGET,
     FLAG,
+    PRINTABLE,
     Decider,
     at_least,
     between,
@@ -56,6 +57,18 @@ class PrivacySection:
         1, between(1, 1_000_000),
         "secure-sum: fewest clients, dropouts and colluding left out, that must share the noise",
         _DEVICE, _PROMISE, on_device=2,
+    )  # fmt: skip
+    sum_records: int = key(
+        0, between(0, 1_000_000_000),
+        "secure-sum: most records of all clients together, which is public; a simulation counts "
+        "them where it is 0",
+        _LIMITED, "A client's delta must be below one over it, and the grid is made for it.",
+    )  # fmt: skip
+    peers: str = key(
+        "", PRINTABLE,
+        "secure-sum: a device's file with the identities of all devices; any = the server is "
+        "trusted not to invent some",
+        _DEVICE, _PROMISE,
     )  # fmt: skip
     clip_norm: float = key(
         1.0, between_or_inf(1e-6, 1e6),

@@ -1,0 +1,239 @@
+"""A client's part in the messages of a masked sum, which needs neither model nor records.
+
+Who attacks: the server, and clients that side with it. They may send any message at any time, any
+number of times, and tell each client something else. The rules against that are those of
+`fedlora_flwr.secure_sum.party`; here they meet orders, files and the client's own settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedlora_flwr.clients.sum_store import SumStore
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.errors import InvalidValue, OrderRefused
+from fedlora_flwr.secure_sum.accounting import check_union, honest_shares
+from fedlora_flwr.secure_sum.party import SEALED_BYTES, Advertised, Masked, Shared
+from fedlora_flwr.secure_sum.shamir import SHARE_BYTES
+from fedlora_flwr.secure_sum.terms import CARD_BYTES, Terms
+from fedlora_flwr.wire import OPEN_SUM, PACKET, SEAL_SHARES, SHOW_KEYS, STAGE
+from fedlora_flwr.wire.limits import Residues
+from fedlora_flwr.wire.order import Order
+
+ANYBODY = "any"
+"""In place of a list of peers: the server is trusted not to invent clients."""
+_PEER = 64  # hexadecimal digits
+
+
+def terms_of(order: Order, config: RunConfig) -> Terms:
+    """Return the terms of a sum, as a client has them from its order and its configuration.
+
+    Raises
+    ------
+    InvalidValue
+        So many dropouts cannot be allowed for.
+    """
+    return Terms(
+        order.server_round, order.plan, order.cohort, config.dropouts, config.colluding,
+        order.sum_noise, order.grid_norm, config.sample_rate, config.clip_norm,
+    )  # fmt: skip
+
+
+def shares_of(order: Order, config: RunConfig) -> int:
+    """Return m, the shares that the noise of a sum is made of, if this client takes part.
+
+    Raises
+    ------
+    OrderRefused
+        This client adds all of its noise itself, the order says too little, too few clients would
+        share the noise, or the sum is of more records than this client's δ allows.
+    """
+    if not config.secure_sum:
+        raise OrderRefused(
+            "The message asks for a share of a secure sum, and this run's trust-model is "
+            "'local'. Set trust-model = 'secure-sum' for the run, and on the device."
+        )
+    if not (order.plan and order.cohort and order.sum_noise and order.grid_norm):
+        raise OrderRefused(
+            "A secure sum needs a plan, the number of clients asked, the noise of the sum and the "
+            "grid's norm in the message. Use one of this package's strategies."
+        )
+    try:
+        shares = honest_shares(order.cohort, config.dropouts, config.colluding)
+        check_union(config.delta, max(config.sum_records, 1))
+    except InvalidValue as error:
+        raise OrderRefused(str(error)) from error
+    if shares < config.least_shares:
+        raise OrderRefused(
+            f"The noise would be shared among {shares} clients ({order.cohort} asked, less "
+            f"dropouts = {config.dropouts} and colluding = {config.colluding}), and this client "
+            f"takes part from least-shares = {config.least_shares} on. Ask more clients."
+        )
+    return shares
+
+
+@dataclass(frozen=True)
+class SumExchange:
+    """One client's side of the masked sums of one run.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run, as it is on this client.
+    client : str
+        Stable identity of the client's records.
+    run : str
+        Identity of the run.
+    store : SumStore
+        Where secrets wait for the next message.
+    """
+
+    config: RunConfig
+    client: str
+    run: str
+    store: SumStore
+
+    def answer(self, order: Order) -> bytes:
+        """Answer a message that asks for keys, for sealed shares, or to open the sum.
+
+        Parameters
+        ----------
+        order : Order
+            Its packet holds the cards of the round, or one byte for each of them: whether its
+            client has uploaded.
+
+        Returns
+        -------
+        bytes
+            This client's card; or what it seals, or what it reveals, one piece for each card.
+
+        Raises
+        ------
+        OrderRefused
+            This client takes no part in such a sum, or the message is not the next one.
+        """
+        shares_of(order, self.config)
+        try:
+            if not self.config.sum_records:
+                allowed = "at least 1: the most records of all clients together, set by the run"
+                raise InvalidValue("sum-records", 0, allowed)
+            return self._answered(order)
+        except InvalidValue as error:
+            raise OrderRefused(str(error)) from error
+
+    def _answered(self, order: Order) -> bytes:
+        if order.stage == SHOW_KEYS:
+            peers = self._peers()
+            identity = self.store.identity()
+            own = identity.public_key().public_bytes_raw()
+            if peers is not None and own not in peers:
+                allowed = f"a list with this client's own identity, {own.hex()}"
+                raise InvalidValue("peers", self.config.peers, allowed)
+            advertised = Advertised.begin(terms_of(order, self.config), identity)
+            self.store.keep(self.client, self.run, advertised)
+            return advertised.card
+        if order.stage == SEAL_SHARES:
+            cards = pieces(order.packet, CARD_BYTES)
+            found = self.store.take(self.client, self.run, Advertised)
+            shared, sealed = found.share(terms_of(order, self.config), cards, self._peers())
+            self.store.keep(self.client, self.run, shared)
+            return b"".join(sealed)
+        if order.stage == OPEN_SUM:
+            masked = self.store.take(self.client, self.run, Masked)
+            revealed = masked.reveal([i for i, flag in enumerate(order.packet) if flag])
+            nothing = bytes(SHARE_BYTES)
+            return b"".join(revealed.get(i, nothing) for i in range(len(order.packet)))
+        raise InvalidValue(STAGE, order.stage, f"{SHOW_KEYS}, {SEAL_SHARES} or {OPEN_SUM}")
+
+    def masks(self, order: Order) -> Masks:
+        """Take up what masks the upload of a round, before anything private is read.
+
+        Raises
+        ------
+        OrderRefused
+            The message is not the next one of a sum that this client agreed to.
+        """
+        try:
+            shared = self.store.take(self.client, self.run, Shared)
+            terms = terms_of(order, self.config)
+            kept = shared.open_shares(terms, pieces(order.packet, SEALED_BYTES))
+        except InvalidValue as error:
+            raise OrderRefused(str(error)) from error
+        return Masks(self, shared, kept)
+
+    def _peers(self) -> frozenset[bytes] | None:
+        """Read whose cards this client accepts."""
+        if self.config.peers == ANYBODY:
+            return None
+        if not self.config.peers:
+            allowed = f"a file with the identities of all clients, or {ANYBODY!r}"
+            raise InvalidValue("peers", self.config.peers, allowed)
+        return read_peers(Path(self.config.peers))
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The masks of one upload.
+
+    Parameters
+    ----------
+    exchange : SumExchange
+        The client's.
+    shared : Shared
+        Its keys.
+    kept : Masked
+        What it keeps for the last message.
+    """
+
+    exchange: SumExchange
+    shared: Shared
+    kept: Masked
+
+    def on(self, shares: Mapping[str, Residues]) -> dict[str, Residues]:
+        """Return the upload with all masks on it; from now on the sum may be opened."""
+        masked = self.shared.masked(shares, self.kept)
+        exchange = self.exchange
+        exchange.store.keep(exchange.client, exchange.run, self.kept)
+        return masked
+
+
+def pieces(packet: bytes, length: int) -> list[bytes]:
+    """Cut a packet into pieces of one length.
+
+    Raises
+    ------
+    InvalidValue
+        It has another length than whole pieces have.
+    """
+    if not packet or len(packet) % length:
+        raise InvalidValue(f"length of {PACKET}", len(packet), f"a multiple of {length} bytes")
+    return [packet[i : i + length] for i in range(0, len(packet), length)]
+
+
+def read_peers(path: Path) -> frozenset[bytes]:
+    """Read a list of identities: one per line, first 64 hexadecimal digits, then any text.
+
+    Raises
+    ------
+    InvalidValue
+        The file cannot be read, or a line does not begin so.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidValue("peers", str(path), f"a text file that can be read ({error})") from error
+    found = set()
+    for number, line in enumerate(lines, 1):
+        first = (line.split("#", 1)[0].split() or [""])[0]
+        try:
+            if first and len(first) != _PEER:
+                raise ValueError("wrong length")
+            found |= {bytes.fromhex(first)} if first else set()
+        except ValueError as error:
+            allowed = f"an identity of {_PEER} hexadecimal digits first in each line"
+            raise InvalidValue(f"line {number} of {path}", line[:80], allowed) from error
+    if not found:
+        raise InvalidValue("peers", str(path), "a file with at least one identity")
+    return frozenset(found)

@@ -1,0 +1,120 @@
+"""What a client keeps between the messages of a secure sum, on disk: each secret is used once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedlora_flwr.errors import InvalidValue, OrderRefused
+from fedlora_flwr.files import private_folder, read_or_make, replace_file
+from fedlora_flwr.secure_sum.party import Advertised, Masked, Shared
+
+State = TypeVar("State", Advertised, Shared, Masked)
+_KEY = "identity.key"
+
+
+class SumStore:
+    """One file for each client and run, with what the next message needs.
+
+    A deployed client is a new process for every message, and a server may send messages again, out
+    of order or two at a time. What a step needs is taken away as it is read, so that no mask is
+    ever used for two uploads, and no two answers open one.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the files are; made when something is first kept.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def identity(self) -> Ed25519PrivateKey:
+        """Return the key that signs this client's cards, drawn when it is first asked for.
+
+        Raises
+        ------
+        InvalidValue
+            Its file is damaged.
+        FileTrouble
+            It cannot be written.
+        """
+        path = self._folder / _KEY
+
+        def read() -> Ed25519PrivateKey | None:
+            if not path.exists():
+                return None
+            try:
+                return Ed25519PrivateKey.from_private_bytes(bytes.fromhex(path.read_text().strip()))
+            except ValueError as error:
+                allowed = (
+                    "64 hexadecimal digits. Restore it from a backup; or remove it, and give the "
+                    "other clients the identity that is drawn then"
+                )
+                raise InvalidValue("identity key", str(path), allowed) from error
+
+        def make(draft: Path) -> None:
+            draft.touch(mode=0o600)
+            draft.write_text(Ed25519PrivateKey.generate().private_bytes_raw().hex() + "\n")
+
+        return read_or_make(path, read, make)
+
+    def keep(self, client: str, run: str, state: Advertised | Shared | Masked) -> None:
+        """Keep what the next message needs; what an earlier exchange left is forgotten."""
+        private_folder(self._folder)
+        content = json.dumps([type(state).__name__, {n: _plain(v) for n, v in vars(state).items()}])
+        replace_file(self._path(client, run), content.encode())
+
+    def take(self, client: str, run: str, kind: type[State]) -> State:
+        """Take what was kept, so that nobody takes it again.
+
+        Raises
+        ------
+        OrderRefused
+            Nothing is kept, or what another message needs.
+        """
+        path = self._path(client, run)
+        taken = path.with_suffix(f".{secrets.token_hex(8)}")
+        try:
+            path.rename(taken)  # If two messages come at once, one succeeds.
+            name, values = json.loads(taken.read_bytes())
+        except FileNotFoundError:
+            name, values = "", {}
+        except ValueError as error:
+            raise InvalidValue("kept secrets of a sum", str(path), "what was written") from error
+        finally:
+            taken.unlink(missing_ok=True)
+        if name != kind.__name__:
+            raise OrderRefused(
+                "The messages of the secure sum came in another order, or twice. This client has "
+                "forgotten its keys of the round: begin the round again."
+            )
+        return kind(**{name: _restored(value) for name, value in values.items()})
+
+    def _path(self, client: str, run: str) -> Path:
+        name = hashlib.sha256(f"{len(client)}:{client}{run}".encode()).hexdigest()[:32]
+        return self._folder / f"{name}.json"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return {"hex": value.hex()}
+    if isinstance(value, Mapping):
+        return {"items": [[key, _plain(entry)] for key, entry in value.items()]}
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_restored(entry) for entry in value)
+    if not isinstance(value, dict):
+        return value
+    if "hex" in value:
+        return bytes.fromhex(value["hex"])
+    return {key: _restored(entry) for key, entry in value["items"]}

@@ -1,0 +1,314 @@
+r"""A client's side of a secure sum: four messages of a round, and the secrets between them.
+
+The protocol is that of Bonawitz et al. (CCS 2017), in which every client of a round masks with
+every other. Between messages a client is one of three things, and each is used up by its one step:
+
+1. `Advertised`: it drew two keys and showed its card. Given all cards, it shares its mask key and a
+   seed of its own among all clients (`Advertised.share`).
+2. `Shared`: given the sealed shares of others, it adds its masks to its upload (`Shared.masked`).
+3. `Masked`: given who uploaded, it hands out, for each other client, its share of the seed where
+   the client uploaded, and its share of the mask key where not (`Masked.reveal`).
+
+*Guarantees.* Where at most c clients of the round side with the server, what the server can learn
+of the uploads of all others is at most one sum, over at least N - t clients; else nothing.
+Ciphers and signatures are assumed to hold, cards to be of different clients (see
+`fedlora_flwr.secure_sum.terms.check_cards`), and nothing else of the server: it may send any
+client anything.
+
+*Why one sum.* Each client reveals once. A seed or a key of another needs N - t shares, so at least
+H - t of the H = N - c honest clients must give them. To get both of one client the server needs
+2(H - t) of H, and H > 2t. So an upload is either in a sum or its masks are known to nobody.
+
+*Why over so many.* An honest client has shares of at least N - t clients, calls at least so many
+alive, and so gives up at most t: clients of which it got no shares, with which it does not mask, or
+whose key it reveals. A sum leaves an honest client out only if each client in it got no shares of
+that one, or if H - t clients revealed its key. Let the sum leave out x honest clients, k of them in
+the first way. The H - x in it spend k each on those, so (H - x)(t - k) + xt shares at most are left
+to reveal x - k keys, at H - t each. For x = t + 1 that takes :math:`H \le t^2 + t + k`, and k is at
+most t: so :math:`H > t(t + 2)`, which `check_dropouts` asks for, excludes it; larger x need more.
+The original adds a fifth message, in which clients compare whom they call alive, for larger t.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.secure_sum.masks import (
+    SEAL_BYTES,
+    agreed_key,
+    mask,
+    new_key,
+    public_key,
+    seal,
+    unseal,
+)
+from fedlora_flwr.secure_sum.shamir import SECRET_BYTES, SHARE_BYTES, split
+from fedlora_flwr.secure_sum.terms import Card, Terms, check_cards, transcript
+from fedlora_flwr.wire.limits import Residues
+
+__all__ = ["SEALED_BYTES", "Advertised", "Masked", "Shared", "flat", "pair_mask", "unflat"]
+
+SEALED_BYTES = 2 * SHARE_BYTES + SEAL_BYTES
+"""Length of what one client seals for another: a share of its seed, and one of its mask key."""
+
+
+@dataclass(frozen=True)
+class Advertised:
+    """A client that has shown its card.
+
+    Parameters
+    ----------
+    terms : bytes
+        Digest of the terms that it was told.
+    mask_private, seal_private : bytes
+        The private keys of the card.
+    card : bytes
+        The card.
+    """
+
+    terms: bytes
+    mask_private: bytes
+    seal_private: bytes
+    card: bytes
+
+    @classmethod
+    def begin(cls, terms: Terms, identity: Ed25519PrivateKey) -> Advertised:
+        """Draw the keys of a round and sign its card."""
+        mask_private, seal_private = new_key(), new_key()
+        keys = public_key(mask_private), public_key(seal_private)
+        card = Card.signed(identity, terms, *keys)
+        return cls(terms.digest(), mask_private, seal_private, card.to_bytes())
+
+    def share(
+        self, terms: Terms, cards: Sequence[bytes], peers: Collection[bytes] | None
+    ) -> tuple[Shared, list[bytes]]:
+        """Check all cards, and seal one share of each secret for every client.
+
+        Parameters
+        ----------
+        terms : Terms
+            As told with this message.
+        cards : Sequence[bytes]
+            The cards of the round, in one order for all clients.
+        peers : Collection[bytes] or None
+            See `fedlora_flwr.secure_sum.terms.check_cards`.
+
+        Returns
+        -------
+        tuple[Shared, list[bytes]]
+            What to keep, and `SEALED_BYTES` for each card; zeros for one's own.
+
+        Raises
+        ------
+        InvalidValue
+            The terms have changed, or the cards cannot be used.
+        """
+        _check_terms(self.terms, terms)
+        shown = [Card.from_bytes(card) for card in cards]
+        check_cards(shown, terms, peers)
+        if self.card not in cards:
+            raise InvalidValue("cards", len(cards), "cards with this client's own among them")
+        own, seed = cards.index(self.card), os.urandom(SECRET_BYTES)
+        seeds, keys = (
+            split(secret, terms.threshold, len(cards)) for secret in (seed, self.mask_private)
+        )
+        kept = Shared(
+            self.terms, transcript(terms, shown), self.mask_private, self.seal_private,
+            tuple(cards), own, seed, seeds[own],
+        )  # fmt: skip
+        return kept, [
+            bytes(SEALED_BYTES)
+            if other == own
+            else seal(kept.sealing_key(own, other), seeds[other] + keys[other])
+            for other in range(len(cards))
+        ]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A client that has shared its secrets and may upload.
+
+    Parameters
+    ----------
+    terms : bytes
+        Digest of the terms.
+    transcript : bytes
+        Hash of the terms and all cards, from which every key of the round is derived.
+    mask_private, seal_private : bytes
+        Its private keys of the round.
+    cards : tuple[bytes, ...]
+        All cards of the round.
+    own : int
+        Its own place among them.
+    seed : bytes
+        Of its own mask.
+    own_share : bytes
+        Its own share of the seed.
+    """
+
+    terms: bytes
+    transcript: bytes
+    mask_private: bytes
+    seal_private: bytes
+    cards: tuple[bytes, ...]
+    own: int
+    seed: bytes
+    own_share: bytes
+
+    def sealing_key(self, sender: int, receiver: int) -> bytes:
+        """Return the key of the message from one client to another, one of which this one is."""
+        other = receiver if sender == self.own else sender
+        way = sender.to_bytes(4, "big") + receiver.to_bytes(4, "big")
+        public = Card.from_bytes(self.cards[other]).seal_key
+        return agreed_key(self.seal_private, public, b"seal" + self.transcript + way)
+
+    def open_shares(self, terms: Terms, sealed: Sequence[bytes]) -> Masked:
+        """Open the shares that the others sealed for this client.
+
+        Parameters
+        ----------
+        terms : Terms
+            As told with this message.
+        sealed : Sequence[bytes]
+            `SEALED_BYTES` for each card; zeros for a client that is gone, and for one's own.
+
+        Returns
+        -------
+        Masked
+            What to keep once the upload has left.
+
+        Raises
+        ------
+        InvalidValue
+            The terms have changed, too few clients are left, or a share was not meant for this
+            client.
+        """
+        _check_terms(self.terms, terms)
+        if len(sealed) != len(self.cards) or {len(s) for s in sealed} != {SEALED_BYTES}:
+            allowed = f"{SEALED_BYTES} bytes for each of the {len(self.cards)} cards"
+            raise InvalidValue("sealed shares", len(sealed), allowed)
+        seeds, keys = {self.own: self.own_share}, {}
+        for sender, content in enumerate(sealed):
+            if sender != self.own and any(content):
+                both = unseal(self.sealing_key(sender, self.own), content)
+                seeds[sender], keys[sender] = both[:SHARE_BYTES], both[SHARE_BYTES:]
+        _check_left(len(seeds), terms.threshold)
+        return Masked(terms.threshold, self.own, seeds, keys)
+
+    def masked(self, shares: Mapping[str, Residues], kept: Masked) -> dict[str, Residues]:
+        """Add this client's masks to its upload: its own, and one for each client that is left.
+
+        Parameters
+        ----------
+        shares : Mapping[str, ndarray]
+            The upload.
+        kept : Masked
+            What `open_shares` gave.
+        """
+        vector = flat(shares)
+        vector += mask(self.seed, vector.size)
+        for other in kept.keys:
+            key = Card.from_bytes(self.cards[other]).mask_key
+            vector += pair_mask(
+                self.mask_private, key, self.transcript, self.own < other, vector.size
+            )
+        return unflat(vector, shares)
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A client that has uploaded.
+
+    Parameters
+    ----------
+    threshold : int
+        N - t: clients that must have uploaded.
+    own : int
+        Its own place.
+    seeds, keys : dict[int, bytes]
+        Its shares of seeds and mask keys, by place of the client that they belong to; its own key
+        is not among them.
+    """
+
+    threshold: int
+    own: int
+    seeds: Mapping[int, bytes]
+    keys: Mapping[int, bytes]
+
+    def reveal(self, alive: Collection[int]) -> dict[int, bytes]:
+        """Hand out what opens the sum over the clients that uploaded.
+
+        Parameters
+        ----------
+        alive : Collection[int]
+            Places of the clients that uploaded; this one's is among them.
+
+        Returns
+        -------
+        dict[int, bytes]
+            For each client that this one masked with, and for itself: a share of the seed where it
+            is alive, else of the mask key. Never both.
+
+        Raises
+        ------
+        InvalidValue
+            The list is not one over which a sum may be opened.
+        """
+        known = set(alive)
+        if self.own not in known or not known <= set(self.seeds) or len(known) < len(alive):
+            allowed = f"different ones of {sorted(self.seeds)}, {self.own} among them"
+            raise InvalidValue("clients that uploaded", sorted(alive), allowed)
+        _check_left(len(known), self.threshold)
+        return {i: self.seeds[i] if i in known else self.keys[i] for i in self.seeds}
+
+
+def pair_mask(
+    private: bytes, public: bytes, transcript: bytes, first: bool, count: int
+) -> Residues:
+    """Return the mask of a pair of clients, as the first of the two adds it, or the second.
+
+    Parameters
+    ----------
+    private, public : bytes
+        The mask key of one client, and of the other. Which is which does not matter.
+    transcript : bytes
+        Of the round.
+    first : bool
+        Whether it is for the client with the lower place. The other's is the negative, so that
+        both add up to zero.
+    count : int
+        Number of entries.
+    """
+    found = mask(agreed_key(private, public, b"mask" + transcript), count)
+    return found if first else -found
+
+
+def flat(shares: Mapping[str, Residues]) -> Residues:
+    """Put arrays into one new vector, in the order of their names."""
+    return np.concatenate([shares[name].ravel() for name in sorted(shares)])
+
+
+def unflat(vector: Residues, like: Mapping[str, Residues]) -> dict[str, Residues]:
+    """Undo `flat`, for arrays of the names and shapes of others."""
+    names = sorted(like)
+    ends = np.cumsum([like[name].size for name in names])
+    parts = np.split(vector, ends[:-1])
+    return {n: part.reshape(like[n].shape) for n, part in zip(names, parts, strict=True)}
+
+
+def _check_terms(agreed: bytes, told: Terms) -> None:
+    if agreed != told.digest():
+        allowed = "the same round, plan, cohort, noise and grid in all messages of a sum"
+        raise InvalidValue("terms of the sum", told.digest().hex()[:16], allowed)
+
+
+def _check_left(count: int, threshold: int) -> None:
+    if count < threshold:
+        allowed = f"at least {threshold} (cohort less dropouts)"
+        raise InvalidValue("clients left in the sum", count, allowed)

@@ -1,0 +1,183 @@
+"""What all clients of a secure sum must have been told alike, and the cards that they show."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import astuple, dataclass
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.secure_sum.accounting import check_dropouts
+from fedlora_flwr.secure_sum.masks import KEY_BYTES
+
+__all__ = ["CARD_BYTES", "Card", "Terms", "check_cards", "transcript"]
+
+_SIGNATURE_BYTES = 64
+CARD_BYTES = 3 * KEY_BYTES + _SIGNATURE_BYTES
+
+
+@dataclass(frozen=True)
+class Terms:
+    """One round's sum, as a client was told it.
+
+    Every key of the round is derived from the terms, so clients that were told different ones
+    cannot read each other's messages, and nothing is opened. They need no number of the run: a card
+    from another exchange is of no use, as its owner alone can seal shares with it, and its owner
+    has forgotten its keys.
+
+    Parameters
+    ----------
+    server_round : int
+        Round, from 1.
+    plan : str
+        What trains.
+    cohort : int
+        N: clients asked.
+    dropouts : int
+        t: clients that may be missing in the opened sum.
+    colluding : int
+        c: clients that may side with the server.
+    noise_multiplier : float
+        σ of the sum.
+    grid_norm : int
+        C/γ.
+    sample_rate : float
+        q.
+    clip_norm : float
+        C.
+
+    Raises
+    ------
+    InvalidValue
+        The masks cannot hold the promise with so many dropouts (see `check_dropouts`).
+    """
+
+    server_round: int
+    plan: str
+    cohort: int
+    dropouts: int
+    colluding: int
+    noise_multiplier: float
+    grid_norm: int
+    sample_rate: float
+    clip_norm: float
+
+    def __post_init__(self) -> None:
+        check_dropouts(self.cohort, self.dropouts, self.colluding)
+
+    @property
+    def threshold(self) -> int:
+        """N - t: how many clients a sum is opened over at least, and with how many shares."""
+        return self.cohort - self.dropouts
+
+    def digest(self) -> bytes:
+        """Return a hash of the terms, the same on every machine."""
+        values = [v.hex() if isinstance(v, float) else v for v in astuple(self)]
+        return hashlib.sha256(json.dumps(["terms", *values]).encode()).digest()
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a client shows the others: two keys of this round, and who signs for them.
+
+    Parameters
+    ----------
+    mask_key : bytes
+        Public key from which masks follow.
+    seal_key : bytes
+        Public key to which others seal their shares.
+    identity : bytes
+        Public Ed25519 key of the client, the same in all rounds.
+    signature : bytes
+        Its signature of the terms and of both keys.
+    """
+
+    mask_key: bytes
+    seal_key: bytes
+    identity: bytes
+    signature: bytes
+
+    @classmethod
+    def signed(
+        cls, identity: Ed25519PrivateKey, terms: Terms, mask_key: bytes, seal_key: bytes
+    ) -> Card:
+        """Make the card of a client in a round."""
+        signature = identity.sign(_statement(terms, mask_key, seal_key))
+        return cls(mask_key, seal_key, identity.public_key().public_bytes_raw(), signature)
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Card:
+        """Read a card.
+
+        Raises
+        ------
+        InvalidValue
+            It has another length.
+        """
+        if len(content) != CARD_BYTES:
+            raise InvalidValue("length of a card", len(content), f"{CARD_BYTES} bytes")
+        first, second, third = (content[i : i + KEY_BYTES] for i in range(0, 3 * KEY_BYTES, 32))
+        return cls(first, second, third, content[3 * KEY_BYTES :])
+
+    def to_bytes(self) -> bytes:
+        """Return what `from_bytes` reads, `CARD_BYTES` long."""
+        return self.mask_key + self.seal_key + self.identity + self.signature
+
+    def is_signed(self, terms: Terms) -> bool:
+        """Tell whether its identity signed it for these terms."""
+        try:
+            Ed25519PublicKey.from_public_bytes(self.identity).verify(
+                self.signature, _statement(terms, self.mask_key, self.seal_key)
+            )
+        except (InvalidSignature, ValueError):
+            return False
+        return True
+
+
+def check_cards(cards: Sequence[Card], terms: Terms, peers: Collection[bytes] | None) -> None:
+    """Refuse the cards of a round with which its sum could be of fewer clients than it seems.
+
+    Parameters
+    ----------
+    cards : Sequence[Card]
+        All cards of the round.
+    terms : Terms
+        What this client was told.
+    peers : Collection[bytes] or None
+        Identities of the clients that may take part. None: of any, so that the server is trusted
+        not to invent clients.
+
+    Raises
+    ------
+    InvalidValue
+        There are too few or too many; one is not signed, is of somebody else, or came twice.
+    """
+    least, most = terms.threshold, terms.cohort
+    if not least <= len(cards) <= most:
+        allowed = f"from {least} (cohort less dropouts) to {most} (cohort)"
+        raise InvalidValue("clients of a sum", len(cards), allowed)
+    for card in cards:
+        if not card.is_signed(terms):
+            allowed = "a card that its client signed for this round, cohort, noise and grid"
+            raise InvalidValue("card of client", card.identity.hex(), allowed)
+        if peers is not None and card.identity not in peers:
+            allowed = f"one of the {len(peers)} in this client's list of peers"
+            raise InvalidValue("identity of a client", card.identity.hex(), allowed)
+    keys = [key for card in cards for key in (card.mask_key, card.seal_key)]
+    if len(set(keys)) < len(keys) or len({card.identity for card in cards}) < len(cards):
+        raise InvalidValue("cards", len(cards), "cards of different clients with different keys")
+
+
+def transcript(terms: Terms, cards: Sequence[Card]) -> bytes:
+    """Return a hash of the terms and of all cards in their order."""
+    return hashlib.sha256(
+        b"cards" + terms.digest() + b"".join(card.to_bytes() for card in cards)
+    ).digest()
+
+
+def _statement(terms: Terms, mask_key: bytes, seal_key: bytes) -> bytes:
+    return b"fedlora secure sum" + terms.digest() + mask_key + seal_key

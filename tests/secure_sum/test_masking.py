@@ -1,0 +1,239 @@
+"""The masks of a secure sum: what is opened, what is refused, and what a server can force."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from numpy.typing import NDArray
+
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.secure_sum.masks import mask
+from fedlora_flwr.secure_sum.opening import Opening
+from fedlora_flwr.secure_sum.party import Advertised, Masked, Shared
+from fedlora_flwr.secure_sum.shamir import SHARE_BYTES, combine, split
+from fedlora_flwr.secure_sum.terms import Terms
+
+Residues = NDArray[np.uint32]
+TERMS = Terms(3, "B", 6, 1, 1, 2.5, 4096, 0.1, 1.0)
+
+
+def upload(seed: int) -> dict[str, Residues]:
+    random = np.random.default_rng(seed)
+    shapes = {"b": (3, 4), "a": (5,), "num-examples": (1,)}
+    return {n: random.integers(0, 2**32, s, np.uint32) for n, s in shapes.items()}
+
+
+class Round:
+    """Six clients and an honest server; each method is one message to all."""
+
+    def __init__(self, terms: Terms = TERMS, clients: int = 6) -> None:
+        self.terms = terms
+        self.people = [Ed25519PrivateKey.generate() for _ in range(clients)]
+        self.advertised = [Advertised.begin(terms, person) for person in self.people]
+        self.cards = [client.card for client in self.advertised]
+        self.peers = frozenset(p.public_key().public_bytes_raw() for p in self.people)
+
+    def share(self, gone: Collection[int] = ()) -> Opening:
+        opening = Opening(self.terms, self.cards)
+        self.shared: dict[int, Shared] = {}
+        sealed: dict[int, Sequence[bytes]] = {}
+        for place, client in enumerate(self.advertised):
+            if place not in gone:
+                found = client.share(self.terms, self.cards, self.peers)
+                self.shared[place], sealed[place] = found
+        opening.take_sealed(sealed)
+        return opening
+
+    def upload(
+        self, opening: Opening, gone: Collection[int] = ()
+    ) -> dict[int, dict[str, Residues]]:
+        self.masked: dict[int, Masked] = {}
+        sent = {}
+        for place, client in self.shared.items():
+            kept = client.open_shares(self.terms, opening.sealed_for(place))
+            if place not in gone:
+                self.masked[place] = kept
+                sent[place] = client.masked(upload(place), kept)
+        return sent
+
+    def reveal(
+        self, alive: Collection[int], gone: Collection[int] = ()
+    ) -> dict[int, Mapping[int, bytes]]:
+        return {p: c.reveal(alive) for p, c in self.masked.items() if p not in gone}
+
+
+def total(places: Collection[int]) -> dict[str, Residues]:
+    uploads = [upload(place) for place in places]
+    return {n: np.sum([u[n] for u in uploads], axis=0, dtype=np.uint32) for n in uploads[0]}
+
+
+def same(first: Mapping[str, Residues], second: Mapping[str, Residues]) -> bool:
+    return all(np.array_equal(first[name], second[name]) for name in second)
+
+
+@pytest.mark.parametrize(
+    ("before", "uploading", "revealing"),
+    [((), (), ()), ((2,), (), ()), ((), (0,), ()), ((), (), (5,))],
+    ids=["nobody is gone", "one before sharing", "one before uploading", "one before revealing"],
+)
+def test_the_sum_of_those_who_uploaded_is_opened_bit_for_bit(
+    before: tuple[int, ...], uploading: tuple[int, ...], revealing: tuple[int, ...]
+) -> None:
+    this = Round()
+    opening = this.share(before)
+    sent = this.upload(opening, uploading)
+
+    found = opening.open(sent, this.reveal(sent, revealing))
+
+    assert same(found, total(sent))
+
+
+@pytest.mark.parametrize("when", ["sharing", "uploading", "revealing"])
+def test_nothing_is_opened_where_two_are_gone_and_one_was_allowed_for(when: str) -> None:
+    this, gone = Round(), (1, 4)
+
+    def whole() -> None:
+        opening = this.share(gone if when == "sharing" else ())
+        sent = this.upload(opening, gone if when == "uploading" else ())
+        opening.open(sent, this.reveal(sent, gone if when == "revealing" else ()))
+
+    with pytest.raises(InvalidValue, match="at least 5"):
+        whole()
+
+
+def test_an_upload_looks_uniform() -> None:
+    """Bits of 3,000 masked zeros: each is one in half of the cases, and none repeats another's."""
+    zeros = {"a": np.zeros(3000, np.uint32)}
+    this = Round()
+    opening = this.share()
+    kept = {p: c.open_shares(TERMS, opening.sealed_for(p)) for p, c in this.shared.items()}
+    masked = np.array([this.shared[p].masked(zeros, kept[p])["a"] for p in kept])
+
+    bits = np.unpackbits(masked.view(np.uint8), axis=1)
+
+    deviation = 0.5 / bits.shape[1] ** 0.5
+    assert (abs(bits.mean(1) - 0.5) < 5 * deviation).all()
+    for i, j in combinations(range(6), 2):
+        assert abs((bits[i] != bits[j]).mean() - 0.5) < 5 * deviation
+
+
+def test_all_others_together_do_not_take_off_one_clients_masks() -> None:
+    """What one colluding client and the server know is not enough, as it is not N - t."""
+    this = Round()
+    opening = this.share()
+    sent = this.upload(opening)
+    revealed = this.reveal(sent)
+
+    with pytest.raises(InvalidValue, match="at least 5"):
+        opening.open({0: sent[0]}, revealed)
+    few = {place: revealed[place][0] for place in range(4)}
+    with pytest.raises(InvalidValue, match="shares of one and the same secret"):
+        combine(few)
+
+
+def test_a_client_reveals_one_secret_of_each_other_and_none_for_a_smaller_sum() -> None:
+    this = Round()
+    this.upload(this.share())
+    client = this.masked[0]
+
+    given = client.reveal([0, 1, 2, 3, 4])
+
+    assert given[5] == client.keys[5]
+    assert all(given[i] == client.seeds[i] for i in range(5))
+    for alive in ([0, 1, 2, 3], [1, 2, 3, 4, 5], [0, 1, 2, 3, 6], [0, 1, 2, 3, 3]):
+        with pytest.raises(InvalidValue, match="clients"):
+            client.reveal(alive)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cohort": 7}, {"noise_multiplier": 2.0}, {"grid_norm": 2048}, {"dropouts": 0},
+        {"colluding": 0}, {"server_round": 4}, {"plan": "A"},
+        {"sample_rate": 0.2}, {"clip_norm": 2.0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_clients_that_were_told_different_things_refuse_each_others_cards(
+    change: dict[str, object],
+) -> None:
+    this, other = Round(), Round(replace(TERMS, **change))  # type: ignore[arg-type]
+
+    with pytest.raises(InvalidValue, match="signed for this round"):
+        this.advertised[0].share(TERMS, [*this.cards[:5], other.cards[5]], None)
+    with pytest.raises(InvalidValue, match="terms of the sum"):
+        this.advertised[0].share(other.terms, this.cards, None)
+
+
+def test_a_stranger_a_double_and_a_changed_key_are_refused() -> None:
+    this, stranger = Round(), Advertised.begin(TERMS, Ed25519PrivateKey.generate())
+    client = this.advertised[0]
+    again = Advertised.begin(TERMS, this.people[4]).card
+    swapped = stranger.card[:32] + this.cards[5][32:]
+
+    for wrong, why in (
+        ([*this.cards[:5], stranger.card], "one of the 6 in this client's list of peers"),
+        ([*this.cards[:5], again], "different clients"),
+        ([*this.cards[:5], this.cards[4]], "different clients"),
+        ([*this.cards[:5], swapped], "signed"),
+        ([*this.cards, again], "from 5"),
+        (this.cards[:4], "from 5"),
+        (this.cards[1:], "this client's own"),
+    ):
+        with pytest.raises(InvalidValue, match=why):
+            client.share(TERMS, wrong, this.peers)
+    client.share(TERMS, [*this.cards[:5], stranger.card], None)
+
+
+def test_shares_that_are_too_few_or_sealed_for_somebody_else_are_refused() -> None:
+    this = Round()
+    opening = this.share()
+    client, mine, others = this.shared[0], opening.sealed_for(0), opening.sealed_for(1)
+    gone = bytes(len(mine[0]))
+
+    for sealed, why in (
+        ([mine[0], others[2], *mine[2:]], "sealed shares"),
+        ([mine[0], mine[1], mine[3], mine[2], *mine[4:]], "sealed shares"),
+        ([gone, gone, gone, *mine[3:]], "at least 5"),
+        (mine[:5], "each of the 6 cards"),
+        ([mine[0], mine[1][:-1], *mine[2:]], "148 bytes"),
+    ):
+        with pytest.raises(InvalidValue, match=why):
+            client.open_shares(TERMS, sealed)
+
+
+def test_a_wrong_key_of_a_client_that_is_gone_is_noticed() -> None:
+    this = Round()
+    opening = this.share()
+    sent = this.upload(opening, gone=(5,))
+    revealed = {p: dict(given) for p, given in this.reveal(sent).items()}
+    other = split(bytes(32), 5, 6)
+    for place, given in revealed.items():
+        given[5] = other[place]
+
+    with pytest.raises(InvalidValue, match="the one of its card"):
+        opening.open(sent, revealed)
+
+
+@pytest.mark.parametrize("secret", [bytes(32), b"\xff" * 32, bytes(range(32))], ids=bytes.hex)
+def test_any_shares_as_many_as_the_threshold_give_a_secret_back(secret: bytes) -> None:
+    shares = split(secret, 3, 5)
+
+    for chosen in combinations(range(5), 3):
+        assert combine({i: shares[i] for i in chosen}) == secret
+    assert {len(share) for share in shares} == {SHARE_BYTES}
+    for pair in combinations(range(5), 2):
+        with pytest.raises(InvalidValue):  # Wrong with a probability of 1 - 2⁻²⁶⁵.
+            combine({i: shares[i] for i in pair})
+
+
+def test_masks_are_chacha20s() -> None:
+    """RFC 8439, appendix A.1, test vector 1: the key, nonce and counter are zero."""
+    first = bytes.fromhex("76b8e0ada0f13d90405d6ae55386bd28bdd219b8a08ded1aa836efcc8b770dc7")
+
+    assert mask(bytes(32), 8).tobytes() == first
