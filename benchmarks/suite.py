@@ -80,6 +80,13 @@ def worker_memory(on_figure: OnFigure) -> None:
     measure(Setting(), on_figure)
 
 
+def masked_sums(on_figure: OnFigure) -> None:
+    """Weigh the masks of a secure sum: time and bytes of 10, 30 and 100 clients."""
+    from benchmarks.masking import Setting, measure
+
+    measure(Setting(), on_figure)
+
+
 def on_a_gpu(on_figure: OnFigure) -> None:
     """Compare full-size steps on a GPU with plain PEFT, bf16 with fp32, workers with one."""
     from benchmarks.gpu import full_size, measure_gpu
@@ -96,11 +103,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "start": client_start,
     "workers": worker_memory,
     "published": published_way,
+    "masking": masked_sums,
     "gpu": on_a_gpu,
 }
 
 
-BY_NAME_ONLY = ("alternation", "growth", "start", "gpu")
+BY_NAME_ONLY = ("alternation", "growth", "start", "masking", "gpu")
 """What `run_suite` leaves out unless named: no bar, no matter of simulations, or for a GPU."""
 
 

@@ -18,7 +18,7 @@ from fedlora_flwr.clients.device import DEVICE, Device, client_identity
 from fedlora_flwr.clients.guarded import guarded
 from fedlora_flwr.clients.sum_exchange import SumExchange
 from fedlora_flwr.clients.sum_messages import BETWEEN, answer_between, stage_of
-from fedlora_flwr.clients.sum_store import SumStore
+from fedlora_flwr.clients.sum_store import SUMS, SumStore
 from fedlora_flwr.clients.warm import WarmProcess
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.environment import in_simulation
@@ -97,7 +97,7 @@ def _who(context: Context) -> tuple[str, RunConfig]:
 def _exchange(context: Context) -> SumExchange:
     """Make a client's part in secure sums, which needs no model."""
     identity, config = _who(context)
-    store = SumStore(state_folder(config) / "sums")
+    store = SumStore(state_folder(config) / SUMS)
     return SumExchange(config, identity, str(context.run_id), store)
 
 

@@ -100,3 +100,18 @@ def start(context: typer.Context) -> None:
     with suppress(InvalidValue):  # What is wrong with this file, each message's answer says.
         Device.read(Path.cwd() / SETTINGS).require()
     start_supernode(Path.cwd(), context.args)
+
+
+@app.command()
+def identity(
+    device: Annotated[Path, typer.Argument(help="A device's file, device.toml.")],
+) -> None:
+    """Print the identity by which other devices know this one in a secure sum."""
+    from fedlora_flwr.client_app import state_folder
+    from fedlora_flwr.clients.device import Device
+    from fedlora_flwr.clients.sum_store import SUMS, SumStore
+    from fedlora_flwr.config import RunConfig
+
+    found = Device.read(device)
+    folder = state_folder(RunConfig(state_dir=str(found.settings.get("state-dir", ""))))
+    typer.echo(f"{SumStore(folder / SUMS).public_identity()} {found.client}")

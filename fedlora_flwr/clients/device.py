@@ -10,6 +10,7 @@ from typing import Any
 
 from flwr.app import Context
 
+from fedlora_flwr.clients.sum_exchange import ANYBODY
 from fedlora_flwr.config import OWN, Limit, RunConfig, device_config, read_toml
 from fedlora_flwr.config.keys import check_value, fields_by_key
 from fedlora_flwr.config.names import by_short_name
@@ -35,6 +36,10 @@ _UNDO: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "report-unprotected-metrics": (
         bool,
         "a server may ask for the loss on the records at any weights, and no ledger counts that",
+    ),
+    "peers": (
+        ANYBODY.__eq__,
+        "a server may invent clients, and knows their shares of a secure sum's noise",
     ),
     "ledger-scope": (
         "run".__eq__,
@@ -149,7 +154,11 @@ def _local(key: str, value: Any, folder: Path) -> Any:
     """Resolve a path beside the device's file."""
     local = folder / str(value)
     # A model or data set may be a name on a hub. The ledger's folder is made when needed.
-    if value and (key == "state-dir" or (key in _FOLDERS and local.exists())):
+    if value and (
+        key == "state-dir"
+        or (key == "peers" and value != ANYBODY)
+        or (key in _FOLDERS and local.exists())
+    ):
         return str(local.resolve())
     return value
 

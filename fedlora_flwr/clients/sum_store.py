@@ -16,6 +16,8 @@ from fedlora_flwr.files import private_folder, read_or_make, replace_file
 from fedlora_flwr.secure_sum.party import Advertised, Masked, Shared
 
 State = TypeVar("State", Advertised, Shared, Masked)
+SUMS = "sums"
+"""Name of the folder in a client's state folder."""
 _KEY = "identity.key"
 
 
@@ -64,6 +66,10 @@ class SumStore:
             draft.write_text(Ed25519PrivateKey.generate().private_bytes_raw().hex() + "\n")
 
         return read_or_make(path, read, make)
+
+    def public_identity(self) -> str:
+        """Return how others know this client: 64 hexadecimal digits for their lists of peers."""
+        return self.identity().public_key().public_bytes_raw().hex()
 
     def keep(self, client: str, run: str, state: Advertised | Shared | Masked) -> None:
         """Keep what the next message needs; what an earlier exchange left is forgotten."""

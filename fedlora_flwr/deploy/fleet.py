@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import Template
 
+from fedlora_flwr.clients.sum_store import SUMS, SumStore
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.toml import toml_value
 from fedlora_flwr.deploy.identities import make_certificates, make_device_key
@@ -76,7 +77,7 @@ client-id = "$name"
 $stated
 # Its records: parquet, CSV, JSON lines or pictures.
 dataset = "data"
-
+$trust
 # What may be spent on them, over all runs together. delta is below 1/n. One run may plan for all of
 # epsilon, unless run-epsilon says how much.
 epsilon = 3.0
@@ -105,6 +106,13 @@ keep-warm = 600
 _STATED = (
     "task", "model", "weights", "num-classes", "class-names", "input-columns", "label-column",
 )  # fmt: skip
+_TRUST = """
+# The noise is shared over a secure sum (docs/trust_models.md), and this device uploads in no other
+# way. It takes part with the devices in peers.txt alone, and if at least so many share the noise.
+trust-model = "secure-sum"
+peers = "peers.txt"
+least-shares = 2
+"""
 _EXAMPLES = """# model = "model"
 # num-classes = 2
 # class-names = "negative,positive"
@@ -241,6 +249,8 @@ def _fill(draft: Path, folder: Path, fleet: Fleet, run: RunConfig) -> None:
     _text(operator / "connection.toml", _CONNECTION, values)
     _script(operator / "register.sh", _REGISTER, values)
     write_app(operator / "app", dict(run.own))
+    trust = _TRUST if run.secure_sum else ""
+    identities = []
     for number, name in enumerate(fleet.names):
         device = draft / "devices" / name
         device.mkdir(mode=0o700)
@@ -249,7 +259,11 @@ def _fill(draft: Path, folder: Path, fleet: Fleet, run: RunConfig) -> None:
         shutil.copy(server / "ca.pem", device / "ca.pem")
         _script(device / SCRIPT, _SUPERNODE, {**values, "node_port": str(9500 + number)})
         _text(device / "fedlora-supernode.service", _UNIT, {"title": "Flower SuperNode"})
-        _text(device / SETTINGS, _DEVICE, {"name": name, "stated": stated(run)})
+        _text(device / SETTINGS, _DEVICE, {"name": name, "stated": stated(run), "trust": trust})
+        if run.secure_sum:
+            identities.append(f"{SumStore(device / 'state' / SUMS).public_identity()} {name}\n")
+    for name in fleet.names if run.secure_sum else ():
+        (draft / "devices" / name / "peers.txt").write_text("".join(identities), encoding="utf-8")
     content = {"fleet": asdict(fleet), "versions": versions()}
     # Devices look by it whether they are fit.
     for place in (draft, *(draft / "devices" / name for name in fleet.names)):
