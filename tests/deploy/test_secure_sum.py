@@ -44,8 +44,8 @@ def test_real_devices_mask_and_open_a_sum(tmp_path: Path, monkeypatch: pytest.Mo
     config = text_config(
         model, tmp_path / "public", input_columns="text", num_classes=2, local_steps=1,
         num_rounds=1, num_clients=4, min_clients=4, delta=1e-3, reproducible=False,
-        trust_model="secure-sum", sample_rate=0.2, dropouts=1, sum_records=200, min_completion=0.0, epsilon=1.0,
-        strategy="ffa-lora",
+        trust_model="secure-sum", sample_rate=0.2, dropouts=1, sum_records=200, min_completion=0.0,
+        strategy="ffa-lora", epsilon=1.0,
     )  # fmt: skip
     make_fleet(fleet, Fleet(4, port=free_port()), config)
     for place, name in enumerate(NAMES):
