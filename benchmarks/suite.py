@@ -87,6 +87,13 @@ def masked_sums(on_figure: OnFigure) -> None:
     measure(Setting(), on_figure)
 
 
+def correlated_noise(on_figure: OnFigure) -> None:
+    """Say by calculation what correlated noise would gain under a secure sum."""
+    from benchmarks.correlated import measure
+
+    measure(on_figure)
+
+
 def on_a_gpu(on_figure: OnFigure) -> None:
     """Compare full-size steps on a GPU with plain PEFT, bf16 with fp32, workers with one."""
     from benchmarks.gpu import full_size, measure_gpu
@@ -104,11 +111,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "workers": worker_memory,
     "published": published_way,
     "masking": masked_sums,
+    "correlated": correlated_noise,
     "gpu": on_a_gpu,
 }
 
 
-BY_NAME_ONLY = ("alternation", "growth", "start", "masking", "gpu")
+BY_NAME_ONLY = ("alternation", "growth", "start", "masking", "correlated", "gpu")
 """What `run_suite` leaves out unless named: no bar, no matter of simulations, or for a GPU."""
 
 

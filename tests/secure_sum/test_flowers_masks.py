@@ -15,5 +15,5 @@ def test_flowers_masks_have_32_bits_of_seed() -> None:
     assert first != second
     assert np.array_equal(*masks)
     seed = int.from_bytes(b"\1\2\3\4", "little")
-    own = np.random.RandomState(seed).randint(0, (1 << 32) - 1, 1000, dtype=np.int64)  # noqa: NPY002
+    own = np.random.RandomState(seed).randint(0, (1 << 32) - 1, 1000, dtype=np.int64)
     assert np.array_equal(masks[0], own)
