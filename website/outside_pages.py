@@ -30,7 +30,7 @@ PLACES = {
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages."""
     for source, page in PLACES.items():
-        files.append(File.generated(config, page, content=_content(source)))
+        files.append(File.generated(config, page, content=content(source)))
     return files
 
 
@@ -60,7 +60,8 @@ def site_link(link: str, uri: str) -> str:
     return link if found is None else posixpath.relpath(found, posixpath.dirname(uri) or ".")
 
 
-def _content(source: str) -> str:
+def content(source: str) -> str:
+    """Return the text of a page that is outside docs/."""
     if source == "examples":
         return _list_of_examples()
     path = ROOT / source
