@@ -20,6 +20,7 @@ from fedlora_flwr.config.keys import allowed_values, fields_by_key
 from fedlora_flwr.config.methods import settings_of_methods
 from fedlora_flwr.config.names import by_section, short_name
 from fedlora_flwr.config.toml import toml_value
+from fedlora_flwr.strategies.base import FedLoRA
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
@@ -103,7 +104,17 @@ def names(tier: str) -> str:
     """Return the directives under which the public names of a tier are explained."""
     # By name: type checkers read a stub, which has the public names alone.
     homes: Mapping[str, str] = vars(fedlora_flwr)[tier]
-    return "\n\n".join(f"::: fedlora_flwr.{home}.{name}" for name, home in homes.items())
+    own = "\n    options: {show_signature: false}"
+    return "\n\n".join(
+        f"::: fedlora_flwr.{home}.{name}{own if name in _methods() else ''}"
+        for name, home in homes.items()
+    )
+
+
+def _methods() -> list[str]:
+    """Return the strategies whose arguments are those of their base, which shows them."""
+    found = {name: getattr(fedlora_flwr, name) for name in vars(fedlora_flwr)["STRATEGIES"]}
+    return [n for n, c in found.items() if issubclass(c, FedLoRA) and "__init__" not in vars(c)]
 
 
 def _table(header: tuple[str, ...], rows: list[Any]) -> str:

@@ -65,7 +65,9 @@ def content(source: str) -> str:
     if source == "examples":
         return _list_of_examples()
     path = ROOT / source
-    return path.read_text("utf-8") if path.is_file() else _example(path)
+    text = path.read_text("utf-8") if path.is_file() else _example(path)
+    # It has every word of the project, and would be the first hit of every search.
+    return f"---\nsearch:\n  exclude: true\n---\n{text}" if source == "CHANGELOG.md" else text
 
 
 def _list_of_examples() -> str:
