@@ -104,7 +104,7 @@ def names(tier: str) -> str:
     """Return the directives under which the public names of a tier are explained."""
     # By name: type checkers read a stub, which has the public names alone.
     homes: Mapping[str, str] = vars(fedlora_flwr)[tier]
-    own = "\n    options: {show_signature: false}"
+    own = "\n    options: {merge_init_into_class: false}"
     return "\n\n".join(
         f"::: fedlora_flwr.{home}.{name}{own if name in _methods() else ''}"
         for name, home in homes.items()
