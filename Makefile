@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test test-deploy recipes lint bench bench-gpu
+.PHONY: setup run test test-deploy recipes lint docs bench bench-gpu
 
 setup: $(STAMP)
 
@@ -36,6 +36,10 @@ test-deploy: setup
 # Every paper recipe for one private round on random weights of its full architecture.
 recipes: setup
 	$(BIN)/python -m pytest -n 0 -m recipes tests/simulations/test_recipes.py
+
+# The documentation as a site in site/; open site/index.html. A dead link or anchor is an error.
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -W ignore -m mkdocs build --strict
 
 bench: setup
 	@$(BIN)/python -m benchmarks --output benchmarks/results/bench.json

@@ -59,7 +59,7 @@ def test_every_make_command_of_a_workflow_and_of_the_pages_is_a_target() -> None
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M))
     runs = [step.get("run", "") for path in WORKFLOWS for step in steps(read(path))]
     called = set(re.findall(r"^make ([\w-]+)", "\n".join(runs), re.M))
-    assert called == {"setup", "test", "test-deploy"}
+    assert called == {"setup", "docs", "test", "test-deploy"}
     for page in [*PAGES, HOST / "PULL_REQUEST_TEMPLATE.md"]:
         called |= set(re.findall(r"(?:`|^    )make ([\w-]+)", page.read_text("utf-8"), re.M))
     assert called <= targets

@@ -62,7 +62,7 @@ def test_the_table_of_extras_is_that_of_the_project(extra: str) -> None:
 
 def test_extras_are_those_of_the_table_all_of_them_and_tools() -> None:
     extras = PROJECT["optional-dependencies"]
-    assert extras.keys() - {"all", "dev"} == EXTRAS.keys()
+    assert extras.keys() - {"all", "docs", "dev"} == EXTRAS.keys()
     (everything,) = map(Requirement, extras["all"])
     assert (everything.name, everything.extras) == (PROJECT["name"], EXTRAS.keys() - {"quantized"})
 

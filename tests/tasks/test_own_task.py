@@ -12,13 +12,15 @@ import fedlora_flwr
 from fedlora_flwr.tasks.registry import OPTIONAL, Task
 from tests.support.readme import unactivated
 
-PAGE = Path(__file__).parents[2] / "docs" / "tasks.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = DOCS / "tasks.md"
+OWN = (DOCS / "how_to" / "add_a_task.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Return a folder with the file that the page shows."""
-    code = re.search(r"```python\n# tones\.py\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    code = re.search(r"```python\n# tones\.py\n(.*?)```", OWN, re.S)
     assert code
     (tmp_path / "tones.py").write_text(code[1], encoding="utf-8")
     return tmp_path
@@ -26,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
 def command(verb: str) -> list[str]:
     """Return what the page types, for another verb."""
-    line = re.search(r"^    fedlora run (.*)$", PAGE.read_text(encoding="utf-8"), re.M)
+    line = re.search(r"^fedlora simulate (.*)$", OWN, re.M)
     assert line
     return [sys.executable, "-m", "fedlora_flwr.cli", verb, *line[1].split(), "-c", "device=cpu"]
 
@@ -64,7 +66,7 @@ def test_the_page_lists_what_a_task_may_have_beside_its_nine_members() -> None:
     own = [name for name in vars(Task) if not name.startswith("_")]
     own += [name for name in Task.__annotations__ if name not in own]
     assert len(own) == 9
-    assert all(f"`{name}(" in PAGE.read_text(encoding="utf-8") for name in OPTIONAL)
+    assert all(f"`{name}(" in OWN for name in OPTIONAL)
 
 
 def test_a_member_of_a_task_is_asked_for_in_one_place() -> None:

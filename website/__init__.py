@@ -1,0 +1,1 @@
+"""Hooks of MkDocs, which make docs/ a site."""
