@@ -38,7 +38,7 @@ QUICK: dict[str, Any] = {
 
 # Minutes each: fleets and Ray runs that the file's tests share.
 LONGEST = (
-    "test_equality.py",
+    "test_shared_fleet.py",
     "test_docs.py",
     "test_faults.py",
     "test_flwr_run.py",
