@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test test-deploy recipes lint docs bench bench-gpu
+.PHONY: setup run test test-deploy recipes style lint docs bench bench-gpu
 
 setup: $(STAMP)
 
@@ -26,8 +26,11 @@ endif
 run: setup
 	@$(BIN)/fedlora run digits
 
-test: lint
-	$(BIN)/python -m pytest
+# Types are checked beside the tests, some of which wait. What mypy says comes last.
+test: style
+	@$(BIN)/mypy > $(VENV)/mypy.log 2>&1 & types=$$!; \
+	$(BIN)/python -m pytest; failed=$$?; \
+	wait $$types || failed=1; echo "mypy:"; cat $(VENV)/mypy.log; exit $$failed
 
 # Real Flower processes. Two files at a time: more of them slow a fleet beyond its timeouts.
 test-deploy: setup
@@ -47,7 +50,9 @@ bench: setup
 bench-gpu: setup
 	@$(BIN)/python -m benchmarks gpu --output benchmarks/results/bench-gpu.json
 
-lint: setup
+style: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint: style
 	$(BIN)/mypy

@@ -40,6 +40,8 @@ class KnownTask(NamedTuple):
     ----------
     place : str
         Its class, as ``module:Class``.
+    about : str
+        The model and the columns that it takes, and the figure that it shows.
     extras : tuple[str, ...]
         What has to be installed for it, as `fedlora_flwr.errors.require` takes it.
     on_device : tuple[tuple[str, ...], ...]
@@ -48,6 +50,7 @@ class KnownTask(NamedTuple):
     """
 
     place: str
+    about: str
     extras: tuple[str, ...]
     on_device: tuple[tuple[str, ...], ...] = ()
 
@@ -55,20 +58,34 @@ class KnownTask(NamedTuple):
 _DATA = (("model",), ("dataset",))
 _CLASSES = ("class-names", "num-classes")
 TASKS: Mapping[str, KnownTask] = {
-    "digits": KnownTask("fedlora_flwr.tasks.digits:DigitsTask", ("client", "vision")),
+    "digits": KnownTask(
+        "fedlora_flwr.tasks.digits:DigitsTask",
+        "a tiny vision transformer and pictures, both built in; accuracy",
+        ("client", "vision"),
+    ),
     "image-classification": KnownTask(
         "fedlora_flwr.tasks.image_classification:ImageClassification",
+        "any timm model; a picture and a class; accuracy",
         ("client", "vision"),
         (*_DATA, _CLASSES),
     ),
     "instruction-tuning": KnownTask(
-        "fedlora_flwr.tasks.instruction_tuning:InstructionTuning", ("client", "text"), _DATA
+        "fedlora_flwr.tasks.instruction_tuning:InstructionTuning",
+        "any causal language model whose tokenizer has a chat template; messages, or prompt and "
+        "response; token accuracy and perplexity",
+        ("client", "text"),
+        _DATA,
     ),
     "question-answering": KnownTask(
-        "fedlora_flwr.tasks.question_answering:QuestionAnswering", ("client", "text"), _DATA
+        "fedlora_flwr.tasks.question_answering:QuestionAnswering",
+        "any transformers model with an extractive QA head; SQuAD's question, context and answers; "
+        "F1 and exact match",
+        ("client", "text"),
+        _DATA,
     ),
     "text-classification": KnownTask(
         "fedlora_flwr.tasks.text_classification:TextClassification",
+        "any transformers encoder or decoder; one text or two, and a class; accuracy",
         ("client", "text"),
         (*_DATA, _CLASSES),
     ),

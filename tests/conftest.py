@@ -36,13 +36,15 @@ QUICK: dict[str, Any] = {
 }
 
 
-# Minutes each: fleets and Ray runs that the file's tests share.
+# Minutes each: fleets and Ray runs that the file's tests share; or long, and last by their names.
 LONGEST = (
-    "test_equality.py",
+    "test_shared_fleet.py",
     "test_docs.py",
     "test_faults.py",
     "test_flwr_run.py",
     "test_workers.py",
+    "test_installations.py",
+    "test_packaging.py",
 )
 
 

@@ -102,7 +102,7 @@ def test_the_installed_wheel_runs_the_laptop_recipe(installed: Path, tmp_path: P
     assert Path(home).is_relative_to(installed)
     assert str(ROOT) not in paths
 
-    command = ("simulate", "digits", "-c", "num-rounds=1", "--json")
+    command = ("simulate", "digits", "-c", "num-rounds=1", "-c", "num-clients=3", "--json")
     said = call(installed / "bin" / "fedlora", *command, cwd=tmp_path, PYTHONPATH="")
 
     assert json.loads(said)["status"] == "completed"

@@ -17,6 +17,7 @@ from fedlora_flwr.config.names import by_section, full_name, short_name
 from fedlora_flwr.config.recipes import about_recipe, recipe_names
 from fedlora_flwr.config.toml import toml_value
 from fedlora_flwr.errors import unknown
+from fedlora_flwr.places import TASKS
 from fedlora_flwr.terminal import Table, show, show_json, show_line, show_lines
 
 
@@ -118,8 +119,10 @@ def _show_in_full(console: Console, chosen: Mapping[str, Field[Any]]) -> None:
             ("Default", toml_value(found["default"])),
             ("Type", found["type"]),
             ("Allowed", found["allowed"]),
-            ("Decides", f"on a device: {found['decides']}. {found['why']}"),
         ]
+        if key == "task":  # What each takes: model, columns, figure.
+            lines += [("", f"{name}: {known.about}") for name, known in TASKS.items()]
+        lines.append(("Decides", f"on a device: {found['decides']}. {found['why']}"))
         if found["default_on_device"] != found["default"]:
             lines.append(("", f"default there: {toml_value(found['default_on_device'])}"))
         if found["allowed_on_device"] != found["allowed"]:

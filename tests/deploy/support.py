@@ -95,7 +95,7 @@ def set_up_devices(base: Path, reproducible: bool) -> None:
             f'client-id = "partition-{home:06d}"', 'dataset = "data"', 'state-dir = "state"',
             "epsilon = 8.0", "delta = 1e-3", 'ledger-scope = "run"',
             'weighting = "inverse-noise"', stated(planned(base, base / "model")),
-            *["reproducible = true"] * reproducible, f"keep-warm = {60 * (name == WARM)}",
+            *["reproducible = true"] * reproducible, f"keep-warm = {600 * (name == WARM)}",
         ]  # fmt: skip
         (base / "fleet" / "devices" / name / "device.toml").write_text("\n".join(lines))
 

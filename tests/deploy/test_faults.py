@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sqlite3
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -181,6 +182,24 @@ def test_the_run_goes_on_to_its_end(story: Story) -> None:
     assert (summary["status"], summary["rounds_done"]) == ("completed", 4)
     assert summary["num_clients"] == 4
     assert summary["failures"] == 4
+
+
+def test_each_device_spends_its_own_budget_and_not_the_runs(story: Story) -> None:
+    summary = story.run_dir.summary()
+    assert summary is not None
+    assert {row["client"] for row in story.run_dir.rows("clients")} == set(NAMES)
+    assert 0 < summary["epsilon_max"] <= 3.0
+    assert (summary["epsilon_budget"], summary["delta"]) == (3.0, 1e-3)
+
+
+def test_the_server_keeps_which_key_each_identity_is_bound_to(story: Story) -> None:
+    kept = story.run_dir.path.parent / "fleet" / "server" / "identities.json"
+    bound = json.loads(kept.read_text())
+    assert set(bound) == set(NAMES)
+    assert len(set(bound.values())) == len(NAMES)
+    # Nobody else reads that, nor the database in which uploads wait.
+    for file in (kept, kept.with_name("state.sqlite")):
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
 def test_every_client_of_a_round_is_used_or_a_failure(story: Story) -> None:

@@ -26,7 +26,6 @@ DOCS = ROOT / "docs"
 # A page whose text has no marks, and why its blocks are not run.
 GIVEN = {
     "deployment.md": "tests/deploy/test_docs.py does",
-    "trust_models.md": "it takes hours",
 }
 NAMES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 

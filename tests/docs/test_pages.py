@@ -24,9 +24,11 @@ RUN = sorted({block.page for block in BLOCKS if not block.not_run} - {TUTORIAL})
 REASONS = {
     "docs/index.md does": 1,
     "it installs packages": 3,
+    "it takes minutes": 1,
+    "it needs a fleet": 1,
     "it needs a GPU": 1,
     "it needs several machines": 1,
-    "it takes hours": 12,
+    "it takes hours": 11,
     "the tutorial's records have no such column": 1,
     "tests/deploy/test_docs.py does": 10,
     "tests/examples/test_message_api.py does": 1,
@@ -65,7 +67,7 @@ def test_what_is_not_run_says_why() -> None:
 
 def test_a_block_has_a_language_that_is_run() -> None:
     known = {"bash", "python", "text", "toml"}
-    own = {"deployment.md", "trust_models.md"}
+    own = {"deployment.md"}
     assert {block.language for block in BLOCKS if block.page not in own} == known
     assert {block.mark.partition(":")[0] for block in BLOCKS} == {"", "fails", "not run"}
 

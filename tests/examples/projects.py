@@ -38,9 +38,10 @@ def flwr_run(app: Path, settings: dict[str, object], clients: int = 2) -> str:
     federation = f"num-supernodes={clients} client-resources-num-cpus=2"
     with log_file.open("w") as log, SimulationSuperLink(log) as superlink:
         superlink.submit(app, overrides, federation)
-        while not (superlink.log_ended and superlink.status().startswith("finished")):
+        while not superlink.log_ended:  # Each question for the status costs seconds of a processor.
+            time.sleep(0.2)
+        while not (status := superlink.status()).startswith("finished"):
             time.sleep(0.5)
-        status = superlink.status()
     text = log_file.read_text()
     assert status == "finished:completed", text
     return text

@@ -3,25 +3,47 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, RecordDict
 from safetensors.numpy import load_file
 
-from fedlora_flwr.processes.workers import WorkerDied, executor
+from fedlora_flwr.backbones.pretrain_digits import backbone_path, load_backbone
+from fedlora_flwr.files import cache_folder
+from fedlora_flwr.processes.workers import Execute, WorkerDied, executor
 from fedlora_flwr.server.run_dir import RunDirectory
+from fedlora_flwr.simulations import runner
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from tests.conftest import MakeConfig
+from tests.processes.counting import count
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Execute]:
+    """Start workers once, since each imports for seconds: what one run leaves reaches the next."""
+    with pytest.MonkeyPatch.context() as patch:
+        load_backbone()  # Pretraining it again would take longer than all else here.
+        cache, pretrained = tmp_path_factory.mktemp("cache"), backbone_path().parent
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        shutil.copytree(pretrained, backbone_path().parent)
+        with executor(2, cache / "workers.log") as execute:
+            yield execute
 
 
 @pytest.mark.parametrize("strategy", ["fedsa-lora", "flora"])
 def test_workers_give_the_arrays_and_rows_of_one_process(
-    strategy: str, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    strategy: str,
+    make_config: MakeConfig,
+    pool: Execute,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(runner, "executor", lambda *_: nullcontext(pool))
     found = {}
     for workers in (1, 2):
         folder = tmp_path / f"workers-{workers}"
@@ -40,17 +62,7 @@ def test_workers_give_the_arrays_and_rows_of_one_process(
         )
     assert found[1] == found[2]
     # Only workers have weights to share.
-    assert len(list((tmp_path / "cache" / "fedlora" / "frozen").glob("*.pt"))) == 1
-
-
-def count(message: Message, context: Context) -> Message:
-    """Answer how often the node was asked, and by which process it is served."""
-    if message.content.config_records["config"].get("die"):
-        os._exit(3)
-    seen = context.state.config_records.setdefault("seen", ConfigRecord({"count": 0}))
-    seen["count"] = int(str(seen["count"])) + 1
-    answer = ConfigRecord({"count": seen["count"], "process": os.getpid()})
-    return Message(RecordDict({"config": answer}), reply_to=message)
+    assert len(list((cache_folder() / "frozen").glob("*.pt"))) == 1
 
 
 @pytest.fixture

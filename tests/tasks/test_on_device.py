@@ -57,13 +57,17 @@ def make_config(
 
 
 def test_every_task_says_what_a_device_must_state() -> None:
-    stated = {name: required_on_device(name) for name in sorted(TASKS)}
-    assert stated["digits"] == ()
-    for name in set(stated) - {"digits"}:
-        classes = "answering" not in name and "tuning" not in name
-        expected = [("model",), ("dataset",), *([("class-names", "num-classes")] * classes)]
-        assert list(stated[name]) == expected
-        assert {key for group in stated[name] for key in group} <= RunConfig().items().keys()
+    data, classes = (("model",), ("dataset",)), ("class-names", "num-classes")
+    expected = {
+        "digits": (),
+        "image-classification": (*data, classes),
+        "instruction-tuning": data,
+        "question-answering": data,
+        "text-classification": (*data, classes),
+    }
+    assert {name: tuple(required_on_device(name)) for name in expected} == expected
+    for groups in map(required_on_device, TASKS):
+        assert {key for group in groups for key in group} <= RunConfig().items().keys()
     assert required_on_device("my_module:MyTask") == ()
     with pytest.raises(InvalidValue, match="did you mean 'digits'"):
         required_on_device("digit")

@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import fedlora_flwr
+from fedlora_flwr.cli import app
+from fedlora_flwr.places import TASKS
 from fedlora_flwr.tasks.registry import OPTIONAL, Task
 from tests.support.readme import unactivated
 
@@ -56,10 +59,10 @@ def test_the_documented_command_runs_on_flower(folder: Path) -> None:
     assert json.loads(done.stdout)["rounds_done"] == 2
 
 
-def test_the_page_names_every_task() -> None:
-    from fedlora_flwr.places import TASKS
-
-    assert all(f"`{name}`" in PAGE.read_text(encoding="utf-8") for name in TASKS)
+def test_the_command_on_the_page_says_what_every_task_takes() -> None:
+    assert "`fedlora keys task`" in PAGE.read_text(encoding="utf-8")
+    said = " ".join(CliRunner().invoke(app, ["keys", "task"]).output.split())
+    assert all(f"{name}: {task.about}" in said for name, task in TASKS.items())
 
 
 def test_the_page_lists_what_a_task_may_have_beside_its_nine_members() -> None:

@@ -1,4 +1,8 @@
-"""A real fleet whose operator ships code of his own: nothing of it runs on a device."""
+"""A real fleet whose operator ships code of his own first, and then runs as a simulation does.
+
+Nothing of that code runs on a device, and noise follows no server's seed. One fleet serves all of
+it, since its processes take long to start.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy.fleet import CONNECTION
@@ -18,13 +23,15 @@ from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from tests.deploy import hostile
 from tests.deploy.hostile import write_hostile
 from tests.deploy.running import RunningFleet, running
-from tests.deploy.support import NAMES, adapter, of, prepare, set_up_devices
+from tests.deploy.support import NAMES, WARM, adapter, of, prepare, set_up_devices
 
 pytestmark = pytest.mark.deploy
 ROOT = Path(__file__).parents[2]
 OWN, BARE = NAMES
 """Started by its own script; started by Flower's program alone."""
 REFUSED = "The app bundle "
+SIMULATED, SEEDED = "simulated", "seeded"
+SHORT, FIRST, SECOND = "short", "first", "second"  # of one round
 FIX = "ship the folder operator/app that `fedlora deploy init` writes."
 
 
@@ -39,6 +46,9 @@ class Story:
     alive: bool
     log: str
 
+    def run(self, name: str) -> RunDirectory:
+        return RunDirectory(self.base / name)
+
     def canaries(self, device: str) -> set[str]:
         return {path.name for path in (self.base / "canaries" / device).iterdir()}
 
@@ -49,8 +59,10 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(base / "cache"))
         patch.setenv("PYTHONPATH", str(ROOT))
-        config = RunConfig.of(prepare(base).items(), {"num-rounds": 1, "min-completion": 1.0})
-        run_in_process(prepare_run(config), RunDirectory(base / "simulated"), lambda row: None)
+        config = RunConfig.of(prepare(base).items(), {"min-completion": 1.0})
+        for name, rounds in ((SIMULATED, 2), (SHORT, 1)):
+            plan = prepare_run(RunConfig.of(config.items(), {"num-rounds": rounds}))
+            run_in_process(plan, RunDirectory(base / name), lambda row: None)
         set_up_devices(base, reproducible=True)
         with running(base / "fleet", base / "operator", []) as fleet:
             yield play(base, fleet, config)
@@ -58,7 +70,8 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
 
 def play(base: Path, fleet: RunningFleet, config: RunConfig) -> Story:
     script = fleet.folder / "devices" / BARE / "start.sh"
-    script.write_text(script.read_text().replace(START, "flower-supernode"))
+    own = script.read_text()
+    script.write_text(own.replace(START, "flower-supernode"))
     for name in NAMES:
         (base / "canaries" / name).mkdir(parents=True)
         folder = str(base / "canaries" / name)
@@ -69,7 +82,13 @@ def play(base: Path, fleet: RunningFleet, config: RunConfig) -> Story:
         assert "Successfully started run" in said, said
     answers = {name: answer(base / "told" / name, fleet) for name, *_ in hostile.bundles()}
     repository = fleet.run(of(config, RunDirectory(base / "repository"), 1), app=ROOT)
-    honest = fleet.run(of(config, RunDirectory(base / "honest"), 1))
+    fleet.stop([BARE])
+    script.write_text(own)
+    fleet.start(BARE)
+    honest = fleet.run(of(config, RunDirectory(base / SEEDED), 2))
+    set_up_devices(base, reproducible=False)
+    for name in (FIRST, SECOND):
+        fleet.run(of(config, RunDirectory(base / name), 1))
     alive = fleet.processes[OWN].poll() is None
     return Story(base, answers, repository, honest, alive, fleet.log(OWN).read_text())
 
@@ -119,11 +138,36 @@ def test_the_repository_as_the_app_fails_the_run_and_says_what_to_ship(story: St
     assert FIX in story.repository
 
 
-def test_an_honest_run_on_the_same_fleet_is_as_before(story: Story) -> None:
-    summary = RunDirectory(story.base / "honest").summary()
+def test_an_honest_run_on_the_same_fleet_gives_the_arrays_of_the_simulation_bit_for_bit(
+    story: Story,
+) -> None:
+    summary = story.run(SEEDED).summary()
     assert summary is not None, story.honest
     assert (summary["status"], summary["failures"]) == ("completed", 0)
-    assert adapter(RunDirectory(story.base / "honest")) == adapter(
-        RunDirectory(story.base / "simulated")
-    )
+    assert adapter(story.run(SEEDED)) == adapter(story.run(SIMULATED))
+    devices = story.base / "fleet" / "devices"
+    assert [path.parents[1].name for path in devices.glob("*/state/warm-????????")] == [WARM]
     assert story.alive
+
+
+def test_a_fleet_reports_the_figures_of_the_simulation(story: Story) -> None:
+    keys = {"round", "client", "epsilon", "steps", "weight", "accountant"}
+
+    def figures(name: str) -> list[dict[str, object]]:
+        return [{k: row[k] for k in keys} for row in story.run(name).rows("clients")]
+
+    assert len(figures(SEEDED)) == 4
+    assert figures(SEEDED) == figures(SIMULATED)
+    losses = [
+        [row["loss"] for row in story.run(name).rows("rounds")] for name in (SEEDED, SIMULATED)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_runs_seed_draws_no_devices_noise(story: Story) -> None:
+    for name in (FIRST, SECOND):
+        assert "reproducible = true" in (story.base / name / "config.toml").read_text()
+    short, first, second = (load(adapter(story.run(name))) for name in (SHORT, FIRST, SECOND))
+    assert short.keys() == first.keys() == second.keys()
+    for one, other in ((first, second), (first, short), (second, short)):
+        assert not any((one[name] == other[name]).all() for name in one)

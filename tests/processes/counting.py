@@ -1,0 +1,17 @@
+"""A node that counts; its module loads neither torch nor a model, so that workers start soon."""
+
+from __future__ import annotations
+
+import os
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+
+def count(message: Message, context: Context) -> Message:
+    """Answer how often the node was asked, and by which process it is served."""
+    if message.content.config_records["config"].get("die"):
+        os._exit(3)
+    seen = context.state.config_records.setdefault("seen", ConfigRecord({"count": 0}))
+    seen["count"] = int(str(seen["count"])) + 1
+    answer = ConfigRecord({"count": seen["count"], "process": os.getpid()})
+    return Message(RecordDict({"config": answer}), reply_to=message)
