@@ -153,10 +153,13 @@ class _Session:
         plans = [row["plan"] for row in self.rows[1:]]
         blocks = self.layout.blocks
         if any(len(step) == len(blocks) > 1 for plan in plans for step in plan.split("/")):
+            from fedlora_flwr.plots.figures import run_name
             from fedlora_flwr.plots.modes import plot_modes
 
+            config = self.config
+            title = run_name(config.task, config.strategy, config.epsilon, config.seed)
             try:
-                plot_modes(plans, blocks, self.run_dir.path / "modes.png")
+                plot_modes(plans, blocks, self.run_dir.path / "modes.png", title)
             except Exception as error:  # The run has its result; a picture must not take it away.
                 missing = NotInstalled.of(error)
                 why, trace = (f" {missing}", None) if missing else ("", error)
