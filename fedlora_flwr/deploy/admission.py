@@ -34,7 +34,8 @@ from fedlora_flwr.errors import FedLoRAError, InvalidValue, one_line
 
 _PATIENCE = 10.0  # seconds
 _NO_HEARTBEAT = 0.0  # seconds between heartbeats: Flower takes 10 to 1800
-# What the server accepts: seconds that a device's clock is behind it, or ahead of it.
+# Seconds that a device's clock may be behind the server's, or ahead of it: Flower's 305 and 5, less
+# what the server's answer leaves open, which has whole seconds.
 _BEHIND, _AHEAD = 300, 4
 _NOT_YET, _OVER = 9, 10  # OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and _HAS_EXPIRED
 _OTHER_NAME = (62, 64)  # _HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH
@@ -196,7 +197,7 @@ class Caller:
                 return NotAdmitted(
                     f"this device's clock is {_length(abs(ahead))} {way} that of the server at "
                     f"{self.address} ({here:%H:%M:%S} here, {there:%H:%M:%S} there, UTC), which "
-                    f"accepts {_AHEAD} seconds ahead and {_BEHIND} behind",
+                    "accepts 5 seconds ahead and 5 minutes behind",
                     "set the clock that is wrong, for instance with `timedatectl set-ntp true`",
                 )
         return NotAdmitted(
