@@ -16,19 +16,31 @@ if TYPE_CHECKING:
     from flwr.common.secure_aggregation.secaggplus_constants import (
         RECORD_KEY_CONFIGS as RECORD_KEY_CONFIGS,
     )
+    from flwr.proto.fleet_pb2 import ActivateNodeRequest as ActivateNodeRequest
     from flwr.server.compat.grid_client_proxy import GridClientProxy as GridClientProxy
     from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM as KEY_CLIPPING_NORM
+    from flwr.supercore.error import ApiErrorCode as ApiErrorCode
+    from flwr.supercore.error import FlowerError as FlowerError
     from flwr.supercore.run import Run as Run
     from flwr.supercore.task_identity import TaskIdentity as TaskIdentity
+    from flwr.supernode.fleet_http_client import FleetHttpClient as FleetHttpClient
+    from flwr.supernode.node_auth_http_interceptor import (
+        NodeAuthHttpInterceptor as NodeAuthHttpInterceptor,
+    )
 
 _HOMES = {
     "ErrorCode": "flwr.common.constant",
     "SType": "flwr.common.constant",
     "RECORD_KEY_CONFIGS": "flwr.common.secure_aggregation.secaggplus_constants",
+    "ActivateNodeRequest": "flwr.proto.fleet_pb2",
     "GridClientProxy": "flwr.server.compat.grid_client_proxy",
     "KEY_CLIPPING_NORM": "flwr.supercore.differential_privacy",
+    "ApiErrorCode": "flwr.supercore.error",
+    "FlowerError": "flwr.supercore.error",
     "Run": "flwr.supercore.run",
     "TaskIdentity": "flwr.supercore.task_identity",
+    "FleetHttpClient": "flwr.supernode.fleet_http_client",
+    "NodeAuthHttpInterceptor": "flwr.supernode.node_auth_http_interceptor",
 }
 
 

@@ -58,7 +58,7 @@ def simulate(
 def _launch(
     launch: Callable[..., dict[str, Any]], config: RunConfig, as_json: bool, output: Path
 ) -> None:
-    from fedlora_flwr.cli.run_screen import Screen, closing_rows
+    from fedlora_flwr.cli.run_screen import Screen, closing_rows, next_steps
     from fedlora_flwr.processes.workers import log_to_file
     from fedlora_flwr.server.endings import recorded
     from fedlora_flwr.server.run_dir import RunDirectory, check_unused
@@ -84,6 +84,6 @@ def _launch(
     except KeyboardInterrupt:
         show_lines(console, [("Results", str(run_dir.path))])
         raise
-    show_lines(console, [*closing_rows(summary), ("Results", str(run_dir.path))])
+    show_lines(console, [*closing_rows(summary), *next_steps(config, run_dir)])
     if as_json:
         show_json(run_dir.summary())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.console import Console
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.forecast.participation import participation
 from fedlora_flwr.server.rounds import RoundRow, by_name
+from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import PreparedRun
 from fedlora_flwr.terminal import Bar, show_line, show_lines
 
@@ -158,6 +160,19 @@ def closing_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if summary["unprotected_metrics"]:
         rows.append(("Note", UNPROTECTED))
     return rows
+
+
+def next_steps(config: RunConfig, run_dir: RunDirectory) -> list[tuple[str, str]]:
+    """Return where a run's results are, and the next command."""
+    adapter = shlex.quote(str(run_dir.adapter))
+    # A simulation with noise from a seed is not for others to have.
+    shared = f"hf upload OWNER/NAME {adapter}"
+    command = f"fedlora plot {shlex.quote(str(run_dir.path))}" if config.reproducible else shared
+    return [
+        ("Results", str(run_dir.path)),
+        ("Adapter", f"{run_dir.adapter}, with a model card in README.md"),
+        ("Next", command),
+    ]
 
 
 def _words(metric: str) -> str:

@@ -82,7 +82,7 @@ def load_split(source: str, split: str, *, subset: str = "") -> Dataset:
     path = _existing(source)
     if path is not None:
         dataset = _read(_found(path, source, split, subset), split)
-    elif _is_hub_name(source):
+    elif is_hub_name(source):
         dataset = _from_hub(source, split, subset)
     else:
         raise InvalidValue("source", source, f"{_LOCAL} that exists, or a name on the hub")
@@ -115,7 +115,8 @@ def passed_over(source: str, split: str, *, subset: str = "") -> list[str]:
     return strangers(found) if found and found.kind == "images" else []
 
 
-def _is_hub_name(source: str) -> bool:
+def is_hub_name(source: str) -> bool:
+    """Tell whether a source that is not on this machine may be a data set on the hub."""
     return bool(_HUB_NAME.fullmatch(source)) and Path(source).suffix.lower() not in TABLES
 
 

@@ -13,7 +13,7 @@ from fedlora_flwr.clients.sum_store import SUMS, SumStore
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.toml import toml_value
 from fedlora_flwr.deploy.identities import make_certificates, make_device_key
-from fedlora_flwr.deploy.supernode import START
+from fedlora_flwr.deploy.supernode import SCRIPT, START
 from fedlora_flwr.environment import versions
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import SERVER_STATE, replacing
@@ -21,7 +21,7 @@ from fedlora_flwr.simulations.app import write_app
 from fedlora_flwr.simulations.superlink import QUIET
 
 CONNECTION = "fedlora-fleet"
-MANIFEST, SETTINGS, SCRIPT = "fleet.json", "device.toml", "start.sh"
+MANIFEST, SETTINGS = "fleet.json", "device.toml"
 _QUIET = "export " + " ".join(f"{k}={v}" for k, v in QUIET.items() if k.startswith("FLWR_"))
 
 _SUPERLINK = f"""#!/bin/sh
@@ -60,7 +60,8 @@ WorkingDirectory=/opt/fedlora
 Environment=PATH=/opt/fedlora/venv/bin:/usr/bin:/bin
 ExecStart=/opt/fedlora/start.sh
 User=fedlora
-Restart=on-failure
+# A SuperNode whose server stops admitting it ends as if all were well.
+Restart=always
 RestartSec=10
 NoNewPrivileges=true
 ProtectSystem=full

@@ -20,7 +20,8 @@ from fedlora_flwr.simulations.superlink import QUIET
 
 COMMAND = "fedlora"
 START = f"{COMMAND} deploy start"
-"""What a device's script hands over to."""
+SCRIPT = "start.sh"
+"""A device's script, which names its server and hands over to `START`."""
 BIN = "bin"
 CLIENT_PROCESS = "fedlora_flwr.deploy.client_process"
 # Argparse takes their beginnings for them.
@@ -49,6 +50,8 @@ def start_supernode(folder: Path, arguments: Sequence[str]) -> NoReturn:
         Flower's own programs would be found before, or beside, those in ``bin``.
     OtherFlower
         The installed version of Flower starts clients in another way.
+    NotAdmitted
+        The server refuses this device, or is another one.
     """
     _check_arguments(arguments)
     check_flower(os.environ)
@@ -60,8 +63,19 @@ def start_supernode(folder: Path, arguments: Sequence[str]) -> NoReturn:
             "start this device as the user whose folder it is",
         ) from error
     env = sealed(os.environ, folder / BIN)
+    _ask_server(folder, arguments)
     program = folder / BIN / flower.SUPERNODE
     os.execve(program, [flower.SUPERNODE, *arguments], env)  # noqa: S606
+
+
+def _ask_server(folder: Path, arguments: Sequence[str]) -> None:
+    from fedlora_flwr.deploy.admission import Caller, NoAnswer
+
+    if caller := Caller.of(arguments, folder):
+        try:
+            caller.ask()
+        except NoAnswer as error:  # Devices may start before their server.
+            print(f"{error} This device keeps trying.", file=sys.stderr, flush=True)
 
 
 def installed_code(script: Path) -> Path:
@@ -93,6 +107,25 @@ def installed_code(script: Path) -> Path:
         write_programs(Path(draft))
         sealed(os.environ, Path(draft))
     return Path(fedlora_flwr.__file__).parent
+
+
+def arguments_of(script: Path) -> list[str]:
+    """Return what a device's start script hands over to `start_supernode`, as it is written there.
+
+    Raises
+    ------
+    NotSealed
+        The line cannot be read as a shell's.
+    """
+    text = script.read_text(encoding="utf-8").replace("\\\n", " ")
+    try:
+        (line, *_) = (line for line in text.splitlines() if line.startswith(f"exec {START} "))
+        return shlex.split(line)[len(f"exec {START}".split()) :]
+    except ValueError as error:
+        raise flower.NotSealed(
+            f"the arguments of `{START}` in {script.name} cannot be read",
+            f"take the {script.name} of a device that `fedlora deploy init` makes today",
+        ) from error
 
 
 def check_script(script: Path) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedlora_flwr.plots.figures import save
 
@@ -20,60 +20,94 @@ MARKERS = "osD^vP*X<>"
 
 
 # Overlapping error bars hide each other: methods are set side by side within this share of a tick.
-SPREAD = 0.22
+SPREAD = 0.36
 
 
-def plot_accuracy(table: pd.DataFrame, path: Path, metric: str) -> None:
-    """Draw the final metric against ε, one line a method, with error bars.
+def plot_accuracy(runs: pd.DataFrame, path: Path, metric: str, data: str) -> None:
+    """Draw the final metric of every run against ε, with each method's mean and standard error.
 
-    Methods are set a little apart on the ε axis. A point without a mean is left out.
+    Methods are set a little apart on the ε axis. A line joins a method's means over ε. Runs without
+    privacy have no ε: they stand apart, with hollow marks that no line joins. The axis begins at 0.
 
     Parameters
     ----------
-    table : pandas.DataFrame
-        Columns ``row`` (the method's name), ``epsilon`` (infinity: no privacy), ``mean`` and
-        ``std`` (fractions; NaN where there is none).
+    runs : pandas.DataFrame
+        One row per run: ``row`` (the method's name), ``epsilon`` (infinity: no privacy), ``seed``
+        and ``final`` (a fraction; NaN where the run failed, which is left out).
     path : Path
         The PNG file, written atomically.
     metric : str
         Name of the figure.
+    data : str
+        Name of the data, for the title.
     """
-    save(accuracy_figure(table, metric), path)
+    save(accuracy_figure(runs, metric, data), path)
 
 
-def accuracy_figure(table: pd.DataFrame, metric: str) -> Figure:
+def accuracy_figure(runs: pd.DataFrame, metric: str, data: str) -> Figure:
     """Make the picture of `plot_accuracy`; parameters as there."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    figure = Figure(figsize=(8.5, 5), layout="constrained")
+    figure = Figure(figsize=(9.5, 5.4), layout="constrained")
     axes = figure.add_subplot()
-    ticks = _positions(sorted(table["epsilon"].unique()))
-    methods = list(dict.fromkeys(table["row"]))
+    ticks = _positions(sorted(runs["epsilon"].unique()))
+    methods = list(dict.fromkeys(runs["row"]))
     colors = colormaps["tab10"].colors  # type: ignore[attr-defined]
     for number, method in enumerate(methods):
-        rows = table[table["row"] == method].sort_values("epsilon")
-        axes.errorbar(
-            [ticks[e] + _offset(number, len(methods), ticks) for e in rows["epsilon"]],
-            rows["mean"],
-            yerr=rows["std"],
-            label=method,
-            color=colors[number % len(colors)],
-            marker=MARKERS[number % len(MARKERS)],
-            linestyle=("-", "--", ":")[number // len(colors) % 3],
-            markersize=5,
-            linewidth=1.2,
-            elinewidth=0.9,
-            capsize=2,
-        )
+        look: dict[str, Any] = {
+            "color": colors[number % len(colors)],
+            "marker": MARKERS[number % len(MARKERS)],
+            "linestyle": ("-", "--", ":")[number // len(colors) % 3],
+        }
+        places = {e: tick + _offset(number, len(methods), ticks) for e, tick in ticks.items()}
+        _draw_method(axes, runs[runs["row"] == method].dropna(subset="final"), places, look)
     _mark_budgets(axes, ticks)
-    axes.set_ylabel(f"{metric} after the last round")
+    axes.set_ylabel(f"{metric.replace('_', ' ')} after the last round")
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    axes.set_title(f"{metric.capitalize()} against privacy budget")
+    axes.set_ylim(0, 1)
+    axes.set_title(_title(runs, metric, data), fontsize=11)
     axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
     figure.legend(loc="outside right upper", frameon=False)
     return figure
+
+
+def _draw_method(
+    axes: Axes, runs: pd.DataFrame, places: dict[float, float], look: dict[str, Any]
+) -> None:
+    """Draw every run as a dot, and means with standard errors where there are several seeds."""
+    axes.plot(
+        [places[e] for e in runs["epsilon"]], runs["final"], linestyle="", marker="o",
+        markersize=3.2, color=look["color"], alpha=0.35, markeredgewidth=0,
+    )  # fmt: skip
+    found = runs.groupby("epsilon")["final"].agg(["mean", "sem"])
+    private = found[[math.isfinite(epsilon) for epsilon in found.index]]
+    for part, fill in ((private, "full"), (found.drop(private.index), "none")):
+        if fill == "full" or len(part):
+            axes.errorbar(
+                [places[epsilon] for epsilon in part.index], part["mean"], yerr=part["sem"],
+                label=str(runs["row"].iloc[0]) if fill == "full" and len(runs) else None,
+                fillstyle=fill, markersize=5, linewidth=0.9, elinewidth=1.1, capsize=2.5, **look,
+            )  # fmt: skip
+
+
+def _title(runs: pd.DataFrame, metric: str, data: str) -> str:
+    budgets = sorted(runs["epsilon"].unique())
+    finite = [f"{epsilon:g}" for epsilon in budgets if math.isfinite(epsilon)]
+    names = [f"ε = {', '.join(finite)}"] if finite else []
+    names += ["no privacy"] if len(finite) < len(budgets) else []
+    seeds = sorted(runs["seed"].unique())
+    few = (
+        f"seed {seeds[0]}, so there are no error bars"
+        if len(seeds) == 1
+        else f"seeds {seeds[0]} to {seeds[-1]}"
+        if seeds[-1] - seeds[0] == len(seeds) - 1
+        else f"{len(seeds)} seeds"
+    )
+    bars = "" if len(seeds) == 1 else "\ndots: runs; marks and bars: mean ± standard error"
+    return f"{data}: {metric.replace('_', ' ')} at {' and '.join(names)}, {few}{bars}"
 
 
 def _positions(budgets: Sequence[float]) -> dict[float, float]:
@@ -94,9 +128,10 @@ def _offset(number: int, count: int, ticks: dict[float, float]) -> float:
 
 
 def _mark_budgets(axes: Axes, ticks: dict[float, float]) -> None:
-    labels = ["none" if math.isinf(budget) else f"{budget:g}" for budget in ticks]
+    labels = ["no privacy" if math.isinf(budget) else f"{budget:g}" for budget in ticks]
     axes.set_xticks(list(ticks.values()), labels=labels)
-    axes.set_xlabel("privacy budget ε (log scale; none = no privacy)")
+    axes.set_xlabel("privacy budget ε (log scale)")
     places = sorted(ticks.values())
     if math.inf in ticks and len(places) > 1:
-        axes.axvline((places[-2] + places[-1]) / 2, color="gray", linewidth=0.8, linestyle=":")
+        axes.axvspan((places[-2] + places[-1]) / 2, places[-1] * 2 + 9, color="0.5", alpha=0.07)
+        axes.set_xlim(1.5 * places[0] - 0.5 * places[1], 1.5 * places[-1] - 0.5 * places[-2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,13 @@ if TYPE_CHECKING:
 DPI = 150
 # From a palette that color-blind readers can tell apart (Okabe and Ito).
 MODES = {"A": "#0072B2", "B": "#E69F00", "AB": "#009E73"}
+
+
+def run_name(task: str, strategy: str, epsilon: float | None, seed: int) -> str:
+    """Name a run in a title; an infinite ε, or none in JSON, means no privacy."""
+    private = epsilon is not None and math.isfinite(epsilon)
+    budget = f"ε = {epsilon:g}" if private else "no privacy"
+    return f"{task}, {strategy}, {budget}, seed {seed}"
 
 
 def save(figure: Figure, path: Path) -> None:

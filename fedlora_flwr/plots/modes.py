@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MODE_NAMES = {"A": "A", "B": "B", "AB": "A and B"}
 
 
-def plot_modes(plans: Sequence[str], blocks: Sequence[str], path: Path) -> None:
+def plot_modes(plans: Sequence[str], blocks: Sequence[str], path: Path, run: str = "") -> None:
     """Draw which factor each block trained in each round, the first block at the top.
 
     Parameters
@@ -29,16 +29,18 @@ def plot_modes(plans: Sequence[str], blocks: Sequence[str], path: Path) -> None:
         Names of the blocks, in model order.
     path : Path
         The PNG file, written atomically.
+    run : str (default: "")
+        What the run is, for the title.
 
     Raises
     ------
     InvalidValue
         There is no round or no block, or a plan is for another number of blocks.
     """
-    save(modes_figure(plans, blocks), path)
+    save(modes_figure(plans, blocks, run), path)
 
 
-def modes_figure(plans: Sequence[str], blocks: Sequence[str]) -> Figure:
+def modes_figure(plans: Sequence[str], blocks: Sequence[str], run: str = "") -> Figure:
     """Make the picture of `plot_modes`; parameters as there."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
@@ -67,10 +69,15 @@ def modes_figure(plans: Sequence[str], blocks: Sequence[str]) -> Figure:
     axes.set_yticks(range(len(blocks)), labels=list(blocks), fontsize=9 if len(blocks) < 24 else 8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlim(0.5, rounds + 0.5)
-    axes.set(xlabel="round", ylabel="block", title="Factors that each block trained")
-    shown = [Patch(color=MODES[name], label=MODE_NAMES[name]) for name in names]
+    axes.set(xlabel="round", ylabel="block", title=_title(run))
+    there = {mode for column in columns for mode in column}
+    shown = [Patch(color=MODES[name], label=MODE_NAMES[name]) for name in names if name in there]
     figure.legend(handles=shown, loc="outside right upper", frameon=False)
     return figure
+
+
+def _title(run: str) -> str:
+    return "Factors that each block trained" + (f"\n{run}" if run else "")
 
 
 def _modes(plan: ComponentPlan, num_blocks: int) -> list[str]:

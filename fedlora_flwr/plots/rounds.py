@@ -21,7 +21,7 @@ Rows = Sequence[Mapping[str, object]]
 Points = list[tuple[int, float]]
 
 
-def plot_rounds(rows: Rows, path: Path, metric: str) -> None:
+def plot_rounds(rows: Rows, path: Path, metric: str, run: str = "") -> None:
     """Draw a run round by round: its metric, how far uploads agree, and what their mean loses.
 
     Parameters
@@ -32,16 +32,18 @@ def plot_rounds(rows: Rows, path: Path, metric: str) -> None:
         The PNG file, written atomically.
     metric : str
         Name of the metric.
+    run : str (default: "")
+        What the run is, for the title.
 
     Raises
     ------
     InvalidValue
         There is no round.
     """
-    save(rounds_figure(rows, metric), path)
+    save(rounds_figure(rows, metric, run), path)
 
 
-def rounds_figure(rows: Rows, metric: str) -> Figure:
+def rounds_figure(rows: Rows, metric: str, run: str = "") -> Figure:
     """Make the picture of `plot_rounds`; parameters as there."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter, MaxNLocator
@@ -49,6 +51,8 @@ def rounds_figure(rows: Rows, metric: str) -> Figure:
     if len(rows) < 2:
         raise InvalidValue("rounds", max(len(rows) - 1, 0), "at least one that is finished")
     figure = Figure(figsize=(8.5, 9.5), layout="constrained")
+    if run:
+        figure.suptitle(run, fontsize=11)
     axes = figure.subplots(4, 1, sharex=True)
     _line(axes[0], _points(rows, metric), "black", "-", None)
     axes[0].set_title(f"{metric.replace('_', ' ').capitalize()} on the public records")

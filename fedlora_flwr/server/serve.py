@@ -22,6 +22,7 @@ from fedlora_flwr.layout import Layout
 from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.lora.build import build_adapted
 from fedlora_flwr.plan import ComponentPlan
+from fedlora_flwr.server.card import ModelCard
 from fedlora_flwr.server.endings import reason_of, status_of
 from fedlora_flwr.server.noise import noise_of_mean
 from fedlora_flwr.server.rehearsal import check_folding, rehearse
@@ -97,10 +98,13 @@ def run_federation(
         ending = {"status": status_of(error), "error": reason_of(error)}
         with uninterrupted(), suppress(OSError):  # The first error is the one to show.
             run_dir.write_summary({**summary, **ending})
+            if session:
+                session.write_card({**summary, **ending})
         raise
     summary = _summary(config, session, time.perf_counter() - started)
     early = summary["rounds_done"] < config.num_rounds
     summary["end"] = BUDGETS_SPENT if early else ALL_ROUNDS
+    session.write_card(summary)
     run_dir.write_summary(summary)
     return summary
 
@@ -149,14 +153,30 @@ class _Session:
         plans = [row["plan"] for row in self.rows[1:]]
         blocks = self.layout.blocks
         if any(len(step) == len(blocks) > 1 for plan in plans for step in plan.split("/")):
+            from fedlora_flwr.plots.figures import run_name
             from fedlora_flwr.plots.modes import plot_modes
 
+            config = self.config
+            title = run_name(config.task, config.strategy, config.epsilon, config.seed)
             try:
-                plot_modes(plans, blocks, self.run_dir.path / "modes.png")
+                plot_modes(plans, blocks, self.run_dir.path / "modes.png", title)
             except Exception as error:  # The run has its result; a picture must not take it away.
                 missing = NotInstalled.of(error)
                 why, trace = (f" {missing}", None) if missing else ("", error)
                 log(WARNING, "modes.png could not be drawn.%s", why, exc_info=trace)
+
+    def write_card(self, summary: Mapping[str, Any]) -> None:
+        """Write the card of the last round's adapter, which a run that ends early has, too."""
+        if not self.run_dir.adapter.is_dir():
+            return
+        personal = self.strategy.personal
+        try:
+            # Where models stay with the clients, the server may have no test set.
+            records = 0 if personal else len(self.task.test_records())
+            card = ModelCard(self.config, summary, self.adapted, personal, records)
+            card.write(self.run_dir.adapter)
+        except Exception as error:  # As for a picture: PEFT's own card is there.
+            log(WARNING, "The model card could not be written.", exc_info=error)
 
     def _after_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
         """Evaluate on the public test set, keep the arrays, write the round's rows."""

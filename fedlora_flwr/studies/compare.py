@@ -22,6 +22,7 @@ from fedlora_flwr.processes.workers import Execute, executor
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.studies.compare_methods import RATES, Method, settings_of
 from fedlora_flwr.studies.compare_results import (
+    COLUMNS,
     Journal,
     Pair,
     Rates,
@@ -256,7 +257,8 @@ def compare(
         summary = summarize(rows, chosen, comparison.seeds)
         parts = document_of(summary, comparison.config, metric, comparison.trials)
         replace_file(folder / "table.md", markdown(parts).encode())
-        plot_accuracy(summary, folder / "accuracy.png", metric)
+        runs = pd.DataFrame(rows, columns=list(COLUMNS)).astype({"final": float})
+        plot_accuracy(runs, folder / "accuracy.png", metric, comparison.config.task)
     return summary
 
 

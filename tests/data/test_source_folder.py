@@ -165,8 +165,8 @@ def test_a_source_that_no_file_can_be_is_refused(source: str) -> None:
 
 @pytest.mark.parametrize("name", ["a/..", "a..b", "a/.b", "../a", "a/b/c", ".a"])
 def test_what_is_no_name_of_the_hub_is_not_asked_for(name: str) -> None:
-    assert not sources._is_hub_name(name)
-    assert sources._is_hub_name("a_b.c/d-e.f")
+    assert not sources.is_hub_name(name)
+    assert sources.is_hub_name("a_b.c/d-e.f")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from pathlib import Path
 from threading import Thread
 
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.deploy.check import Finding, check_fleet
+from fedlora_flwr.deploy.check import check_fleet
+from fedlora_flwr.deploy.findings import Finding
 from fedlora_flwr.deploy.fleet import Fleet, make_fleet, stated
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.superlink import free_port
@@ -25,19 +26,22 @@ def findings(folder: Path, run: RunConfig | None = None) -> dict[bool, list[Find
     return {good: [f for f in found if f.good is good] for good in (True, False)}
 
 
-def answer_once(server: Path, port: int) -> tuple[str, int]:
+def answer_once(
+    server: Path, port: int, times: int = 1, host: str = "127.0.0.1"
+) -> tuple[str, int]:
     """Greet the next who comes, with a fleet's certificate; return where."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(server / "server.pem", server / "server.key")
-    listener = socket.create_server(("127.0.0.1", port))
+    listener = socket.create_server((host, port))
 
     def serve() -> None:
-        with (
-            listener,
-            suppress(OSError),  # Who does not trust it hangs up.
-            context.wrap_socket(listener.accept()[0], server_side=True) as made,
-        ):
-            made.sendall(b"hello")
+        with listener:
+            for _ in range(times):
+                with (
+                    suppress(OSError),  # Who does not trust it hangs up.
+                    context.wrap_socket(listener.accept()[0], server_side=True) as made,
+                ):
+                    made.sendall(b"hello")
 
     Thread(target=serve, daemon=True).start()
     host, port = listener.getsockname()

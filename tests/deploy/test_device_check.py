@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from fedlora_flwr.cli import app
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy.check import check_device
+from fedlora_flwr.deploy.device_check import device_findings
 from fedlora_flwr.deploy.fleet import Fleet, make_fleet, read_fleet, stated
 from fedlora_flwr.privacy.budget import Segment
 from fedlora_flwr.privacy.ledger import Account, Ledger
@@ -36,13 +37,13 @@ def test_a_device_is_looked_at_where_it_is(
         fleet / "devices" / "device-01" / "data", on_device / "data", dirs_exist_ok=True
     )
     shutil.copy(fleet / "devices" / "device-01" / "device.toml", on_device)
-    _, port = answer_once(fleet / "server", read_fleet(fleet)[0].port)
 
     found = list(check_device(on_device, planned))
 
-    assert texts(found, good=False) == {}
+    # `test_refused` has a server that runs.
+    server = f"server 127.0.0.1:{read_fleet(fleet)[0].port}"
+    assert texts(found, good=False).keys() == {server}
     good = texts(found, good=True)
-    assert good[f"server 127.0.0.1:{port}"] == ["answers with a certificate of ca.pem"]
     assert good["private keys"] == ["1 of mode 600, each fits its public key"]
     assert [text.split(" in ")[0] for text in good["start.sh"]] == [
         "runs only the code that is installed"
@@ -100,18 +101,52 @@ def test_what_is_not_fit_on_a_device_is_found_there(
     (on_device / "device.key").chmod(0o644)
     bad = texts(check_device(on_device), good=False)
     assert bad["device.key"] == ["mode 644: others can read it"]
-    assert bad[server] == ["does not answer: Connection refused"]
+    assert bad[server][0].startswith("nothing answers at 127.0.0.1:")
 
     make_fleet(tmp_path / "other", Fleet(1))
     answer_once(tmp_path / "other" / "server", read_fleet(fleet)[0].port)
     (found,) = texts(check_device(on_device), good=False)[server]
-    assert "self-signed certificate" in found or "unable to get local issuer" in found
+    assert "is not signed by the authority of ca.pem" in found
 
     (on_device / "device.toml").write_text(
         'client-id = "a"\nepsilon = 3.0\ndelta = 1e-3\ndataset = "nowhere"\n' + stated(planned)
     )
     found, *_ = texts(check_device(on_device, planned), good=False)["device-01"]
     assert "nowhere" in found
+
+
+def test_records_that_are_not_there_are_found_without_a_recipe(
+    fleet: Path, planned: RunConfig
+) -> None:
+    device = fleet / "devices" / "device-01"
+    file = device / "device.toml"
+
+    def look(good: bool) -> list[str]:
+        found = device_findings(device, device.name, None, None, here=True)
+        return texts(found, good).get(device.name, [])
+
+    def bad(dataset: str) -> list[str]:
+        file.write_text(re.sub("dataset = .*", f'dataset = "{dataset}"', settings))
+        return look(good=False)
+
+    settings = file.read_text()
+    assert f"dataset is at {device / 'data'}" in look(good=True)
+    assert bad("data") == []
+    assert bad("owner/name") == []  # The hub may have it.
+    for missing in ("nowhere", "data/nowhere", "./nowhere", "a/b/nowhere", "~/nowhere", "/nowhere"):
+        (found,) = bad(missing)
+        assert found.startswith(f"dataset = '{missing}', but /")
+        assert found.endswith("nowhere does not exist")
+    (device / "data" / "train.jsonl").rename(device / "data" / "other.jsonl")
+    (found,) = bad("data")
+    assert found.startswith("split = 'train' cannot be used: expected one of 'other'")
+    with file.open("a") as more:
+        more.write('train-split = "other"\n')
+    assert look(good=False) == []
+    # The command looks at it, too.
+    shutil.rmtree(device / "data")
+    (found, *_) = texts(check_device(device), good=False)[device.name]
+    assert found.startswith("dataset = 'data', but ")
 
 
 @pytest.mark.parametrize("form", ["text", "numbered"])

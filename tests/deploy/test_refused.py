@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -11,12 +13,15 @@ from pathlib import Path
 import pytest
 
 from fedlora_flwr.deploy import identities
-from fedlora_flwr.deploy.fleet import CONNECTION, Fleet, make_fleet
+from fedlora_flwr.deploy.check import check_device
+from fedlora_flwr.deploy.fleet import CONNECTION, Fleet, make_fleet, read_fleet
 from fedlora_flwr.simulations.superlink import free_port
 from tests.deploy.running import RunningFleet, running
+from tests.deploy.support import texts
 
 pytestmark = pytest.mark.deploy
 DEVICE = "device-01"
+Fault = Callable[[Path, Path], None]
 
 
 @pytest.fixture(scope="module")
@@ -32,48 +37,109 @@ def unregistered(device: Path, other: Path) -> None:
     shutil.copy(other / "devices" / DEVICE / "device.key", device)
 
 
-def of_another_ca(device: Path, other: Path) -> None:
+def of_another_authority(device: Path, other: Path) -> None:
     shutil.copy(other / "server" / "ca.pem", device)
 
 
-def in_plain_text(device: Path, other: Path) -> None:
+def edited(device: Path, *changes: tuple[str, str]) -> None:
     script = device / "start.sh"
-    text = script.read_text().replace("--root-certificates ca.pem", "--insecure")
-    script.write_text(text.replace("--auth-supernode-private-key device.key ", ""))
+    text = script.read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    script.write_text(text)
+
+
+def at_another_port(device: Path, other: Path) -> None:
+    edited(device, (f":{read_fleet(device)[0].port} --root", f":{free_port()} --root"))
+
+
+def in_plain_text(device: Path, other: Path) -> None:
+    changes = ("--root-certificates ca.pem", "--insecure"), (" --auth-supernode-private-key", " #")
+    edited(device, *changes)
+
+
+def nothing(device: Path, other: Path) -> None:
+    pass
+
+
+CLOCK = "FEDLORA_TEST_CLOCK"
+# Python imports it at its start: this process's clock is then as many seconds ahead.
+SET_CLOCK = f"""
+import datetime, os, time
+ahead, right = float(os.environ.get({CLOCK!r}, 0)), time.time
+time.time = lambda: right() + ahead
+class Clock(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return cls.fromtimestamp(time.time(), tz)
+datetime.datetime = Clock
+"""
+AHEAD = "This device's clock is 60 minutes ahead of that of the server at 127.0.0.1:"
+BEHIND = AHEAD.replace("ahead of", "behind")
 
 
 @pytest.mark.parametrize(
-    ("fault", "seen"),
+    ("fault", "clock", "seen", "fix"),
     [
-        (unregistered, "[code: 2004] Failed to activate SuperNode."),
-        (of_another_ca, "certificate verify failed"),
-        # It goes on trying, and is never let in.
-        (in_plain_text, "Connection attempt failed, retrying"),
+        (nothing, 3600, AHEAD, "set the clock that is wrong, for instance with `timedatectl"),
+        (nothing, -3600, BEHIND, "set the clock that is wrong"),
+        (
+            unregistered,
+            0,
+            "does not know this device's key",
+            "let its operator register device.pub",
+        ),
+        (of_another_authority, 0, "is not signed by the authority of ca.pem", "take the ca.pem of"),
+        (in_plain_text, 0, "does not answer without TLS", "instead of --insecure into start.sh"),
+        # The server may start later: the device waits for it.
+        (at_another_port, 0, "Nothing answers at 127.0.0.1:", "This device keeps trying."),
     ],
 )
-def test_a_device_that_is_not_of_the_fleet_stays_out(
-    alive: RunningFleet, fault: Callable[[Path, Path], None], seen: str, tmp_path: Path
+def test_a_device_that_is_not_admitted_says_why_and_what_to_do(
+    alive: RunningFleet, tmp_path: Path, fault: Fault, clock: int, seen: str, fix: str
 ) -> None:
     device = alive.folder / "devices" / DEVICE
     kept = shutil.copytree(device, tmp_path / "kept")
     alive.log(DEVICE).unlink(missing_ok=True)
+    (tmp_path / "sitecustomize.py").write_text(SET_CLOCK)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     fault(device, alive.folder.parent / "other")
     try:
-        alive.start(DEVICE)
-        for _ in range(120):
-            time.sleep(0.5)
-            if seen in alive.log(DEVICE).read_text():
+        started = alive.start(DEVICE, PYTHONPATH=path, **{CLOCK: str(clock)})
+        for _ in range(240):
+            time.sleep(0.25)
+            if started.poll() is not None or seen in alive.log(DEVICE).read_text():
                 break
-        assert seen in alive.log(DEVICE).read_text()
-        nodes = alive.operator("flwr", "supernode", "list", CONNECTION)
+        if fault is not at_another_port:
+            assert started.wait(60) == 1
+        said = " ".join(alive.log(DEVICE).read_text().split())
+        found = [] if clock else texts(check_device(device), good=False)[f"server {address(said)}"]
     finally:
         alive.stop([DEVICE])
         shutil.copytree(kept, device, dirs_exist_ok=True)
-    assert "registered" in nodes
-    assert "online" not in nodes
+    assert seen in said
+    assert fix in said
+    # The look before the start says the same.
+    assert all(seen.lower() in text.lower() for text in found)
+
+
+def address(said: str) -> str:
+    found = re.search(r"127\.0\.0\.1:\d+", said)
+    assert found, said
+    return found[0]
 
 
 def test_a_registered_device_is_let_in(alive: RunningFleet) -> None:
+    device = alive.folder / "devices" / DEVICE
+
+    def look() -> dict[str, list[str]]:
+        return texts(check_device(device), good=True)
+
+    subject = f"server 127.0.0.1:{read_fleet(device)[0].port}"
+    assert look()[subject] == ["admits this device"]
+    # To ask changes nothing: the device is as it was.
+    assert "online" not in alive.operator("flwr", "supernode", "list", CONNECTION)
     alive.start(DEVICE)
     try:
         for _ in range(120):
@@ -81,6 +147,8 @@ def test_a_registered_device_is_let_in(alive: RunningFleet) -> None:
             nodes = alive.operator("flwr", "supernode", "list", CONNECTION)
             if "online" in nodes:
                 break
+        assert look()[subject] == ["admits this device"]
+        nodes = alive.operator("flwr", "supernode", "list", CONNECTION)
     finally:
         alive.stop([DEVICE])
     assert "online" in nodes
@@ -112,5 +180,5 @@ def test_an_expired_certificate_is_refused_by_device_and_operator(
                 break
     finally:
         fleet.stop(list(fleet.processes))
-    assert "certificate has expired" in fleet.log(DEVICE).read_text()
+    assert "has expired by this device's clock" in fleet.log(DEVICE).read_text()
     assert "successful" not in said

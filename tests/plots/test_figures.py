@@ -6,6 +6,7 @@ import math
 import struct
 import subprocess
 import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typer.testing import CliRunner
 from fedlora_flwr.cli import app
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.plots.accuracy import accuracy_figure, plot_accuracy
-from fedlora_flwr.plots.figures import MODES
+from fedlora_flwr.plots.figures import MODES, run_name
 from fedlora_flwr.plots.modes import modes_figure, plot_modes
 from fedlora_flwr.plots.rounds import ratios, rounds_figure
 from fedlora_flwr.plots.splits import plot_split, split_figure
@@ -32,15 +33,18 @@ BLOCKS = ["blocks.0", "blocks.1", "blocks.2"]
 TRAINED = [["B", "A", "B", "AB", "B"], ["B", "A", "A", "A", "AB"], ["B", "A", "B", "B", "B"]]
 
 
-def table(methods: int = 10) -> pd.DataFrame:
+SEEDS = (1, 2, 3)
+
+
+def table(methods: int = 10, seeds: Sequence[int] = SEEDS) -> pd.DataFrame:
     draw = np.random.default_rng(0)
     rows = [
-        {"row": f"method-{number}", "epsilon": epsilon}
+        {"row": f"method-{number}", "epsilon": epsilon, "seed": seed}
         for number in range(methods)
         for epsilon in (3.0, 1.0, 8.0, math.inf)
+        for seed in seeds
     ]
-    frame = pd.DataFrame(rows)
-    return frame.assign(mean=draw.uniform(0.2, 0.9, len(rows)), std=draw.uniform(0, 0.1, len(rows)))
+    return pd.DataFrame(rows).assign(final=draw.uniform(0.2, 0.9, len(rows)))
 
 
 def size(path: Path) -> tuple[int, int]:
@@ -55,49 +59,76 @@ def draw(figure: Figure) -> None:
     figure.savefig(io.BytesIO())
 
 
-def lines(frame: pd.DataFrame) -> list[ErrorbarContainer]:
-    axes = accuracy_figure(frame, "accuracy").axes[0]
-    return [c for c in axes.containers if isinstance(c, ErrorbarContainer)]
+def bars(frame: pd.DataFrame, private: bool = True) -> list[ErrorbarContainer]:
+    """Return the means with their bars, one container per method: of budgets, or without any."""
+    axes = accuracy_figure(frame, "accuracy", "Toys").axes[0]
+    found = [c for c in axes.containers if isinstance(c, ErrorbarContainer)]
+    return [c for c in found if (c.lines[0].get_fillstyle() == "full") is private]
 
 
-def test_accuracy_is_drawn_as_given() -> None:
+def halves(container: ErrorbarContainer) -> list[float]:
+    segments = [segment[:, 1] for segment in container.lines[2][0].get_segments()]
+    return [(high - low) / 2 for low, high in segments]
+
+
+def test_means_and_standard_errors_are_drawn_and_every_run() -> None:
     frame = table()
-    drawn = lines(frame)
-    assert [line.get_label() for line in drawn] == [f"method-{number}" for number in range(10)]
-    for line, (_, rows) in zip(drawn, frame.groupby("row", sort=False), strict=True):
-        expected = rows.sort_values("epsilon")
-        np.testing.assert_array_equal(line.lines[0].get_ydata(), expected["mean"])
-        bars = [segment[:, 1] for segment in line.lines[2][0].get_segments()]
-        np.testing.assert_allclose([high - low for low, high in bars], 2 * expected["std"])
+    private, without = bars(frame), bars(frame, private=False)
+    assert [line.get_label() for line in private] == [f"method-{number}" for number in range(10)]
+    dots = [
+        line for line in accuracy_figure(frame, "accuracy", "Toys").axes[0].lines
+        if line.get_linestyle() == "None" and len(np.asarray(line.get_xdata())) == 4 * len(SEEDS)
+    ]  # fmt: skip
+    assert len(dots) == 10
+    for number, (_, rows) in enumerate(frame.groupby("row", sort=False)):
+        np.testing.assert_array_equal(dots[number].get_ydata(), rows["final"])
+        for drawn, budgets in ((private[number], (1.0, 3.0, 8.0)), (without[number], (math.inf,))):
+            finals = [rows["final"][rows["epsilon"] == e].to_numpy() for e in budgets]
+            means = [sum(f) / len(SEEDS) for f in finals]
+            np.testing.assert_allclose(np.asarray(drawn.lines[0].get_ydata(), dtype=float), means)
+            errors = [math.sqrt(sum((f - f.mean()) ** 2) / 2 / len(SEEDS)) for f in finals]
+            np.testing.assert_allclose(halves(drawn), errors)
 
 
-def test_points_stand_at_their_budget_with_none_last() -> None:
-    axes = accuracy_figure(table(), "accuracy").axes[0]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "3", "8", "none"]
+def test_points_stand_at_their_budget_and_no_line_leads_to_no_privacy() -> None:
+    axes = accuracy_figure(table(), "accuracy", "Toys").axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "3", "8", "no privacy"]
     ticks = axes.get_xticks()
     np.testing.assert_allclose(ticks[:3], np.log10([1, 3, 8]))
-    for line in lines(table()):
-        places = np.asarray(line.lines[0].get_xdata(), dtype=float)
-        nearest = [int(np.argmin(np.abs(ticks - place))) for place in places]
-        assert nearest == [0, 1, 2, 3]
+    for private, expected in ((True, [0, 1, 2]), (False, [3])):
+        for line in bars(table(), private):
+            places = np.asarray(line.lines[0].get_xdata(), dtype=float)
+            assert [int(np.argmin(np.abs(ticks - place))) for place in places] == expected
+    assert axes.get_ylim() == (0, 1)
+
+
+def test_a_title_names_data_budgets_and_seeds() -> None:
+    def title(frame: pd.DataFrame) -> str:
+        return accuracy_figure(frame, "accuracy", "Toys").axes[0].get_title()
+
+    assert title(table()).startswith("Toys: accuracy at ε = 1, 3, 8 and no privacy, seeds 1 to 3\n")
+    assert title(table(seeds=[1, 4])).split("\n")[0].endswith(", 2 seeds")
+    one = title(table(seeds=[4]))
+    assert one.endswith("no privacy, seed 4, so there are no error bars")
+    frame = table()
+    assert "no privacy" not in title(frame[frame["epsilon"] < 9])
 
 
 def test_ten_methods_look_different() -> None:
-    looks = {(line.lines[0].get_color(), line.lines[0].get_marker()) for line in lines(table())}
+    looks = {(line.lines[0].get_color(), line.lines[0].get_marker()) for line in bars(table())}
     assert len({color for color, _ in looks}) == len({marker for _, marker in looks}) == 10
-    more = {(line.lines[0].get_color(), line.lines[0].get_linestyle()) for line in lines(table(25))}
+    more = {(line.lines[0].get_color(), line.lines[0].get_linestyle()) for line in bars(table(25))}
     assert len(more) == 25
 
 
-def test_a_failed_point_is_left_out_and_one_run_has_no_bar() -> None:
+def test_a_failed_run_is_left_out_and_one_run_has_no_bar() -> None:
     frame = table(1)
-    frame.loc[frame["epsilon"] == 3, "mean"] = math.nan
-    frame.loc[frame["epsilon"] == 8, "std"] = math.nan
-    (line,) = lines(frame)
-    heights = np.asarray(line.lines[0].get_ydata(), dtype=float)
-    assert np.isnan(heights).tolist() == [False, True, False, False]
-    bars = [len(segment) for segment in line.lines[2][0].get_segments()]
-    assert bars == [2, 0, 0, 2]
+    frame.loc[frame["epsilon"] == 3, "final"] = math.nan
+    frame.loc[(frame["epsilon"] == 8) & (frame["seed"] > 1), "final"] = math.nan
+    (line,) = bars(frame)
+    assert len(np.asarray(line.lines[0].get_ydata())) == 2
+    lengths = [len(segment) for segment in line.lines[2][0].get_segments()]
+    assert lengths == [2, 0]
 
 
 @pytest.mark.parametrize("epsilons", [[math.inf], [2.0], [2.0, math.inf], [0.5, 4.0]])
@@ -105,16 +136,16 @@ def test_few_budgets_can_be_drawn(epsilons: list[float], tmp_path: Path) -> None
     frame = table(3)
     frame = frame[frame["epsilon"] == 1.0]
     every = pd.concat([frame.assign(epsilon=epsilon) for epsilon in epsilons])
-    axes = accuracy_figure(every, "f1").axes[0]
-    names = ["none" if math.isinf(epsilon) else f"{epsilon:g}" for epsilon in epsilons]
+    axes = accuracy_figure(every, "f1", "Toys").axes[0]
+    names = ["no privacy" if math.isinf(epsilon) else f"{epsilon:g}" for epsilon in epsilons]
     assert [label.get_text() for label in axes.get_xticklabels()] == names
     assert "f1" in axes.get_ylabel()
-    plot_accuracy(every, tmp_path / "few.png", "f1")
+    plot_accuracy(every, tmp_path / "few.png", "f1", "Toys")
     assert size(tmp_path / "few.png")[0] > 800
 
 
 def test_the_accuracy_picture_is_small_and_wide_enough(tmp_path: Path) -> None:
-    plot_accuracy(table(), tmp_path / "accuracy.png", "accuracy")
+    plot_accuracy(table(), tmp_path / "accuracy.png", "accuracy", "Toys")
     width, height = size(tmp_path / "accuracy.png")
     assert 1000 < width < 2000
     assert 600 < height < 1200
@@ -137,6 +168,11 @@ def test_modes_are_drawn_as_planned() -> None:
     assert legend == ["A", "B", "A and B"]
     shown = [to_rgba(patch.get_facecolor()) for patch in figure.legends[0].get_patches()]
     assert shown == [to_rgba(MODES[name]) for name in ("A", "B", "AB")]
+    named = modes_figure(["B", "A"], BLOCKS, run_name("toys", "as-lora", 8.0, 1))
+    assert named.axes[0].get_title().endswith("\ntoys, as-lora, ε = 8, seed 1")
+    assert [text.get_text() for text in named.legends[0].get_texts()] == ["A", "B"]
+    assert run_name("toys", "as-lora", math.inf, 1) == "toys, as-lora, no privacy, seed 1"
+    assert run_name("toys", "as-lora", None, 1) == "toys, as-lora, no privacy, seed 1"
 
 
 @pytest.mark.parametrize(("blocks", "rounds"), [(4, 5), (12, 40), (48, 200), (1, 1)])

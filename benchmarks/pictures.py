@@ -1,0 +1,60 @@
+"""``python -m benchmarks.pictures``: draw docs/results/ from the rows in benchmarks/results/."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from fedlora_flwr.places import STRATEGIES
+from fedlora_flwr.plots.accuracy import plot_accuracy
+from fedlora_flwr.plots.figures import run_name
+from fedlora_flwr.plots.modes import plot_modes
+from fedlora_flwr.studies.compare_results import read_rows
+
+ROOT = Path(__file__).parents[1]
+ROWS, PICTURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "results"
+OF = {
+    "accuracy.png": ("digits", "Handwritten digits"),
+    "cifar10.png": ("cifar10-small-swin", "CIFAR-10, small Swin"),
+    "sst2.png": ("sst2-minilm", "SST-2, MiniLM"),
+}
+"""What is drawn: the folder of its rows, and the name of its data."""
+MODES = "modes.png"
+
+
+def runs_of(folder: str) -> pd.DataFrame:
+    """Return the reported runs of a comparison, as `plot_accuracy` takes them."""
+    rows = read_rows(ROWS / folder / "rows.csv")
+    rows = rows[(rows["phase"] == "report") & (rows["error"] == "")]
+    # Rows of an earlier version are named by their strategy alone.
+    return rows.rename(columns={"strategy": "row"}) if "row" not in rows else rows
+
+
+def pictures(folder: Path) -> Iterator[Path]:
+    """Draw all pictures into a folder."""
+    for name, (rows, data) in OF.items():
+        runs = runs_of(rows)
+        order = list(STRATEGIES).index  # One color for a method in all pictures.
+        runs = runs.sort_values("row", key=lambda names: names.map(order), kind="stable")
+        plot_accuracy(runs, folder / name, "accuracy", data)
+        yield folder / name
+    one = json.loads((ROWS / "digits" / "as-lora-choices.json").read_text(encoding="utf-8"))
+    title = run_name(*(one[key] for key in ("task", "strategy", "epsilon", "seed")))
+    plot_modes(one["plans"], one["blocks"], folder / MODES, title)
+    yield folder / MODES
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw the pictures of docs/results.md again."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pictures", description=main.__doc__)
+    parser.add_argument("--output", type=Path, default=PICTURES, help="folder to draw into")
+    for path in pictures(parser.parse_args(argv).output):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""Whether the server admits a device, asked by the call with which its SuperNode begins.
+
+Flower gives a number, or no reason, for most refusals, and tries a wrong port forever. So its own
+client makes that call once before a SuperNode starts, and each cause becomes a sentence. The call
+changes nothing on the server: it asks for a heartbeat that Flower refuses, after the checks of
+certificate, clock and key.
+
+Source: flwr 1.42, ``superlink/routers/fleet/node_auth.py`` and
+``superlink/servicer/fleet/fleet_handlers.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ssl
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import NoReturn
+from urllib.parse import urlsplit
+
+import httpx
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedlora_flwr import flower_internals as flower
+from fedlora_flwr.deploy.supernode import SCRIPT
+from fedlora_flwr.errors import FedLoRAError, InvalidValue, one_line
+
+_PATIENCE = 10.0  # seconds
+_NO_HEARTBEAT = 0.0  # seconds between heartbeats: Flower takes 10 to 1800
+# Seconds that a device's clock may be behind the server's, or ahead of it: Flower's 305 and 5, less
+# what the server's answer leaves open, which has whole seconds.
+_BEHIND, _AHEAD = 300, 4
+_NOT_YET, _OVER = 9, 10  # OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and _HAS_EXPIRED
+_OTHER_NAME = (62, 64)  # _HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH
+_SEE_SCRIPT = f"compare host and port with those after --superlink in {SCRIPT}"
+
+
+class NotAdmitted(FedLoRAError):
+    """A device's SuperNode would be refused.
+
+    Parameters
+    ----------
+    what : str
+        What was found.
+    fix : str
+        What to do about it.
+    """
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(f"{what[:1].upper()}{what[1:]}: {fix}.")
+        self.what, self.fix = what, fix
+
+    def __reduce__(self) -> tuple[type[NotAdmitted], tuple[str, str]]:
+        """Rebuild from the two arguments, so that the error crosses processes."""
+        return type(self), (self.what, self.fix)
+
+
+class NoAnswer(NotAdmitted):
+    """Nothing answers: the server may start later, and a SuperNode waits for it."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who calls which server, as the arguments of ``flower-supernode`` say.
+
+    Parameters
+    ----------
+    address : str
+        Host and port of the server.
+    authority : Path, optional
+        Certificate of the authority that the device trusts; the system's by default.
+    key : Path, optional
+        The device's private key.
+    insecure : bool
+        Whether it calls without TLS.
+    """
+
+    address: str
+    authority: Path | None = None
+    key: Path | None = None
+    insecure: bool = False
+
+    @classmethod
+    def of(cls, arguments: Sequence[str], folder: Path) -> Caller | None:
+        """Read arguments; ``None`` if they name no server.
+
+        Parameters
+        ----------
+        arguments : sequence of str
+            Those of ``flower-supernode``. What has nothing to do with the server is left alone.
+        folder : Path
+            Where the SuperNode starts.
+
+        Raises
+        ------
+        InvalidValue
+            An argument lacks its value.
+        """
+        parser = _Arguments(add_help=False)
+        for name in ("--superlink", "--root-certificates", "--auth-supernode-private-key"):
+            parser.add_argument(name)
+        parser.add_argument("--insecure", action="store_true")
+        found, _ = parser.parse_known_args(arguments)
+        files = (found.root_certificates, found.auth_supernode_private_key)
+        authority, key = (folder / Path(name).expanduser() if name else None for name in files)
+        return cls(found.superlink, authority, key, found.insecure) if found.superlink else None
+
+    def ask(self) -> None:
+        """Call the server as a SuperNode would.
+
+        Raises
+        ------
+        NotAdmitted
+            The server refuses this device, is another one, or cannot be trusted.
+        NoAnswer
+            Nothing answers at that address.
+        """
+        key = self._private_key()
+        trusted = self._trusted()
+        public = key.public_key()
+        content = public.public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        try:
+            client = flower.FleetHttpClient(
+                f"{'http' if self.insecure else 'https'}://{self.address}",
+                interceptors=[flower.NodeAuthHttpInterceptor(key, public)],
+                verify=trusted,
+                timeout=_PATIENCE,
+            )
+            with client:
+                client.ActivateNode(
+                    flower.ActivateNodeRequest(public_key=content, heartbeat_interval=_NO_HEARTBEAT)
+                )
+        except ImportError as error:
+            what = f"flwr {version('flwr')} calls its server in another way"
+            raise NotAdmitted(what, "install flwr 1.42 on this device") from error
+        except httpx.HTTPStatusError as error:
+            self._answered(error.response)
+        except httpx.TransportError as error:
+            raise self._unreached(error) from error
+        except (httpx.InvalidURL, httpx.TooManyRedirects, ValueError) as error:
+            raise self._no_superlink() from error
+
+    def _private_key(self) -> ec.EllipticCurvePrivateKey:
+        if self.key is None:  # Flower draws one, too.
+            return ec.generate_private_key(ec.SECP384R1())
+        try:
+            key = serialization.load_ssh_private_key(self.key.read_bytes(), None)
+        except Exception as error:  # A passphrase is a TypeError; other kinds have their own.
+            raise _unreadable(self.key, error) from error
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise _unreadable(self.key, TypeError("the key is not on an elliptic curve"))
+        return key
+
+    def _trusted(self) -> ssl.SSLContext:
+        if self.authority is None:
+            return ssl.create_default_context()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            context.load_verify_locations(self.authority)
+        except OSError as error:
+            raise _unreadable(self.authority, error) from error
+        return context
+
+    def _answered(self, response: httpx.Response) -> None:
+        """Read the server's answer, which is a refusal in any case."""
+        found = flower.FlowerError.from_json(response.text)
+        codes = flower.ApiErrorCode
+        if response.status_code == httpx.codes.UNAUTHORIZED:
+            raise self._unsigned(response)
+        if found is None:
+            raise self._no_superlink()
+        if found.code == codes.FLEET_NODE_ACTIVATION_FAILED and self.key is not None:
+            public = self.key.with_suffix(".pub").name
+            raise NotAdmitted(
+                f"the server at {self.address} does not know this device's key",
+                f"let its operator register {public} with `flwr supernode register` (the fleet's "
+                f"register.sh registers the keys in operator/keys)",
+            )
+
+    def _unsigned(self, response: httpx.Response) -> NotAdmitted:
+        """Say why a server does not accept a signature with the time: its clock tells."""
+        here = datetime.now(UTC)
+        with suppress(KeyError, TypeError, ValueError):
+            there = parsedate_to_datetime(response.headers["date"])
+            ahead = (here - there).total_seconds()
+            if not -_BEHIND < ahead < _AHEAD:
+                way = "ahead of" if ahead > 0 else "behind"
+                return NotAdmitted(
+                    f"this device's clock is {_length(abs(ahead))} {way} that of the server at "
+                    f"{self.address} ({here:%H:%M:%S} here, {there:%H:%M:%S} there, UTC), which "
+                    "accepts 5 seconds ahead and 5 minutes behind",
+                    "set the clock that is wrong, for instance with `timedatectl set-ntp true`",
+                )
+        return NotAdmitted(
+            f"the server at {self.address} does not accept this device's signature",
+            "install the same version of flwr on both",
+        )
+
+    def _unreached(self, error: httpx.TransportError) -> NotAdmitted:
+        """Say why no answer came."""
+        causes = list(_causes(error))
+        for cause in causes:
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                return self._distrusted(cause)
+        if any(isinstance(cause, ssl.SSLError) for cause in causes):
+            return NotAdmitted(
+                f"{self.address} answers, but not with TLS as a SuperLink does", _SEE_SCRIPT
+            )
+        if isinstance(error, httpx.TimeoutException):
+            return NoAnswer(
+                f"{self.address} does not answer within {_PATIENCE:g} seconds",
+                f"let this device through to that port, or {_SEE_SCRIPT}",
+            )
+        if isinstance(error, httpx.ConnectError):
+            text = one_line(next((c for c in causes if isinstance(c, OSError)), error))
+            return NoAnswer(
+                f"nothing answers at {self.address} ({text})",
+                f"start the server, or {_SEE_SCRIPT}",
+            )
+        if self.insecure:
+            return NotAdmitted(
+                f"{self.address} does not answer without TLS",
+                f"write --root-certificates ca.pem and --auth-supernode-private-key device.key "
+                f"instead of --insecure into {SCRIPT}",
+            )
+        return self._no_superlink()
+
+    def _no_superlink(self) -> NotAdmitted:
+        return NotAdmitted(f"{self.address} is not a SuperLink of this version", _SEE_SCRIPT)
+
+    def _distrusted(self, error: ssl.SSLCertVerificationError) -> NotAdmitted:
+        if error.verify_code in (_NOT_YET, _OVER):
+            state = "has expired" if error.verify_code == _OVER else "is not valid yet"
+            return NotAdmitted(
+                f"the certificate of the server at {self.address} {state} by this device's clock "
+                f"({datetime.now(UTC):%Y-%m-%d %H:%M} UTC; it holds {self._dates()})",
+                "set this clock if it is wrong; if not, make new certificates with "
+                "`fedlora deploy init`, and carry its ca.pem to every device",
+            )
+        if error.verify_code in _OTHER_NAME:
+            return NotAdmitted(
+                f"the certificate of the server at {self.address} is for another name "
+                f"({error.verify_message.rstrip('.')})",
+                f"write a name that it holds for after --superlink in {SCRIPT}, or make the fleet "
+                "with another --host",
+            )
+        own = self.authority.name if self.authority else "the system's certificates"
+        return NotAdmitted(
+            f"the certificate of the server at {self.address} is not signed by the authority of "
+            f"{own} ({error.verify_message})",
+            f"take the ca.pem of this fleet from its operator; if it is that one, {_SEE_SCRIPT}",
+        )
+
+    def _dates(self) -> str:
+        """Say from when until when the server's certificate and its authority's hold."""
+        place = urlsplit(f"//{self.address}")
+        server = (place.hostname or "", place.port or 443)
+        try:
+            shown = [ssl.get_server_certificate(server, timeout=_PATIENCE).encode()]
+            shown += [self.authority.read_bytes()] if self.authority else []
+            found = [x509.load_pem_x509_certificate(content) for content in shown]
+        except (OSError, ValueError):
+            return "at other times"
+        begin = max(certificate.not_valid_before_utc for certificate in found)
+        end = min(certificate.not_valid_after_utc for certificate in found)
+        return f"from {begin:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M}"
+
+
+class _Arguments(argparse.ArgumentParser):
+    """Raises where argparse would end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InvalidValue("arguments", message, f"those of flower-supernode, in {SCRIPT}")
+
+
+def _unreadable(file: Path, error: Exception) -> NotAdmitted:
+    return NotAdmitted(
+        f"{file} cannot be read ({getattr(error, 'strerror', None) or one_line(error)})",
+        "take it from the device's folder that `fedlora deploy init` made",
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _length(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"

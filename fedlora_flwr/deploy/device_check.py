@@ -1,0 +1,207 @@
+"""Whether a device's own settings, records, budget and backbone are fit for a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedlora_flwr.clients.device import Device
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.data.sources import is_hub_name, split_files
+from fedlora_flwr.deploy.findings import Finding, tried
+from fedlora_flwr.deploy.fleet import SETTINGS
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.files import data_folder
+from fedlora_flwr.tasks.registry import (
+    build_task,
+    private_reading,
+    required_on_device,
+    unstated_classes,
+)
+
+if TYPE_CHECKING:
+    from fedlora_flwr.privacy.mechanism import Mechanism
+
+_PATIENCE = 10.0  # seconds
+
+
+class Backbone:
+    """The fingerprint of the run's model, worked out once for each way to name the model."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+        self._known: dict[str, str] = {}
+
+    def of(self, config: RunConfig) -> str:
+        """Return it for the model that a configuration names."""
+        from fedlora_flwr.lora.build import build_adapted
+
+        if config.model not in self._known:
+            adapted = build_adapted(config, build_task(config.task, config))
+            self._known[config.model] = adapted.fingerprint
+        return self._known[config.model]
+
+
+def device_findings(
+    folder: Path, name: str, run: RunConfig | None, backbone: Backbone | None, here: bool = False
+) -> Iterator[Finding]:
+    """Look at a device's own folder.
+
+    Parameters
+    ----------
+    folder : Path
+        The device's.
+    name : str
+        Its name in what is found.
+    run : RunConfig, optional
+        The run that is planned.
+    backbone : Backbone, optional
+        The server's, where the fleet's folder is looked at.
+    here : bool (default: False)
+        Whether this is the device: then its records should be there.
+    """
+    file = folder / SETTINGS
+    settings = tried(name, lambda: Device.read(file), f"see {file}")
+    if isinstance(settings, Finding):
+        yield settings
+        return
+    yield Finding(name, True, f"settings of {settings.client!r} can be read")
+    for key, why in settings.undone():
+        text = f"{key} = {settings.settings[key]!r} undoes the promise: {why}"
+        fix = f"take the line out of {file}, unless the server may know these records"
+        yield Finding(name, False, text, fix)
+    if run is None and not here:
+        return
+    missing = tried(name, settings.require, "do so in the environment of this command")
+    if missing:
+        yield missing
+    if run is None:
+        yield from _in_place(name, settings.settings, file)
+    elif not missing:
+        yield from _for_run(name, settings, file, run, backbone)
+
+
+def _for_run(
+    name: str, settings: Device, file: Path, run: RunConfig, backbone: Backbone | None
+) -> Iterator[Finding]:
+    config = tried(name, lambda: settings.config(run.items()), f"see {file}")
+    if isinstance(config, Finding):
+        yield config
+        return
+    # A file that names no state-dir means the data folder of the device's user, who looks here.
+    state = Path(config.state_dir) if config.state_dir else None
+    if state is None and backbone is None:
+        state = data_folder()
+    yield from _promise(name, settings.client, config, file, state)
+    known = backbone or Backbone(run)
+    own = tried(name, lambda: known.of(config), f"see model in {file}")
+    if isinstance(own, Finding):
+        yield own
+        return
+    if backbone is None:
+        yield Finding(name, True, f"backbone {own}; the server refuses any other than its own")
+        return
+    same = own == backbone.of(run)
+    text = f"backbone {own}" + ("" if same else f", the server's is {backbone.of(run)}")
+    yield Finding(name, same, text, "put the server's model there")
+
+
+def _in_place(name: str, settings: Mapping[str, Any], file: Path) -> Iterator[Finding]:
+    """Look, without opening any, whether model and records are where the device's file says."""
+    needed = {key for keys in required_on_device(settings["task"]) for key in keys}
+    for key in (key for key in ("model", "dataset") if key in needed & settings.keys()):
+        value = str(settings[key])
+        place = file.parent / Path(value).expanduser()
+        if place.exists():
+            yield Finding(name, True, f"{key} is at {place}")
+        elif _may_be_on_hub(key, value, file.parent):
+            yield Finding(name, True, f"{key} {value!r} is not on this device: a hub's name")
+        else:
+            fix = f"put it there, or correct {key} in {file}; a hub's name is owner/name"
+            yield Finding(name, False, f"{key} = {value!r}, but {place} does not exist", fix)
+    if "dataset" in needed:
+        own = {"train-split": RunConfig.train_split, "dataset-subset": "", **settings}
+        found = tried(
+            name,
+            lambda: split_files(own["dataset"], own["train-split"], subset=own["dataset-subset"]),
+            f"see dataset in {file}",
+        )
+        if isinstance(found, Finding):
+            yield found
+
+
+def _may_be_on_hub(key: str, value: str, folder: Path) -> bool:
+    if key == "model":  # Some of the hub's models, and timm's, have a single word for a name.
+        return value[0] not in "/.~"
+    owner, slash, _ = value.partition("/")
+    return bool(slash) and is_hub_name(value) and not (folder / owner).exists()
+
+
+def _promise(
+    name: str, client: str, config: RunConfig, file: Path, state: Path | None
+) -> Iterator[Finding]:
+    task = build_task(config.task, config)
+
+    def records() -> tuple[int, list[str]]:
+        if found := unstated_classes(task):
+            allowed = f"the names {found} in the order that all devices share"
+            raise InvalidValue("class-names", "", f"{allowed}: num-classes alone does not tell it")
+        return len(task.client_records(0, 1)), private_reading(task)
+
+    opened = tried(name, records, f"see dataset and class-names in {file}")
+    if isinstance(opened, Finding):
+        yield opened
+        return
+    count, lines = opened
+    yield from (Finding(name, True, line) for line in lines)
+    yield from _budget(name, client, config, count, state)
+
+
+def _budget(
+    name: str, client: str, config: RunConfig, count: int, state: Path | None
+) -> Iterator[Finding]:
+    """Say what a run would cost the device's budget, and what is spent of it."""
+    from fedlora_flwr.privacy.account import UNBOUND
+    from fedlora_flwr.privacy.budget import Segment
+    from fedlora_flwr.privacy.calibration import calibrated_mechanism
+    from fedlora_flwr.privacy.ledger import Account, Ledger
+
+    account = Account(
+        client, "", config.epsilon, config.delta, config.ledger_scope, config.run_epsilon
+    )
+    ledger = None
+    if state is not None and Ledger.exists(path := state / "ledger.sqlite"):
+        ledger = tried(name, lambda: Ledger(path, patience=_PATIENCE), "do what the sentence says")
+        if isinstance(ledger, Finding):
+            yield ledger
+            return
+
+    def plan() -> Mechanism:
+        terms = ledger.terms(account) if ledger else UNBOUND
+        return calibrated_mechanism(config, count, terms=terms)
+
+    mechanism = tried(name, plan, "more records, or another epsilon and delta")
+    if isinstance(mechanism, Finding):
+        yield mechanism
+        return
+    yield Finding(
+        name,
+        True,
+        f"{count} records, ε ≤ {config.epsilon:g} at δ = {config.delta:g} with noise multiplier "
+        f"{mechanism.noise_multiplier:.3g}",
+    )
+    if not ledger:
+        elsewhere = "its ledger is on the device: its file names no state-dir"
+        yield Finding(name, True, "nothing spent yet" if state else elsewhere)
+        return
+    planned = Segment(mechanism.noise_multiplier, mechanism.sample_rate, config.planned_steps)
+    both = tried(
+        name,
+        lambda: (ledger.summary(account).epsilon, ledger.check(account, planned).epsilon),
+        "fewer rounds, or another epsilon if the data's owners agree",
+    )
+    if isinstance(both, Finding):
+        yield both
+    else:
+        yield Finding(name, True, f"ε = {both[0]:.3g} spent, {both[1]:.3g} after the run")

@@ -1,0 +1,324 @@
+"""The model card of a run's adapter, ``adapter/README.md``, in the format of the Hugging Face hub.
+
+A card says what the run's own files say, and nothing that the server cannot know: no license, and
+no description of private records.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.data.sources import is_hub_name
+from fedlora_flwr.files import replace_file
+
+if TYPE_CHECKING:
+    from fedlora_flwr.lora.adapters import AdaptedModel
+
+NAME = "README.md"
+_DIGITS = "the digits of scikit-learn"
+_HUB_TASKS = {
+    "digits": "image-classification",
+    "image-classification": "image-classification",
+    "instruction-tuning": "text-generation",
+    "question-answering": "question-answering",
+    "text-classification": "text-classification",
+}
+_AUTO = {
+    "instruction-tuning": "AutoModelForCausalLM",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "text-classification": "AutoModelForSequenceClassification",
+}
+_OF_CLASSES = ("image-classification", "text-classification")
+# What a task's model depends on; the rest of a configuration says how it is trained.
+_OF_THE_MODEL = ("model", "weights", "pooling", "max-length", "image-size", "split-qkv")
+PAPERS: Mapping[str, tuple[str, str]] = {
+    "dp-lora": (
+        "Differentially Private Low-Rank Adaptation of Large Language Model Using Federated "
+        "Learning",
+        "2312.17493",
+    ),
+    "ffa-lora": ("Improving LoRA in Privacy-preserving Federated Learning", "2403.12313"),
+    "rolora": (
+        "Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA",
+        "2502.01755",
+    ),
+    "la-lora": (
+        "Rethinking LoRA for Privacy-Preserving Federated Learning in Large Models",
+        "2602.19926",
+    ),
+    "as-lora": (
+        "Adaptive Selection of LoRA Components in Privacy-Preserving Federated Learning",
+        "2605.05769",
+    ),
+    "fedsvd": (
+        "FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA",
+        "2505.12805",
+    ),
+    "flexlora": (
+        "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client "
+        "Resources",
+        "2402.11505",
+    ),
+    "flora": (
+        "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank "
+        "Adaptations",
+        "2409.05976",
+    ),
+    "fedex-lora": (
+        "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation "
+        "Models",
+        "2410.09432",
+    ),
+    "fedsa-lora": (
+        "Selective Aggregation for Low-Rank Adaptation in Federated Learning",
+        "2410.01463",
+    ),
+}
+"""Title and arXiv number of each strategy's paper, as in CITATION.cff."""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What is said of an adapter.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run.
+    summary : Mapping[str, Any]
+        Its ``summary.json``.
+    adapted : AdaptedModel
+        The model whose adapter it is.
+    personal : bool
+        Whether a part of each model stays with its client.
+    test_records : int
+        Public records that the server measured on.
+    """
+
+    config: RunConfig
+    summary: Mapping[str, Any]
+    adapted: AdaptedModel
+    personal: bool
+    test_records: int
+
+    def write(self, folder: Path) -> None:
+        """Write the card beside an adapter.
+
+        Parameters
+        ----------
+        folder : Path
+            The adapter's.
+        """
+        replace_file(folder / NAME, str(self).encode())
+
+    def __str__(self) -> str:
+        """Return the card, as the hub reads it."""
+        parts = [
+            f"---\n{self._metadata()}\n---\n",
+            f"# {self._name}\n",
+            self._about(),
+            f"## Privacy\n\n{_table(self._privacy())}\n",
+            f"## Training\n\n{_table(self._training())}\n",
+            f"## Evaluation\n\n{self._evaluation()}",
+            f"## How to load it\n\n```python\n{self._code()}```\n",
+            f"## How to cite\n\n{self._citation()}",
+        ]
+        return "\n".join(parts)
+
+    @property
+    def _name(self) -> str:
+        return f"LoRA adapter for {_last_part(self.config.task)}, by {self.config.strategy}"
+
+    @property
+    def _data(self) -> str:
+        if self.config.dataset:
+            return _last_part(self.config.dataset)
+        return _DIGITS if self.config.task == "digits" else "the data of the task"
+
+    @property
+    def _final(self) -> float | None:
+        """The final metric of the model that is in the folder, if it was measured."""
+        value: float | None = self.summary[f"final_{self.summary['metric']}"]
+        return None if self.personal or value is None or not math.isfinite(value) else value
+
+    def _metadata(self) -> str:
+        from huggingface_hub import EvalResult, ModelCardData
+
+        config, metric = self.config, str(self.summary["metric"])
+        hub_task = _HUB_TASKS.get(config.task)
+        on_hub = [config.dataset] if _on_hub(config.dataset) else None
+        results = None
+        if self._final is not None and hub_task:
+            results = [
+                EvalResult(
+                    task_type=hub_task,
+                    dataset_type=config.dataset if on_hub else "other",
+                    dataset_name=self._data,
+                    dataset_config=config.dataset_subset or None,
+                    dataset_split=config.test_split if config.dataset else "test",
+                    metric_type=metric,
+                    metric_value=round(self._final, 4),
+                )
+            ]
+        data = ModelCardData(
+            base_model=config.model if _on_hub(config.model) else None,
+            library_name="peft",
+            pipeline_tag=hub_task,
+            datasets=on_hub,
+            metrics=[metric],
+            tags=["lora", "federated-learning", "flower", "fedlora-flwr", config.strategy]
+            + ["differential-privacy"] * config.private,
+            eval_results=results,
+            model_name=self._name if results else None,
+        )
+        return str(data.to_yaml())
+
+    def _about(self) -> str:
+        summary, config = self.summary, self.config
+        text = (
+            f"This adapter was trained by {summary['num_clients']} clients with "
+            f"[Flower](https://flower.ai) and fedlora-flwr {summary['versions']['fedlora-flwr']}. "
+            "The training records stayed with the clients and are not in this folder.\n"
+        )
+        if summary["status"] != "completed":
+            text += "\n**The run did not end as planned**: this is the model of its last round.\n"
+        if config.reproducible and config.private:
+            text += (
+                "\n**This is the result of a simulation, not a release.** Its noise follows a seed "
+                "that the configuration names, so whoever knows the seed can take the noise off.\n"
+            )
+        return text
+
+    def _privacy(self) -> Iterator[tuple[str, str]]:
+        config, summary = self.config, self.summary
+        if not config.private:
+            yield "promise", "none: the run added no noise (`epsilon = inf`)"
+            return
+        whose = "all clients together" if config.secure_sum else "one client"
+        yield "ε spent", f"{summary['epsilon_max']:.4g}, the largest of all clients"
+        yield "ε allowed", f"{summary['epsilon_budget']:.4g}"
+        yield "δ", f"{summary['delta']:.4g}"
+        yield "unit", f"one training record of {whose}"
+        yield "adjacency", "zero-out: the gradient of one record is replaced by zero in every step"
+        yield "accountant", summary["accountant"] or "none: no private step was taken"
+        once = "one run; all runs of a device whose own file says so"
+        yield "budget covers", once if config.ledger_scope == "run" else "all runs of a client"
+        yield "clip norm", f"{config.clip_norm:g}, over all trained tensors of a record together"
+        yield (
+            "trust model",
+            (
+                "`secure-sum`, simulated: nothing masked an upload, which has a share of the noise"
+                if config.secure_sum
+                else "`local`: each client adds its own noise before anything leaves it"
+            ),
+        )
+        if summary["unprotected_metrics"]:
+            yield "not protected", "losses on private records were reported without noise"
+
+    def _training(self) -> Iterator[tuple[str, str]]:
+        config, summary = self.config, self.summary
+        arxiv = PAPERS.get(config.strategy)
+        paper = f" ([arXiv {arxiv[1]}](https://arxiv.org/abs/{arxiv[1]}))" if arxiv else ""
+        yield "strategy", f"`{config.strategy}`{paper}"
+        yield "backbone", f"`{config.model or config.task}`, fingerprint {self.adapted.fingerprint}"
+        yield "rank", f"{config.rank} (`lora-alpha = {config.lora_alpha:g}`)"
+        yield "data set", self._data
+        yield "clients", str(summary["num_clients"])
+        yield "rounds", f"{summary['rounds_done']} of {summary['num_rounds']}"
+        steps = "one step by a secure sum" if config.secure_sum else f"{config.local_steps} steps"
+        yield "in each round", steps
+        if not config.secure_sum:
+            yield "expected batch", f"{config.batch_size} records, drawn by Poisson sampling"
+        yield "weights of clients", f"`{summary['weighting']}`"
+        yield "seed", str(summary["seed"])
+
+    def _evaluation(self) -> str:
+        metric = str(self.summary["metric"])
+        begin, end = (self.summary[f"{when}_{metric}"] for when in ("initial", "final"))
+        if begin is None or end is None:
+            return "This model was not evaluated.\n"
+        figures = f"{metric.replace('_', ' ')} of {begin:.4f} before training and {end:.4f} after"
+        if self.personal:
+            return (
+                f"A part of each model stays with its client. The clients' own models have a mean "
+                f"{figures}. This folder holds the shared part, which was not evaluated alone.\n"
+            )
+        return (
+            f"The server measured {figures} it, on {self.test_records:,} records of the split "
+            f"`{self.config.test_split if self.config.dataset else 'test'}` of {self._data}. **The "
+            "test set is public.** It is not covered by the promise above. One run has one seed, "
+            "so this figure has no standard error.\n"
+        )
+
+    def _code(self) -> str:
+        base: Any = self.adapted.model.get_base_model()
+        lines = ['folder = "."  # this folder, or the name of this repository on the hub']
+        if type(base).__module__.startswith("transformers."):
+            auto = _AUTO.get(self.config.task, type(base).__name__)
+            labels = ""
+            if auto == _AUTO["text-classification"]:
+                labels = f", num_labels={base.config.num_labels}"
+                # Models that classify the last token find it by the padding.
+                labels += f", pad_token_id={base.config.pad_token_id}"
+            lines = [
+                "from peft import PeftModel",
+                f"from transformers import {auto}",
+                "",
+                *lines,
+                f"base = {auto}.from_pretrained({self.config.model!r}{labels})",
+            ]
+        else:
+            lines = [
+                "from peft import PeftModel",
+                "",
+                "from fedlora_flwr import RunConfig",
+                "from fedlora_flwr.tasks.registry import build_task",
+                "",
+                *lines,
+                f"config = RunConfig.of({self._model_keys(base)!r})",
+                "base = build_task(config.task, config).build_model()",
+            ]
+        lines += ["model = PeftModel.from_pretrained(base, folder).eval()", ""]
+        return "\n".join(lines)
+
+    def _model_keys(self, base: Any) -> dict[str, Any]:
+        """Return the keys by which the task builds the same model, without any record."""
+        values, defaults = self.config.items(), RunConfig().items()
+        keys = {key: values[key] for key in _OF_THE_MODEL if values[key] != defaults[key]}
+        if self.config.task in _OF_CLASSES:
+            labels = getattr(getattr(base, "config", None), "num_labels", 0)
+            keys["num-classes"] = getattr(base, "num_classes", 0) or labels
+        if self.config.dataset:  # The task wants a name, and opens nothing to build a model.
+            keys["dataset"] = self._data
+        return {"task": self.config.task, **keys}
+
+    def _citation(self) -> str:
+        version = self.summary["versions"]["fedlora-flwr"]
+        text = (
+            "Cite the software"
+            + (" and the paper of the strategy" if self.config.strategy in PAPERS else "")
+            + f":\n\n- The fedlora-flwr authors: fedlora-flwr, version {version}.\n"
+        )
+        if paper := PAPERS.get(self.config.strategy):
+            text += f"- {paper[0]}. arXiv:{paper[1]}.\n"
+        return text
+
+
+def _on_hub(name: str) -> bool:
+    """Tell whether a name is one of the hub's, with its owner, and not a folder here."""
+    return "/" in name and is_hub_name(name) and not Path(name).exists()
+
+
+def _last_part(name: str) -> str:
+    """Return a name without the folders of this machine."""
+    return name if is_hub_name(name) else Path(name).name.rpartition(":")[2]
+
+
+def _table(rows: Sequence[tuple[str, str]] | Iterator[tuple[str, str]]) -> str:
+    lines = [f"| {name} | {text.replace('|', chr(92) + '|')} |" for name, text in rows]
+    return "\n".join(["| | |", "|---|---|", *lines])

@@ -1,0 +1,68 @@
+"""The pictures of docs/results.md are drawn from the committed rows, as its tables are."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.pictures import MODES, OF, PICTURES, pictures, runs_of
+
+PAGE = (PICTURES.parent / "results.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("name", "folder"), [(name, rows) for name, (rows, _) in OF.items()])
+def test_the_page_has_the_figures_that_are_drawn(name: str, folder: str) -> None:
+    section = PAGE.split(f"](results/{name})")[0].rpartition("\n## ")[2]
+    found = runs_of(folder).groupby(["row", "epsilon"])["final"].agg(["mean", "std"]) * 100
+    assert len(found) >= 10
+    for method, rows in found.groupby("row"):
+        (line,) = re.findall(rf"^\| {method} +\|(.*)$", section.replace("**", ""), re.M)
+        cells = [cell.strip() for cell in line.split("|")][: len(rows)]
+        expected = [
+            f"{mean:.1f}" + ("" if math.isnan(std) else f" ± {std:.1f}")
+            for mean, std in rows.itertuples(index=False)
+        ]
+        assert cells == expected
+
+
+SUMS = ("dp-lora", "flexlora", "flora", "fedex-lora")
+TURNS = ("ffa-lora", "rolora", "la-lora", "as-lora", "fedsvd")
+
+
+@pytest.mark.parametrize(
+    ("better", "other", "epsilon"),
+    [
+        *(("dp-lora", exact, 1.0) for exact in ("flexlora", "flora", "fedex-lora")),
+        *(("ffa-lora", method, 1.0) for method in ("rolora", "as-lora", "la-lora")),
+        *((method, o, 3.0) for method in ("as-lora", "rolora") for o in ("ffa-lora", "flora")),
+        (TURNS, SUMS, 1.0),
+    ],
+)
+def test_differences_by_seed_are_those_of_the_rows(
+    better: str | tuple[str, ...], other: str | tuple[str, ...], epsilon: float
+) -> None:
+    """Each figure is worked out here by hand: the mean of five differences and its error."""
+    runs = runs_of("digits")
+    runs = runs[runs["epsilon"] == epsilon]
+
+    def mean(names: str | tuple[str, ...], seed: int) -> float:
+        wanted = (names,) if isinstance(names, str) else names
+        found = [
+            float(runs["final"][(runs["row"] == name) & (runs["seed"] == seed)].item())
+            for name in wanted
+        ]
+        return 100 * sum(found) / len(found)
+
+    found = [mean(better, seed) - mean(other, seed) for seed in range(1, 6)]
+    center = sum(found) / 5
+    error = math.sqrt(sum((value - center) ** 2 for value in found) / 4 / 5)
+    assert f"{center:.1f} ± {error:.1f}" in PAGE
+
+
+def test_the_pictures_of_the_page_are_drawn_again(tmp_path: Path) -> None:
+    drawn = {path.name for path in pictures(tmp_path)}
+    assert drawn == {*OF, MODES} == {path.name for path in PICTURES.glob("*.png")}
+    assert drawn == set(re.findall(r"\]\(results/([\w.-]+)\)", PAGE))
