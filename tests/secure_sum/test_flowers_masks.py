@@ -13,7 +13,7 @@ def test_flowers_masks_have_32_bits_of_seed() -> None:
     masks = [pseudo_rand_gen(key, 1 << 32, [(1000,)])[0] for key in (first, second)]
 
     assert first != second
-    assert np.array_equal(*masks)
+    assert np.array_equal(masks[0], masks[1])
     seed = int.from_bytes(b"\1\2\3\4", "little")
     own = np.random.RandomState(seed).randint(0, (1 << 32) - 1, 1000, dtype=np.int64)
     assert np.array_equal(masks[0], own)
