@@ -41,6 +41,12 @@ class OptimizerSettings:
         Multiply each factor's gradient by the inverse of the other's Gram matrix (`precondition`).
     ridge : float
         Added to that matrix's diagonal.
+
+    Examples
+    --------
+    >>> settings = OptimizerSettings("sgd", lr_a=0.1, lr_b=0.5, lr_head=0.5)
+    >>> settings.rates
+    {'A': 0.1, 'B': 0.5, None: 0.5}
     """
 
     name: str
