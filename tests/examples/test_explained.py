@@ -21,6 +21,8 @@ import fedlora_flwr
 from tests.examples.projects import EXAMPLES
 
 NOTEBOOK = EXAMPLES / "explained" / "private_federated_lora.ipynb"
+if not NOTEBOOK.exists():
+    pytest.skip("the source archive leaves out notebooks", allow_module_level=True)
 CELLS: list[dict[str, Any]] = [
     cell
     for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
