@@ -19,6 +19,7 @@ from fedlora_flwr.wire import (
     MOST_ENTRY,
     NAMES,
     PLAN,
+    PROXIMAL,
     ROUND,
     SHARE,
     SUM_NOISE,
@@ -84,6 +85,9 @@ class Order:
         Under a secure sum, the noise multiplier σ of the sum, the same for all clients; else 0.
     grid_norm : int
         Under a secure sum, the clip norm in units of the round's grid; else 0.
+    proximal_mu : float
+        μ of the term μ/2 ‖w − w₀‖² that is added to the local objective, where w₀ are the message's
+        arrays (FedProx, arXiv 1812.06127); 0 for none.
 
     Raises
     ------
@@ -123,6 +127,10 @@ class Order:
     grid_norm: int = _row(
         GRID_NORM, 0, Number(1 << 10, 1 << 20, whole=True),
         "The noise is made for any grid, and rounding never lengthens a record's gradient.",
+    )  # fmt: skip
+    proximal_mu: float = _row(
+        PROXIMAL, 0.0, Number(0, 1e3),
+        "The pull is added after the noise, from arrays that the server knows.",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
