@@ -155,7 +155,7 @@ class Order:
         given = {}
         for key, value in config.items():
             if key in known:
-                given[known[key]] = value
+                given[known[key]] = _widened(getattr(cls, known[key]), value)
             elif key not in FLOWERS:
                 raise OrderRefused(
                     f"The message's configuration has the key {str(key)[:80]!r}, which this client "
@@ -194,6 +194,13 @@ class Order:
     def leaves(self, name: str) -> bool:
         """Tell whether an array is exchanged."""
         return is_shared(name, self.share)
+
+
+def _widened(default: object, value: object) -> object:
+    """Turn a whole number into a float where a float is meant: Flower sends what its user wrote."""
+    if type(default) is float and type(value) is int and abs(value) < 2**53:
+        return float(value)
+    return value
 
 
 def _check(entry: Field[Any], value: object) -> None:
