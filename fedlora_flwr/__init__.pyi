@@ -35,6 +35,10 @@ from fedlora_flwr.lora.adapters import LoRASpec as LoRASpec
 from fedlora_flwr.lora.adapters import attach as attach
 from fedlora_flwr.data.records import TensorRecords as TensorRecords
 from fedlora_flwr.privacy.mechanism import Mechanism as Mechanism
+from fedlora_flwr.privacy.postprocessing.optimizer import OptimizerSettings as OptimizerSettings
+from fedlora_flwr.privacy.noise import SecureNoise as SecureNoise
+from fedlora_flwr.privacy.noise import SeededNoise as SeededNoise
+from fedlora_flwr.privacy.budget import Segment as Segment
 from fedlora_flwr.privacy.budget import calibrate as calibrate
 from fedlora_flwr.privacy.budget import epsilon_spent as epsilon_spent
 from fedlora_flwr.privacy.ledger import Ledger as Ledger

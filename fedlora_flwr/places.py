@@ -32,6 +32,19 @@ STRATEGIES: Mapping[str, str] = {
     "fedsa-lora": "fedlora_flwr.strategies.fedsa_lora:FedSALoRA",
 }
 
+FLOWERS: Mapping[str, str] = {
+    name: f"fedlora_flwr.strategies.flowers:{kind}"
+    for name, kind in {
+        "fedavg": "FedAvg",
+        "fedprox": "FedProx",
+        "fedavgm": "FedAvgM",
+        "fedadagrad": "FedAdagrad",
+        "fedadam": "FedAdam",
+        "fedyogi": "FedYogi",
+    }.items()
+}
+"""Flower's own strategies, to compare with."""
+
 
 class KnownTask(NamedTuple):
     """What is known of a task before its code is loaded.
@@ -100,8 +113,8 @@ def is_place(name: str) -> bool:
 
 
 def strategy_names() -> tuple[str, ...]:
-    """Return the names of the built-in strategies, then those of installed packages."""
-    return tuple(dict.fromkeys((*STRATEGIES, *sorted(_registered()))))
+    """Return the names of the built-in strategies, of Flower's, and of installed packages."""
+    return tuple(dict.fromkeys((*STRATEGIES, *FLOWERS, *sorted(_registered()))))
 
 
 def check_task_name(name: str) -> None:
@@ -136,8 +149,9 @@ def load_strategy(name: str) -> Any:
     InvalidValue
         No strategy has that name, or two packages give it, or its code is not there.
     """
-    if name in STRATEGIES:  # No package takes a built-in name.
-        return load("strategy", STRATEGIES[name], "Class of a strategy")
+    known = {**STRATEGIES, **FLOWERS}
+    if name in known:  # No package takes a built-in name.
+        return load("strategy", known[name], "Class of a strategy")
     check_strategy_name(name)
     places = _registered().get(name, [])
     if len(places) > 1:

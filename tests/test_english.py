@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -18,7 +19,19 @@ CODE = [
     *sorted((ROOT / "fedlora_flwr").rglob("*.toml")),
     *sorted((ROOT / "examples").rglob("*.py")),
 ]
-TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES + CODE}
+NOTEBOOKS = sorted((ROOT / "examples").rglob("*.ipynb"))
+
+
+def written_in(notebook: Path) -> str:
+    """Return what its cells hold, without what they have drawn."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells)
+
+
+TEXTS = {
+    **{str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES + CODE},
+    **{str(path.relative_to(ROOT)): written_in(path) for path in NOTEBOOKS},
+}
 
 _THING = "batch|block|class|client|core|device|machine|process|record|round|step|thread"
 _STEMS = (

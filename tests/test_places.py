@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.places import STRATEGIES, load_strategy, strategy_names
+from fedlora_flwr.places import FLOWERS, STRATEGIES, load_strategy, strategy_names
 from fedlora_flwr.strategies import RoLoRA, strategy_class
 
 
@@ -29,7 +29,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_name_of_an_installed_package_is_a_strategy(site: Path) -> None:
     install(site, "one", "turns", "fedlora_flwr.strategies.rolora:RoLoRA")
-    assert strategy_names() == (*STRATEGIES, "turns")
+    assert strategy_names() == (*STRATEGIES, *FLOWERS, "turns")
     assert strategy_class("turns") is RoLoRA
     with pytest.raises(InvalidValue, match="did you mean 'turns'"):
         strategy_class("turn")
@@ -48,7 +48,7 @@ def test_a_name_that_two_packages_give_is_refused_with_both_places(site: Path) -
 def test_no_package_takes_a_name_of_this_one(site: Path) -> None:
     install(site, "one", "rolora", "elsewhere:Turns")
     assert strategy_class("rolora") is RoLoRA
-    assert strategy_names() == tuple(STRATEGIES)
+    assert strategy_names() == (*STRATEGIES, *FLOWERS)
 
 
 def test_a_place_that_a_package_names_wrongly_is_refused(site: Path) -> None:

@@ -16,6 +16,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 _NAMES = ("CHANGELOG", "CONTRIBUTING", "SECURITY", "CODE_OF_CONDUCT")
 _EXAMPLES = sorted(path.parent.name for path in (ROOT / "examples").glob("*/README.md"))
+_NOTEBOOKS = sorted(p.relative_to(ROOT) for p in (ROOT / "examples").glob("*/*.ipynb"))
 _LANGUAGES = {".py": "python", ".toml": "toml"}
 _LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]+)(#[^)\s]*)?\)")
 # Where the site has what the repository has: from the repository's root to the root of the site.
@@ -23,6 +24,7 @@ PLACES = {
     **{f"{name}.md": f"{name.lower()}.md" for name in _NAMES},
     **{name: f"repository/{name}" for name in ("CITATION.cff", "LICENSE")},
     **{f"examples/{name}": f"examples/{name}.md" for name in _EXAMPLES},
+    **{str(path): f"repository/{path}" for path in _NOTEBOOKS},
     "examples": "examples/index.md",
 }
 

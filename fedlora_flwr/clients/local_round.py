@@ -308,6 +308,7 @@ class LocalRound:
             records,
             mechanism,
             *self._manner(order, summary),
+            proximal_mu=order.proximal_mu,
         )
 
     def _manner(self, order: Order, summary: LedgerSummary) -> tuple[tuple[object, ...], bool, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -104,6 +104,7 @@ class LocalTrainer:
         stream: tuple[object, ...],
         untrusted: bool = False,
         server_round: int = 1,
+        proximal_mu: float = 0.0,
     ) -> LocalUpdate:
         """Train one client for one round.
 
@@ -125,6 +126,8 @@ class LocalTrainer:
             once), and passes are exact (see `PassPlan`).
         server_round : int (default: 1)
             The round, which learning rates may depend on.
+        proximal_mu : float (default: 0.0)
+            See `fedlora_flwr.wire.order.Order`.
 
         Returns
         -------
@@ -139,7 +142,8 @@ class LocalTrainer:
             See `PrivateEngine.step`.
         """
         layout, steps = self.layout, self.config.local_steps
-        with self._round(arrays, plan, records, mechanism, stream, untrusted, server_round):
+        about = stream, untrusted, server_round, proximal_mu
+        with self._round(arrays, plan, records, mechanism, *about):
             batches = poisson_batches(mechanism, steps, self._seed("batches", stream))
             for step, indices in enumerate(batches, start=1):
                 self.engine.step(records, indices, layout.active(plan, step))
@@ -203,11 +207,13 @@ class LocalTrainer:
         stream: tuple[object, ...],
         untrusted: bool,
         server_round: int,
+        proximal_mu: float = 0.0,  # A secure sum has one step, from where the pull is zero.
     ) -> Iterator[None]:
         """Load the arrays, check the plan and the model, and give the client its own randomness."""
         plan.check(len(self.layout.blocks))
         self.load(arrays)
         settings = OptimizerSettings.in_round(self.config, server_round)
+        settings = replace(settings, proximal_mu=proximal_mu)
         with _one_client(self.config.client_threads, self._seed("dropout", stream)):
             self.engine.start_round(
                 mechanism,

@@ -146,7 +146,8 @@ def follow_plan(
     """Let a loop of the project's own obey the plan of a Message-API strategy. *Not* private.
 
     Call it before the loop, with the message that came and the optimizer that the loop steps; after
-    the loop return ``planned.reply(message, metrics)``.
+    the loop return ``planned.reply(message, metrics)``. A proximal term that the message asks for,
+    ``"proximal-mu"``, is the loop's own to add.
 
     Parameters
     ----------

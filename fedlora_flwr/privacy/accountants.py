@@ -81,6 +81,11 @@ class Segment:
     ------
     InvalidValue
         If a value is outside its range, or not a number.
+
+    Examples
+    --------
+    >>> Segment(noise_multiplier=1.0, sample_rate=0.1, steps=100).steps
+    100
     """
 
     noise_multiplier: float

@@ -127,6 +127,7 @@ class PrivateEngine:
             max(1, round(mechanism.batch_size)), self._microbatch_size, device, exact
         )
         self._settings = settings
+        self._post.begin(settings)
         self._groups = self._post.groups(settings)
         self._optimizer = NoisyOptimizer(
             self._post.optimizer(settings),

@@ -27,6 +27,12 @@ class SeededNoise:
     ----------
     seed : int
         Seed; for a private release it must come from the operating system.
+
+    Examples
+    --------
+    >>> first, again = (SeededNoise(7).normal_like(torch.zeros(2, 3)) for _ in range(2))
+    >>> bool((first == again).all())
+    True
     """
 
     def __init__(self, seed: int) -> None:
@@ -44,6 +50,12 @@ class SecureNoise:
     Box-Muller in fp64 on 53-bit uniforms; each value is the sum of four draws over two, which
     hides the grid of floating-point numbers that a single draw exposes (arXiv 2107.10138,
     section 5.1).
+
+    Examples
+    --------
+    >>> first, next_one = (SecureNoise().normal_like(torch.zeros(2, 3)) for _ in range(2))
+    >>> bool((first == next_one).any())
+    False
     """
 
     def normal_like(self, reference: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ WEIGHTING = "weighting"
 FINGERPRINT = "fingerprint"
 # The factor that is exchanged ("A"), where the rest of what trains stays with the client.
 SHARE = "share"
+# What Flower's FedProx asks of a client: how strongly the global arrays pull.
+PROXIMAL = "proximal-mu"
 NAMES = "array-names"
 CLIENT = "client"
 STATUS = "status"

@@ -20,6 +20,7 @@ from fedlora_flwr.wire import (
     NAMES,
     PACKET,
     PLAN,
+    PROXIMAL,
     ROUND,
     SHARE,
     STAGE,
@@ -91,6 +92,9 @@ class Order:
         Under a masked sum, which of its messages this is.
     packet : bytes
         Under a masked sum, what others sent for this client (see `fedlora_flwr.secure_sum.party`).
+    proximal_mu : float
+        μ of the term μ/2 ‖w − w₀‖² that is added to the local objective, where w₀ are the message's
+        arrays (FedProx, arXiv 1812.06127); 0 for none.
 
     Raises
     ------
@@ -139,6 +143,10 @@ class Order:
         PACKET, b"", Packet(LONGEST_PACKET),
         "Keys are signed by the clients in the device's list, and shares are sealed for it.",
     )  # fmt: skip
+    proximal_mu: float = _row(
+        PROXIMAL, 0.0, Number(0, 1e3),
+        "The pull is added after the noise, from arrays that the server knows.",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -162,7 +170,7 @@ class Order:
         given = {}
         for key, value in config.items():
             if key in known:
-                given[known[key]] = value
+                given[known[key]] = _widened(getattr(cls, known[key]), value)
             elif key not in FLOWERS:
                 raise OrderRefused(
                     f"The message's configuration has the key {str(key)[:80]!r}, which this client "
@@ -201,6 +209,13 @@ class Order:
     def leaves(self, name: str) -> bool:
         """Tell whether an array is exchanged."""
         return is_shared(name, self.share)
+
+
+def _widened(default: object, value: object) -> object:
+    """Turn a whole number into a float where a float is meant: Flower sends what its user wrote."""
+    if type(default) is float and type(value) is int and abs(value) < 2**53:
+        return float(value)
+    return value
 
 
 def _check(entry: Field[Any], value: object) -> None:

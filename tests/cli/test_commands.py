@@ -20,9 +20,11 @@ from typer.testing import CliRunner
 
 from fedlora_flwr.cli import app
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.keys import fields_by_key
 from fedlora_flwr.config.names import full_name
 from fedlora_flwr.config.recipes import recipe_names
-from fedlora_flwr.strategies import STRATEGIES
+from fedlora_flwr.places import FLOWERS
+from fedlora_flwr.strategies import STRATEGIES, strategy_class
 
 PAGE = Path(__file__).parents[2] / "docs" / "commands.md"
 DEFAULTS = RunConfig().items()
@@ -96,10 +98,20 @@ def test_bash_is_answered_by_the_command_itself() -> None:
     assert done.stdout.split() == ["digits"]
 
 
+def flowers_settings() -> dict[str, object]:
+    """Return the settings of Flower's strategies, which have tables of their own."""
+    return {
+        f"{name}.{key}": entry.default
+        for name in FLOWERS
+        for key, entry in fields_by_key(strategy_class(name).settings).items()
+    }
+
+
 def test_in_a_pipe_keys_and_recipes_are_a_row_per_line() -> None:
     lines = fedlora("keys").splitlines()
     named = [line.split()[:2] for line in lines]
-    assert named == [["section", "key"], *(full_name(key).split(".") for key in DEFAULTS)]
+    known = (*DEFAULTS, *flowers_settings())
+    assert named == [["section", "key"], *(full_name(key).split(".") for key in known)]
     column = lines[0].index("meaning")
     assert all(line[column - 1] == " " != line[column] for line in lines)
     lines = fedlora("recipes").splitlines()
@@ -127,8 +139,9 @@ def test_an_unknown_key_names_the_near_ones_first() -> None:
 
 def test_json_of_keys_recipes_and_a_budget() -> None:
     found = {entry["key"]: entry for entry in json.loads(fedlora("keys", "--json"))}
-    assert {key: entry["default"] for key, entry in found.items()} == DEFAULTS
-    assert found["strategy"]["names"] == list(STRATEGIES)
+    defaults = {key: entry["default"] for key, entry in found.items()}
+    assert defaults == {**DEFAULTS, **flowers_settings()}
+    assert found["strategy"]["names"] == [*STRATEGIES, *FLOWERS]
     (one,) = json.loads(fedlora("keys", "lr-a", "--json"))
     assert one == found["lr-a"]
     assert set(one) == fields("keys")

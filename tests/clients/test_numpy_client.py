@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.server import ServerApp, ServerAppComponents, ServerConfig
 from flwr.server.strategy import FedAvg as LegacyFedAvg
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, FedProx
 
 from fedlora_flwr.client_app import app, client_fn, state_folder
 from fedlora_flwr.clients.bridge import bridge
@@ -59,6 +59,18 @@ def test_clients_learn_under_a_stock_strategy(make_config: MakeConfig) -> None:
     # Without a plan both factors train; A moves once B is no longer zero.
     assert all(not np.array_equal(final[name], start[name]) for name in start)
     assert accuracy(config, final) > accuracy(config, start) + 0.05
+
+
+def test_a_stock_fedprox_holds_clients_near_the_global_arrays(make_config: MakeConfig) -> None:
+    config = make_config(num_clients=2, local_steps=3)
+    start, moved = process_trainer(config).adapted.read(), []
+    for strategy in (FedAvg(fraction_evaluate=0.0), FedProx(fraction_evaluate=0.0, proximal_mu=1)):
+        with LocalGrid(app, 2, config.items()).running() as grid:
+            result = strategy.start(grid, to_record(start), num_rounds=1)
+        final = {name: array.numpy() for name, array in result.arrays.items()}
+        moved.append(sum(float(np.sum((final[n] - start[n]) ** 2)) for n in start))
+    free, held = moved
+    assert 0 < held < 0.8 * free
 
 
 class LegacyRun:

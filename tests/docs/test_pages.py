@@ -26,7 +26,7 @@ REASONS = {
     "it installs packages": 3,
     "it takes minutes": 1,
     "it needs a fleet": 1,
-    "it needs a GPU": 1,
+    "it needs a GPU": 2,
     "it needs several machines": 1,
     "it takes hours": 11,
     "the tutorial's records have no such column": 1,

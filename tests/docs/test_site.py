@@ -13,13 +13,16 @@ from typer.main import get_command
 import fedlora_flwr
 from fedlora_flwr.cli import app
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.keys import fields_by_key
+from fedlora_flwr.config.methods import settings_of_methods
 from tests.docs.pages import DOCS, NAMES, ROOT
 from website import commonmark, filled_in, outside_pages, wide_tables
 
 
 def test_every_key_is_in_the_reference_once() -> None:
     shown = re.findall(r"^\| `([\w-]+)` \|", filled_in.configuration(), re.M)
-    assert sorted(shown) == sorted(RunConfig().items())
+    own = settings_of_methods(fields_by_key(RunConfig))
+    assert sorted(shown) == sorted([*RunConfig().items(), *(n.split(".")[-1] for n in own)])
     assert "| `epsilon` | `8.0` | privacy budget of each client; inf = no noise |" in (
         filled_in.configuration()
     )

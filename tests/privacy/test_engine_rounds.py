@@ -68,6 +68,34 @@ def test_each_factor_is_optimized_as_if_it_were_alone(settings: OptimizerSetting
         assert steps == {"A": 3, "B": 4, None: 6}
 
 
+def test_a_proximal_term_is_added_after_clipping_and_noise() -> None:
+    engine, records, plain = engine_of(VIT), VIT.records(8), VIT.plain()
+    parameters, mu, rate = plain_parameters(plain), 0.7, 0.3
+    start = {name: p.detach().clone() for name, p in parameters.items()}
+    settings = OptimizerSettings("sgd", rate, rate, rate, proximal_mu=mu)
+    names, clip = list(parameters), 0.05
+    engine.start_round(Mechanism(0.0, clip, 4, 8), settings, SeededNoise(0))
+
+    for step in range(3):
+        indices = [step, step + 1, step + 4]
+        engine.step(records, torch.tensor(indices), names)
+        rows = loop_gradients(VIT, plain, records, indices)
+        flat = torch.cat([rows[name].flatten(1) for name in names], dim=1)
+        factors = (clip / flat.norm(dim=1)).clamp(max=1.0)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                clipped = torch.tensordot(factors, rows[name], dims=1) / 4
+                pull = mu * (parameter.data - start[name])
+                parameter.sub_(rate * (clipped + pull))
+
+    for name, parameter in engine.adapted.parameters.items():
+        torch.testing.assert_close(parameter.data, parameters[name].data, rtol=1e-9, atol=1e-11)
+    engine.start_round(Mechanism(0.0, clip, 4, 8), PLAIN_SGD, SeededNoise(0))
+    before = values(engine.adapted)
+    engine.step(records, torch.tensor([], dtype=torch.int64), names)
+    assert all((values(engine.adapted)[n] == before[n]).all() for n in names)  # The term is gone.
+
+
 def test_plain_adamw_is_torchs_on_the_noisy_gradient() -> None:
     mechanism, indices = Mechanism(2.0, 0.5, 4, 8), torch.arange(4)
     moved = {}

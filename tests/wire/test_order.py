@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,13 @@ def test_what_an_order_cannot_hold_is_refused_by_name(config: dict[str, Any], re
         Order.from_config(config)
     assert reason in str(caught.value)
     assert len(str(caught.value)) < 2000
+
+
+def test_a_whole_number_stands_for_a_float_and_nothing_else_does() -> None:
+    assert Order.from_config({"proximal-mu": 1}) == Order(proximal_mu=1.0)
+    for value in (True, -1, 10**6, 10**400, math.nan, math.inf, "1"):
+        with pytest.raises(OrderRefused, match="proximal-mu"):
+            Order.from_config({"proximal-mu": value})
 
 
 def test_flowers_own_words_pass() -> None:

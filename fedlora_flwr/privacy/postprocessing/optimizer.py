@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
@@ -41,6 +41,14 @@ class OptimizerSettings:
         Multiply each factor's gradient by the inverse of the other's Gram matrix (`precondition`).
     ridge : float
         Added to that matrix's diagonal.
+    proximal_mu : float
+        μ of a proximal term μ/2 ‖w − w₀‖², where w₀ is what the round started from; 0 for none.
+
+    Examples
+    --------
+    >>> settings = OptimizerSettings("sgd", lr_a=0.1, lr_b=0.5, lr_head=0.5)
+    >>> settings.rates
+    {'A': 0.1, 'B': 0.5, None: 0.5}
     """
 
     name: str
@@ -51,6 +59,7 @@ class OptimizerSettings:
     weight_decay: float = 0.0
     precondition: bool = False
     ridge: float = 0.0
+    proximal_mu: float = 0.0
 
     @classmethod
     def in_round(cls, config: RunConfig, server_round: int) -> OptimizerSettings:
@@ -100,6 +109,12 @@ class PostProcessing:
         for layer in adapted.layers:
             self._partners[f"{layer.name}.lora_A.weight"] = (layer, A, layer.B)
             self._partners[f"{layer.name}.lora_B.weight"] = (layer, B, layer.A)
+        self._anchors: dict[str, Tensor] = {}
+
+    def begin(self, settings: OptimizerSettings) -> None:
+        """Note what a round starts from, for its proximal term."""
+        held = self._parameters.items() if settings.proximal_mu else ()
+        self._anchors = {name: p.detach().clone() for name, p in held}
 
     def groups(self, settings: OptimizerSettings) -> dict[str | None, list[str]]:
         """Return the names of the arrays by factor, in the order of an optimizer's groups."""
@@ -130,7 +145,7 @@ class PostProcessing:
         Parameters
         ----------
         settings : OptimizerSettings
-            Says whether to precondition.
+            Says whether to precondition, and how strong a proximal term is.
         gradient_filter : GradientFilter
             The filter, with its state.
         optimizer : Optimizer
@@ -142,6 +157,8 @@ class PostProcessing:
             if not p.requires_grad or p.grad is None:
                 continue
             p.grad = gradient_filter(name, p.grad)
+            if name in self._anchors:
+                p.grad = p.grad + settings.proximal_mu * (p.detach() - self._anchors[name])
             if settings.precondition and name in self._partners:
                 layer, factor, other = self._partners[name]
                 p.grad = precondition(p.grad, other, factor, layer.scaling, settings.ridge)
