@@ -22,7 +22,9 @@ from website import commonmark, filled_in, outside_pages, wide_tables
 def test_every_key_is_in_the_reference_once() -> None:
     shown = re.findall(r"^\| `([\w-]+)` \|", filled_in.configuration(), re.M)
     own = settings_of_methods(fields_by_key(RunConfig))
-    assert sorted(shown) == sorted([*RunConfig().items(), *(n.split(".")[-1] for n in own)])
+    assert sorted(shown) == sorted(
+        [*RunConfig().items(), *(name.split(".")[-1] for name, _ in own)]
+    )
     assert "| `epsilon` | `8.0` | privacy budget of each client; inf = no noise |" in (
         filled_in.configuration()
     )
