@@ -8,9 +8,9 @@ conversation asks for the second half of a sentence. `FOLDER/recipe.toml` is the
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,11 @@ OVERRIDES = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write model, data and recipe to the folder that is named, and say what comes next."""
-    given = sys.argv[1:] if arguments is None else arguments
-    if len(given) != 1 or given[0].startswith("-"):
-        sys.exit("Name one folder: python -m benchmarks.tiny_llm FOLDER")
-    recipe = make(Path(given[0]))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tiny_llm", description="Write model, data and recipe."
+    )
+    parser.add_argument("folder", type=Path, help="where to write them; made if missing")
+    recipe = make(parser.parse_args(arguments).folder)
     print(f"Written: {recipe}. docs/llm_benchmark.md has the command that compares with it.")
 
 

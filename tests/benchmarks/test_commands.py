@@ -19,7 +19,7 @@ RESULTS = FOLDER / "results"
 def test_these_are_the_commands() -> None:
     assert COMMANDS == [
         "aggregation", "as_lora_scores", "clients", "engine", "learning", "pictures", "started",
-        "workers",
+        "tiny_llm", "workers",
     ]  # fmt: skip
 
 
