@@ -83,7 +83,7 @@ def _draw_method(
         markersize=3.2, color=look["color"], alpha=0.35, markeredgewidth=0,
     )  # fmt: skip
     found = runs.groupby("epsilon")["final"].agg(["mean", "sem"])
-    private = found[[math.isfinite(epsilon) for epsilon in found.index]]
+    private = found.loc[[epsilon for epsilon in found.index if math.isfinite(epsilon)]]
     for part, fill in ((private, "full"), (found.drop(private.index), "none")):
         if fill == "full" or len(part):
             axes.errorbar(

@@ -115,7 +115,7 @@ def test_a_comparison_prints_each_run_and_the_table(tmp_path: Path) -> None:
 def documented(title: str) -> list[str]:
     """Return the arguments of the command that the page shows below a title."""
     page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
-    block = page.split(f"**{title}**")[1].split("\n    fedlora compare ")[1].split("\n\n")[0]
+    block = page.split(f"**{title}**")[1].split("\nfedlora compare ")[1].split("\n```")[0]
     return shlex.split(block.replace("\\\n", " "))
 
 

@@ -61,11 +61,11 @@ def test_the_version_is_that_of_the_package() -> None:
     ("arguments", "incomplete", "expected"),
     [
         ([], "comp", ["compare"]),
-        (["deploy"], "", ["init", "check", "start"]),
-        (["run"], "dig", ["digits"]),
+        (["deploy"], "", ["init", "check", "start", "identity"]),
+        (["run"], "dig", ["digits", "digits-secure-sum"]),
         (["simulate"], "paper/ffa-lora-s", ["paper/ffa-lora-sst2"]),
-        (["compare", "--task"], "sst", ["sst2-minilm"]),
-        (["deploy", "check", "--recipe"], "sst", ["sst2-minilm"]),
+        (["compare", "--task"], "cif", ["cifar10-small-swin", "cifar10-swin-secure-sum"]),
+        (["deploy", "check", "--recipe"], "sst", ["sst2-minilm", "sst2-minilm-secure-sum"]),
         (["run", "-c"], "client-", ["client-ranks=", "client-threads="]),
         (["plan", "-c"], "filter=b", ["filter=binomial"]),
         (["plan", "-c"], "strategy=ro", ["strategy=rolora"]),
@@ -95,7 +95,7 @@ def test_bash_is_answered_by_the_command_itself() -> None:
         [sys.executable, "-m", "fedlora_flwr.cli"],
         env={**os.environ, **asked}, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.stdout.split() == ["digits"]
+    assert done.stdout.split() == ["digits", "digits-secure-sum"]
 
 
 def flowers_settings() -> dict[str, object]:
@@ -203,7 +203,7 @@ def test_with_json_progress_goes_to_stderr_alone(tmp_path: Path) -> None:
 def test_what_is_wrong_leaves_stdout_empty_for_a_script() -> None:
     result = CliRunner().invoke(app, ["plan", "digit", "--json"])
     assert (result.exit_code, result.stdout) == (1, "")
-    assert "did you mean 'digits'?" in result.stderr
+    assert "did you mean 'digits' or" in result.stderr
 
 
 def test_a_reader_who_has_had_enough_is_no_error() -> None:
