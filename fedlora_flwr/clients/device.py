@@ -14,6 +14,7 @@ from fedlora_flwr.clients.sum_exchange import ANYBODY
 from fedlora_flwr.config import OWN, Limit, RunConfig, device_config, read_toml
 from fedlora_flwr.config.keys import check_value, fields_by_key
 from fedlora_flwr.config.names import by_short_name
+from fedlora_flwr.config.trust import SECURE_SUM
 from fedlora_flwr.errors import InvalidValue, require, unknown
 from fedlora_flwr.tasks.registry import extras_of, required_on_device
 from fedlora_flwr.wire import partition_name
@@ -27,6 +28,10 @@ _REQUIRED = {
     "epsilon": "a number: what may be spent on this device's records",
     "delta": "a number: what may be spent on this device's records",
     "task": "the task that this device takes part in",
+}
+_OF_A_SUM = {
+    "peers": f"a file with the identities of all devices, or {ANYBODY!r}",
+    "colluding": "how many of them may side with the server, as this device's owner believes",
 }
 _FOLDERS = ("dataset", "model")
 # Values that are an owner's to choose, and that leave nothing, or little, of the promise.
@@ -140,10 +145,16 @@ def _check_complete(found: Mapping[str, Any], path: Path) -> None:
         if key not in found:
             raise InvalidValue(key, None, f"{allowed}, in {path}")
     # A file of a secure sum is looked at without what the run has to add to it.
-    alone = {key: value for key, value in found.items() if key not in ("state-dir", TRUST_MODEL)}
+    added = ("state-dir", TRUST_MODEL, *_OF_A_SUM)
+    alone = {key: value for key, value in found.items() if key not in added}
     RunConfig.received(alone)
-    if TRUST_MODEL in found:
-        check_value(fields_by_key(RunConfig)[TRUST_MODEL], found[TRUST_MODEL])
+    for key in (TRUST_MODEL, *_OF_A_SUM):
+        if key in found:
+            check_value(fields_by_key(RunConfig)[key], found[key])
+    if found.get(TRUST_MODEL) == SECURE_SUM:
+        for key, allowed in _OF_A_SUM.items():
+            if key not in found:
+                raise InvalidValue(key, None, f"{allowed}, in {path}")
     for keys in required_on_device(found["task"]):
         if not any(found.get(key) for key in keys):
             allowed = f"a value in {path}, as task = {found['task']!r} needs it"

@@ -19,7 +19,7 @@ from fedlora_flwr.errors import InvalidValue, OrderRefused, unknown
 
 _KEYS = fields_by_key(RunConfig)
 _OF_THE_RUN = (Decider.RUN, Decider.LIMITED)
-_AGREED = ("task", "trust-model")
+_AGREED = ("task", "trust-model", "colluding")
 _LONGEST = 10_000  # characters of a text that a run sends
 _MOST_OWN = 1_000  # settings of methods that a run sends
 UNREAD = f"a number, true, false, or a text of at most {_LONGEST:,} characters"
@@ -149,8 +149,8 @@ def device_config(
         mine = own.get(key, _KEYS[key].default)
         if key in values and values[key] != mine:
             raise OrderRefused(
-                f"{key} = {str(values[key])[:80]!r} is refused: this device takes part in another "
-                f"{key}. Run what its owner agreed to."
+                f"{key} = {str(values[key])[:80]!r} is refused: this device's file has another "
+                f"value of {key}. Run what its owner agreed to."
             )
     for key, limit in (limits or {}).items():
         limit.check(values.get(key, _KEYS[key].default))

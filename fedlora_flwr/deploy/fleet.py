@@ -113,6 +113,8 @@ _TRUST = """
 trust-model = "secure-sum"
 peers = "peers.txt"
 least-shares = 2
+# So many of them may tell the server what they know, in this owner's judgment.
+colluding = {colluding}
 """
 _EXAMPLES = """# model = "model"
 # num-classes = 2
@@ -250,7 +252,7 @@ def _fill(draft: Path, folder: Path, fleet: Fleet, run: RunConfig) -> None:
     _text(operator / "connection.toml", _CONNECTION, values)
     _script(operator / "register.sh", _REGISTER, values)
     write_app(operator / "app", dict(run.own))
-    trust = _TRUST if run.secure_sum else ""
+    trust = _TRUST.format(colluding=run.colluding) if run.secure_sum else ""
     identities = []
     for number, name in enumerate(fleet.names):
         device = draft / "devices" / name

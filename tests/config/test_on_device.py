@@ -70,7 +70,7 @@ def test_a_devices_own_value_is_in_force(key: str) -> None:
     choices = {
         "quantization": "8bit", "compile": "inductor", "ledger-scope": "run", "weighting": "size",
         "state-dir": "/mine", "task": "digits", "delta": 1e-7,
-        "trust-model": "local",
+        "trust-model": "local", "colluding": 0,
     }  # fmt: skip
     own = {**MINE, key: choices.get(key, changed[type(DEFAULTS[key])])}
     assert device_config({}, own).items()[key] == own[key]
@@ -85,7 +85,7 @@ def test_a_devices_own_value_is_in_force(key: str) -> None:
         ({"epsilon": "much"}, "epsilon = 'much'"),
         ({"local-steps": 100_000, "num-rounds": 1_000_000}, "local-steps"),
         ({"surprise": 1}, "'surprise', which this version of the package does not know"),
-        ({"task": "os:system"}, "takes part in another task"),
+        ({"task": "os:system"}, "this device's file has another value of task"),
         ({"blocks": "(a+)+$"}, "no group repeats"),
         ({"lora-targets": "(x|x)*y"}, "no group repeats"),
         ({"lora-targets": "a" * 20_000}, "20,000 characters"),

@@ -70,9 +70,15 @@ def test_a_devices_file_may_name_a_secure_sum_and_leave_its_numbers_to_the_run(
 ) -> None:
     file = tmp_path / "device.toml"
     text = 'client-id = "ward"\ntask = "digits"\nepsilon = 1.0\ndelta = 1e-5\ntrust-model = "{}"\n'
-    file.write_text(text.format("secure-sum"))
+    whole = text.format("secure-sum") + f'peers = "any"\ncolluding = {SUM.get("colluding", 0)}\n'
+    file.write_text(whole)
 
     assert Device.read(file).config(SUM).secure_sum
+    for key in ("peers", "colluding"):
+        lines = [line for line in whole.splitlines() if not line.startswith(key)]
+        file.write_text("\n".join(lines))
+        with pytest.raises(InvalidValue, match=f"^{key} = None"):
+            Device.read(file)
     file.write_text(text.format("central"))
     with pytest.raises(InvalidValue, match="trust-model = 'central'"):
         Device.read(file)
@@ -80,6 +86,7 @@ def test_a_devices_file_may_name_a_secure_sum_and_leave_its_numbers_to_the_run(
 
 def test_a_device_takes_part_in_the_trust_model_of_its_own_file_alone() -> None:
     own = {"task": "digits", "trust-model": "secure-sum", "delta": 1e-5}
+    own["colluding"] = SUM.get("colluding", 0)
 
     assert device_config(SUM, own).least_shares == 2
     for file in ({"task": "digits"}, {"task": "digits", "trust-model": "local"}):
@@ -87,6 +94,9 @@ def test_a_device_takes_part_in_the_trust_model_of_its_own_file_alone() -> None:
             device_config(SUM, file)
     with pytest.raises(OrderRefused, match="trust-model = 'local' is refused"):
         device_config({"trust-model": "local"}, own)
+    # How many clients may side with the server is no server's to say.
+    with pytest.raises(OrderRefused, match="colluding = '2' is refused"):
+        device_config({**SUM, "colluding": 2}, own)
     # A run that names none would have its noise added by each client, and the file says otherwise.
     with pytest.raises((OrderRefused, InvalidValue), match="sample-rate"):
         device_config({}, own)

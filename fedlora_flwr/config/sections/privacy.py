@@ -51,7 +51,7 @@ class PrivacySection:
     )  # fmt: skip
     colluding: int = key(
         0, between(0, 1_000_000), "secure-sum: clients of a round that may side with the server",
-        _LIMITED, "Each client's share of the noise is larger for it.",
+        _DEVICE, _PROMISE,
     )  # fmt: skip
     least_shares: int = key(
         1, between(1, 1_000_000),
