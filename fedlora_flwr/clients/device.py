@@ -10,11 +10,10 @@ from typing import Any
 
 from flwr.app import Context
 
-from fedlora_flwr.clients.sum_exchange import ANYBODY
 from fedlora_flwr.config import OWN, Limit, RunConfig, device_config, read_toml
 from fedlora_flwr.config.keys import check_value, fields_by_key
 from fedlora_flwr.config.names import by_short_name
-from fedlora_flwr.config.trust import SECURE_SUM
+from fedlora_flwr.config.trust import ANYBODY, SECURE_SUM
 from fedlora_flwr.errors import InvalidValue, require, unknown
 from fedlora_flwr.tasks.registry import extras_of, required_on_device
 from fedlora_flwr.wire import partition_name

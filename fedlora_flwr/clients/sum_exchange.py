@@ -13,8 +13,9 @@ from pathlib import Path
 
 from fedlora_flwr.clients.sum_store import SumStore
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.trust import ANYBODY
 from fedlora_flwr.errors import InvalidValue, OrderRefused
-from fedlora_flwr.secure_sum.accounting import check_union, honest_shares
+from fedlora_flwr.secure_sum.cohort import check_union, honest_shares
 from fedlora_flwr.secure_sum.party import SEALED_BYTES, Advertised, Masked, Shared
 from fedlora_flwr.secure_sum.shamir import SHARE_BYTES
 from fedlora_flwr.secure_sum.terms import CARD_BYTES, Terms
@@ -22,8 +23,6 @@ from fedlora_flwr.wire import OPEN_SUM, PACKET, SEAL_SHARES, SHOW_KEYS, STAGE
 from fedlora_flwr.wire.limits import Residues
 from fedlora_flwr.wire.order import Order
 
-ANYBODY = "any"
-"""In place of a list of peers: the server is trusted not to invent clients."""
 _PEER = 64  # hexadecimal digits
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from fedlora_flwr.config.run_config import RunConfig
 
 SECURE_SUM = "secure-sum"
+ANYBODY = "any"
+"""In place of a list of peers: the server is trusted not to invent clients."""
 _HERE = f"where trust-model = {SECURE_SUM!r}"
 
 

@@ -3,100 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import isqrt
 
-from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.privacy.budget import Segment, Spent, epsilon_spent
 from fedlora_flwr.secure_sum.grid import Grid
 from fedlora_flwr.secure_sum.slack import widened
 
-__all__ = ["check_dropouts", "check_union", "epsilon_of_sum", "epsilon_unmasked", "honest_shares"]
-
-
-def honest_shares(asked: int, dropouts: int, colluding: int) -> int:
-    """Return m: the shares of noise that every opened sum holds, and that the server cannot know.
-
-    Parameters
-    ----------
-    asked : int
-        N: clients that the round asks.
-    dropouts : int
-        t: clients that may fail to answer. If more do, nothing is opened.
-    colluding : int
-        c: clients that may tell the server their noise.
-
-    Raises
-    ------
-    InvalidValue
-        Nobody is left.
-
-    References
-    ----------
-    arXiv 2007.05553, section 4.1: noise for the clients that remain honest.
-
-    Examples
-    --------
-    >>> honest_shares(10, dropouts=1, colluding=1)
-    8
-    """
-    check_dropouts(asked, dropouts, colluding)
-    return asked - dropouts - colluding
-
-
-def check_dropouts(asked: int, dropouts: int, colluding: int) -> None:
-    """Refuse more dropouts than masks can allow for, when a server tells clients different things.
-
-    Parameters
-    ----------
-    asked, dropouts, colluding : int
-        N, t and c.
-
-    Raises
-    ------
-    InvalidValue
-        N - c is not above t(t + 2), and a server could open a sum over fewer than N - t clients
-        (the reason is in `fedlora_flwr.secure_sum.party`); or a number is negative.
-
-    Examples
-    --------
-    >>> check_dropouts(10, dropouts=2, colluding=1)
-    """
-    if dropouts < 0 or colluding < 0 or asked - dropouts - colluding < 1:
-        allowed = f"whole numbers from 0, together fewer than the {asked} clients of a round"
-        raise InvalidValue("dropouts and colluding", (dropouts, colluding), allowed)
-    if asked - colluding <= dropouts * (dropouts + 2):
-        most = isqrt(asked - colluding) - 1
-        allowed = (
-            f"at most {most} where {asked} clients are asked and colluding = {colluding}: with "
-            "more, a server that tells clients different things may open the sum of fewer clients"
-        )
-        raise InvalidValue("dropouts", dropouts, allowed)
-
-
-def check_union(delta: float, records: int) -> None:
-    """Refuse a δ that promises nothing to the records of all clients together.
-
-    The sum is one mechanism on the union of all records, so δ has to be below one over their
-    number. Below 1/n of one client alone would allow to give away somebody's record as a whole.
-
-    Parameters
-    ----------
-    delta : float
-        δ.
-    records : int
-        Σn over all clients of the federation.
-
-    Raises
-    ------
-    InvalidValue
-        δ is not below 1/Σn.
-    """
-    if not delta < 1 / records:
-        allowed = (
-            f"a number below 1/Σn = {1 / records:.3g}: a secure sum is taken over the n = "
-            f"{records:,} records of all clients together"
-        )
-        raise InvalidValue("delta", delta, allowed)
+__all__ = ["epsilon_of_sum", "epsilon_unmasked"]
 
 
 def epsilon_of_sum(

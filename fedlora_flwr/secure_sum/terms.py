@@ -11,7 +11,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.secure_sum.accounting import check_dropouts
+from fedlora_flwr.secure_sum.cohort import check_dropouts
 from fedlora_flwr.secure_sum.masks import KEY_BYTES
 
 __all__ = ["CARD_BYTES", "Card", "Terms", "check_cards", "transcript"]

@@ -15,7 +15,8 @@ from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.privacy.budget import Segment, calibrate
 from fedlora_flwr.privacy.postprocessing.filters import make_filter
 from fedlora_flwr.privacy.postprocessing.optimizer import OptimizerSettings, PostProcessing
-from fedlora_flwr.secure_sum.accounting import check_union, epsilon_unmasked, honest_shares
+from fedlora_flwr.secure_sum.accounting import epsilon_unmasked
+from fedlora_flwr.secure_sum.cohort import check_union, honest_shares
 from fedlora_flwr.secure_sum.grid import Grid, fitting_norm, opened
 from fedlora_flwr.server.masked_sum import MaskedSum
 from fedlora_flwr.strategies.cohort import cohort_size

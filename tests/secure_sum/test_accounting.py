@@ -10,12 +10,8 @@ from fedlora_flwr.errors import BudgetExhausted, InvalidValue
 from fedlora_flwr.privacy.budget import Segment, calibrate, epsilon_spent
 from fedlora_flwr.privacy.ledger import Account, Ledger
 from fedlora_flwr.privacy.lifetime import choose_order, filtered_epsilon, run_divergence
-from fedlora_flwr.secure_sum.accounting import (
-    check_union,
-    epsilon_of_sum,
-    epsilon_unmasked,
-    honest_shares,
-)
+from fedlora_flwr.secure_sum.accounting import epsilon_of_sum, epsilon_unmasked
+from fedlora_flwr.secure_sum.cohort import check_union, honest_shares
 from fedlora_flwr.secure_sum.grid import Grid
 
 

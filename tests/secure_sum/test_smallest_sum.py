@@ -13,7 +13,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import
 from scipy.sparse import lil_array  # type: ignore[import-untyped]
 
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.secure_sum.accounting import check_dropouts, honest_shares
+from fedlora_flwr.secure_sum.cohort import check_dropouts, honest_shares
 
 
 def smallest_sum(cohort: int, dropouts: int, colluding: int) -> int:
