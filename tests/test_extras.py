@@ -40,7 +40,8 @@ NEED_MORE = re.compile(
 NEED_CLIENT = {
     "AdaptedModel", "LoRAClient", "LoRASpec", "Ledger", "LocalRound", "LocalTrainer", "Mechanism",
     "PrivateEngine", "PrivateTrainer", "TensorRecords", "answer_message", "attach", "calibrate",
-    "epsilon_spent", "follow_fit", "follow_plan",
+    "epsilon_spent", "follow_fit", "follow_plan", "OptimizerSettings", "SecureNoise", "SeededNoise",
+    "Segment",
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ ENDS: dict[str, tuple[list[str], str]] = {
     "inspect-split": BAD,
     # tests/deploy/test_docs.py makes a fleet and starts it.
     "deploy init": (["--port", "0"], "Error: port = 0 cannot be used"),
-    "deploy check": ([], "Error: folder = 'fleet' cannot be used"),
+    "deploy check": ([], f"Error: folder = '{ROOT}/fleet' cannot be used"),
 }
 
 
