@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.sources import is_hub_name
 from fedlora_flwr.files import replace_file
+from fedlora_flwr.strategies import strategy_class
 
 if TYPE_CHECKING:
     from fedlora_flwr.lora.adapters import AdaptedModel
@@ -36,50 +37,6 @@ _AUTO = {
 _OF_CLASSES = ("image-classification", "text-classification")
 # What a task's model depends on; the rest of a configuration says how it is trained.
 _OF_THE_MODEL = ("model", "weights", "pooling", "max-length", "image-size", "split-qkv")
-PAPERS: Mapping[str, tuple[str, str]] = {
-    "dp-lora": (
-        "Differentially Private Low-Rank Adaptation of Large Language Model Using Federated "
-        "Learning",
-        "2312.17493",
-    ),
-    "ffa-lora": ("Improving LoRA in Privacy-preserving Federated Learning", "2403.12313"),
-    "rolora": (
-        "Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA",
-        "2502.01755",
-    ),
-    "la-lora": (
-        "Rethinking LoRA for Privacy-Preserving Federated Learning in Large Models",
-        "2602.19926",
-    ),
-    "as-lora": (
-        "Adaptive Selection of LoRA Components in Privacy-Preserving Federated Learning",
-        "2605.05769",
-    ),
-    "fedsvd": (
-        "FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA",
-        "2505.12805",
-    ),
-    "flexlora": (
-        "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client "
-        "Resources",
-        "2402.11505",
-    ),
-    "flora": (
-        "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank "
-        "Adaptations",
-        "2409.05976",
-    ),
-    "fedex-lora": (
-        "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation "
-        "Models",
-        "2410.09432",
-    ),
-    "fedsa-lora": (
-        "Selective Aggregation for Low-Rank Adaptation in Federated Learning",
-        "2410.01463",
-    ),
-}
-"""Title and arXiv number of each strategy's paper, as in CITATION.cff."""
 
 
 @dataclass(frozen=True)
@@ -222,8 +179,8 @@ class ModelCard:
 
     def _training(self) -> Iterator[tuple[str, str]]:
         config, summary = self.config, self.summary
-        arxiv = PAPERS.get(config.strategy)
-        paper = f" ([arXiv {arxiv[1]}](https://arxiv.org/abs/{arxiv[1]}))" if arxiv else ""
+        number = strategy_class(config.strategy).paper[1:]
+        paper = "".join(f" ([arXiv {n}](https://arxiv.org/abs/{n}))" for n in number)
         yield "strategy", f"`{config.strategy}`{paper}"
         yield "backbone", f"`{config.model or config.task}`, fingerprint {self.adapted.fingerprint}"
         yield "rank", f"{config.rank} (`lora-alpha = {config.lora_alpha:g}`)"
@@ -299,12 +256,13 @@ class ModelCard:
 
     def _citation(self) -> str:
         version = self.summary["versions"]["fedlora-flwr"]
+        paper = strategy_class(self.config.strategy).paper
         text = (
             "Cite the software"
-            + (" and the paper of the strategy" if self.config.strategy in PAPERS else "")
+            + (" and the paper of the strategy" if paper else "")
             + f":\n\n- The fedlora-flwr authors: fedlora-flwr, version {version}.\n"
         )
-        if paper := PAPERS.get(self.config.strategy):
+        if paper:
             text += f"- {paper[0]}. arXiv:{paper[1]}.\n"
         return text
 

@@ -79,6 +79,11 @@ class ASLoRA(FedLoRA):
     'B'
     """
 
+    paper: ClassVar[tuple[str, ...]] = (
+        "Adaptive Selection of LoRA Components in Privacy-Preserving Federated Learning",
+        "2605.05769",
+    )
+
     name: ClassVar[str] = "as-lora"
     settings: ClassVar[type] = ASLoRASection
     reads: ClassVar[tuple[str, ...]] = (

@@ -69,6 +69,8 @@ class Declared:
         secure aggregation hands over. True for a method that overrides it and does not say.
     own_ranks : bool
         Whether clients may train at ranks of their own.
+    paper : tuple[str, ...]
+        Title and arXiv number of the method's paper, for the model card; or nothing.
     """
 
     name: ClassVar[str] = ""
@@ -81,6 +83,7 @@ class Declared:
     averages: ClassVar[bool] = True
     needs_each_upload: ClassVar[bool] = False
     own_ranks: ClassVar[bool] = False
+    paper: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Fill in what follows from what a class says."""

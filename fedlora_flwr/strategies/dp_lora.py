@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from fedlora_flwr.strategies.base import FedLoRA
 
 
@@ -19,3 +21,9 @@ class DPLoRA(FedLoRA):
     >>> [str(DPLoRA().plan(number, layout)) for number in (1, 2, 3)]
     ['*', '*', '*']
     """
+
+    paper: ClassVar[tuple[str, ...]] = (
+        "Differentially Private Low-Rank Adaptation of Large Language Model Using Federated "
+        "Learning",
+        "2312.17493",
+    )

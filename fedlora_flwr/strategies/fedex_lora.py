@@ -41,6 +41,12 @@ class FedExLoRA(FedLoRA):
     [[1.0, 0.0]]
     """
 
+    paper: ClassVar[tuple[str, ...]] = (
+        "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation "
+        "Models",
+        "2410.09432",
+    )
+
     folds: ClassVar[bool] = True
     needs_each_upload: ClassVar[bool] = True
 

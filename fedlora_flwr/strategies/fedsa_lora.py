@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from fedlora_flwr.plan import A
 from fedlora_flwr.strategies.base import FedLoRA
 
@@ -20,5 +22,10 @@ class FedSALoRA(FedLoRA):
     >>> strategy.shared, strategy.personal
     ('A', True)
     """
+
+    paper: ClassVar[tuple[str, ...]] = (
+        "Selective Aggregation for Low-Rank Adaptation in Federated Learning",
+        "2410.01463",
+    )
 
     shared = A

@@ -34,6 +34,11 @@ class FedSVD(FedLoRA):
     [[6.0, 8.0]]
     """
 
+    paper: ClassVar[tuple[str, ...]] = (
+        "FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA",
+        "2505.12805",
+    )
+
     stable_basis: ClassVar[bool] = False
     needs_each_upload: ClassVar[bool] = False
 

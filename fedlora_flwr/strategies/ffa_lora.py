@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from fedlora_flwr.layout import Layout
 from fedlora_flwr.plan import B, ComponentPlan
 from fedlora_flwr.strategies.base import FedLoRA
@@ -20,6 +22,11 @@ class FFALoRA(FedLoRA):
     >>> [str(FFALoRA().plan(number, layout)) for number in (1, 2, 3)]
     ['B', 'B', 'B']
     """
+
+    paper: ClassVar[tuple[str, ...]] = (
+        "Improving LoRA in Privacy-preserving Federated Learning",
+        "2403.12313",
+    )
 
     def plan(self, server_round: int, layout: Layout) -> ComponentPlan:
         """Train B in every block at every step."""

@@ -41,6 +41,12 @@ class FlexLoRA(FedLoRA):
     [[5.0, 0.0]]
     """
 
+    paper: ClassVar[tuple[str, ...]] = (
+        "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client "
+        "Resources",
+        "2402.11505",
+    )
+
     stable_basis: ClassVar[bool] = False
     needs_each_upload: ClassVar[bool] = True
     own_ranks: ClassVar[bool] = True

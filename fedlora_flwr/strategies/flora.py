@@ -42,6 +42,12 @@ class FLoRA(FedLoRA):
     [[5.0, 0.0]]
     """
 
+    paper: ClassVar[tuple[str, ...]] = (
+        "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank "
+        "Adaptations",
+        "2409.05976",
+    )
+
     folds: ClassVar[bool] = True
     needs_each_upload: ClassVar[bool] = True
 

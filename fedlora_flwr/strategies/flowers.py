@@ -112,8 +112,10 @@ class FedAvg(FlowersStrategy):
 
     Examples
     --------
+    >>> from fedlora_flwr.wire.identity import acting_for
     >>> uploads = [Upload(str(x), {"w": np.array([x])}, 1.0, {}) for x in (1.0, 3.0)]
-    >>> FedAvg().aggregate(1, {"w": np.zeros(1)}, uploads)["w"].tolist()
+    >>> with acting_for(1):  # As in the process of a server.
+    ...     FedAvg().aggregate(1, {"w": np.zeros(1)}, uploads)["w"].tolist()
     [2.0]
     """
 

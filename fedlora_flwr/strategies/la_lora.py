@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from fedlora_flwr.layout import Layout
 from fedlora_flwr.plan import A, B, ComponentPlan
 from fedlora_flwr.strategies.base import FedLoRA
@@ -22,6 +24,11 @@ class LALoRA(FedLoRA):
     >>> [str(LALoRA().plan(number, layout)) for number in (1, 2, 3)]
     ['B/A', 'B/A', 'B/A']
     """
+
+    paper: ClassVar[tuple[str, ...]] = (
+        "Rethinking LoRA for Privacy-Preserving Federated Learning in Large Models",
+        "2602.19926",
+    )
 
     def plan(self, server_round: int, layout: Layout) -> ComponentPlan:
         """Alternate B and A over the local steps, in every block; by round under a secure sum."""

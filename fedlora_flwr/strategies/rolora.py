@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from fedlora_flwr.layout import Layout
 from fedlora_flwr.plan import A, B, ComponentPlan
 from fedlora_flwr.strategies.base import FedLoRA
@@ -20,6 +22,11 @@ class RoLoRA(FedLoRA):
     >>> [str(RoLoRA().plan(number, layout)) for number in (1, 2, 3)]
     ['B', 'A', 'B']
     """
+
+    paper: ClassVar[tuple[str, ...]] = (
+        "Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA",
+        "2502.01755",
+    )
 
     def plan(self, server_round: int, layout: Layout) -> ComponentPlan:
         """Train one factor in every block."""

@@ -20,6 +20,7 @@ from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.server.strategy import build_strategy
 from fedlora_flwr.simulations.runner import prepare_run, run_in_process
+from fedlora_flwr.strategies import strategy_class
 from tests.backbones import checkpoints
 
 PAPER = [name for name in recipe_names() if name.startswith("paper/")]
@@ -123,7 +124,9 @@ def test_a_recipe_is_what_flwr_run_reads_and_says_what_it_is(name: str) -> None:
     text = (RECIPES / f"{name}.toml").read_text(encoding="utf-8")
     assert text.startswith("# ")
     tables = tomllib.loads(text)
-    assert list(tables) == [section for section in SECTIONS if section in tables]
+    own = [table for table in tables if table not in SECTIONS]
+    assert list(tables) == [*(section for section in SECTIONS if section in tables), *own]
+    assert all(strategy_class(table).name == table for table in own)
     assert all(
         isinstance(v, str | int | float) for table in tables.values() for v in table.values()
     )
