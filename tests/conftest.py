@@ -41,6 +41,7 @@ LONGEST = (
     "test_shared_fleet.py",
     "test_docs.py",
     "test_faults.py",
+    "test_secure_sum.py",
     "test_flwr_run.py",
     "test_workers.py",
     "test_installations.py",
