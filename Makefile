@@ -1,10 +1,10 @@
 # Two commands do everything: `make run` and `make test` set up what is missing.
 PYTHON ?= python3
-# `make setup CPU=1 TORCH="--index-url INDEX"` takes torch and torchvision without CUDA, for machines
+# `make setup CPU=1 TORCH="OPTIONS"` takes torch and torchvision without CUDA, for machines
 # without a GPU. TORCH holds pip's options; PyTorch's own site names the index.
 ifeq ($(CPU)$(strip $(TORCH)),1)
 $(error CPU=1 needs an index with torch for CPUs, which PyTorch's own site names. \
-Write make setup CPU=1 TORCH="--index-url INDEX")
+Write make setup CPU=1 TORCH="OPTIONS")
 endif
 VENV := .venv
 BIN := $(VENV)/bin

@@ -69,7 +69,7 @@ def make_client(context: Context) -> LoRAClient:
         str(context.run_id),
         store=LocalStore(folder / "local"),
         open_test=partial(_public_records, trainer.task) if device else None,
-        exchange=_exchange(context),
+        exchange=_exchange(identity, config, context),
         rank=config.client_rank(partition) if config.client_ranks else None,
     )
 
@@ -94,9 +94,8 @@ def _who(context: Context) -> tuple[str, RunConfig]:
     )
 
 
-def _exchange(context: Context) -> SumExchange:
+def _exchange(identity: str, config: RunConfig, context: Context) -> SumExchange:
     """Make a client's part in secure sums, which needs no model."""
-    identity, config = _who(context)
     store = SumStore(state_folder(config) / SUMS)
     return SumExchange(config, identity, str(context.run_id), store)
 
@@ -132,8 +131,9 @@ def state_folder(config: RunConfig) -> Path:
 def _direct(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Answer a Message-API strategy without a detour over Flower's legacy records."""
     if stage_of(message) in BETWEEN:
-        exchange = partial(_exchange, context)
-        return answer_between(exchange, message, client_identity(context))
+        return answer_between(
+            lambda: _exchange(*_who(context), context), message, client_identity(context)
+        )
     if trains_or_evaluates(message):
         # A question who the client is, or a message for a warm process, must not wait for torch.
         with uncollected():

@@ -143,6 +143,25 @@ def _installed(module: str) -> bool:
     return found is not None and found.origin is not None
 
 
+class CannotStart(FedLoRAError):
+    """A device cannot start as it is.
+
+    Parameters
+    ----------
+    what : str
+        What was found.
+    fix : str
+        What to do about it.
+    """
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(what, fix)
+        self.what, self.fix = what, fix
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.fix}."
+
+
 class PrivacyViolation(FedLoRAError):
     """Something would leave the private step unclipped or without noise."""
 
@@ -252,6 +271,21 @@ def explained(doing: str, advice: str) -> Iterator[None]:
             raise missing from error
         reason = f"{type(error).__name__}: {one_line(error)}".rstrip(".: ")
         raise ModelFailed(f"{doing} failed ({reason}{_place(error)}). {advice}") from error
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Let a value of a message that is not allowed be an order that is refused.
+
+    Raises
+    ------
+    OrderRefused
+        In place of `InvalidValue`, with its text.
+    """
+    try:
+        yield
+    except InvalidValue as error:
+        raise OrderRefused(str(error)) from error
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import json
 import logging
 import math
@@ -81,6 +82,11 @@ def data_folder() -> Path:
     What is in it, ledgers among it, cannot be made again.
     """
     return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "fedlora"
+
+
+def name_of_run(client: str, run: str) -> str:
+    """Return a file's name without suffix for a client in a run; any text may name either."""
+    return hashlib.sha256(f"{len(client)}:{client}{run}".encode()).hexdigest()[:32]
 
 
 def private_folder(path: Path) -> Path:

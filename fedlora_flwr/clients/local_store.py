@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.files import private_folder, replace_file
+from fedlora_flwr.files import name_of_run, private_folder, replace_file
 
 
 class LocalStore:
@@ -28,8 +27,7 @@ class LocalStore:
 
     def path(self, client: str, run: str) -> Path:
         """Return a client's file in a run; any text is a valid client or run."""
-        name = hashlib.sha256(f"{len(client)}:{client}{run}".encode()).hexdigest()[:32]
-        return self._folder / f"{name}.safetensors"
+        return self._folder / f"{name_of_run(client, run)}.safetensors"
 
     def keep(self, client: str, run: str, arrays: Mapping[str, NDArray[np.float32]]) -> None:
         """Replace what is kept, atomically."""

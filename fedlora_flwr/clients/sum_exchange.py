@@ -14,30 +14,16 @@ from pathlib import Path
 from fedlora_flwr.clients.sum_store import SumStore
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.trust import ANYBODY
-from fedlora_flwr.errors import InvalidValue, OrderRefused
+from fedlora_flwr.errors import InvalidValue, OrderRefused, refusing
 from fedlora_flwr.secure_sum.cohort import check_union, honest_shares
-from fedlora_flwr.secure_sum.party import SEALED_BYTES, Advertised, Masked, Shared
+from fedlora_flwr.secure_sum.party import SEALED_BYTES, Advertised, Masked, Shared, pieces
 from fedlora_flwr.secure_sum.shamir import SHARE_BYTES
 from fedlora_flwr.secure_sum.terms import CARD_BYTES, Terms
-from fedlora_flwr.wire import OPEN_SUM, PACKET, SEAL_SHARES, SHOW_KEYS, STAGE
+from fedlora_flwr.wire import OPEN_SUM, SEAL_SHARES, SHOW_KEYS, STAGE
 from fedlora_flwr.wire.limits import Residues
 from fedlora_flwr.wire.order import Order
 
 _PEER = 64  # hexadecimal digits
-
-
-def terms_of(order: Order, config: RunConfig) -> Terms:
-    """Return the terms of a sum, as a client has them from its order and its configuration.
-
-    Raises
-    ------
-    InvalidValue
-        So many dropouts cannot be allowed for.
-    """
-    return Terms(
-        order.server_round, order.plan, order.cohort, config.dropouts, config.colluding,
-        order.sum_noise, order.grid_norm, config.sample_rate, config.clip_norm,
-    )  # fmt: skip
 
 
 def shares_of(order: Order, config: RunConfig) -> int:
@@ -59,11 +45,9 @@ def shares_of(order: Order, config: RunConfig) -> int:
             "A secure sum needs a plan, the number of clients asked, the noise of the sum and the "
             "grid's norm in the message. Use one of this package's strategies."
         )
-    try:
+    with refusing():
         shares = honest_shares(order.cohort, config.dropouts, config.colluding)
         check_union(config.delta, max(config.sum_records, 1))
-    except InvalidValue as error:
-        raise OrderRefused(str(error)) from error
     if shares < config.least_shares:
         raise OrderRefused(
             f"The noise would be shared among {shares} clients ({order.cohort} asked, less "
@@ -114,13 +98,11 @@ class SumExchange:
             This client takes no part in such a sum, or the message is not the next one.
         """
         shares_of(order, self.config)
-        try:
+        with refusing():
             if not self.config.sum_records:
                 allowed = "at least 1: the most records of all clients together, set by the run"
                 raise InvalidValue("sum-records", 0, allowed)
             return self._answered(order)
-        except InvalidValue as error:
-            raise OrderRefused(str(error)) from error
 
     def _answered(self, order: Order) -> bytes:
         if order.stage == SHOW_KEYS:
@@ -130,13 +112,13 @@ class SumExchange:
             if peers is not None and own not in peers:
                 allowed = f"a list with this client's own identity, {own.hex()}"
                 raise InvalidValue("peers", self.config.peers, allowed)
-            advertised = Advertised.begin(terms_of(order, self.config), identity)
+            advertised = Advertised.begin(Terms.of(order, self.config), identity)
             self.store.keep(self.client, self.run, advertised)
             return advertised.card
         if order.stage == SEAL_SHARES:
             cards = pieces(order.packet, CARD_BYTES)
             found = self.store.take(self.client, self.run, Advertised)
-            shared, sealed = found.share(terms_of(order, self.config), cards, self._peers())
+            shared, sealed = found.share(Terms.of(order, self.config), cards, self._peers())
             self.store.keep(self.client, self.run, shared)
             return b"".join(sealed)
         if order.stage == OPEN_SUM:
@@ -154,13 +136,11 @@ class SumExchange:
         OrderRefused
             The message is not the next one of a sum that this client agreed to.
         """
-        try:
+        with refusing():
             shared = self.store.take(self.client, self.run, Shared)
-            terms = terms_of(order, self.config)
+            terms = Terms.of(order, self.config)
             kept = shared.open_shares(terms, pieces(order.packet, SEALED_BYTES))
-        except InvalidValue as error:
-            raise OrderRefused(str(error)) from error
-        return Masks(self, shared, kept)
+            return Masks(self, shared, kept)
 
     def _peers(self) -> frozenset[bytes] | None:
         """Read whose cards this client accepts."""
@@ -196,19 +176,6 @@ class Masks:
         exchange = self.exchange
         exchange.store.keep(exchange.client, exchange.run, self.kept)
         return masked
-
-
-def pieces(packet: bytes, length: int) -> list[bytes]:
-    """Cut a packet into pieces of one length.
-
-    Raises
-    ------
-    InvalidValue
-        It has another length than whole pieces have.
-    """
-    if not packet or len(packet) % length:
-        raise InvalidValue(f"length of {PACKET}", len(packet), f"a multiple of {length} bytes")
-    return [packet[i : i + length] for i in range(0, len(packet), length)]
 
 
 def read_peers(path: Path) -> frozenset[bytes]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedlora_flwr.errors import InvalidValue, OrderRefused
-from fedlora_flwr.files import private_folder, read_or_make, replace_file
+from fedlora_flwr.files import name_of_run, private_folder, read_or_make, replace_file
 from fedlora_flwr.secure_sum.party import Advertised, Masked, Shared
 
 State = TypeVar("State", Advertised, Shared, Masked)
@@ -104,8 +103,7 @@ class SumStore:
         return kind(**{name: _restored(value) for name, value in values.items()})
 
     def _path(self, client: str, run: str) -> Path:
-        name = hashlib.sha256(f"{len(client)}:{client}{run}".encode()).hexdigest()[:32]
-        return self._folder / f"{name}.json"
+        return self._folder / f"{name_of_run(client, run)}.json"
 
 
 def _plain(value: Any) -> Any:

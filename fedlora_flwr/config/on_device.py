@@ -15,7 +15,7 @@ from fedlora_flwr.config.keys import Decider, check_value, fields_by_key, widen
 from fedlora_flwr.config.methods import OWN_KEY
 from fedlora_flwr.config.names import by_short_name
 from fedlora_flwr.config.run_config import RunConfig
-from fedlora_flwr.errors import InvalidValue, OrderRefused, unknown
+from fedlora_flwr.errors import InvalidValue, OrderRefused, refusing, unknown
 
 _KEYS = fields_by_key(RunConfig)
 _OF_THE_RUN = (Decider.RUN, Decider.LIMITED)
@@ -154,12 +154,10 @@ def device_config(
             )
     for key, limit in (limits or {}).items():
         limit.check(values.get(key, _KEYS[key].default))
-    try:
+    with refusing():
         # On their own first: what is wrong among the run's own values may be told.
         agreed = {key: own[key] for key in _AGREED if key in own}
         RunConfig.received(_decided(values, agreed))
-    except InvalidValue as error:
-        raise OrderRefused(str(error)) from error
     return RunConfig.received(_decided(values, own))
 
 
@@ -192,10 +190,8 @@ def _accepted(key: str, value: Any) -> Any:
         raise OrderRefused(
             f"{key} is a text of {len(value):,} characters, and at most {_LONGEST:,} are accepted."
         )
-    try:
+    with refusing():
         return _checked(entry, value)
-    except InvalidValue as error:
-        raise OrderRefused(str(error)) from error
 
 
 def _check_unread(key: str, value: Any, count: int) -> None:

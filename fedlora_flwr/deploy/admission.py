@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedlora_flwr import flower_internals as flower
 from fedlora_flwr.deploy.supernode import SCRIPT
-from fedlora_flwr.errors import FedLoRAError, InvalidValue, one_line
+from fedlora_flwr.errors import CannotStart, InvalidValue, one_line
 
 _PATIENCE = 10.0  # seconds
 _NO_HEARTBEAT = 0.0  # seconds between heartbeats: Flower takes 10 to 1800
@@ -42,24 +42,12 @@ _OTHER_NAME = (62, 64)  # _HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH
 _SEE_SCRIPT = f"compare host and port with those after --superlink in {SCRIPT}"
 
 
-class NotAdmitted(FedLoRAError):
-    """A device's SuperNode would be refused.
+class NotAdmitted(CannotStart):
+    """A device's SuperNode would be refused."""
 
-    Parameters
-    ----------
-    what : str
-        What was found.
-    fix : str
-        What to do about it.
-    """
-
-    def __init__(self, what: str, fix: str) -> None:
-        super().__init__(f"{what[:1].upper()}{what[1:]}: {fix}.")
-        self.what, self.fix = what, fix
-
-    def __reduce__(self) -> tuple[type[NotAdmitted], tuple[str, str]]:
-        """Rebuild from the two arguments, so that the error crosses processes."""
-        return type(self), (self.what, self.fix)
+    def __str__(self) -> str:
+        said = super().__str__()
+        return f"{said[:1].upper()}{said[1:]}"
 
 
 class NoAnswer(NotAdmitted):

@@ -17,7 +17,7 @@ from importlib.metadata import EntryPoint, distribution
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fedlora_flwr.errors import FedLoRAError
+from fedlora_flwr.errors import CannotStart
 
 if TYPE_CHECKING:
     from flwr.clientapp.typing import ClientAppCallable
@@ -29,24 +29,8 @@ Loader = Callable[[bytes], "ClientAppCallable"]
 """Gives the app that serves a message, by the content of the run's bundle."""
 
 
-class NotSealed(FedLoRAError):
-    """A device would run other code than what is installed on it, and is not started.
-
-    Parameters
-    ----------
-    what : str
-        What was found.
-    fix : str
-        What to do about it.
-    """
-
-    def __init__(self, what: str, fix: str) -> None:
-        super().__init__(f"{what}: {fix}.")
-        self.what, self.fix = what, fix
-
-    def __reduce__(self) -> tuple[type[NotSealed], tuple[str, str]]:
-        """Rebuild from the two arguments, so that the error crosses processes."""
-        return NotSealed, (self.what, self.fix)
+class NotSealed(CannotStart):
+    """A device would run other code than what is installed on it, and is not started."""
 
 
 class OtherFlower(NotSealed):
@@ -64,6 +48,10 @@ class OtherFlower(NotSealed):
             f"flwr {version} cannot be kept from running a server's code, because {what}",
             "install flwr 1.42 on this device",
         )
+
+    def __reduce__(self) -> tuple[type[NotSealed], tuple[str, str]]:
+        """Rebuild from what and fix, so that the error crosses processes."""
+        return NotSealed, (self.what, self.fix)
 
 
 def programs() -> dict[str, EntryPoint]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedlora_flwr.errors import InvalidValue
@@ -83,7 +83,7 @@ class Opening:
         InvalidValue
             Fewer than N - t clients uploaded or handed out their shares, or the shares are wrong.
         """
-        self.check_uploads(uploads)
+        self._check("clients that uploaded", len(uploads))
         self._check("clients that handed out their shares", len(revealed))
         first = next(iter(uploads.values()))
         total = add_shares(flat(upload) for upload in uploads.values())
@@ -101,16 +101,6 @@ class Opening:
                 key = cards[other].mask_key
                 total -= pair_mask(secret, key, script, other < place, total.size)
         return unflat(total, first)
-
-    def check_uploads(self, uploads: Collection[int]) -> None:
-        """Refuse to open the sum of too few uploads.
-
-        Raises
-        ------
-        InvalidValue
-            There are fewer than N - t.
-        """
-        self._check("clients that uploaded", len(uploads))
 
     def _check(self, who: str, count: int) -> None:
         if count < (least := self.terms.threshold):

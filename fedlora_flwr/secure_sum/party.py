@@ -1,7 +1,7 @@
 r"""A client's side of a secure sum: four messages of a round, and the secrets between them.
 
 The protocol is that of Bonawitz et al. (CCS 2017), in which every client of a round masks with
-every other. Between messages a client is one of three things, and each is used up by its one step:
+every other. Between its messages a client is in one of three states, and leaves each by one step:
 
 1. `Advertised`: it drew two keys and showed its card. Given all cards, it shares its mask key and a
    seed of its own among all clients (`Advertised.share`).
@@ -50,9 +50,12 @@ from fedlora_flwr.secure_sum.masks import (
 )
 from fedlora_flwr.secure_sum.shamir import SECRET_BYTES, SHARE_BYTES, split
 from fedlora_flwr.secure_sum.terms import Card, Terms, check_cards, transcript
+from fedlora_flwr.wire import PACKET
 from fedlora_flwr.wire.limits import Residues
 
-__all__ = ["SEALED_BYTES", "Advertised", "Masked", "Shared", "flat", "pair_mask", "unflat"]
+__all__ = [
+    "SEALED_BYTES", "Advertised", "Masked", "Shared", "flat", "pair_mask", "pieces", "unflat",
+]  # fmt: skip
 
 SEALED_BYTES = 2 * SHARE_BYTES + SEAL_BYTES
 """Length of what one client seals for another: a share of its seed, and one of its mask key."""
@@ -287,6 +290,19 @@ def pair_mask(
     """
     found = mask(agreed_key(private, public, b"mask" + transcript), count)
     return found if first else -found
+
+
+def pieces(packet: bytes, length: int) -> list[bytes]:
+    """Cut a packet into pieces of one length.
+
+    Raises
+    ------
+    InvalidValue
+        It has another length than whole pieces have.
+    """
+    if not packet or len(packet) % length:
+        raise InvalidValue(f"length of {PACKET}", len(packet), f"a multiple of {length} bytes")
+    return [packet[i : i + length] for i in range(0, len(packet), length)]
 
 
 def flat(shares: Mapping[str, Residues]) -> Residues:

@@ -10,9 +10,11 @@ from dataclasses import astuple, dataclass
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.secure_sum.cohort import check_dropouts
 from fedlora_flwr.secure_sum.masks import KEY_BYTES
+from fedlora_flwr.wire.order import Order
 
 __all__ = ["CARD_BYTES", "Card", "Terms", "check_cards", "transcript"]
 
@@ -68,6 +70,20 @@ class Terms:
 
     def __post_init__(self) -> None:
         check_dropouts(self.cohort, self.dropouts, self.colluding)
+
+    @classmethod
+    def of(cls, order: Order, config: RunConfig) -> Terms:
+        """Return the terms as a client, or the server, has them from an order and its own settings.
+
+        Raises
+        ------
+        InvalidValue
+            So many dropouts cannot be allowed for.
+        """
+        return cls(
+            order.server_round, order.plan, order.cohort, config.dropouts, config.colluding,
+            order.sum_noise, order.grid_norm, config.sample_rate, config.clip_norm,
+        )  # fmt: skip
 
     @property
     def threshold(self) -> int:

@@ -166,14 +166,10 @@ class ModelCard:
         once = "one run; all runs of a device whose own file says so"
         yield "budget covers", once if config.ledger_scope == "run" else "all runs of a client"
         yield "clip norm", f"{config.clip_norm:g}, over all trained tensors of a record together"
-        yield (
-            "trust model",
-            (
-                "`secure-sum`, simulated: nothing masked an upload, which has a share of the noise"
-                if config.secure_sum
-                else "`local`: each client adds its own noise before anything leaves it"
-            ),
-        )
+        local = "`local`: each client adds its own noise before anything leaves it"
+        # The remark says whether the clients masked their uploads.
+        summed = f"`secure-sum`, {summary['remarks'].get('secure sum', 'of no round')}"
+        yield "trust model", summed if config.secure_sum else local
         if summary["unprotected_metrics"]:
             yield "not protected", "losses on private records were reported without noise"
 

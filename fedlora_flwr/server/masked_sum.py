@@ -8,7 +8,7 @@ from dataclasses import replace
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.secure_sum.grid import add_shares
 from fedlora_flwr.secure_sum.opening import Opening
-from fedlora_flwr.secure_sum.party import SEALED_BYTES
+from fedlora_flwr.secure_sum.party import SEALED_BYTES, pieces
 from fedlora_flwr.secure_sum.shamir import SHARE_BYTES
 from fedlora_flwr.secure_sum.terms import CARD_BYTES, Card, Terms
 from fedlora_flwr.strategies.secure_sum import Ask
@@ -71,14 +71,14 @@ class MaskedSum:
         if cards and not any(cards.values()):
             self.simulated = True
             return dict.fromkeys(cards, order)
-        terms = self._terms(order)
+        terms = Terms.of(order, self._config)
         good = _good_cards(cards, terms)
         self._places = {node: place for place, node in enumerate(good)}
         opening = self._opening = Opening(terms, list(good.values()))
         shown = replace(order, stage=SEAL_SHARES, packet=b"".join(good.values()))
         sealed = ask(dict.fromkeys(good, shown), SEALED_BYTES * len(good))
         opening.take_sealed(
-            {self._places[node]: _cut(packet, SEALED_BYTES) for node, packet in sealed.items()}
+            {self._places[node]: pieces(packet, SEALED_BYTES) for node, packet in sealed.items()}
         )
         upload = replace(order, stage=UPLOAD)
         return {
@@ -111,22 +111,14 @@ class MaskedSum:
             return {name: add_shares(u[name] for u in uploads.values()) for name in first}
         opening, self._opening = self._opening, None  # A sum is opened once.
         alive = {self._places[node]: shares for node, shares in uploads.items()}
-        opening.check_uploads(alive)
         flags = bytes(place in alive for place in range(len(opening.cards)))
         order = replace(self._order, stage=OPEN_SUM, packet=flags)
         given = ask(dict.fromkeys(uploads, order), SHARE_BYTES * len(flags))
         revealed = {
-            self._places[node]: dict(enumerate(_cut(packet, SHARE_BYTES)))
+            self._places[node]: dict(enumerate(pieces(packet, SHARE_BYTES)))
             for node, packet in given.items()
         }
         return opening.open(alive, revealed)
-
-    def _terms(self, order: Order) -> Terms:
-        config = self._config
-        return Terms(
-            order.server_round, order.plan, order.cohort, config.dropouts, config.colluding,
-            order.sum_noise, order.grid_norm, config.sample_rate, config.clip_norm,
-        )  # fmt: skip
 
 
 def _good_cards(cards: Mapping[int, bytes], terms: Terms) -> dict[int, bytes]:
@@ -143,7 +135,3 @@ def _good_cards(cards: Mapping[int, bytes], terms: Terms) -> dict[int, bytes]:
         seen |= own
         found[node] = cards[node]
     return found
-
-
-def _cut(packet: bytes, length: int) -> list[bytes]:
-    return [packet[i : i + length] for i in range(0, len(packet), length)]

@@ -148,10 +148,7 @@ class RoundReport:
         """
         self._agree()
         self.uploads.sort(key=lambda upload: upload.client)
-        self.failures.sort()
-        self.declined.sort()
-        for line in (*self.failures, *self.declined):
-            log(WARNING, "\t> round %d: %s", self.server_round, line)
+        self._tell()
         self._check_completion(min_completion, may_decline)
         weights = cap_weights([upload.weight for upload in self.uploads])
         self.uploads = [
@@ -167,11 +164,16 @@ class RoundReport:
         FederationAborted
             Fewer than ``min_completion`` of the clients answered.
         """
-        self.failures.sort()
-        for line in self.failures:
-            log(WARNING, "\t> round %d: %s", self.server_round, line)
+        self._tell()
         self._check_answered(self.sent - len(self.failures), min_completion)
         return None, None
+
+    def _tell(self) -> None:
+        """Log who failed or declined, and why."""
+        self.failures.sort()
+        self.declined.sort()
+        for line in (*self.failures, *self.declined):
+            log(WARNING, "\t> round %d: %s", self.server_round, line)
 
     def _agree(self) -> None:
         """Keep the uploads of the arrays that most clients sent: others cannot be averaged."""

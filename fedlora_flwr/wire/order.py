@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_flwr.errors import InvalidValue, OrderRefused
+from fedlora_flwr.errors import InvalidValue, OrderRefused, refusing
 from fedlora_flwr.layout import factor_of, is_folded, is_shared
 from fedlora_flwr.plan import A, B, ComponentPlan
 from fedlora_flwr.wire import (
@@ -176,10 +176,8 @@ class Order:
                     f"The message's configuration has the key {str(key)[:80]!r}, which this client "
                     f"does not know. It reads {', '.join(known)}."
                 )
-        try:
+        with refusing():
             return cls(**given)  # type: ignore[arg-type]
-        except InvalidValue as error:
-            raise OrderRefused(str(error)) from error
 
     def to_config(self) -> dict[str, Scalar]:
         """Return the configuration that `from_config` reads, without the defaults."""
@@ -199,12 +197,10 @@ class Order:
         """
         if not self.plan:
             return None
-        try:
+        with refusing():
             plan = ComponentPlan.parse(self.plan)
             plan.check(num_blocks)
-        except InvalidValue as error:
-            raise OrderRefused(str(error)) from error
-        return plan
+            return plan
 
     def leaves(self, name: str) -> bool:
         """Tell whether an array is exchanged."""

@@ -138,7 +138,7 @@ def test_a_registered_device_is_let_in(alive: RunningFleet) -> None:
 
     subject = f"server 127.0.0.1:{read_fleet(device)[0].port}"
     assert look()[subject] == ["admits this device"]
-    # To ask changes nothing: the device is as it was.
+    # Asking changes nothing on the server: the device is still not online.
     assert "online" not in alive.operator("flwr", "supernode", "list", CONNECTION)
     alive.start(DEVICE)
     try:

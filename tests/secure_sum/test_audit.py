@@ -11,15 +11,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 from scipy.stats import beta, norm  # type: ignore[import-untyped]
 
 from fedlora_flwr.secure_sum.grid import Grid, add_shares, opened, residues
-from fedlora_flwr.secure_sum.opening import Opening
-from fedlora_flwr.secure_sum.party import Advertised
 from fedlora_flwr.secure_sum.rounding import rounded
 from fedlora_flwr.secure_sum.terms import Terms
+from tests.secure_sum.rounds import Round
 
 TRIALS, CLIENTS, SIGMA, DELTA = 20_000, 5, 0.8, 1e-3
 GRID = Grid.of(SIGMA, 3, 4096)  # Of five clients, one may be gone and one may collude.
@@ -84,16 +82,11 @@ def test_the_audit_finds_a_sum_that_has_too_little_noise(monkeypatch: pytest.Mon
 def test_one_masked_upload_tells_nothing() -> None:
     """The record is far above the noise here, and the server holds all that one client sends."""
     terms = Terms(1, "B", CLIENTS, 1, 1, SIGMA, GRID.norm, 1.0, 1.0)
-    people = [Ed25519PrivateKey.generate() for _ in range(CLIENTS)]
     sent: dict[bool, list[int]] = {False: [], True: []}
     for trial in range(60):
         there = trial % 2 == 1
-        advertised = [Advertised.begin(terms, person) for person in people]
-        cards = [client.card for client in advertised]
-        shared = [client.share(terms, cards, None) for client in advertised]
-        opening = Opening(terms, cards)
-        opening.take_sealed({place: sealed for place, (_, sealed) in enumerate(shared)})
-        client = shared[0][0]
+        this = Round(terms, CLIENTS)
+        opening, client = this.share(), this.shared[0]
         upload = {"a": np.array([there * GRID.norm] * 64, np.uint32)}
         masked = client.masked(upload, client.open_shares(terms, opening.sealed_for(0)))["a"]
         sent[there] += masked.tolist()

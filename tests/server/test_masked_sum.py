@@ -141,6 +141,8 @@ def test_the_opened_sum_is_that_of_what_the_clients_masked(
             expected = opened(np.sum([p[name] for p in parts], axis=0, dtype=np.uint32))
             assert np.array_equal(array, expected)
     assert summary["remarks"]["secure sum"].startswith("masked")
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text("utf-8")
+    assert "| trust model | `secure-sum`, masked by the clients." in card
     assert summary["status"] == "completed"
     assert summary["failures"] == 0
     assert fleet.steps() == [2, 2, 2, 2]
