@@ -33,6 +33,7 @@ STRATEGIES: Mapping[str, str] = {
     "FLoRA": "strategies.flora",
     "FedExLoRA": "strategies.fedex_lora",
     "FedSALoRA": "strategies.fedsa_lora",
+    "HeadOnly": "strategies.head_only",
     "LegacyStrategy": "integrations.legacy_strategy",
 }
 CLIENT_AND_ENGINE: Mapping[str, str] = {

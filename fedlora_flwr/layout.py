@@ -178,6 +178,21 @@ class Layout:
                     r"e.g. '.*\.stages\.\d+'",
                 )
 
+    def check_plan(self, plan: ComponentPlan) -> None:
+        """Refuse a plan that does not fit these arrays.
+
+        Raises
+        ------
+        InvalidValue
+            It is for another number of blocks, or has a step that trains nothing.
+        """
+        plan.check(len(self.blocks))
+        for step, modes in enumerate(plan.steps, start=1):
+            if not self.active(plan, step):
+                allowed = f"steps that train something: in {modes!r} no factor trains, and the "
+                allowed += "exchanged arrays have no head (train-head, share-head)"
+                raise InvalidValue("plan", str(plan), allowed)
+
     def active(self, plan: ComponentPlan, step: int) -> tuple[str, ...]:
         """Return the names of the arrays that train at local step ``step`` (from 1)."""
         return tuple(name for name in self.names if self._trains(name, plan, step))

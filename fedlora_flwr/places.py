@@ -30,6 +30,7 @@ STRATEGIES: Mapping[str, str] = {
     "flora": "fedlora_flwr.strategies.flora:FLoRA",
     "fedex-lora": "fedlora_flwr.strategies.fedex_lora:FedExLoRA",
     "fedsa-lora": "fedlora_flwr.strategies.fedsa_lora:FedSALoRA",
+    "head-only": "fedlora_flwr.strategies.head_only:HeadOnly",
 }
 
 FLOWERS: Mapping[str, str] = {

@@ -13,7 +13,8 @@ from fedlora_flwr.errors import InvalidValue
 A = "A"
 B = "B"
 BOTH = "*"
-MODES = (A, B, BOTH)
+NEITHER = "-"
+MODES = (A, B, BOTH, NEITHER)
 HEAD = "head"
 """Arrays that belong to no factor."""
 PARTS = (A, B, HEAD)
@@ -27,7 +28,8 @@ class ComponentPlan:
     ----------
     steps : tuple[str, ...]
         One entry a local step, cycled when the round has more steps. An entry is a string of modes,
-        ``"A"``, ``"B"`` or ``"*"`` (both): one character for all blocks alike, or one per block.
+        ``"A"``, ``"B"``, ``"*"`` (both) or ``"-"`` (neither; the head alone trains): one character
+        for all blocks alike, or one per block.
 
     Raises
     ------
@@ -50,8 +52,8 @@ class ComponentPlan:
             raise InvalidValue(
                 "plan",
                 "/".join(self.steps),
-                "steps joined by '/', each one of 'A', 'B', '*' for all blocks, or one such "
-                "character a block",
+                "steps joined by '/', each one of 'A', 'B', '*' or '-' for all blocks, or one "
+                "such character per block",
             )
 
     @classmethod
@@ -68,7 +70,7 @@ class ComponentPlan:
         return "/".join(self.steps)
 
     def factors(self, step: int, block: int) -> str:
-        """Return the factors that train: ``"A"``, ``"B"`` or ``"AB"``.
+        """Return the factors that train: ``"A"``, ``"B"``, ``"AB"``, or ``""`` for neither.
 
         Parameters
         ----------
@@ -79,7 +81,7 @@ class ComponentPlan:
         """
         modes = self.steps[(step - 1) % len(self.steps)]
         mode = modes if len(modes) == 1 else modes[block]
-        return "AB" if mode == BOTH else mode
+        return {BOTH: "AB", NEITHER: ""}.get(mode, mode)
 
     def check(self, num_blocks: int) -> None:
         """Refuse a plan made for another number of blocks.

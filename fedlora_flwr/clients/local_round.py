@@ -161,7 +161,7 @@ class LocalRound:
             ``"budget-exhausted"`` that our strategies get.
         """
         started = time.perf_counter()
-        plan = order.plan_for(len(self._trainer.layout.blocks))
+        plan = order.plan_for(self._trainer.layout)
         self._permit(order)
         shares = check_order(order, self._trainer.config)
         masks = self.exchange.masks(order) if order.stage else None

@@ -210,7 +210,7 @@ class LocalTrainer:
         proximal_mu: float = 0.0,  # A secure sum has one step, from where the pull is zero.
     ) -> Iterator[None]:
         """Load the arrays, check the plan and the model, and give the client its own randomness."""
-        plan.check(len(self.layout.blocks))
+        self.layout.check_plan(plan)
         self.load(arrays)
         settings = OptimizerSettings.in_round(self.config, server_round)
         settings = replace(settings, proximal_mu=proximal_mu)

@@ -234,7 +234,7 @@ def _plan(config: Mapping[str, object], layout: Layout) -> ComponentPlan | None:
         return None
     plan = ComponentPlan.parse(str(config[PLAN]))
     try:
-        plan.check(len(layout.blocks))
+        layout.check_plan(plan)
     except InvalidValue as error:
         allowed = (
             f"{error.allowed}, for blocks {layout.blocks}; give follow_plan the strategy's blocks"

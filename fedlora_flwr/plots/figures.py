@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 DPI = 150
 # From a palette that color-blind readers can tell apart (Okabe and Ito).
-MODES = {"A": "#0072B2", "B": "#E69F00", "AB": "#009E73"}
+MODES = {"A": "#0072B2", "B": "#E69F00", "AB": "#009E73", "": "#BBBBBB"}
 
 
 def run_name(task: str, strategy: str, epsilon: float | None, seed: int) -> str:

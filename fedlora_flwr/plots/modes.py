@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-MODE_NAMES = {"A": "A", "B": "B", "AB": "A and B"}
+MODE_NAMES = {"A": "A", "B": "B", "AB": "A and B", "": "neither"}
 
 
 def plot_modes(plans: Sequence[str], blocks: Sequence[str], path: Path, run: str = "") -> None:

@@ -19,6 +19,7 @@ from fedlora_flwr.strategies.fedsvd import FedSVD
 from fedlora_flwr.strategies.ffa_lora import FFALoRA
 from fedlora_flwr.strategies.flexlora import FlexLoRA
 from fedlora_flwr.strategies.flora import FLoRA
+from fedlora_flwr.strategies.head_only import HeadOnly
 from fedlora_flwr.strategies.la_lora import LALoRA
 from fedlora_flwr.strategies.replies import RoundReport, Upload
 from fedlora_flwr.strategies.rolora import RoLoRA
@@ -61,6 +62,7 @@ __all__ = [
     "FedSALoRA",
     "FedSVD",
     "FlexLoRA",
+    "HeadOnly",
     "LALoRA",
     "RoLoRA",
     "RoundReport",

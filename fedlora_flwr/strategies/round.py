@@ -73,9 +73,9 @@ class Round:
         Raises
         ------
         InvalidValue
-            The plan is for another number of blocks.
+            The plan does not fit the layout.
         """
-        plan.check(len(layout.blocks))
+        layout.check_plan(plan)
         return cls(
             current={name: to_numpy(array) for name, array in arrays.items()},
             plan=plan,

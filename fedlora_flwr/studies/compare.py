@@ -30,6 +30,7 @@ from fedlora_flwr.studies.compare_results import (
     RowKey,
     check_settings,
     claim,
+    data_name,
     document_of,
     markdown,
     summarize,
@@ -258,7 +259,7 @@ def compare(
         parts = document_of(summary, comparison.config, metric, comparison.trials)
         replace_file(folder / "table.md", markdown(parts).encode())
         runs = pd.DataFrame(rows, columns=list(COLUMNS)).astype({"final": float})
-        plot_accuracy(runs, folder / "accuracy.png", metric, comparison.config.task)
+        plot_accuracy(runs, folder / "accuracy.png", metric, data_name(comparison.config))
     return summary
 
 

@@ -175,6 +175,11 @@ def budget_name(epsilon: float) -> str:
     return "none" if math.isinf(epsilon) else f"{epsilon:g}"
 
 
+def data_name(config: RunConfig) -> str:
+    """Name what is compared on, and the trust model where it is not that of each client alone."""
+    return f"{config.task}, secure sum simulated" if config.secure_sum else config.task
+
+
 Part = str | list[list[str]]
 """A sentence, or a table whose first row is its head."""
 
@@ -206,7 +211,7 @@ def document_of(summary: pd.DataFrame, config: RunConfig, metric: str, trials: i
         figures.append([str(name), *cells, *kilobytes])
         rates.append([str(name), *(_rates(row) for row in rows)])
     return [
-        f"# {config.task}: {metric} in % after round {config.num_rounds}",
+        f"# {data_name(config)}: {metric} in % after round {config.num_rounds}",
         figures,
         "Mean ± sample standard deviation over the seeds, final round; bold: best of its "
         "column. Bytes: mean of a whole run, all clients together.",

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr.errors import InvalidValue, OrderRefused, refusing
-from fedlora_flwr.layout import factor_of, is_folded, is_shared
+from fedlora_flwr.layout import Layout, factor_of, is_folded, is_shared
 from fedlora_flwr.plan import A, B, ComponentPlan
 from fedlora_flwr.wire import (
     COHORT,
@@ -187,19 +187,19 @@ class Order:
             if getattr(self, entry.name) != entry.default
         }
 
-    def plan_for(self, num_blocks: int) -> ComponentPlan | None:
+    def plan_for(self, layout: Layout) -> ComponentPlan | None:
         """Return the plan, or ``None`` where the server sent none.
 
         Raises
         ------
         OrderRefused
-            The text is not a plan, or one for another number of blocks.
+            The text is not a plan, or not one for these arrays.
         """
         if not self.plan:
             return None
         with refusing():
             plan = ComponentPlan.parse(self.plan)
-            plan.check(num_blocks)
+            layout.check_plan(plan)
             return plan
 
     def leaves(self, name: str) -> bool:

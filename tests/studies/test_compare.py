@@ -16,6 +16,7 @@ import pytest
 from filelock import FileLock
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import prepare_run, run_in_process
@@ -157,6 +158,15 @@ def test_the_files(original: tuple[Path, pd.DataFrame, Told]) -> None:
     assert (settings["num-rounds"], settings["seeds"], settings["trials"]) == (1, 2, 2)
     assert "Starting" in (folder / "compare.log").read_text()
     assert list(summary["failed"]) == [0] * 4
+
+
+def test_the_title_names_a_simulated_sum(original: tuple[Path, pd.DataFrame, Told]) -> None:
+    by_sum = load_recipe("digits-secure-sum", ["num-rounds=3"])
+    titles = [document_of(original[1], config, "accuracy", 2)[0] for config in (by_sum, SHARED)]
+    assert titles == [
+        "# digits, secure sum simulated: accuracy in % after round 3",
+        "# digits: accuracy in % after round 1",
+    ]
 
 
 def test_a_second_call_runs_nothing(finished: Path) -> None:

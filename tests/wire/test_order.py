@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora_flwr.errors import InvalidValue, OrderRefused
+from fedlora_flwr.layout import Layout
 from fedlora_flwr.wire import MOST_ENTRY
 from fedlora_flwr.wire.order import Order, check_shapes, named_arrays
 
@@ -85,10 +86,13 @@ def test_any_configuration_is_read_or_refused(config: dict[str, Any]) -> None:
     assert set(config) <= {*KEYS, "clipping_norm", "norm_bit"}
 
 
-@pytest.mark.parametrize("plan", ["C", "B//A", "BA", "*AB", "B/"])
+FOUR_BLOCKS = Layout(tuple(f"blocks.{n}.fc.lora_{f}.weight" for n in range(4) for f in "AB"))
+
+
+@pytest.mark.parametrize("plan", ["C", "B//A", "BA", "*AB", "B/", "-", "B/----"])
 def test_a_plan_that_fits_no_model_is_refused(plan: str) -> None:
     with pytest.raises(OrderRefused, match="plan"):
-        Order(plan=plan).plan_for(4)
+        Order(plan=plan).plan_for(FOUR_BLOCKS)
 
 
 @pytest.mark.parametrize(
