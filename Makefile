@@ -36,9 +36,10 @@ test: style
 test-deploy: setup
 	$(BIN)/python -m pytest -n 2 -m "deploy or flower"
 
-# Every paper recipe for one private round on random weights of its full architecture.
+# Every paper recipe for one private round on random weights of its full architecture: about 85
+# minutes of CPU. Two at a time need 10 GB of memory.
 recipes: setup
-	$(BIN)/python -m pytest -n 0 -m recipes tests/simulations/test_recipes.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist load -m recipes tests/simulations/test_recipes.py
 
 # The documentation as a site in site/; open site/index.html. A dead link or anchor is an error.
 docs: setup

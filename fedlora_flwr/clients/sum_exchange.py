@@ -96,29 +96,37 @@ class SumExchange:
         ------
         OrderRefused
             This client takes no part in such a sum, or the message is not the next one.
+        InvalidValue
+            This client's own list of peers, or its identity, cannot be used. The text names its
+            files, and is not for the server.
         """
         shares_of(order, self.config)
         with refusing():
             if not self.config.sum_records:
                 allowed = "at least 1: the most records of all clients together, set by the run"
                 raise InvalidValue("sum-records", 0, allowed)
-            return self._answered(order)
-
-    def _answered(self, order: Order) -> bytes:
         if order.stage == SHOW_KEYS:
-            peers = self._peers()
-            identity = self.store.identity()
-            own = identity.public_key().public_bytes_raw()
-            if peers is not None and own not in peers:
-                allowed = f"a list with this client's own identity, {own.hex()}"
-                raise InvalidValue("peers", self.config.peers, allowed)
+            return self._show_keys(order)
+        peers = self._peers() if order.stage == SEAL_SHARES else None
+        with refusing():
+            return self._answered(order, peers)
+
+    def _show_keys(self, order: Order) -> bytes:
+        peers, identity = self._peers(), self.store.identity()
+        own = identity.public_key().public_bytes_raw()
+        if peers is not None and own not in peers:
+            allowed = f"a list with this client's own identity, {own.hex()}"
+            raise InvalidValue("peers", self.config.peers, allowed)
+        with refusing():
             advertised = Advertised.begin(Terms.of(order, self.config), identity)
-            self.store.keep(self.client, self.run, advertised)
-            return advertised.card
+        self.store.keep(self.client, self.run, advertised)
+        return advertised.card
+
+    def _answered(self, order: Order, peers: frozenset[bytes] | None) -> bytes:
         if order.stage == SEAL_SHARES:
             cards = pieces(order.packet, CARD_BYTES)
             found = self.store.take(self.client, self.run, Advertised)
-            shared, sealed = found.share(Terms.of(order, self.config), cards, self._peers())
+            shared, sealed = found.share(Terms.of(order, self.config), cards, peers)
             self.store.keep(self.client, self.run, shared)
             return b"".join(sealed)
         if order.stage == OPEN_SUM:

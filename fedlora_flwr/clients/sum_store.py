@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedlora_flwr.errors import InvalidValue, OrderRefused
+from fedlora_flwr.errors import FedLoRAError, InvalidValue, OrderRefused
 from fedlora_flwr.files import name_of_run, private_folder, read_or_make, replace_file
 from fedlora_flwr.secure_sum.party import Advertised, Masked, Shared
 
@@ -92,7 +92,8 @@ class SumStore:
         except FileNotFoundError:
             name, values = "", {}
         except ValueError as error:
-            raise InvalidValue("kept secrets of a sum", str(path), "what was written") from error
+            # No `InvalidValue`: a server reads the text of those, and this names a file.
+            raise FedLoRAError(f"The secrets of a sum in {path} are damaged.") from error
         finally:
             taken.unlink(missing_ok=True)
         if name != kind.__name__:

@@ -69,7 +69,7 @@ def find_splits(path: Path, source: SourceFolder) -> dict[str, Found]:
     folders, tables = _folders(entries, source), _tables(entries, source)
     if both := sorted(folders.keys() & tables.keys()):
         allowed = f"each split once: {both[0]!r} is there as a folder and as a file"
-        raise InvalidValue("source", str(path), allowed)
+        raise InvalidValue("dataset", str(path), allowed)
     found = {**folders, **tables}
     inner = path / "data"
     return found if found or inner not in entries else find_splits(inner, source)
@@ -108,7 +108,7 @@ def class_names(found: Found) -> list[str]:
                     f"one spelling of each class: {one.name!r} has a folder {same!r}, and "
                     f"{other.name!r} has {name!r}. Rename one of them"
                 )
-                raise InvalidValue("source", str(folder.parent), allowed)
+                raise InvalidValue("dataset", str(folder.parent), allowed)
     return sorted(set().union(*splits.values()))
 
 
@@ -170,10 +170,10 @@ def _table(paths: list[Path], source: SourceFolder) -> Found:
     if len({path.suffix for path in paths}) > 1 or (len(paths) > 1 and len(numbers) < len(paths)):
         names = ", ".join(path.name for path in paths)
         raise InvalidValue(
-            "source", str(first.parent), f"one file, or shards, a split, not {names}"
+            "dataset", str(first.parent), f"one file, or shards, a split, not {names}"
         )
     if numbers and (len(counts) > 1 or numbers != list(range(int(min(counts))))):
-        raise InvalidValue("source", str(first.parent), f"all shards of {first.name}")
+        raise InvalidValue("dataset", str(first.parent), f"all shards of {first.name}")
     return Found(TABLES[first.suffix.lower()], tuple(paths), source)
 
 
@@ -198,7 +198,7 @@ def _split_of(path: Path) -> str:
     shard = _SHARD.fullmatch(path.stem)
     if shard and int(shard["count"]) > 1:
         allowed = "the folder of all shards, as this file is one of several"
-        raise InvalidValue("source", str(path), allowed)
+        raise InvalidValue("dataset", str(path), allowed)
     name = shard["split"] if shard else path.stem
     return name if name in _KNOWN else "train"
 

@@ -47,7 +47,7 @@ def line_of(text: str, position: int) -> int:
 
 def unreadable(path: Path, expected: str) -> InvalidValue:
     """Return the error of a file that cannot be read as it should be."""
-    return InvalidValue("source", str(path), expected)
+    return InvalidValue("dataset", str(path), expected)
 
 
 def reason(error: BaseException) -> str:

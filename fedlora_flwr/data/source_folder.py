@@ -70,7 +70,7 @@ class SourceFolder:
                         f"a folder that is complete: {entry.name!r} is a link to a place outside "
                         "it. Copy the content, or name that place itself"
                     )
-                    raise InvalidValue("source", str(self.path), allowed)
+                    raise InvalidValue("dataset", str(self.path), allowed)
                 found.append(path)
         return sorted(found)
 

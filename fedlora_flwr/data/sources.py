@@ -85,7 +85,7 @@ def load_split(source: str, split: str, *, subset: str = "") -> Dataset:
     elif is_hub_name(source):
         dataset = _from_hub(source, split, subset)
     else:
-        raise InvalidValue("source", source, f"{_LOCAL} that exists, or a name on the hub")
+        raise InvalidValue("dataset", source, f"{_LOCAL} that exists, or a name on the hub")
     if len(dataset) == 0:
         raise InvalidValue("split", split, f"a split of {source!r} with records")
     return dataset
@@ -137,9 +137,11 @@ def _found(path: Path, source: str, split: str, subset: str) -> Found:
         raise _unreadable(source, error) from error
     found = pick(splits, split)
     if found is None and (folder := folder_as_table(root, split)):
-        raise InvalidValue("source", str(folder), "a file, and it is a folder. Name the file in it")
+        raise InvalidValue(
+            "dataset", str(folder), "a file, and it is a folder. Name the file in it"
+        )
     if not splits:
-        raise InvalidValue("source", source, _LOCAL)
+        raise InvalidValue("dataset", source, _LOCAL)
     if found is None:
         raise unknown("split", split, splits, after=f": what {source!r} holds")
     return found
@@ -178,7 +180,7 @@ def _read_table(found: Found) -> tuple[Dataset, str]:
     read = partial(_READERS[found.kind], found.paths)
     dataset = kept(cache_folder() / "datasets" / "sources" / name, read)
     if dataset is None:
-        raise InvalidValue("source", _named(found), "records, and it has none")
+        raise InvalidValue("dataset", _named(found), "records, and it has none")
     return dataset, digest
 
 
@@ -194,7 +196,7 @@ def _read_saved(found: Found) -> tuple[Dataset, str]:
     (folder,) = found.paths
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if any(Path(file["filename"]).name != file["filename"] for file in state["_data_files"]):
-        raise InvalidValue("source", str(folder), "a saved data set whose files are all in it")
+        raise InvalidValue("dataset", str(folder), "a saved data set whose files are all in it")
     dataset = datasets.load_from_disk(str(folder))
     return dataset, files_digest(folder.glob("*"), folder)
 
@@ -263,7 +265,7 @@ def _require_pictures_inside(dataset: Dataset, found: Found) -> None:
             content, path = (pc.struct_field(column, part) for part in ("bytes", "path"))
             if pc.any(pc.and_(pc.is_null(content), pc.is_valid(path))).as_py():
                 allowed = f"pictures that are in the file: column {name!r} only names some"
-                raise InvalidValue("source", str(found.paths[0]), allowed)
+                raise InvalidValue("dataset", str(found.paths[0]), allowed)
 
 
 def _is_picture(content: bytes) -> bool:
@@ -287,7 +289,7 @@ def _from_hub(name: str, split: str, subset: str) -> Dataset:
             f"{_LOCAL}, or a name on a hub that can be reached: it did not answer (a copy that "
             "was fetched before is used where HF_HUB_OFFLINE=1 is set)"
         )
-        raise InvalidValue("source", name, reason)
+        raise InvalidValue("dataset", name, reason)
     return _fetched(name, split, subset)
 
 
@@ -315,7 +317,7 @@ def _fetched(name: str, split: str, subset: str) -> Dataset:
 def _unreadable(source: str, error: Exception) -> InvalidValue:
     cause = error.__cause__ or error
     text = " ".join(str(cause).split())[:300]
-    return InvalidValue("source", source, f"records that can be read ({text})")
+    return InvalidValue("dataset", source, f"records that can be read ({text})")
 
 
 @contextmanager

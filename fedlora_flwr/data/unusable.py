@@ -42,7 +42,7 @@ def named(
             pictures = bool(_picture_columns(dataset))
             kind = "pictures that can be decoded" if pictures else "records of the task's form"
             text = f"{kind} ({type(error).__name__}: {reason(error)}). Correct or remove it"
-            return InvalidValue("source", _place(dataset, row), text)
+            return InvalidValue("dataset", _place(dataset, row), text)
     return None
 
 

@@ -159,7 +159,7 @@ def test_pictures_of_a_table_are_in_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["~nobody-of-this-name/x.csv", "\0", "x" * 5000, "a/..b/../.."])
 def test_a_source_that_no_file_can_be_is_refused(source: str) -> None:
-    with pytest.raises(InvalidValue, match="source = "):
+    with pytest.raises(InvalidValue, match="dataset = "):
         load_split(source, "train")
 
 

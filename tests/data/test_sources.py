@@ -193,7 +193,7 @@ def test_a_broken_file_is_one_error(
     tmp_path: Path, name: str, content: bytes, allowed: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InvalidValue, match=rf"source = .*{name}.*{allowed}") as caught:
+    with pytest.raises(InvalidValue, match=rf"dataset = .*{name}.*{allowed}") as caught:
         load_split(str(tmp_path), "train")
     assert "\n" not in str(caught.value)
     assert not caplog.records
@@ -203,17 +203,17 @@ def test_a_broken_file_is_one_error(
     ("arguments", "key", "allowed"),
     [
         (("{set}", "tset"), "split", "did you mean 'test'"),
-        (("{set}/nothing", "train"), "source", "exists"),
-        (("nothing.parquet", "train"), "source", "exists"),
-        (("../no/such/folder", "train"), "source", "exists"),
-        (("{set}/README.md", "train"), "source", "parquet, CSV"),
-        (("{tmp}/void", "train"), "source", "parquet, CSV"),
-        (("{tmp}/shards", "train"), "source", "all shards"),
-        (("{tmp}/shards/train-00001-of-00003.parquet", "train"), "source", "folder of all shards"),
-        (("{tmp}/twice", "train"), "source", "one file"),
-        (("{tmp}/empty", "train"), "source", "records, and it has none"),
-        (("{tmp}/empty", "test"), "source", "records, and it has none"),
-        (("{tmp}/empty", "head"), "source", "records, and it has none"),
+        (("{set}/nothing", "train"), "dataset", "exists"),
+        (("nothing.parquet", "train"), "dataset", "exists"),
+        (("../no/such/folder", "train"), "dataset", "exists"),
+        (("{set}/README.md", "train"), "dataset", "parquet, CSV"),
+        (("{tmp}/void", "train"), "dataset", "parquet, CSV"),
+        (("{tmp}/shards", "train"), "dataset", "all shards"),
+        (("{tmp}/shards/train-00001-of-00003.parquet", "train"), "dataset", "folder of all shards"),
+        (("{tmp}/twice", "train"), "dataset", "one file"),
+        (("{tmp}/empty", "train"), "dataset", "records, and it has none"),
+        (("{tmp}/empty", "test"), "dataset", "records, and it has none"),
+        (("{tmp}/empty", "head"), "dataset", "records, and it has none"),
     ],
 )
 def test_bad_input_is_named(
@@ -249,7 +249,7 @@ def test_a_hub_that_cannot_be_reached_is_noticed_within_seconds(tmp_path: Path) 
     run = subprocess.run(
         [sys.executable, "-c", program], env=away, capture_output=True, text=True, timeout=20
     )
-    assert "source = 'someone/something'" in run.stdout
+    assert "dataset = 'someone/something'" in run.stdout
     assert "a local file or folder" in run.stdout
     assert run.stderr == ""
 

@@ -21,7 +21,7 @@ from fedlora_flwr.clients.sum_messages import stage_of
 from fedlora_flwr.clients.sum_store import SumStore
 from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.errors import OrderRefused
+from fedlora_flwr.errors import ClientFailed, OrderRefused
 from fedlora_flwr.privacy.ledger import Ledger
 from fedlora_flwr.secure_sum.grid import opened
 from fedlora_flwr.secure_sum.party import Shared
@@ -254,8 +254,6 @@ def test_a_server_cannot_change_the_terms_on_the_way(
         ({"least_shares": 4}, "takes part from least-shares = 4"),
         ({"sum_records": 0}, "sum-records = 0"),
         ({"sum_records": 10_000}, "delta = 0.0005"),
-        ({"peers": ""}, "a file with the identities of all clients, or 'any'"),
-        ({"peers": "missing.txt"}, "a text file that can be read"),
         ({"trust_model": "local"}, "asks for a share of a secure sum"),
     ],
 )
@@ -270,8 +268,26 @@ def test_a_client_shows_no_key_where_its_own_settings_forbid_it(
         server.send(0, stage=SHOW_KEYS)
 
 
+@pytest.mark.parametrize("stage", [SHOW_KEYS, SEAL_SHARES])
+@pytest.mark.parametrize(
+    ("peers", "reason"),
+    [
+        ("", "a file with the identities of all clients, or 'any'"),
+        ("missing.txt", "a text file that can be read"),
+    ],
+)
+def test_a_client_without_a_list_of_peers_says_why_in_its_own_log_alone(
+    server: Server, stage: str, peers: str, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.fleet.config = replace(server.fleet.config, peers=peers)
+
+    with pytest.raises(ClientFailed, match=r"^The client could not do what was asked \(error"):
+        server.send(0, stage=stage)
+    assert reason in caplog.text
+
+
 def test_a_list_of_peers_without_oneself_or_with_nonsense_is_refused(
-    server: Server, tmp_path: Path
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for text, reason in (
         ("ab" * 32, "a list with this client's own identity"),
@@ -282,8 +298,21 @@ def test_a_list_of_peers_without_oneself_or_with_nonsense_is_refused(
         file = tmp_path / "peers.txt"
         file.write_text(text)
         server.fleet.config = replace(server.fleet.config, peers=str(file))
-        with pytest.raises(OrderRefused, match=reason):
+        with pytest.raises(ClientFailed, match=r"^The client could not do what was asked \(error"):
             server.send(0, stage=SHOW_KEYS)
+        assert reason in caplog.text
+
+
+def test_secrets_that_are_damaged_are_named_in_the_clients_own_log_alone(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    cards = server.cards()
+    (kept,) = server.fleet.stores[0]._folder.glob("*.json")
+    kept.write_text("{")
+
+    with pytest.raises(ClientFailed, match=r"^The client could not do what was asked \(error"):
+        server.send(0, stage=SEAL_SHARES, packet=cards)
+    assert "are damaged" in caplog.text
 
 
 def test_a_damaged_identity_is_not_replaced(tmp_path: Path) -> None:
