@@ -1,6 +1,7 @@
 """Hook of MkDocs: lists that pages take from the code itself, so that they are never out of date.
 
-A page has a mark where a list belongs. `LISTS` says which mark stands for which list.
+A page has a mark at the end of a line where a list belongs. The line tells whoever reads the file
+how to see the list without the site. `LISTS` says which mark stands for which list.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from fedlora_flwr.strategies.base import FedLoRA
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Put lists in the place of their marks."""
+    """Put lists in the place of the lines with their marks."""
+    lines = markdown.split("\n")
     for mark, made in LISTS.items():
-        if mark in markdown:
-            markdown = markdown.replace(mark, made())
-    return markdown
+        lines = [made() if line.endswith(mark) else line for line in lines]
+    return "\n".join(lines)
 
 
 def configuration() -> str:

@@ -13,7 +13,7 @@ from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.sharing import agreed, check_order, round_grid, trust_of, with_records
 from fedlora_flwr.clients.sum_exchange import Masks, SumExchange
 from fedlora_flwr.clients.trainer import LocalTrainer, LocalUpdate
-from fedlora_flwr.data.records import Records
+from fedlora_flwr.data.records import Records, check_records
 from fedlora_flwr.environment import in_simulation, peak_memory
 from fedlora_flwr.errors import BudgetExhausted, InvalidValue, OrderRefused, untold
 from fedlora_flwr.layout import leading_ranks
@@ -95,6 +95,8 @@ class LocalRound:
     ) -> None:
         self._trainer = trainer
         self._open_test = open_test or trainer.task.test_records
+        if not callable(records):
+            check_records(records)
         self._records = records
         self._ledger = ledger
         if rank is not None and rank < 1:
@@ -286,7 +288,10 @@ class LocalRound:
 
     def _open(self) -> Records:
         records = self._records
-        return records() if callable(records) else records
+        if callable(records):
+            records = records()
+            check_records(records)
+        return records
 
     def _exhausted(self, started: float) -> Released:
         summary = self._ledger.summary(self._account)

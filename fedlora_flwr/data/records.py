@@ -40,6 +40,19 @@ class Records(Protocol):
         ...
 
 
+def check_records(records: object) -> None:
+    """Refuse what cannot be read as records.
+
+    Raises
+    ------
+    InvalidValue
+        There is no ``batch`` or no length.
+    """
+    if not (hasattr(records, "batch") and hasattr(records, "__len__")):
+        allowed = "an object with batch(indices) and a length, such as a TensorRecords"
+        raise InvalidValue("records", type(records).__name__, allowed)
+
+
 def lengths_of(records: Records, indices: Tensor) -> NDArray[np.int64] | None:
     """Return the tokens of each record at ``indices``, shape (n,), or ``None`` if all are alike.
 

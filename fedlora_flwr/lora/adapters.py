@@ -308,8 +308,9 @@ def attach(model: nn.Module, spec: LoRASpec, seed: int) -> AdaptedModel:
     Raises
     ------
     InvalidValue
-        ``spec.targets`` cannot be used (see `fedlora_flwr.lora.targets`), or a name in
-        ``spec.head`` is that of no module, or the end of another's.
+        The model has adapters already, ``spec.targets`` cannot be used (see
+        `fedlora_flwr.lora.targets`), or a name in ``spec.head`` is that of no module, or the end of
+        another's.
     PrivacyViolation
         A trainable part cannot be clipped record by record (see `AdaptedModel`).
 
@@ -320,6 +321,9 @@ def attach(model: nn.Module, spec: LoRASpec, seed: int) -> AdaptedModel:
     >>> list(adapted.parameters), adapted.layers[0].scaling
     (['0.lora_A.weight', '0.lora_B.weight'], 2.0)
     """
+    if any(isinstance(module, PeftModel | LoraLayer) for module in model.modules()):
+        allowed = "one without PEFT's adapters: they are attached here. Return the plain model"
+        raise InvalidValue("model", type(model).__name__, allowed)
     targets = spec.targets or usual_targets(
         model, spec.head, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     )

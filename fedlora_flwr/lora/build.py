@@ -51,12 +51,24 @@ def lora_spec(config: RunConfig, task: Task, drawn: tuple[str, ...] = ()) -> LoR
         Whose head may train.
     drawn : tuple[str, ...]
         Modules beside the head whose weights are in no checkpoint.
+
+    Raises
+    ------
+    InvalidValue
+        The task's targets are not one text, or its head is not a tuple of texts.
     """
+    targets = config.lora_targets or task.lora_targets
+    if not isinstance(targets, str):
+        allowed = "one regular expression for whole names of modules, such as '.*(query|value)'"
+        raise InvalidValue(f"lora_targets of task {task.name!r}", targets, allowed)
+    if isinstance(task.head, str) or not all(isinstance(name, str) for name in task.head):
+        allowed = "a tuple of the names of modules, such as ('classifier',), or ()"
+        raise InvalidValue(f"head of task {task.name!r}", task.head, allowed)
     return LoRASpec(
         rank=config.rank,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
-        targets=config.lora_targets or task.lora_targets,
+        targets=targets,
         head=task.head if config.train_head else (),
         rslora=config.rslora,
         backbone_dropout=config.backbone_dropout,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from fedlora_flwr.errors import InvalidValue, require
@@ -69,7 +70,7 @@ OPTIONAL: Mapping[str, str] = {
     "with it",
 }
 """Members that a task may have beside those of `Task`, and what each is for."""
-TaskFactory = Callable[[Any], Task]
+TaskFactory = Callable[..., Task]
 _METHODS = ("build_model", "client_records", "test_records", "losses", "evaluate")
 
 
@@ -123,7 +124,7 @@ def build_task(name: str, settings: Any) -> Task:
     ----------
     name : str
         A registered name; or ``module:function`` of a function or class that takes ``settings``
-        and returns a `Task`.
+        or nothing, and returns a `Task`.
     settings : RunConfig
         The run configuration; a task reads its keys as attributes.
 
@@ -136,7 +137,7 @@ def build_task(name: str, settings: Any) -> Task:
     """
     require(*extras_of(name))
     known = TASKS.get(name)
-    task = _factory(known.place if known else name)(settings)
+    task = _made(name, _factory(known.place if known else name), settings)
     if missing := [member for member in _METHODS if not hasattr(task, member)]:
         allowed = f"module:function of a task; it gives a {type(task).__name__} without {missing}"
         raise InvalidValue("task", name, allowed)
@@ -211,6 +212,22 @@ def unstated_classes(task: Task) -> list[str]:
     """
     names = optional(task, "unstated_classes")
     return list(names()) if names else []
+
+
+def _made(name: str, factory: TaskFactory, settings: Any) -> Task:
+    """Call a task's class or function with the settings, or with nothing if it takes nothing."""
+    try:
+        parameters = signature(factory)
+    except ValueError:  # A class of a compiled module says nothing.
+        return factory(settings)
+    for given in ((settings,), ()):
+        try:
+            parameters.bind(*given)
+        except TypeError:
+            continue
+        return factory(*given)
+    allowed = f"a class or function that takes the settings or nothing, and it takes {parameters}"
+    raise InvalidValue("task", name, allowed)
 
 
 def _factory(place: str) -> TaskFactory:

@@ -289,7 +289,12 @@ def check_shapes(arrays: Arrays, own: Arrays, rank: int) -> None:
     """
     for name in own:
         if name not in arrays:
-            raise OrderRefused(f"The array {name!r} is missing. Send all that the model trains.")
+            there = str(sorted(arrays)[:2])[:200]
+            raise OrderRefused(
+                f"The array {name!r} is missing, and the message has {there}. "
+                "Send all that the model trains, by the names of `AdaptedModel.read`: without "
+                "PEFT's prefix 'base_model.model.'."
+            )
     layers = {name.rsplit(".lora_", 1)[0]: name for name in own if factor_of(name)}
     for name, array in arrays.items():
         if name in own:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import TensorDataset
 
 from fedlora_flwr.clients.local_round import LocalRound
 from fedlora_flwr.clients.trainer import LocalTrainer
-from fedlora_flwr.errors import OrderRefused
+from fedlora_flwr.errors import InvalidValue, OrderRefused
 from fedlora_flwr.privacy.ledger import Ledger
 from fedlora_flwr.wire.order import Order
 from tests.conftest import MakeConfig
@@ -99,3 +101,17 @@ def test_a_refused_order_opens_no_record_and_writes_no_row(
     assert not opened
     with closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as db:
         assert db.execute("SELECT COUNT(*) FROM releases").fetchone() == (0,)
+
+
+def test_records_of_another_kind_are_refused_before_a_row_is_written(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    trainer = LocalTrainer.build(make_config())
+    data = TensorDataset(torch.zeros(5, 2), torch.zeros(5))
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    with pytest.raises(InvalidValue, match=r"records = 'TensorDataset'.*TensorRecords"):
+        LocalRound(trainer, data, ledger, "one", "run")  # type: ignore[arg-type]
+    late = LocalRound(trainer, lambda: data, ledger, "one", "run")  # type: ignore[arg-type,return-value]
+    with pytest.raises(InvalidValue, match="records = 'TensorDataset'"):
+        late.run(Order(server_round=1, plan="B"), dict(late.start))
+    assert not (tmp_path / "ledger.sqlite").exists()

@@ -14,9 +14,12 @@ from transformers import (
     GPT2ForSequenceClassification,
 )
 
+from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.lora.adapters import LoRASpec, attach
+from fedlora_flwr.lora.build import lora_spec
 from fedlora_flwr.lora.targets import check_targets, usual_targets
+from fedlora_flwr.tasks.digits import DigitsTask
 from tests.models import LLAMA, ROBERTA
 
 SMALL = {"num_attention_heads": 2, "intermediate_size": 16, "hidden_size": 8, "vocab_size": 20}
@@ -206,3 +209,31 @@ def test_what_is_no_regular_expression_is_refused() -> None:
 def test_attaching_to_gpt2_is_silent(recwarn: pytest.WarningsRecorder) -> None:
     layers(gpt2(), r".*\.(c_attn|c_fc)", ("score",))
     assert not recwarn.list
+
+
+def test_a_model_that_has_adapters_already_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 4))
+    attach(model, LoRASpec(rank=2, alpha=4.0, dropout=0.0, targets="0"), seed=1)
+    for taken in (model, nn.Sequential(model)):
+        with pytest.raises(InvalidValue, match="one without PEFT's adapters"):
+            attach(taken, LoRASpec(rank=2, alpha=4.0, dropout=0.0, targets=".*0"), seed=1)
+
+
+class Odd(DigitsTask):
+    """Handwritten digits whose members are of other types."""
+
+
+@pytest.mark.parametrize(
+    ("member", "value", "allowed"),
+    [
+        ("lora_targets", ["query", "value"], "one regular expression"),
+        ("head", "classifier", "a tuple of the names"),
+        ("head", (1,), "a tuple of the names"),
+    ],
+)
+def test_members_of_a_task_of_another_type_are_named(
+    member: str, value: object, allowed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Odd, member, value)
+    with pytest.raises(InvalidValue, match=f"{member} of task 'digits'.*{allowed}"):
+        lora_spec(RunConfig(), Odd(RunConfig()))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.records import TensorRecords, lengths_of
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.places import TASKS
@@ -170,3 +171,23 @@ def test_records_may_say_how_long_they_are() -> None:
     assert found is not None
     assert found.tolist() == [8, 5]
     assert lengths_of(TensorRecords(tensors), torch.tensor([2])) is None
+
+
+@pytest.mark.parametrize("takes", ["self", "self, settings", "self, settings=None", "self, *any"])
+def test_a_task_takes_the_settings_or_nothing(
+    takes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"taken{abs(hash(takes))}"
+    (tmp_path / f"{name}.py").write_text(
+        "from fedlora_flwr.tasks.digits import DigitsTask\n"
+        f"class Mine(DigitsTask):\n    def __init__({takes}):\n        pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert build_task(f"{name}:Mine", RunConfig()).metric == "accuracy"
+
+
+def test_a_task_that_takes_more_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "greedy.py").write_text("def mine(settings, more): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InvalidValue, match=r"takes the settings or nothing.*\(settings, more\)"):
+        build_task("greedy:mine", RunConfig())

@@ -31,7 +31,7 @@ def fit(message: Message, context: Context) -> Message:
     node, config = context.node_config, RunConfig.of(context.run_config)
     local_round = LocalRound(
         trainer(config),
-        Digits().client_records(node["partition-id"], node["num-partitions"]),
+        lambda: Digits().client_records(node["partition-id"], node["num-partitions"]),
         Ledger(state_folder(config) / "ledger.sqlite"),
         client_identity(context),
         str(context.run_id),
