@@ -32,7 +32,7 @@ REASONS = {
     "the tutorial's records have no such column": 1,
     "tests/deploy/test_docs.py does": 11,
     "tests/examples/test_message_api.py does": 1,
-    "tests/examples/test_private_loop.py does": 1,
+    "tests/examples/test_private_loop.py does": 2,
     "tests/simulations/test_flwr_run.py does": 1,
     "tests/tasks/test_own_task.py does": 1,
 }

@@ -27,6 +27,7 @@ def test_flwr_run_learns_privately_and_keeps_a_ledger(tmp_path: Path) -> None:
     }
     assert all(steps == 20 and sigma > 0.5 for *_, steps, sigma in rows)
     assert "spent: ε = 7.99" in log
+    assert all(f"{client}: ε = 7.9" in log for client in clients)
 
 
 def test_a_wrong_key_of_the_run_config_is_named(tmp_path: Path) -> None:

@@ -25,12 +25,15 @@ def main(grid: Grid, context: Context) -> None:
         adapted.write(values)
         return MetricRecord(task.evaluate(adapted.model, task.test_records()))
 
-    result = RoLoRA().start(
+    strategy = RoLoRA()
+    result = strategy.start(
         grid,
         initial_arrays=ArrayRecord({n: Array(array) for n, array in adapted.read().items()}),
         num_rounds=config.num_rounds,
         evaluate_fn=evaluate,
     )
+    for upload in strategy.last_round.uploads:
+        print(f"{upload.client}: ε = {upload.metrics['epsilon']:.3f}", flush=True)
     spent = result.train_metrics_clientapp[config.num_rounds]["epsilon"]
     for server_round, metrics in result.evaluate_metrics_serverapp.items():
         print(f"round {server_round}: accuracy {metrics['accuracy']:.3f}", flush=True)
