@@ -90,6 +90,25 @@ def check(
         raise FedLoRAError(f"{bad} {'problem' if bad == 1 else 'problems'} to fix first.")
 
 
+@app.command()
+def renew(
+    folder: Folder,
+    days: Annotated[int, typer.Option(help="How long the new certificate holds.")] = 365,
+) -> None:
+    """Sign a new certificate for the server of a fleet. Devices keep what they have."""
+    from fedlora_flwr.deploy.fleet import read_fleet
+    from fedlora_flwr.deploy.identities import renew_server
+
+    fleet, _ = read_fleet(folder)
+    if days < 1:
+        raise InvalidValue("days", days, "a whole number of at least 1")
+    server = folder / "server"
+    end = renew_server(server, folder / "ca", fleet.host, days)
+    console = Console()
+    show_line(console, f"Server    its new certificate holds until {end:%Y-%m-%d}")
+    show_line(console, f"Carry     server.pem and server.key of {server} there, run start.sh again")
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def start(context: typer.Context) -> None:
     """Start a SuperNode that runs installed code only; a device's start.sh does it."""

@@ -146,8 +146,8 @@ def _certificates(folder: Path, fleet: Fleet) -> Iterator[Finding]:
     except (OSError, ValueError) as error:
         yield Finding("server certificate", False, f"cannot be read: {error}", fix)
         return
-    for subject, certificate in (("CA certificate", authority), ("server certificate", server)):
-        yield _dates(subject, certificate, fix)
+    yield _dates("CA certificate", authority, fix)
+    yield _dates("server certificate", server, f"fedlora deploy renew {folder}")
     try:
         server.verify_directly_issued_by(authority)
         yield Finding("server certificate", True, "signed by the fleet's CA")

@@ -11,9 +11,14 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.files import replace_file, replacing
+
 PRIVATE = 0o600
 _EARLIER = timedelta(hours=1)
 """Certificates hold from then on: clocks of devices differ."""
+_AUTHORITY_DAYS = 3_660
+"""How long a CA holds: longer than any server's certificate, which can be renewed under it."""
 
 
 def make_certificates(folder: Path, host: str, days: int) -> None:
@@ -27,9 +32,56 @@ def make_certificates(folder: Path, host: str, days: int) -> None:
         Name or address under which devices reach the server; the certificate holds for it and for
         this machine's own loopback.
     days : int
-        How long both certificates hold.
+        How long the server's certificate holds. The CA's holds for ten years.
     """
-    authority, key = _authority(days)
+    authority, key = _authority(_AUTHORITY_DAYS)
+    _write_public(folder / "ca.pem", authority)
+    _write_private(folder / "ca.key", key, serialization.PrivateFormat.PKCS8)
+    _sign_server(folder, authority, key, host, days)
+
+
+def renew_server(folder: Path, authority: Path, host: str, days: int) -> datetime:
+    """Write a new ``server.pem`` and ``server.key``, signed by the same CA.
+
+    Parameters
+    ----------
+    folder : Path
+        Where to.
+    authority : Path
+        The folder with ``ca.pem`` and ``ca.key``.
+    host : str
+        As for `make_certificates`.
+    days : int
+        How long the certificate holds.
+
+    Returns
+    -------
+    datetime
+        When it ends.
+
+    Raises
+    ------
+    InvalidValue
+        The CA's files cannot be read or do not belong together, or the CA ends sooner.
+    """
+    try:
+        signer = x509.load_pem_x509_certificate((authority / "ca.pem").read_bytes())
+        key = serialization.load_pem_private_key((authority / "ca.key").read_bytes(), None)
+    except (OSError, ValueError, TypeError) as error:
+        allowed = f"a folder with the fleet's ca.pem and ca.key ({error})"
+        raise InvalidValue("ca", str(authority), allowed) from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != signer.public_key():
+        raise InvalidValue("ca", str(authority), "the ca.key that ca.pem was made with")
+    left = (signer.not_valid_after_utc - datetime.now(UTC)).days
+    if days > left:
+        allowed = f"at most {max(left, 0)}: then the CA's own certificate ends. Make a new fleet"
+        raise InvalidValue("days", days, allowed)
+    return _sign_server(folder, signer, key, host, days)
+
+
+def _sign_server(
+    folder: Path, authority: x509.Certificate, key: ec.EllipticCurvePrivateKey, host: str, days: int
+) -> datetime:
     server = ec.generate_private_key(ec.SECP384R1())
     names = dict.fromkeys([host, "localhost", "127.0.0.1"])
     certificate = (
@@ -42,9 +94,9 @@ def make_certificates(folder: Path, host: str, days: int) -> None:
         )
         .sign(key, hashes.SHA384())
     )
-    for name, signed, private in (("ca", authority, key), ("server", certificate, server)):
-        (folder / f"{name}.pem").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
-        _write_private(folder / f"{name}.key", private, serialization.PrivateFormat.PKCS8)
+    _write_private(folder / "server.key", server, serialization.PrivateFormat.PKCS8)
+    _write_public(folder / "server.pem", certificate)
+    return certificate.not_valid_after_utc
 
 
 def make_device_key(folder: Path, name: str) -> None:
@@ -101,11 +153,15 @@ def _name(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
+def _write_public(path: Path, certificate: x509.Certificate) -> None:
+    replace_file(path, certificate.public_bytes(serialization.Encoding.PEM))
+
+
 def _write_private(
     path: Path, key: ec.EllipticCurvePrivateKey, kind: serialization.PrivateFormat
 ) -> None:
-    path.touch(mode=PRIVATE)
-    path.chmod(PRIVATE)  # Under any umask.
-    path.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, kind, serialization.NoEncryption())
-    )
+    content = key.private_bytes(serialization.Encoding.PEM, kind, serialization.NoEncryption())
+    with replacing(path) as draft:
+        draft.touch(mode=PRIVATE)
+        draft.chmod(PRIVATE)  # Under any umask.
+        draft.write_bytes(content)

@@ -6,10 +6,12 @@ import socket
 import ssl
 import stat
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from fedlora_flwr.cli.deploy import renew
 from fedlora_flwr.deploy.check import check_fleet
 from fedlora_flwr.deploy.fleet import Fleet, make_fleet, read_fleet
 from fedlora_flwr.errors import InvalidValue
@@ -125,3 +127,62 @@ def test_a_new_fleet_is_fit(fleet: Path) -> None:
 def test_a_folder_that_is_no_fleets_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidValue, match="deploy init"):
         list(check_fleet(tmp_path))
+
+
+def test_a_renewed_certificate_serves_devices_that_have_the_old_ca(fleet: Path) -> None:
+    server, device = fleet / "server", fleet / "devices" / "device-01"
+    before = (server / "server.pem").read_bytes()
+    done = subprocess.run(
+        ["fedlora", "deploy", "renew", fleet, "--days", "30"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "holds until" in done.stdout
+    assert (server / "server.pem").read_bytes() != before
+    assert stat.S_IMODE((server / "server.key").stat().st_mode) == 0o600
+    verify = ["openssl", "verify", "-CAfile", device / "ca.pem", server / "server.pem"]
+    assert subprocess.run(verify, check=False).returncode == 0
+    soon = ["openssl", "x509", "-in", server / "server.pem", "-noout", "-checkend"]
+    assert subprocess.run([*soon, str(29 * 86_400)], check=False).returncode == 0
+    assert subprocess.run([*soon, str(31 * 86_400)], check=False).returncode == 1
+    assert answered(server, device / "ca.pem")
+
+
+def answered(server: Path, authority: Path) -> bool:
+    """Tell whether a client that trusts a CA agrees on TLS with the server's certificate."""
+    there, here = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+    there.load_cert_chain(server / "server.pem", server / "server.key")
+    here.load_verify_locations(authority)
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = here.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+    other = there.wrap_bio(outgoing, incoming, server_side=True)
+    for _ in range(4):
+        for side in (client, other):
+            try:
+                side.do_handshake()
+            except ssl.SSLWantReadError:
+                continue
+    return client.version() is not None and client.getpeercert() != {}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "days", "reason"),
+    [
+        (lambda ca: (ca / "ca.key").unlink(), 30, "a folder with the fleet's ca.pem and ca.key"),
+        (lambda ca: (ca / "ca.pem").write_text("nonsense"), 30, "a folder with the fleet's"),
+        (
+            lambda ca: shutil.copy(ca.parent / "server" / "server.key", ca / "ca.key"),
+            30,
+            "the ca.key",
+        ),
+        (lambda ca: None, 4_000, "days = 4000.*Make a new fleet"),
+        (lambda ca: None, 0, "days = 0"),
+    ],
+)
+def test_what_cannot_be_renewed_leaves_the_certificate(
+    fleet: Path, spoil: Callable[[Path], object], days: int, reason: str
+) -> None:
+    before = {path: path.read_bytes() for path in (fleet / "server").iterdir()}
+    spoil(fleet / "ca")
+    with pytest.raises(InvalidValue, match=reason):
+        renew(fleet, days)
+    assert {path: path.read_bytes() for path in (fleet / "server").iterdir()} == before

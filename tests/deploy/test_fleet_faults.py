@@ -124,8 +124,10 @@ def test_each_fault_is_found_with_its_fix(
 def test_certificates_that_end_soon_are_found(fleet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "SOON", timedelta(days=400))
     bad = findings(fleet)[False]
-    assert [f.subject for f in bad] == ["CA certificate", "server certificate"]
-    assert all("soon over" in f.text for f in bad)
+    assert [f.subject for f in bad] == ["server certificate"]
+    assert all("soon over" in f.text and "fedlora deploy renew" in f.fix for f in bad)
+    monkeypatch.setattr(checks, "SOON", timedelta(days=4000))
+    assert [f.subject for f in findings(fleet)[False]] == ["CA certificate", "server certificate"]
 
 
 def test_a_port_in_use_is_found(fleet: Path) -> None:
