@@ -22,7 +22,7 @@ MEMORY_BAR = 100.0
 
 @dataclass(frozen=True)
 class Setting:
-    """The task whose model the workers have, one of next to nothing, and how many there are."""
+    """The task whose model the workers have, one of next to nothing, and how many share it."""
 
     task: str = "benchmarks.workers:Texts"
     tiny: str = "benchmarks.workers:TinyTexts"
@@ -48,11 +48,15 @@ class TinyTexts(ShapeTask):
 
 
 def measure(setting: Setting, on_figure: Callable[[Figure], None]) -> None:
-    """Start workers of a tiny model, which import the same, then workers that hold the model."""
+    """Start workers that share the model, one with its own, and one of a tiny model, together.
+
+    All import the same, so that pages of libraries are no one's own.
+    """
+    kinds = [("apart", setting.tiny), ("apart", setting.task)]
+    kinds += [("shared", setting.task)] * setting.workers
     with tempfile.TemporaryDirectory(prefix="fedlora-bench-") as scratch:
-        imports = _megabytes(["apart"] * setting.workers, setting.tiny, Path(scratch))
-        apart = _megabytes(["apart"] * setting.workers, setting.task, Path(scratch))
-        shared = _megabytes(["shared"] * setting.workers, setting.task, Path(scratch))
+        imports, apart, *sharing = _megabytes(kinds, Path(scratch))
+    shared = max(sharing)
     on_figure(
         Figure(
             "one more worker beyond imports, RoBERTa-base",
@@ -65,8 +69,8 @@ def measure(setting: Setting, on_figure: Callable[[Figure], None]) -> None:
     )
 
 
-def _megabytes(kinds: list[str], task: str, scratch: Path) -> float:
-    """Return the memory that the last of several workers has to itself."""
+def _megabytes(kinds: list[tuple[str, str]], scratch: Path) -> list[float]:
+    """Return the memory that each of several workers, of these kinds and tasks, has to itself."""
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", __name__, kind, task, str(scratch)],
@@ -76,14 +80,14 @@ def _megabytes(kinds: list[str], task: str, scratch: Path) -> float:
             text=True,
             env={**os.environ, "XDG_CACHE_HOME": str(scratch), "OMP_NUM_THREADS": "1"},
         )
-        for kind in kinds
+        for kind, task in kinds
     ]
     try:
         for process in processes:
             if process.stdout is None or process.stdout.readline() != "ready\n":
                 raise RuntimeError("A worker of the benchmark failed; it says why above.")
         # All hold their memory now, so that what they share shows.
-        return max(_own_megabytes(process.pid) for process in processes)
+        return [_own_megabytes(process.pid) for process in processes]
     finally:
         for process in processes:
             process.communicate("\n")

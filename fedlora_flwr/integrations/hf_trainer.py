@@ -90,7 +90,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
     ...     args = TrainingArguments(folder, max_steps=2, report_to="none", use_cpu=True)
     ...     trainer = PrivateTrainer(model, args, train_dataset=rows, epsilon=8.0, delta=1e-2)
     ...     output = trainer.train()  # doctest: +ELLIPSIS
-    {'train_runtime': ..., 'epsilon': '7.997', 'delta': '0.01', ...}
+    {'train_runtime': ..., 'epsilon': '7.995', 'delta': '0.01', ...}
     """
 
     def __init__(

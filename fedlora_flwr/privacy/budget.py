@@ -24,7 +24,7 @@ from pathlib import Path
 
 from fedlora_flwr.errors import FedLoRAError, InvalidValue, unknown
 from fedlora_flwr.files import cache_folder, private_folder, replace_file
-from fedlora_flwr.privacy import accountants
+from fedlora_flwr.privacy import accountants, loss_grid
 from fedlora_flwr.privacy.accountants import ACCOUNTANTS, Segment, merge, pld_epsilon, rdp_epsilon
 
 __all__ = ["AccountantsDisagree", "Segment", "Spent", "calibrate", "check_budget", "epsilon_spent"]
@@ -32,6 +32,7 @@ __all__ = ["AccountantsDisagree", "Segment", "Spent", "calibrate", "check_budget
 _TOLERANCE = 1e-3
 MIN_NOISE = 1e-3
 _MAX_NOISE = 1e5
+_STRIDE = 1.08
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def _account(segments: Sequence[Segment], delta: float, accountant: str) -> tupl
 def _search(budget: float, delta: float, rate: float, steps: int) -> tuple[float, str]:
     """Solve for σ by secants of log ε in log σ, inside a bracket; return σ and the accountant."""
     unsafe, safe, accountant = MIN_NOISE, math.inf, ""
-    sigma = _rdp_noise(budget, delta, rate, steps)
+    sigma, slope = _rdp_noise(budget, delta, rate, steps)
     tried: list[tuple[float, float]] = []
     while sigma <= _MAX_NOISE:
         epsilon, name = _account([Segment(sigma, rate, steps)], delta, "prv")
@@ -212,7 +213,7 @@ def _search(budget: float, delta: float, rate: float, steps: int) -> tuple[float
         if safe <= unsafe * (1 + _TOLERANCE / 2) or budget * (1 - _TOLERANCE) <= epsilon <= budget:
             break
         tried.append((math.log(sigma), math.log(max(epsilon, 1e-12))))
-        sigma = _next_noise(tried, math.log(budget * (1 - _TOLERANCE / 2)))
+        sigma = _next_noise(tried, slope, math.log(budget * (1 - _TOLERANCE / 2)))
         # ε jumps where the accountant changes its grid, and there secants may creep.
         if not unsafe < sigma < safe or len(tried) > 8:
             sigma = math.sqrt(unsafe * safe) if safe < math.inf else 2 * unsafe
@@ -223,22 +224,25 @@ def _search(budget: float, delta: float, rate: float, steps: int) -> tuple[float
     return safe, accountant
 
 
-def _rdp_noise(budget: float, delta: float, rate: float, steps: int) -> float:
-    """Return a σ that RDP finds safe: a first guess at which PRV is cheap."""
+def _rdp_noise(budget: float, delta: float, rate: float, steps: int) -> tuple[float, float]:
+    """Return a σ that RDP finds safe, at which PRV is cheap, and how log ε falls in log σ there."""
+
+    def bound(sigma: float) -> float:
+        return rdp_epsilon([Segment(sigma, rate, steps)], delta, coarse=True)
+
     low, high = MIN_NOISE, _MAX_NOISE
     while high > 1.02 * low:
         middle = math.sqrt(low * high)
-        if rdp_epsilon([Segment(middle, rate, steps)], delta, coarse=True) <= budget:
-            high = middle
-        else:
-            low = middle
-    return high
+        low, high = (low, middle) if bound(middle) <= budget else (middle, high)
+    found, less = bound(high), bound(high / _STRIDE)
+    if not 0 < found < less < math.inf:
+        return high, -2.0
+    return high, math.log(found / less) / math.log(_STRIDE)
 
 
-def _next_noise(tried: Sequence[tuple[float, float]], target: float) -> float:
+def _next_noise(tried: Sequence[tuple[float, float]], slope: float, target: float) -> float:
     """Return the σ at which a line through the last two (log σ, log ε) meets the target."""
     x, y = tried[-1]
-    slope = -2.0
     if len(tried) > 1 and tried[-2][0] != x:
         slope = (y - tried[-2][1]) / (x - tried[-2][0])
     return math.exp(x + min(max((target - y) / min(slope, -0.5), -1.0), 1.0))
@@ -246,7 +250,8 @@ def _next_noise(tried: Sequence[tuple[float, float]], target: float) -> float:
 
 def _cross_check(segment: Segment, delta: float, prv: float) -> None:
     """Compare the PRV figure with two libraries' independent ones."""
-    pld = pld_epsilon([segment], delta, interval=1e-3 if prv >= 2 else 1e-4)
+    # What a mesh of this width adds to PLD is small against what is allowed below.
+    pld = pld_epsilon([segment], delta, interval=max(1e-4, prv / 2000))
     rdp = rdp_epsilon([segment], delta)
     # What PRV adds for its own error, which is not small against a small ε.
     slack = 0.01 if prv >= 1 else 0.001
@@ -296,6 +301,7 @@ def _digest(*parts: object) -> str:
 @functools.lru_cache(maxsize=1)
 def _stamp() -> list[str]:
     """Identify the code that computes: any change to it leaves the old files unused."""
-    sources = [Path(name).read_bytes() for name in (__file__, accountants.__file__)]
+    files = (__file__, accountants.__file__, loss_grid.__file__)
+    sources = [Path(name).read_bytes() for name in files]
     libraries = [version(name) for name in ("opacus", "dp-accounting", "numpy", "scipy")]
     return [_digest(*sources), *libraries]

@@ -21,16 +21,15 @@ OTHERS: dict[type, Any] = {
     str: st.one_of(st.text(max_size=50), st.sampled_from(["../..", "/etc", "train", "a:b"])),
 }
 anything = st.one_of(*OTHERS.values(), st.lists(st.integers()), st.binary(), st.none())
+# Built once: a strategy made while drawing costs more than its values.
+SENT = {key: st.one_of(OTHERS[type(v)], st.just(v), anything) for key, v in DEFAULTS.items()}
+SOME_KEYS = st.lists(st.sampled_from(list(DEFAULTS)), max_size=8, unique=True)
 
 
 @st.composite
 def runs(draw: st.DrawFn) -> dict[str, Any]:
     """Draw what a server may send as a run's configuration."""
-    keys = draw(st.lists(st.sampled_from(list(DEFAULTS)), max_size=8, unique=True))
-    return {
-        key: draw(st.one_of(OTHERS[type(DEFAULTS[key])], st.just(DEFAULTS[key]), anything))
-        for key in keys
-    }
+    return {key: draw(SENT[key]) for key in draw(SOME_KEYS)}
 
 
 @settings(max_examples=2000)

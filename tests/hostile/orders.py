@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import pickle
@@ -165,6 +166,7 @@ def _npy(header: bytes, body: bytes = b"\0" * 64, version: bytes = b"\x01\x00") 
     return b"\x93NUMPY" + version + length + header + body
 
 
+@functools.cache
 def damaged_bytes(mark: Path) -> list[bytes]:
     """Return bytes that are no sound array: cut, lying, or code.
 
@@ -209,13 +211,18 @@ _VALUES = [
 _DTYPES = ["i4", "i8", "u1", "?", "c8", "c16", "S4", "U4", "M8[s]", "m8[s]", "V8"]
 
 
+# Built once: a strategy made while drawing costs more than its values.
+_NAMES = st.sampled_from([*start(4)])
+_KINDS = st.sampled_from(["value", "dtype", "shape", "bytes", "name", "lie"])
+_FORMS = st.sampled_from(["f4", ">f4", "f2", "f8", "g", "fortran", "tiny", "largest"])
+
+
 @st.composite
 def hostile_arrays(draw: st.DrawFn, mark: Path) -> dict[str, Any]:
     """Return arrays of which at least one cannot be what the model has."""
     arrays: dict[str, Any] = dict(start(4))
     for _ in range(draw(st.integers(1, 3))):
-        name = draw(st.sampled_from([*start(4)]))
-        kind = draw(st.sampled_from(["value", "dtype", "shape", "bytes", "name", "lie"]))
+        name, kind = draw(_NAMES), draw(_KINDS)
         if name not in arrays or not isinstance(arrays[name], np.ndarray):
             continue
         arrays = _MUTATIONS[kind](draw, arrays, name, mark)
@@ -281,7 +288,7 @@ def sound_arrays(draw: st.DrawFn) -> dict[str, Any]:
     """Return the model's arrays in forms that a device can read: types, order, tiny values."""
     arrays: dict[str, Any] = {}
     for name, values in start(4, seed=draw(st.integers(0, 3))).items():
-        form = draw(st.sampled_from(["f4", ">f4", "f2", "f8", "g", "fortran", "tiny", "largest"]))
+        form = draw(_FORMS)
         if form == "fortran":
             arrays[name] = np.asfortranarray(values)
         elif form == "tiny":

@@ -11,11 +11,12 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 import pytest
+from opacus.accountants.analysis.rdp import compute_rdp
 from scipy.optimize import brentq  # type: ignore[import-untyped]
 from scipy.stats import norm  # type: ignore[import-untyped]
 
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
-from fedlora_flwr.privacy import accountants, budget
+from fedlora_flwr.privacy import accountants, budget, loss_grid
 from fedlora_flwr.privacy.budget import (
     AccountantsDisagree,
     Segment,
@@ -59,7 +60,10 @@ def test_calibration_agrees_with_pld_table(rate: float, epsilon: float, expected
 
 @pytest.mark.parametrize(
     ("epsilon", "delta", "rate", "steps"),
-    [(8, 1e-3, 0.3, 100), (0.1, 1e-5, 0.01, 200), (30, 1e-4, 0.2, 50), (3, 1e-5, 1.0, 10)],
+    [
+        *((8, 1e-3, 0.3, 100), (0.1, 1e-5, 0.01, 200), (30, 1e-4, 0.2, 50), (3, 1e-5, 1.0, 10)),
+        *((50, 1e-3, 0.027, 4), (0.5, 1e-6, 0.4, 1000), (0.17, 1e-4, 0.026, 3)),
+    ],
 )
 def test_calibration_is_safe_and_tight(
     epsilon: float, delta: float, rate: float, steps: int
@@ -123,6 +127,44 @@ def test_prv_agrees_with_opacus_and_lies_between_pld_and_rdp(
     assert pld.epsilon <= prv.epsilon + 1e-3
     assert prv.epsilon <= rdp.epsilon
     assert prv.epsilon <= 1.02 * pld.epsilon + 0.01
+
+
+@pytest.mark.parametrize("coarse", [True, False])
+@pytest.mark.parametrize(
+    ("sigma", "rate", "steps"),
+    [
+        (0.3, 0.05, 3),
+        (0.8, 0.01, 900),
+        (1.1, 0.6, 40),
+        (4.0, 0.2, 1),
+        (2.0, 1.0, 7),
+        (9.0, 0.02, 5),
+    ],
+)
+def test_rdp_is_the_least_over_all_orders(
+    sigma: float, rate: float, steps: int, coarse: bool
+) -> None:
+    fine = (*accountants._FINE_ORDERS, 128.0, 256.0, 512.0)
+    orders = np.asarray(accountants._COARSE_ORDERS if coarse else fine)
+    once = np.asarray(compute_rdp(q=rate, noise_multiplier=sigma, steps=1, orders=list(orders)))
+    for delta in (1e-2, 1e-6):
+        bounds = steps * once + np.log1p(-1 / orders) - np.log(delta * orders) / (orders - 1)
+        found = accountants.rdp_epsilon([Segment(sigma, rate, steps)], delta, coarse=coarse)
+        assert found == pytest.approx(max(0.0, bounds.min()), rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize(("sigma", "rate"), [(0.25, 0.01), (0.8, 0.3), (3.0, 1.0), (40.0, 1e-4)])
+def test_the_mean_loss_is_what_opacus_integrates(sigma: float, rate: float) -> None:
+    prv, _ = loss_grid.opacus_analysis()
+    removed = prv.PoissonSubsampledGaussianPRV(rate, sigma)
+    added = loss_grid._AdditionPRV(rate, sigma)
+    with np.errstate(divide="ignore"):
+        removal, addition = (
+            prv.TruncatedPrivacyRandomVariable(loss, -150.0, 150.0).mean()
+            for loss in (removed, added)
+        )
+    assert loss_grid.mean_loss(sigma, rate, "remove") == pytest.approx(removal, abs=1e-8)
+    assert loss_grid.mean_loss(sigma, rate, "add") == pytest.approx(addition, abs=1e-8)
 
 
 def exact_epsilon(

@@ -110,11 +110,11 @@ EXTREMES = [
 ASKED = """
 import json, resource, sys
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.privacy import accountants
+from fedlora_flwr.privacy import loss_grid
 from fedlora_flwr.privacy.budget import Segment, calibrate, epsilon_spent
 from fedlora_flwr.privacy.lifetime import calibrate_run, choose_order
 
-accountants._opacus()
+loss_grid.opacus_analysis()
 for line in sys.argv[1:]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
