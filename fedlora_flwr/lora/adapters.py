@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fedlora_flwr.errors import InvalidValue, PrivacyViolation, unknown
 from fedlora_flwr.layout import Layout, is_folded
-from fedlora_flwr.lora.exported import outermost, plain_name, write_adapter
+from fedlora_flwr.lora.exported import is_saved, outermost, plain_name, write_adapter
 from fedlora_flwr.lora.folded_weights import FoldedWeights
 from fedlora_flwr.lora.targets import (
     check_exportable,
@@ -237,7 +237,7 @@ class AdaptedModel:
             shape = tuple(self.parameters[name].shape)
             if array.shape != shape:
                 raise InvalidValue(f"shape of {name}", array.shape, str(shape))
-        _ = self.fingerprint  # That of the backbone itself, before anything is folded in.
+        _ = self._frozen_digests  # Those of the backbone itself, before anything is folded in.
         with torch.no_grad():
             for name, array in trainable.items():
                 self.parameters[name].copy_(torch.from_numpy(np.array(array)))
@@ -250,14 +250,28 @@ class AdaptedModel:
             if id(tensor) not in exchanged:
                 yield name, tensor
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Hash of everything frozen: names, shapes and values of the backbone."""
-        digest = hashlib.sha256()
+        return _joined(digest for _, digest in self._frozen_digests)
+
+    @property
+    def backbone(self) -> str:
+        """Hash of what is frozen and comes from a checkpoint, which no seed has drawn."""
+        digests = self._frozen_digests
+        return _joined(
+            d for name, d in digests if not is_saved(name.rpartition(".")[0], self.saved)
+        )
+
+    @cached_property
+    def _frozen_digests(self) -> list[tuple[str, bytes]]:
+        found = []
         for name, tensor in self.frozen():
-            digest.update(f"{plain_name(name)} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            plain = plain_name(name)
+            digest = hashlib.sha256(f"{plain} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(in_bytes(tensor).numpy().tobytes())
-        return digest.hexdigest()[:32]
+            found.append((plain, digest.digest()))
+        return found
 
     def export(self, folder: Path) -> None:
         """Write an adapter folder that `peft.PeftModel.from_pretrained` loads onto the backbone.
@@ -354,6 +368,10 @@ def in_bytes(tensor: Tensor) -> Tensor:
     held = tensor.detach()
     dense = held if held.layout == torch.strided else held.to_dense()
     return dense.cpu().resolve_conj().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _joined(digests: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
 
 
 def _single_adapter(model: PeftModel) -> str:

@@ -268,7 +268,8 @@ def _federation(config: RunConfig, placement: Placement) -> str:
 
 def _follow(superlink: SimulationSuperLink, run_dir: RunDirectory, on_round: OnRound) -> None:
     """Report rounds as they end, until Flower says that the run has."""
-    seen, asked = 0, time.monotonic()
+    # Of a run that goes on, new rounds are told.
+    seen, asked = len(run_dir.rounds()) if run_dir.resume else 0, time.monotonic()
     while True:
         rows = run_dir.rounds()
         for row in rows[seen:]:
