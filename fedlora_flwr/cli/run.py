@@ -19,7 +19,6 @@ from fedlora_flwr.processes import uncollected
 from fedlora_flwr.tasks.registry import extras_of
 from fedlora_flwr.terminal import show_json, show_lines, told
 
-
 RECIPE, CONFIG = "digits", "config.toml"
 Resume = Annotated[
     Path | None,

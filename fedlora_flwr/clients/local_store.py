@@ -45,10 +45,9 @@ class LocalStore:
         private_folder(self._folder)
         content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
         replace_file(self.path(client, run, server_round), content)
-        earlier, later = [], []
-        for number in self._rounds(client, run):
-            (later if number > server_round else earlier).append(number)
-        for number in (*earlier[:-_KEPT], *later):
+        kept = self._rounds(client, run)
+        earlier = [number for number in kept if number <= server_round]
+        for number in {*kept} - {*earlier[-_KEPT:]}:
             self.path(client, run, number).unlink(missing_ok=True)
 
     def recall(

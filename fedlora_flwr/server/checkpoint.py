@@ -85,7 +85,7 @@ class Checkpoint:
         arrays: dict[str, np.ndarray[Any, Any]] = {}
         text = json.dumps(_flat({e.name: getattr(self, e.name) for e in fields(self)}, arrays))
         arrays[_TEXT] = np.frombuffer(text.encode(), np.uint8)
-        content = save(arrays)
+        content: bytes = save(arrays)
         return f"{_MAGIC} {hashlib.sha256(content).hexdigest()}\n".encode() + content
 
     @classmethod

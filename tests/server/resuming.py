@@ -118,14 +118,16 @@ def has_begun(folder: Path) -> bool:
 def ledger(folder: Path) -> list[tuple[Any, ...]]:
     """Return the rows of a run's ledger, apart from names of runs and times."""
     with closing(sqlite3.connect(folder / "ledger.sqlite")) as db:
-        columns = "client, round, noise_multiplier, sample_rate, steps, planned"
+        columns = "client, round, noise_multiplier, sample_rate, steps"
         return sorted(db.execute(f"SELECT {columns} FROM releases"))
 
 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:
     """Return rows without what a clock or the machine says."""
     found = RunDirectory(folder).rows(name)
-    return [{k: v for k, v in row.items() if k not in ("seconds", "peak-memory-mb")} for row in found]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "peak-memory-mb")} for row in found
+    ]
 
 
 def state(folder: Path) -> Any:
@@ -152,7 +154,9 @@ def assert_same(first: Path, second: Path) -> None:
         assert rows(first, name) == rows(second, name)
     assert ledger(first) == ledger(second)
     assert state(first) == state(second)
-    one, other = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (first, second))
+    one, other = (
+        load_file(run / "adapter" / "adapter_model.safetensors") for run in (first, second)
+    )
     assert bits(dict(one)) == bits(dict(other))
     told = [RunDirectory(run).summary() for run in (first, second)]
     clean = [{k: v for k, v in (found or {}).items() if k != "seconds"} for found in told]
