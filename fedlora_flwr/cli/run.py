@@ -22,7 +22,7 @@ from fedlora_flwr.terminal import show_json, show_lines, told
 RECIPE, CONFIG = "digits", "config.toml"
 Resume = Annotated[
     Path | None,
-    typer.Option(help="Folder of a run to go on with after its last round; leave RECIPE out."),
+    typer.Option(help="Folder of a run to continue after its last round; leave RECIPE out."),
 ]
 
 
@@ -65,7 +65,7 @@ def simulate(
 
 
 def _read(recipe: str, overrides: list[str] | None, resume: Path | None) -> RunConfig:
-    """Read a recipe, or that of a run to go on with."""
+    """Read a recipe, or that of a run to continue."""
     if resume is None:
         return read_recipe(recipe, overrides)
     if recipe != RECIPE:

@@ -317,7 +317,7 @@ class LocalRound:
         return records() if callable(records) else records
 
     def _account_of(self, order: Order) -> Account:
-        """Return the account of the run, or of the one that the server goes on with."""
+        """Return the account of the run, or of the one that the server continues."""
         return replace(self._account, run=order.continues or self._account.run)
 
     def _exhausted(self, order: Order, started: float) -> Released:

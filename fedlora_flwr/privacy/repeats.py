@@ -15,10 +15,10 @@ writes another row. If the budget does not allow that, nothing leaves.
 Why nothing is counted too seldom. Who attacks is the server. It may ask for any round, any number
 of times, with any arrays, also at the same time. Other arrays, another plan or another round are
 other inputs, hence another row. With the same inputs, at most one string of bits has left under
-each row, whatever the cause of a difference: other records on the disk, another machine, another
-version of a library. So there are at least as many rows as different answers, and an answer that
-comes twice is post-processing of itself. Digests are of SHA-256. The inputs need not be complete:
-what they leave out shows in the outputs.
+each row. Other records on the disk, another machine or another version of a library may make a
+difference; the outputs show it. So there are at least as many rows as different answers, and an
+answer that comes twice is post-processing of itself. Digests are of SHA-256. The inputs need not be
+complete: what they leave out shows in the outputs.
 
 What does not hold. With the same seed for other inputs, noise repeats and may cancel between two
 answers. Rows are then counted as if it were fresh. This is so for every use of ``reproducible``,

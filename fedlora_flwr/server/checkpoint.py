@@ -1,4 +1,4 @@
-"""What a run goes on from when its server was killed: one file after each round.
+"""What a run continues from when its server was killed: one file after each round.
 
 It holds what the server has: the global arrays, what the strategy carries from one round to the
 next, averages, the server's optimizer, the configuration, and how far the files of rows are valid.
@@ -42,7 +42,7 @@ _MAY_DIFFER = (
 
 
 class ConfigurationChanged(FedLoRAError):
-    """A run cannot go on with another configuration."""
+    """A run cannot continue another configuration."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Checkpoint:
         if wrong:
             each = "; ".join(f"{k} = {now.get(k)!r}, was {before.get(k)!r}" for k in wrong)
             raise ConfigurationChanged(
-                f"The run cannot go on with another configuration: {each}. Set what it was, or "
+                f"The run cannot continue another configuration: {each}. Set what it was, or "
                 "begin a new run."
             )
         rounds = config.num_rounds

@@ -1,4 +1,4 @@
-"""Writes a run's checkpoints, and reads the one that a run goes on from."""
+"""Writes a run's checkpoints, and reads the one that a run continues from."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Keeper:
 
 
 def resumable(config: RunConfig) -> tuple[Checkpoint, list[str]]:
-    """Return what a run goes on from, and sentences on what is damaged; change nothing.
+    """Return what a run continues from, and sentences on what is damaged; change nothing.
 
     Raises
     ------
@@ -87,7 +87,7 @@ def resumable(config: RunConfig) -> tuple[Checkpoint, list[str]]:
 
 
 def read_checkpoint(config: RunConfig, run_dir: RunDirectory) -> Checkpoint:
-    """Return what a run goes on from, and put its folder back to that state.
+    """Return what a run continues from, and put its folder back to that state.
 
     Raises
     ------

@@ -40,7 +40,7 @@ class RunDirectory:
     claim : str, optional
         The claim of a run that several processes write to; a new one if empty.
     resume : bool (default: False)
-        Whether a run goes on that has begun in the folder.
+        Whether a run continues that has begun in the folder.
 
     Attributes
     ----------

@@ -260,7 +260,7 @@ class FedLoRA(Declared, Running):
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` returned; `start` forgets it unless it goes on after rounds."""
+        """Take up what `state_dict` returned; `start` without ``done`` forgets it."""
         self.num_rounds, self._trained = state["num_rounds"], state["trained"]
         self._cohorts, self._turns = None, state["turns"]
         self._ledgers.load_state_dict(state["ledgers"])

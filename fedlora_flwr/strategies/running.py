@@ -24,7 +24,7 @@ class Running(Exchange):
     num_rounds : int
         Rounds of the run.
     continues : str
-        Identity of the run that this one goes on with, under which clients count; empty for none.
+        Identity of the run that this one continues, under which clients count; empty for none.
     """
 
     num_rounds: int
@@ -52,7 +52,7 @@ class Running(Exchange):
         grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
             As of `flwr.serverapp.strategy.Strategy.start`.
         done : int, optional
-            Rounds that are done: the run goes on after them, from ``initial_arrays`` and from the
+            Rounds that are done: the run continues after them, from ``initial_arrays`` and from the
             state that was loaded. By default it is a new run.
 
         Returns

@@ -97,7 +97,7 @@ class Order:
         μ of the term μ/2 ‖w − w₀‖² that is added to the local objective, where w₀ are the message's
         arrays (FedProx, arXiv 1812.06127); 0 for none.
     continues : str
-        Identity of the run that this one goes on with: the same plan, budget and local arrays.
+        Identity of the run that this one continues: the same plan, budget and local arrays.
         Empty for a run of its own.
 
     Raises

@@ -125,7 +125,7 @@ def test_a_client_answers_the_same_order_once_for_its_ledger(tmp_path: Path) -> 
     first = client(order)
     assert client(order) == first
     assert count(client.path) == 1
-    # A run of another name that says it goes on with this one.
+    # A run of another name that says it continues this one.
     assert client(replace(order, continues="run"), run="later") == first
     assert count(client.path) == 1
     moved = {name: np.float32(0.5) * array for name, array in client.trainer.start.items()}

@@ -87,7 +87,7 @@ def tiny(folder: Path, **changes: Any) -> RunConfig:
 
 
 def begin(config: RunConfig, folder: Path, deadly: Deadly | None = None) -> dict[str, Any]:
-    """Begin a run, or go on with it where ``config.resume`` says so, as a fresh process does."""
+    """Begin a run, or continue it where ``config.resume`` says so, as a fresh process does."""
     forget()
     config = replace(config, state_dir=str(folder))
     run_dir = RunDirectory(folder, resume=bool(config.resume))

@@ -1,4 +1,4 @@
-"""A run that is killed and goes on is the run that was not, bit for bit."""
+"""A run that is killed and continues is the run that was not, bit for bit."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ class RunSection:
         _PACKAGE, "Only the server writes results.",
     )  # fmt: skip
     resume: str = key(
-        "", ANY, "absolute folder of a run to go on with; empty = a new run",
-        _PACKAGE, "Only the server goes on; a message says which run it is.",
+        "", ANY, "absolute folder of a run to continue; empty = a new run",
+        _PACKAGE, "Only the server continues; a message says which run it is.",
     )  # fmt: skip
     start: str = key(
         "", ANY, "absolute folder of a PEFT adapter to begin from; empty = fresh adapters",
