@@ -61,7 +61,7 @@ class Running(Exchange):
             Arrays and metrics of the rounds that took place.
         """
         self.num_rounds, self._timeout = num_rounds, timeout
-        self._result = Result(arrays=initial_arrays if done else None)
+        self._result = Result(arrays=initial_arrays) if done else Result()
         rest = timeout, train_config, evaluate_config
         evaluate = keeping(self._result, evaluate_fn)
         try:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.files import FileTrouble
+from fedlora_flwr.files import FileTrouble, replace_file
 from fedlora_flwr.server import checkpoint
 from fedlora_flwr.server.checkpoint import Checkpoints
 from fedlora_flwr.server.run_dir import RunDirectory
@@ -130,20 +130,20 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_there(
 ) -> None:
     config, whole, run = tiny(tmp_path), tmp_path / "whole", tmp_path / "run"
     begin(config, whole)
-    write = checkpoint.replace_file
+    write = replace_file
 
     def full(path: Path, content: bytes) -> None:
         if path.name == "round-0000002":
             raise FileTrouble.of(OSError(errno.ENOSPC, "No space left on device"), path)
         write(path, content)
 
-    monkeypatch.setattr(checkpoint, "replace_file", full)
+    monkeypatch.setattr("fedlora_flwr.server.checkpoint.replace_file", full)
     with pytest.raises(
         FileTrouble, match=r"round-0000002 cannot be used: No space left.*Make room"
     ):
         begin(config, run)
     assert Checkpoints(run).last()[0].round == 1
-    monkeypatch.setattr(checkpoint, "replace_file", write)
+    monkeypatch.setattr("fedlora_flwr.server.checkpoint.replace_file", write)
     resume(config, run)
     assert_same(whole, run)
 
