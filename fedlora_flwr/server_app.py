@@ -30,8 +30,11 @@ def main(grid: Grid, context: Context) -> None:
     require(*extras_of(config.task))  # It builds the model, to measure it: torch is imported now.
     from fedlora_flwr.server.serve import run_federation
 
-    if config.run_dir:
-        run_dir = RunDirectory(Path(config.run_dir), os.environ.get(CLAIM, ""))
+    claim = os.environ.get(CLAIM, "")
+    if config.resume:
+        run_dir = RunDirectory(Path(config.resume), claim, resume=True)
+    elif config.run_dir:
+        run_dir = RunDirectory(Path(config.run_dir), claim)
     else:
         run_dir = RunDirectory.new(data_folder() / "runs", config)
     print(f"Results: {run_dir.path}", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,4 +145,18 @@ class MovingAverage:
         for name, array in arrays.items():
             before = self._mean.get(name, array)
             self._mean[name] = past * before + (1 - past) * array.astype(np.float64)
+        return self.model(arrays)
+
+    def model(self, arrays: Arrays) -> dict[str, NDArray[np.floating]]:
+        """Return the average so far of the global arrays, in their types, and count nothing in."""
+        if not self._decay:
+            return dict(arrays)
         return {name: self._mean[name].astype(array.dtype) for name, array in arrays.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is carried from one round to the next: arrays and plain values."""
+        return {"rounds": self._rounds, "mean": dict(self._mean)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self._rounds, self._mean = state["rounds"], dict(state["mean"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,23 +14,30 @@ from rich.console import Console
 from fedlora_flwr.cli.arguments import AsJson, Output, Overrides, Recipe
 from fedlora_flwr.cli.convert import read_recipe
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.errors import FedLoRAError, require
+from fedlora_flwr.errors import FedLoRAError, InvalidValue, require
 from fedlora_flwr.processes import uncollected
 from fedlora_flwr.tasks.registry import extras_of
 from fedlora_flwr.terminal import show_json, show_lines, told
 
+RECIPE, CONFIG = "digits", "config.toml"
+Resume = Annotated[
+    Path | None,
+    typer.Option(help="Folder of a run to continue after its last round; leave RECIPE out."),
+]
+
 
 def run(
-    recipe: Recipe = "digits",
+    recipe: Recipe = RECIPE,
     overrides: Overrides = None,
     as_json: AsJson = False,
     output: Output = Path("runs"),
     workers: Annotated[
         int | None, typer.Option(min=1, help="Ray workers; by default one per core.")
     ] = None,
+    resume: Resume = None,
 ) -> None:
     """Run a recipe with `flwr run` on Flower's simulation engine."""
-    config = read_recipe(recipe, overrides)  # Bad input is told before the slow imports.
+    config = _read(recipe, overrides, resume)  # Bad input is told before the slow imports.
     require(*extras_of(config.task), "simulation")
     with uncollected():
         from fedlora_flwr.simulations.runner import run_on_flower
@@ -38,21 +46,34 @@ def run(
 
 
 def simulate(
-    recipe: Recipe = "digits",
+    recipe: Recipe = RECIPE,
     overrides: Overrides = None,
     as_json: AsJson = False,
     output: Output = Path("runs"),
     workers: Annotated[
         int, typer.Option(min=1, help="Processes that serve clients; 1 = this one.")
     ] = 1,
+    resume: Resume = None,
 ) -> None:
     """Run a recipe without Ray or a server: same seed, same arrays."""
-    config = read_recipe(recipe, overrides)
+    config = _read(recipe, overrides, resume)
     require(*extras_of(config.task), "flwr_datasets")
     with uncollected():
         from fedlora_flwr.simulations.runner import run_in_process
 
     _launch(partial(run_in_process, workers=workers), config, as_json, output)
+
+
+def _read(recipe: str, overrides: list[str] | None, resume: Path | None) -> RunConfig:
+    """Read a recipe, or that of a run to continue."""
+    if resume is None:
+        return read_recipe(recipe, overrides)
+    if recipe != RECIPE:
+        raise InvalidValue("recipe", recipe, "left out with --resume, which reads the run's own")
+    found = resume.resolve() / CONFIG
+    if not found.exists():
+        raise InvalidValue("resume", str(resume), "the folder of a run that has begun")
+    return replace(read_recipe(str(found), overrides), resume=str(resume.resolve()))
 
 
 def _launch(
@@ -61,21 +82,28 @@ def _launch(
     from fedlora_flwr.cli.run_screen import Screen, closing_rows, next_steps
     from fedlora_flwr.processes.workers import log_to_file
     from fedlora_flwr.server.endings import recorded
+    from fedlora_flwr.server.keeper import read_checkpoint, resumable
     from fedlora_flwr.server.run_dir import RunDirectory, check_unused
     from fedlora_flwr.simulations.runner import prepare_run
 
     console = Console(stderr=as_json)
-    if config.run_dir:
+    if config.resume:
+        checkpoint, damaged = resumable(config)
+        show_lines(console, [("Resumed", f"after round {checkpoint.round}"), *_warned(damaged)])
+    elif config.run_dir:
         check_unused(Path(config.run_dir))
     prepared = prepare_run(config, console)
-    run_dir = (
-        RunDirectory(Path(config.run_dir))
-        if config.run_dir
-        else RunDirectory.new(output.resolve(), config)
-    )
+    if config.resume:
+        run_dir = RunDirectory(Path(config.resume), resume=True)
+    elif config.run_dir:
+        run_dir = RunDirectory(Path(config.run_dir))
+    else:
+        run_dir = RunDirectory.new(output.resolve(), config)
     try:
         with recorded(run_dir, config), Screen(console, prepared) as screen:
             log_to_file(run_dir.log, prepared.records)
+            if config.resume:  # Before the rounds are followed.
+                read_checkpoint(config, run_dir)
             summary = launch(prepared, run_dir, screen.round)
     except BrokenPipeError:
         raise
@@ -87,3 +115,7 @@ def _launch(
     show_lines(console, [*closing_rows(summary), *next_steps(config, run_dir)])
     if as_json:
         show_json(run_dir.summary())
+
+
+def _warned(damaged: list[str]) -> list[tuple[str, str]]:
+    return [("Warning", sentence) for sentence in damaged]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +24,13 @@ from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.privacy.ledger import Account, Ledger, LedgerSummary
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.released import Released
+from fedlora_flwr.privacy.repeats import digest_of, inputs_of
 from fedlora_flwr.wire import STATUS_EXHAUSTED
 from fedlora_flwr.wire.limits import Residues
 from fedlora_flwr.wire.order import Order, check_shapes
 
 Arrays = Mapping[str, NDArray[np.float32]]
+_Row = tuple[Account, int, Segment, Segment, str, str]
 
 
 class LocalRound:
@@ -168,7 +171,7 @@ class LocalRound:
         shares = check_order(order, self._trainer.config)
         masks = self.exchange.masks(order) if order.stage else None
         names = tuple(arrays)
-        arrays = self._complete(order, arrays)
+        arrays = self._complete(order, arrays, order.server_round)
         with untold():
             return self._release(order, plan, names, arrays, started, shares, masks)
 
@@ -184,35 +187,37 @@ class LocalRound:
     ) -> Released:
         """Open the records, write the round's row, train, and put the release together."""
         run, records = self._trainer.config, self._open()
-        terms = self._ledger.terms(self._account)
+        account = self._account_of(order)
+        terms = self._ledger.terms(account)
         mechanism = agreed(calibrated_mechanism(run, len(records), terms=terms), order)
-        planned = Segment(mechanism.noise_multiplier, mechanism.sample_rate, run.planned_steps)
-        segment = replace(planned, steps=run.local_steps)
         grid = round_grid(order, mechanism, shares, self._trainer, plan)
+        inputs = inputs_of(run, account.run, order, arrays, mechanism)
+        row = self._row(account, order, mechanism, shares, inputs)
+
+        def train(summary: LedgerSummary) -> Mapping[str, NDArray[Any]]:
+            if grid and plan:
+                manner = self._manner(order, summary)
+                return self._trainer.share(arrays, plan, records, mechanism, grid, *manner)
+            return self._train(order, plan, arrays, records, mechanism, summary).arrays
+
         try:
-            # Written before the first private batch, so that a failure after it counts.
-            summary = self._ledger.record(
-                self._account, order.server_round, segment, planned, trust_of(shares)
-            )
+            made, summary = self._counted(row, train)
         except BudgetExhausted:
             if plan is None:
                 raise
-            return self._exhausted(started)
+            return self._exhausted(order, started)
         if grid and plan:
-            manner = self._manner(order, summary)
-            made = self._trainer.share(arrays, plan, records, mechanism, grid, *manner)
             made = with_records(made, len(records))
             made = masks.on(made) if masks else made
             return self._shared(made, summary, records, started)
-        update = self._train(order, plan, arrays, records, mechanism, summary)
         if plan is None:
             # A server without plans replaces its arrays by what it gets, so it gets all of them.
-            update = LocalUpdate(self._trainer.adapted.read(names))
+            made = self._trainer.adapted.read(names)
         if order.share:
-            kept = {name: a for name, a in update.arrays.items() if not order.leaves(name)}
-            self._local.keep(self._account.client, self._account.run, kept)
+            kept = {name: array for name, array in made.items() if not order.leaves(name)}
+            self._local.keep(account.client, account.run, kept, order.server_round)
         return Released(
-            arrays={name: a for name, a in update.arrays.items() if order.leaves(name)},
+            arrays={name: a for name, a in made.items() if order.leaves(name)},
             ledger=summary,
             seconds=time.perf_counter() - started,
             peak_memory_mb=peak_memory() / 2**20,
@@ -221,6 +226,28 @@ class LocalRound:
             num_examples=len(records) if order.weighting == "size" else 1,
             unprotected=self._unprotected(records),
         )
+
+    def _row(
+        self, account: Account, order: Order, mechanism: Mechanism, shares: int, inputs: str
+    ) -> _Row:
+        """Return what the ledger is told of a round."""
+        run = self._trainer.config
+        planned = Segment(mechanism.noise_multiplier, mechanism.sample_rate, run.planned_steps)
+        segment = replace(planned, steps=run.local_steps)
+        return account, order.server_round, segment, planned, trust_of(shares), inputs
+
+    def _counted(
+        self,
+        row: _Row,
+        train: Callable[[LedgerSummary], Mapping[str, NDArray[Any]]],
+    ) -> tuple[Mapping[str, NDArray[Any]], LedgerSummary]:
+        """Write the round's row, train, and find the row that pays for what came of it."""
+        # Written before the first private batch, so that a failure after it counts.
+        summary = self._ledger.record(*row)
+        made = train(summary)
+        if row[-1]:
+            summary = self._ledger.vouch(*row, digest_of(made))
+        return made, summary
 
     def _shared(
         self,
@@ -266,7 +293,8 @@ class LocalRound:
             raise OrderRefused(
                 "This client does not evaluate. To let it, name a public test-split in its file."
             )
-        self._trainer.load(self._complete(order, arrays))
+        # What this very round has left here belongs to it.
+        self._trainer.load(self._complete(order, arrays, order.server_round + 1))
         with untold():
             records = self._open_test() if order.share else self._open()
             return self._trainer.task.evaluate(self._trainer.adapted.model, records)
@@ -293,8 +321,12 @@ class LocalRound:
             check_records(records)
         return records
 
-    def _exhausted(self, started: float) -> Released:
-        summary = self._ledger.summary(self._account)
+    def _account_of(self, order: Order) -> Account:
+        """Return the account of the run, or of the one that the server continues."""
+        return replace(self._account, run=order.continues or self._account.run)
+
+    def _exhausted(self, order: Order, started: float) -> Released:
+        summary = self._ledger.summary(self._account_of(order))
         seconds, memory = time.perf_counter() - started, peak_memory() / 2**20
         return Released({}, summary, seconds, memory, status=STATUS_EXHAUSTED, num_examples=0)
 
@@ -325,7 +357,7 @@ class LocalRound:
         untrusted = self._trainer.config.exact_passes or not in_simulation()
         return stream, untrusted, order.server_round or 1
 
-    def _complete(self, order: Order, arrays: Arrays) -> Arrays:
+    def _complete(self, order: Order, arrays: Arrays, before: int) -> Arrays:
         """Return all arrays to start from: the server's, and with them what stays here."""
         trainer = self._trainer
         if order.fingerprint and order.fingerprint != trainer.adapted.fingerprint:
@@ -335,7 +367,9 @@ class LocalRound:
                 "on server and clients."
             )
         if order.share:
-            local = self._local.recall(self._account.client, self._account.run)
+            account = self._account_of(order)
+            last = before if order.server_round else None
+            local = self._local.recall(account.client, account.run, last)
             arrays = {**trainer.start, **local, **arrays}
         if self._rank is not None:
             arrays = {n: leading_ranks(n, array, self._rank) for n, array in arrays.items()}

@@ -95,7 +95,7 @@ class RunConfig(
             raise InvalidValue("run-epsilon", self.run_epsilon, f"at most epsilon = {self.epsilon}")
         self._check_methods()
         check_trust(self)
-        for key in ("run_dir", "state_dir"):
+        for key in ("run_dir", "state_dir", "resume", "start"):
             if (folder := getattr(self, key)) and not Path(folder).is_absolute():
                 raise InvalidValue(dashed(key), folder, "an absolute path")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 
 from fedlora_flwr.errors import InvalidValue, PrivacyViolation, unknown
 from fedlora_flwr.layout import Layout, is_folded
-from fedlora_flwr.lora.exported import outermost, plain_name, write_adapter
+from fedlora_flwr.lora.digests import digest, joined
+from fedlora_flwr.lora.exported import is_saved, outermost, plain_name, write_adapter
 from fedlora_flwr.lora.folded_weights import FoldedWeights
 from fedlora_flwr.lora.targets import (
     check_exportable,
@@ -237,7 +237,7 @@ class AdaptedModel:
             shape = tuple(self.parameters[name].shape)
             if array.shape != shape:
                 raise InvalidValue(f"shape of {name}", array.shape, str(shape))
-        _ = self.fingerprint  # That of the backbone itself, before anything is folded in.
+        _ = self._frozen_digests  # Those of the backbone itself, before anything is folded in.
         with torch.no_grad():
             for name, array in trainable.items():
                 self.parameters[name].copy_(torch.from_numpy(np.array(array)))
@@ -250,14 +250,21 @@ class AdaptedModel:
             if id(tensor) not in exchanged:
                 yield name, tensor
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Hash of everything frozen: names, shapes and values of the backbone."""
-        digest = hashlib.sha256()
-        for name, tensor in self.frozen():
-            digest.update(f"{plain_name(name)} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(in_bytes(tensor).numpy().tobytes())
-        return digest.hexdigest()[:32]
+        return joined(found for _, found in self._frozen_digests)
+
+    @property
+    def backbone(self) -> str:
+        """Hash of what is frozen and comes from a checkpoint, which no seed has drawn."""
+        frozen = self._frozen_digests
+        return joined(d for name, d in frozen if not is_saved(name.rpartition(".")[0], self.saved))
+
+    @cached_property
+    def _frozen_digests(self) -> list[tuple[str, bytes]]:
+        named = [(plain_name(name), tensor) for name, tensor in self.frozen()]
+        return [(name, digest(name, tensor)) for name, tensor in named]
 
     def export(self, folder: Path) -> None:
         """Write an adapter folder that `peft.PeftModel.from_pretrained` loads onto the backbone.
@@ -347,17 +354,6 @@ def attach(model: nn.Module, spec: LoRASpec, seed: int) -> AdaptedModel:
         adapted = AdaptedModel(get_peft_model(model, config), spec.backbone_dropout, spec.drawn)
     adapted.model.eval()
     return adapted
-
-
-def in_bytes(tensor: Tensor) -> Tensor:
-    """Return a tensor's values as bytes, shape (n,), on the CPU.
-
-    Tensors of every shape and type have bytes: a number without an axis, an empty one, and types
-    that know no comparison.
-    """
-    held = tensor.detach()
-    dense = held if held.layout == torch.strided else held.to_dense()
-    return dense.cpu().resolve_conj().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _single_adapter(model: PeftModel) -> str:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 DRAWN = "drawn_modules"
 """Attribute of a model: names of its modules, head included, that are in no checkpoint."""
+BACKBONE = "backbone"
+"""Key in the metadata of the file of weights: which backbone they belong to."""
 PREFIX = "base_model.model."
 _ADAPTER = re.compile(r"\.lora_\w+\.")
 
@@ -70,7 +72,8 @@ def write_adapter(adapted: AdaptedModel, folder: Path) -> None:
     model.create_or_update_model_card(str(folder))
     # The file format refuses tensors that share memory.
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    save_file(own, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    metadata = {"format": "pt", BACKBONE: adapted.backbone}
+    save_file(own, folder / "adapter_model.safetensors", metadata=metadata)
     base = type(model.get_base_model())
     written.save_pretrained(
         str(folder),

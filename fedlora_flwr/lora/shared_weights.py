@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fedlora_flwr.files import cache_folder, read_or_make
-from fedlora_flwr.lora.adapters import AdaptedModel, in_bytes
+from fedlora_flwr.lora.adapters import AdaptedModel
+from fedlora_flwr.lora.digests import in_bytes
 
 _LOGGER = logging.getLogger(__name__)
 

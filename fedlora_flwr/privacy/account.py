@@ -38,7 +38,10 @@ from fedlora_flwr.privacy.lifetime import (
     run_divergence,
 )
 
-__all__ = ["UNBOUND", "Account", "LedgerSummary", "Tally", "Terms", "admit", "summarize", "terms"]
+__all__ = [
+    "UNBOUND", "Account", "LedgerSummary", "Tally", "Terms", "admit", "counted", "summarize",
+    "terms",
+]  # fmt: skip
 
 RDP_FILTER = "rdp-filter"
 
@@ -213,15 +216,24 @@ def admit(
         for t in tallies
         if t.run != account.run and t.silent < lapse
     ]
-    after = [*tallies, _tally(account.run, planned, steps)]
     worst = [*tallies, *held, _tally(account.run, planned, rest)]
     if _filtered(account, tallies):
         order = _order(account, tallies, tallies[0].mechanism if tallies else planned)
         _check_filter(account, order, worst, planned)
+    else:
+        _check_fixed(account, tallies, held, worst, planned)
+    return counted(account, tallies, planned, steps)
+
+
+def counted(
+    account: Account, tallies: Sequence[Tally], planned: Segment, steps: int
+) -> tuple[LedgerSummary, float | None]:
+    """Return what `admit` does, for a release that has been admitted before."""
+    after, order = [*tallies, _tally(account.run, planned, steps)], None
+    if _filtered(account, tallies):
+        order = _order(account, tallies, tallies[0].mechanism if tallies else planned)
         after = [replace(t, order=order) for t in after]
-        return summarize(account, after), order
-    _check_fixed(account, tallies, held, worst, planned)
-    return summarize(account, after), None
+    return summarize(account, after), order
 
 
 def _tally(run: str, planned: Segment, steps: int) -> Tally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeAlias
 
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.privacy.account import (
@@ -14,6 +15,7 @@ from fedlora_flwr.privacy.account import (
     Tally,
     Terms,
     admit,
+    counted,
     summarize,
     terms,
 )
@@ -28,6 +30,8 @@ LAPSE = 86_400.0
 
 _PATIENCE = 60.0
 _MAX_ROUND = 10**9
+Repeated: TypeAlias = tuple[Account, int, Segment, Segment, str]
+"""What `record` is asked for, with the digest of its inputs: a release that may come again."""
 
 
 class Ledger:
@@ -110,6 +114,7 @@ class Ledger:
         segment: Segment,
         planned: Segment,
         trust: str = LOCAL,
+        inputs: str = "",
     ) -> LedgerSummary:
         """Write a release. Call it before the first private batch is read.
 
@@ -130,6 +135,10 @@ class Ledger:
         trust : str (default: "local")
             Trust model of the release, for whoever reads the ledger. σ and q say what it spends,
             whoever added the noise, so releases of all trust models add up.
+        inputs : str (default: none)
+            Digest of all that decides the bits of the release, where these follow from a seed. A
+            row with the same inputs is not written twice; then `vouch` has to be called before
+            the release leaves (see `fedlora_flwr.privacy.repeats`).
 
         Returns
         -------
@@ -152,6 +161,61 @@ class Ledger:
         *What does not hold.* The ledger counts what it is told; it does not see the steps.
         """
         _check_request(server_round, segment, planned)
+        repeated = (account, server_round, segment, planned, inputs)
+        if inputs and (row := next(iter(self._rows(*repeated)), None)):
+            return self._as_of(row, account, planned, segment.steps)
+        return self._append(*repeated, trust)
+
+    def vouch(
+        self,
+        account: Account,
+        server_round: int,
+        segment: Segment,
+        planned: Segment,
+        trust: str,
+        inputs: str,
+        outputs: str,
+    ) -> LedgerSummary:
+        """Find the row that pays for a release's bits, or write one. Call it before they leave.
+
+        Parameters
+        ----------
+        account, server_round, segment, planned, trust, inputs
+            Those of `record`, which has been called with them.
+        outputs : str
+            Digest of the bits.
+
+        Returns
+        -------
+        LedgerSummary
+            The account with this release, as it was when its row was written.
+
+        Raises
+        ------
+        BudgetExhausted
+            Other bits have left under each row with these inputs, and the budget allows no more.
+        """
+        repeated = (account, server_round, segment, planned, inputs)
+        while True:
+            with self._file.writing() as writer:
+                rows = _repeats(writer.db, *repeated)
+                found = [row for row in rows if rows[row] in (outputs, "")]
+                row = min(found, key=lambda row: (rows[row] == "", row), default=None)
+                if row is not None and not rows[row]:
+                    writer.settle(row, outputs)
+            if row is not None:
+                return self._as_of(row, account, planned, segment.steps)
+            self._append(*repeated, trust)
+
+    def _append(
+        self,
+        account: Account,
+        server_round: int,
+        segment: Segment,
+        planned: Segment,
+        inputs: str,
+        trust: str,
+    ) -> LedgerSummary:
         while True:
             with self._file.glancing() as db:
                 tallies = _tallies(db, account)
@@ -169,12 +233,23 @@ class Ledger:
                 int(planned.steps),
                 order,
                 trust,
+                inputs,
             )
             with self._file.writing() as writer:
                 if _same(_tallies(writer.db, account), tallies):
                     writer.append(values)
             if writer.appended:
                 return summary
+
+    def _rows(self, *repeated: *Repeated) -> dict[int, str]:
+        with self._file.reading() as db:
+            return _repeats(db, *repeated)
+
+    def _as_of(self, row: int, account: Account, planned: Segment, steps: int) -> LedgerSummary:
+        """Return what `record` did when it wrote a row."""
+        with self._file.reading() as db:
+            tallies = _tallies(db, account, row)
+        return counted(account, tallies, planned, steps)[0]
 
     def _read(self, account: Account) -> list[Tally]:
         with self._file.reading() as db:
@@ -190,9 +265,31 @@ def _check_request(server_round: int, segment: Segment, planned: Segment) -> Non
         raise InvalidValue("noise multiplier and sample rate", mechanism, allowed)
 
 
-def _tallies(db: sqlite3.Connection, account: Account) -> list[Tally]:
-    """Return the account's rows, summed by run and mechanism, oldest first."""
-    where, values = "client = ?", [account.client]
+def _repeats(db: sqlite3.Connection, *repeated: *Repeated) -> dict[int, str]:
+    """Return rows of the same release and inputs, each with the digest of the bits it pays for."""
+    account, server_round, segment, _, inputs = repeated
+    found = db.execute(
+        "SELECT id, outputs FROM releases WHERE client = ? AND run = ? AND round = ? "
+        "AND noise_multiplier = ? AND sample_rate = ? AND steps = ? AND inputs = ? ORDER BY id",
+        (
+            account.client,
+            account.run,
+            server_round,
+            float(segment.noise_multiplier),
+            float(segment.sample_rate),
+            int(segment.steps),
+            inputs,
+        ),
+    )
+    return dict(found)
+
+
+def _tallies(db: sqlite3.Connection, account: Account, before: int | None = None) -> list[Tally]:
+    """Return the account's rows, up to one, summed by run and mechanism, oldest first."""
+    values: list[str | int] = [account.client]
+    where = "client = ?"
+    if before is not None:
+        where, values = where + " AND id < ?", [*values, before]
     if account.scope == "run":
         where, values = where + " AND run = ?", [*values, account.run]
     rows = db.execute(

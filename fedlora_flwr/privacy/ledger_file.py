@@ -40,12 +40,12 @@ from fedlora_flwr.errors import LedgerDamaged
 from fedlora_flwr.files import private_folder, replacing, sync_folder
 from fedlora_flwr.privacy.witness import Head, Witness
 
-_VERSION = 2
+_VERSION = 3
 LOCAL = "local"
 """Trust model of a row whose client added all of the noise itself."""
 _COLUMNS = (
     "client", "run", "round", "noise_multiplier", "sample_rate", "steps", "written_at",
-    "planned", "rdp_order", "trust",
+    "planned", "rdp_order", "trust", "inputs",
 )  # fmt: skip
 _EARLIER = ("id", *_COLUMNS[:7])
 _RELEASES = """
@@ -67,7 +67,8 @@ _CHAINED = (
     "CREATE TABLE origin (ledger TEXT NOT NULL)",
 )
 _FIRST_CHAINED = (*_EARLIER, "planned", "rdp_order", "digest")
-_TRUSTING = f"ALTER TABLE releases ADD COLUMN trust TEXT NOT NULL DEFAULT '{LOCAL}'"
+_LATER = {"trust": LOCAL, "inputs": "", "outputs": ""}
+"""Columns that came after the chain, and what they hold in rows that are older."""
 _SELECT = f"SELECT id, digest, {', '.join(_COLUMNS)} FROM releases"  # noqa: S608
 _INSERT = (
     f"INSERT INTO releases (digest, {', '.join(_COLUMNS)}) "  # noqa: S608
@@ -151,7 +152,7 @@ class LedgerFile:
             with self.witness.locked() as witness:
                 writer = Writer(db, self._check(db, key, witness.newest))
                 yield writer
-                if writer.appended:
+                if writer.appended or writer.settled:
                     db.execute("COMMIT")
                     witness.advance(writer.head)
                     _checked[key] = writer.head
@@ -237,7 +238,7 @@ class LedgerFile:
             raise self._damaged("a newer version of this package wrote it", "use that version")
         if version < _VERSION:
             self._migrate(db)
-        if _columns(db) != (*_FIRST_CHAINED, "trust"):
+        if _columns(db) != (*_FIRST_CHAINED, *_LATER):
             raise self._damaged("it is not a ledger", "name another file")
         return db
 
@@ -265,15 +266,15 @@ class LedgerFile:
             sync_folder(self.witness.path.parent)
 
     def _migrate(self, db: sqlite3.Connection) -> None:
-        """Add what a ledger of an earlier version lacks: the chain, or the trust models."""
+        """Add what a ledger of an earlier version lacks: the chain, or columns after it."""
         with self.witness.locked() as witness:
             # Asked without SQLite's lock, whose holder may be waiting for the witness.
             if db.execute("PRAGMA user_version").fetchone() == (_VERSION,):
                 return
             db.execute("BEGIN IMMEDIATE")
             (version,) = db.execute("PRAGMA user_version").fetchone()
-            if version == 1 and _columns(db) == _FIRST_CHAINED:
-                _add_trust_models(db)  # The digests of its rows stay (see `chained`).
+            if version and _columns(db) == (*_FIRST_CHAINED, *("trust",)[: version - 1]):
+                _add_columns(db)  # The digests of its rows stay (see `chained`).
                 db.execute("COMMIT")
                 return
             if _columns(db) != _EARLIER:
@@ -324,6 +325,12 @@ class Writer:
     db: sqlite3.Connection
     head: Head
     appended: bool = False
+    settled: bool = False
+
+    def settle(self, row: int, outputs: str) -> None:
+        """Note which bits a row pays for; the chain does not cover that."""
+        self.db.execute("UPDATE releases SET outputs = ? WHERE id = ?", (outputs, row))
+        self.settled = True
 
     def append(self, values: Values) -> None:
         """Append a row."""
@@ -345,9 +352,12 @@ def witness_of(path: Path) -> Path:
 def chained(digest: str, values: Values | list[Any]) -> str:
     """Return the digest of a row that follows one with ``digest``.
 
-    A row of the local trust model has the digest that it had before rows named one.
+    A row without inputs has the digest that it had before rows had them, and one of the local trust
+    model that of a time before rows named one.
     """
-    if values[-1] == LOCAL:
+    for later in ("", LOCAL):
+        if values[-1] != later:
+            break
         values = values[:-1]
     return hashlib.sha256(json.dumps([digest, *values]).encode()).hexdigest()
 
@@ -356,7 +366,7 @@ def _chain(db: sqlite3.Connection, head: Head) -> Head | None:
     """Add the chain to the rows that there are; None if their numbers have gaps."""
     for statement in (*_CHAINED, _INDEX):
         db.execute(statement)
-    _add_trust_models(db)
+    _add_columns(db)
     db.execute("INSERT INTO origin VALUES (?)", (head.ledger,))
     for number, _, *values in db.execute(f"{_SELECT} ORDER BY id").fetchall():
         head = Head(head.ledger, head.rows + 1, chained(head.digest, values))
@@ -366,8 +376,11 @@ def _chain(db: sqlite3.Connection, head: Head) -> Head | None:
     return head
 
 
-def _add_trust_models(db: sqlite3.Connection) -> None:
-    db.execute(_TRUSTING)
+def _add_columns(db: sqlite3.Connection) -> None:
+    there = _columns(db)
+    for name, held in _LATER.items():
+        if name not in there:
+            db.execute(f"ALTER TABLE releases ADD COLUMN {name} TEXT NOT NULL DEFAULT '{held}'")
     db.execute(f"PRAGMA user_version = {_VERSION}")
 
 

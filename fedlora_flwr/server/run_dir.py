@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -13,11 +16,14 @@ from typing import Any, cast
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.files import append, private_folder, replace_file, to_json
+from fedlora_flwr.files import FileTrouble, private_folder, replace_file, to_json
 from fedlora_flwr.server.rounds import RoundRow
+from fedlora_flwr.server.rows_file import RowsFile
 
 CLAIM = "FEDLORA_CLAIM"
 """Environment variable with the claim of the run that this process works for."""
+ROWS = ("rounds", "clients")
+_CLAIM = ".claim"
 _RESULTS = ("config.toml", "rounds.jsonl", "clients.jsonl", "summary.json", "run.log", "adapter")
 
 
@@ -33,6 +39,8 @@ class RunDirectory:
         The folder; made if missing, and then for its owner alone.
     claim : str, optional
         The claim of a run that several processes write to; a new one if empty.
+    resume : bool (default: False)
+        Whether a run continues that has begun in the folder.
 
     Attributes
     ----------
@@ -40,9 +48,13 @@ class RunDirectory:
         What the folder's ``.claim`` holds after `take`.
     """
 
-    def __init__(self, path: Path, claim: str = "") -> None:
+    def __init__(self, path: Path, claim: str = "", *, resume: bool = False) -> None:
+        if resume and not (path / _CLAIM).exists():
+            raise InvalidValue("resume", str(path), "the folder of a run that has begun")
         self.path = private_folder(path)
         self.claim = claim or secrets.token_hex(16)
+        self.resume = resume
+        self._rows = {name: RowsFile(self.path / f"{name}.jsonl") for name in ROWS}
 
     @classmethod
     def new(cls, parent: Path, config: RunConfig) -> RunDirectory:
@@ -71,8 +83,12 @@ class RunDirectory:
         InvalidValue
             The folder is another run's, which is left as it is.
         """
-        marker = self.path / ".claim"
+        marker = self.path / _CLAIM
         if marker.exists() and marker.read_text(encoding="ascii") == self.claim:
+            return
+        if self.resume:
+            with self.working():  # Not while another process is at work.
+                marker.write_text(self.claim, encoding="ascii")
             return
         check_unused(self.path)
         try:
@@ -81,6 +97,25 @@ class RunDirectory:
                 stream.write(self.claim)
         except FileExistsError:
             raise _used(self.path) from None
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Hold the folder while rounds are written to it; the kernel lets go if the process dies.
+
+        Raises
+        ------
+        InvalidValue
+            Another process does.
+        """
+        with (self.path / _CLAIM).open("rb") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise FileTrouble.of(error, self.path / _CLAIM) from error
+                allowed = "a run that no process is at work on. End that process first"
+                raise InvalidValue("resume", str(self.path), allowed) from error
+            yield
 
     @property
     def log(self) -> Path:
@@ -104,13 +139,31 @@ class RunDirectory:
         """
         target, own = self.path / "config.toml", str(self.path.resolve())
         state_dir = "" if config.state_dir == own else config.state_dir
-        recipe = replace(config, run_dir="", state_dir=state_dir)
+        recipe = replace(config, run_dir="", resume="", state_dir=state_dir)
         replace_file(target, recipe.to_toml().encode())
         return target
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Append a row to ``<name>.jsonl``."""
-        append(self.path / f"{name}.jsonl", f"{to_json(row)}\n".encode())
+        self._rows[name].append(f"{to_json(row)}\n".encode())
+
+    def durable_rows(self) -> dict[str, tuple[int, str]]:
+        """Sync the files of rows; return the bytes of each, and their SHA-256."""
+        return {name: rows.durable() for name, rows in self._rows.items()}
+
+    def rewind(self, files: Mapping[str, Sequence[Any]]) -> None:
+        """Cut the files of rows to what they were (see `durable_rows`), and forget the summary.
+
+        Raises
+        ------
+        InvalidValue
+            A file is not the one that was written. Nothing is changed.
+        """
+        for name, (size, digest) in files.items():
+            self._rows[name].check(size, digest)
+        for name, (size, _) in files.items():
+            self._rows[name].cut(size)
+        self.summary_file.unlink(missing_ok=True)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """Return the complete rows of ``<name>.jsonl``; none if there is no such file yet."""
@@ -143,7 +196,7 @@ def check_unused(folder: Path) -> None:
     InvalidValue
         There is a run's file in it.
     """
-    if any((folder / name).exists() for name in (".claim", *_RESULTS)):
+    if any((folder / name).exists() for name in (_CLAIM, *_RESULTS)):
         raise _used(folder)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from logging import WARNING
+from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
@@ -21,9 +22,12 @@ from fedlora_flwr.files import replacing
 from fedlora_flwr.layout import Layout
 from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.lora.build import build_adapted
+from fedlora_flwr.lora.started import read_adapter
 from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.server.card import ModelCard
+from fedlora_flwr.server.checkpoint import Checkpoint
 from fedlora_flwr.server.endings import reason_of, status_of
+from fedlora_flwr.server.keeper import Keeper, read_checkpoint, rows_of, told_before
 from fedlora_flwr.server.noise import noise_of_mean
 from fedlora_flwr.server.rehearsal import check_folding, rehearse
 from fedlora_flwr.server.rounds import OnRound, RoundRow, by_name
@@ -77,9 +81,22 @@ def run_federation(
         The run could not go on; the summary says why, and ``adapter/`` holds the last round's
         arrays.
     """
-    started = time.perf_counter()
     run_dir.take()
-    run_dir.write_config(config)
+    with run_dir.working():
+        checkpoint = read_checkpoint(config, run_dir) if config.resume else None
+        run_dir.write_config(config)
+        return _federation(grid, config, run_dir, on_round, adapted, checkpoint)
+
+
+def _federation(
+    grid: Grid,
+    config: RunConfig,
+    run_dir: RunDirectory,
+    on_round: OnRound | None,
+    adapted: AdaptedModel | None,
+    checkpoint: Checkpoint | None,
+) -> dict[str, Any]:
+    started = time.perf_counter() - (checkpoint.seconds if checkpoint else 0.0)
     session: _Session | None = None
     try:
         task = build_task(config.task, config)
@@ -90,8 +107,8 @@ def run_federation(
             rehearse(task, adapted)
         if config.secure_sum:
             strategy.opener = sum_step(config, task, adapted)
-        session = _Session(config, task, adapted, strategy, run_dir, on_round)
-        session.run(grid)
+        session = _Session(config, task, adapted, strategy, run_dir, on_round, started)
+        session.run(grid, checkpoint)
         session.draw_modes()
     except BaseException as error:
         summary = _summary(config, session, time.perf_counter() - started)
@@ -117,6 +134,7 @@ class _Session:
     strategy: FedLoRA
     run_dir: RunDirectory
     on_round: OnRound | None
+    started: float
     rows: list[RoundRow] = field(default_factory=list)
     accountants: set[str] = field(default_factory=set)
     budgets: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -126,27 +144,47 @@ class _Session:
 
     def __post_init__(self) -> None:
         self._average = MovingAverage(self.config.average_decay)
+        self._keeper = Keeper(self.run_dir, self.config, self.adapted.fingerprint)
 
     @property
     def layout(self) -> Layout:
         return Layout.of(self.adapted.parameters, self.config.block_pattern)
 
-    def run(self, grid: Grid) -> None:
+    def run(self, grid: Grid, checkpoint: Checkpoint | None) -> None:
         # A federation has the nodes that it has; num-clients only says how many a run makes.
         self.connected = grid.get_node_ids
         self._absent()
+        self._keeper.run = checkpoint.run if checkpoint else str(grid.run.run_id)
+        if checkpoint:
+            self._take_up(checkpoint)
+        elif self.config.start:
+            self.adapted.write(read_adapter(Path(self.config.start), self.adapted))
         self.strategy.start(
             grid,
-            initial_arrays=to_record(self.adapted.read()),
+            initial_arrays=to_record(checkpoint.arrays if checkpoint else self.adapted.read()),
             num_rounds=self.config.num_rounds,
             timeout=self.config.round_timeout,
             train_config=ConfigRecord({FINGERPRINT: self.adapted.fingerprint}),
             evaluate_config=ConfigRecord({FINGERPRINT: self.adapted.fingerprint}),
             evaluate_fn=self._after_round,
+            **({"done": checkpoint.round} if checkpoint else {}),
         )
         if self.task.metric not in by_name(self.rows[-1]):
             # The last clients with budget left have gone since, so nobody knew that it was the end.
             by_name(self.rows[-1]).update(self._evaluate(self.config.num_rounds))
+
+    def _take_up(self, checkpoint: Checkpoint) -> None:
+        """Be what the session was after a round, its rows included."""
+        self._keeper.check(checkpoint)
+        self.strategy.load_state_dict(checkpoint.strategy)
+        self.strategy.continues = checkpoint.run
+        self._average.load_state_dict(checkpoint.average)
+        if self.strategy.opener:
+            self.strategy.opener.load_state_dict(checkpoint.opener)
+        self.adapted.write(self._average.model(checkpoint.arrays))
+        self.rows = rows_of(self.run_dir, self.config)
+        for row in told_before(self.run_dir):
+            self._hear(row[CLIENT], row)
 
     def draw_modes(self) -> None:
         """Draw which factor each block trained in each round, where the plan tells blocks apart."""
@@ -180,8 +218,8 @@ class _Session:
 
     def _after_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
         """Evaluate on the public test set, keep the arrays, write the round's rows."""
-        kept = self._average.add({name: to_numpy(array) for name, array in arrays.items()})
-        self.adapted.write(kept)
+        current = {name: to_numpy(array) for name, array in arrays.items()}
+        self.adapted.write(self._average.add(current))
         metrics = self._evaluate(server_round)
         with replacing(self.run_dir.adapter) as draft:
             self.adapted.export(draft)
@@ -193,6 +231,9 @@ class _Session:
         row["seconds"], self._mark = now - self._mark, now
         self.rows.append(row)
         self.run_dir.append("rounds", row)
+        carried = self.strategy.state_dict(), self._average.state_dict()
+        opener = self.strategy.opener.state_dict() if self.strategy.opener else {}
+        self._keeper.keep(server_round, now - self.started, current, *carried, opener)
         if self.on_round is not None:
             self.on_round(row)
         return MetricRecord({name: float(value) for name, value in metrics.items()})
@@ -231,6 +272,12 @@ class _Session:
         found = noise_of_mean(self.config, report.server_round, plan, self.layout, shapes, told)
         return {"noise": {p: norm for p, norm in found.items() if p in parts}} if found else {}
 
+    def _hear(self, client: str, told: Mapping[str, Any]) -> None:
+        """Note what a client tells of its account."""
+        self.accountants.add(str(told.get(ACCOUNTANT, "")))
+        if {EPSILON_BUDGET, DELTA} <= told.keys():
+            self.budgets[client] = told[EPSILON_BUDGET], told[DELTA]
+
     def _communication(self, server_round: int) -> Mapping[str, object]:
         """Write what each client told, and return what the round's row says of all of them."""
         report = self.strategy.last_round
@@ -240,10 +287,7 @@ class _Session:
             told = {**upload.texts, **upload.metrics}
             row = {"round": server_round, CLIENT: upload.client}
             row.update({name: value for name, value in told.items() if name not in row})
-            self.accountants.add(str(upload.texts.get(ACCOUNTANT, "")))
-            if {EPSILON_BUDGET, DELTA} <= upload.metrics.keys():
-                budget, delta = upload.metrics[EPSILON_BUDGET], upload.metrics[DELTA]
-                self.budgets[upload.client] = budget, delta
+            self._hear(upload.client, told)
             self.run_dir.append("clients", row)
         counted: RoundRow = {
             "plan": report.plan,

@@ -44,6 +44,9 @@ def build_strategy(config: RunConfig) -> FedLoRA:
         raise InvalidValue("strategy", config.strategy, allowed) from error
     made = chosen(**arguments)
     made.by_sum = config.secure_sum
+    if config.start and made.shared:
+        allowed = "left out where a factor or the head stays with each client, and starts there"
+        raise InvalidValue("start", config.start, allowed)
     return made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,6 +67,27 @@ class SumStep:
             return f"simulated: this process sees every upload. Unmasked, {alone}"
         return f"masked by the clients. If masking failed, {alone}"
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of optimizer and filter, by array: NumPy arrays and plain values."""
+        state = self._optimizer.state
+        return {
+            "optimizer": {
+                name: {key: _plain(value) for key, value in state[parameter].items()}
+                for name, parameter in self._adapted.parameters.items()
+                if parameter in state
+            },
+            "filter": self._filter.state_dict(),
+        }
+
+    def load_state_dict(self, found: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self._filter.load_state_dict(found["filter"])
+        for name, state in found["optimizer"].items():
+            parameter = self._adapted.parameters[name]
+            self._optimizer.state[parameter] = {
+                key: _tensor(value, parameter) for key, value in state.items()
+            }
+
     def agree(self, ask: Ask, order: Order, nodes: Sequence[int]) -> Mapping[int, Order]:
         """Return what to send to each client that can upload (see `MaskedSum.agree`)."""
         return self._sum.agree(ask, order, nodes)
@@ -128,6 +150,18 @@ class SumStep:
             group["lr"] = settings.rates[factor]
         self._optimizer.step()
         return adapted.read(list(total))
+
+
+def _plain(value: Any) -> Any:
+    return value.detach().cpu().numpy().copy() if isinstance(value, torch.Tensor) else value
+
+
+def _tensor(value: Any, parameter: torch.Tensor) -> Any:
+    if not isinstance(value, np.ndarray):
+        return value
+    found = torch.tensor(value)
+    # A count of steps has no shape, and torch keeps it on the CPU.
+    return found.to(parameter.device) if found.ndim else found
 
 
 def sum_noise(config: RunConfig) -> float:

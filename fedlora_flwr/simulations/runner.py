@@ -21,6 +21,7 @@ from fedlora_flwr.forecast.placement import Placement, place
 from fedlora_flwr.layout import Layout
 from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.lora.build import build_adapted
+from fedlora_flwr.lora.started import read_adapter
 from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.processes.workers import Execute, executor, one_by_one
@@ -114,6 +115,8 @@ def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRu
     # A method may refuse a model, e.g. one whose blocks have no name.
     strategy.plan(1, Layout.of(adapted.parameters, config.block_pattern))
     check_folding(strategy, adapted)
+    if config.start and not large and not config.resume:
+        read_adapter(Path(config.start), adapted)
     if not large:
         rehearse(task, adapted)
     sizes = [
@@ -268,7 +271,8 @@ def _federation(config: RunConfig, placement: Placement) -> str:
 
 def _follow(superlink: SimulationSuperLink, run_dir: RunDirectory, on_round: OnRound) -> None:
     """Report rounds as they end, until Flower says that the run has."""
-    seen, asked = 0, time.monotonic()
+    # Only the new rounds of a run that continues are told.
+    seen, asked = len(run_dir.rounds()) if run_dir.resume else 0, time.monotonic()
     while True:
         rows = run_dir.rounds()
         for row in rows[seen:]:

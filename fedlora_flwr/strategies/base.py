@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import Result
 from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.means import Arrays, merge, weighted_mean
-from fedlora_flwr.errors import BudgetsSpent, FedLoRAError, InvalidValue
+from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.layout import Layout, factor_of
 from fedlora_flwr.plan import BOTH, A, B, ComponentPlan
 from fedlora_flwr.strategies import secure_sum
@@ -24,8 +24,6 @@ from fedlora_flwr.strategies.agreement import describe
 from fedlora_flwr.strategies.clipping import check_clipping
 from fedlora_flwr.strategies.cohort import Cohorts
 from fedlora_flwr.strategies.declared import Declared
-from fedlora_flwr.strategies.early_end import EvaluateFn, keeping
-from fedlora_flwr.strategies.exchange import Exchange
 from fedlora_flwr.strategies.replies import (
     LedgerWatch,
     RoundReport,
@@ -35,6 +33,7 @@ from fedlora_flwr.strategies.replies import (
     within_limits,
 )
 from fedlora_flwr.strategies.round import Round
+from fedlora_flwr.strategies.running import Running
 from fedlora_flwr.wire import (
     ARRAYS,
     CONFIG,
@@ -46,7 +45,7 @@ from fedlora_flwr.wire.limits import MOST_WEIGHT
 from fedlora_flwr.wire.records import read_training
 
 
-class FedLoRA(Declared, Exchange):
+class FedLoRA(Declared, Running):
     """Federated averaging of LoRA factors under a component plan: the base of every method.
 
     Where a method overrides nothing, both factors train at every step and are averaged each on its
@@ -261,7 +260,7 @@ class FedLoRA(Declared, Exchange):
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` returned; `start` begins a new run and forgets it."""
+        """Take up what `state_dict` returned; `start` without ``done`` forgets it."""
         self.num_rounds, self._trained = state["num_rounds"], state["trained"]
         self._cohorts, self._turns = None, state["turns"]
         self._ledgers.load_state_dict(state["ledgers"])
@@ -270,33 +269,6 @@ class FedLoRA(Declared, Exchange):
     def finished(self) -> bool:
         """Whether no client that was connected in the last round may be asked for another."""
         return self._cohorts is not None and not self._cohorts.left()
-
-    def start(
-        self,
-        grid: Grid,
-        initial_arrays: ArrayRecord,
-        num_rounds: int = 3,
-        timeout: float = 3600,
-        train_config: ConfigRecord | None = None,
-        evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: EvaluateFn | None = None,
-    ) -> Result:
-        """Run the federation, as Flower's strategies do, until nobody has budget left.
-
-        Returns
-        -------
-        Result
-            Arrays and metrics of the rounds that took place.
-        """
-        self.num_rounds, self._timeout = num_rounds, timeout
-        self.begin()
-        self._result = Result()
-        rest = train_config, evaluate_config, keeping(self._result, evaluate_fn)
-        try:
-            return super().start(grid, initial_arrays, num_rounds, timeout, *rest)
-        except BudgetsSpent as end:
-            log(INFO, "The run ends here. %s", end)
-            return self._result
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -324,7 +296,8 @@ class FedLoRA(Declared, Exchange):
         this.asked = self._cohorts.train(
             grid, server_round, self.fraction_train, self.min_available_nodes, self.min_train_nodes
         )
-        order = replace(self.order(server_round, str(plan)), weighting=self.weighting)
+        order = self.order(server_round, str(plan))
+        order = replace(order, weighting=self.weighting, continues=self.continues)
         sent = len(this.asked)
         report = self.last_round = RoundReport(
             server_round, str(plan), sent=sent, bytes_plain=this.plain * sent

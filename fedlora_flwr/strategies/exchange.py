@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -30,6 +31,7 @@ class Exchange(FedAvg):
     """
 
     shared: str
+    continues: str
     last_round: RoundReport | None
     _cohorts: Cohorts | None
     _result: Result
@@ -60,7 +62,8 @@ class Exchange(FedAvg):
         Where a part of the models stays with the clients, those of the round measure their own.
         """
         report = self.last_round
-        config.update(self.order(server_round).to_config())
+        order = replace(self.order(server_round), continues=self.continues)
+        config.update(order.to_config())
         if report is not None and self.shared:
             # From now on no model of the server's stands in for theirs.
             report.evaluation, self._round.measuring = {}, list(self._round.asked)

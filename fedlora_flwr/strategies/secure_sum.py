@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from logging import WARNING
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from flwr.common.logger import log
@@ -44,6 +44,14 @@ class Opener(Protocol):
     @property
     def remark(self) -> str:
         """What the run's summary says of the sum."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is carried from one round to the next: arrays and plain values."""
+        ...
+
+    def load_state_dict(self, found: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
         ...
 
     def agree(self, ask: Ask, order: Order, nodes: Sequence[int]) -> Mapping[int, Order]:

@@ -8,6 +8,8 @@ FINGERPRINT = "fingerprint"
 SHARE = "share"
 # What Flower's FedProx asks of a client: how strongly the global arrays pull.
 PROXIMAL = "proximal-mu"
+# The run that the server continues, where it is not the one that Flower knows.
+CONTINUES = "continues"
 NAMES = "array-names"
 CLIENT = "client"
 STATUS = "status"

@@ -14,6 +14,7 @@ from fedlora_flwr.layout import Layout, factor_of, is_folded, is_shared
 from fedlora_flwr.plan import A, B, ComponentPlan
 from fedlora_flwr.wire import (
     COHORT,
+    CONTINUES,
     FINGERPRINT,
     GRID_NORM,
     MOST_ENTRY,
@@ -95,6 +96,9 @@ class Order:
     proximal_mu : float
         μ of the term μ/2 ‖w − w₀‖² that is added to the local objective, where w₀ are the message's
         arrays (FedProx, arXiv 1812.06127); 0 for none.
+    continues : str
+        Identity of the run that this one continues: the same plan, budget and local arrays.
+        Empty for a run of its own.
 
     Raises
     ------
@@ -146,6 +150,10 @@ class Order:
     proximal_mu: float = _row(
         PROXIMAL, 0.0, Number(0, 1e3),
         "The pull is added after the noise, from arrays that the server knows.",
+    )  # fmt: skip
+    continues: str = _row(
+        CONTINUES, "", Text(LONGEST),
+        "Rounds count in that run's plan, which is fixed; a server may begin new runs anyway.",
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -207,9 +207,15 @@ class Watching(LocalStore):
         super().__init__(state_folder(config) / "local")
         self.config, self.seen = config, list[int]()
 
-    def keep(self, client: str, run: str, arrays: Mapping[str, NDArray[np.float32]]) -> None:
+    def keep(
+        self,
+        client: str,
+        run: str,
+        arrays: Mapping[str, NDArray[np.float32]],
+        server_round: int = 0,
+    ) -> None:
         self.seen.append(len(rows(self.config)))
-        super().keep(client, run, arrays)
+        super().keep(client, run, arrays, server_round)
 
 
 def client_of(config: RunConfig, store: LocalStore | None) -> LoRAClient:

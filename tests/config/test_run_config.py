@@ -85,6 +85,8 @@ GOOD: dict[str, list[Any]] = {
     "compile": ["none", "inductor", "aot_eager"],
     "client-threads": [1],
     "run-dir": ["", "/somewhere"],
+    "resume": ["", "/somewhere"],
+    "start": ["", "/somewhere"],
     "state-dir": ["", "/somewhere"],
 }
 BAD: dict[str, list[Any]] = {
@@ -163,6 +165,8 @@ BAD: dict[str, list[Any]] = {
     "compile": ["true", "eager"],
     "client-threads": [0],
     "run-dir": ["runs/mine"],
+    "resume": ["runs/mine"],
+    "start": ["adapter"],
     "state-dir": ["./state"],
 }
 

@@ -34,6 +34,7 @@ REASONS = {
     "tests/examples/test_message_api.py does": 1,
     "tests/examples/test_private_loop.py does": 2,
     "tests/simulations/test_flwr_run.py does": 1,
+    "tests/simulations/test_killed_runs.py does": 1,
     "tests/tasks/test_own_task.py does": 1,
 }
 

@@ -10,7 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from fedlora_flwr.errors import InvalidValue, PrivacyViolation
-from fedlora_flwr.lora.adapters import AdaptedModel, LoRASpec, attach, in_bytes
+from fedlora_flwr.lora.adapters import AdaptedModel, LoRASpec, attach
+from fedlora_flwr.lora.digests import in_bytes
 from fedlora_flwr.privacy.engine import PrivateEngine
 from tests.models import FAMILIES, ROBERTA, SWIN, VIT, Family
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedlora_flwr.lora.adapters import AdaptedModel, attach, in_bytes
+from fedlora_flwr.lora.adapters import AdaptedModel, attach
+from fedlora_flwr.lora.digests import in_bytes
 from fedlora_flwr.lora.shared_weights import share
 from tests.models import FAMILIES, SWIN, VIT, Family, active
 
@@ -137,7 +138,8 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from fedlora_flwr.lora.adapters import AdaptedModel
-from fedlora_flwr.lora.adapters import AdaptedModel, attach, in_bytes
+from fedlora_flwr.lora.adapters import AdaptedModel, attach
+from fedlora_flwr.lora.digests import in_bytes
 from fedlora_flwr.lora.shared_weights import share
 
 def own_memory():

@@ -80,7 +80,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "last row deleted": lambda path: edit(path, "DELETE FROM releases WHERE id = 8"),
     "all rows deleted": lambda path: edit(path, "DELETE FROM releases"),
     "row added": lambda path: edit(
-        path, "INSERT INTO releases SELECT 9, 'w', 'r', 1, 2.0, 0.1, 1, 'now', 1, NULL, '', 'local'"
+        path,
+        "INSERT INTO releases "
+        "SELECT 9, 'w', 'r', 1, 2.0, 0.1, 1, 'now', 1, NULL, '', 'local', '', ''",
     ),
     "chain dropped": lambda path: edit(path, "PRAGMA user_version = 0"),
     "table dropped": lambda path: edit(path, "DROP TABLE releases"),

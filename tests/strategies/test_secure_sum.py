@@ -31,6 +31,12 @@ class Adding:
 
     dropouts, noise_multiplier, grid_norm, remark = 1, 2.5, 4096, ""
 
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, found: Mapping[str, Any]) -> None:
+        pass
+
     def agree(self, ask: Ask, order: Order, nodes: Sequence[int]) -> dict[int, Order]:
         return dict.fromkeys(nodes, order)
 

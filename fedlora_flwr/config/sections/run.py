@@ -45,6 +45,14 @@ class RunSection:
         "", ANY, "absolute folder for results; empty = a new one",
         _PACKAGE, "Only the server writes results.",
     )  # fmt: skip
+    resume: str = key(
+        "", ANY, "absolute folder of a run to continue; empty = a new run",
+        _PACKAGE, "Only the server continues; a message says which run it is.",
+    )  # fmt: skip
+    start: str = key(
+        "", ANY, "absolute folder of a PEFT adapter to begin from; empty = fresh adapters",
+        _PACKAGE, "Only the server reads it, and sends its arrays.",
+    )  # fmt: skip
     state_dir: str = key(
         "", ANY, "absolute folder of the ledger; empty = the user's data folder",
         _DEVICE, "A new folder would be a new budget.",

@@ -11,9 +11,9 @@ first-order low-pass filter of DOPPLER (arXiv 2408.13460).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -48,8 +48,22 @@ class GradientFilter(Protocol):
         where it depends on the filtering and the array has not been filtered yet.
         """
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is carried from one gradient to the next, by array: numbers and arrays."""
 
-class NoFilter:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+
+
+class _Memoryless:
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+class NoFilter(_Memoryless):
     """Leaves gradients as they are."""
 
     def __call__(self, name: str, grad: Tensor) -> Tensor:  # noqa: ARG002, D102
@@ -59,7 +73,7 @@ class NoFilter:
         return 1.0
 
 
-class SpatialFilter:
+class SpatialFilter(_Memoryless):
     """Smooths A along its input dimension and B along its output dimension, ranks apart.
 
     ``smooth`` treats each row of a matrix on its own and does not write to it; ``gain`` maps the
@@ -103,7 +117,7 @@ class TemporalFilter:
         now = _wide(grad)
         output = self._b[0] * now
         if name in self._memory:
-            output += self._memory[name]
+            output += self._memory[name].to(output.device)
         self._memory[name] = self._b[1] * now - self._a * output
         self._steps[name] = self._steps.get(name, 0) + 1
         return (output / float(self._impulse_response(name).sum())).to(grad.dtype)
@@ -112,6 +126,16 @@ class TemporalFilter:
         """Return the gain after the steps so far; it falls from 1 towards its limit."""
         response = self._impulse_response(name)
         return float((response**2).sum() / response.sum() ** 2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the steps and the memory of each array."""
+        memory = {name: tensor.cpu().numpy() for name, tensor in self._memory.items()}
+        return {"steps": dict(self._steps), "memory": memory}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up steps and memory."""
+        self._steps = dict(state["steps"])
+        self._memory = {name: torch.tensor(array) for name, array in state["memory"].items()}
 
     def _impulse_response(self, name: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         tail = (-self._a) ** np.arange(self._steps[name] - 1, dtype=np.float64)

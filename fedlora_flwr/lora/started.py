@@ -1,0 +1,84 @@
+"""A PEFT adapter folder as the start of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.lora.adapters import AdaptedModel
+from fedlora_flwr.lora.exported import BACKBONE, plain_name
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def read_adapter(folder: Path, adapted: AdaptedModel) -> dict[str, NDArray[np.float32]]:
+    """Read a run's start, and refuse an adapter of another model.
+
+    Parameters
+    ----------
+    folder : Path
+        What PEFT's ``save_pretrained`` has written, or a run's ``adapter/``.
+    adapted : AdaptedModel
+        The run's model, before any training; it is left as it is.
+
+    Returns
+    -------
+    dict[str, ndarray]
+        Factors and head by name, fp32.
+
+    Raises
+    ------
+    InvalidValue
+        The folder cannot be read; or names, shapes, scaling or backbone are not the run's.
+    """
+    try:
+        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        found = {plain_name(key): value for key, value in load_file(folder / _WEIGHTS).items()}
+        with safe_open(folder / _WEIGHTS, "pt") as opened:
+            backbone = (opened.metadata() or {}).get(BACKBONE, "")
+    except Exception as error:  # safetensors' own error type is private to it.
+        allowed = f"a PEFT adapter's folder, with {_CONFIG} and {_WEIGHTS} ({error})"
+        raise InvalidValue("start", str(folder), allowed) from error
+    _check_backbone(folder, config, backbone, adapted)
+    own = {name: tuple(parameter.shape) for name, parameter in adapted.parameters.items()}
+    for name, shape in own.items():
+        if name not in found:
+            raise InvalidValue("start", str(folder), f"an adapter that has {name!r}")
+        if (there := tuple(found[name].shape)) != shape:
+            allowed = f"an adapter in which {name} has the shape {shape}, not {there}"
+            raise InvalidValue("start", str(folder), f"{allowed}: set rank and targets as it has")
+    frozen = {plain_name(name): tensor for name, tensor in adapted.model.named_parameters()}
+    for name in found.keys() - own.keys():
+        if name not in frozen or not bool((frozen[name].cpu() == found[name]).all()):
+            allowed = f"an adapter without {name!r}, which the run does not train"
+            raise InvalidValue("start", str(folder), allowed)
+    return {name: found[name].float().numpy() for name in own}
+
+
+def _check_backbone(
+    folder: Path, config: dict[str, Any], backbone: str, adapted: AdaptedModel
+) -> None:
+    if backbone and backbone != adapted.backbone:
+        allowed = "an adapter of this run's backbone: its frozen weights were others"
+        raise InvalidValue("start", str(folder), allowed)
+    made = (config.get("auto_mapping") or {}).get("base_model_class")
+    own = type(adapted.model.get_base_model()).__name__
+    if made not in (None, own):
+        raise InvalidValue("start", str(folder), f"an adapter of a {own}, not of a {made}")
+    rank, alpha = config.get("r", 0), config.get("lora_alpha", 0)
+    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank else 0.0
+    usual = adapted.layers[0].scaling
+    if config.get("rank_pattern") or not math.isclose(scaling, usual):
+        allowed = (
+            f"an adapter of one rank whose scaling is {usual:g}, as lora-alpha, rank and rslora "
+            f"have it here; its own is {scaling:g}"
+        )
+        raise InvalidValue("start", str(folder), allowed)

@@ -1,0 +1,223 @@
+"""What a run continues from when its server was killed: one file after each round.
+
+It holds what the server has: the global arrays, what the strategy carries from one round to the
+next, averages, the server's optimizer, the configuration, and how far the files of rows are valid.
+Nothing of a client's own is in it beside what the client sent. Drawing cohorts and modes needs no
+state, since streams of random numbers are named by the round.
+
+The file is a line with a SHA-256, and then arrays in safetensors' format; the rest is JSON in an
+array of bytes. Nothing in it can run code. It is written beside its place, synced and renamed, and
+the folder is synced. The last two are kept, so that a disk that lost the newest costs one round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load, save
+
+from fedlora_flwr.algebra.means import Arrays
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.keys import Value
+from fedlora_flwr.errors import FedLoRAError, InvalidValue
+from fedlora_flwr.files import FileTrouble, private_folder, replace_file, sync_folder
+
+FOLDER = "checkpoints"
+_KEPT = 2
+_MAGIC = "fedlora-checkpoint-1"
+_TEXT = "json"
+_MAY_DIFFER = (
+    "run-dir", "state-dir", "resume", "start",
+    # How long the server waits, and for whom.
+    "min-clients", "min-completion", "round-timeout",
+    # The machine. Another one may round otherwise.
+    "device", "client-threads", "share-weights",
+)  # fmt: skip
+
+
+class ConfigurationChanged(FedLoRAError):
+    """A run cannot continue another configuration."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run after a round.
+
+    Parameters
+    ----------
+    round : int
+        The round; 0 before the first.
+    run : str
+        Identity under which the clients' ledgers know the run.
+    config : Mapping[str, Value]
+        Its configuration, by key.
+    fingerprint : str
+        Hash of the backbone.
+    files : Mapping[str, list]
+        For each file of rows, its bytes and their SHA-256.
+    seconds : float
+        Wall time that the run has taken.
+    arrays : Arrays
+        The global arrays.
+    strategy, average, opener : Mapping[str, Any]
+        What they carry between rounds: arrays and plain values.
+    """
+
+    round: int
+    run: str
+    config: Mapping[str, Value]
+    fingerprint: str
+    files: Mapping[str, tuple[int, str]]
+    seconds: float
+    arrays: Arrays
+    strategy: Mapping[str, Any]
+    average: Mapping[str, Any]
+    opener: Mapping[str, Any]
+
+    def to_bytes(self) -> bytes:
+        """Return the file's content."""
+        arrays: dict[str, np.ndarray[Any, Any]] = {}
+        text = json.dumps(_flat({e.name: getattr(self, e.name) for e in fields(self)}, arrays))
+        arrays[_TEXT] = np.frombuffer(text.encode(), np.uint8)
+        content: bytes = save(arrays)
+        return f"{_MAGIC} {hashlib.sha256(content).hexdigest()}\n".encode() + content
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Checkpoint:
+        """Read a file's content.
+
+        Raises
+        ------
+        ValueError
+            It is not what was written.
+        """
+        line, _, content = content.partition(b"\n")
+        if line.decode("ascii", "replace") != f"{_MAGIC} {hashlib.sha256(content).hexdigest()}":
+            raise ValueError("its content is not what was written")
+        arrays = load(content)
+        return cls(**_whole(json.loads(arrays[_TEXT].tobytes()), arrays))
+
+    def check(self, config: RunConfig) -> None:
+        """Refuse a configuration with which the run would be another.
+
+        Folders, patience and the machine may differ, and more rounds may follow where a client's
+        plan stays what it was.
+
+        Raises
+        ------
+        ConfigurationChanged
+            Keys differ; the message names them.
+        """
+        now, before = config.items(), dict(self.config)
+        differ = [key for key in {**before, **now} if now.get(key) != before.get(key)]
+        wrong = sorted(key for key in differ if key not in (*_MAY_DIFFER, "num-rounds"))
+        if wrong:
+            each = "; ".join(f"{k} = {now.get(k)!r}, was {before.get(k)!r}" for k in wrong)
+            raise ConfigurationChanged(
+                f"The run cannot continue another configuration: {each}. Set what it was, or "
+                "begin a new run."
+            )
+        rounds = config.num_rounds
+        if rounds < self.round:
+            raise InvalidValue("num-rounds", rounds, f"at least {self.round}, which are done")
+        if "num-rounds" in differ and config.private and not config.max_rounds:
+            was = before["num-rounds"]
+            raise InvalidValue(
+                "num-rounds", rounds,
+                f"{was}, as before: the noise was made for {was} rounds, which spend all of ε. "
+                "max-rounds, set when a run begins, caps each client's rounds and leaves their "
+                "number open; or begin a new run with start = ADAPTER",
+            )  # fmt: skip
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Parameters
+    ----------
+    run : Path
+        The run's folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self.folder = run / FOLDER
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Keep a checkpoint, and the one before it.
+
+        Raises
+        ------
+        FileTrouble
+            It cannot be written. Those that are there stay as they are.
+        """
+        folder = private_folder(self.folder)
+        replace_file(self._file(checkpoint.round), checkpoint.to_bytes())
+        try:
+            sync_folder(folder)
+        except OSError as error:
+            raise FileTrouble.of(error, folder) from error
+        for number in self._rounds()[:-_KEPT]:
+            self._file(number).unlink(missing_ok=True)
+
+    def last(self) -> tuple[Checkpoint, list[str]]:
+        """Return the newest checkpoint that is whole, and a sentence on each newer file.
+
+        Raises
+        ------
+        InvalidValue
+            There is none.
+        """
+        damaged: list[str] = []
+        for number in reversed(self._rounds()):
+            path = self._file(number)
+            try:
+                return Checkpoint.from_bytes(path.read_bytes()), damaged
+            except (ValueError, TypeError, KeyError, OSError) as error:
+                damaged.append(f"{path} cannot be used ({error}); the one before it is.")
+        allowed = "the folder of a run with a checkpoint, which is written before its first round"
+        if damaged:
+            allowed = f"a run with a checkpoint that is whole; all of {self.folder} are damaged"
+        raise InvalidValue("resume", str(self._run), f"{allowed}. Begin a new run")
+
+    def forget_after(self, number: int) -> None:
+        """Remove files of later rounds, which are damaged."""
+        for later in self._rounds():
+            if later > number:
+                self._file(later).unlink(missing_ok=True)
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"round-{number:07d}"
+
+    def _rounds(self) -> list[int]:
+        found = (path.name.removeprefix("round-") for path in self.folder.glob("round-*"))
+        return sorted(int(name) for name in found if name.isdecimal())
+
+
+def _flat(value: Any, arrays: dict[str, np.ndarray[Any, Any]]) -> Any:
+    """Return a value as JSON can hold it; its arrays go to a list of their own."""
+    if isinstance(value, np.ndarray):
+        name = str(len(arrays))
+        arrays[name] = np.ascontiguousarray(value).reshape(value.shape)
+        return {"array": name}
+    if isinstance(value, Mapping):
+        return {"map": {name: _flat(inner, arrays) for name, inner in value.items()}}
+    if isinstance(value, list | tuple):
+        return [_flat(inner, arrays) for inner in value]
+    return value
+
+
+def _whole(value: Any, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Any:
+    if isinstance(value, list):
+        return [_whole(inner, arrays) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    if "array" in value:
+        return arrays[value["array"]]
+    return {name: _whole(inner, arrays) for name, inner in value["map"].items()}

@@ -1,0 +1,119 @@
+"""Writes a run's checkpoints, and reads the one that a run continues from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from logging import WARNING
+from pathlib import Path
+from typing import Any
+
+from flwr.common.logger import log
+
+from fedlora_flwr.algebra.means import Arrays
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.server.checkpoint import Checkpoint, Checkpoints
+from fedlora_flwr.server.rounds import RoundRow
+from fedlora_flwr.server.run_dir import RunDirectory
+
+
+class Keeper:
+    """The checkpoints of a run at work.
+
+    Parameters
+    ----------
+    run_dir : RunDirectory
+        Its folder.
+    config : RunConfig
+        The run.
+    fingerprint : str
+        Hash of the backbone.
+
+    Attributes
+    ----------
+    run : str
+        Identity under which the clients' ledgers know the run.
+    """
+
+    def __init__(self, run_dir: RunDirectory, config: RunConfig, fingerprint: str) -> None:
+        self.run = ""
+        self._run_dir, self._config, self._fingerprint = run_dir, config, fingerprint
+        self._files = Checkpoints(run_dir.path)
+
+    def keep(
+        self,
+        server_round: int,
+        seconds: float,
+        arrays: Arrays,
+        strategy: Mapping[str, Any],
+        average: Mapping[str, Any],
+        opener: Mapping[str, Any],
+    ) -> None:
+        """Write the checkpoint of a round, whose rows have been written."""
+        self._files.save(
+            Checkpoint(
+                round=server_round,
+                run=self.run,
+                config=self._config.items(),
+                fingerprint=self._fingerprint,
+                files=self._run_dir.durable_rows(),
+                seconds=seconds,
+                arrays=arrays,
+                strategy=strategy,
+                average=average,
+                opener=opener,
+            )
+        )
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Refuse a checkpoint of another backbone."""
+        if checkpoint.fingerprint != self._fingerprint:
+            allowed = f"{checkpoint.fingerprint}, with which the run began. Put that model back"
+            raise InvalidValue("backbone", self._fingerprint, allowed)
+
+
+def resumable(config: RunConfig) -> tuple[Checkpoint, list[str]]:
+    """Return what a run continues from, and sentences on what is damaged; change nothing.
+
+    Raises
+    ------
+    InvalidValue, ConfigurationChanged
+        The folder has no checkpoint that is whole, or it is of another configuration.
+    """
+    checkpoint, damaged = Checkpoints(Path(config.resume)).last()
+    checkpoint.check(config)
+    return checkpoint, damaged
+
+
+def read_checkpoint(config: RunConfig, run_dir: RunDirectory) -> Checkpoint:
+    """Return what a run continues from, and put its folder back to that state.
+
+    Raises
+    ------
+    InvalidValue, ConfigurationChanged
+        See `resumable`, or the files of rows are not those that the run has written.
+    """
+    checkpoint, damaged = resumable(config)
+    for sentence in damaged:
+        log(WARNING, "%s", sentence)
+    run_dir.rewind(checkpoint.files)
+    Checkpoints(run_dir.path).forget_after(checkpoint.round)
+    return checkpoint
+
+
+def rows_of(run_dir: RunDirectory, config: RunConfig) -> list[RoundRow]:
+    """Return the rounds' rows as they were before they were written: JSON has no infinity."""
+    rows = run_dir.rounds()
+    for row in rows[1:]:
+        if not config.private and row["epsilon_max"] is None and row["clients_used"]:
+            row["epsilon_max"] = math.inf
+    return rows
+
+
+def told_before(run_dir: RunDirectory) -> list[dict[str, Any]]:
+    """Return the clients' rows in the same way."""
+    return [
+        {word: math.inf if value is None else value for word, value in row.items()}
+        for row in run_dir.rows("clients")
+    ]

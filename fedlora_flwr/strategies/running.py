@@ -1,0 +1,132 @@
+"""How the rounds of a run follow each other: from the first, or after some that are done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from logging import INFO
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Result
+
+from fedlora_flwr.errors import BudgetsSpent
+from fedlora_flwr.strategies.exchange import Exchange
+
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+class Running(Exchange):
+    """Flower's loop over the rounds, which may end before its last one, and begin after some.
+
+    Attributes
+    ----------
+    num_rounds : int
+        Rounds of the run.
+    continues : str
+        Identity of the run that this one continues, under which clients count; empty for none.
+    """
+
+    num_rounds: int
+    continues: str = ""
+
+    def begin(self) -> None:
+        """Set what is carried between rounds to what it is before the first one."""
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: EvaluateFn | None = None,
+        *,
+        done: int | None = None,
+    ) -> Result:
+        """Run the federation, as Flower's strategies do, until nobody has budget left.
+
+        Parameters
+        ----------
+        grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
+            As of `flwr.serverapp.strategy.Strategy.start`.
+        done : int, optional
+            Rounds that are done: the run continues after them, from ``initial_arrays`` and from the
+            state that was loaded. By default it is a new run.
+
+        Returns
+        -------
+        Result
+            Arrays and metrics of the rounds that took place.
+        """
+        self.num_rounds, self._timeout = num_rounds, timeout
+        self._result = Result(arrays=initial_arrays) if done else Result()
+        rest = timeout, train_config, evaluate_config
+        evaluate = keeping(self._result, evaluate_fn)
+        try:
+            if done is None:
+                self.begin()
+                return super().start(grid, initial_arrays, num_rounds, *rest, evaluate)
+            later = _Later(self, done)
+            later.start(grid, initial_arrays, num_rounds - done, *rest, later.numbered(evaluate))
+        except BudgetsSpent as end:
+            log(INFO, "The run ends here. %s", end)
+        return self._result
+
+
+class _Later(FedAvg):
+    """Lets Flower's loop, which counts from 1, run the later rounds of a strategy."""
+
+    def __init__(self, strategy: Exchange, done: int) -> None:
+        super().__init__()
+        self._strategy, self._done = strategy, done
+
+    def numbered(self, evaluate_fn: EvaluateFn | None) -> EvaluateFn | None:
+        """Return an evaluation that is told a round's own number, and not called before one."""
+        if evaluate_fn is None:
+            return None
+        return lambda number, arrays: evaluate_fn(number + self._done, arrays) if number else None
+
+    def summary(self) -> None:
+        """Log what the strategy is."""
+        self._strategy.summary()
+        log(INFO, "\t└──> %d rounds are done; the rounds below are counted after them", self._done)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """See `FedLoRA.configure_train`."""
+        return self._strategy.configure_train(server_round + self._done, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """See `FedLoRA.aggregate_train`."""
+        return self._strategy.aggregate_train(server_round + self._done, replies)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """See `Exchange.configure_evaluate`."""
+        return self._strategy.configure_evaluate(server_round + self._done, arrays, config, grid)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """See `Exchange.aggregate_evaluate`."""
+        return self._strategy.aggregate_evaluate(server_round + self._done, replies)
+
+
+def keeping(result: Result, evaluate_fn: EvaluateFn | None) -> EvaluateFn | None:
+    """Return the same evaluation, which also keeps its metrics in ``result``."""
+    if evaluate_fn is None:
+        return None
+
+    def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        metrics = evaluate_fn(server_round, arrays)
+        if metrics is not None:
+            result.evaluate_metrics_serverapp[server_round] = metrics
+        return metrics
+
+    return evaluate
