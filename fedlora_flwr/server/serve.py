@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.server.card import ModelCard
 from fedlora_flwr.server.endings import reason_of, status_of
 from fedlora_flwr.server.noise import noise_of_mean
+from fedlora_flwr.server.norm_bound import check_known
 from fedlora_flwr.server.rehearsal import check_folding, rehearse
 from fedlora_flwr.server.rounds import OnRound, RoundRow, by_name
 from fedlora_flwr.server.run_dir import RunDirectory
@@ -82,6 +84,7 @@ def run_federation(
     run_dir.write_config(config)
     session: _Session | None = None
     try:
+        check_known(config)
         task = build_task(config.task, config)
         strategy = build_strategy(config)
         if adapted is None:
@@ -223,7 +226,8 @@ class _Session:
     def _noise(self, report: RoundReport) -> dict[str, Any]:
         """Return the noise of the round's mean, where the clients' weights tell their noise."""
         parts = report.compared.get("signal", {})
-        if self.config.weighting != "inverse-noise" or not parts:
+        means = self.strategy.robust.means
+        if self.config.weighting != "inverse-noise" or not (parts and means):
             return {}
         told = [(upload.weight, 1 / upload.metrics[WEIGHT]) for upload in report.uploads]
         shapes = {name: tuple(p.shape) for name, p in self.adapted.parameters.items()}
@@ -253,6 +257,7 @@ class _Session:
             "clients_absent": self._absent(),
             "declined": report.declined,
             "failures": report.failures,
+            "suspects": report.suspects,
             "bytes_down": report.bytes_down,
             "bytes_up": report.bytes_up,
             "bytes_up_adapters": report.bytes_up_adapters,
@@ -295,6 +300,8 @@ def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dic
         "seconds": seconds,
         "failures": sum(len(row["failures"]) for row in rounds),
         "declined": sum(len(row["declined"]) for row in rounds),
+        "robust": session.strategy.robust.words if session else "",
+        "suspects": Counter(name for row in rounds for name in row["suspects"]),
         "seed": config.seed,
         "reproducible_noise": config.reproducible,
         "weighting": config.weighting,

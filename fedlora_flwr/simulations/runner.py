@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.processes.workers import Execute, executor, one_by_one
 from fedlora_flwr.secure_sum.grid import Grid
 from fedlora_flwr.server.endings import COMPLETED, untold
+from fedlora_flwr.server.norm_bound import check_known
 from fedlora_flwr.server.rehearsal import check_folding, is_large, rehearse
 from fedlora_flwr.server.rounds import OnRound
 from fedlora_flwr.server.run_dir import CLAIM, RunDirectory
@@ -34,6 +37,7 @@ from fedlora_flwr.server.strategy import build_strategy
 from fedlora_flwr.server.sum_step import sum_grid
 from fedlora_flwr.simulations.app import write_app
 from fedlora_flwr.simulations.superlink import LOCAL, SimulationSuperLink
+from fedlora_flwr.strategies.cohort import cohort_size
 from fedlora_flwr.tasks.registry import build_task, optional, reading
 
 # Seconds from one question to Flower to the next, while a run's log goes on and once it has ended.
@@ -128,9 +132,14 @@ def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRu
     )
     trained = sum(parameter.numel() for parameter in adapted.parameters.values())
     grid = sum_grid(config, sum(sizes), trained) if config.secure_sum else None
+    mechanisms = [calibrated_mechanism(config, size) for size in progress]
+    config = _with_noise(config, mechanisms)
+    check_known(config)
+    asked = cohort_size(config.num_clients, config.fraction_train)
+    strategy.robust.check_cohort(asked, strategy.needs_each_upload)
     return PreparedRun(
         config=config,
-        mechanisms=[calibrated_mechanism(config, size) for size in progress],
+        mechanisms=mechanisms,
         parameters=sum(parameter.numel() for parameter in adapted.model.parameters()) - trained,
         trained=trained,
         metric=task.metric,
@@ -139,6 +148,16 @@ def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRu
         model=None if large else adapted,
         grid=grid,
     )
+
+
+def _with_noise(config: RunConfig, mechanisms: Sequence[Mechanism]) -> RunConfig:
+    """Tell the server how much noise an honest client adds, where the start of a run knows it.
+
+    Over a client's lifetime earlier runs may have fixed more noise than this run's budget needs.
+    """
+    if config.ledger_scope != "run" or math.isfinite(config.largest_noise):
+        return config
+    return replace(config, largest_noise=max(made.noise_multiplier for made in mechanisms))
 
 
 def run_on_flower(

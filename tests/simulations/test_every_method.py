@@ -51,6 +51,7 @@ ROW = {
     "clients_absent",
     "declined",
     "failures",
+    "suspects",
     "bytes_down",
     "bytes_up",
     "bytes_up_adapters",
