@@ -247,7 +247,7 @@ def _base(strategy: str, epsilon: float, seed: int, rounds: int) -> dict[str, An
 @cache
 def _noise_of(strategy: str, epsilon: float, seed: int, rounds: int) -> Mapping[str, Any]:
     """Return the noise that a run's start works out (see `prepare_run`)."""
-    found = prepare_run(RunConfig.of(_base(strategy, epsilon, seed, rounds))).config
+    found = prepare_run(RunConfig.of(_base(strategy, epsilon, seed, rounds)))
     return {"largest-noise": found.largest_noise}
 
 

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from logging import WARNING
 from typing import Any
 
@@ -49,6 +49,7 @@ def run_federation(
     on_round: OnRound | None = None,
     *,
     adapted: AdaptedModel | None = None,
+    largest_noise: float | None = None,
 ) -> dict[str, Any]:
     """Run a federation from the first round to the summary.
 
@@ -65,6 +66,8 @@ def run_federation(
     adapted : AdaptedModel, optional
         The run's model at its start, which has been rehearsed; the run changes it. Built and
         rehearsed here if not given.
+    largest_noise : float, optional
+        Takes the place of the configuration's, where whoever starts the run knows each client.
 
     Returns
     -------
@@ -84,9 +87,11 @@ def run_federation(
     run_dir.write_config(config)
     session: _Session | None = None
     try:
-        check_known(config)
+        noise = config.largest_noise if largest_noise is None else largest_noise
+        known = replace(config, largest_noise=noise)
+        check_known(known)
         task = build_task(config.task, config)
-        strategy = build_strategy(config)
+        strategy = build_strategy(known)
         if adapted is None:
             adapted = build_adapted(config, task)
             check_folding(strategy, adapted)

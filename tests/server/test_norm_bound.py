@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,14 @@ from scipy.stats import chi2, poisson  # type: ignore[import-untyped]
 
 from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.errors import InvalidValue, SuspectReply
+from fedlora_flwr.errors import FederationAborted, InvalidValue, SuspectReply
 from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.postprocessing.filters import FILTERS, make_filter
 from fedlora_flwr.server.norm_bound import CHANCE, NormBound, adam_steps, answers, unknown
+from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.server.strategy import build_strategy
+from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from fedlora_flwr.strategies.replies import Upload
 from fedlora_flwr.wire.order import Order
 from tests.conftest import MakeConfig
@@ -197,6 +200,30 @@ def test_the_bound_is_the_default_where_it_follows_from_public_numbers(
     assert build_strategy(replace(config, robust="none")).robust.limit is None
     both = build_strategy(replace(config, robust="median")).robust
     assert both.words == ("median" if reason else "norm-bound, median")
+
+
+def test_a_simulation_knows_its_clients_noise_and_leaves_it_out_of_the_recipe(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(num_rounds=1)
+    prepared = prepare_run(config)
+    assert prepared.largest_noise == max(m.noise_multiplier for m in prepared.mechanisms) > 0
+    run_dir = RunDirectory(tmp_path / "run")
+    summary = run_in_process(prepared, run_dir, lambda row: None)
+    assert (summary["robust"], summary["suspects"], summary["failures"]) == ("norm-bound", {}, 0)
+    # On devices with budgets of their own the number would be wrong.
+    assert "largest-noise = inf" in (run_dir.path / "config.toml").read_text("utf-8")
+
+
+def test_what_cannot_be_kept_is_refused_before_the_run(make_config: MakeConfig) -> None:
+    # Earlier runs on the same records may have fixed more noise.
+    lifetime = make_config(ledger_scope="lifetime", robust="norm-bound")
+    with pytest.raises(
+        InvalidValue, match=r"robust = 'norm-bound' .* does not know how much noise"
+    ):
+        prepare_run(lifetime)
+    with pytest.raises(FederationAborted, match="3 clients were asked, and robust = 'krum' needs"):
+        prepare_run(make_config(robust="krum"))
 
 
 @pytest.mark.parametrize("rule", ["norm-bound", "trimmed-mean", "median", "krum"])

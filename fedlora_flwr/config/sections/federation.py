@@ -65,8 +65,8 @@ class FederationSection:
     )  # fmt: skip
     largest_noise: float = key(
         math.inf, between_or_inf(0, 1e6),
-        "largest noise multiplier of an honest client, for the norm bound; inf = not known, and "
-        "simulations work it out",
+        "largest noise multiplier of an honest client, for the norm bound; inf = not known. "
+        "Simulations work it out",
         _RUN, _SERVER,
     )  # fmt: skip
     average_decay: float = key(
