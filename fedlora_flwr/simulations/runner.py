@@ -202,7 +202,7 @@ def run_on_flower(
     # A task or strategy of the user's own is imported from the folder that the command runs in.
     modules = Path.cwd() if ":" in config.task + config.strategy else None
     run_dir.take()
-    # What this start has found out is no part of the recipe, which may be run on other devices.
+    # It stays out of the recipe, which may be run on other devices.
     claim = {CLAIM: run_dir.claim, NOISE: repr(prepared.largest_noise)}
     with (
         run_dir.log.open("a", encoding="utf-8") as log,
