@@ -159,7 +159,7 @@ def closing_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("Failures", f"{summary['failures']} replies, {summary['declined']} out of budget"),
     ]
     if named := summary.get("suspects"):
-        times = [f"{name} in {count} rounds" for name, count in named.items()]
+        times = [f"{name} in {n} round{'s' * (n > 1)}" for name, n in named.items()]
         rows.append(("Suspects", ", ".join(times)))
     rows += [(name.capitalize(), sentence) for name, sentence in summary["remarks"].items()]
     if summary["unprotected_metrics"]:

@@ -167,7 +167,7 @@ def test_an_upload_that_cannot_be_honest_is_dropped_and_its_client_named(
     summary = found.run_dir.summary()
     assert summary is not None
     assert (summary["robust"], summary["suspects"]) == ("norm-bound", {NAME: 1})
-    assert ("Suspects", f"{NAME} in 1 rounds") in closing_rows(summary)
+    assert ("Suspects", f"{NAME} in 1 round") in closing_rows(summary)
 
     other = RunConfig.of(bounded.items(), {"state-dir": str(tmp_path / "other")})
     assert found.adapter == Outcome(other, tmp_path / "without", unreadable).adapter
