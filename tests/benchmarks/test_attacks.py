@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.attacks import ATTACKS, NOBODY, Cell, Outcome, cells, markdown, measure, read
+from benchmarks.attacks import (
+    ATTACKS,
+    NOBODY,
+    RESULTS,
+    Cell,
+    Outcome,
+    cells,
+    markdown,
+    measure,
+    read,
+)
 
 
 def test_the_grid_has_each_cell_once() -> None:
@@ -37,3 +47,8 @@ def test_a_table_has_means_over_seeds_and_dashes() -> None:
     lines = markdown(found).splitlines()
     assert lines[2] == "| rolora | 8 | x100, 1 of 10 | 50.0 | – | – | – | – |"
     assert lines[3] == "| rolora | 8 | backdoor, 1 of 10 | – | – | – | – | 80.0 (mark 25 %) |"
+
+
+def test_the_documentation_shows_the_rows() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text("utf-8")
+    assert markdown(read(RESULTS)) in page
