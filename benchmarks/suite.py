@@ -101,6 +101,15 @@ def on_a_gpu(on_figure: OnFigure) -> None:
     measure_gpu(full_size(), on_figure)
 
 
+def attacks(on_figure: OnFigure) -> None:
+    """Show what bad clients do under each rule, in hours; a second call continues the first."""
+    from benchmarks.attacks import RESULTS, cells, measure
+
+    for cell, outcome in measure(cells(), RESULTS):
+        what = f"{cell.strategy}, ε = {cell.epsilon:g}, {cell.bad} bad: {cell.attack}"
+        on_figure(Figure(what, outcome.accuracy, None, "accuracy", cell.rule))
+
+
 BENCHMARKS: Mapping[str, Benchmark] = {
     "step": private_step,
     "alternation": one_factor_per_step,
@@ -112,11 +121,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "published": published_way,
     "masking": masked_sums,
     "correlated": correlated_noise,
+    "attacks": attacks,
     "gpu": on_a_gpu,
 }
 
 
-BY_NAME_ONLY = ("alternation", "growth", "start", "masking", "correlated", "gpu")
+BY_NAME_ONLY = ("alternation", "growth", "start", "masking", "correlated", "attacks", "gpu")
 """What `run_suite` leaves out unless named: no bar, no matter of simulations, or for a GPU."""
 
 

@@ -166,6 +166,10 @@ class PrivacyViolation(FedLoRAError):
     """Something would leave the private step unclipped or without noise."""
 
 
+class SuspectReply(FedLoRAError):
+    """A client's upload is one that no honest client sends."""
+
+
 class BudgetExhausted(FedLoRAError):
     """A release would take a client past its privacy budget."""
 

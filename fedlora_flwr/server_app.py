@@ -13,7 +13,7 @@ from fedlora_flwr.errors import require
 from fedlora_flwr.files import SERVER_STATE, data_folder
 from fedlora_flwr.processes import uncollected
 from fedlora_flwr.server.endings import recorded
-from fedlora_flwr.server.run_dir import CLAIM, RunDirectory
+from fedlora_flwr.server.run_dir import CLAIM, NOISE, RunDirectory
 from fedlora_flwr.server.watched_grid import WatchedGrid
 from fedlora_flwr.tasks.registry import extras_of
 
@@ -42,4 +42,5 @@ def main(grid: Grid, context: Context) -> None:
     state = os.environ.get(SERVER_STATE)
     identities = Path(state) / "identities.json" if state else None
     with recorded(run_dir, config):
-        run_federation(WatchedGrid(grid, identities), config, run_dir)
+        noise = float(os.environ[NOISE]) if NOISE in os.environ else None
+        run_federation(WatchedGrid(grid, identities), config, run_dir, largest_noise=noise)

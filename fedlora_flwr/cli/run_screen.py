@@ -123,6 +123,8 @@ def describe_round(row: RoundRow, metric: str = "accuracy") -> str:
         parts.append(f"ε {spent:.2f}")
     if row.get("failures"):
         parts.append(f"{len(row['failures'])} failed")
+    if row.get("suspects"):
+        parts.append(f"suspects: {', '.join(row['suspects'])}")
     return "  ".join(parts) or "not evaluated"
 
 
@@ -156,6 +158,9 @@ def closing_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("Time", f"{summary['seconds']:.0f} s for {rounds}{early}"),
         ("Failures", f"{summary['failures']} replies, {summary['declined']} out of budget"),
     ]
+    if named := summary.get("suspects"):
+        times = [f"{name} in {n} round{'s' * (n > 1)}" for name, n in named.items()]
+        rows.append(("Suspects", ", ".join(times)))
     rows += [(name.capitalize(), sentence) for name, sentence in summary["remarks"].items()]
     if summary["unprotected_metrics"]:
         rows.append(("Note", UNPROTECTED))

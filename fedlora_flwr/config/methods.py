@@ -131,6 +131,8 @@ def check_method(config: RunConfig) -> None:
             f"a method that works with a sum where trust-model = {config.trust_model!r}: {reason}"
         )
         raise InvalidValue("strategy", config.strategy, allowed)
+    if config.robust in _RULES and (reason := _no_rule(config)):
+        raise InvalidValue("robust", config.robust, f"'auto', 'norm-bound' or 'none': {reason}")
     if config.client_ranks and not method_of(config.strategy).own_ranks:
         raise InvalidValue("client-ranks", config.client_ranks, "empty, or strategy = 'flexlora'")
 
@@ -144,6 +146,14 @@ def _no_sum(method: Method) -> str:
     return ""
 
 
+def _no_rule(config: RunConfig) -> str:
+    """Say why no rule can take the place of a mean; empty where one can."""
+    if method_of(config.strategy).needs_each_upload:
+        return f"strategy = {config.strategy!r} needs each upload, and averages none"
+    return ""
+
+
+_RULES = ("trimmed-mean", "median", "krum")
 PERSONAL = "models stay with the clients, and are evaluated there"
 
 

@@ -67,6 +67,11 @@ def _of_a_sum(config: RunConfig) -> Iterator[tuple[str, Any, str]]:
         not config.client_ranks,
         f"empty {_HERE}: arrays of different shapes have no sum",
     )
+    yield (
+        "robust",
+        config.robust in ("auto", "none"),
+        f"'auto' or 'none' {_HERE}: the server sees no single upload, so it can leave none out",
+    )
     most = config.num_clients - 1 - config.colluding
     yield (
         "dropouts",

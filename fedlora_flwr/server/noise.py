@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -105,7 +105,7 @@ def _by_array(
     trained = Counter(name for step in range(1, steps + 1) for name in layout.active(plan, step))
     return {
         name: math.prod(shapes[name])
-        * _spatial_gain(filter_name, name, shapes[name])
+        * spatial_gain(filter_name, name, shapes[name])
         * _temporal_sum(filter_name, count)
         for name, count in trained.items()
     }
@@ -146,8 +146,19 @@ def noise_to_signal(
     return math.sqrt(coordinates * variance / config.local_steps) / mechanisms[0].batch_size
 
 
-def _spatial_gain(filter_name: str, name: str, shape: Shape) -> float:
-    """Return what a filter leaves of white noise's power within one step's gradient."""
+@lru_cache(maxsize=4096)
+def spatial_gain(filter_name: str, name: str, shape: Shape) -> float:
+    """Return what a filter leaves of white noise's power within one step's gradient.
+
+    Parameters
+    ----------
+    filter_name : str
+        One of `fedlora_flwr.privacy.postprocessing.filters.FILTERS`.
+    name : str
+        The array, whose factor says along which axis a filter works.
+    shape : tuple[int, ...]
+        Its shape.
+    """
     made = make_filter(filter_name)
     made(name, torch.zeros(shape, device="meta"))
     return made.noise_gain(name)

@@ -28,6 +28,8 @@ class RoundRow(TypedDict, total=False):
         Messages sent, uploads averaged, and nodes that are not connected any more.
     declined, failures : list[str]
         Who has spent the budget, and why other answers could not be used; one line each.
+    suspects : list[str]
+        Clients whose uploads look as if they were meant to do harm.
     bytes_down, bytes_up, bytes_up_adapters, bytes_plain : int
         See `fedlora_flwr.strategies.replies.RoundReport`.
     agreement, signal, spread : dict[str, float]
@@ -48,6 +50,7 @@ class RoundRow(TypedDict, total=False):
     clients_absent: int
     declined: list[str]
     failures: list[str]
+    suspects: list[str]
     bytes_down: int
     bytes_up: int
     bytes_up_adapters: int

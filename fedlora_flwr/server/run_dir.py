@@ -24,6 +24,8 @@ CLAIM = "FEDLORA_CLAIM"
 """Environment variable with the claim of the run that this process works for."""
 ROWS = ("rounds", "clients")
 _CLAIM = ".claim"
+NOISE = "FEDLORA_LARGEST_NOISE"
+"""Environment variable with the most noise of a client, from the start of a simulation."""
 _RESULTS = ("config.toml", "rounds.jsonl", "clients.jsonl", "summary.json", "run.log", "adapter")
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from logging import WARNING
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from fedlora_flwr.server.checkpoint import Checkpoint
 from fedlora_flwr.server.endings import reason_of, status_of
 from fedlora_flwr.server.keeper import Keeper, read_checkpoint, rows_of, told_before
 from fedlora_flwr.server.noise import noise_of_mean
+from fedlora_flwr.server.norm_bound import check_known
 from fedlora_flwr.server.rehearsal import check_folding, rehearse
 from fedlora_flwr.server.rounds import OnRound, RoundRow, by_name
 from fedlora_flwr.server.run_dir import RunDirectory
@@ -51,6 +53,7 @@ def run_federation(
     on_round: OnRound | None = None,
     *,
     adapted: AdaptedModel | None = None,
+    largest_noise: float | None = None,
 ) -> dict[str, Any]:
     """Run a federation from the first round to the summary.
 
@@ -67,6 +70,8 @@ def run_federation(
     adapted : AdaptedModel, optional
         The run's model at its start, which has been rehearsed; the run changes it. Built and
         rehearsed here if not given.
+    largest_noise : float, optional
+        Takes the place of the configuration's, where whoever starts the run knows each client.
 
     Returns
     -------
@@ -85,7 +90,7 @@ def run_federation(
     with run_dir.working():
         checkpoint = read_checkpoint(config, run_dir) if config.resume else None
         run_dir.write_config(config)
-        return _federation(grid, config, run_dir, on_round, adapted, checkpoint)
+        return _federation(grid, config, run_dir, on_round, adapted, checkpoint, largest_noise)
 
 
 def _federation(
@@ -95,12 +100,16 @@ def _federation(
     on_round: OnRound | None,
     adapted: AdaptedModel | None,
     checkpoint: Checkpoint | None,
+    largest_noise: float | None,
 ) -> dict[str, Any]:
     started = time.perf_counter() - (checkpoint.seconds if checkpoint else 0.0)
     session: _Session | None = None
     try:
+        noise = config.largest_noise if largest_noise is None else largest_noise
+        known = replace(config, largest_noise=noise)
+        check_known(known)
         task = build_task(config.task, config)
-        strategy = build_strategy(config)
+        strategy = build_strategy(known)
         if adapted is None:
             adapted = build_adapted(config, task)
             check_folding(strategy, adapted)
@@ -264,7 +273,8 @@ class _Session:
     def _noise(self, report: RoundReport) -> dict[str, Any]:
         """Return the noise of the round's mean, where the clients' weights tell their noise."""
         parts = report.compared.get("signal", {})
-        if self.config.weighting != "inverse-noise" or not parts:
+        means = self.strategy.robust.means
+        if self.config.weighting != "inverse-noise" or not (parts and means):
             return {}
         told = [(upload.weight, 1 / upload.metrics[WEIGHT]) for upload in report.uploads]
         shapes = {name: tuple(p.shape) for name, p in self.adapted.parameters.items()}
@@ -297,6 +307,7 @@ class _Session:
             "clients_absent": self._absent(),
             "declined": report.declined,
             "failures": report.failures,
+            "suspects": report.suspects,
             "bytes_down": report.bytes_down,
             "bytes_up": report.bytes_up,
             "bytes_up_adapters": report.bytes_up_adapters,
@@ -339,6 +350,8 @@ def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dic
         "seconds": seconds,
         "failures": sum(len(row["failures"]) for row in rounds),
         "declined": sum(len(row["declined"]) for row in rounds),
+        "robust": session.strategy.robust.words if session else "",
+        "suspects": Counter(name for row in rounds for name in row["suspects"]),
         "seed": config.seed,
         "reproducible_noise": config.reproducible,
         "weighting": config.weighting,

@@ -9,7 +9,9 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.keys import fields_by_key
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.privacy.budget import MIN_NOISE
+from fedlora_flwr.server.norm_bound import NormBound, unknown
 from fedlora_flwr.strategies import FedLoRA, strategy_class
+from fedlora_flwr.strategies.robust import MEAN, RULES, Robust
 from fedlora_flwr.wire.limits import MOST_RECORDS, MOST_WEIGHT
 
 
@@ -47,7 +49,16 @@ def build_strategy(config: RunConfig) -> FedLoRA:
     if config.start and made.shared:
         allowed = "left out where a factor or the head stays with each client, and starts there"
         raise InvalidValue("start", config.start, allowed)
+    made.robust = _robust(config)
     return made
+
+
+def _robust(config: RunConfig) -> Robust:
+    """Return what is done against bad uploads: a rule, after the norm bound where there is one."""
+    if config.robust == "none":
+        return Robust()
+    rule = config.robust if config.robust in RULES else MEAN
+    return Robust(rule, config.robust_share, None if unknown(config) else NormBound(config))
 
 
 def _own_settings(config: RunConfig, chosen: type[FedLoRA]) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,14 +29,16 @@ from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.processes.workers import Execute, executor, one_by_one
 from fedlora_flwr.secure_sum.grid import Grid
 from fedlora_flwr.server.endings import COMPLETED, untold
+from fedlora_flwr.server.norm_bound import check_known
 from fedlora_flwr.server.rehearsal import check_folding, is_large, rehearse
 from fedlora_flwr.server.rounds import OnRound
-from fedlora_flwr.server.run_dir import CLAIM, RunDirectory
+from fedlora_flwr.server.run_dir import CLAIM, NOISE, RunDirectory
 from fedlora_flwr.server.serve import run_federation
 from fedlora_flwr.server.strategy import build_strategy
 from fedlora_flwr.server.sum_step import sum_grid
 from fedlora_flwr.simulations.app import write_app
 from fedlora_flwr.simulations.superlink import LOCAL, SimulationSuperLink
+from fedlora_flwr.strategies.cohort import cohort_size
 from fedlora_flwr.tasks.registry import build_task, optional, reading
 
 # Seconds from one question to Flower to the next, while a run's log goes on and once it has ended.
@@ -69,6 +73,8 @@ class PreparedRun:
         The model at its start, which has been rehearsed, for the run that takes it.
     grid : Grid or None
         Under a secure sum, the grid of each round.
+    largest_noise : float (default: inf)
+        Largest noise multiplier of a client; infinity where it is not known.
     """
 
     config: RunConfig
@@ -79,6 +85,7 @@ class PreparedRun:
     head: bool = True
     records: list[str] = field(default_factory=list)
     grid: Grid | None = None
+    largest_noise: float = math.inf
     model: AdaptedModel | None = field(default=None, repr=False)
 
     def take_model(self) -> AdaptedModel | None:
@@ -131,9 +138,15 @@ def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRu
     )
     trained = sum(parameter.numel() for parameter in adapted.parameters.values())
     grid = sum_grid(config, sum(sizes), trained) if config.secure_sum else None
+    mechanisms = [calibrated_mechanism(config, size) for size in progress]
+    prepared_noise = _largest_noise(config, mechanisms)
+    check_known(replace(config, largest_noise=prepared_noise))
+    asked = cohort_size(config.num_clients, config.fraction_train)
+    strategy.robust.check_cohort(asked, strategy.needs_each_upload)
     return PreparedRun(
         config=config,
-        mechanisms=[calibrated_mechanism(config, size) for size in progress],
+        mechanisms=mechanisms,
+        largest_noise=prepared_noise,
         parameters=sum(parameter.numel() for parameter in adapted.model.parameters()) - trained,
         trained=trained,
         metric=task.metric,
@@ -142,6 +155,16 @@ def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRu
         model=None if large else adapted,
         grid=grid,
     )
+
+
+def _largest_noise(config: RunConfig, mechanisms: Sequence[Mechanism]) -> float:
+    """Return the most noise that an honest client adds, as the start of a run knows it.
+
+    Over a client's lifetime earlier runs may have fixed more noise than this run's budget needs.
+    """
+    if config.ledger_scope != "run":
+        return config.largest_noise
+    return max(made.noise_multiplier for made in mechanisms)
 
 
 def run_on_flower(
@@ -182,7 +205,8 @@ def run_on_flower(
     # A task or strategy of the user's own is imported from the folder that the command runs in.
     modules = Path.cwd() if ":" in config.task + config.strategy else None
     run_dir.take()
-    claim = {CLAIM: run_dir.claim}
+    # It stays out of the recipe, which may be run on other devices.
+    claim = {CLAIM: run_dir.claim, NOISE: repr(prepared.largest_noise)}
     with (
         run_dir.log.open("a", encoding="utf-8") as log,
         SimulationSuperLink(log, config.client_threads, modules, claim) as superlink,
@@ -229,7 +253,8 @@ def run_in_process(
             execute = stack.enter_context(executor(workers, run_dir.log))
         grid = LocalGrid(respond, config.num_clients, config.items(), execute)
         stack.enter_context(grid.running())
-        return run_federation(grid, config, run_dir, on_round, adapted=prepared.take_model())
+        model, noise = prepared.take_model(), prepared.largest_noise
+        return run_federation(grid, config, run_dir, on_round, adapted=model, largest_noise=noise)
 
 
 def app_folder(run_dir: RunDirectory, config: RunConfig) -> Path:

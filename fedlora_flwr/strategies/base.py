@@ -16,13 +16,13 @@ from flwr.serverapp.strategy import Result
 from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.means import Arrays, merge, weighted_mean
-from fedlora_flwr.errors import FedLoRAError, InvalidValue
+from fedlora_flwr.errors import FedLoRAError
 from fedlora_flwr.layout import Layout, factor_of
 from fedlora_flwr.plan import BOTH, A, B, ComponentPlan
 from fedlora_flwr.strategies import secure_sum
 from fedlora_flwr.strategies.agreement import describe
 from fedlora_flwr.strategies.clipping import check_clipping
-from fedlora_flwr.strategies.cohort import Cohorts
+from fedlora_flwr.strategies.cohort import Cohorts, check_rules
 from fedlora_flwr.strategies.declared import Declared
 from fedlora_flwr.strategies.replies import (
     LedgerWatch,
@@ -32,15 +32,10 @@ from fedlora_flwr.strategies.replies import (
     to_record,
     within_limits,
 )
+from fedlora_flwr.strategies.robust import Robust
 from fedlora_flwr.strategies.round import Round
 from fedlora_flwr.strategies.running import Running
-from fedlora_flwr.wire import (
-    ARRAYS,
-    CONFIG,
-    NUM_EXAMPLES,
-    STATUS_EXHAUSTED,
-    WEIGHTINGS,
-)
+from fedlora_flwr.wire import ARRAYS, CONFIG, NUM_EXAMPLES, STATUS_EXHAUSTED
 from fedlora_flwr.wire.limits import MOST_WEIGHT
 from fedlora_flwr.wire.records import read_training
 
@@ -89,6 +84,8 @@ class FedLoRA(Declared, Running):
         What came of the last round.
     by_sum : bool
         Whether the run is under a secure sum; whoever makes the strategy sets it.
+    robust : Robust
+        What is done against uploads that are meant to do harm; whoever makes the strategy sets it.
     opener : Opener or None
         Opens the sums of such a run, and steps by them; whoever starts the run sets it.
 
@@ -109,6 +106,7 @@ class FedLoRA(Declared, Running):
     """
 
     by_sum: bool = False
+    robust: Robust = Robust()
     averages: ClassVar[bool] = True
     needs_each_upload: ClassVar[bool] = False
 
@@ -134,12 +132,7 @@ class FedLoRA(Declared, Running):
         share_head: bool = True,
         **own: Any,
     ) -> None:
-        if not 0 <= min_completion <= 1:
-            raise InvalidValue("min_completion", min_completion, "a number from 0 to 1")
-        if max_rounds < 0:
-            raise InvalidValue("max_rounds", max_rounds, "a whole number of at least 0")
-        if weighting not in WEIGHTINGS:
-            raise InvalidValue("weighting", weighting, f"one of {WEIGHTINGS}")
+        check_rules(min_completion, max_rounds, weighting)
         nodes = min_train_nodes, min_evaluate_nodes, min_available_nodes
         keys = weighted_by_key, arrayrecord_key, configrecord_key
         # FedAvg warns of 0, which is the rule here: the server evaluates.
@@ -288,7 +281,8 @@ class FedLoRA(Declared, Running):
         plan = self.plan(server_round, layout)
         this = self._round = Round.of(arrays, layout, plan, self.shared, self.local_steps)
         everything = this.expected.whole == set(arrays)
-        check_clipping(config, type(self).__name__, self.averages and everything)
+        whole_mean = self.averages and everything and self.robust.means
+        check_clipping(config, type(self).__name__, whole_mean)
         if server_round == 1 or self._cohorts is None:
             self._cohorts = Cohorts(grid, self.seed, self.max_rounds, self.node_timeout)
             if self._turns:
@@ -296,8 +290,10 @@ class FedLoRA(Declared, Running):
         this.asked = self._cohorts.train(
             grid, server_round, self.fraction_train, self.min_available_nodes, self.min_train_nodes
         )
+        self.robust.check_cohort(len(this.asked), self.needs_each_upload)
         order = self.order(server_round, str(plan))
         order = replace(order, weighting=self.weighting, continues=self.continues)
+        this.order = order
         sent = len(this.asked)
         report = self.last_round = RoundReport(
             server_round, str(plan), sent=sent, bytes_plain=this.plain * sent
@@ -342,7 +338,8 @@ class FedLoRA(Declared, Running):
         if not uploads:
             return None, None
         self._trained = True
-        arrays = within_limits(self.aggregate(server_round, current, uploads))
+        merged = self.robust.merged(current, uploads, report)
+        arrays = within_limits(self.aggregate(server_round, current, merged))
         report.compared = describe(current, uploads, personal=self.personal)
         metrics = combine_metrics([upload.metrics for upload in report.uploads])
         self._result.arrays = to_record(arrays)
@@ -366,6 +363,7 @@ class FedLoRA(Declared, Running):
             else:
                 self._round.expected.check(upload.arrays)
                 self.check_upload(self._round.current, upload)
+                self.robust.check(self._round.order, self._round.current, upload)
             self._ledgers.check(client, upload.metrics, self.local_steps)
         except Exception as error:  # One client's reply must not end the others' round.
             report.fail(client, error)

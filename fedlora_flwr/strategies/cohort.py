@@ -14,17 +14,34 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from fedlora_flwr.errors import BudgetsSpent, FederationAborted
+from fedlora_flwr.errors import BudgetsSpent, FederationAborted, InvalidValue
 from fedlora_flwr.randomness import stream_seed
 from fedlora_flwr.strategies.identities import Identities
 from fedlora_flwr.strategies.inbox import Inbox
 from fedlora_flwr.strategies.replies import RoundReport
+from fedlora_flwr.wire import WEIGHTINGS
 
 
 def cohort_size(clients: int, fraction: float, least: int = 1) -> int:
     """Return how many clients a round has: the share, rounded down, from ``least`` to all."""
     # 0.29 of 100 is 28.999999999999996 in floating point.
     return min(max(math.floor(clients * fraction + 1e-9), least), clients)
+
+
+def check_rules(min_completion: float, max_rounds: int, weighting: str) -> None:
+    """Refuse arguments of a strategy that are out of range.
+
+    Raises
+    ------
+    InvalidValue
+        One of them is.
+    """
+    if not 0 <= min_completion <= 1:
+        raise InvalidValue("min_completion", min_completion, "a number from 0 to 1")
+    if max_rounds < 0:
+        raise InvalidValue("max_rounds", max_rounds, "a whole number of at least 0")
+    if weighting not in WEIGHTINGS:
+        raise InvalidValue("weighting", weighting, f"one of {WEIGHTINGS}")
 
 
 class Turns:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from logging import WARNING
 from typing import Any
@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from flwr.common.logger import log
 
 from fedlora_flwr.algebra.means import Arrays, bounded
-from fedlora_flwr.errors import FederationAborted, FedLoRAError, InvalidValue
+from fedlora_flwr.errors import FederationAborted, FedLoRAError, InvalidValue, SuspectReply
 from fedlora_flwr.layout import factor_of
 from fedlora_flwr.wire import EPSILON, MOST_ENTRY, STEPS, WEIGHT
 from fedlora_flwr.wire.arrays import from_numpy, record_of, travel_size
@@ -92,6 +92,8 @@ class RoundReport:
         Clients whose budget is spent.
     failures : list[str]
         Why the other answers could not be used, one line each.
+    suspects : list[str]
+        Clients whose uploads look as if they were meant to do harm.
     details : dict[str, Any]
         What else the strategy has to tell of the round; it goes to the round's row.
     compared : dict[str, Any]
@@ -111,6 +113,7 @@ class RoundReport:
     uploads: list[Upload] = field(default_factory=list)
     declined: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    suspects: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
     compared: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, float] | None = None
@@ -124,6 +127,12 @@ class RoundReport:
     def fail(self, who: str, reason: object) -> None:
         """Count a reply as its sender's failure."""
         self.failures.append(one_line(f"{who}: {reason}"))
+        if isinstance(reason, SuspectReply):
+            self.suspect([who])
+
+    def suspect(self, clients: Iterable[str]) -> None:
+        """Name clients as suspects of this round, each once."""
+        self.suspects = sorted({*self.suspects, *clients})
 
     @property
     def epsilon_max(self) -> float | None:

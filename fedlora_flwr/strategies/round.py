@@ -14,6 +14,7 @@ from fedlora_flwr.plan import BOTH, ComponentPlan
 from fedlora_flwr.strategies.expected import Expected
 from fedlora_flwr.strategies.secure_sum import Ask
 from fedlora_flwr.wire.arrays import to_numpy, travel_size
+from fedlora_flwr.wire.order import Order
 
 
 @dataclass
@@ -30,6 +31,8 @@ class Round:
         The arrays that an upload holds.
     plain : int
         Bytes of one message with both factors and the head, which the report compares with.
+    order : Order
+        What clients are asked for.
     asked : list[int]
         Nodes that were asked to train.
     measuring : list[int]
@@ -42,6 +45,7 @@ class Round:
     plan: ComponentPlan = field(default_factory=lambda: ComponentPlan.uniform(BOTH))
     expected: Expected = field(default_factory=lambda: Expected(ComponentPlan.uniform(BOTH), ()))
     plain: int = 0
+    order: Order = field(default_factory=Order)
     asked: list[int] = field(default_factory=list)
     measuring: list[int] = field(default_factory=list)
     ask: Ask = field(default=lambda *_: {})

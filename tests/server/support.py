@@ -36,6 +36,8 @@ SUMMARY = {
     "bytes_plain",
     "seconds",
     "failures",
+    "robust",
+    "suspects",
     "declined",
     "seed",
     "reproducible_noise",

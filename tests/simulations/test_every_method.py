@@ -52,6 +52,7 @@ ROW = {
     "clients_absent",
     "declined",
     "failures",
+    "suspects",
     "bytes_down",
     "bytes_up",
     "bytes_up_adapters",

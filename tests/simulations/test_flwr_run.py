@@ -128,6 +128,8 @@ def test_a_run_spends_its_budget_and_no_more(flower_runs: dict[str, Path], strat
     summary = json.loads((flower_runs[strategy] / "summary.json").read_text())
     assert 0.98 * 8 < summary["epsilon_max"] <= 8
     assert summary["failures"] == 0
+    # The start of a run tells the server, in another process, how much noise clients add.
+    assert summary["robust"] == "norm-bound"
     rows = [json.loads(line) for line in (flower_runs[strategy] / "clients.jsonl").open()]
     assert len(rows) == 8
     assert {row["client"] for row in rows} == {f"partition-{i:06d}" for i in range(4)}

@@ -14,9 +14,11 @@ from flwr.app import Context, Message
 from numpy.typing import NDArray
 from safetensors.numpy import load
 
+from fedlora_flwr.cli.run_screen import closing_rows
 from fedlora_flwr.client_app import app
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FederationAborted
+from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.server.serve import run_federation
 from fedlora_flwr.simulations.local_grid import LocalGrid
@@ -146,6 +148,29 @@ def test_a_faulty_client_is_a_failure_by_name_and_nothing_of_it_goes_in(
 
     other = RunConfig.of(config.items(), {"state-dir": str(tmp_path / "other")})
     assert found.adapter == Outcome(other, tmp_path / "without", silent).adapter
+
+
+def far(arrays: Numbers) -> None:
+    for name in arrays:  # B starts from zero, so the update is the array.
+        arrays[name] = 100 * arrays[name]
+
+
+def test_an_upload_that_cannot_be_honest_is_dropped_and_its_client_named(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    noise = calibrated_mechanism(config, len(DigitsTask(config).client_records(0, 3)))
+    bounded = RunConfig.of(config.items(), {"largest-noise": noise.noise_multiplier})
+    found = Outcome(bounded, tmp_path / "run", spoilt(far))
+    (line,) = found.round["failures"]
+    assert line.startswith(f"{NAME}: its update of B has norm ")
+    assert found.round["suspects"] == [NAME]
+    summary = found.run_dir.summary()
+    assert summary is not None
+    assert (summary["robust"], summary["suspects"]) == ("norm-bound", {NAME: 1})
+    assert ("Suspects", f"{NAME} in 1 round") in closing_rows(summary)
+
+    other = RunConfig.of(bounded.items(), {"state-dir": str(tmp_path / "other")})
+    assert found.adapter == Outcome(other, tmp_path / "without", unreadable).adapter
 
 
 def test_a_round_that_too_few_survive_ends_the_run_and_keeps_the_last_good_adapter(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fedlora_flwr.config.keys import (
@@ -13,6 +14,7 @@ from fedlora_flwr.config.keys import (
     above,
     at_least,
     between,
+    between_or_inf,
     choice,
     key,
 )
@@ -50,6 +52,22 @@ class FederationSection:
     share_head: bool = key(
         True, FLAG, "whether clients' heads are averaged; false leaves each client its own",
         _RUN, "What stays with the client went through the same private steps.",
+    )  # fmt: skip
+    robust: str = key(
+        "auto", choice("auto", "none", "norm-bound", "trimmed-mean", "median", "krum"),
+        "what is done against uploads that are meant to do harm; auto = norm-bound where the bound "
+        "follows from public numbers",
+        _RUN, _SERVER,
+    )  # fmt: skip
+    robust_share: float = key(
+        0.2, between(0.01, 0.49),
+        "trimmed-mean, krum: share of a round's clients that may be bad", _RUN, _SERVER,
+    )  # fmt: skip
+    largest_noise: float = key(
+        math.inf, between_or_inf(0, 1e6),
+        "largest noise multiplier of an honest client, for the norm bound; inf = not known. "
+        "Simulations work it out",
+        _RUN, _SERVER,
     )  # fmt: skip
     average_decay: float = key(
         0.0, between(0, 0.9999),

@@ -116,7 +116,7 @@ class NoiseAwareAdamW(torch.optim.Optimizer):
         correction = 1 - beta2 ** state["step"]
         noise = state["noise"] / correction
         signal = state["exp_avg_sq"].div(correction).sub_(noise)
-        signal.clamp_(min=noise * _relative_error(beta2, state["step"]))
+        signal.clamp_(min=noise * relative_error(beta2, state["step"]))
         denominator = signal.sqrt_().add_(group["eps"])
         if group["weight_decay"]:
             parameter.mul_(1 - lr * group["weight_decay"])
@@ -124,6 +124,16 @@ class NoiseAwareAdamW(torch.optim.Optimizer):
         parameter.addcdiv_(state["exp_avg"], denominator, value=-size)
 
 
-def _relative_error(beta: float, steps: int) -> float:
-    """Return sqrt(2·Σw²): each squared Gaussian has variance 2φ², and w_i ∝ β^(steps - i)."""
+def relative_error(beta: float, steps: int) -> float:
+    """Return the standard error of v̂ over its noise Φ, after a number of steps.
+
+    It is sqrt(2·Σw²): each squared Gaussian has variance 2φ², and w_i ∝ β^(steps - i).
+
+    Parameters
+    ----------
+    beta : float
+        Decay of the moving average of squares.
+    steps : int
+        Steps so far, from 1.
+    """
     return math.sqrt(2 * (1 - beta) / (1 + beta) * (1 + beta**steps) / (1 - beta**steps))
