@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 DRAWN = "drawn_modules"
 """Attribute of a model: names of its modules, head included, that are in no checkpoint."""
-BACKBONE = "backbone"
-"""Key in the metadata of the file of weights: which backbone they belong to."""
+BACKBONE = "backbone.txt"
+"""File with the hash of the backbone that the weights belong to."""
 PREFIX = "base_model.model."
 _ADAPTER = re.compile(r"\.lora_\w+\.")
 
@@ -72,8 +72,9 @@ def write_adapter(adapted: AdaptedModel, folder: Path) -> None:
     model.create_or_update_model_card(str(folder))
     # The file format refuses tensors that share memory.
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    metadata = {"format": "pt", BACKBONE: adapted.backbone}
-    save_file(own, folder / "adapter_model.safetensors", metadata=metadata)
+    save_file(own, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    # Not in the metadata: safetensors writes several keys in no fixed order.
+    (folder / BACKBONE).write_text(f"{adapted.backbone}\n", encoding="ascii")
     base = type(model.get_base_model())
     written.save_pretrained(
         str(folder),

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fedlora_flwr.errors import InvalidValue
@@ -42,8 +41,8 @@ def read_adapter(folder: Path, adapted: AdaptedModel) -> dict[str, NDArray[np.fl
     try:
         config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
         found = {plain_name(key): value for key, value in load_file(folder / _WEIGHTS).items()}
-        with safe_open(folder / _WEIGHTS, "pt") as opened:
-            backbone = (opened.metadata() or {}).get(BACKBONE, "")
+        known = folder / BACKBONE
+        backbone = known.read_text(encoding="ascii").strip() if known.exists() else ""
     except Exception as error:  # safetensors' own error type is private to it.
         allowed = f"a PEFT adapter's folder, with {_CONFIG} and {_WEIGHTS} ({error})"
         raise InvalidValue("start", str(folder), allowed) from error

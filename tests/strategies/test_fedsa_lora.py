@@ -176,7 +176,9 @@ def test_the_rows_and_what_is_left_on_disk(make_config: MakeConfig, tmp_path: Pa
     assert len(run_dir.rows("clients")) == 6
     assert all(0 < row["epsilon"] <= config.epsilon for row in run_dir.rows("clients"))
     assert not any("accuracy" in key for row in run_dir.rows("clients") for key in row)
-    assert len(list((state_folder(config) / "local").iterdir())) == 3
+    assert (
+        len(list((state_folder(config) / "local").iterdir())) == 6
+    )  # Two rounds of three clients.
     # The server's adapter is the backbone's start with the new A.
     start = process_trainer(config).start
     for name, array in exported(run_dir).items():
