@@ -347,9 +347,9 @@ def _text(outcomes: Sequence[Outcome], attack: str) -> str:
     return text
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run a grid from the command line, and print its table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.attacks", description=__doc__)
     add = parser.add_argument
     add("--strategies", nargs="+", default=STRATEGIES)
     add("--epsilons", nargs="+", type=float, default=EPSILONS)
@@ -360,7 +360,7 @@ def main() -> None:
     add("--minutes", type=float, default=float("inf"), help="begin no cell after so many")
     add("--rounds", type=int, default=0, help="rounds of each run; 0 for the recipe's")
     add("--output", type=Path, default=RESULTS)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     grid = cells(
         given.strategies, given.epsilons, given.bad, given.attacks, given.rules, given.seeds

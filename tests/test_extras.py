@@ -34,7 +34,7 @@ NEED_MORE = re.compile(
     r"backbones\.|lora\.|privacy\.|forecast\.|studies\.|tasks\.|data\.(arrow_records|pictures|records)$"
     r"|clients\.(handler|local_round|local_store|numpy_client|sharing|trainer)$"
     r"|integrations\.(hf_trainer|planned_loop|trainer_arguments)$"
-    r"|secure_sum\.(accounting|rounding)$|server\.(noise|rehearsal|serve|strategy|sum_step)$"
+    r"|secure_sum\.(accounting|rounding)$|server\.(checkpoint|keeper|noise|norm_bound|rehearsal|serve|strategy|sum_step)$"
     r"|cli\.\w+_screen$|simulations\.runner$"
 )
 NEED_CLIENT = {

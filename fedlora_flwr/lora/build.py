@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -57,13 +57,15 @@ def lora_spec(config: RunConfig, task: Task, drawn: tuple[str, ...] = ()) -> LoR
     InvalidValue
         The task's targets are not one text, or its head is not a tuple of texts.
     """
-    targets = config.lora_targets or task.lora_targets
+    # A task of a user's own says what it likes.
+    targets: Any = config.lora_targets or task.lora_targets
+    head: Any = task.head
     if not isinstance(targets, str):
         allowed = "one regular expression for whole names of modules, such as '.*(query|value)'"
         raise InvalidValue(f"lora_targets of task {task.name!r}", targets, allowed)
-    if isinstance(task.head, str) or not all(isinstance(name, str) for name in task.head):
+    if isinstance(head, str) or not all(isinstance(name, str) for name in head):
         allowed = "a tuple of the names of modules, such as ('classifier',), or ()"
-        raise InvalidValue(f"head of task {task.name!r}", task.head, allowed)
+        raise InvalidValue(f"head of task {task.name!r}", head, allowed)
     return LoRASpec(
         rank=config.rank,
         alpha=config.lora_alpha,

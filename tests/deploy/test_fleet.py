@@ -139,9 +139,10 @@ def test_a_renewed_certificate_serves_devices_that_have_the_old_ca(fleet: Path) 
     assert "holds until" in done.stdout
     assert (server / "server.pem").read_bytes() != before
     assert stat.S_IMODE((server / "server.key").stat().st_mode) == 0o600
-    verify = ["openssl", "verify", "-CAfile", device / "ca.pem", server / "server.pem"]
+    signed = str(server / "server.pem")
+    verify = ["openssl", "verify", "-CAfile", str(device / "ca.pem"), signed]
     assert subprocess.run(verify, check=False).returncode == 0
-    soon = ["openssl", "x509", "-in", server / "server.pem", "-noout", "-checkend"]
+    soon = ["openssl", "x509", "-in", signed, "-noout", "-checkend"]
     assert subprocess.run([*soon, str(29 * 86_400)], check=False).returncode == 0
     assert subprocess.run([*soon, str(31 * 86_400)], check=False).returncode == 1
     assert answered(server, device / "ca.pem")
