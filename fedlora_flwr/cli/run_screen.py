@@ -175,7 +175,7 @@ def next_steps(config: RunConfig, run_dir: RunDirectory) -> list[tuple[str, str]
     command = f"fedlora plot {shlex.quote(str(run_dir.path))}" if config.reproducible else shared
     return [
         ("Results", str(run_dir.path)),
-        ("Adapter", f"{run_dir.adapter}, with a model card in README.md"),
+        ("Adapter", f"{run_dir.adapter}, and its README.md says how to load it"),
         ("Next", command),
     ]
 

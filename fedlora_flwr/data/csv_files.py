@@ -70,6 +70,9 @@ def _cells(path: Path) -> pa.Table | None:
         _, header = next(records, (0, []))
         if not header:
             return None
+        if len(header) == 1 and (other := next((c for c in ";\t|" if c in header[0]), "")):
+            found = f"{separator!r} between cells, and the first line has {other!r}"
+            raise unreadable(path, f"{found}. Save it with commas")
         names = _column_names(path, header)
         schema = pa.schema([(name, pa.string()) for name in names])
         batches, held = [], []

@@ -80,12 +80,13 @@ def check_device(folder: Path, run: RunConfig | None = None) -> Iterator[Finding
         It is not a device's folder.
     """
     _, made_with = read_fleet(folder)
+    # The longest list comes first: what needs fixing is then still on the screen.
+    yield from _who_decides(folder / SETTINGS)
     yield _versions(made_with)
     yield from whole("private keys", _private_keys(folder, [folder / "device.key"]))
     yield from whole(SCRIPT, _own_code(SCRIPT, folder / SCRIPT, installed_code))
     yield from whole("server", _admitted(folder))
     yield from whole(folder.name, device_findings(folder, folder.name, run, None, here=True))
-    yield from _who_decides(folder / SETTINGS)
 
 
 def _who_decides(file: Path) -> Iterator[Finding]:

@@ -93,7 +93,14 @@ def _for_run(
     state = Path(config.state_dir) if config.state_dir else None
     if state is None and backbone is None:
         state = data_folder()
-    yield from _promise(name, settings.client, config, file, state)
+    if backbone is not None and _absent("dataset", settings.settings, file.parent):
+        text = "its records are not in this folder: run `fedlora deploy check` on the device"
+        yield Finding(name, True, text)
+    else:
+        yield from _promise(name, settings.client, config, file, state)
+    if backbone is not None and _absent("model", settings.settings, file.parent):
+        yield Finding(name, True, "its model is not in this folder, either")
+        return
     known = backbone or Backbone(run)
     own = tried(name, lambda: known.of(config), f"see model in {file}")
     if isinstance(own, Finding):
@@ -129,6 +136,14 @@ def _in_place(name: str, settings: Mapping[str, Any], file: Path) -> Iterator[Fi
         )
         if isinstance(found, Finding):
             yield found
+
+
+def _absent(key: str, settings: Mapping[str, Any], folder: Path) -> bool:
+    """Tell whether a device's own file names a place that is not here, as on another machine."""
+    value = str(settings.get(key, ""))
+    if not value or (folder / Path(value).expanduser()).exists():
+        return False
+    return not _may_be_on_hub(key, value, folder)
 
 
 def _may_be_on_hub(key: str, value: str, folder: Path) -> bool:

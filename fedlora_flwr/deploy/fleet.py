@@ -128,12 +128,24 @@ address = "$host:$port"
 root-certificates = "$ca"
 """
 _REGISTER = """#!/bin/sh
-# Registers every device's public key with the running SuperLink; others are refused.
+# Registers every device's public key with the running SuperLink; others are refused. Keys that are
+# registered already stay so. registered.txt tells which node id is which device.
 set -eu
 cd "$$(dirname "$$0")"
+failed=0
 for key in keys/*.pub; do
-    flwr supernode register "$$key" $connection --name "$$(basename "$$key" .pub)"
+    name="$$(basename "$$key" .pub)"
+    if told="$$(flwr supernode register "$$key" $connection --name "$$name" 2>&1)"; then
+        echo "$$told"
+        echo "$$name: $$told" >> registered.txt
+    elif echo "$$told" | grep -q "already in use"; then
+        echo "$$name: its key is registered already, or was and has been taken out"
+    else
+        echo "$$name: $$told" >&2
+        failed=1
+    fi
 done
+exit $$failed
 """
 
 

@@ -97,7 +97,7 @@ def installed_code(script: Path) -> Path:
     """
     check_script(script)
     command, here = shutil.which(COMMAND), Path(sys.executable).parent
-    if command is None or Path(command).parent != here:
+    if command is None or Path(command).parent.resolve() != here.resolve():
         raise flower.NotSealed(
             f"{script.name} would start {command or 'nothing'} instead of {here / COMMAND}",
             "activate the environment that the package is installed in",

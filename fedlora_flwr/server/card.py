@@ -181,6 +181,8 @@ class ModelCard:
         yield "backbone", f"`{config.model or config.task}`, fingerprint {self.adapted.fingerprint}"
         yield "rank", f"{config.rank} (`lora-alpha = {config.lora_alpha:g}`)"
         yield "data set", self._data
+        if names := [name.strip() for name in config.class_names.split(",") if name.strip()]:
+            yield "classes", ", ".join(f"{number} = {name}" for number, name in enumerate(names))
         yield "clients", str(summary["num_clients"])
         yield "rounds", f"{summary['rounds_done']} of {summary['num_rounds']}"
         steps = "one step by a secure sum" if config.secure_sum else f"{config.local_steps} steps"
@@ -204,7 +206,7 @@ class ModelCard:
         return (
             f"The server measured {figures} it, on {self.test_records:,} records of the split "
             f"`{self.config.test_split if self.config.dataset else 'test'}` of {self._data}. **The "
-            "test set is public.** It is not covered by the promise above. One run has one seed, "
+            "promise above does not cover the test set, so it has to be public.** One run has one seed, "
             "so this figure has no standard error.\n"
         )
 

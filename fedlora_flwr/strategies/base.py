@@ -351,7 +351,8 @@ class FedLoRA(Declared, Running):
             report.count(content, self._round.plain)
             found = read_training(content)
             if found.status == STATUS_EXHAUSTED:
-                report.declined.append(f"{client}: its privacy budget is spent")
+                spent = "its privacy budget is spent, or does not hold this run"
+                report.declined.append(f"{client}: {spent}")
                 if self._cohorts is not None:
                     self._cohorts.turns.spend(client)
                 return

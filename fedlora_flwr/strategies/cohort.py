@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import INFO, WARNING
 from typing import Any
 
@@ -181,7 +181,9 @@ class Cohorts:
         BudgetsSpent
             Fewer than ``least`` of the connected nodes may be asked again.
         """
-        nodes = self._nodes = wait_for_nodes(grid, max(needed, least), self._timeout)
+        names = self.identities.name
+        nodes = wait_for_nodes(grid, max(needed, least), self._timeout, names, self._nodes)
+        self._nodes = nodes
         self.identities.look()
         size = cohort_size(len(nodes), fraction, least)
         # Turns are those of clients, so a run that goes on has to know who is who.
@@ -239,8 +241,27 @@ class Cohorts:
         return np.random.default_rng(stream_seed(self._seed, purpose, server_round))
 
 
-def wait_for_nodes(grid: Grid, needed: int, timeout: float) -> list[int]:
+def wait_for_nodes(
+    grid: Grid,
+    needed: int,
+    timeout: float,
+    name: Callable[[int], str] = str,
+    known: Iterable[int] = (),
+) -> list[int]:
     """Return the ids of all connected nodes, once there are enough.
+
+    Parameters
+    ----------
+    grid : Grid
+        Where to look for nodes.
+    needed : int
+        How many are enough.
+    timeout : float
+        Seconds to wait.
+    name : callable, optional
+        Names a node.
+    known : Iterable[int], optional
+        Nodes that were connected before; those that are gone are named.
 
     Raises
     ------
@@ -249,11 +270,14 @@ def wait_for_nodes(grid: Grid, needed: int, timeout: float) -> list[int]:
     """
     deadline = time.monotonic() + timeout
     while len(nodes := sorted(grid.get_node_ids())) < needed:
+        lost = sorted(name(node) for node in set(known) - set(nodes))
+        gone = f" Gone: {', '.join(lost[:10])}." if lost else ""
         if time.monotonic() > deadline:
             raise FederationAborted(
-                f"{len(nodes)} of at least {needed} nodes connected in {timeout:g} s."
+                f"{len(nodes)} of at least {needed} nodes connected in {timeout:g} s.{gone} Start "
+                "them, or set a smaller min-clients."
             )
-        log(INFO, "Waiting for nodes: %d of %d connected.", len(nodes), needed)
+        log(INFO, "Waiting for nodes: %d of %d connected.%s", len(nodes), needed, gone)
         time.sleep(1)
     return nodes
 
