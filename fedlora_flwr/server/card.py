@@ -206,8 +206,8 @@ class ModelCard:
         return (
             f"The server measured {figures} it, on {self.test_records:,} records of the split "
             f"`{self.config.test_split if self.config.dataset else 'test'}` of {self._data}. **The "
-            "promise above does not cover the test set, so it has to be public.** One run has one seed, "
-            "so this figure has no standard error.\n"
+            "promise above does not cover the test set, so it has to be public.** One run has one "
+            "seed, so this figure has no standard error.\n"
         )
 
     def _code(self) -> str:
