@@ -35,7 +35,9 @@ def test_every_command_is_in_the_reference_with_its_options() -> None:
     every: Any = get_command(app)
     top = {name for name in every.commands if name != "deploy"}
     titles = set(re.findall(r"^### fedlora (.*)$", shown, re.M))
-    assert titles == top | {"deploy init", "deploy check", "deploy start", "deploy identity"}
+    assert titles == top | {
+        f"deploy {name}" for name in ("init", "check", "renew", "start", "identity")
+    }
     assert (
         "| `--workers INTEGER` | Processes that serve clients; 1 = this one. Default: `1`. |"
         in (shown)
