@@ -114,4 +114,5 @@ def test_records_of_another_kind_are_refused_before_a_row_is_written(
     late = LocalRound(trainer, lambda: data, ledger, "one", "run")  # type: ignore[arg-type,return-value]
     with pytest.raises(InvalidValue, match="records = 'TensorDataset'"):
         late.run(Order(server_round=1, plan="B"), dict(late.start))
-    assert not (tmp_path / "ledger.sqlite").exists()
+    with closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as db:
+        assert db.execute("SELECT COUNT(*) FROM releases").fetchone() == (0,)

@@ -25,6 +25,7 @@ from tests.server.support import SUMMARY, run
 def test_the_files_of_a_run(finished: tuple[RunConfig, RunDirectory]) -> None:
     files = {entry.name for entry in finished[1].path.iterdir()}
     results = {"config.toml", "rounds.jsonl", "clients.jsonl", "summary.json", "adapter"}
+    results |= {"checkpoints"}
     assert files == {".claim", *results}
 
 

@@ -118,6 +118,8 @@ def test_a_crafted_reply_is_its_senders_failure_and_leaves_no_trace(
 ) -> None:
     expected = without(method, weighting)
     for name, fault in {**REFUSED, **OWN.get(method, {})}.items():
+        if (method, name) == ("head-only", "transposed"):  # What it uploads has one axis.
+            continue
         found = Round(method, weighting, fault)
         assert found.report.failures, name
         allowed = (*found.names, "node 00000000000000012345: ")
