@@ -138,7 +138,7 @@ class RunConfig(
         return [Schedule.parse(text or self.lr_schedule) for text in own]
 
     def client_rank(self, partition_id: int) -> int:
-        """Return the LoRA rank of the simulated client with a partition, counted from 0."""
+        """Return the LoRA rank of a simulated client; partitions are counted from 0."""
         ranks = self._client_ranks()
         return ranks[partition_id % len(ranks)]
 

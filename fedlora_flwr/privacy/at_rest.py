@@ -35,8 +35,8 @@ _MIDDLES = {torch.rand: 0.5, torch.rand_like: 0.5, torch.randn: 0.0, torch.randn
 class RandomnessAtRest(TorchFunctionMode):
     """Turns dropout off and replaces random draws by their mean, while the model trains.
 
-    Dropout is turned off as a layer, as a function and in attention. Random draws, as those that
-    drop paths and layers, become their mean, so they are the same for a record alone and in a
+    Dropout is turned off as a layer, as a function and in attention. Random draws, such as those
+    that drop paths and layers, become their mean, so they are the same for a record alone and in a
     batch. Permutations and random integers stay random, because a check must notice a model that
     shuffles records.
     """

@@ -60,7 +60,7 @@ class Pass(NamedTuple):
 
 @dataclass(frozen=True)
 class PassPlan:
-    """How batches are cut into passes. All of it is public.
+    """How batches are cut into passes. All of these values are public.
 
     Parameters
     ----------

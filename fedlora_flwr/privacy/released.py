@@ -82,6 +82,6 @@ class Released:
             peak_memory_mb=float(self.peak_memory_mb),
             weight=float(self.weight),
             num_examples=self.num_examples,
-            # A loss that is not finite has no information. It is left out, so the round succeeds.
+            # A loss that is not finite tells nothing. It is left out, so that the round succeeds.
             unprotected={n: float(v) for n, v in self.unprotected.items() if math.isfinite(v)},
         ).checked()

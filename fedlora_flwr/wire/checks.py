@@ -1,4 +1,4 @@
-"""Checks of a report's arrays and notes; each raises `InvalidValue` for a value not allowed."""
+"""Checks of a report's arrays and notes; each raises `InvalidValue` if a value is not allowed."""
 
 from __future__ import annotations
 
