@@ -68,7 +68,7 @@ class Segment:
     Parameters
     ----------
     noise_multiplier : float
-        σ: standard deviation of the noise, in units of the clipping norm. 0 means no noise.
+        σ: standard deviation of the noise, in units of the clip norm; 0 means no noise.
     sample_rate : float
         q: probability that a record joins a step, above 0 and at most 1.
     steps : int
