@@ -1,8 +1,8 @@
 """Differentially private federated fine-tuning with LoRA, on Flower.
 
-The public API in three tiers: strategies for a server; client and engine for private training; and
-blocks, which the others are built from. Names are imported when first used, so that strategies
-alone never load torch.
+The public API has three tiers: strategies for a server; client and engine for private training; and
+the building blocks of both. A name is imported when it is first used, so a server that needs only
+strategies never loads torch.
 
 Examples
 --------
@@ -20,7 +20,8 @@ from typing import Any
 
 from fedlora_flwr.errors import NotInstalled
 
-# Each name is written here alone; `__init__.pyi`, for editors and type checkers, is made of this.
+# Public names are listed only here. `__init__.pyi`, for editors and type checkers, is generated
+# from these tables by `_stub`.
 STRATEGIES: Mapping[str, str] = {
     "FedLoRA": "strategies.base",
     "DPLoRA": "strategies.dp_lora",
@@ -69,7 +70,7 @@ _HOMES = {**STRATEGIES, **CLIENT_AND_ENGINE, **BLOCKS}
 
 try:
     __version__ = version("fedlora-flwr")
-except PackageNotFoundError:  # A bundle of the app, of which nothing is installed.
+except PackageNotFoundError:  # The code runs from a bundle of the app, which is not installed.
     __version__ = "unknown"
 
 __all__ = ["__version__", *sorted(_HOMES)]
@@ -91,7 +92,7 @@ def __dir__() -> list[str]:
 
 
 def _stub() -> str:
-    """Return what ``__init__.pyi`` holds."""
+    """Return the text of ``__init__.pyi``."""
     tiers = {"Strategies": STRATEGIES, "Client and engine": CLIENT_AND_ENGINE, "Blocks": BLOCKS}
     command = "python -c 'import fedlora_flwr; print(fedlora_flwr._stub())'"
     lines = [f"# Made of `__init__.py` by {command}"]

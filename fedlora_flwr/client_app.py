@@ -1,4 +1,4 @@
-"""The repository's Flower ClientApp."""
+"""The Flower ClientApp of this package."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 def make_client(context: Context) -> LoRAClient:
     """Make the client of a device, or of one simulated partition.
 
-    No record is opened yet: the client does that after it has read its order.
+    No record is opened here. The client opens its records after it has read the order.
 
     Raises
     ------
     OrderRefused
-        The run config cannot be used on this device, or this SuperNode has no device's file.
+        The run config cannot be used on this device, or this SuperNode names no device's file.
     InvalidValue
-        The device's file cannot be used, or a simulated run config.
+        The device's file, or the run config of a simulation, cannot be used.
     """
     node = context.node_config
     identity, config = _who(context)
@@ -56,7 +56,7 @@ def make_client(context: Context) -> LoRAClient:
     with untold():
         trainer = process_trainer(config)
     folder = state_folder(config)
-    # A simulation's client is one of a number of partitions, and a device is all of its own.
+    # A simulated client has one of several partitions; a device has a single partition.
     partition = 0 if device else int(node["partition-id"])
     partitions = 1 if device else int(node["num-partitions"])
     return LoRAClient(
@@ -75,7 +75,7 @@ def make_client(context: Context) -> LoRAClient:
 
 
 def _who(context: Context) -> tuple[str, RunConfig]:
-    """Return who a client is, and the run's configuration as it is there.
+    """Return a client's name, and the run's configuration on this client.
 
     Raises
     ------
@@ -95,13 +95,13 @@ def _who(context: Context) -> tuple[str, RunConfig]:
 
 
 def _exchange(identity: str, config: RunConfig, context: Context) -> SumExchange:
-    """Make a client's part in secure sums, which needs no model."""
+    """Make the object that takes part in secure sums for a client; it needs no model."""
     store = SumStore(state_folder(config) / SUMS)
     return SumExchange(config, identity, str(context.run_id), store)
 
 
 def _private_records(task: Task) -> Records:
-    """Open a device's private records; its own log says which are read and which are left out."""
+    """Open a device's private records, and log on the device which are read or left out."""
     from fedlora_flwr.tasks.registry import private_reading
 
     records = task.client_records(0, 1)
@@ -111,7 +111,7 @@ def _private_records(task: Task) -> Records:
 
 
 def _public_records(task: Task) -> Records:
-    """Open a device's public records, none of which may be private as well."""
+    """Open a device's public records; refuse them if any is also a private record."""
     from fedlora_flwr.tasks.registry import check_splits_apart
 
     check_splits_apart(task)
@@ -119,23 +119,24 @@ def _public_records(task: Task) -> Records:
 
 
 def client_fn(context: Context) -> Client:
-    """Make the client in the form that Flower's legacy interface takes."""
+    """Make the client for Flower's legacy interface."""
     return make_client(context).to_client()
 
 
 def state_folder(config: RunConfig) -> Path:
-    """Return the folder of ledger and local arrays: ``state-dir``, or the user's data folder."""
+    """Return the folder of the ledger and local arrays: ``state-dir``, or the data folder."""
     return Path(config.state_dir) if config.state_dir else data_folder()
 
 
 def _direct(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Answer a Message-API strategy without a detour over Flower's legacy records."""
+    """Answer a Message-API strategy directly, without Flower's legacy records."""
     if stage_of(message) in BETWEEN:
         return answer_between(
             lambda: _exchange(*_who(context), context), message, client_identity(context)
         )
     if trains_or_evaluates(message):
-        # A question who the client is, or a message for a warm process, must not wait for torch.
+        # torch is imported only here, so that a query, or a process that passes messages on to a
+        # warm process, need not wait for it.
         with uncollected():
             from fedlora_flwr.clients.handler import answer_message
 
@@ -144,7 +145,7 @@ def _direct(message: Message, context: Context, call_next: ClientAppCallable) ->
 
 
 def _warm(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Leave the work to the process that a device keeps, if it does."""
+    """Pass the message to the device's warm process, if its file asks for one."""
     if DEVICE in context.node_config and message.metadata.message_type != MessageType.QUERY:
         file = Path(str(context.node_config[DEVICE]))
         if (device := Device.read(file)).keep_warm:
@@ -158,13 +159,13 @@ def _ask(device: Device, file: Path, message: Message, context: Context) -> Mess
 
 
 def _respond_here(identity: Identity, message: Message, context: Context) -> Message:
-    # Our clients keep what they keep on the disk, and nothing in the context.
+    # Our clients keep all state on the disk and none in the context, so a copy of it is enough.
     with acting_for(*identity):
         return _app_here(message, context)
 
 
 def _guarded(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Let out only errors that a server may read; no other leaves, wherever it is raised."""
+    """Send only errors that a server may read; the text of any other error stays here."""
     return guarded(call_next, message, context)
 
 
@@ -173,5 +174,5 @@ app = ClientApp(client_fn, mods=[_guarded, _warm, _direct, bridge])
 
 
 def respond(message: Message, context: Context) -> Message:
-    """Answer as `app` does; a function by this name is there in any process."""
+    """Answer as `app` does, but as a module-level function that other processes can import."""
     return app(message, context)

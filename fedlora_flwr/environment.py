@@ -1,4 +1,4 @@
-"""What a result depends on besides its settings: packages and machine."""
+"""The environment on which a result depends besides its settings: packages and machine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, object]:
-    """Name the processor and count its cores; nothing that names the host."""
+    """Return the processor's name and number of cores; the result does not identify the host."""
     lines = _CPU_INFO.read_text(encoding="utf-8").splitlines() if _CPU_INFO.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
@@ -42,9 +42,10 @@ def machine() -> dict[str, object]:
 
 
 def peak_memory() -> int:
-    """Return the most bytes that this process has held in memory.
+    """Return the largest resident memory of this process so far, in bytes.
 
-    On Linux not by getrusage: that starts from what the process's parent held when it forked.
+    On Linux this does not use getrusage, whose figure includes the memory of the parent process at
+    the fork.
     """
     if _STATUS.exists():
         lines = _STATUS.read_text(encoding="utf-8").splitlines()
@@ -55,7 +56,7 @@ def peak_memory() -> int:
 
 @contextmanager
 def simulating() -> Iterator[None]:
-    """Say that what runs here are clients of a simulation, all of them on this machine."""
+    """Mark code that serves simulated clients, all on this machine (see `in_simulation`)."""
     token = _simulating.set(True)
     try:
         yield
@@ -66,8 +67,8 @@ def simulating() -> Iterator[None]:
 def in_simulation() -> bool:
     """Tell whether this process serves clients of a simulation.
 
-    This follows from the process alone, so no message can change it: the process serves an
-    in-process grid, or it is an actor of Ray, where Flower's simulations run.
+    The answer depends only on the process, so no message can change it. It is true if the process
+    serves an in-process grid, or if it is a Ray actor, in which Flower's simulations run.
     """
     if _simulating.get():
         return True

@@ -1,4 +1,4 @@
-"""Errors that users of the package meet."""
+"""Errors that users of the package may see."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 _LONGEST = 1000  # characters of a value that an error shows
 _LONGEST_REASON = 300  # characters of another package's error
-_MOST_NEAR = 8  # names that an error asks about
+_MOST_NEAR = 8  # similar names that an error suggests
 
 
 class FedLoRAError(Exception):
@@ -28,9 +28,9 @@ class InvalidValue(FedLoRAError, ValueError):
     value : object
         The value that was given.
     allowed : str
-        What would be accepted, e.g. ``"a number above 0"``.
+        The accepted values, in words, e.g. ``"a number above 0"``.
     near : tuple[str, ...] (default: none)
-        Accepted names that resemble the given one; the text asks about them first.
+        Accepted names that resemble the given one. The text suggests them first.
     """
 
     def __init__(self, key: str, value: object, allowed: str, near: tuple[str, ...] = ()) -> None:
@@ -42,7 +42,7 @@ class InvalidValue(FedLoRAError, ValueError):
         self.near = near
 
     def __reduce__(self) -> tuple[type[InvalidValue], tuple[str, object, str, tuple[str, ...]]]:
-        """Rebuild from the arguments, so that the error crosses processes."""
+        """Rebuild the error from its arguments, so that it can be sent between processes."""
         return type(self), (self.key, self.value, self.allowed, self.near)
 
 
@@ -55,12 +55,12 @@ def _shown(value: object) -> str:
 
 
 class OrderRefused(FedLoRAError):
-    """A client refuses what a server sent, and has not opened a record yet.
+    """A client refuses a server's message, before it has opened a record.
 
-    The text of this error alone may travel to the server. It names what the server sent, what the
-    package accepts, what the device's file states for servers to read (its limits), and names of
-    arrays and the hash of the model, which are public. It never names anything else that the
-    device's file or a record holds.
+    The text of this error may be sent to the server. It may contain what the server sent, what the
+    package accepts, the limits in the device's file, which servers may read, and names of arrays
+    and the hash of the model, which are public. It never contains anything else from the device's
+    file or from a record.
     """
 
 
@@ -74,12 +74,12 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
 }
 """The modules that each extra of this package installs, as in ``pyproject.toml``.
 
-A module that is missing by itself is looked for from the top.
+If a single module is missing, an error suggests the first extra that has it.
 """
 
 
 class NotInstalled(FedLoRAError, ImportError):
-    """A package that only some work needs is not installed; the text has the command for it."""
+    """An optional package is not installed. The text gives the command that installs it."""
 
     @classmethod
     def of(cls, error: BaseException) -> NotInstalled | None:
@@ -88,7 +88,7 @@ class NotInstalled(FedLoRAError, ImportError):
         Parameters
         ----------
         error : BaseException
-            Any error. ``None`` is returned for those that have another cause.
+            Any error. If it has another cause, ``None`` is returned.
         """
         if isinstance(error, cls):
             return error
@@ -99,7 +99,7 @@ class NotInstalled(FedLoRAError, ImportError):
 
 
 def require(*wanted: str) -> None:
-    """Make sure, without importing them, that packages are there before work that needs them.
+    """Check that packages are installed before work that needs them; they are not imported.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ def require(*wanted: str) -> None:
     Raises
     ------
     NotInstalled
-        Some are not there.
+        A package is not installed.
     """
     absent: dict[str, list[str]] = {}
     for name in wanted:
@@ -139,19 +139,19 @@ def _installed(module: str) -> bool:
         found = find_spec(module)
     except (ImportError, ValueError):
         return False
-    # A folder beside the user's files, called `datasets` for instance, is not a package.
+    # A spec without an origin is a plain folder among the user's files, such as `datasets`.
     return found is not None and found.origin is not None
 
 
 class CannotStart(FedLoRAError):
-    """A device cannot start as it is.
+    """A device cannot start.
 
     Parameters
     ----------
     what : str
-        What was found.
+        The problem.
     fix : str
-        What to do about it.
+        What the user should do about it.
     """
 
     def __init__(self, what: str, fix: str) -> None:
@@ -163,11 +163,11 @@ class CannotStart(FedLoRAError):
 
 
 class PrivacyViolation(FedLoRAError):
-    """Something would leave the private step unclipped or without noise."""
+    """A private step would release something that is not clipped or has no noise."""
 
 
 class SuspectReply(FedLoRAError):
-    """A client's upload is one that no honest client sends."""
+    """A client's upload has values that no honest client sends."""
 
 
 class BudgetExhausted(FedLoRAError):
@@ -175,19 +175,19 @@ class BudgetExhausted(FedLoRAError):
 
 
 class BudgetsSpent(FedLoRAError):
-    """No client may be asked for another round; a run that has trained is complete."""
+    """All clients' budgets are spent. The run ends; if it has trained, it counts as complete."""
 
 
 class ClientFailed(FedLoRAError):
-    """A client could not do a round; says of what kind the error was, and no more."""
+    """A client could not do a round. The text tells the kind of error, but no details."""
 
 
 class ModelFailed(FedLoRAError):
-    """A model could not be built, trained or measured; says what failed, and what to change."""
+    """A model could not be built, trained or evaluated; the text tells what failed and a remedy."""
 
 
 class FederationAborted(FedLoRAError):
-    """The server stopped a run because going on would give a wrong result."""
+    """The server stopped a run, because a continued run would give a wrong result."""
 
 
 def unknown(
@@ -199,7 +199,7 @@ def unknown(
     after: str = "",
     value: object = None,
 ) -> InvalidValue:
-    """Return the error for a name that is none of those accepted, the nearest ones first.
+    """Return the error for an unknown name; its text suggests the most similar names first.
 
     Parameters
     ----------
@@ -212,7 +212,7 @@ def unknown(
     before, after : str (default: "")
         Words around the list of names.
     value : object, optional
-        The whole value, where ``given`` is a part of it.
+        The whole value of the setting, if ``given`` is only a part of it.
     """
     every = sorted(names)
     allowed = f"{before}one of {', '.join(map(repr, every))}{after}"
@@ -220,9 +220,9 @@ def unknown(
 
 
 def near_names(given: str, names: Iterable[str]) -> tuple[str, ...]:
-    """Return the names that someone may have meant: those that begin so, or else the most similar.
+    """Return the names that begin with the given one; if there are none, the most similar name.
 
-    Case does not count, and an underscore is a dash.
+    Case is ignored, and an underscore counts as a dash.
     """
     plain, every = given.strip().lower().replace("_", "-"), list(names)
     longer = [name for name in every if len(plain) > 1 and name.lower().startswith(plain)]
@@ -237,14 +237,14 @@ def either(names: Sequence[str]) -> str:
 
 
 class LedgerDamaged(FedLoRAError):
-    """A ledger cannot be trusted or used, so nothing may be released on its account.
+    """A ledger cannot be trusted or used, so its clients may not release anything.
 
-    The text names the file, what is wrong with it, and what to do.
+    The text names the file, the damage and a remedy.
     """
 
 
 def one_line(error: BaseException) -> str:
-    """Return the text of an error of another package in one line, cut where it is long."""
+    """Return the text of another package's error on one line, cut to 300 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}…"
 
@@ -256,15 +256,17 @@ def explained(doing: str, advice: str) -> Iterator[None]:
     Parameters
     ----------
     doing : str
-        What may fail, as the subject of the sentence.
+        The work that may fail, as the subject of the sentence.
     advice : str
-        What to change then: whole sentences.
+        What the user should change if it fails, in whole sentences.
 
     Raises
     ------
     ModelFailed
-        Anything but an error of this package was raised. The message names the place in the user's
-        own code, if the error comes from there.
+        An error that is not of this package was raised. If it comes from the user's own code, the
+        message names the file and the line.
+    NotInstalled
+        The error comes from an optional package that is not installed.
     """
     try:
         yield
@@ -279,12 +281,12 @@ def explained(doing: str, advice: str) -> Iterator[None]:
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Let a value of a message that is not allowed be an order that is refused.
+    """Turn an `InvalidValue` about a message's value into an `OrderRefused`.
 
     Raises
     ------
     OrderRefused
-        In place of `InvalidValue`, with its text.
+        It replaces `InvalidValue` and has its text.
     """
     try:
         yield
@@ -294,12 +296,13 @@ def refusing() -> Iterator[None]:
 
 @contextmanager
 def untold() -> Iterator[None]:
-    """Let no text travel to a server from here on: records may be open, or a task's own code runs.
+    """Keep texts of errors from the server, where records may be open or a task's own code runs.
 
     Raises
     ------
     FedLoRAError
-        In place of an error whose text travels by its type. A task may raise any type.
+        It replaces `OrderRefused` and `ClientFailed`, whose texts would be sent to the server. The
+        task's code may raise these types as well.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Where files of the user's are kept, who may read them, and how they are written whole."""
+"""Folders for the user's files, their access rights, and atomic writes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fedlora_flwr.errors import FedLoRAError
 T = TypeVar("T")
 
 _LOGGER = logging.getLogger(__name__)
-_PATIENCE = 10.0  # seconds to wait for a lock in silence
+_PATIENCE = 10.0  # Seconds to wait for a lock before a warning is logged.
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -34,18 +34,18 @@ _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 class FileTrouble(FedLoRAError, OSError):
-    """A file or folder cannot be used; the text names it, and says why."""
+    """A file or folder cannot be used. The text names it and the reason."""
 
     @classmethod
     def of(cls, error: Exception, path: Path | None = None) -> FileTrouble:
-        """Describe an error of the operating system's.
+        """Turn an error of the operating system into one with the path and, if known, a remedy.
 
         Parameters
         ----------
         error : Exception
-            What was raised.
+            The error that was raised.
         path : Path, optional
-            What was being written, where the error does not say.
+            The file or folder that was in use, in case the error does not name one.
         """
         if isinstance(error, FileTrouble):
             return error
@@ -67,38 +67,38 @@ class FileTrouble(FedLoRAError, OSError):
 def cache_folder() -> Path:
     """Return this package's folder under ``XDG_CACHE_HOME``, or under ``~/.cache`` without it.
 
-    What is in it can be made again.
+    All files in it can be made again.
     """
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fedlora"
 
 
 SERVER_STATE = "FEDLORA_SERVER_STATE"
-"""Environment variable with the folder in which a fleet's server keeps what outlives a run."""
+"""Environment variable with the folder for a server's files that are kept between runs."""
 
 
 def data_folder() -> Path:
     """Return this package's folder under ``XDG_DATA_HOME``, or ``~/.local/share`` without it.
 
-    What is in it, ledgers among it, cannot be made again.
+    Files in it, such as ledgers, cannot be made again.
     """
     return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "fedlora"
 
 
 def name_of_run(client: str, run: str) -> str:
-    """Return a file's name without suffix for a client in a run; any text may name either."""
+    """Return a file name without suffix for a client in a run; both names may be any text."""
     return hashlib.sha256(f"{len(client)}:{client}{run}".encode()).hexdigest()[:32]
 
 
 def private_folder(path: Path) -> Path:
-    """Make a folder that its owner alone may enter, with the folders above it, and return it.
+    """Make a folder and its parents with access for the owner only, and return the folder.
 
-    A folder that is there already keeps its mode, since its user may have chosen it. Others lose
-    access to folders inside this package's own data folder and its cache of data sets.
+    An existing folder keeps its mode, since the user may have chosen it. Only inside this package's
+    data folder and its cache of data sets, other users lose access to an existing folder.
 
     Raises
     ------
     FileTrouble
-        It cannot be made, or not be written to.
+        The folder cannot be made, or this process cannot write to it.
     """
     try:
         _make_private(path)
@@ -119,12 +119,12 @@ def _make_private(path: Path) -> None:
     if not missing and any(path.is_relative_to(one) for one in ours):
         mode = path.stat().st_mode
         if mode & 0o077:
-            with suppress(OSError):  # It may be another user's.
+            with suppress(OSError):  # Another user may own the folder.
                 path.chmod(mode & 0o700)
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder survive a power cut."""
+    """Sync a folder, so that names in it survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -134,23 +134,23 @@ def sync_folder(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold ``<path>.lock``, and say so where another process makes this one wait.
+    """Hold the lock ``<path>.lock``. After ten seconds of waiting, a warning is logged.
 
     Raises
     ------
     FileTrouble
-        The lock cannot be made.
+        The file of the lock cannot be made, or the file system has no locks.
     """
     lock = FileLock(f"{path}.lock")
     try:
-        # FileLock tries without end where the file cannot be made.
+        # If the file cannot be made, FileLock would try forever. This raises an error instead.
         Path(lock.lock_file).open("ab").close()
         try:
             lock.acquire(timeout=_PATIENCE)
         except Timeout:
             _LOGGER.warning("Waiting for another process, which holds %s.lock.", path)
             lock.acquire()
-    except (OSError, NotImplementedError) as error:  # A file system without locks is the latter.
+    except (OSError, NotImplementedError) as error:  # The latter: a file system without locks.
         raise FileTrouble.of(error, Path(lock.lock_file)) from error
     try:
         yield
@@ -159,17 +159,24 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees all of it or nothing."""
+    """Write a file atomically: a reader sees the old content or all of the new content.
+
+    Raises
+    ------
+    FileTrouble
+        The file cannot be written.
+    """
     with replacing(path) as draft:
         draft.write_bytes(content)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give the name of a draft, which takes the place of the file if no error comes.
+    """Give the name of a draft, which replaces the file if no error is raised.
 
-    The draft may be made a folder, and takes the place of a folder then. Its content reaches the
-    disk before its name does, so that a power cut leaves the old or the new, too.
+    The caller makes the draft: a file that replaces a file, or a folder that replaces a folder. Its
+    content is synced before it gets its final name, so a power cut leaves the old or the new
+    content.
 
     Raises
     ------
@@ -185,7 +192,8 @@ def replacing(path: Path) -> Iterator[Path]:
         _remove(draft)
         if isinstance(error, FedLoRAError):
             raise
-        # Libraries in other languages have error types of their own.
+        # Libraries that are written in Rust have their own types of errors, whose text holds the
+        # number of the system's error.
         if found := _SYSTEM_ERROR.search(str(error)):
             error = OSError(int(found[1]), os.strerror(int(found[1])))
         if not isinstance(error, OSError):
@@ -196,24 +204,24 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def read_or_make(path: Path, read: Callable[[], T | None], make: Callable[[Path], None]) -> T:
-    """Return what is read from a cache, made now if it is missing or damaged.
+    """Return the content of a cached file, which is made now if it is missing or damaged.
 
-    Of several processes that miss it at once, one makes it and the others wait, so that all of them
-    have the same content.
+    If several processes need it at once, one makes it and the others wait, so that all of them get
+    the same content.
 
     Parameters
     ----------
     path : Path
-        File or folder of the cache. Its folder is made where it is missing.
+        File or folder of the cache. Its parent folder is made if missing.
     read : Callable
-        Reads it; ``None`` if it is missing or is not what was written.
+        Reads the content; returns ``None`` if it is missing or damaged.
     make : Callable
-        Writes it to a draft (see `replacing`). An error leaves everything as it was.
+        Writes the content to a draft (see `replacing`). If it raises an error, nothing changes.
 
     Raises
     ------
     FileTrouble
-        It has to be made, and cannot be written or read back.
+        The content has to be made, and cannot be written or read back.
     """
     if (found := read()) is not None:
         return found
@@ -224,7 +232,7 @@ def read_or_make(path: Path, read: Callable[[], T | None], make: Callable[[Path]
             return found
         if path.exists():
             _LOGGER.warning("%s is damaged and is made again.", path)
-        for left in path.parent.glob(f".{path.name}.*"):  # By processes that were killed.
+        for left in path.parent.glob(f".{path.name}.*"):  # Drafts of processes that were killed.
             _remove(left)
         with replacing(path) as draft:
             make(draft)
@@ -234,7 +242,7 @@ def read_or_make(path: Path, read: Callable[[], T | None], make: Callable[[Path]
 
 
 def append(path: Path, content: bytes) -> None:
-    """Write to a file's end: all of the content, or nothing.
+    """Append all of the content to a file, or nothing.
 
     Raises
     ------
@@ -245,7 +253,7 @@ def append(path: Path, content: bytes) -> None:
         with path.open("ab", buffering=0) as stream:
             before, written = stream.tell(), 0
             try:
-                # One call writes all, unless the disk is full.
+                # Usually one call writes all; it writes less if the disk is full.
                 while written < len(content):
                     written += stream.write(content[written:])
             except BaseException:
@@ -256,12 +264,12 @@ def append(path: Path, content: bytes) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """Write JSON; what is not finite becomes null."""
+    """Return a value as JSON text; numbers that are not finite become null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: an ε without bound is null."""
+    """Replace numbers that are not finite by None, since JSON has no infinity and no NaN."""
     if isinstance(value, Mapping):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -274,7 +282,7 @@ def _names_a_path(error: OSError) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """Let a file, or a folder with all that is in it, reach the disk."""
+    """Sync a file, or a folder with all its content, to the disk."""
     folder = path.is_dir()
     for inner in path.iterdir() if folder else ():
         _sync(inner)
@@ -282,7 +290,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError:
-        if not folder:  # Not every file system syncs folders.
+        if not folder:  # Some file systems cannot sync folders.
             raise
     finally:
         os.close(descriptor)
@@ -301,13 +309,13 @@ def _take_place(draft: Path, path: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two names at once; return whether the system can."""
+    """Swap two names atomically; return False if the system cannot do this."""
     if sys.platform != "linux":
         return False
     names = os.fsencode(first), os.fsencode(second)
     try:
         failed = ctypes.CDLL(None).renameat2(_HERE, names[0], _HERE, names[1], _EXCHANGE)
-    except AttributeError:  # A C library that has no name for it.
+    except AttributeError:  # The C library has no such function.
         return False
     return not failed
 

@@ -1,8 +1,8 @@
-"""Names of Flower that are not part of its public API, each from the one place that knows where.
+"""Names of Flower that are outside its public API; other modules import them from here.
 
-A version of Flower that moves one of them is answered here. What a device replaces in Flower's own
-processes is in `fedlora_flwr.deploy.flower`. Names are imported when first used, so that a strategy
-does not load Flower's legacy server.
+If a version of Flower moves one of them, only this module has to change. The parts of Flower's
+processes that a device replaces are in `fedlora_flwr.deploy.flower`. A name is imported when it is
+first used, so a strategy does not load Flower's legacy server.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
 _FOLDED = re.compile(r".+\.folded_[AB]\.weight")
 
 
-# timm's Swin and ViT, transformers' BERT and RoBERTa, LLaMA and its relatives, GPT-2.
+# Blocks of timm's Swin and ViT, and of BERT, RoBERTa, GPT-2, LLaMA and its relatives in
+# transformers.
 KNOWN_BLOCKS = r"(.*?\.)?(layers\.\d+\.blocks|blocks|encoder\.layers?|layers|transformer\.h)\.\d+"
 
 
@@ -34,23 +35,23 @@ def factor_of(name: str) -> str | None:
 
 
 def is_shared(name: str, shared: str) -> bool:
-    """Tell whether an array travels between server and clients.
+    """Tell whether an array is exchanged between server and clients.
 
     Parameters
     ----------
     name : str
-        The array.
+        The array's name.
     shared : str
-        The factors that do, ``"A"``, ``"B"`` or ``"AB"``; empty for everything.
+        The factors that are exchanged, ``"A"``, ``"B"`` or ``"AB"``; empty if all arrays are.
     """
     return not shared or (factor_of(name) or "head") in shared
 
 
 def is_folded(name: str) -> bool:
-    """Tell whether an array is half of a pair that a server folds into the frozen weight.
+    """Tell whether an array is one of a pair that is folded into a layer's frozen weight.
 
-    ``<layer>.folded_B.weight`` (m, q) and ``<layer>.folded_A.weight`` (q, n): the layer's weight
-    counts as ``W0 + scaling * B A``. Such arrays never train.
+    The pair is ``<layer>.folded_B.weight`` of shape (m, q) and ``<layer>.folded_A.weight`` of shape
+    (q, n). It changes the layer's weight to ``W0 + scaling * B A``, and never trains.
     """
     return _FOLDED.fullmatch(name) is not None
 
@@ -61,18 +62,18 @@ def folded_names(layer: str) -> tuple[str, str]:
 
 
 def layer_of(name: str) -> str:
-    """Return the layer that a factor belongs to, or the name itself if it is not a factor's."""
+    """Return the layer of a factor by its name; the name of any other array is returned as is."""
     match = _FACTOR.fullmatch(name)
     return match["layer"] if match else name
 
 
 def rank_axis(name: str) -> int:
-    """Return the axis of a factor that its rank r is on: A is (r, n), B is (m, r)."""
+    """Return the axis of a factor whose length is the rank r: A is (r, n), B is (m, r)."""
     return 0 if factor_of(name) == A else 1
 
 
 def leading_ranks(name: str, array: NDArray[Float], rank: int) -> NDArray[Float]:
-    """Cut a factor to its first ranks; any other array, and one that is not a matrix, stays whole.
+    """Cut a factor to its first ranks; an array that is not a factor or a matrix is unchanged.
 
     Parameters
     ----------
@@ -81,7 +82,7 @@ def leading_ranks(name: str, array: NDArray[Float], rank: int) -> NDArray[Float]
     array : ndarray
         A of shape (r, n) or B of shape (m, r).
     rank : int
-        Ranks that stay, from the first. A server sorts them by weight.
+        Number of ranks to keep. The server has sorted the ranks by weight.
     """
     if factor_of(name) is None or array.ndim != 2:
         return array
@@ -101,7 +102,7 @@ class Layout:
         Regular expression whose match at the start of a layer's name is the name of its block.
         By default, transformer blocks of the timm ViT and Swin, BERT, RoBERTa, LLaMA and GPT-2
         families: ``blocks.3.attn.qkv`` is in ``blocks.3``, and ``layers.0.blocks.1.mlp.fc1`` in
-        ``layers.0.blocks.1``. A layer that it does not match is a block of its own.
+        ``layers.0.blocks.1``. A layer that the pattern does not match is a block of its own.
     """
 
     names: tuple[str, ...]
@@ -109,7 +110,7 @@ class Layout:
 
     @classmethod
     def of(cls, names: Iterable[str], pattern: str = "") -> Layout:
-        """Make the layout of a set of arrays; folded ones among them are left out.
+        """Make the layout of a set of arrays; folded arrays are left out.
 
         Raises
         ------
@@ -142,7 +143,7 @@ class Layout:
 
     @cached_property
     def block_index(self) -> dict[str, int]:
-        """Position of its block for each LoRA factor's name."""
+        """For each LoRA factor's name, the position of its block in `blocks`."""
         index = {block: position for position, block in enumerate(self.blocks)}
         return {name: index[self._block(layer_of(name))] for name in self.names if factor_of(name)}
 
@@ -160,7 +161,7 @@ class Layout:
         return pair
 
     def check_blocks(self) -> None:
-        """Refuse layers that the pattern puts in no block.
+        """Refuse layers that the pattern does not match.
 
         Raises
         ------
@@ -184,7 +185,7 @@ class Layout:
         Raises
         ------
         InvalidValue
-            It is for another number of blocks, or has a step that trains nothing.
+            The plan is for another number of blocks, or has a step in which nothing trains.
         """
         plan.check(len(self.blocks))
         for step, modes in enumerate(plan.steps, start=1):
@@ -194,11 +195,11 @@ class Layout:
                 raise InvalidValue("plan", str(plan), allowed)
 
     def active(self, plan: ComponentPlan, step: int) -> tuple[str, ...]:
-        """Return the names of the arrays that train at local step ``step`` (from 1)."""
+        """Return the names of the arrays that train at local step ``step``, counted from 1."""
         return tuple(name for name in self.names if self._trains(name, plan, step))
 
     def trained(self, plan: ComponentPlan, num_steps: int) -> tuple[str, ...]:
-        """Return the names of the arrays that train at any of a round's ``num_steps`` steps."""
+        """Return the names of the arrays that train in any of a round's ``num_steps`` steps."""
         steps: Sequence[int] = range(1, min(num_steps, len(plan.steps)) + 1)
         return tuple(
             name for name in self.names if any(self._trains(name, plan, step) for step in steps)

@@ -1,7 +1,7 @@
-"""Where a name's code is: built-in names, names of installed packages, and ``module:name``.
+"""The code behind a name: built-in names, names of installed packages, and ``module:name``.
 
-Code is loaded when a name is used. So a low room can ask for what a high one holds, without an
-import that points upwards, and nothing is loaded where nobody asks.
+Code is loaded only when its name is used. Basic modules can therefore use strategies and tasks
+without an import of higher-level modules, and code that is not used is not loaded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from fedlora_flwr.errors import InvalidValue, unknown
 
 STRATEGY_GROUP = "fedlora_flwr.strategies"
-"""The group of entry points under which an installed package names its strategies."""
+"""The entry-point group in which an installed package registers its strategies."""
 
 STRATEGIES: Mapping[str, str] = {
     "dp-lora": "fedlora_flwr.strategies.dp_lora:DPLoRA",
@@ -44,22 +44,22 @@ FLOWERS: Mapping[str, str] = {
         "fedyogi": "FedYogi",
     }.items()
 }
-"""Flower's own strategies, to compare with."""
+"""Flower's own strategies, for comparison."""
 
 
 class KnownTask(NamedTuple):
-    """What is known of a task before its code is loaded.
+    """Facts about a task that are known before its code is loaded.
 
     Parameters
     ----------
     place : str
-        Its class, as ``module:Class``.
+        The task's class, as ``module:Class``.
     about : str
-        The model and the columns that it takes, and the figure that it shows.
+        The model and the columns that the task needs, and the figure that it reports.
     extras : tuple[str, ...]
-        What has to be installed for it, as `fedlora_flwr.errors.require` takes it.
+        The extras that must be installed (see `fedlora_flwr.errors.require`).
     on_device : tuple[tuple[str, ...], ...]
-        Keys that a device's own file gives, of each group at least one (see
+        Groups of keys. A device's own file must give at least one key of each group (see
         `fedlora_flwr.tasks.registry.required_on_device`).
     """
 
@@ -114,12 +114,12 @@ def is_place(name: str) -> bool:
 
 
 def strategy_names() -> tuple[str, ...]:
-    """Return the names of the built-in strategies, of Flower's, and of installed packages."""
+    """Return the names of built-in strategies, of Flower's, and of those of installed packages."""
     return tuple(dict.fromkeys((*STRATEGIES, *FLOWERS, *sorted(_registered()))))
 
 
 def check_task_name(name: str) -> None:
-    """Refuse what is neither a task of the package nor a place of one.
+    """Refuse a name that is neither a task of this package nor of the form ``module:name``.
 
     Raises
     ------
@@ -131,7 +131,7 @@ def check_task_name(name: str) -> None:
 
 
 def check_strategy_name(name: str) -> None:
-    """Refuse what is neither a strategy, of the package or of another, nor a place of one.
+    """Refuse a name that is neither a known strategy nor of the form ``module:name``.
 
     Raises
     ------
@@ -143,15 +143,15 @@ def check_strategy_name(name: str) -> None:
 
 
 def load_strategy(name: str) -> Any:
-    """Load what a strategy's name stands for. It is not checked what that is.
+    """Load the object that a strategy's name stands for, usually a class; it is not checked.
 
     Raises
     ------
     InvalidValue
-        No strategy has that name, or two packages give it, or its code is not there.
+        No strategy has that name, two packages register it, or its code cannot be found.
     """
     known = {**STRATEGIES, **FLOWERS}
-    if name in known:  # No package takes a built-in name.
+    if name in known:  # A built-in name has precedence over the names of installed packages.
         return load("strategy", known[name], "Class of a strategy")
     check_strategy_name(name)
     places = _registered().get(name, [])
@@ -165,19 +165,20 @@ def load_strategy(name: str) -> Any:
 
 
 def load(key: str, place: str, what: str) -> Any:
-    """Import ``module:name``; modules beside the user's files are found too.
+    """Import ``module:name``; modules in the current folder are found as well.
 
-    Not where Python was told to look at no such files (its option ``-P``), as it is on a device:
-    there, what lies in the folder that a process is started in does not become code.
+    With Python's option ``-P``, which devices use, modules in the current folder are not found.
+    Files in the folder in which a device's process starts are therefore never run as code.
 
     Parameters
     ----------
     key : str
-        The setting that names the place.
+        The setting that has the place as its value, for the error.
     place : str
-        A module and a name in it, with a colon between them.
+        A module and a name in it, separated by a colon.
     what : str
-        What the name is to be, for the error: ``"function of a task"``.
+        The kind of object that the name should stand for, for the error. The error shows its first
+        word, e.g. of ``"function of a task"``.
 
     Raises
     ------
@@ -190,7 +191,7 @@ def load(key: str, place: str, what: str) -> Any:
         sys.path.append(str(Path.cwd()))
     word = what.partition(" ")[0]
     try:
-        # An error in the module itself is the author's to read.
+        # An error that the module itself raises is not caught, so that its author sees it.
         found = getattr(importlib.import_module(module), attribute, None)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
@@ -204,7 +205,7 @@ def load(key: str, place: str, what: str) -> Any:
 
 
 def _registered() -> dict[str, list[str]]:
-    """Return the places that installed packages give for each name."""
+    """Return the places that installed packages register, by strategy name."""
     return _by_name((p.name, p.value) for p in entry_points(group=STRATEGY_GROUP))
 
 

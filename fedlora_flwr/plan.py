@@ -1,7 +1,7 @@
-"""Which LoRA factor trains, per block and local step, and the names that this is said in.
+"""`ComponentPlan`: which LoRA factor trains, per block and local step.
 
-Every method is a rule for making plans. The server makes one a round and sends its wire string;
-the client obeys any plan. That is why one client serves all methods.
+Every method is a rule for making plans. The server makes one plan per round and sends it as a text.
+A client obeys any plan, so the same client works with all methods.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ BOTH = "*"
 NEITHER = "-"
 MODES = (A, B, BOTH, NEITHER)
 HEAD = "head"
-"""Arrays that belong to no factor."""
+"""The part of all arrays that are not factors."""
 PARTS = (A, B, HEAD)
 
 
 @dataclass(frozen=True)
 class ComponentPlan:
-    """What trains in one round.
+    """The factors that train in one round.
 
     Parameters
     ----------
     steps : tuple[str, ...]
-        One entry a local step, cycled when the round has more steps. An entry is a string of modes,
-        ``"A"``, ``"B"``, ``"*"`` (both) or ``"-"`` (neither; the head alone trains): one character
-        for all blocks alike, or one per block.
+        One entry per local step. If the round has more steps, the entries repeat. An entry is a
+        string of modes, ``"A"``, ``"B"``, ``"*"`` (both) or ``"-"`` (neither; only the head
+        trains): one character for all blocks, or one character per block.
 
     Raises
     ------
     InvalidValue
-        No step, an empty step, or a character that is not a mode.
+        There is no step, a step is empty, steps have different numbers of blocks, or a character is
+        not a mode.
 
     Examples
     --------
@@ -58,12 +59,12 @@ class ComponentPlan:
 
     @classmethod
     def parse(cls, text: str) -> ComponentPlan:
-        """Read a plan from its wire string, the inverse of ``str``."""
+        """Read a plan from its text, the inverse of ``str``."""
         return cls(tuple(text.split("/")))
 
     @classmethod
     def uniform(cls, *modes: str) -> ComponentPlan:
-        """Make a plan in which all blocks share a mode, ``modes[k - 1]`` at local step k."""
+        """Make a plan in which all blocks have the mode ``modes[k - 1]`` at local step k."""
         return cls(modes)
 
     def __str__(self) -> str:

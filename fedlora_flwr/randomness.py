@@ -1,4 +1,4 @@
-"""Named random streams: one experiment seed, separate streams for every purpose."""
+"""Named random streams: one seed per experiment, and a separate stream for each purpose."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ def stream_seed(seed: int | None, *names: object) -> int:
     Parameters
     ----------
     seed : int or None
-        The experiment's seed; ``None`` draws from the operating system, differently at each call.
+        The experiment's seed. With ``None``, each call draws a new result from the operating
+        system's random generator.
     *names : object
-        What the stream is for, e.g. ``"noise", client, round``. Streams of different names are
-        independent, and a stream does not depend on which process asks, or when.
+        The purpose of the stream, e.g. ``"noise", client, round``. Streams with different names are
+        independent. A stream is the same in every process and at every call.
 
     Returns
     -------
     int
-        128 bits, too many to try them all on a release.
+        A number of 128 bits: too many for an attacker to try all of them on a release.
     """
     if seed is None:
         return int.from_bytes(os.urandom(16), "big")
-    # Quoted, since ("a/b",) and ("a", "b") are different streams.
+    # The names are quoted because ("a/b",) and ("a", "b") must be different streams.
     text = "/".join(quote(str(part), safe="") for part in (seed, *names))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")

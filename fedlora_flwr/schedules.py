@@ -19,17 +19,18 @@ ALLOWED = (
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a learning rate is multiplied by in each round.
+    """The factor by which a learning rate is multiplied in each round.
 
     Parameters
     ----------
     shape : str (default: "constant")
-        ``"constant"``; ``"exponential"``, by `end` from each round to the next; ``"linear"`` or
-        ``"cosine"``, from 1 down to `end` in the last round.
+        ``"constant"``; ``"exponential"``, which multiplies the factor by `end` after each round; or
+        ``"linear"`` or ``"cosine"``, which lower it from 1 to `end` in the last round.
     end : float (default: 1)
         See `shape`; 0 to 1.
     warmup : int (default: 0)
-        Rounds in which the rate rises linearly, the last of them at the full rate.
+        Number of rounds at the start in which the factor rises linearly; it is 1 in the last of
+        them.
     """
 
     shape: str = "constant"
@@ -43,7 +44,7 @@ class Schedule:
         Raises
         ------
         InvalidValue
-            The text is of another form, or the factor is above 1.
+            The text has another form, or `end` is above 1.
         """
         found = _FORM.fullmatch(text)
         if not text or text.endswith(" ") or found is None or float(found["end"] or 1) > 1:
@@ -52,14 +53,14 @@ class Schedule:
         return cls(shape, float(found["end"] or 1), int(found["warmup"] or 0))
 
     def factor(self, server_round: int, num_rounds: int) -> float:
-        """Return what the rate is multiplied by, 0 to 1.
+        """Return the factor in a round, 0 to 1.
 
         Parameters
         ----------
         server_round : int
-            Round, from 1; later rounds than the last count as the last.
+            Round, from 1. A number above ``num_rounds`` counts as the last round.
         num_rounds : int
-            Rounds of the run, T.
+            Number of rounds of the run, T.
         """
         server_round = min(server_round, num_rounds)
         if server_round < self.warmup:

@@ -1,4 +1,4 @@
-"""The repository's Flower ServerApp."""
+"""The Flower ServerApp of this package."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Serve one run; results go to ``run-dir``, or to a new folder in the user's data folder."""
+    """Serve one run; write results to ``run-dir``, or to a new folder in the data folder."""
     config = RunConfig.of(context.run_config)
-    require(*extras_of(config.task))  # It builds the model, to measure it: torch is imported now.
+    # The server builds the model to evaluate it, so torch must be there; it is imported only now.
+    require(*extras_of(config.task))
     from fedlora_flwr.server.serve import run_federation
 
     claim = os.environ.get(CLAIM, "")
@@ -38,7 +39,7 @@ def main(grid: Grid, context: Context) -> None:
     else:
         run_dir = RunDirectory.new(data_folder() / "runs", config)
     print(f"Results: {run_dir.path}", flush=True)
-    # A simulation has no such folder: its nodes have no keys, and their names are its own.
+    # A simulation has no such folder: its nodes have no keys, and it chooses their names itself.
     state = os.environ.get(SERVER_STATE)
     identities = Path(state) / "identities.json" if state else None
     with recorded(run_dir, config):

@@ -1,4 +1,4 @@
-"""What every command does with tables, with errors, and with a signal that ends it."""
+"""Tables, progress bars, errors and signals, as all commands of the terminal handle them."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from fedlora_flwr.errors import FedLoRAError, NotInstalled, either, near_names, 
 from fedlora_flwr.files import FileTrouble, append, data_folder, private_folder, to_json
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_GAP = 2  # blanks between two columns
-_LEAST_TEXT = 20  # columns that wrapped text needs to be readable
-_NAME = 8  # columns of the shortest name in front of a line of `show_lines`
+_GAP = 2  # Spaces between two columns.
+_LEAST_TEXT = 20  # Smallest width of wrapped text, in characters.
+_NAME = 8  # Smallest width of the names in `show_lines`, in characters.
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table for people: a row per line in a pipe or a file, and fitted to a terminal.
+    """A table for people: one line per row in a pipe or a file; on a terminal, fitted to its width.
 
     Parameters
     ----------
     heads : Sequence[str]
-        Names of the columns; empty for a table without a head.
+        Names of the columns; empty for a table without a header.
     rows : Sequence[Sequence[str]]
         Cells.
     align : str
@@ -60,13 +60,14 @@ class Table:
     def lines(self, width: int | None = None) -> list[str]:
         """Return the table as lines.
 
-        Nothing is cut. What is too wide for a terminal wraps in its last column, if that is text
-        and has room; else columns continue below, each part with the first column.
+        No text is cut. In a table that is too wide, the last column wraps if it is text and has
+        enough room. Otherwise the table is split into parts, one below the other, and each part
+        repeats the first column.
 
         Parameters
         ----------
         width : int, optional
-            Columns of the terminal; by default every row is one line.
+            Width of the terminal in characters; by default every row is one line.
         """
         given = [self.heads, *self.rows] if self.heads else list(self.rows)
         if not given:
@@ -79,12 +80,12 @@ class Table:
             return [line for row in every for line in self._fitted(row, widths, last)]
         if self.align[-1] == "<" and (room >= _LEAST_TEXT or len(widths) == 1):
             return [line for row in every for line in self._fitted(row, widths, max(room, 1))]
-        if len(widths) <= 2:  # One line of the terminal does not hold it: let the terminal wrap.
+        if len(widths) <= 2:  # It cannot be split into parts, so the terminal wraps the lines.
             return self.lines()
         return self._parts(widths, width)
 
     def _fitted(self, row: Sequence[str], widths: Sequence[int], room: int) -> list[str]:
-        """Return the lines of a row whose last cell has ``room`` columns."""
+        """Return the lines of a row whose last cell is at most ``room`` characters wide."""
         *cells, last = row
         start = ""
         for cell, size, side in zip(cells, widths, self.align, strict=False):
@@ -99,7 +100,7 @@ class Table:
         return [start + wrapped[0], *(inset + line for line in wrapped[1:])]
 
     def _parts(self, widths: Sequence[int], width: int) -> list[str]:
-        """Return the lines of several tables, each with the first column and as many as fit."""
+        """Return the lines of several tables, each with the first column and others that fit."""
         parts: list[list[int]] = []
         for column in range(1, len(widths)):
             taken = [0, *(parts[-1] if parts else ()), column]
@@ -126,18 +127,18 @@ def show(console: Console, table: Table) -> None:
 
 
 def show_lines(console: Console, pairs: Iterable[tuple[str, str]]) -> None:
-    """Print lines, each behind a name, e.g. ``Privacy   ε ≤ 8``."""
+    """Print lines that each start with a name, e.g. ``Privacy   ε ≤ 8``."""
     rows = [(name.ljust(_NAME), text) for name, text in pairs]
     show(console, Table((), rows, "<<"))
 
 
 def show_line(console: Console, line: str) -> None:
-    """Print a line as it is: no markup, no color, nothing wrapped or cut by us."""
+    """Print a line unchanged: without markup or color, not wrapped and not cut."""
     console.print(Text(line), soft_wrap=True)
 
 
 def show_json(value: Any) -> None:
-    """Print JSON, which has no infinity: a number that is not finite is null."""
+    """Print a value as JSON; numbers that are not finite are null."""
     print(to_json(value, indent=2))
 
 
@@ -156,16 +157,16 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Bar(Progress):
-    """A progress bar with a line below it, which is never cut.
+    """A progress bar with a line of text below it, which is never cut.
 
     Parameters
     ----------
     console : Console
-        Where to show it.
+        The console that shows it.
     what : str
-        What is counted, e.g. ``"round"``.
+        Name of the counted steps, e.g. ``"round"``.
     remaining : bool (default: False)
-        Whether to tell the remaining time, from all steps so far.
+        Whether to show the remaining time, estimated from all steps so far.
     """
 
     def __init__(self, console: Console, what: str, remaining: bool = False) -> None:
@@ -174,23 +175,23 @@ class Bar(Progress):
         ]  # fmt: skip
         if remaining:
             columns += [TextColumn("left"), TimeRemainingColumn()]
-        # Steps take from seconds to hours, so the speed is that of all of them.
+        # A step may take seconds or hours, so the speed is estimated from all steps so far.
         super().__init__(*columns, console=console, speed_estimate_period=1e9)
         self._state = ""
 
     def get_renderables(self) -> Iterator[RenderableType]:
-        """Return the bar and the line."""
+        """Yield the bar and the line below it."""
         if self.tasks:
             yield self.make_tasks_table(self.tasks)
             yield Text(self._state)
 
     def stop(self) -> None:
-        """Leave the console as it was."""
+        """Stop the display, if it has been started."""
         if self.tasks:
             super().stop()
 
     def to(self, done: int, total: int, state: str) -> None:
-        """Show that ``done`` of ``total`` steps are over, and what the last one came to."""
+        """Show that ``done`` of ``total`` steps are over, and the result of the last one."""
         self._state = state
         if not self.tasks:
             self.add_task("", total=total, completed=done)
@@ -204,7 +205,7 @@ class Commands(TyperGroup):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command that is named, or ask which one was meant."""
+        """Find the named command; for an unknown name, end with an error that suggests commands."""
         if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
             near = near_names(args[0], self.list_commands(ctx))
             hint = f" Did you mean {either(near)}?" if near else ""
@@ -217,17 +218,17 @@ class Commands(TyperGroup):
 
 
 def guard(work: Callable[[], Any]) -> Any:
-    """Turn every error into one message and exit code 1.
+    """Run ``work``, and turn every error into one message and exit code 1.
 
-    The signals that ask a process to end, among them that of a closed terminal, all end the work
-    as Ctrl-C does: what it has begun is cleared up.
+    All signals that ask a process to end, including that of a closed terminal, end the work as
+    Ctrl-C does, so that it can clean up. The exit code is then 128 plus the signal's number.
     """
     with _handlers(_interrupt):
         try:
             return work()
         except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise  # Wrong usage, and ends on purpose.
-        except BrokenPipeError:  # Whoever reads the output has had enough.
+            raise  # Wrong usage, or an intended end.
+        except BrokenPipeError:  # The reader of the output has closed it.
             raise
         except Exception as error:
             raise _ended(f"Error: {told(error)}", 1) from None
@@ -237,12 +238,12 @@ def guard(work: Callable[[], Any]) -> Any:
 
 
 def told(error: Exception, log: Path | None = None) -> str:
-    """Describe an error to the user, and keep the traceback of one that nobody expected.
+    """Describe an error to the user; the traceback of an unexpected error goes to a file.
 
     Parameters
     ----------
     error : Exception
-        What ended the work.
+        The error that ended the work.
     log : Path, optional
         File for the traceback; by default ``errors.log`` in this package's data folder.
     """
@@ -264,17 +265,17 @@ def told(error: Exception, log: Path | None = None) -> str:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let no signal cut short what clears up; it must be sure to end."""
+    """Ignore signals while the process cleans up; the code inside must end in any case."""
     with _handlers(lambda *_: None):
         yield
 
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Let a signal wait until a process has started, which could not read the rest of its orders.
+    """Delay signals while a process is started, so that it gets all of its instructions.
 
-    A process that starts meanwhile does not see Ctrl-C, which a terminal sends to all: it ends
-    with this one.
+    A terminal sends Ctrl-C to all of its processes. A process that is started here does not get it;
+    it ends when this process ends.
     """
     waiting: list[int] = []
     with _handlers(lambda number, _: waiting.append(number)):
@@ -289,7 +290,7 @@ def held() -> Iterator[None]:
 
 @contextmanager
 def _handlers(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Answer signals that end a process, except for those that are ignored, e.g. by nohup."""
+    """Handle signals that end a process, except for signals that are ignored, e.g. by nohup."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

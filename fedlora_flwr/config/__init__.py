@@ -1,4 +1,4 @@
-"""The run configuration: the only place that reads, checks and writes its keys."""
+"""The run configuration: its keys are read, checked and written in this room only."""
 
 from __future__ import annotations
 

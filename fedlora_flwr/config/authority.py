@@ -1,7 +1,7 @@
-"""Who decides on a device, as one table: every configuration key and every field of a message.
+"""A table of who decides each configuration key and each field of a message on a device.
 
-The rows are read from the declarations that the code itself reads: a key's `Decider`, an order's
-fields, a report's fields. So the table cannot differ from what the package does.
+The rows are made from the declarations that the code itself uses: a key's `Decider`, an order's
+fields, a report's fields. The table therefore cannot differ from the package's behavior.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class Row:
     where : str
         ``"configuration"``, ``"order"`` (a message to a device) or ``"report"`` (its answer).
     key : str
-        As it is written.
+        The key or field, as users write it.
     decides : str
         One of `Decider`.
     accepted : str
-        The hard limits of type and range.
+        The hard limits of type and range, in words.
     why : str
-        One sentence of reason.
+        The reason, in one sentence.
     default : object, optional
-        What a device has where neither its file nor the run says anything.
+        The value on a device if neither its file nor the run gives one.
     """
 
     where: str
@@ -58,7 +58,7 @@ def rows() -> Iterator[Row]:
             "configuration", full_name(key), about["decides"], allowed_values(entry), about["why"],
             about["on_device"],
         )  # fmt: skip
-    # Arrays come in a record of their own, and are not a field of an order.
+    # Arrays come in a separate record, so they are not a field of `Order`.
     yield Row("order", ARRAYS, Decider.RUN, ARRAYS_ALLOWED, ARRAYS_WHY)
     yield Row(
         "configuration", OWN_SETTINGS, Decider.RUN, UNREAD,
@@ -69,7 +69,7 @@ def rows() -> Iterator[Row]:
         yield Row("order", about["key"], about["decides"], about["allowed"], about["why"])
     for entry in fields(Report):
         about, word = entry.metadata, entry.metadata["word"]
-        # Two fields hold further numbers or texts, under names of their own.
+        # These fields hold further numbers or texts, whose names are not fixed.
         key = word if word != FURTHER else f"further {entry.name}"
         yield Row("report", key, about["decides"], about["allowed"], about["why"])
 
@@ -94,14 +94,14 @@ def markdown() -> str:
 
 
 def in_force(settings: Mapping[str, Any], limits: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield each key with what decides it on one device, in words.
+    """Yield each key with its value on one device, or with who decides it, in words.
 
     Parameters
     ----------
     settings : Mapping[str, Any]
-        What the device's file gives.
+        Values that the device's file gives, by short key.
     limits : Mapping[str, Limit]
-        What the device's file accepts of a run.
+        Limits that the device's file sets for a run, by short key.
     """
     for row in rows():
         if row.where != "configuration":

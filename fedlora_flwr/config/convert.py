@@ -1,4 +1,4 @@
-"""Recipes without sections, written with them."""
+"""Conversion of recipes without sections to recipes with sections."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedlora_flwr.errors import InvalidValue
 
 
 def is_flat(path: Path) -> bool:
-    """Tell whether a recipe has keys that stand in no section.
+    """Tell whether a recipe has keys that are in no section.
 
     Raises
     ------
@@ -29,8 +29,8 @@ def is_flat(path: Path) -> bool:
 def with_sections(path: Path) -> str:
     """Return a recipe's text with each key in the table of its section.
 
-    Every comment is kept: at the end of its line, or above the key that follows it. The comment at
-    the top of the file stays at the top.
+    Every comment is kept. A comment at the end of a line stays there; a comment line stays above
+    the key that follows it. Comments at the top of the file stay at the top.
 
     Parameters
     ----------
@@ -40,7 +40,8 @@ def with_sections(path: Path) -> str:
     Raises
     ------
     InvalidValue
-        The file cannot be read, or its configuration cannot be used.
+        The file cannot be read, its configuration cannot be used, or the converted text would have
+        another configuration.
     """
     config = RunConfig.of(read_toml(path))
     head, tables, end = _cut(path.read_text(encoding="utf-8-sig"))
@@ -54,7 +55,7 @@ def with_sections(path: Path) -> str:
 
 
 def _cut(text: str) -> tuple[str, dict[str, str], str]:
-    """Return the comment at the top, the lines of each table, and what stands after the last."""
+    """Return the comments at the top, the lines of each section, and the comments at the end."""
     head, comments, table = "", "", ""
     tables: dict[str, str] = {}
     for statement in _statements(text):
@@ -75,13 +76,13 @@ def _cut(text: str) -> tuple[str, dict[str, str], str]:
 
 
 def _statements(text: str) -> Iterator[str]:
-    """Yield a TOML file's comments, empty lines, headers and entries, each with its line's end."""
+    """Yield a TOML file's comments, empty lines, headers and entries, each with its line break."""
     statement = ""
     for line in text.splitlines():
         statement += line.strip() + "\n" if not statement else line + "\n"
         try:
             tomllib.loads(statement)
         except tomllib.TOMLDecodeError:
-            continue  # A value of several lines.
+            continue  # The value has more lines.
         yield statement
         statement = ""

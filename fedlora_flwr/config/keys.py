@@ -1,8 +1,8 @@
-"""What a key of the run configuration is: its type, its range, and who decides it on a device.
+"""Declarations of configuration keys: a key's type, its range, and who decides it on a device.
 
-A device trains for servers that it does not trust. So each key says who decides its value there,
-and `fedlora_flwr.config.device_config` reads every value by that word. A key cannot be written
-without it.
+A device trains for servers that it does not trust. Each key therefore declares who decides its
+value on a device (`Decider`), and `fedlora_flwr.config.device_config` obeys this declaration. A key
+cannot be declared without it.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from fedlora_flwr.errors import InvalidValue, near_names
 Value: TypeAlias = bool | int | float | str
 
 _LONGEST_PATTERN = 500  # characters
-_LONGEST_NAME = 128  # characters of a module's name that a repetition is counted for
-_MOST_WAYS = 10_000_000  # in which a matcher may try a pattern on one name
+_LONGEST_NAME = 128  # characters of a module's name that an unbounded repetition may match
+_MOST_WAYS = 10_000_000  # Ways in which a matcher may try a pattern on one name.
 _TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 class Check(NamedTuple):
-    """Which values of a key's type are allowed.
+    """The values of a key's type that are allowed.
 
     Parameters
     ----------
     holds : callable
         Tells whether a value is allowed.
     words : str
-        Which values are.
+        The allowed values, in words.
     names : tuple[str, ...] (default: none)
-        The only texts that are allowed, where they can be listed.
+        The allowed texts, where they can be listed.
     """
 
     holds: Callable[[Any], bool]
@@ -49,13 +49,13 @@ class Decider(StrEnum):
     """Who decides a value on a device. In a simulation the run decides everything."""
 
     DEVICE = "device"
-    """The device's file. Where it is silent, the package's default. Never a server."""
+    """The device's file, or the package's default if the file has no value. Never a server."""
     LIMITED = "run, within the device's limits"
     """The server. The package limits it, and the device's file may limit it further."""
     RUN = "run"
     """The server, within the package's limits."""
     PACKAGE = "package"
-    """Nobody: on a device it always has the package's default."""
+    """The package: on a device, the key always has the package's default."""
 
 
 def above(low: float) -> Check:
@@ -93,7 +93,7 @@ def _is_pattern(text: str) -> bool:
         re.error,
         OverflowError,
         RecursionError,
-    ):  # The last two: a number or nesting too large.
+    ):  # The last two: a number that is too large, or too many nested groups.
         return False
     return True
 
@@ -101,8 +101,9 @@ def _is_pattern(text: str) -> bool:
 def is_quick_pattern(text: str) -> bool:
     """Tell whether a regular expression can be matched in a short time against any name.
 
-    Python's matcher tries one way after another, and what is optional, alternative or repeated
-    multiplies their number. So this counts them, and refuses a repetition inside a repetition.
+    Python's matcher tries one way of matching after another. Each optional, alternative or repeated
+    part multiplies the number of ways. This function bounds that number, and refuses a repetition
+    inside a repetition.
     """
     if len(text) > _LONGEST_PATTERN or not _is_pattern(text):
         return False
@@ -110,7 +111,7 @@ def is_quick_pattern(text: str) -> bool:
 
 
 def _ways(tree: Any) -> float:
-    """Bound the number of ways in which a parsed pattern can be tried at one place of a name."""
+    """Bound the number of ways to try a parsed pattern at one position of a name."""
     return math.prod(_ways_of(code, argument) for code, argument in tree)
 
 
@@ -128,7 +129,7 @@ def _ways_of(code: Any, argument: Any) -> float:
         if single:
             return float(lengths)
         return math.inf if most > 1 else lengths - 1 + _ways(repeated)
-    # A group, or a look ahead or behind: the pattern in it is the last that it holds.
+    # In a group, a lookahead or a lookbehind, the inner pattern is the last argument.
     inner = argument[-1] if isinstance(argument, tuple) else argument
     return _ways(inner) if isinstance(inner, parser.SubPattern) else 1.0
 
@@ -160,19 +161,19 @@ def key(
     Parameters
     ----------
     default : bool, int, float or str
-        Its default; its type is the key's type.
+        The default. Its type is the key's type.
     check : Check
-        Which values of that type are allowed, and the words for it.
+        The values of that type that are allowed.
     about : str
-        What the key is for.
+        The purpose of the key, for users.
     decides : Decider
-        Who decides its value on a device.
+        Who decides the value on a device.
     why : str
-        One sentence of reason for ``decides``.
+        The reason for ``decides``, in one sentence.
     on_device : bool, int, float or str, optional
-        The default on a device, where it is another one.
+        The default on a device, if it differs from ``default``.
     device_check : Check, optional
-        Which values a device accepts of a run, where they are fewer than ``check`` allows.
+        The values that a device accepts from a run, if they are fewer than ``check`` allows.
     """
     default_there = default if on_device is None else on_device
     return field(
@@ -185,28 +186,28 @@ def key(
 
 
 def dashed(name: str) -> str:
-    """Return the key of a field's name."""
+    """Return a field's name with dashes for underscores, as its key is written."""
     return name.replace("_", "-")
 
 
 def fields_by_key(config: Any) -> dict[str, Field[Any]]:
-    """Return the keys that a dataclass declares, each with its field."""
+    """Return the fields that a dataclass declares with `key`, by key."""
     return {dashed(entry.name): entry for entry in fields(config) if "check" in entry.metadata}
 
 
 def allowed_values(entry: Field[Any], which: str = "device_check") -> str:
-    """Say in words which values a key takes; ``which`` as of `check_value`."""
+    """Return in words the values that a key accepts; ``which`` as for `check_value`."""
     check: Check = entry.metadata[which]
     return type_words(entry) if check is ANY else check.words
 
 
 def type_words(entry: Field[Any]) -> str:
-    """Say in words of which type a key's value is."""
+    """Return in words the type of a key's value."""
     return _TYPES[type(entry.default)]
 
 
 def widen(entry: Field[Any], value: Any) -> Any:
-    """Turn a whole number into a float where the key is one, and the number is that of a float."""
+    """Turn an int into a float where the key's type is float, unless it is too large for one."""
     if type(entry.default) is float and type(value) is int:
         with suppress(OverflowError):
             return float(value)
@@ -221,14 +222,14 @@ def check_value(entry: Field[Any], value: Any, which: str = "check") -> None:
     entry : Field
         The key.
     value : object
-        What was given.
+        The given value.
     which : str
         ``"check"``, or ``"device_check"`` for a value that a run gives to a device.
 
     Raises
     ------
     InvalidValue
-        It cannot be used; names key, value and what is allowed.
+        The value cannot be used. The error names the key, the value and the allowed values.
     """
     check: Check = entry.metadata[which]
     if type(value) is not type(entry.default):

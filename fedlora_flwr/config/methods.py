@@ -1,7 +1,7 @@
-"""What the configuration asks of a method: its own settings, and what it can do.
+"""Checks of a run's settings against its method: the method's own settings and abilities.
 
-A method is loaded for that by name, on the server and where a run is started. A client never does:
-a strategy is the server's code (see `RunConfig.received`).
+For these checks a method's class is loaded by name, on the server and where a run is started. A
+client never loads it, because a strategy is the server's code (see `RunConfig.received`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from fedlora_flwr.config.run_config import RunConfig
 
 OWN_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}\.[A-Za-z0-9_-]{1,64}")
-"""What a method's own setting is called: its table, a dot, its name."""
+"""The form of the key of a method's own setting: its table, a dot, its name."""
 
 
 class Method(Protocol):
-    """The part of a strategy's declaration that the configuration asks for."""
+    """The attributes of a strategy's class that the configuration reads."""
 
     name: str
     settings: type
@@ -34,7 +34,7 @@ class Method(Protocol):
 
 
 def method_of(name: str) -> Method:
-    """Load a strategy by name.
+    """Load the class of a strategy by name.
 
     Raises
     ------
@@ -53,14 +53,14 @@ def own_keys(method: Method, known: Mapping[str, Any]) -> dict[str, Any]:
     method : Method
         The strategy.
     known : Mapping[str, Field]
-        The keys of the run configuration itself, which are nobody's own.
+        The keys of the run configuration, which are not any method's own settings.
     """
     entries = fields_by_key(method.settings)
     return {f"{method.name}.{k}": e for k, e in entries.items() if known.get(k) is not e}
 
 
 def settings_of_methods(known: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the settings in tables of all named strategies, by key; loads them all."""
+    """Yield the own settings of all named strategies, by key. This loads every strategy."""
     for name in strategy_names():
         yield from own_keys(method_of(name), known).items()
 
@@ -68,13 +68,13 @@ def settings_of_methods(known: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def checked_own(
     strategy: str, own: Mapping[str, Any], known: Mapping[str, Any]
 ) -> dict[str, Value]:
-    """Return a run's settings of methods, checked.
+    """Check a run's settings of methods, and return them.
 
     Parameters
     ----------
     strategy : str
-        The strategy of the run. Others that are installed may have settings here, too: a recipe
-        serves them all.
+        The strategy of the run. ``own`` may hold settings of other installed strategies as well,
+        because one recipe may be used with any of them.
     own : Mapping[str, Any]
         Values by key, ``"table.name"``.
     known : Mapping[str, Field]
@@ -112,7 +112,7 @@ def check_method(config: RunConfig) -> None:
     Raises
     ------
     InvalidValue
-        There is such a setting; names it, and what is allowed.
+        There is such a setting. The error names it and the allowed values.
     """
     if config.quantization != "none" and method_of(config.strategy).folds:
         raise InvalidValue(
@@ -138,7 +138,7 @@ def check_method(config: RunConfig) -> None:
 
 
 def _no_sum(method: Method) -> str:
-    """Say why the server cannot work with the sum of all uploads; empty where it can."""
+    """Return the reason why the method cannot use the sum of all uploads; empty if it can."""
     if method.personal:
         return "this one leaves a factor with each client"
     if method.needs_each_upload:
@@ -147,7 +147,7 @@ def _no_sum(method: Method) -> str:
 
 
 def _no_rule(config: RunConfig) -> str:
-    """Say why no rule can take the place of a mean; empty where one can."""
+    """Return the reason why a robust rule cannot replace the mean; empty if it can."""
     if method_of(config.strategy).needs_each_upload:
         return f"strategy = {config.strategy!r} needs each upload, and averages none"
     return ""
@@ -158,7 +158,7 @@ PERSONAL = "models stay with the clients, and are evaluated there"
 
 
 def _no_average(method: Method) -> str:
-    """Say why a method's models of several rounds have no mean; empty where they have one."""
+    """Return the reason why models of several rounds cannot be averaged; empty if they can."""
     if method.personal:
         return PERSONAL
     if method.folds:

@@ -1,4 +1,4 @@
-"""Names of keys: ``privacy.epsilon`` in full, ``epsilon`` in short, and tables of sections."""
+"""Full names of keys (``privacy.epsilon``), short names (``epsilon``), and tables of sections."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from fedlora_flwr.errors import InvalidValue, unknown
 
 
 def full_name(key: str) -> str:
-    """Return a key with its section, e.g. ``privacy.epsilon``; a method's own setting as it is."""
+    """Return a key with its section, e.g. ``privacy.epsilon``; other keys are unchanged."""
     return f"{SECTION_OF[key]}.{key}" if key in SECTION_OF else key
 
 
 def short_name(key: str) -> str:
-    """Return a key without its section; what is in no section of the package as it is.
+    """Return a key without its section; a key outside the package's sections is unchanged.
 
     Raises
     ------
     InvalidValue
-        The section has no such key.
+        The section has no such key. If another section has it, the error gives its full name.
     """
     section, dot, short = key.partition(".")
     if not dot or section not in SECTIONS:
@@ -34,7 +34,7 @@ def short_name(key: str) -> str:
 
 
 def by_short_name(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values by short name, whichever way they were written.
+    """Return values by short name, however their keys are written.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ def by_short_name(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def by_section(keys: Iterable[str]) -> dict[str, list[str]]:
-    """Return short names by section in their order, and settings of methods by their table."""
+    """Return names by section, in the order of sections; settings of methods by their table."""
     found: dict[str, list[str]] = {name: [] for name in SECTIONS}
     for key in keys:
         section, _, name = full_name(key).partition(".")
@@ -65,7 +65,7 @@ def by_section(keys: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _flattened(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield keys and values, those of a table with the table's name and a dot before them."""
+    """Yield keys and values; a key in a table gets the table's name and a dot in front."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from ((f"{key}.{name}", inner) for name, inner in value.items())

@@ -1,8 +1,8 @@
-"""A run's configuration as it is on a device: each key has the value of the one who decides it.
+"""A run's configuration on a device: for each key, the party that decides it gives the value.
 
-A device trains for a server that may send anything. What the device decides is read from its own
-file alone, and has the package's default where the file is silent. What the run decides is checked
-here, before a model is built or a record is opened.
+A device trains for a server that may send anything. Keys that the device decides are read from its
+own file only, or have the package's default if the file has no value. Values that the run decides
+are checked here, before a model is built or a record is opened.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _AGREED = ("task", "trust-model", "colluding")
 _LONGEST = 10_000  # characters of a text that a run sends
 _MOST_OWN = 1_000  # settings of methods that a run sends
 UNREAD = f"a number, true, false, or a text of at most {_LONGEST:,} characters"
-"""What a device accepts as a setting of a method, which it does not read."""
+"""The values that a device accepts for a method's setting, which it does not use."""
 
 OWN = tuple(key for key, entry in _KEYS.items() if entry.metadata["decides"] == Decider.DEVICE)
 """Keys that a device's file may give."""
@@ -33,7 +33,7 @@ LIMITED = tuple(key for key, entry in _KEYS.items() if entry.metadata["decides"]
 
 @dataclass(frozen=True)
 class Limit:
-    """What a device accepts of a run for one key, beyond what the package allows.
+    """A device's own limit for one key of a run, stricter than the package's limit.
 
     Parameters
     ----------
@@ -59,13 +59,13 @@ class Limit:
         key : str
             The key that is limited.
         value : float or list
-            For a number, the largest, or a list of the smallest and the largest. For a text, a list
-            of those that are accepted.
+            For a number: the largest accepted value, or a list of the smallest and the largest. For
+            a text: a list of the accepted texts.
 
         Raises
         ------
         InvalidValue
-            The key cannot be limited, or the value is of another form.
+            The key cannot be limited, or the value has another form.
         """
         if key not in LIMITED:
             raise unknown("key of [limits]", key, LIMITED)
@@ -117,30 +117,30 @@ class Limit:
 def device_config(
     run: Mapping[str, Any], own: Mapping[str, Any], limits: Mapping[str, Limit] | None = None
 ) -> RunConfig:
-    """Put a run's configuration together as it is on a device.
+    """Combine a run's values and a device's own values into the configuration on this device.
 
     Parameters
     ----------
     run : Mapping[str, Any]
-        What the server sent. Nothing in it is trusted.
+        The values that the server sent. None of them is trusted.
     own : Mapping[str, Any]
-        What the device's file gives, keys of `OWN` alone.
+        The values in the device's file, for keys of `OWN` only.
     limits : Mapping[str, Limit], optional
-        What the device's file accepts of the run's values, by key.
+        The limits in the device's file for values of the run, by key.
 
     Raises
     ------
     OrderRefused
         The run has an unknown key, or a value that this package or this device does not accept.
     InvalidValue
-        The device's own values cannot be used with it. This text may hold the device's own values,
-        so it does not travel.
+        The device's own values contradict the run's. The text may hold the device's own values, so
+        it is not sent to the server.
     """
     values: dict[str, Any] = {}
     own_settings = 0
     for key, value in _by_short_name(run).items():
         if OWN_KEY.fullmatch(key):
-            # The server's strategy alone reads these. No code is loaded for them here.
+            # Only the server's strategy reads these settings, so no code is loaded to check them.
             own_settings += 1
             _check_unread(key, value, own_settings)
         else:
@@ -155,7 +155,8 @@ def device_config(
     for key, limit in (limits or {}).items():
         limit.check(values.get(key, _KEYS[key].default))
     with refusing():
-        # On their own first: what is wrong among the run's own values may be told.
+        # The run's values are first checked without the device's own values (but for _AGREED), so
+        # that an error in them may be reported to the server.
         agreed = {key: own[key] for key in _AGREED if key in own}
         RunConfig.received(_decided(values, agreed))
     return RunConfig.received(_decided(values, own))
@@ -169,7 +170,7 @@ def _by_short_name(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _decided(run: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Give each key the value of the one who decides it."""
+    """Take each key's value from the party that decides it, or else its default on a device."""
     found = {}
     for key, entry in _KEYS.items():
         decides, default = entry.metadata["decides"], entry.metadata["on_device"]
@@ -179,7 +180,13 @@ def _decided(run: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _accepted(key: str, value: Any) -> Any:
-    """Return a run's value for a key, or refuse it; values that nobody reads here, too."""
+    """Return a run's value for a key, or refuse it. Values that a device ignores are checked too.
+
+    Raises
+    ------
+    OrderRefused
+        The key is unknown, or the value is not accepted.
+    """
     entry = _KEYS.get(key)
     if entry is None:
         raise OrderRefused(
@@ -195,7 +202,7 @@ def _accepted(key: str, value: Any) -> Any:
 
 
 def _check_unread(key: str, value: Any, count: int) -> None:
-    """Refuse what is not a setting of any method; what it says is the server's alone."""
+    """Refuse a value of a type or size that no method's setting has; its meaning is not checked."""
     if count > _MOST_OWN:
         raise OrderRefused(f"The run has more than {_MOST_OWN:,} settings of methods.")
     text = value if isinstance(value, str) else ""

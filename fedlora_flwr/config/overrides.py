@@ -1,4 +1,4 @@
-"""``key=value`` as a person types it: the key's own type says how its value is read."""
+"""``key=value`` as a person types it; the type of the key decides how the value is read."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
     """Read ``key=value`` pairs as typed on a command line.
 
     A number may be written in any usual way: ``.5``, ``5.``, ``+3``, ``1_000``, ``1e-3``, ``inf``.
-    A text needs no quotes, even if it looks like a number. What cannot be read as the key's type
-    is returned as TOML reads it, or as the text that it is, for the configuration to refuse.
+    A text needs no quotes, even if it looks like a number. A value that cannot be read as the key's
+    type is returned as TOML reads it, or as a text, and `RunConfig` then refuses it.
 
     Raises
     ------
     InvalidValue
-        A pair has no ``=``, or its key is in no section.
+        A pair has no ``=``, or names a section that does not have the key.
     """
     found: dict[str, Any] = {}
     for pair in pairs:
@@ -40,20 +40,21 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
 
 def _read(name: str, text: str) -> Any:
     key = short_name(name)
-    if key not in _KEYS:  # A method's own setting, or nothing.
+    if key not in _KEYS:  # A method's own setting, or an unknown key.
         return _number(text)
     kind = type(_KEYS[key].default)
     if kind in (int, float):
         number = _number(text)
-        # For a key that counts, 1e3 is a thousand; the configuration refuses 2.5.
+        # For a whole-number key, 1e3 is 1000. The configuration later refuses 2.5.
         return int(number) if kind is int and _is_whole(number) else number
     value = _toml(text)
     return text if kind is str and not isinstance(value, str) else value
 
 
 def _number(text: str) -> Any:
-    """Return a number of the usual forms; anything else as `_toml` does."""
-    # Python refuses integers of thousands of digits. A float of them would be infinite.
+    """Return a number if the text has one of the usual forms; otherwise what `_toml` returns."""
+    # Python refuses integers of thousands of digits. They stay texts: as floats they would become
+    # infinite.
     with suppress(ValueError):
         return int(text) if _WHOLE.fullmatch(text) else float(text)
     return text if _WHOLE.fullmatch(text) else _toml(text)

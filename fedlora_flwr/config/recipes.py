@@ -1,4 +1,4 @@
-"""Recipes: run configurations in files, those that come with the package among them."""
+"""Recipes: run configurations in files, including those that come with the package."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def recipe_names() -> list[str]:
 
 
 def about_recipe(name: str) -> str:
-    """Return what a recipe of the package is: its file's first line."""
+    """Return the description of a recipe of the package: the first line of its file."""
     first = (RECIPES / f"{name}.toml").read_text(encoding="utf-8").splitlines()[0]
     return first.removeprefix("# ")
 
 
 def load_recipe(name: str, overrides: list[str] | None = None) -> RunConfig:
-    """Resolve a recipe by name or path, with overrides in force over it.
+    """Load a recipe by name or path; overrides (``key=value``) replace its values.
 
     Raises
     ------
     InvalidValue
-        There is no such recipe, or one of its values cannot be used.
+        There is no such recipe, or a value of the recipe or an override cannot be used.
     """
     names = recipe_names()
     if not name.endswith(".toml") and name not in names:
@@ -43,6 +43,9 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> RunConfig:
 
 
 def _located(text: str) -> str:
-    """Return a path that means the same in every process of a run; all else as it is."""
+    """Return the absolute path of an existing file or folder; any other text is unchanged.
+
+    The absolute path is the same for every process of a run.
+    """
     path = Path(text).expanduser()
     return str(path.resolve()) if text and path.exists() else text

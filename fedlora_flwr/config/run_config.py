@@ -32,12 +32,12 @@ from fedlora_flwr.places import check_strategy_name, check_task_name
 from fedlora_flwr.schedules import Schedule
 
 MOST_STEPS = 1_000_000_000
-"""Private steps that a run may plan for; accountants answer up to here."""
+"""Largest number of private steps that a run may plan for: the accountants' limit."""
 
 
 @dataclass(frozen=True)
 class RunConfig(
-    # A dataclass takes the fields of its last base first.
+    # A dataclass takes the fields of its last base first, so the sections are in reverse order.
     RunSection,
     PrivacySection,
     TrainingSection,
@@ -48,14 +48,14 @@ class RunConfig(
     DataSection,
     TaskSection,
 ):
-    """Everything that defines a run, checked.
+    """All settings of a run, checked.
 
-    Make one with `RunConfig.of`, and on a device with `fedlora_flwr.config.device_config`.
+    Make one with `RunConfig.of`; on a device, use `fedlora_flwr.config.device_config`.
 
     Parameters
     ----------
     own : tuple[tuple[str, Value], ...]
-        Settings of methods that stand in tables of their own, by key: ``"table.name"``.
+        Settings of methods that have their own tables: pairs of key (``"table.name"``) and value.
 
     Raises
     ------
@@ -123,7 +123,7 @@ class RunConfig(
             raise InvalidValue("client-ranks", self.client_ranks, f"ranks of 1 to {self.rank}")
 
     def learning_rates(self, server_round: int) -> tuple[float, float, float]:
-        """Return the learning rates of factor A, factor B and the head in a round, from 1."""
+        """Return the learning rates of A, B and the head in a round, which is counted from 1."""
         a, b, head = (s.factor(server_round, self.num_rounds) for s in self._schedules)
         return a * self.lr_a, b * self.lr_b, head * self.lr_head
 
@@ -138,7 +138,7 @@ class RunConfig(
         return [Schedule.parse(text or self.lr_schedule) for text in own]
 
     def client_rank(self, partition_id: int) -> int:
-        """Return the LoRA rank of a simulated client."""
+        """Return the LoRA rank of a simulated client; partitions are counted from 0."""
         ranks = self._client_ranks()
         return ranks[partition_id % len(ranks)]
 
@@ -153,17 +153,18 @@ class RunConfig(
 
     @classmethod
     def of(cls, *layers: Mapping[str, Any]) -> RunConfig:
-        """Make a configuration from mappings of keys to values, later ones first in force.
+        """Make a configuration from mappings of keys to values; later mappings override earlier.
 
         A key is written in short (``epsilon``), in full (``privacy.epsilon``), or in the table of
         its section.
 
-        The strategy is loaded where a value is a matter of what it can do, or a setting of its own.
+        The strategy's code is loaded only if a value depends on the strategy's abilities, or is one
+        of its own settings.
 
         Raises
         ------
         InvalidValue
-            A key is unknown, or a value cannot be used.
+            A key is unknown or given twice in one mapping, or a value cannot be used.
         """
         config = cls.received(*layers)
         check_task_name(config.task)
@@ -176,9 +177,9 @@ class RunConfig(
 
     @classmethod
     def received(cls, *layers: Mapping[str, Any]) -> RunConfig:
-        """Make a configuration as a client does, which never loads the strategy.
+        """Make a configuration as a client does, without loading the strategy's code.
 
-        Settings of the method's own are kept as they came: the server alone reads them.
+        Settings of methods are kept unchecked, because only the server reads them.
 
         Raises
         ------
@@ -196,7 +197,10 @@ class RunConfig(
 
     @property
     def planned_steps(self) -> int:
-        """Private steps that a client's budget must last for: T·K, or the declared cap."""
+        """Number of private steps that a client's budget must cover.
+
+        It is K local steps in each of T rounds, or of ``max-rounds`` rounds if that is set.
+        """
         return (self.max_rounds or self.num_rounds) * self.local_steps
 
     @property
@@ -206,12 +210,12 @@ class RunConfig(
 
     @property
     def secure_sum(self) -> bool:
-        """Whether the server is to see nothing but sums of uploads."""
+        """Whether the server may see only sums of uploads."""
         return self.trust_model == SECURE_SUM
 
     @property
     def private(self) -> bool:
-        """Whether the run promises anything."""
+        """Whether the run has a privacy promise: whether ε is finite."""
         return math.isfinite(self.epsilon)
 
     def items(self) -> dict[str, Value]:
@@ -225,7 +229,7 @@ class RunConfig(
         Parameters
         ----------
         table : str (default: none)
-            The table in which the sections stand.
+            Prefix of each section's header, with a dot at its end.
         """
         values = {full_name(key): value for key, value in self.items().items()}
         parts = []

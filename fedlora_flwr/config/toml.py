@@ -17,20 +17,21 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises
     ------
     InvalidValue
-        The file is missing or no TOML.
+        The file cannot be read or is not TOML.
     """
     try:
-        # Editors on Windows begin a file with a byte-order mark.
+        # Some editors on Windows write a byte-order mark at the start of a file.
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:  # No file, no UTF-8, no TOML.
+    except (OSError, ValueError) as error:  # The file is missing, not UTF-8 or not TOML.
         raise InvalidValue("recipe", str(path), f"a readable TOML file ({error})") from error
 
 
 def toml_value(value: Value) -> str:
-    """Write a value."""
+    """Return a value as TOML text."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        # TOML knows no surrogate pairs, and wants DEL escaped, which JSON does not.
+        # TOML does not allow escaped surrogate pairs, so no ASCII escapes. Unlike JSON, it requires
+        # DEL to be escaped.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)

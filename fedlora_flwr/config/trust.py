@@ -1,4 +1,4 @@
-"""Which settings fit the trust model of a run."""
+"""Checks of a run's settings against its trust model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 SECURE_SUM = "secure-sum"
 ANYBODY = "any"
-"""In place of a list of peers: the server is trusted not to invent clients."""
+"""Value of ``peers`` that replaces a list: the server is trusted not to invent clients."""
 _HERE = f"where trust-model = {SECURE_SUM!r}"
 
 
@@ -24,7 +24,7 @@ def check_trust(config: RunConfig) -> None:
     Raises
     ------
     InvalidValue
-        There is such a setting; names it, and what is allowed.
+        There is such a setting. The error names it and the allowed values.
     """
     rows = _of_a_sum(config) if config.trust_model == SECURE_SUM else _of_clients(config)
     for name, good, allowed in rows:
@@ -33,13 +33,13 @@ def check_trust(config: RunConfig) -> None:
 
 
 def _of_clients(config: RunConfig) -> Iterator[tuple[str, Any, str]]:
-    """Yield what has to hold where each client adds all of its noise itself."""
+    """Yield the conditions if each client adds all of its noise: name, whether it holds, words."""
     for name in ("sample_rate", "dropouts", "colluding", "sum_records"):
         yield name, not getattr(config, name), f"0, or trust-model = {SECURE_SUM!r}"
 
 
 def _of_a_sum(config: RunConfig) -> Iterator[tuple[str, Any, str]]:
-    """Yield what has to hold under a secure sum."""
+    """Yield the conditions under a secure sum: name, whether it holds, allowed values in words."""
     yield (
         "sample_rate",
         config.sample_rate,

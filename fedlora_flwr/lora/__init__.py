@@ -1,1 +1,1 @@
-"""Adapters on a backbone, and what happens to its frozen weights."""
+"""LoRA adapters on a backbone, and the backbone's frozen weights."""

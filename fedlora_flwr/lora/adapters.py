@@ -1,4 +1,4 @@
-"""The only place that knows PEFT: attach, name, read, write and export LoRA adapters."""
+"""The layer over PEFT: attach, name, read, write and export LoRA adapters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from fedlora_flwr.lora.targets import (
 
 @dataclass(frozen=True)
 class LoRASpec:
-    r"""What to attach to a backbone.
+    r"""The adapters that are attached to a backbone, and the modules that train directly.
 
     Parameters
     ----------
@@ -42,17 +42,17 @@ class LoRASpec:
     dropout : float
         Probability with which an input of the adapter (not of the backbone) is dropped.
     targets : str
-        Regular expression that a module's whole name matches to get an adapter. Empty for what is
-        usual for a transformers model of its family.
+        Regular expression. A module gets an adapter if its whole name matches. Empty means the
+        usual layers of the model's family in transformers.
     head : tuple[str, ...]
         Names of modules that train in full. Empty leaves the head frozen.
     rslora : bool
         Rank-stabilized scaling (arXiv 2312.03732).
     backbone_dropout : bool (default: True)
-        Whether the backbone drops in training what it was made to drop: units, attention, paths.
+        Whether the backbone's own dropout (of units, attention or paths) is on in training.
     drawn : tuple[str, ...]
-        Names of modules whose start is drawn at random, whether they train or not. An export holds
-        them in full.
+        Names of modules whose initial weights are drawn at random, whether they train or not. An
+        export holds their weights in full.
 
     Examples
     --------
@@ -93,7 +93,7 @@ class AdaptedLinear:
 
     @property
     def enabled(self) -> bool:
-        """Whether the adapter takes part in the forward pass."""
+        """Whether the forward pass uses the adapter."""
         return not self.module.disable_adapters
 
 
@@ -113,16 +113,17 @@ class AdaptedModel:
     model : PeftModel
         Model with one active LoRA adapter and, in ``modules_to_save``, the head if it trains.
     backbone_dropout : bool (default: True)
-        Whether `train` turns on all dropout, or that of the adapters alone.
+        Whether `train` turns on all dropout; otherwise it turns on the dropout of adapters only.
     drawn : tuple[str, ...]
-        Modules that an export holds in full beside those that train.
+        Names of modules that an export holds in full in addition to those that train.
 
     Raises
     ------
     PrivacyViolation
-        A trainable part is none that per-record gradients are known for: DoRA and other variants,
-        adapters on convolutions or embeddings, adapter biases, several active adapters, a head of
-        other layers than `torch.nn.Linear`, or any other trainable parameter. The message names it.
+        Per-record gradients of a trainable part cannot be computed: DoRA and other variants,
+        adapters on convolutions or embeddings, adapter biases, several active adapters, a head with
+        layers other than `torch.nn.Linear`, or any other trainable parameter. The message names the
+        part.
 
     Examples
     --------
@@ -158,12 +159,13 @@ class AdaptedModel:
         return Layout.of(self.parameters)
 
     def check(self) -> None:
-        """Refuse a model whose trainable parts are not exactly the named arrays.
+        """Refuse a model with trainable parameters that are not among the named arrays.
 
         Raises
         ------
         PrivacyViolation
-            See the class.
+            A parameter outside the named arrays is trainable, or an adapter is merged into its
+            weight.
         """
         known = {id(parameter) for parameter in self.parameters.values()}
         for name, parameter in self.model.named_parameters():
@@ -179,7 +181,7 @@ class AdaptedModel:
                 )
 
     def train(self) -> None:
-        """Put the model in training mode: its adapters always, its backbone if that drops."""
+        """Put the model in training mode; the backbone only if ``backbone_dropout`` is set."""
         self.model.train(self._backbone_dropout)
         for layer in self.layers:
             layer.dropout.train()
@@ -190,7 +192,7 @@ class AdaptedModel:
         Parameters
         ----------
         names : Iterable[str], optional
-            Which arrays; all of them by default.
+            Names of the arrays; all of them by default.
 
         Returns
         -------
@@ -212,22 +214,22 @@ class AdaptedModel:
         return self.layers[0].A.shape[0]
 
     def resize(self, rank: int) -> None:
-        """Give all adapters another rank, at the same scaling; their values become zero."""
+        """Give all adapters another rank; the scaling stays, and all values become zero."""
         for layer in self.layers:
             layer.A.data = layer.A.new_zeros((rank, layer.A.shape[1]))
             layer.B.data = layer.B.new_zeros((layer.B.shape[0], rank))
 
     def write(self, arrays: Mapping[str, NDArray[np.floating]]) -> None:
-        """Copy arrays into the model; factors and head that are left out keep their values.
+        """Copy arrays into the model; factors and head arrays that are left out keep their values.
 
-        Folded pairs (`plan.folded_names`) are added to the frozen weight of their layer, times the
-        scaling. What is folded in is what this call says: a layer whose pair is left out gets its
-        own weight back.
+        The product of a folded pair (`layout.folded_names`), times the scaling, is added to the
+        frozen weight of the layer. Each call replaces what earlier calls folded in: a layer without
+        a pair in this call gets its original weight back.
 
         Raises
         ------
         InvalidValue
-            An array is unknown or has another shape. Nothing is written then.
+            An array is unknown or has another shape. In this case no array is written.
         """
         self.folded.check(arrays)
         trainable = {name: array for name, array in arrays.items() if not is_folded(name)}
@@ -237,14 +239,14 @@ class AdaptedModel:
             shape = tuple(self.parameters[name].shape)
             if array.shape != shape:
                 raise InvalidValue(f"shape of {name}", array.shape, str(shape))
-        _ = self._frozen_digests  # Those of the backbone itself, before anything is folded in.
+        _ = self._frozen_digests  # Compute and keep the digests before any weight is changed.
         with torch.no_grad():
             for name, array in trainable.items():
                 self.parameters[name].copy_(torch.from_numpy(np.array(array)))
         self.folded.apply(arrays)
 
     def frozen(self) -> Iterator[tuple[str, Tensor]]:
-        """Find every array that is not exchanged, by its name in the model."""
+        """Yield every parameter and buffer that is not exchanged, with its name in the model."""
         exchanged = {id(parameter) for parameter in self.parameters.values()}
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
             if id(tensor) not in exchanged:
@@ -252,12 +254,12 @@ class AdaptedModel:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything frozen: names, shapes and values of the backbone."""
+        """Hash of all frozen arrays: their names, shapes, types and values."""
         return joined(found for _, found in self._frozen_digests)
 
     @property
     def backbone(self) -> str:
-        """Hash of what is frozen and comes from a checkpoint, which no seed has drawn."""
+        """Hash of the frozen arrays that come from a checkpoint, not from random draws."""
         frozen = self._frozen_digests
         return joined(d for name, d in frozen if not is_saved(name.rpartition(".")[0], self.saved))
 
@@ -269,7 +271,7 @@ class AdaptedModel:
     def export(self, folder: Path) -> None:
         """Write an adapter folder that `peft.PeftModel.from_pretrained` loads onto the backbone.
 
-        On the backbone as it came, it gives the same model (see `exported.write_adapter`).
+        Loaded onto the original backbone, it gives the same model (see `exported.write_adapter`).
         """
         write_adapter(self, folder)
 
@@ -305,7 +307,7 @@ def attach(model: nn.Module, spec: LoRASpec, seed: int) -> AdaptedModel:
     spec : LoRASpec
         Rank, scaling, targets and head.
     seed : int
-        Seed of the random start of A; B starts at zero.
+        Seed of the random initial values of A; B starts at zero.
 
     Returns
     -------
@@ -315,9 +317,9 @@ def attach(model: nn.Module, spec: LoRASpec, seed: int) -> AdaptedModel:
     Raises
     ------
     InvalidValue
-        The model has adapters already, ``spec.targets`` cannot be used (see
-        `fedlora_flwr.lora.targets`), or a name in ``spec.head`` is that of no module, or the end of
-        another's.
+        The model has adapters already; ``spec.targets`` cannot be used (see
+        `fedlora_flwr.lora.targets`); or a name in ``spec.head`` is not a module's name, or another
+        module's name ends with it.
     PrivacyViolation
         A trainable part cannot be clipped record by record (see `AdaptedModel`).
 
@@ -347,7 +349,8 @@ def attach(model: nn.Module, spec: LoRASpec, seed: int) -> AdaptedModel:
         bias="none",
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # PEFT asks transformers for what it deprecates, and finds out about GPT-2's layers itself.
+        # These two warnings of PEFT need no action: it uses deprecated functions of transformers,
+        # and it detects and handles the transposed weights of GPT-2's layers itself.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
         torch.manual_seed(seed % 2**63)

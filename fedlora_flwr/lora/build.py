@@ -31,7 +31,7 @@ def build_adapted(config: RunConfig, task: Task) -> AdaptedModel:
     advice = "Set another model, quantization or device."
     with explained(f"Building the model of task {config.task!r}", advice):
         model = task.build_model()
-        # A quantized backbone is made on its device, and must not be moved.
+        # A quantized backbone is already on its device and must not be moved.
         model = model if getattr(model, "is_quantized", False) else model.to(device)
         spec = lora_spec(config, task, getattr(model, DRAWN, ()))
         adapted = attach(model, spec, stream_seed(config.seed, "adapters"))
@@ -41,23 +41,23 @@ def build_adapted(config: RunConfig, task: Task) -> AdaptedModel:
 
 
 def lora_spec(config: RunConfig, task: Task, drawn: tuple[str, ...] = ()) -> LoRASpec:
-    """Return what to attach to a task's backbone.
+    """Return the adapters to attach to a task's backbone.
 
     Parameters
     ----------
     config : RunConfig
-        The run.
+        The run's configuration.
     task : Task
-        Whose head may train.
+        The task; its head trains if the run says so.
     drawn : tuple[str, ...]
-        Modules beside the head whose weights are in no checkpoint.
+        Names of modules besides the head whose weights are in no checkpoint.
 
     Raises
     ------
     InvalidValue
         The task's targets are not one text, or its head is not a tuple of texts.
     """
-    # A task of a user's own says what it likes.
+    # A user's own task may hold values of any type.
     targets: Any = config.lora_targets or task.lora_targets
     head: Any = task.head
     if not isinstance(targets, str):
@@ -84,7 +84,7 @@ def resolve_device(name: str) -> torch.device:
     Raises
     ------
     InvalidValue
-        There is no such device on this machine.
+        This machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

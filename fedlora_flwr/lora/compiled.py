@@ -1,4 +1,4 @@
-"""The frozen backbone through torch.compile; layers with gradients by record stay as they are."""
+"""torch.compile for the frozen backbone; layers with per-record gradients are not compiled."""
 
 from __future__ import annotations
 
@@ -9,28 +9,30 @@ from fedlora_flwr.lora.adapters import AdaptedModel
 
 
 def compile_backbone(adapted: AdaptedModel, backend: str) -> None:
-    """Let torch compile what lies between the adapted layers of a model.
+    """Let torch compile the parts of a model between its adapted layers.
 
-    An adapted layer writes each record's gradient beside the parameter, which no compiled graph may
-    do: it stays out, and the graph is cut there. Batches differ in size, so shapes are dynamic. A
-    first pass compiles, for a minute or more, and a batch of one compiles once more.
+    An adapted layer stores per-record gradients on its parameters, which a compiled graph cannot
+    do. The layer therefore stays out, and the graph is cut at it. Batches differ in size, so shapes
+    are dynamic. The first pass compiles for a minute or more; the first batch of one record
+    compiles again.
 
     Parameters
     ----------
     adapted : AdaptedModel
-        A model that a `PrivateEngine` has been built on.
+        A model on which a `PrivateEngine` has been built.
     backend : str
         A backend of `torch.compile`.
 
     Raises
     ------
     InvalidValue
-        torch cannot compile with it on this machine, for want of a compiler as a rule.
+        torch cannot compile with this backend on this machine, usually because there is no
+        compiler.
     """
     device = next(iter(adapted.parameters.values())).device
     try:
         torch.compile(_probe, backend=backend, fullgraph=True)(torch.zeros(2, device=device))
-    except Exception as error:  # torch has many, and none in common.
+    except Exception as error:  # torch raises many types, which have no other common base class.
         reason = str(error).strip().splitlines()[0]
         allowed = f"'none': torch cannot compile for {device.type} on this machine ({reason})"
         raise InvalidValue("compile", backend, allowed) from error

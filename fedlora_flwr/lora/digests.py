@@ -10,22 +10,22 @@ from torch import Tensor
 
 
 def digest(name: str, tensor: Tensor) -> bytes:
-    """Return the digest of a tensor's name, shape, type and values."""
+    """Return the SHA-256 digest of a tensor's name, shape, type and values, 32 bytes."""
     found = hashlib.sha256(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
     found.update(in_bytes(tensor).numpy().tobytes())
     return found.digest()
 
 
 def joined(digests: Iterable[bytes]) -> str:
-    """Return one digest of several, as 32 hexadecimal digits."""
+    """Return one digest of several, in their order, as 32 hexadecimal digits."""
     return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
 
 
 def in_bytes(tensor: Tensor) -> Tensor:
     """Return a tensor's values as bytes, shape (n,), on the CPU.
 
-    Tensors of every shape and type have bytes: a number without an axis, an empty one, and types
-    that know no comparison.
+    This works for every shape and type: for a tensor without axes, an empty tensor, and types that
+    cannot be compared.
     """
     held = tensor.detach()
     dense = held if held.layout == torch.strided else held.to_dense()

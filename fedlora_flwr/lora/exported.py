@@ -1,4 +1,4 @@
-"""The adapter folder that plain PEFT loads: adapters, head, and everything else that was drawn."""
+"""The adapter folder that plain PEFT loads: adapters, head, and other modules drawn at random."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from fedlora_flwr.lora.adapters import AdaptedLinear, AdaptedModel
 
 DRAWN = "drawn_modules"
-"""Attribute of a model: names of its modules, head included, that are in no checkpoint."""
+"""Attribute of a model: names of its modules, including the head, that are in no checkpoint."""
 BACKBONE = "backbone.txt"
-"""File with the hash of the backbone that the weights belong to."""
+"""File with the hash of the backbone to which the adapter belongs."""
 PREFIX = "base_model.model."
 _ADAPTER = re.compile(r"\.lora_\w+\.")
 
@@ -30,21 +30,21 @@ _ADAPTER = re.compile(r"\.lora_\w+\.")
 def write_adapter(adapted: AdaptedModel, folder: Path) -> None:
     """Write a folder that `peft.PeftModel.from_pretrained` loads onto the checkpoint.
 
-    Modules that a run draws at random, such as a new head, have other values wherever else the
-    checkpoint is loaded. So the folder holds their weights (PEFT's ``modules_to_save``), whether
-    they train or not. PEFT gives such modules no adapter: an adapter on one of them is merged into
-    the weight that is written.
+    Modules that a run draws at random, such as a new head, get other values each time the
+    checkpoint is loaded. The folder therefore holds their weights (PEFT's ``modules_to_save``),
+    whether they train or not. PEFT gives such modules no adapter, so an adapter on one of them is
+    merged into the weight that is written.
 
-    Pairs that are folded into frozen weights become further ranks of their layer's adapter, at a
-    ``rank_pattern`` and an ``alpha_pattern`` that keep its scaling. So do the adapters of the parts
-    of a fused layer (`fedlora_flwr.lora.fused_layers`), which become one adapter of the layer.
+    Pairs that are folded into frozen weights become further ranks of their layer's adapter, with a
+    ``rank_pattern`` and an ``alpha_pattern`` that keep its scaling. In the same way the adapters of
+    the parts of a fused layer (`fedlora_flwr.lora.fused_layers`) become one adapter of this layer.
 
     Parameters
     ----------
     adapted : AdaptedModel
-        The model; it is left as it was.
+        The model; it does not change.
     folder : Path
-        Where to write; it is made if it is not there.
+        The folder; it is made if missing.
     """
     model, adapter, saved = adapted.model, adapted.adapter, adapted.saved
     config = model.peft_config[adapter]
@@ -58,7 +58,7 @@ def write_adapter(adapted: AdaptedModel, folder: Path) -> None:
             state[f"{PREFIX}{layer.name}.weight"] = layer.base.weight + delta
     found = list(_adapters(adapted))
     names = {name for name, *_ in found}
-    if names - {layer.name for layer in adapted.layers}:  # Fused layers, which the pattern misses.
+    if names - {layer.name for layer in adapted.layers}:  # The pattern doesn't match fused layers.
         written.target_modules = "|".join(map(re.escape, sorted(names)))
     for name, b, a, scaling in found:
         state[f"{PREFIX}{name}.lora_A.weight"] = a
@@ -70,10 +70,11 @@ def write_adapter(adapted: AdaptedModel, folder: Path) -> None:
             written.alpha_pattern[pattern] = scaling * _spread(rank, config.use_rslora)
     folder.mkdir(parents=True, exist_ok=True)
     model.create_or_update_model_card(str(folder))
-    # The file format refuses tensors that share memory.
+    # safetensors refuses tensors that share memory.
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     save_file(own, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    # Not in the metadata: safetensors writes several keys in no fixed order.
+    # The hash is not in the metadata: with a second key there, safetensors would write the keys in
+    # an order that changes, and the file's bytes with it.
     (folder / BACKBONE).write_text(f"{adapted.backbone}\n", encoding="ascii")
     base = type(model.get_base_model())
     written.save_pretrained(
@@ -83,21 +84,21 @@ def write_adapter(adapted: AdaptedModel, folder: Path) -> None:
 
 
 def plain_name(name: str) -> str:
-    """Strip what PEFT adds to a module's or parameter's name."""
+    """Remove what PEFT adds to the name of a module or parameter."""
     name = name.removeprefix(PREFIX)
     return re.sub(r"\.(modules_to_save\.\w+|base_layer|original_module)(?=\.|$)", "", name)
 
 
 def outermost(names: Iterable[str]) -> tuple[str, ...]:
-    """Return names of modules without repetition, and without those inside another one."""
+    """Return the names without duplicates and without modules that are inside another one."""
     given = tuple(dict.fromkeys(names))
     return tuple(name for name in given if not any(name.startswith(f"{other}.") for other in given))
 
 
 def is_saved(module: str, saved: Iterable[str]) -> bool:
-    """Tell whether PEFT takes a module for a part of those that it saves in full.
+    """Tell whether PEFT saves a module in full, given the names ``saved``.
 
-    It takes every module whose name ends like one of ``saved``, and everything inside it.
+    PEFT saves every module whose name ends with one of ``saved``, and all modules inside it.
     """
     paths = accumulate(module.split("."), lambda path, part: f"{path}.{part}")
     return any(path.endswith(name) for path in paths for name in saved)
@@ -115,7 +116,7 @@ def _saved_state(adapted: AdaptedModel) -> dict[str, Tensor]:
 
 
 def _adapters(adapted: AdaptedModel) -> Iterator[tuple[str, Tensor, Tensor, float]]:
-    """Find the adapters of the backbone's own layers: name, B, A and scaling."""
+    """Yield the adapters of the original backbone's layers: name, B, A and scaling."""
     model = adapted.model.get_base_model()
     parts: dict[str, dict[str, AdaptedLinear]] = {}
     for layer in adapted.layers:

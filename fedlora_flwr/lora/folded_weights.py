@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 
 class FoldedWeights:
-    """Keeps the frozen weights of a model's adapted layers, and what is folded into them.
+    """Keeps the frozen weights of a model's adapted layers, and the pairs folded into them.
 
-    A layer's own weight is copied when something is first folded into it, so that every fold starts
-    from ``W0``: weights depend on the pair that is folded now, not on those before it.
+    A layer's original weight ``W0`` is copied before the first pair is folded into it. Every fold
+    starts from ``W0``, so the weight depends on the current pair only, not on earlier ones.
 
     Parameters
     ----------
     layers : Sequence[AdaptedLinear]
-        The layers.
+        The adapted layers.
     model : torch.nn.Module
-        What they are layers of.
+        The model that has these layers.
     """
 
     def __init__(self, layers: Sequence[AdaptedLinear], model: nn.Module) -> None:
@@ -37,7 +37,7 @@ class FoldedWeights:
         self._model = model
         self._own: dict[str, Tensor] = {}
         self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
-        """What is folded in now: B (m, q) and A (q, n) by layer."""
+        """The pairs that are folded in now, by layer: B of shape (m, q) and A of shape (q, n)."""
 
     def check(self, arrays: Mapping[str, NDArray[np.floating]]) -> None:
         """Refuse folded arrays that fit no layer.
@@ -46,7 +46,7 @@ class FoldedWeights:
         ------
         InvalidValue
             An array belongs to no layer or comes without its partner, the shapes do not fit, or the
-            layer's weight is quantized or another layer's too.
+            layer's weight is quantized or shared with another layer.
         """
         known = {name for layer in self._layers for name in folded_names(layer)}
         for name in arrays:
@@ -65,12 +65,12 @@ class FoldedWeights:
             self._check_weight(layer)
 
     def check_weights(self) -> None:
-        """Refuse layers whose weight cannot change, before anything is to be folded into them.
+        """Refuse layers whose weight cannot change; to be called before the first fold.
 
         Raises
         ------
         InvalidValue
-            A layer's weight is quantized, or another layer's too.
+            A layer's weight is quantized or shared with another layer.
         """
         for layer in self._layers.values():
             self._check_weight(layer)
@@ -92,7 +92,7 @@ class FoldedWeights:
 
     @torch.no_grad()
     def apply(self, arrays: Mapping[str, NDArray[np.floating]]) -> None:
-        """Fold the pairs among ``arrays`` in; layers that they leave out get ``W0`` back."""
+        """Fold in the pairs among ``arrays``; a layer without a pair gets ``W0`` back."""
         for name, layer in self._layers.items():
             b_name, a_name = folded_names(name)
             if b_name in arrays:
@@ -103,7 +103,8 @@ class FoldedWeights:
 
     def _fold(self, layer: AdaptedLinear, b: NDArray[np.floating], a: NDArray[np.floating]) -> None:
         weight = _weight(layer)
-        # On the CPU and in fp64, one thread or many: clients must get the very same weights.
+        # On the CPU and in fp64, because all clients must get exactly the same weights, with any
+        # number of threads.
         pair = torch.from_numpy(np.array(b)), torch.from_numpy(np.array(a))
         if layer.name in self.pairs and all(map(torch.equal, pair, self.pairs[layer.name])):
             return

@@ -1,4 +1,4 @@
-"""Fused attention layers, whose queries, keys and values get adapters of their own."""
+"""Fused attention layers that are split, so queries, keys and values get separate adapters."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _FUSED = "qkv"
 
 
 class SplitLinear(nn.Module):
-    """A linear layer as three, whose outputs stand one after another as the layer's did.
+    """A fused linear layer as three layers, whose concatenated outputs are those of the original.
 
-    An adapter on one part is an adapter on a third of the fused layer's outputs.
+    An adapter on one part changes one third of the fused layer's outputs.
 
     Parameters
     ----------
     fused : nn.Linear
-        The layer, of 3m outputs: first the queries', then the keys', then the values'.
+        The layer. It has 3m outputs: first those of queries, then of keys, then of values.
     """
 
     def __init__(self, fused: nn.Linear) -> None:
@@ -50,7 +50,8 @@ def split_fused(model: nn.Module) -> None:
     Raises
     ------
     InvalidValue
-        The model has no such layer, or its attention reads a layer's weight itself.
+        The model has no such layer; a layer's number of outputs is not a multiple of 3; or the
+        attention reads a layer's weight instead of calling the layer.
     """
     named = dict(model.named_modules())
     found = 0
@@ -59,7 +60,8 @@ def split_fused(model: nn.Module) -> None:
         if own != _FUSED or not isinstance(module, nn.Linear):
             continue
         attention = named[parent]
-        # Some models add biases of their own to the weight's product, and never call the layer.
+        # An attention with a ``q_bias`` multiplies by the weight and adds its own biases. It never
+        # calls the layer, so an adapter on it would have no effect.
         if getattr(attention, "q_bias", None) is not None or module.out_features % len(PARTS):
             raise _refused(f"{name!r} is read by its attention, or has other outputs")
         setattr(attention, own, SplitLinear(module))
@@ -73,26 +75,27 @@ def _refused(reason: str) -> InvalidValue:
 
 
 def fused_name(model: nn.Module, layer: str) -> str:
-    """Return the name that a part's layer has in the model as it came, else ""."""
+    """Return the name of the fused layer of which a layer is a part; empty if it is not a part."""
     parent, _, own = layer.rpartition(".")
     is_part = own in PARTS and parent and isinstance(model.get_submodule(parent), SplitLinear)
     return parent if is_part else ""
 
 
 def fused_factors(parts: Mapping[str, tuple[Tensor, Tensor]], rows: int) -> tuple[Tensor, Tensor]:
-    """Put the adapters of a layer's parts together into one adapter of the fused layer.
+    """Combine the adapters of a layer's parts into one adapter of the fused layer.
 
     Parameters
     ----------
     parts : Mapping[str, tuple[Tensor, Tensor]]
-        Of some of ``q``, ``k``, ``v``: B, shape (m, r), and A, shape (r, n).
+        For some or all of ``q``, ``k`` and ``v``: B, shape (m, r), and A, shape (r, n).
     rows : int
-        m, outputs of one part.
+        m, the number of outputs of one part.
 
     Returns
     -------
     tuple[Tensor, Tensor]
-        B, shape (3m, sum of r), zero outside of each part's rows and ranks; and A.
+        B, shape (3m, sum of r), which is zero outside each part's rows and ranks; and A, shape
+        (sum of r, n).
     """
     columns = []
     for number, name in enumerate(PARTS):

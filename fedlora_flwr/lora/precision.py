@@ -19,20 +19,20 @@ _fp32_only: ContextVar[bool] = ContextVar("_fp32_only", default=False)
 def run_in_bf16(model: nn.Module) -> None:
     """Make a model's forward pass multiply in bfloat16 and return fp32.
 
-    Autocast decides, operation by operation: products of matrices run in bfloat16, and softmax,
-    normalization and losses in fp32. Parameters stay as they are.
+    Autocast chooses the precision of each operation: matrix products run in bfloat16; softmax,
+    normalization and losses run in fp32. Parameters keep their type.
 
     Parameters
     ----------
     model : nn.Module
-        Gets a new ``forward``. Calling twice on one model changes nothing more.
+        The model; its ``forward`` is replaced. A second call has no further effect.
     """
     whole = model.forward
 
     @functools.wraps(whole)
     def forward(*args: Any, **kwargs: Any) -> Any:
         device = next(model.parameters()).device.type
-        # A model of shapes alone has no arithmetic.
+        # On "meta", tensors have shapes but no values, so precision has no meaning.
         if device == "meta" or _fp32_only.get():
             return whole(*args, **kwargs)
         with torch.autocast(device, torch.bfloat16), _attention(device):
@@ -44,7 +44,7 @@ def run_in_bf16(model: nn.Module) -> None:
 
 @contextmanager
 def fp32_only() -> Iterator[None]:
-    """Suspend `run_in_bf16` for all models, where rounding could be taken for something else."""
+    """Suspend `run_in_bf16` for all models, for checks that rounding errors would mislead."""
     token = _fp32_only.set(True)
     try:
         yield
@@ -61,7 +61,7 @@ def full_precision(like: Tensor) -> AbstractContextManager[object]:
 
 
 def _attention(device: str) -> AbstractContextManager[None]:
-    """Choose how fused attention runs: on a CPU its bf16 gradient is many times slower."""
+    """Choose the attention kernel: on a CPU, the fused kernel's bf16 gradient is very slow."""
     if device == "cpu" and torch.is_grad_enabled():
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()

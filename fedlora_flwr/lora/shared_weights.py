@@ -16,22 +16,22 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def share(adapted: AdaptedModel) -> Path | None:
-    """Let a model's frozen weights be pages of a file that every process maps.
+    """Replace a model's frozen weights by a memory-mapped file that all processes share.
 
-    The kernel keeps one copy of the file's pages however many processes map it. The mapping is
-    private: what a process writes to its weights stays its own, and costs it the page. The file
-    is named by the weights' fingerprint, and what is mapped is compared with what was there before.
+    The kernel keeps one copy of the file's pages, no matter how many processes map it. The mapping
+    is private: if a process writes to a weight, it gets its own copy of that page. The file is
+    named after the weights' fingerprint. Mapped weights are used only if they equal the model's.
 
     Parameters
     ----------
     adapted : AdaptedModel
-        The model; the values of its weights stay the same. Weights on a GPU stay where they are.
+        The model; the values of its weights do not change. Weights on a GPU are left alone.
 
     Returns
     -------
     Path or None
-        The file, in the user's cache folder; ``None`` where there is none, which the log explains
-        if it is for trouble with the file.
+        The file, in the user's cache folder. ``None`` if no frozen weights are on the CPU, or if
+        the file cannot be used; the latter is logged as a warning.
     """
     tensors = {name: t.detach() for name, t in adapted.frozen() if t.device.type == "cpu"}
     if not tensors:
@@ -59,7 +59,7 @@ def _mapped(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor] | None
     same = found.keys() == expected.keys() and all(
         found[name].dtype == tensor.dtype
         and found[name].shape == tensor.shape
-        # By their bytes: NaN differs from itself, and some types know no comparison.
+        # Bytes are compared, since NaN is not equal to itself and some types cannot be compared.
         and torch.equal(in_bytes(found[name]), in_bytes(tensor))
         for name, tensor in expected.items()
     )

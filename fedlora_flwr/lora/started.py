@@ -1,4 +1,4 @@
-"""A PEFT adapter folder as the start of a run."""
+"""Reading a PEFT adapter folder as the start of a run."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def read_adapter(folder: Path, adapted: AdaptedModel) -> dict[str, NDArray[np.float32]]:
-    """Read a run's start, and refuse an adapter of another model.
+    """Read the arrays from which a run starts, and refuse an adapter of another model.
 
     Parameters
     ----------
     folder : Path
-        What PEFT's ``save_pretrained`` has written, or a run's ``adapter/``.
+        A folder that PEFT's ``save_pretrained`` has written, or a run's ``adapter/``.
     adapted : AdaptedModel
-        The run's model, before any training; it is left as it is.
+        The run's model, before any training; it does not change.
 
     Returns
     -------
     dict[str, ndarray]
-        Factors and head by name, fp32.
+        Factors and head arrays by name, fp32.
 
     Raises
     ------
     InvalidValue
-        The folder cannot be read; or names, shapes, scaling or backbone are not the run's.
+        The folder cannot be read, or its names, shapes, scaling or backbone differ from the run's.
     """
     try:
         config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
         found = {plain_name(key): value for key, value in load_file(folder / _WEIGHTS).items()}
         known = folder / BACKBONE
         backbone = known.read_text(encoding="ascii").strip() if known.exists() else ""
-    except Exception as error:  # safetensors' own error type is private to it.
+    except Exception as error:  # The error type of safetensors is not public.
         allowed = f"a PEFT adapter's folder, with {_CONFIG} and {_WEIGHTS} ({error})"
         raise InvalidValue("start", str(folder), allowed) from error
     _check_backbone(folder, config, backbone, adapted)

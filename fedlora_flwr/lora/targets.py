@@ -1,4 +1,4 @@
-"""Which layers get an adapter: what is usual for a model, and what a pattern may match."""
+"""The layers that get an adapter: the usual ones of a model, and checks of a user's pattern."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from transformers.pytorch_utils import Conv1D
 from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.lora.exported import is_saved
 
-# Families of transformers models of which PEFT does not say what is usual.
+# Usual layers of families of transformers models for which PEFT has no default.
 _USUAL = {
     "albert": ["query", "value"],
     "distilbert": ["q_lin", "v_lin"],
     "modernbert": ["Wqkv"],
 }
-# Names that other families give to queries and values, or to all of attention's inputs.
+# Names of the layers that make queries and values, or all inputs of attention, in other families.
 _ATTENTION = (
     ("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"),
     ("qkv_proj",), ("query_key_value",), ("Wqkv",), ("c_attn",),
 )  # fmt: skip
-# DeBERTa can use one layer for queries and for the positions, which belong to no record.
+# With ``share_att_key``, DeBERTa uses its query and key layers for relative positions as well. Rows
+# of positions belong to no record, so these layers cannot be clipped record by record.
 _BESIDE_POSITIONS = r".*\.attention\.(self\.value_proj|output\.dense)"
 _SHOWN = 8
 
@@ -31,21 +32,22 @@ _SHOWN = 8
 def usual_targets(
     model: nn.Module, head: tuple[str, ...], known: Mapping[str, Sequence[str] | str]
 ) -> str:
-    """Return the pattern of the layers that are adapted as a rule in a model's family.
+    """Return the pattern of the layers that usually get an adapter in a model's family.
 
     Parameters
     ----------
     model : nn.Module
         A transformers model.
     head : tuple[str, ...]
-        Modules that train in full.
+        Names of modules that train in full.
     known : Mapping
-        Ends of layers' names by family, or a pattern; in force over our own few.
+        For each family, the last parts of layers' names, or a pattern. It has precedence over the
+        families listed in this module.
 
     Raises
     ------
     InvalidValue
-        Nothing is known of the family, and its attention has none of the usual names. The message
+        The family is unknown, and its attention layers have none of the usual names. The message
         names layers to choose from.
     """
     config = getattr(model, "config", None)
@@ -60,7 +62,7 @@ def usual_targets(
 
 
 def _attention(model: nn.Module, head: tuple[str, ...]) -> Sequence[str]:
-    """Return the names of a model's attention layers, if they are among those in use."""
+    """Return the first of the usual sets of names that a model's layers have; empty if none."""
     if not hasattr(model, "config"):
         return ()
     ends = {
@@ -72,7 +74,7 @@ def _attention(model: nn.Module, head: tuple[str, ...]) -> Sequence[str]:
 
 
 def check_targets(model: nn.Module, targets: str, head: tuple[str, ...]) -> None:
-    """Refuse a pattern that does not match linear layers alone, by their whole names.
+    """Refuse a pattern unless it matches whole names of linear layers outside the head only.
 
     Parameters
     ----------
@@ -81,13 +83,14 @@ def check_targets(model: nn.Module, targets: str, head: tuple[str, ...]) -> None
     targets : str
         Regular expression.
     head : tuple[str, ...]
-        Modules that train in full, which get no adapters.
+        Names of modules that train in full, which get no adapters.
 
     Raises
     ------
     InvalidValue
-        The pattern is not a regular expression, or matches nothing, something else or a part of the
-        head. The message names the module, and layers to choose from, the likeliest first.
+        The pattern is not a regular expression; or it matches no module, a module that is not a
+        linear layer, or a part of the head. The message names the module, and layers to choose
+        from, the most similar first.
     """
     try:
         pattern = re.compile(targets)
@@ -111,29 +114,31 @@ def check_targets(model: nn.Module, targets: str, head: tuple[str, ...]) -> None
 
 
 def check_head(model: nn.Module, heads: tuple[str, ...]) -> None:
-    """Refuse a head that is not a module's name, or that other names end with.
+    """Refuse the name of a head that is not a module's name, or with which another name ends.
 
     Raises
     ------
     InvalidValue
-        As said. The message names modules that are meant, or the one that has such an end.
+        The name is refused. The message names similar modules, or the module that ends with it.
     """
     names = [name for name, _ in model.named_modules()]
     for head in heads:
         if head not in names:
             raise unknown("head", head, names)
-        # PEFT takes every module whose name ends like this.
+        # PEFT would train every module whose name ends with this one.
         if also := [name for name in names if name.endswith(head) and name not in heads]:
             raise InvalidValue("head", head, f"a name that {also[0]!r} does not end with")
 
 
 def check_exportable(model: nn.Module, targets: str, drawn: tuple[str, ...]) -> None:
-    """Refuse a pattern whose layers are all drawn at random: an export would hold them in full.
+    """Refuse a pattern whose layers are all drawn at random.
+
+    An export would hold their weights in full, and no adapter at all.
 
     Raises
     ------
     InvalidValue
-        As said.
+        All layers that match are drawn at random. The message names one.
     """
     pattern = re.compile(targets)
     found = [name for name, _ in model.named_modules() if pattern.fullmatch(name)]
@@ -146,7 +151,7 @@ def check_exportable(model: nn.Module, targets: str, drawn: tuple[str, ...]) -> 
 
 
 def _choice(model: nn.Module, targets: str, head: tuple[str, ...]) -> str:
-    """Describe the linear layers, one for all that differ in numbers only."""
+    """List the linear layers; of layers whose names differ only in numbers, the first."""
     kinds: dict[str, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) and not _is_in(name, head):

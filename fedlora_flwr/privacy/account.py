@@ -1,16 +1,17 @@
-"""An account of a client's data: what it has spent, and whether a run may go on.
+"""An account of a client's data: what it has spent, and whether a run may take more steps.
 
-Two rules decide.
+One of two rules decides.
 
-*Fixed settings.* The first record fixes σ and q, and PRV gives the ε of all steps that may be
-taken. With scope ``"run"``, a run's settings are fixed for that run. With scope ``"lifetime"`` and
-no ``run_epsilon``, the client's first run fixes them for its life: a later run may have more noise
-or a smaller rate, and each of its steps counts as one of the first run's. PRV is valid here even
-if a server chooses in between. A step with σ' ≥ σ and q' ≤ q is post-processing of a step with σ
-and q (draw from the output without the record with probability 1 - q'/q, then add the noise that
-is missing), so every step is bounded by the same pair of distributions after any history,
-and at most N of them compose to at most N times that pair (arXiv 2106.08567, theorem 10). To stop
-early is to take fewer.
+*Fixed settings.* The first row in the ledger fixes σ and q, and PRV gives the ε of all steps that
+may be taken. With scope ``"run"``, a run's settings are fixed for that run. With scope
+``"lifetime"`` and no ``run_epsilon``, the client's first run fixes them for its life: a later run
+may have more noise or a smaller rate, and each of its steps counts as a step of the first run. PRV
+is valid here even if a server chooses later settings after it has seen earlier releases. A step
+with σ' ≥ σ and q' ≤ q is post-processing of a step with σ and q (draw from the output without the
+record with probability 1 - q'/q, then add the noise that is missing). Every step is therefore
+bounded by the same pair of distributions after any history, and at most N of them compose to at
+most N times that pair (arXiv 2106.08567, theorem 10). A run that stops early takes fewer steps,
+which this bound covers.
 
 *Rényi filter.* With scope ``"lifetime"`` and ``run_epsilon``, later runs may choose any settings.
 `fedlora_flwr.privacy.lifetime` says how they are bounded, and why.
@@ -18,8 +19,8 @@ early is to take fewer.
 The device's owner chooses the rule, by scope and ``run_epsilon``, before the first release. If the
 owner changes it later and a server could influence when, the two rules together give (ε, 2δ).
 
-A run's first record reserves all steps that the run plans. They count against every other run until
-the run has taken them or has been silent for too long.
+A run's first row reserves all steps that the run plans. They count against every other run until
+the run has taken them, or has written no row for too long (`fedlora_flwr.privacy.ledger.LAPSE`).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ RDP_FILTER = "rdp-filter"
 
 @dataclass(frozen=True)
 class Account:
-    """Whose budget it is, and how large.
+    """A client's budget: the client, the run, and the size of the budget.
 
     Parameters
     ----------
@@ -61,8 +62,8 @@ class Account:
     scope : str
         ``"run"`` counts this run's releases, ``"lifetime"`` all releases on the client's data.
     run_epsilon : float (default: 0)
-        With scope ``"lifetime"``: how much of ε one run may plan for. 0: all of it, and the first
-        run fixes the settings of all runs.
+        With scope ``"lifetime"``: how much of ε one run may plan for. With 0, one run may plan for
+        all of ε, and the first run fixes the settings of all runs.
     """
 
     client: str
@@ -75,16 +76,16 @@ class Account:
 
 @dataclass(frozen=True)
 class LedgerSummary:
-    """What a client tells about its own account.
+    """What a client reports about its own account.
 
     Parameters
     ----------
     epsilon : float
-        Spent so far, the release at hand included.
+        ε spent so far, including the current release.
     epsilon_budget, delta : float
         The budget.
     accountant : str
-        Which guarantee ``epsilon`` is: ``"prv"`` or ``"rdp"`` for settings that were fixed before
+        How ``epsilon`` was worked out: ``"prv"`` or ``"rdp"`` for settings that were fixed before
         the first release, ``"rdp-filter"`` for runs whose settings may depend on earlier releases,
         ``"none"`` where ε is infinite.
     steps : int
@@ -100,7 +101,7 @@ class LedgerSummary:
 
 @dataclass(frozen=True)
 class Tally:
-    """What a ledger holds of one run of a client, for one mechanism.
+    """The ledger's rows of one run and one mechanism, summed up.
 
     Parameters
     ----------
@@ -111,9 +112,9 @@ class Tally:
     planned : int
         Steps that the run has planned; 0 where a ledger of an earlier version doesn't say.
     order : float or None
-        Order of the client's Rényi filter, where a row fixed it.
+        Order α of the client's Rényi filter; None if no row has fixed it.
     silent : float
-        Seconds since the last record.
+        Seconds since the last row was written.
     """
 
     run: str
@@ -130,7 +131,7 @@ class Terms:
     Parameters
     ----------
     order : float or None
-        Order of the Rényi filter.
+        Order α of the Rényi filter; None if no filter decides.
     noise_multiplier, sample_rate : float
         Under fixed settings: the least σ and the largest q that a run may have. 0 and 1 where
         nothing is fixed.
@@ -179,15 +180,15 @@ def admit(
     Parameters
     ----------
     account : Account
-        Whose budget it is.
+        The client's budget.
     tallies : Sequence[Tally]
         What the ledger holds in the account's scope, oldest first.
     planned : Segment
-        σ, q and all steps of the run.
+        σ, q and the number of all steps of the run.
     steps : int
         Steps of the next release.
     lapse : float
-        Seconds of silence after which other runs lose what they have reserved.
+        Seconds without a new row after which another run loses the steps it has reserved.
 
     Returns
     -------
@@ -199,12 +200,14 @@ def admit(
     InvalidValue
         The settings are not those that the run began with.
     BudgetExhausted
-        The steps are beyond the plan, or plan, history and reservations are beyond the budget.
+        The steps exceed the run's plan; or plan, history and reservations together exceed the
+        budget; or, under fixed settings, the plan has less noise or a larger rate than the first
+        run.
     """
     own = [t for t in tallies if t.run == account.run]
     _check_settings(own, planned)
     taken = sum(t.mechanism.steps for t in own)
-    # A run without noise promises nothing, so it has nothing to reserve.
+    # A run without noise makes no promise, so it reserves no steps.
     rest = planned.steps - taken if planned.noise_multiplier else steps
     if steps > rest:
         raise BudgetExhausted(
@@ -228,7 +231,7 @@ def admit(
 def counted(
     account: Account, tallies: Sequence[Tally], planned: Segment, steps: int
 ) -> tuple[LedgerSummary, float | None]:
-    """Return what `admit` does, for a release that has been admitted before."""
+    """Return what `admit` returns, for a release that has been admitted before."""
     after, order = [*tallies, _tally(account.run, planned, steps)], None
     if _filtered(account, tallies):
         order = _order(account, tallies, tallies[0].mechanism if tallies else planned)
@@ -243,7 +246,8 @@ def _tally(run: str, planned: Segment, steps: int) -> Tally:
 def _reserved(tally: Tally, tallies: Sequence[Tally]) -> int:
     """Return the steps that another run has planned and not taken."""
     taken = sum(t.mechanism.steps for t in tallies if t.run == tally.run)
-    # A run of an earlier version may have several rows of settings: the first holds the rest.
+    # A run that an earlier version recorded may have several tallies, one for each mechanism. All
+    # of its reserved steps count in the first one.
     first = next(t for t in tallies if t.run == tally.run) is tally
     return max(0, tally.planned - taken) if first and tally.mechanism.noise_multiplier else 0
 
@@ -267,10 +271,10 @@ def _check_settings(own: Sequence[Tally], planned: Segment) -> None:
 
 
 def _filtered(account: Account, tallies: Sequence[Tally]) -> bool:
-    """Tell whether the Rényi filter decides, and not PRV of fixed settings.
+    """Tell whether the Rényi filter decides; otherwise PRV with fixed settings does.
 
-    Nothing here depends on what a server sends: the owner sets ``run_epsilon``, an order stays once
-    it is stored, and under fixed settings no run can add a row that the first run doesn't bound.
+    A server cannot influence the answer. The owner sets ``run_epsilon``, a stored order never
+    changes, and under fixed settings the first run's settings bound each row of a later run.
     """
     if account.scope == "run" or math.isinf(account.epsilon):
         return False
@@ -291,7 +295,7 @@ def _order(account: Account, tallies: Sequence[Tally], first: Segment) -> float:
 
 
 def _counted(account: Account, tallies: Sequence[Tally]) -> tuple[Segment, ...]:
-    """Return the segments that PRV has to count, equal mechanisms joined."""
+    """Return the segments that PRV has to count, with equal mechanisms joined."""
     if account.scope == "lifetime" and tallies and math.isfinite(account.epsilon):
         steps = sum(t.mechanism.steps for t in tallies)
         return merge([replace(tallies[0].mechanism, steps=steps)])

@@ -1,12 +1,12 @@
-"""Privacy-loss accountants for stretches of Poisson-subsampled Gaussian steps.
+"""Privacy-loss accountants for segments of Poisson-subsampled Gaussian steps.
 
 Adjacency is zero-out: two data sets differ in one record, whose gradient is replaced by zero at
 every step. The number of records n, the batch size b and the rate q = b/n are public and the same
 for both. With the record, a step's output is the mixture M = (1-q)·normal(0, σ²) + q·normal(1, σ²)
 along the record's clipped gradient; with the record zeroed it is N = normal(0, σ²). Either data set
-may be the true one, so ε has to cover M against N and N against M. These are the two distributions
-that the literature calls removal and addition of a record, so its accountants apply as they are.
-Adding or removing a record in the literal sense would change n, which is public here.
+may be the true one, so ε has to cover M against N and N against M. The literature calls these two
+cases removal and addition of a record, and its accountants apply here without a change. To really
+add or remove a record would change n, which is public here.
 
 Every function here returns an upper bound on ε over both directions. Nothing is cached on disk and
 nothing is checked against a budget: see `fedlora_flwr.privacy.budget`.
@@ -37,25 +37,25 @@ __all__ = [
     "step_divergence",
 ]
 
-# The orders of Opacus, and large ones, without which no small ε can be shown.
+# The orders of Opacus, and larger ones: without these no small ε can be shown.
 _LARGE_ORDERS = (128.0, 256.0, 512.0)
 _FINE_ORDERS = tuple(1 + x / 10 for x in range(1, 100)) + tuple(map(float, range(12, 64)))
-# Fractional orders cost far more than whole ones: a few of them are enough for a bracket.
+# Fractional orders cost far more time than whole ones. A few are enough for a rough bound.
 _COARSE_ORDERS = tuple(
     sorted((1.25, 1.5, 1.75, 2.25, 2.5, 3.5, *map(float, range(2, 64)), *_LARGE_ORDERS))
 )
 
-# Two million points cost some 300 MB and a second. Beyond a loss of 300, exp() nears its range;
-# below a δ of 1e-10 the rounding of the FFT is no longer small against δ.
+# Two million points take about 300 MB and one second. For a loss above 300, exp() comes near the
+# end of its range. For δ below 1e-10, the rounding of the FFT is no longer small against δ.
 _MAX_POINTS = 2**21
 _MAX_LOSS = 300.0
 _MIN_DELTA = 1e-10
 
-# A server may plan anything. Outside these limits PRV and PLD take minutes or gigabytes, or their
-# rounding grows to the size of the loss, and RDP answers.
+# A server may plan any number of steps at any rate. Outside these limits PRV and PLD take minutes
+# or gigabytes, or their rounding grows to the size of the loss. RDP is then used instead.
 _MAX_GRID_STEPS = 2**17
 _MIN_GRID_RATE = 1e-6
-# Rounding in a step's divergence is below this, and times so many steps it is still small.
+# The rounding error in one step's divergence is below this. Times _MAX_STEPS it is still small.
 _ROUNDING = 1e-14
 _MAX_STEPS = 10**9
 _SLOW_NOISE = 50.0
@@ -63,16 +63,16 @@ _SLOW_NOISE = 50.0
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of private steps with one noise multiplier and one sampling rate.
+    """A sequence of private steps with one noise multiplier and one sampling rate.
 
     Parameters
     ----------
     noise_multiplier : float
-        σ: standard deviation of the noise, in units of the clipping norm. 0 means no noise.
+        σ: standard deviation of the noise, in units of the clip norm; 0 means no noise.
     sample_rate : float
         q: probability that a record joins a step, above 0 and at most 1.
     steps : int
-        Number of steps, from 0 to a thousand million.
+        Number of steps, from 0 to 1,000,000,000.
 
     Raises
     ------
@@ -99,7 +99,7 @@ class Segment:
 
 
 def merge(history: Sequence[Segment]) -> tuple[Segment, ...]:
-    """Join neighbors with the same σ and q, and drop segments without steps.
+    """Join adjacent segments with the same σ and q, and drop segments without steps.
 
     Returns
     -------
@@ -127,7 +127,7 @@ def rdp_epsilon(segments: Sequence[Segment], delta: float, *, coarse: bool = Fal
     delta : float
         δ, between 0 and 1.
     coarse : bool (default: False)
-        Use few orders: faster, and mostly within a tenth.
+        Use few orders. This is faster, and ε is mostly within 10 % of the finer bound.
 
     Returns
     -------
@@ -142,8 +142,8 @@ def rdp_epsilon(segments: Sequence[Segment], delta: float, *, coarse: bool = Fal
     alpha = np.asarray(orders)
     less, more = (np.log(delta) + np.log(alpha)) / (alpha - 1), np.log1p(-1 / alpha)
     best = math.inf
-    # Divergences grow with the order, so what one order costs is a floor under all larger ones.
-    # Few orders can then still be the best, and most of the series need not be summed.
+    # Divergences grow with the order, so the divergence at one order is a lower bound for all
+    # larger ones. This rules out most orders, whose series then need not be summed.
     open_ranges = [(0, len(orders), 0.0)]
     while open_ranges:
         first, end, floor = open_ranges.pop()
@@ -167,7 +167,7 @@ def step_divergence(sigma: float, rate: float, order: float) -> float:
     Parameters
     ----------
     sigma : float
-        σ; infinite divergence at 0.
+        σ. At 0 the divergence is infinite.
     rate : float
         q, above 0 and at most 1.
     order : float
@@ -188,8 +188,9 @@ def _one_divergence(sigma: float, rate: float, order: float) -> float:
 def _divergence(sigma: float, rate: float, order: float) -> float:
     _, rdp = opacus_analysis()
     if sigma > _SLOW_NOISE and abs(rate - 0.5) < 0.01 and order != int(order):
-        # The series of fractional orders takes seconds here. (α-1) times the divergence is convex
-        # in α and 0 at α = 1, so a line between the whole orders around α bounds it.
+        # The series of a fractional order takes seconds here. (α-1) times the divergence is convex
+        # in α and 0 at α = 1, so the line between its values at the two nearest whole orders is an
+        # upper bound.
         low, share = int(order), order % 1
         below = (low - 1) * _divergence(sigma, rate, float(low)) if low > 1 else 0.0
         above = low * _divergence(sigma, rate, float(low + 1))
@@ -197,7 +198,7 @@ def _divergence(sigma: float, rate: float, order: float) -> float:
     try:
         value = float(rdp.compute_rdp(q=rate, noise_multiplier=sigma, steps=1, orders=order))
     except (ValueError, ArithmeticError):
-        # The series failed at this order: infinity is a bound.
+        # The series failed at this order. Infinity is always a valid bound.
         return math.inf
     return math.inf if math.isnan(value) else value
 
@@ -206,26 +207,27 @@ def prv_epsilon(segments: Sequence[Segment], delta: float) -> float | None:
     """Bound ε by numerical composition of privacy-loss random variables.
 
     Opacus has the variable of one direction only: the loss log(M/N) under M, where M is the output
-    with the record and N the output with the record zeroed (*removal*). No proof is known to us
-    that it stays the larger one under composition (see arXiv 2405.20769), so this adds the variable
-    of the other direction, log(N/M) under N (*addition*), and returns the larger ε of the two.
+    with the record and N the output with the record zeroed (*removal*). We know no proof that this
+    direction stays the larger one under composition (see arXiv 2405.20769). This function therefore
+    also computes the other direction, log(N/M) under N (*addition*), and returns the larger ε.
 
-    The grid is laid out for the next power of two of each segment's steps. The error bound is
-    monotone in the number of steps, so the result is sound, and the grid can be kept while a
-    client's history grows.
+    The grid is chosen for each segment's number of steps rounded up to a power of two. The error
+    bound grows with the number of steps, so the result holds for the actual number, too, and one
+    grid serves while a client's history grows.
 
     Parameters
     ----------
     segments : Sequence[Segment]
-        What was run, merged; every σ above 0.
+        The steps that ran, joined by `merge`; every σ is above 0.
     delta : float
         δ, between 0 and 1.
 
     Returns
     -------
     float | None
-        The upper bound on ε, above its true value by about 0.01 (0.001 where ε is below 1; up to
-        1 % where a finer grid is too large). None where no grid will do, or rounding would show.
+        The upper bound on ε. It exceeds the true value by about 0.01 (by 0.001 where ε is below 1;
+        by up to 1 % where a finer grid would be too large). None where every sufficient grid is too
+        large, or where rounding would falsify the result.
 
     References
     ----------
@@ -259,7 +261,7 @@ def _fits_a_grid(segments: Sequence[Segment]) -> bool:
 def _grid(segments: Sequence[Segment], delta: float) -> tuple[float, int, float]:
     """Return the error in ε, the size and the mesh of a safe grid; size 0 if none is small enough.
 
-    Extreme settings would take tens of gigabytes: the size is known before memory is taken.
+    Extreme settings would take tens of gigabytes, so the size is worked out before memory is used.
     """
     total = sum(s.steps for s in segments)
     delta_error = delta / 1000
@@ -276,7 +278,7 @@ def _grid(segments: Sequence[Segment], delta: float) -> tuple[float, int, float]
 
 
 def _errors(bound: float) -> list[float]:
-    """List the errors in ε worth trying, given a rough ε: none above 0.01 and 1 % of it."""
+    """List the errors to try, given a rough ε: none above the larger of 0.01 and 1 % of ε."""
     return [e for e in (0.001, 0.01, 0.03, 0.1) if e <= max(0.01, bound / 100)][bound >= 1 :]
 
 
@@ -288,7 +290,7 @@ def _directed_epsilon(
     mesh: float,
     direction: Direction,
 ) -> float:
-    """Compose one direction's variables on a grid and return the upper bound on ε."""
+    """Compose one direction's loss variables on a grid, and return the upper bound on ε."""
     parts = [
         step_loss(s.noise_multiplier, s.sample_rate, points, mesh, direction) for s in segments
     ]
@@ -299,7 +301,7 @@ def _directed_epsilon(
 
 
 def pld_epsilon(segments: Sequence[Segment], delta: float, *, interval: float = 1e-4) -> float:
-    """Bound ε by privacy-loss distributions, rounded upwards, the larger of both directions.
+    """Bound ε by privacy-loss distributions, rounded up: the larger ε of the two directions.
 
     Parameters
     ----------
@@ -308,7 +310,7 @@ def pld_epsilon(segments: Sequence[Segment], delta: float, *, interval: float = 
     delta : float
         δ, between 0 and 1.
     interval : float (default: 1e-4)
-        Mesh of the privacy loss. Widened where ε is above 100, to bound memory.
+        Mesh of the grid of the privacy loss. It is widened where ε is above 100, to limit memory.
 
     References
     ----------
@@ -333,5 +335,5 @@ ACCOUNTANTS: Mapping[str, Callable[[Sequence[Segment], float], float | None]] = 
     "pld": pld_epsilon,
     "rdp": rdp_epsilon,
 }
-"""Accountants by name. Each takes a history and δ, and returns ε, or ``None`` where it would take
-too much memory: `rdp_epsilon` then answers."""
+"""Accountants by name. Each takes a history and δ, and returns ε. It returns ``None`` where it
+would take too much memory; `rdp_epsilon` is then used instead."""

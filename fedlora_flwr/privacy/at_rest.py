@@ -1,4 +1,4 @@
-"""Randomness of a forward pass at rest, and the same randomness again for two passes."""
+"""Forward passes without random draws, and forward passes with repeated random draws."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ _MIDDLES = {torch.rand: 0.5, torch.rand_like: 0.5, torch.randn: 0.0, torch.randn
 
 
 class RandomnessAtRest(TorchFunctionMode):
-    """Makes dropout pass everything on, and gives every record the same draws, in training mode.
+    """Turns dropout off and replaces random draws by their mean, while the model trains.
 
-    Dropout is turned off wherever it is: as a layer, as a function, in attention. Draws of the
-    functions that drop paths and layers become their mean, so they are the same for a record alone
-    and in a batch. Permutations and integers stay random: what shuffles records must be seen.
+    Dropout is turned off as a layer, as a function and in attention. Random draws, such as those
+    that drop paths and layers, become their mean, so they are the same for a record alone and in a
+    batch. Permutations and random integers stay random, because a check must notice a model that
+    shuffles records.
     """
 
     def __torch_function__(
@@ -47,7 +48,7 @@ class RandomnessAtRest(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Call ``func``, or what stands in for it."""
+        """Call ``func``, or compute the value that replaces its random result."""
         kwargs = dict(kwargs or {})
         if func in _DROPOUTS:
             return args[0] if args else kwargs["input"]
@@ -56,7 +57,7 @@ class RandomnessAtRest(TorchFunctionMode):
             kwargs["dropout_p"] = 0.0
             return func(*args[:3], **kwargs)
         if func is F.multi_head_attention_forward:
-            # Chooses whether it drops, and nothing else.
+            # In this function, ``training`` decides only whether dropout applies.
             kwargs["training"] = False
         if func is Tensor.bernoulli_:
             return _filled(args[0], args[1] if len(args) > 1 else kwargs.get("p", 0.5))
@@ -75,7 +76,7 @@ def _filled(tensor: Tensor, value: Tensor | float) -> Tensor:
 
 @contextmanager
 def same_randomness(seed: int) -> Iterator[None]:
-    """Seed every generator that a model may draw from, and give them back as they were."""
+    """Seed every generator that a model may draw from, and restore their states afterwards."""
     libraries = random.getstate(), np.random.get_state()  # noqa: NPY002 - a model may draw from it
     try:
         with torch.random.fork_rng():

@@ -4,10 +4,10 @@
 adjacency). The number of records, the batch size and the sampling rate are public and do not
 change. `fedlora_flwr.privacy.accountants` says why PRV in both directions covers this.
 
-Results are kept in memory and in small files in ``$XDG_CACHE_HOME/fedlora/accounting``, shared by
-processes. A file counts only if it holds the very inputs, library versions and source code in use,
-and a correct checksum: a defense against stale and damaged files, not against someone who may
-write to the user's own cache.
+Results are kept in memory and in small files in ``$XDG_CACHE_HOME/fedlora/accounting``, which all
+processes share. A file is used only if its inputs, library versions and source code are those in
+use and its checksum is right. This guards against stale and damaged files, not against a person who
+may write to the user's cache.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Spent:
 
 
 class AccountantsDisagree(FedLoRAError):
-    """Independent accountants give values of ε, for the same steps, that cannot all be right."""
+    """Independent accountants gave values of ε for the same steps that cannot all be right."""
 
     def __init__(self, prv: float, pld: float, rdp: float) -> None:
         super().__init__(
@@ -54,12 +54,12 @@ class AccountantsDisagree(FedLoRAError):
         self.figures = prv, pld, rdp
 
     def __reduce__(self) -> tuple[type[AccountantsDisagree], tuple[float, float, float]]:
-        """Rebuild from the three figures, so that the error crosses processes."""
+        """Rebuild the error from its three figures, so that it can be sent between processes."""
         return type(self), self.figures
 
 
 def check_budget(epsilon: float, delta: float, batch_size: int, num_records: int) -> None:
-    """Refuse a budget that means nothing for a client of this size.
+    """Refuse a budget that has no meaning for a client with this number of records.
 
     Raises
     ------
@@ -95,8 +95,8 @@ def calibrate(epsilon: float, delta: float, sample_rate: float, steps: int) -> f
     Returns
     -------
     float
-        σ, in units of the clipping norm: about 0.1 % above the smallest, never below it. Then
-        ``epsilon_spent([Segment(σ, q, steps)], δ).epsilon`` is at most `epsilon`.
+        σ, in units of the clip norm: about 0.1 % above the smallest sufficient value, never below
+        it. With this σ, ``epsilon_spent([Segment(σ, q, steps)], δ).epsilon`` is at most `epsilon`.
 
     Raises
     ------
@@ -127,12 +127,12 @@ def calibrate(epsilon: float, delta: float, sample_rate: float, steps: int) -> f
 def epsilon_spent(history: Sequence[Segment], delta: float, accountant: str = "prv") -> Spent:
     """Bound the ε that a history of private steps has spent.
 
-    Cheap enough to call every round: the grid of a history is kept while its steps grow.
+    It is fast enough for a call per round, because a growing history mostly keeps its grid.
 
     Parameters
     ----------
     history : Sequence[Segment]
-        Steps in the order in which they ran. Neighbors with the same σ and q count as one.
+        Steps in the order in which they ran. Adjacent segments with the same σ and q are joined.
     delta : float
         δ, between 0 and 1.
     accountant : str (default: "prv")
@@ -141,13 +141,13 @@ def epsilon_spent(history: Sequence[Segment], delta: float, accountant: str = "p
     Returns
     -------
     Spent
-        ε = 0 without steps, infinite if any step had σ = 0. Where PRV would take too much memory,
-        the ε of RDP, which is an upper bound as well, and its name.
+        ε and the accountant that gave it. ε is 0 without steps, and infinite if any step had σ = 0.
+        Where PRV would take too much memory, ε comes from RDP, which is an upper bound as well.
 
     Raises
     ------
     InvalidValue
-        If `delta` or `accountant` is not one of those.
+        If `delta` is out of range, or `accountant` is unknown.
 
     Examples
     --------
@@ -214,7 +214,8 @@ def _search(budget: float, delta: float, rate: float, steps: int) -> tuple[float
             break
         tried.append((math.log(sigma), math.log(max(epsilon, 1e-12))))
         sigma = _next_noise(tried, slope, math.log(budget * (1 - _TOLERANCE / 2)))
-        # ε jumps where the accountant changes its grid, and there secants may creep.
+        # ε jumps where the accountant changes its grid. Secants may get stuck there, so the bracket
+        # is then halved, or doubled while no safe σ is known.
         if not unsafe < sigma < safe or len(tried) > 8:
             sigma = math.sqrt(unsafe * safe) if safe < math.inf else 2 * unsafe
     if not accountant:
@@ -225,7 +226,7 @@ def _search(budget: float, delta: float, rate: float, steps: int) -> tuple[float
 
 
 def _rdp_noise(budget: float, delta: float, rate: float, steps: int) -> tuple[float, float]:
-    """Return a σ that RDP finds safe, at which PRV is cheap, and how log ε falls in log σ there."""
+    """Return a σ that RDP finds safe, where PRV is fast, and the slope of log ε in log σ there."""
 
     def bound(sigma: float) -> float:
         return rdp_epsilon([Segment(sigma, rate, steps)], delta, coarse=True)
@@ -249,18 +250,24 @@ def _next_noise(tried: Sequence[tuple[float, float]], slope: float, target: floa
 
 
 def _cross_check(segment: Segment, delta: float, prv: float) -> None:
-    """Compare the PRV figure with two libraries' independent ones."""
-    # What a mesh of this width adds to PLD is small against what is allowed below.
+    """Compare the ε of PRV with the ε of PLD and RDP.
+
+    Raises
+    ------
+    AccountantsDisagree
+        PLD is clearly above PRV, or RDP is clearly below it.
+    """
+    # A mesh of this width adds an error to PLD that is small against the tolerance below.
     pld = pld_epsilon([segment], delta, interval=max(1e-4, prv / 2000))
     rdp = rdp_epsilon([segment], delta)
-    # What PRV adds for its own error, which is not small against a small ε.
+    # PRV adds this much for its own error, which is not small where ε is small.
     slack = 0.01 if prv >= 1 else 0.001
     if pld > 1.02 * prv + slack or rdp < 0.99 * prv - slack:
         raise AccountantsDisagree(prv, pld, rdp)
 
 
 def _stored(inputs: list[object], compute: Callable[[], tuple[float, str]]) -> tuple[float, str]:
-    """Return a result from its file, or compute and file it. No trouble with files is an error."""
+    """Return a result from its file, or compute and store it. Problems with files raise nothing."""
     trouble = (OSError, RuntimeError, ValueError)  # No home, no file, no permission, not text.
     key = json.dumps([_stamp(), inputs])
     found = None
@@ -274,7 +281,7 @@ def _stored(inputs: list[object], compute: Callable[[], tuple[float, str]]) -> t
 
 
 def _load(content: bytes, key: str) -> tuple[float, str] | None:
-    """Read a file's result if the file is whole and answers exactly this question."""
+    """Return a file's result if the file is undamaged and has exactly this key."""
     match json.loads(content):
         case {"key": str(asked), "value": float(value), "accountant": str(name), "check": check}:
             whole = check == _digest(asked, value, name) and 0 <= value < math.inf
@@ -300,7 +307,7 @@ def _digest(*parts: object) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _stamp() -> list[str]:
-    """Identify the code that computes: any change to it leaves the old files unused."""
+    """Identify the code that computes. After any change to it, older files are not used."""
     files = (__file__, accountants.__file__, loss_grid.__file__)
     sources = [Path(name).read_bytes() for name in files]
     libraries = [version(name) for name in ("opacus", "dp-accounting", "numpy", "scipy")]

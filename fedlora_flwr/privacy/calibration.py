@@ -1,4 +1,4 @@
-"""One client's mechanism, from a run's budget and the number of its records."""
+"""One client's mechanism, from a run's budget and the client's number of records."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def calibrated_mechanism(
 ) -> Mechanism:
     """Work out one client's mechanism: σ from its own q and the planned number of steps.
 
-    Under a secure sum q is the run's, the same for all clients, and σ is that of the whole sum: it
-    is one mechanism on the union of all records.
+    Under a secure sum, all clients have the run's q, and σ is the noise of the whole sum: the sum
+    is one mechanism on the union of all clients' records.
 
     Parameters
     ----------
     config : RunConfig
-        Budget, ledger scope, clip norm, batch size and planned steps. All planned steps count,
-        also where a round takes only a share of the clients: which rounds a client joins is the
-        server's choice, and it may join all of them.
+        Budget, ledger scope, clip norm, batch size and planned steps. All planned steps count, even
+        if a round asks only some of the clients: the server chooses the rounds of a client, and may
+        choose all of them.
     num_records : int
         The client's number of records n.
     terms : Terms
@@ -34,10 +34,11 @@ def calibrated_mechanism(
     Raises
     ------
     InvalidValue
-        The client cannot keep the promise: δ >= 1/n, or more records per batch than it has.
+        The client cannot keep the promise: δ ≥ 1/n, the batch size is larger than n, or no noise is
+        enough for the budget.
     """
     if not config.private:
-        # Still clipped, so that noise alone separates a run from its private twin.
+        # Gradients are still clipped, so a run with and a run without privacy differ in noise only.
         batch_size = min(config.batch_size, num_records)
         return Mechanism(0.0, config.clip_norm, batch_size, num_records)
     common = config.sample_rate if config.secure_sum else None
@@ -55,6 +56,6 @@ def calibrated_mechanism(
         )
     else:
         sigma = calibrate(config.epsilon, config.delta, rate, steps)
-    # Less noise than the first run's would be refused, where that run has fixed it.
+    # Where the first run has fixed σ, the ledger would refuse a smaller one.
     sigma = max(sigma, terms.noise_multiplier)
     return Mechanism(sigma, config.clip_norm, expected, num_records, common)

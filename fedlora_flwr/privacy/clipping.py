@@ -1,8 +1,8 @@
 """Clip each record to norm 1, add noise of deviation σ, and only then multiply by the clip norm.
 
-In units of the clip norm, clipped sums and noise are numbers near 1. So no clip norm, however small
-or large, can round the noise to zero, or a record's share to infinity. What is multiplied after the
-noise is public, and what overflows there is a function of the noisy sum alone.
+In units of the clip norm, clipped sums and noise are numbers near 1. No clip norm, however small or
+large, can therefore round the noise to zero or a record's share to infinity. The factor that is
+applied after the noise is public, so an overflow at that point depends on the noisy sum alone.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from opacus.optimizers import DPOptimizer  # noqa: E402
 # Opacus installs a handler on the root logger when imported, which prints every line twice.
 logging.getLogger().handlers[:] = _handlers
 
-# Each coordinate of a clipped gradient is rounded, by half an epsilon of its type. Four epsilons
-# below 1 leave the norm at most 1 after it.
+# Rounding changes each coordinate of a clipped gradient by at most half a machine epsilon. A
+# gradient is cut to 1 minus four epsilons, so its norm is at most 1 after rounding.
 _SLACK = 4
-_COLUMNS = 1 << 14  # On a CPU, as many columns at once as fp64 copies of them stay in its cache.
+_COLUMNS = 1 << 14  # On a CPU: so few columns at once that their fp64 copies stay in its cache.
 
 
 class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
     """Opacus' optimizer with our noise source, and one row per record for all tensors together.
 
-    Opacus goes through the tensors one by one, several times; with a hundred adapters on a GPU that
-    is most of what a private step costs beyond an ordinary one.
+    Opacus loops over the tensors several times. With a hundred adapters on a GPU, these loops are
+    most of the extra time of a private step over an ordinary one.
 
     Attributes
     ----------
     summed : Tensor or None
-        Sum of the clipped gradients so far, in units of the clip norm, shape (D,), for all active
-        tensors in their order; fp32 at least.
+        Sum of the clipped gradients so far, in units of the clip norm, fp32 or wider. Shape (D,):
+        the coordinates of all active tensors, in the optimizer's order. None before the first.
     """
 
     def __init__(self, *args: object, source: NoiseSource, **kwargs: object) -> None:
@@ -47,20 +47,20 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
 
     @property
     def unit(self) -> float:
-        """What ``summed`` is to be multiplied by: C, or 1 where nothing is clipped."""
+        """The clip norm C as the unit of ``summed``; 1 where nothing is clipped."""
         return self.max_grad_norm if math.isfinite(self.max_grad_norm) else 1.0
 
     def clip_and_accumulate(self) -> None:
         """Clip each record's gradient and add it to the sum.
 
-        A record whose gradient has an entry that is not finite counts as zero, as a whole: its
-        share of the sum is at most 1 for any array of numbers, and it cannot ruin the release.
-        Without privacy such entries stay visible.
+        If any entry of a record's gradient is not finite, the whole gradient counts as zero. The
+        record's share of the sum then has norm 1 at most, and it cannot ruin the release. Without a
+        clip norm such entries stay in the sum.
         """
         rows = self.rows()
         if math.isfinite(self.max_grad_norm):
             factors = clip_factors(row_norms(rows), self.max_grad_norm, rows.dtype)
-            # The factor of such a record is 0, and 0 times infinity is not a number.
+            # The factor of a record with such an entry is 0, but 0 times infinity would be NaN.
             rows.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         else:
             factors = rows.new_ones(len(rows))
@@ -68,7 +68,7 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         self.summed = clipped if self.summed is None else self.summed + clipped
 
     def rows(self) -> Tensor:
-        """Return the gradients of the batch at hand, one row per record: (records, D)."""
+        """Return the gradients of the current pass, one row per record: (records, D)."""
         like = self.params[0]
         wide = torch.promote_types(like.dtype, torch.float32)
         parts = [p.grad_sample.flatten(1).to(like.device, wide) for p in self.params]
@@ -81,7 +81,13 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
             self.summed = self.summed + self.noise_multiplier * noise
 
     def scale_grad(self) -> None:
-        """Write the sum, times C and over the expected batch size, to each ``grad``."""
+        """Multiply the sum by C, divide it by the expected batch size, and write it to ``grad``.
+
+        Raises
+        ------
+        RuntimeError
+            No clipped gradients have been added up since the last step.
+        """
         if self.summed is None:
             raise RuntimeError("a step without a sum of clipped gradients")
         mean, self.summed = self.summed * self.unit / self.expected_batch_size, None
@@ -93,8 +99,9 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
 def row_norms(rows: Tensor) -> Tensor:
     """Return the L2 norm of each row, shape (n,), in fp64.
 
-    Squares of fp32 overflow above 1.8e19 and vanish below 1e-23, and an fp32 sum of half a million
-    squares is off by 6e-6. In fp64 the norm of any finite fp32 row is finite, and right to 1e-12.
+    In fp32, squares overflow for numbers above 1.8e19 and vanish for numbers below 1e-23, and a sum
+    of half a million squares is off by 6e-6. In fp64 the norm of any finite fp32 row is finite, and
+    its relative error is below 1e-12.
 
     Parameters
     ----------
@@ -111,7 +118,7 @@ def row_norms(rows: Tensor) -> Tensor:
 
 
 def clip_factors(norms: Tensor, clip_norm: float, kind: torch.dtype) -> Tensor:
-    """Return what each record is multiplied by, so that its norm is at most 1 after rounding.
+    """Return the factor for each record that makes its norm at most 1 after rounding.
 
     Parameters
     ----------
@@ -128,10 +135,11 @@ def clip_factors(norms: Tensor, clip_norm: float, kind: torch.dtype) -> Tensor:
         ``min(1/C, (1 - 4 eps)/norm)``, shape (n,); 0 for a record whose norm is not finite.
     """
     limits = torch.finfo(kind)
-    # No product can overflow: it is at most 1. The factor of a tiny record alone could.
+    # The factor of a record with a tiny norm could overflow, so it is limited. The product of
+    # factor and gradient cannot overflow, since its norm is at most 1.
     factors = ((1 - _SLACK * limits.eps) / norms).clamp(max=min(1 / clip_norm, limits.max))
     factors = torch.where(norms.isfinite(), factors, 0.0)
     rounded = factors.to(kind)
-    # A factor below 1e-38 has few digits left, and must not be rounded up.
+    # A factor below 1e-38 has few digits left, so rounding up could exceed the limit.
     lower = torch.nextafter(rounded, torch.zeros_like(rounded))
     return torch.where(rounded.to(factors) > factors, lower, rounded)

@@ -1,6 +1,7 @@
-"""The private step: Poisson sample, clip each record jointly, add noise, step the active factors.
+"""The private step: clip each sampled record over all active factors, add noise, move the factors.
 
-Opacus' ``DPOptimizer`` clips, noises and steps; `GradSampler` fills what it reads.
+`GradSampler` computes the gradients per record. `NoisyOptimizer`, a subclass of Opacus'
+``DPOptimizer``, clips them, adds noise and takes the step.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ LossFunction = Callable[[nn.Module, "Batch"], Tensor]
 
 
 class PrivateEngine:
-    """Runs private steps on one model; built once, used for every client and round.
+    """Runs private steps on one model; it is built once and used for every client and round.
 
     Parameters
     ----------
@@ -47,8 +48,9 @@ class PrivateEngine:
     losses : callable
         Maps (model, batch) to one loss per record, shape (n,).
     microbatch_size : int, optional
-        Largest number of records in one forward pass. Clipped sums add up, so it changes memory
-        only. Records that are padded to different widths never share a pass (see `passes`).
+        Largest number of records in one forward pass; by default the whole batch. It changes time
+        and memory only, because clipped sums of passes add up. Records that are padded to different
+        widths never share a pass (see `passes`).
 
     Raises
     ------
@@ -95,8 +97,8 @@ class PrivateEngine:
     ) -> None:
         """Begin a client's round with a fresh optimizer state.
 
-        A deployed client is a new process for every message, so state that outlived a round would
-        make simulations and deployments differ.
+        A deployed client starts a new process for every message. If state outlived a round,
+        simulations and deployments would differ.
 
         Parameters
         ----------
@@ -107,10 +109,10 @@ class PrivateEngine:
         noise : NoiseSource
             Where the noise comes from.
         gradient_filter : GradientFilter, optional
-            Post-processing of the privatized gradients, with fresh state.
+            Post-processing of the privatized gradients, with fresh state; by default none.
         exact : bool (default: False)
-            Whether passes over records of different lengths have shapes that do not tell how many
-            there are of each (see `PassPlan`): for arrays that a server may have chosen.
+            Whether the shapes of passes must not depend on how many records there are of each
+            length (see `PassPlan`). This is needed where a server may have chosen the arrays.
 
         Raises
         ------
@@ -147,29 +149,33 @@ class PrivateEngine:
         records : Records
             The client's private records.
         indices : Tensor
-            The records that joined the step, int64; empty is a step too: its update is noise.
+            Positions of the records that joined the step, int64, shape (n,). It may be empty; the
+            update of the step then is noise.
         active : Sequence[str]
             Names of the arrays that train.
 
         Raises
         ------
         PrivacyViolation
-            Rows cannot be told apart by record, or the step touched a frozen parameter or a
-            buffer.
+            Rows cannot be told apart by record, a record's gradient depends on other records, an
+            active array got no gradient or did not move, or the step wrote to a frozen parameter or
+            a buffer.
+        RuntimeError
+            `start_round` has not been called.
 
         Guarantees
         ----------
         *What holds.* The active arrays move by a function of one noisy sum: each record's gradient,
-        joint over all active arrays, is clipped to C, and noise of deviation σC is added once. The
-        step is taken for an empty batch, too. Frozen arrays and buffers do not move.
+        joint over all active arrays, is clipped to C, and noise of deviation σC is added once. An
+        empty batch is a step as well. Frozen arrays and buffers do not move.
         *Under which assumptions.* ``indices`` come from `poisson_batches`, and the loss of a record
         reads that record alone, which `verify` tests and cannot prove for every input.
-        *What does not hold.* Time and memory of a step follow the number and the length of records.
+        *What does not hold.* Time and memory of a step depend on the number and length of records.
         """
         with self._watched(records, active, moved=set(active)) as optimizer:
             for part in passes(records, indices, self._plan):
                 optimizer.signal_skip_step(not part.is_last)
-                # What fills a pass up has no loss, and so adds zero.
+                # Copies that fill a pass are left out of the loss, so they add zero to the sum.
                 self._fill(part.batch, part.rows, active, slice(len(part.indices)))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -186,7 +192,7 @@ class PrivateEngine:
         Parameters
         ----------
         records, indices, active
-            As for `step`; without ``indices`` the sum is zero.
+            As for `step`; the sum is zero if ``indices`` is empty.
         whole : callable
             Turns gradients by record, shape (n, D), over all active arrays together, into whole
             numbers of bounded norm (see `fedlora_flwr.secure_sum.rounding.rounded`).
@@ -199,7 +205,7 @@ class PrivateEngine:
         Raises
         ------
         PrivacyViolation
-            As of `step`.
+            As for `step`; here no array may move.
         """
         total = torch.zeros(())
         with self._watched(records, active, moved=set()) as optimizer:
@@ -208,7 +214,7 @@ class PrivateEngine:
                 # Whole numbers add up exactly in fp64.
                 total = total + whole(optimizer.rows()).sum(dim=0, dtype=torch.float64)
                 optimizer.zero_grad(set_to_none=True)
-        # As the optimizer has put their columns side by side.
+        # The optimizer's rows hold the arrays' columns in this order.
         named = [n for names in self._groups.values() for n in names if n in set(active)]
         shapes = {name: self.adapted.parameters[name].shape for name in named}
         sizes = [shape.numel() for shape in shapes.values()]
@@ -219,12 +225,12 @@ class PrivateEngine:
     def _watched(
         self, records: Records, active: Sequence[str], moved: set[str]
     ) -> Iterator[NoisyOptimizer]:
-        """Let ``active`` receive gradients, and check that nothing but ``moved`` has changed.
+        """Let ``active`` receive gradients, and check that exactly ``moved`` has changed.
 
         Raises
         ------
         PrivacyViolation
-            As of `step`.
+            As for `step`.
         """
         optimizer = self._optimizer
         if optimizer is None:
@@ -242,8 +248,8 @@ class PrivateEngine:
     def training(self) -> Iterator[None]:
         """Keep the model in training mode for a loop of steps, and leave it in evaluation mode.
 
-        A step on its own does so, too: each of the two changes takes milliseconds for a model of a
-        thousand modules.
+        Without this context each step changes the mode twice, which takes milliseconds for a model
+        of a thousand modules.
         """
         if self._training:
             yield
@@ -261,8 +267,8 @@ class PrivateEngine:
     ) -> dict[str, Tensor]:
         r"""Return each record's own gradient, unclipped and *not private*: for checks only.
 
-        Only the losses at the positions ``of`` count. For each active array, the result has shape
-        (records, \*shape of the array).
+        Only the losses of the records in the slice ``of`` of the batch count. For each active
+        array, the result has shape (records, \*shape of the array).
         """
         self._activate(active)
         self._fill_grad_samples(records, indices, active, of)
@@ -287,7 +293,7 @@ class PrivateEngine:
             self._train_mode()
 
     def _activate(self, active: Sequence[str]) -> None:
-        """Let exactly the ``active`` arrays receive gradients and be seen by the optimizer."""
+        """Let exactly the ``active`` arrays receive gradients, and give them to the optimizer."""
         chosen = set(active)
         for name, parameter in self.adapted.parameters.items():
             parameter.requires_grad_(name in chosen)
@@ -315,7 +321,7 @@ class PrivateEngine:
     ) -> None:
         parameters = self.adapted.parameters
         if count == 0:
-            # Models crash on empty batches; their gradient sum is known.
+            # Models crash on an empty batch. Its gradients have no rows, so no pass is needed.
             for name in active:
                 p = parameters[name]
                 p.grad_sample = p.new_zeros((0, *p.shape))  # type: ignore[attr-defined]
@@ -344,7 +350,13 @@ class PrivateEngine:
             norm.eval()
 
     def _batch_norms(self) -> Iterator[nn.Module]:
-        """Find the layers that would mix the records of a batch, or refuse one that keeps them."""
+        """Find the layers that mix the records of a batch in training mode.
+
+        Raises
+        ------
+        PrivacyViolation
+            An instance normalization keeps running statistics of records.
+        """
         for name, module in self.adapted.model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 yield module
@@ -357,7 +369,7 @@ class PrivateEngine:
         return {name: p._version for name, p in self._named}
 
     def _check_touched(self, before: dict[str, int], active: set[str]) -> None:
-        """Refuse a step that moved a frozen parameter or left an active one where it was."""
+        """Refuse a step that moved a frozen parameter or did not move an active one."""
         moving = {id(self.adapted.parameters[name]) for name in active}
         for name, parameter in self._named:
             moved = parameter._version != before[name]

@@ -1,10 +1,10 @@
 """Per-record gradients of LoRA factors and linear heads, computed inside the backward pass.
 
-Opacus' module hooks take the first axis for the record axis, which fails on windowed attention, and
-break when factors are frozen and thawed after wrapping. Here each adapted layer runs a function of
-its own whose backward sums over all rows of a record, however the model folded them into its batch
-axis, and writes the result to ``parameter.grad_sample``, where Opacus' optimizer reads it. The
-ordinary gradient of a factor is never formed.
+Opacus' module hooks assume that the first axis counts records. This fails on windowed attention.
+The hooks also break when factors are frozen and unfrozen after wrapping. Here each adapted layer
+runs its own autograd function. Its backward pass sums over all rows of a record, also where the
+model has folded other axes into the batch axis, and writes the result to ``parameter.grad_sample``,
+where Opacus' optimizer reads it. The ordinary gradient of a factor is never computed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from fedlora_flwr.lora.precision import full_precision
 class GradSampler:
     """Makes a model write per-record gradients of its active parameters.
 
-    Installed once; which parameters get a gradient follows their ``requires_grad`` at each forward
-    pass, so phases toggle freely.
+    It is installed once. At each forward pass, the parameters that require a gradient get one, so
+    the active factors may change between passes.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ class GradSampler:
     Attributes
     ----------
     num_records : int
-        Number of records in the batch at hand; set it before the forward pass.
+        Number of records in the current batch; set it before the forward pass.
     """
 
     def __init__(self, adapted: AdaptedModel) -> None:
@@ -47,7 +47,7 @@ class GradSampler:
             linear.module.forward = partial(_head_forward, self, linear)  # type: ignore[method-assign]
 
     def rows(self, tensor: Tensor, name: str) -> Tensor:
-        """Fold a layer's rows into (records, rows of a record, features).
+        """Reshape a layer's rows, shape (..., features), to (records, rows per record, features).
 
         Raises
         ------
@@ -79,7 +79,7 @@ def _adapted_forward(
 
 
 def _fuses(layer: AdaptedLinear, x: Tensor) -> bool:
-    """Tell whether the frozen layer is a plain product, of one type with the adapter's."""
+    """Tell whether the frozen layer is a plain product, with the same dtype as the adapter's."""
     base, dropout = layer.base, layer.dropout
     return (
         type(base) is nn.Linear
@@ -87,7 +87,7 @@ def _fuses(layer: AdaptedLinear, x: Tensor) -> bool:
         and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
         and (isinstance(dropout, nn.Identity) or not dropout.training)
         and x.dtype == base.weight.dtype == layer.A.dtype == layer.B.dtype
-        and x.device.type != "meta"  # Only shapes; torch knows no autocast for it.
+        and x.device.type != "meta"  # It has shapes only, and torch has no autocast for it.
         and not torch.is_autocast_enabled(x.device.type)
     )
 
@@ -101,7 +101,7 @@ def _head_forward(sampler: GradSampler, linear: HeadLinear, x: Tensor) -> Tensor
 
 
 class _LoRAUpdate(torch.autograd.Function):
-    """``s B (A x)``; keeps only what the active factors need for their gradient."""
+    """``s B (A x)``; keeps only the arrays that the active factors need for their gradient."""
 
     @staticmethod
     def forward(
@@ -123,7 +123,7 @@ class _LoRAUpdate(torch.autograd.Function):
 
 
 class _FusedLinear(torch.autograd.Function):
-    """``W x + b + s B (A x)``, its sums within products: no second array of the output's size."""
+    """``W x + b + s B (A x)``, added up in place, without a second array of the output's size."""
 
     @staticmethod
     def forward(
@@ -166,7 +166,10 @@ def _factors(
     needs: tuple[bool, bool],
     needs_hidden: bool,
 ) -> Tensor:
-    """Write the gradients by record of A and B where needed; return that of A x, if it is made."""
+    """Write the per-record gradients of A and B where needed, and return the gradient of A x.
+
+    Where the gradient of A x isn't needed, ``grad`` is returned and the caller ignores it.
+    """
     layer, sampler = ctx.layer, ctx.sampler
     needs_a, needs_b = needs
     if needs_b:
@@ -188,7 +191,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """``W x + b`` of a head that trains in full."""
+    """``W x + b`` of a head whose weight and bias train directly."""
 
     @staticmethod
     def forward(
@@ -218,6 +221,6 @@ class _Linear(torch.autograd.Function):
 
 
 def _add(parameter: nn.Parameter, grad_sample: Tensor) -> None:
-    """Add to what an earlier use of the same layer in this pass has written."""
+    """Add a gradient to those that earlier uses of the same layer in this pass have written."""
     held = getattr(parameter, "grad_sample", None)
     parameter.grad_sample = grad_sample if held is None else held + grad_sample  # type: ignore[attr-defined]

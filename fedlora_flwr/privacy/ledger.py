@@ -1,4 +1,4 @@
-"""The ledger: what a client's data have spent, on disk, written before anything is computed."""
+"""The ledger on disk of a client's private releases, each written before it is computed."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ from fedlora_flwr.wire import ROUND
 __all__ = ["LAPSE", "Account", "Ledger", "LedgerSummary", "Terms"]
 
 LAPSE = 86_400.0
-"""Seconds of silence after which a run loses what it has reserved: a day."""
+"""Seconds without a new row after which a run loses the steps it has reserved: one day."""
 
 _PATIENCE = 60.0
 _MAX_ROUND = 10**9
 Repeated: TypeAlias = tuple[Account, int, Segment, Segment, str]
-"""What `record` is asked for, with the digest of its inputs: a release that may come again."""
+"""A release that may be asked again: account, round, segment, plan and the inputs' digest."""
 
 
 class Ledger:
-    """A durable list of releases, and of what runs have reserved.
+    """A durable list of releases, and of the steps that runs have reserved.
 
     Parameters
     ----------
     path : Path
-        SQLite file; made with its folder if missing, with mode 600 and 700. Any number of processes
-        may share it.
+        SQLite file. If missing, it is made with mode 600 and its folder with mode 700. Any number
+        of processes may share it.
     lapse : float (default: one day)
-        Seconds of silence after which a run loses what it has reserved and not taken.
+        Seconds without a new row after which a run loses the steps it has reserved and not taken.
     witness : Path, optional
-        File that tells a whole ledger from one that lost rows; ``<path>.witness`` by default. In
-        another folder, it also notices that the ledger's folder was deleted.
+        File that shows whether the ledger has lost rows; ``<path>.witness`` by default. If it is in
+        another folder, it also shows that the ledger's folder was deleted.
     patience : float (default: 60)
-        Seconds to wait for another process that writes.
+        Seconds to wait while another process writes.
 
     Raises
     ------
     LedgerDamaged
-        The file or its witness is not what it was left as, or cannot be used. Every method raises
-        this too.
+        The file or its witness has been changed, replaced or lost, or cannot be used. Every method
+        raises this as well.
 
     Examples
     --------
@@ -83,7 +83,7 @@ class Ledger:
 
     @staticmethod
     def exists(path: Path, witness: Path | None = None) -> bool:
-        """Tell whether there is a ledger, or a witness that one was there."""
+        """Tell whether a ledger exists, or the witness of one that existed."""
         return path.exists() or (witness or witness_of(path)).exists()
 
     def summary(self, account: Account) -> LedgerSummary:
@@ -91,14 +91,16 @@ class Ledger:
         return summarize(account, self._read(account))
 
     def terms(self, account: Account) -> Terms:
-        """Return what earlier runs have fixed for the plan of the account's run."""
+        """Return what earlier runs on the client's data have fixed for the next plan."""
         return UNBOUND if account.scope == "run" else terms(account, self._read(account))
 
     def check(self, account: Account, planned: Segment) -> LedgerSummary:
-        """Return what the account will have spent after a planned run, writing nothing.
+        """Return what the account will have spent after a planned run; write nothing.
 
         Raises
         ------
+        InvalidValue
+            σ, q or the plan are not those that the run began with.
         BudgetExhausted
             The run would take the account past its budget.
         """
@@ -116,16 +118,16 @@ class Ledger:
         trust: str = LOCAL,
         inputs: str = "",
     ) -> LedgerSummary:
-        """Write a release. Call it before the first private batch is read.
+        """Write a release's row. Call it before the first private batch is read.
 
-        A release that fails or is lost afterwards still counts: a failure may depend on records,
-        and the server may have seen a lost reply. The first record of a run fixes σ and q and
-        reserves the planned steps.
+        A release that fails or is lost afterwards still counts: the failure may depend on records,
+        and the server may have received a reply that seems lost. The first row of a run fixes σ and
+        q and reserves the planned steps.
 
         Parameters
         ----------
         account : Account
-            Whose data they are.
+            The client's budget.
         server_round : int
             Round, from 0.
         segment : Segment
@@ -133,12 +135,12 @@ class Ledger:
         planned : Segment
             All private steps of the client's run, with the same σ and q.
         trust : str (default: "local")
-            Trust model of the release, for whoever reads the ledger. σ and q say what it spends,
-            whoever added the noise, so releases of all trust models add up.
+            Trust model of the release, as information for readers of the ledger. σ and q alone
+            decide what a release spends, so releases of all trust models add up.
         inputs : str (default: none)
-            Digest of all that decides the bits of the release, where these follow from a seed. A
-            row with the same inputs is not written twice; then `vouch` has to be called before
-            the release leaves (see `fedlora_flwr.privacy.repeats`).
+            Digest of the inputs that decide the bits of the release, where these follow from a
+            seed. A row with the same inputs is not written twice; `vouch` then has to be called
+            before the release leaves (see `fedlora_flwr.privacy.repeats`).
 
         Returns
         -------
@@ -156,9 +158,10 @@ class Ledger:
         ----------
         *What holds.* When this returns, the row is on the disk, and no later call in any process
         admits steps that take the account beyond its budget.
-        *Under which assumptions.* The file and its witness are not put back together to an older
-        state, and all releases of the data go through one ledger.
-        *What does not hold.* The ledger counts what it is told; it does not see the steps.
+        *Under which assumptions.* Nobody restores the file and its witness to the same older state,
+        and all releases of the data go through one ledger.
+        *What does not hold.* The ledger counts the steps that callers report, and cannot check that
+        no others are taken.
         """
         _check_request(server_round, segment, planned)
         repeated = (account, server_round, segment, planned, inputs)
@@ -176,14 +179,14 @@ class Ledger:
         inputs: str,
         outputs: str,
     ) -> LedgerSummary:
-        """Find the row that pays for a release's bits, or write one. Call it before they leave.
+        """Find the row that pays for a release's bits, or write one; call it before they leave.
 
         Parameters
         ----------
         account, server_round, segment, planned, trust, inputs
-            Those of `record`, which has been called with them.
+            The arguments with which `record` has been called before.
         outputs : str
-            Digest of the bits.
+            Digest of the release's bits.
 
         Returns
         -------
@@ -193,7 +196,8 @@ class Ledger:
         Raises
         ------
         BudgetExhausted
-            Other bits have left under each row with these inputs, and the budget allows no more.
+            Each row with these inputs already pays for other bits, and the budget allows no new
+            row.
         """
         repeated = (account, server_round, segment, planned, inputs)
         while True:
@@ -219,8 +223,8 @@ class Ledger:
         while True:
             with self._file.glancing() as db:
                 tallies = _tallies(db, account)
-            # ε takes up to seconds, so it is worked out without the lock and kept only if no other
-            # process has written to the account meanwhile.
+            # To work out ε may take seconds, so no lock is held. The result is used only if no
+            # other process has written to the account meanwhile.
             summary, order = admit(account, tallies, planned, segment.steps, self.lapse)
             values = (
                 account.client,
@@ -246,7 +250,7 @@ class Ledger:
             return _repeats(db, *repeated)
 
     def _as_of(self, row: int, account: Account, planned: Segment, steps: int) -> LedgerSummary:
-        """Return what `record` did when it wrote a row."""
+        """Return the summary that `record` returned when it wrote this row."""
         with self._file.reading() as db:
             tallies = _tallies(db, account, row)
         return counted(account, tallies, planned, steps)[0]
@@ -266,7 +270,7 @@ def _check_request(server_round: int, segment: Segment, planned: Segment) -> Non
 
 
 def _repeats(db: sqlite3.Connection, *repeated: *Repeated) -> dict[int, str]:
-    """Return rows of the same release and inputs, each with the digest of the bits it pays for."""
+    """Return the rows of a release: each row's id, with the digest of the bits it pays for."""
     account, server_round, segment, _, inputs = repeated
     found = db.execute(
         "SELECT id, outputs FROM releases WHERE client = ? AND run = ? AND round = ? "
@@ -285,7 +289,7 @@ def _repeats(db: sqlite3.Connection, *repeated: *Repeated) -> dict[int, str]:
 
 
 def _tallies(db: sqlite3.Connection, account: Account, before: int | None = None) -> list[Tally]:
-    """Return the account's rows, up to one, summed by run and mechanism, oldest first."""
+    """Return the account's rows, or those before one, summed by run and mechanism, oldest first."""
     values: list[str | int] = [account.client]
     where = "client = ?"
     if before is not None:
@@ -310,5 +314,5 @@ def _silent(last: str, now: datetime) -> float:
 
 
 def _same(now: list[Tally], before: list[Tally]) -> bool:
-    """Tell whether nothing was written to an account meanwhile."""
+    """Tell whether an account has no new rows since it was read before."""
     return [(t.run, t.mechanism) for t in now] == [(t.run, t.mechanism) for t in before]

@@ -1,24 +1,24 @@
-"""The ledger's file: rows that are durable once written, and whose loss or change is noticed.
+"""The ledger's file: a written row survives a power cut, and a lost or changed row is noticed.
 
 Each row holds a SHA-256 over the digest of the row before it and its own content, so an edited,
 inserted or missing row breaks the chain. A witness beside the file (`fedlora_flwr.privacy.witness`)
-holds the number of rows and the last digest, so a ledger that was cut off, put back from a copy,
-replaced, emptied or deleted doesn't pass for a whole one.
+holds the number of rows and the last digest. It reveals a ledger that was cut off, restored from a
+copy, replaced, emptied or deleted.
 
-Order of writes. A row is committed and synced, then the witness is, then the caller is told. The
-witness is therefore never ahead of the file, and a kill between the two leaves it behind by rows
-that nobody was told of: the next opening accepts them, since they continue the chain, and advances
-the witness. To make a ledger, the witness is written first, with 0 rows, then the file is put in
-its place complete. A kill between leaves a witness of 0 rows without a file, where nothing is lost.
+Order of writes. First a row is committed and synced, then the witness, and only then the call
+returns. The witness is therefore never ahead of the file. After a kill between the two writes, the
+file has a row that the witness does not count and no caller knows of. The next opening accepts it,
+since it continues the chain, and advances the witness. To make a ledger, the witness is written
+first, with 0 rows; then the complete file is put in place. A kill between leaves only the witness.
 
-What can't be noticed: file and witness both put back from copies of the same time, both deleted, or
+What can't be noticed: file and witness both restored from copies of the same time, both deleted, or
 both rewritten by somebody who knows this format. This guards against accidents and careless hands,
-not against the device's own administrator. A witness in another folder, on another disk, or where
-backups don't reach makes such accidents rarer.
+not against the device's own administrator. Such accidents are rarer if the witness is in another
+folder, on another disk, or outside the backups.
 
-A process checks the whole chain once, when it first opens a file, and after that only rows that it
-has not seen. A ledger of an earlier version has no chain. The first opening adds it, in one
-transaction, over the rows as they are found.
+A process checks the whole chain once, when it first opens a file; later it checks new rows only.
+A ledger of an earlier version has no chain. The first opening adds the chain over the rows that it
+finds, in one transaction.
 """
 
 from __future__ import annotations
@@ -68,18 +68,18 @@ _CHAINED = (
 )
 _FIRST_CHAINED = (*_EARLIER, "planned", "rdp_order", "digest")
 _LATER = {"trust": LOCAL, "inputs": "", "outputs": ""}
-"""Columns that came after the chain, and what they hold in rows that are older."""
+"""Columns that are newer than the chain, and their values in older rows."""
 _SELECT = f"SELECT id, digest, {', '.join(_COLUMNS)} FROM releases"  # noqa: S608
 _INSERT = (
     f"INSERT INTO releases (digest, {', '.join(_COLUMNS)}) "  # noqa: S608
     f"VALUES ({', '.join('?' * (len(_COLUMNS) + 1))})"
 )
 _COPIES = "put back the newest copies of it and of its witness, or count its data's budget as spent"
-_KEPT = 8  # files that a thread has open at most
+_KEPT = 8  # A thread has at most so many files open.
 
 
 class _Connections(threading.local):
-    """Connections of one thread, the one used last at the end."""
+    """Connections of one thread; the one used most recently is the last."""
 
     def __init__(self) -> None:
         self.kept: dict[Any, sqlite3.Connection] = {}
@@ -108,7 +108,7 @@ class LedgerFile:
     Raises
     ------
     LedgerDamaged
-        The file or its witness is not what it was left as, or cannot be used.
+        The file or its witness has been changed, replaced or lost, or cannot be used.
     """
 
     def __init__(self, path: Path, witness: Path | None, patience: float) -> None:
@@ -123,29 +123,29 @@ class LedgerFile:
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """Give the rows as they are at one moment, checked."""
+        """Check the rows, and give a consistent snapshot of them."""
         with self._named(), self._connection() as (db, key):
             db.execute("BEGIN")
             seen = self.witness.read()
             head = self._check(db, key, seen)
             yield db
             db.execute("ROLLBACK")
-            # Not before: a writer that holds the witness waits for readers.
+            # Only after the rollback: a writer that holds the witness's lock waits for readers.
             if seen is None or seen.rows < head.rows:
                 with self.witness.locked() as witness:
                     witness.advance(head)
 
     @contextmanager
     def glancing(self) -> Iterator[sqlite3.Connection]:
-        """Give the rows unchecked, for what is checked again in `writing`."""
+        """Give the rows unchecked; the caller has to compare them with those in `writing`."""
         with self._named(), self._connection() as (db, _):
             yield db
 
     @contextmanager
     def writing(self) -> Iterator[Writer]:
-        """Give the rows, checked, while no other process can write.
+        """Check the rows, and give them while no other process can write.
 
-        A row that is appended is durable, and in the witness, when this returns.
+        When the context ends, an appended row is durable and the witness counts it.
         """
         with self._named(), self._connection() as (db, key):
             db.execute("BEGIN IMMEDIATE")
@@ -158,7 +158,7 @@ class LedgerFile:
                     _checked[key] = writer.head
 
     def _check(self, db: sqlite3.Connection, key: Key, seen: Head | None) -> Head:
-        """Check the chain from where this process has seen it, and against the witness."""
+        """Check the rows that this process has not checked yet, and compare with the witness."""
         known = _checked.get(key)
         if known is None:
             self._check_pages(db)
@@ -171,7 +171,7 @@ class LedgerFile:
         return head
 
     def _follow(self, db: sqlite3.Connection, head: Head, seen: Head | None) -> Head:
-        """Follow the chain to its end, past the row that the witness has seen."""
+        """Check the chain up to its last row; it has to contain the row that the witness names."""
         if seen is not None and seen.ledger != head.ledger:
             raise self._damaged("it is another ledger than its witness knows", _COPIES)
         ledger, count, digest = head.ledger, head.rows, head.digest
@@ -190,7 +190,7 @@ class LedgerFile:
         return Head(ledger, count, digest)
 
     def _check_pages(self, db: sqlite3.Connection) -> None:
-        """Check what the chain doesn't cover: pages, and the index that sums are read by."""
+        """Check what the chain doesn't cover: the pages, and the index that queries use."""
         (found,) = db.execute("PRAGMA integrity_check(1)").fetchone()
         if found != "ok":
             raise self._damaged("its pages are damaged", _COPIES)
@@ -206,7 +206,7 @@ class LedgerFile:
             key = self._key()
         while len(kept) >= _KEPT:
             kept.pop(next(iter(kept))).close()
-        # Last in, as the one used last.
+        # Inserted last, as the one used most recently.
         kept[key] = db
         try:
             yield db, key
@@ -215,8 +215,8 @@ class LedgerFile:
                 db.rollback()
 
     def _key(self) -> Key:
-        """Name the file as it is now; empty where there is none."""
-        # A connection is of no use after a fork, or to a file that has taken the place of its own.
+        """Identify the file as it is now; empty if it is missing."""
+        # A connection must not be used after a fork, or after another file has replaced its file.
         try:
             at = self.path.stat()
         except FileNotFoundError:
@@ -230,7 +230,7 @@ class LedgerFile:
             raise self._damaged("it is not a file", "name another place, or move it away")
         if not self.path.stat().st_size:
             raise self._damaged("it is empty", _COPIES)
-        with contextlib.suppress(OSError):  # It may be another user's.
+        with contextlib.suppress(OSError):  # Another user may own the file.
             self.path.chmod(0o600)
         db = _connect(self.path, self.patience)
         (version,) = db.execute("PRAGMA user_version").fetchone()
@@ -252,7 +252,7 @@ class LedgerFile:
                 raise self._damaged(text, _COPIES)
             head = Head.empty(seen.ledger if seen else uuid.uuid4().hex)
             witness.advance(head)
-            # The journal of a file that was deleted must not be taken for the new one's.
+            # The journal of a deleted file must not be applied to the new file.
             self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)
             with replacing(self.path) as draft:
                 os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
@@ -266,9 +266,9 @@ class LedgerFile:
             sync_folder(self.witness.path.parent)
 
     def _migrate(self, db: sqlite3.Connection) -> None:
-        """Add what a ledger of an earlier version lacks: the chain, or columns after it."""
+        """Add the chain or the newer columns to a ledger of an earlier version."""
         with self.witness.locked() as witness:
-            # Asked without SQLite's lock, whose holder may be waiting for the witness.
+            # Read without SQLite's lock: a process that holds it may be waiting for the witness.
             if db.execute("PRAGMA user_version").fetchone() == (_VERSION,):
                 return
             db.execute("BEGIN IMMEDIATE")
@@ -284,7 +284,7 @@ class LedgerFile:
             head = _chain(db, Head.empty(seen.ledger if seen else uuid.uuid4().hex))
             if head is None:
                 raise self._damaged("rows that were in it are gone", _COPIES)
-            # A kill right here leaves a witness of the very chain that the next opening makes.
+            # A kill before the commit leaves a witness of the same chain as the next opening makes.
             if seen is not None and seen != head:
                 text = f"its witness {self.witness.path} knows it with a chain of digests"
                 raise self._damaged(text, _COPIES)
@@ -296,7 +296,7 @@ class LedgerFile:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Turn every error of SQLite and of the file system into one that names the file."""
+        """Turn errors of SQLite and of the file system into a `LedgerDamaged` with the path."""
         try:
             yield
         except sqlite3.OperationalError as error:
@@ -312,14 +312,14 @@ class LedgerFile:
 
 @dataclass
 class Writer:
-    """Rows of a file that nobody else can write to.
+    """Writes to a file that no other process can write to.
 
     Parameters
     ----------
     db : sqlite3.Connection
-        In a transaction.
+        A connection in a transaction.
     head : Head
-        Where the rows end.
+        Number and digest of the last row.
     """
 
     db: sqlite3.Connection
@@ -328,7 +328,7 @@ class Writer:
     settled: bool = False
 
     def settle(self, row: int, outputs: str) -> None:
-        """Note which bits a row pays for; the chain does not cover that."""
+        """Note which bits a row pays for; the chain does not cover this column."""
         self.db.execute("UPDATE releases SET outputs = ? WHERE id = ?", (outputs, row))
         self.settled = True
 
@@ -345,15 +345,15 @@ class Writer:
 
 
 def witness_of(path: Path) -> Path:
-    """Return where a ledger's witness is unless something else is said."""
+    """Return the default path of a ledger's witness."""
     return path.with_name(f"{path.name}.witness")
 
 
 def chained(digest: str, values: Values | list[Any]) -> str:
     """Return the digest of a row that follows one with ``digest``.
 
-    A row without inputs has the digest that it had before rows had them, and one of the local trust
-    model that of a time before rows named one.
+    Empty inputs, and then the local trust model, are left out. Rows that were written before these
+    columns were added therefore keep their digests.
     """
     for later in ("", LOCAL):
         if values[-1] != later:
@@ -363,7 +363,7 @@ def chained(digest: str, values: Values | list[Any]) -> str:
 
 
 def _chain(db: sqlite3.Connection, head: Head) -> Head | None:
-    """Add the chain to the rows that there are; None if their numbers have gaps."""
+    """Add the chain to the existing rows; return None if their numbers have gaps."""
     for statement in (*_CHAINED, _INDEX):
         db.execute(statement)
     _add_columns(db)
@@ -390,10 +390,10 @@ def _columns(db: sqlite3.Connection) -> tuple[str, ...]:
 
 def _connect(path: Path, patience: float) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=patience, isolation_level=None)
-    # A row must survive a power cut right after the reply has left. SQLite's default removes its
-    # journal without a sync of the folder: were the journal back after the cut, the row would be
-    # undone. One that stays is emptied and synced. A write-ahead log would need a sync less, but
-    # rows would lie beside the file, and no network folder could hold it.
+    # A row must survive a power cut right after the reply has left. SQLite's default deletes its
+    # journal without a sync of the folder; if the journal reappeared after the cut, the row would
+    # be undone. A persistent journal is emptied and synced instead. A write-ahead log would save
+    # one sync, but would keep rows in a second file and would not work on network folders.
     db.execute("PRAGMA journal_mode = PERSIST")
     db.execute("PRAGMA synchronous = FULL")
     return db

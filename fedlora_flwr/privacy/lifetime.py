@@ -1,8 +1,8 @@
 """A budget over all of a client's runs, where each run's settings may depend on earlier results.
 
-The composed PRV of a history is a bound for settings that were fixed before the first release. A
-server that reads run 1 and then chooses (σ, q, steps) of run 2 can stay below a bound on every
-path and exceed it on average. A budget for that case needs a privacy filter.
+The composed PRV of a history is a bound only if the settings were fixed before the first release. A
+server that reads run 1 and then chooses (σ, q, steps) of run 2 can keep the composed ε below a
+bound in every outcome, while the true ε exceeds it. A budget for that case needs a privacy filter.
 
 The filter here keeps one Rényi order α for each client. α follows from public figures alone: the
 budget (ε, δ) and the (σ, q) of the client's first run, which is planned before any release. It is
@@ -10,24 +10,24 @@ stored in the ledger and never changes. A run is admitted only while
 
     Σ steps · ρ_α(σ, q)  ≤  B_α(ε, δ)
 
-over everything taken, everything that other runs have reserved, and the run's own plan. ρ_α is the
-Rényi divergence of one Poisson-subsampled Gaussian step, B_α the divergence that the conversion
-turns into ε.
+where the sum is over all steps taken, all steps that other runs have reserved, and the run's own
+plan. ρ_α is the Rényi divergence of one Poisson-subsampled Gaussian step. B_α is the divergence
+that the conversion turns into ε at δ.
 
 Why this is valid (arXiv 2008.11193, theorem 4.3; 2103.01379; 2203.05481). Let L_t be the privacy
-loss of all releases up to step t, under the records' true distribution P against Q, the one with a
-record's gradients replaced by zero. The settings of step t are a function of earlier releases, so
-exp((α-1)·(L_t - Σ_{s≤t} ρ_s)) is a supermartingale that starts at 1. The sum of the ρ never passes
-B_α on any path, hence E_P[exp((α-1)·L)] ≤ exp((α-1)·B_α): the whole transcript is (α, B_α)-RDP, and
-so (ε, δ)-DP. The same holds with P and Q exchanged, because ρ_α bounds both directions (arXiv
-1908.10530, theorem 5). The argument needs one order: the best order after the fact depends on
-releases.
+loss of all releases up to step t: of their distribution P with the record against their
+distribution Q with the record's gradients replaced by zero. The settings of step t are a function
+of earlier releases, so exp((α-1)·(L_t - Σ_{s≤t} ρ_s)) is a supermartingale that starts at 1. The
+sum of the ρ never exceeds B_α on any path, hence E_P[exp((α-1)·L)] ≤ exp((α-1)·B_α): the whole
+transcript is (α, B_α)-RDP, and therefore (ε, δ)-DP. The same holds with P and Q exchanged, because
+ρ_α bounds both directions (arXiv 1908.10530, theorem 5). The order must be chosen in advance,
+because the order that turns out to be best depends on releases.
 
 Why not another filter. Gaussian-DP filters (arXiv 2210.17520, 2209.15596) are exact for q = 1. For
-q < 1, a step's loss has the tail of an unsampled one, so the smallest valid μ is 1/σ and nothing is
-gained by sampling. Several orders with δ/m each cost 1 to 4 % more noise per run than one order
-that fits the first run. The order that is best for plain Gaussian noise follows from (ε, δ) alone,
-but it needs up to 40 % more noise than the fitted one at small q.
+q < 1, a step's loss has the same tail as without sampling, so the smallest valid μ is 1/σ and
+sampling gains nothing. A filter with m orders, each at δ/m, needs 1 to 4 % more noise per run than
+one order that fits the first run. The order that is best for plain Gaussian noise follows from
+(ε, δ) alone, but at small q it needs up to 40 % more noise than the fitted one.
 
 Where all runs of a client have settings that the first run's plan bounds, no filter is needed: see
 `fedlora_flwr.privacy.account`.
@@ -55,7 +55,7 @@ _TOLERANCE = 1e-3
 
 
 def allowance(epsilon: float, delta: float, order: float) -> float:
-    """Return B_α: the largest Rényi divergence of an order that still gives (ε, δ)-DP.
+    """Return B_α: the largest Rényi divergence of order α that still gives (ε, δ)-DP.
 
     Parameters
     ----------
@@ -77,13 +77,13 @@ def allowance(epsilon: float, delta: float, order: float) -> float:
 
 
 def filtered_epsilon(divergence: float, delta: float, order: float, *, floor: float = 0.0) -> float:
-    """Return the ε that a Rényi divergence of an order gives at δ, at least ``floor``."""
+    """Return the ε that a Rényi divergence of order α gives at δ; at least ``floor``."""
     gain = math.log1p(-1 / order) - (math.log(delta) + math.log(order)) / (order - 1)
     return max(floor, divergence + gain)
 
 
 def run_divergence(segment: Segment, order: float) -> float:
-    """Return the Rényi divergence of all steps of a stretch; infinite without noise."""
+    """Return the Rényi divergence of order α of a segment's steps; infinite without noise."""
     if not segment.steps:
         return 0.0
     return segment.steps * step_divergence(segment.noise_multiplier, segment.sample_rate, order)
@@ -97,7 +97,7 @@ def choose_order(epsilon: float, delta: float, first: Segment) -> float:
     epsilon, delta : float
         The budget; ε is finite.
     first : Segment
-        What the first run planned, before any release. Its number of steps doesn't matter.
+        σ and q that the first run planned, before any release. Its number of steps doesn't matter.
 
     Raises
     ------
@@ -113,7 +113,7 @@ def _choose_order(epsilon: float, delta: float, sigma: float, rate: float) -> fl
     if not useful:
         allowed = f"a budget that a filter of order up to {_ORDERS[-1]:g} can meet"
         raise InvalidValue("epsilon", epsilon, allowed)
-    # Without noise every order admits nothing, and the first useful one is as good as another.
+    # Without noise no order admits any step, so any useful order will do.
     return max(useful, key=lambda a: allowance(epsilon, delta, a) / step_divergence(sigma, rate, a))
 
 
@@ -139,8 +139,8 @@ def calibrate_run(
     run_epsilon : float
         The ε that this run alone may spend, by PRV. Above 0 and at most ``epsilon``.
     order : float, optional
-        The order of the client's filter, if a first run has fixed it. By default the one that this
-        run would fix.
+        The order of the client's filter, if an earlier run has fixed it. By default the order that
+        this run would fix.
 
     Returns
     -------

@@ -22,9 +22,15 @@ Direction = Literal["add", "remove"]
 
 @functools.lru_cache(maxsize=16)
 def step_loss(sigma: float, rate: float, points: int, mesh: float, direction: Direction) -> Any:
-    """Put one step's privacy loss on a grid."""
+    """Return the distribution of one step's privacy loss on a grid, as Opacus' ``DiscretePRV``.
+
+    Raises
+    ------
+    RuntimeError
+        The grid is too small or too coarse for the loss.
+    """
     prv, _ = opacus_analysis()
-    # Opacus' composition relies on zero being at this index.
+    # Opacus' composition needs the loss 0 at this index.
     zero = points // 2 - 1
     domain = prv.Domain(-zero * mesh, (points - 1 - zero) * mesh, points)
     loss = _AdditionPRV if direction == "add" else prv.PoissonSubsampledGaussianPRV
@@ -32,7 +38,8 @@ def step_loss(sigma: float, rate: float, points: int, mesh: float, direction: Di
     with np.errstate(divide="ignore", over="ignore"):  # q = 1 takes the logarithm of 0.
         below = np.asarray(loss(rate, sigma).cdf(edges.clip(domain.t_min, domain.t_max)))
     mass = np.diff(below) / (below[-1] - below[0])
-    # Remark 5.6: the grid's mean is made that of the loss, or its error would grow with the steps.
+    # Remark 5.6 of arXiv 2106.02848: the grid is shifted so that its mean is the mean of the loss.
+    # Without the shift the error would grow with the number of steps.
     shift = mean_loss(sigma, rate, direction) - float(domain.ts @ mass)
     if abs(shift) >= mesh / 2:
         raise RuntimeError("The grid does not hold the privacy loss.")
@@ -43,8 +50,8 @@ def mean_loss(sigma: float, rate: float, direction: Direction) -> float:
     """Return the mean of one step's privacy loss: a Kullback-Leibler divergence of M and N.
 
     The trapezoidal rule is exact here up to rounding, because its step is small against σ and
-    against πσ², how far the logarithm's branch points lie from the real line. Where σ is below
-    about 0.04 no grid holds the loss, so this is not asked; it would take many points.
+    against πσ², the distance of the logarithm's branch points from the real line. Callers need no σ
+    below about 0.04, because no grid holds the loss there; the rule would need many points.
     """
     step = min(sigma / 4, sigma**2 / 2)
     x = np.arange(-10 * sigma, 1 + 10 * sigma, step)

@@ -1,4 +1,4 @@
-"""Randomness of the forward pass, of dropout masks above all, from all bits of a client's seed."""
+"""Random numbers of the forward pass, mainly dropout masks, from all bits of a client's seed."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ _WORDS = 624
 
 @contextmanager
 def own_randomness(seed: int) -> Iterator[None]:
-    """Let torch draw what follows from all bits of a seed, and give its generators back after.
+    """Seed torch's generators from all bits of a seed, and restore their states afterwards.
 
-    Dropout masks are drawn by torch. ``torch.manual_seed`` reads 32 bits of its seed on a CPU: few
-    enough to try all masks on a release. Here the seed fills the whole state of the CPU's generator
-    (19,968 bits), and key and offset of each CUDA device's (125 bits, all that it has).
+    Torch draws the dropout masks. On a CPU, ``torch.manual_seed`` uses only 32 bits of its seed, so
+    an attacker could try the masks of all seeds on a release. Here the seed fills the whole state
+    of the CPU's generator (19,968 bits), and key and offset of each CUDA device's generator (125
+    bits, its whole state).
 
     Parameters
     ----------
     seed : int
-        At least 0. For private records it must be secret, as of `stream_seed` with ``None``.
+        At least 0. For private records it must be secret, as `stream_seed` makes it from ``None``.
     """
     with torch.random.fork_rng():
-        # Other accelerators follow 64 bits of it.
+        # Generators of other accelerators get 63 bits of the seed.
         torch.manual_seed(seed % 2**63)
         torch.set_rng_state(_twister_state(seed))
         if torch.cuda.is_available():
@@ -44,6 +45,6 @@ def _twister_state(seed: int) -> torch.Tensor:
 
 def _philox_state(seed: int, device: int) -> torch.Tensor:
     key, offset = np.random.SeedSequence([seed, device]).generate_state(2, np.uint64)
-    # An offset is a multiple of 4 and counts up from here.
+    # Torch needs an offset that is a multiple of 4, and counts up from it.
     words = np.array([key, np.uint64(4) * (offset >> np.uint64(3))], dtype=np.uint64)
     return torch.from_numpy(words.view(np.uint8).copy())

@@ -1,4 +1,4 @@
-"""The Poisson-subsampled Gaussian mechanism of one client: its numbers, and who joins a step."""
+"""The Poisson-subsampled Gaussian mechanism of one client, and the records that join each step."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fedlora_flwr.errors import InvalidValue
 
-# Clipped sums are numbers near 1, in fp32. Noise far below is rounded away, and noise far above
-# rounds the records away.
+# Clipped sums are fp32 numbers near 1. Much smaller noise would be lost to rounding, and under much
+# larger noise the records would be lost to rounding.
 SMALLEST, LARGEST = 1e-3, 1e6
 
 
@@ -24,18 +24,18 @@ class Mechanism:
     Parameters
     ----------
     noise_multiplier : float
-        σ: the noise's standard deviation over the clip norm, 0.001 to 1e6. 0 adds no noise.
+        σ: the noise's standard deviation divided by the clip norm, 0.001 to 1e6; 0 adds no noise.
     clip_norm : float
         C: largest L2 norm of a record's gradient over all tensors that train together. Infinity
         leaves gradients as they are.
     batch_size : float
-        Expected batch size b, which the noisy sum is divided by. Below 1 under a secure sum, where
-        q is given, and b = q·n follows from it.
+        Expected batch size b, by which the noisy sum is divided; above 0. It may be below 1 under a
+        secure sum, where q is given and b = q·n follows from it.
     num_records : int
         n: each record joins a step with probability ``sample_rate``.
     rate : float, optional
-        q, where it is given first and b = q·n follows; by default b/n. Given, it is the same number
-        for all clients to the last bit.
+        q, where b = q·n follows from it; by default q is b/n. A given q is the same number for all
+        clients, to the last bit.
 
     Raises
     ------
@@ -48,8 +48,8 @@ class Mechanism:
     and q = b/n, for one record whose gradient is replaced by zero (zero-out adjacency).
     *Under which assumptions.* Each record joins each step by a draw of its own (`poisson_batches`),
     each record's gradient has norm C at most, and the noise is drawn fresh for each step.
-    *What does not hold.* Nothing is promised for n itself, which q, b and σ tell, nor for several
-    records of one person.
+    *What does not hold.* There is no promise for n itself, which q, b and σ reveal, or for several
+    records of one person together.
 
     Examples
     --------
@@ -88,12 +88,12 @@ class Mechanism:
         if self.noise_multiplier == 0:
             return 0.0
         deviation = self.noise_multiplier * self.clip_norm / self.batch_size
-        # A power of Python floats raises an error where a product is infinite.
+        # Not ``deviation ** 2``: on overflow it raises an error, while a product is infinite.
         return deviation * deviation
 
 
 def poisson_batches(mechanism: Mechanism, num_steps: int, seed: int) -> Iterator[Tensor]:
-    """Draw the records of each step: every record joins with probability b/n, on its own.
+    """Draw the records of each step: every record joins with probability q, independently.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ def poisson_batches(mechanism: Mechanism, num_steps: int, seed: int) -> Iterator
     Yields
     ------
     Tensor
-        Positions of the records that joined, int64; possibly none.
+        Positions of the records that joined, int64, shape (k,); k may be 0.
     """
     # NumPy's generator for the reason given in `SeededNoise`.
     generator = np.random.default_rng(seed)

@@ -1,14 +1,13 @@
 """A batch in several forward passes, formed so that no record decides how another is padded.
 
-At extreme weights padding is not without effect: a score may outweigh the mask that is added to it.
-So the padded form of a record must be a function of this record alone. It is padded to a width that
-follows from its own length, and joins a pass of records of the same width only. What one record
-holds then changes nothing in the forward pass of another of the same shape, to the last bit.
+With extreme weights padding has an effect: a score may outweigh the mask that is added to it.
+The padded form of a record must therefore depend on this record alone. It is padded to a width that
+follows from its own length, and shares a pass with records of the same width only. Its content then
+changes nothing, not even the last bit, in the forward pass of another record of the same shape.
 
-The last bits of a product do depend on how many rows it has, and a server may choose weights that
-make last bits decide. Against that there are exact passes: those of one width all have the same
-number of records, filled up with copies, so that shapes do not tell how many records of a width
-there are.
+The last bits of a product do depend on its number of rows, and a server may choose weights that
+amplify last bits. Exact passes prevent this: all passes of one width have the same number of
+records, filled up with copies, so that shapes do not reveal how many records have this width.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from fedlora_flwr.data.records import lengths_of
 if TYPE_CHECKING:
     from fedlora_flwr.data.records import Batch, Records
 
-# What one more forward and backward pass costs, in tokens. An accelerator waits for launches until
-# it has thousands of tokens to work on.
+# The cost of one more forward and backward pass, in tokens: the number of tokens that would take as
+# long. On an accelerator, launches dominate the time of a pass of fewer than thousands of tokens.
 PASS_COST = {"cpu": 64}
 PASS_COST_ELSEWHERE = 4096
 
@@ -44,13 +43,13 @@ class Pass(NamedTuple):
     Parameters
     ----------
     indices : Tensor
-        Its records, int64, shape (n,).
+        Positions of its records, int64, shape (n,).
     rows : int
-        Records in ``batch``, at least n: copies of the first fill it up, after all others.
+        Number of records in ``batch``, at least n. After the n records come copies of the first.
     batch : Batch
-        The tensors.
+        The tensors of all rows.
     is_last : bool
-        Whether the step has no further pass.
+        Whether this is the last pass of the step.
     """
 
     indices: Tensor
@@ -61,20 +60,20 @@ class Pass(NamedTuple):
 
 @dataclass(frozen=True)
 class PassPlan:
-    """How batches are cut; public numbers only.
+    """How batches are cut into passes. All of these values are public.
 
     Parameters
     ----------
     batch_size : int
         Expected batch size b.
     largest : int, optional
-        Most records in a pass.
+        Largest number of records in a pass; by default no limit.
     device : str
         Type of the device that computes, e.g. ``"cpu"``.
     exact : bool
-        Fill passes of one width up to one number of records. Where all records have one shape
-        nothing is filled, since then the number of records that joined is all that shapes tell, and
-        that is drawn without looking at any record.
+        Whether all passes of one width are filled up to the same number of records. Where all
+        records have one shape, nothing is filled: shapes then reveal only how many records joined,
+        and this number is drawn independently of the records.
     """
 
     batch_size: int
@@ -84,11 +83,11 @@ class PassPlan:
 
     @property
     def step(self) -> int:
-        """Tokens between two widths."""
+        """Smallest difference of two widths, in tokens."""
         return width_step(self.batch_size, self._cost)
 
     def rows(self, width: int) -> int:
-        """Return how many records an exact pass of a width has."""
+        """Return the number of records in an exact pass of a width."""
         tokens = self._cost * max(2.0, math.sqrt(self.batch_size) / 4)
         return max(1, min(round(tokens / width), self.batch_size, self.largest or self.batch_size))
 
@@ -98,15 +97,15 @@ class PassPlan:
 
 
 def passes(records: Records, indices: Tensor, plan: PassPlan) -> Iterator[Pass]:
-    """Cut a batch into forward passes whose records have one shape each on their own account.
+    """Cut a batch into forward passes; each record's shape there depends on this record alone.
 
     Parameters
     ----------
     records : Records
-        The records. Those with ``alike = True`` have tensors of the same shape for each record.
-        Those with ``lengths`` and ``pads = True`` have a method ``padded(indices, width)``, which
-        pads to at least the width, or to ``limit`` if that is less. All others are asked for one
-        by one, and put together by the shapes that they have alone: slower, and as safe.
+        The records. With ``alike = True``, all records have tensors of the same shape. With
+        ``lengths`` and ``pads = True``, they have a method ``padded(indices, width)``, which pads
+        to at least the width, or to ``limit`` if that is less. All other records are read one by
+        one and grouped by the shapes that they have alone, which is slower but just as safe.
     indices : Tensor
         The batch, int64, shape (n,); n may be 0.
     plan : PassPlan
@@ -115,8 +114,8 @@ def passes(records: Records, indices: Tensor, plan: PassPlan) -> Iterator[Pass]:
     Yields
     ------
     Pass
-        Together they hold each index once; there is one pass of none, without tensors, for an
-        empty batch.
+        Together the passes hold each index once. For an empty batch there is one pass without
+        records and tensors.
     """
     held: tuple[Tensor, int, Batch] | None = None
     for made in _passes(records, indices, plan) if len(indices) else ():
@@ -151,26 +150,26 @@ def _passes(
 def microbatches(
     keys: NDArray[np.int64] | None, count: int, largest: int | None = None
 ) -> list[Tensor]:
-    """Put records of one key together.
+    """Group the records of a batch by key, and cut large groups.
 
-    Clipped gradients of records add up, so cuts and order change nothing but time, memory and the
-    last bits.
+    Clipped gradients of records add up, so cuts and order change only time, memory and the last
+    bits of the sum.
 
     Parameters
     ----------
     keys : NDArray[np.int64], optional
-        One number for each record, shape (count,); without them, all are alike and keep their
-        order.
+        One number for each record, shape (count,). Without keys, all records form one group and
+        keep their order.
     count : int
-        Records in the batch; may be 0.
+        Number of records in the batch; may be 0.
     largest : int, optional
-        Most records in a part.
+        Largest number of records in a part; by default no limit.
 
     Returns
     -------
     list[Tensor]
-        Positions in the batch, int64: parts of one key each, by ascending key, that together hold
-        each position once. One empty part for an empty batch.
+        Positions in the batch, int64. Each part has one key; parts are in ascending order of keys
+        and together hold each position once. An empty batch gives one empty part.
     """
     if keys is None or count == 0:
         return list(torch.split(torch.arange(count), largest or max(count, 1)))
@@ -181,10 +180,10 @@ def microbatches(
 
 
 def width_step(batch_size: int, pass_cost: int) -> int:
-    """Return how far widths are apart: few passes for small batches, little padding for large ones.
+    """Return the smallest difference of two widths, in tokens: the larger, the smaller the batch.
 
-    A step of g has half of it in padding for each record, and a pass for each g tokens of range.
-    So the best g goes with the root of the cost of a pass over the batch size.
+    With a difference of g, each record gets g/2 tokens of padding on average, and there is one pass
+    per g tokens of range. The best g is therefore proportional to sqrt(pass cost / batch size).
     """
     return min(max(round(8 * math.sqrt(pass_cost / batch_size)), _NARROWEST), _WIDEST)
 
@@ -192,25 +191,27 @@ def width_step(batch_size: int, pass_cost: int) -> int:
 def widths_of(
     lengths: NDArray[np.int64], step: int, limit: int | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the width that each record is padded to, and what may share a pass.
+    """Return the width that each record is padded to, and a key: equal keys may share a pass.
 
-    Both are functions of a record's own length and public numbers. A width has room for one token
-    of padding at least: transformers leaves out the mask of a batch that has none, and computes it
-    in another way. Records that fill ``limit`` have no padding, and so have passes of their own.
+    Both are functions of a record's own length and public numbers. A width is longer than the
+    record by at least one token: for a batch without padding, transformers drops the mask and
+    computes in another way. Records that fill ``limit`` have no padding, so they share passes only
+    with each other.
 
     Parameters
     ----------
     lengths : NDArray[np.int64]
         Tokens of each record, shape (n,).
     step : int
-        See `width_step`.
+        Smallest difference of two widths, in tokens (see `width_step`).
     limit : int, optional
-        Most tokens that the model reads.
+        Largest number of tokens that the model reads.
 
     Returns
     -------
     tuple[NDArray[np.int64], NDArray[np.int64]]
-        Widths, and keys that differ where records must not share a pass, each of shape (n,).
+        Widths in tokens, and keys that differ where records must not share a pass, each of shape
+        (n,).
     """
     known = _widths(step)
     widths = known[np.searchsorted(known, lengths, side="right")]
@@ -229,7 +230,7 @@ def _widths(step: int) -> NDArray[np.int64]:
 def _by_shape(
     records: Records, indices: Tensor, *, alone: bool
 ) -> Iterator[tuple[Tensor, int, Batch]]:
-    """Collate each record alone, and put together those of one shape, or none."""
+    """Collate each record alone; group those of one shape, or with ``alone`` group none."""
     found: dict[object, list[tuple[Tensor, Batch]]] = {}
     for index in torch.split(indices, 1):
         batch = records.batch(index)

@@ -19,14 +19,15 @@ class NoiseSource(Protocol):
 
 
 class SeededNoise:
-    """Noise from NumPy's generator, on the CPU so that devices agree.
+    """Noise from NumPy's generator, drawn on the CPU so that it is the same for every device.
 
-    Not from PyTorch's, which reads 32 bits of its seed: few enough to try them all on a release.
+    PyTorch's generator uses only 32 bits of its seed, and an attacker could try all of these on a
+    release.
 
     Parameters
     ----------
     seed : int
-        Seed; for a private release it must come from the operating system.
+        Seed; for a private release it must come from the operating system's random generator.
 
     Examples
     --------
@@ -47,9 +48,9 @@ class SeededNoise:
 class SecureNoise:
     """Noise from the operating system's cryptographic generator.
 
-    Box-Muller in fp64 on 53-bit uniforms; each value is the sum of four draws over two, which
-    hides the grid of floating-point numbers that a single draw exposes (arXiv 2107.10138,
-    section 5.1).
+    Each draw is a Box-Muller transform in fp64 of 53-bit uniform numbers. Each value is the sum of
+    four draws, divided by two. This hides the grid of floating-point numbers that a single draw
+    would expose (arXiv 2107.10138, section 5.1).
 
     Examples
     --------

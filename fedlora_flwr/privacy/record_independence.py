@@ -1,4 +1,4 @@
-"""Whether a model treats each record on its own, as clipping record by record needs."""
+"""A check that a model treats each record on its own, as clipping record by record needs."""
 
 from __future__ import annotations
 
@@ -18,37 +18,38 @@ from fedlora_flwr.privacy.stand_ins import stand_ins
 
 Gradients: TypeAlias = Callable[[Records, Tensor, Sequence[str], slice], dict[str, Tensor]]
 
-_LOOK_AT = 64  # records at most, in search of two that have a gradient
-_BATCH = 4  # records in a pass whose others are exchanged
+_LOOK_AT = 64  # At most so many records are tried to find two with a gradient.
+_BATCH = 4  # Records in a pass in which all but one are exchanged.
 _SEED = 20240229
 
 
 def check_apart(
     adapted: AdaptedModel, gradients: Gradients, train: Callable[[], None], records: Records
 ) -> bool:
-    """Check, in the mode that trains, that a model treats each record on its own.
+    """Check, in training mode, that a model treats each record on its own.
 
     A model that mixes records (a layer with time as its first axis, normalization over the batch,
     a router with a capacity, pictures that are blended) would give wrong per-record gradients
-    without an error. Three things are looked at:
+    without an error. This function checks three properties:
 
-    - with dropout at rest, a record has the gradient in a batch that it has alone, and its loss has
-      none in another's rows;
-    - with dropout and with the same random numbers, a record keeps its gradient when all other
-      records of its batch are exchanged: for others, for copies of itself, for extreme ones;
-    - no buffer has changed after all that, and the same pass gives the same gradients again.
+    - Without dropout, a record has the same gradient in a batch as alone, and its loss gives no
+      gradient to the rows of other records.
+    - With dropout and the same random numbers, a record keeps its gradient when all other records
+      of its batch are exchanged for other records, for copies of itself or for extreme records.
+    - Afterwards no buffer has changed, and the same pass gives the same gradients again.
 
-    Records are drawn at random, so the outcome tells nothing about private ones. Private records
-    are looked at only where those have no gradient, or do not fit the task.
+    The records are drawn at random, so the outcome reveals nothing about private ones. Private
+    records are used only where random records have no gradient or do not fit the task; then the
+    second property is not checked.
 
     Parameters
     ----------
     adapted : AdaptedModel
-        The model; it is in eval mode after.
+        The model; afterwards it is in eval mode.
     gradients : callable
-        As `PrivateEngine.gradients_by_record`.
+        `PrivateEngine.gradients_by_record`, or a function with the same arguments.
     train : callable
-        Puts the model in the mode that trains.
+        Puts the model in training mode.
     records : Records
         The client's private records.
 
@@ -60,7 +61,7 @@ def check_apart(
     Raises
     ------
     PrivacyViolation
-        A record's gradient depends on others, or the model keeps something of them.
+        A record's gradient depends on other records, or the model keeps information about records.
     """
     names = list(adapted.parameters)
     buffers = buffers_of(adapted.model)
@@ -87,12 +88,12 @@ def check_apart(
 def _drawn_telling(
     gradients: Gradients, records: Records, names: Sequence[str]
 ) -> dict[int, dict[str, Tensor]] | None:
-    """Return as `_telling` for records drawn at random, or nothing where those do not serve."""
+    """Return `_telling` of records drawn at random, or None where these cannot be used."""
     try:
         found = _telling(gradients, stand_ins(records, _LOOK_AT, _SEED), names)
     except PrivacyViolation:
         raise
-    except Exception:  # A task of the user's own may have fields that 0 and 1 mean nothing in.
+    except Exception:  # In a field of a user's own task, 0 and 1 may be invalid values.
         return None
     return found if len(found) == 2 else None
 
@@ -100,7 +101,7 @@ def _drawn_telling(
 def _telling(
     gradients: Gradients, records: Records, names: Sequence[str]
 ) -> dict[int, dict[str, Tensor]]:
-    """Return the first two records with a gradient, and it; fewer where none is found soon."""
+    """Return the gradients of the first two records that have one, by position, or of fewer."""
     telling: dict[int, dict[str, Tensor]] = {}
     for i in range(min(len(records), _LOOK_AT)):
         with RandomnessAtRest(), same_randomness(_SEED):
@@ -126,20 +127,21 @@ def _check_alone(
     records: Records,
     telling: dict[int, dict[str, Tensor]],
 ) -> None:
-    """Compare two records' gradients alone with those in a batch of the two."""
+    """Compare the gradients of two records, each alone, with their gradients in one batch."""
     names = list(adapted.parameters)
     if not _at_rest(gradients, records, telling, names):
-        # Some kernel draws random numbers that cannot be held; without dropout it does not.
+        # A kernel draws random numbers that cannot be replaced. In eval mode it draws none.
         adapted.model.eval()
         telling = {i: _alone(gradients, records, i, names) for i in telling}
-    # Twice each, since a shuffle of two leaves both in their place half of the time.
+    # The batch holds each record twice, since a shuffle of only two records leaves both in place
+    # half of the time.
     batch = torch.tensor(list(telling) * 2)
     for i, alone in enumerate(telling.values()):
         with RandomnessAtRest(), same_randomness(_SEED + i):
             found = gradients(records, batch, names, slice(i, i + 1))
         norms = {name: alone[name].norm() for name in names}
-        # Where an array's gradient is zero, as a query's is for a text of one token, only rounding
-        # is seen.
+        # An array's gradient may be zero, as a query's is for a text of one token. Its entries are
+        # then rounding errors, which this tolerance covers.
         rounding = 1e-3 * torch.stack(list(norms.values())).norm() + 1e-12
         for name in names:
             own, others = _finite(found[name][i]), found[name][torch.arange(len(batch)) != i]
@@ -155,14 +157,14 @@ def _at_rest(
     telling: dict[int, dict[str, Tensor]],
     names: Sequence[str],
 ) -> bool:
-    """Tell whether a record alone has one gradient for every seed."""
+    """Tell whether a record alone has the same gradient for another seed."""
     first, alone = next(iter(telling.items()))
     with RandomnessAtRest(), same_randomness(_SEED + 1):
         return _first_gap(_alone(gradients, records, first, names), alone) is None
 
 
 def _check_exchanged(gradients: Gradients, records: Records, names: Sequence[str]) -> None:
-    """Exchange all records of a batch but one, which must not notice."""
+    """Exchange all records of a batch but one, and check that this one keeps its gradient."""
     everything = torch.arange(_BATCH)
 
     def pass_of(batch: Batch) -> dict[str, Tensor]:
@@ -196,7 +198,7 @@ def _check_exchanged(gradients: Gradients, records: Records, names: Sequence[str
 
 
 def _first_gap(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str | None:
-    """Return the first array whose gradient differs by more than the order of sums explains."""
+    """Return the first array whose gradient differs by more than rounding errors, or None."""
     norms = {name: expected[name].norm() for name in expected}
     rounding = 1e-4 * torch.stack(list(norms.values())).norm() + 1e-12
     for name, before in expected.items():
@@ -207,7 +209,7 @@ def _first_gap(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str | N
 
 @contextmanager
 def _off_the_start(adapted: AdaptedModel) -> Iterator[None]:
-    """Move all arrays a little: where B is zero, so is the gradient of A, and shows nothing."""
+    """Move all arrays a little: where B is zero, the gradient of A is always zero as well."""
     start = {name: p.detach().clone() for name, p in adapted.parameters.items()}
     generator = torch.Generator().manual_seed(0)
     try:
@@ -234,7 +236,7 @@ def buffers_of(model: nn.Module) -> list[Place]:
 
 
 def states_of(buffers: Sequence[Place]) -> dict[str, tuple[Tensor, int]]:
-    """Return each buffer with its version, which every write raises."""
+    """Return each buffer with its version, a number that every write increases."""
     found = {}
     for place, module, name in buffers:
         tensor = module._buffers[name]
@@ -244,12 +246,12 @@ def states_of(buffers: Sequence[Place]) -> dict[str, tuple[Tensor, int]]:
 
 
 def check_buffers(buffers: Sequence[Place], before: dict[str, tuple[Tensor, int]]) -> None:
-    """Refuse a model whose buffers are others than before, or were written to.
+    """Refuse a model whose buffers have been replaced or written to.
 
     Raises
     ------
     PrivacyViolation
-        Names the buffer.
+        A buffer has changed. The message names it.
     """
     for place, module, name in buffers:
         tensor, (held, version) = module._buffers.get(name), before.get(place, (None, 0))

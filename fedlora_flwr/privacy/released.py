@@ -1,4 +1,4 @@
-"""The one type that carries everything that leaves a client."""
+"""The type that holds everything that a client sends after a round."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class Released:
     weight : float
         Aggregation weight: 1, or the public quantity that ``weighting`` names.
     status : str
-        ``"ok"``, or ``"budget-exhausted"``: then there are no arrays.
+        ``"ok"``, or ``"budget-exhausted"``. In the latter case there are no arrays.
     num_examples : int
-        Number of records where that is the weight, otherwise 1; 0 where nothing trained.
+        Number of records where that is the weight, otherwise 1; 0 where the client did not train.
     unprotected : Mapping[str, float]
         Metrics on private records *without* protection; empty unless the run asks for them.
     shares : Mapping[str, ndarray]
-        Under a secure sum, in place of arrays: uint32. Each has one share of the noise, and only
-        their sum over all clients is private.
+        uint32 arrays that replace ``arrays`` under a secure sum. Each client adds a share of the
+        noise, and only the sum over all clients is private.
 
     Guarantees
     ----------
@@ -62,7 +62,7 @@ class Released:
     shares: Mapping[str, Residues] = field(default_factory=dict)
 
     def report(self) -> Report:
-        """Return what travels, held to the limits of the contract.
+        """Return the report that is sent, checked against the limits of the contract.
 
         Raises
         ------
@@ -82,6 +82,6 @@ class Released:
             peak_memory_mb=float(self.peak_memory_mb),
             weight=float(self.weight),
             num_examples=self.num_examples,
-            # A loss that is not finite says nothing, and must not cost the round.
+            # A loss that is not finite tells nothing. It is left out, so that the round succeeds.
             unprotected={n: float(v) for n, v in self.unprotected.items() if math.isfinite(v)},
         ).checked()

@@ -1,30 +1,31 @@
-"""A round that is asked again: when it is one release, and when it is another.
+"""A round that a server asks for again: when it is the same release, and when it is a new one.
 
-A server that was killed in a round asks for that round again. Where noise is fresh, the answer is
-another release: it is always another row. With ``reproducible = true``, batches, dropout and noise
-follow from the run's seed, the client and the round. Then the same question has the same answer,
-bit for bit, and who has read it before learns nothing from it. Such a round is one row.
+A server that was killed in a round asks for that round again. Where noise is fresh, the answer is a
+new release and always gets a new row in the ledger. With ``reproducible = true``, batches, dropout
+and noise follow from the run's seed, the client and the round. The same request then has the same
+answer, bit for bit, and a server that has it already learns nothing from it. Such a round has one
+row.
 
 The rule. A row holds a digest of the *inputs*: the run's identity, the round, the order, the arrays
-to start from (what stays with the client among them), σ, q, C, and the configuration. Before a
-release leaves, the ledger finds a row of the same inputs that has vouched for the same *outputs*,
-a digest of all arrays that the private steps made. If there is none, it takes a row of the same
-inputs that has vouched for nothing yet, and notes the outputs there. If there is none either, it
-writes another row. If the budget does not allow that, nothing leaves.
+to start from (including those that stay with the client), σ, q, C, and the configuration. It also
+has a place for a digest of the *outputs*: all arrays that the private steps made. Before a release
+leaves, the ledger looks for a row with the same inputs and the same outputs. If there is none, it
+takes a row with the same inputs and no outputs yet, and notes the outputs there. If there is none
+either, it writes a new row. If the budget does not allow a new row, nothing leaves.
 
-Why nothing is counted too seldom. Who attacks is the server. It may ask for any round, any number
+Why no release is left uncounted. The attacker is the server. It may ask for any round, any number
 of times, with any arrays, also at the same time. Other arrays, another plan or another round are
-other inputs, hence another row. With the same inputs, at most one string of bits has left under
-each row. Other records on the disk, another machine or another version of a library may make a
-difference; the outputs show it. So there are at least as many rows as different answers, and an
-answer that comes twice is post-processing of itself. Digests are of SHA-256. The inputs need not be
-complete: what they leave out shows in the outputs.
+other inputs and need another row. With the same inputs, at most one string of bits leaves under
+each row. If other records on the disk, another machine or another version of a library change the
+bits, the outputs differ. There are therefore at least as many rows as different answers, and a
+repeated answer is post-processing of the first one. The digests are SHA-256. The inputs need not be
+complete, because an effect of anything else shows in the outputs.
 
-What does not hold. With the same seed for other inputs, noise repeats and may cancel between two
-answers. Rows are then counted as if it were fresh. This is so for every use of ``reproducible``,
-which is for simulations: a device's file that sets it is told that the promise does not hold
-against a server. Whether an attempt failed, and how long it took, is not covered by ε here or
-elsewhere.
+What does not hold. If other inputs have the same seed, the noise repeats and may cancel between two
+answers, but rows are counted as if the noise were fresh. This is true of every use of
+``reproducible``, which is meant for simulations. If a device's file sets it, the device's owner is
+warned that the promise does not hold against a server. Whether an attempt failed, and how long it
+took, is not covered by ε, here or elsewhere.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.wire.order import Order
 
 _ELSEWHERE = ("num-rounds", "run-dir", "state-dir", "resume", "start", "eval-every", "min-clients")
-"""Keys that decide nothing in a round, apart from its learning rates."""
+"""Keys that change nothing in a round but the learning rates, which `inputs_of` adds itself."""
 
 
 def inputs_of(
@@ -52,20 +53,20 @@ def inputs_of(
     arrays: Mapping[str, NDArray[np.floating]],
     mechanism: Mechanism,
 ) -> str:
-    """Return the digest of what decides a round's release; empty where fresh noise does.
+    """Return the digest of the inputs that decide a round's release; empty where noise is fresh.
 
     Parameters
     ----------
     config : RunConfig
-        The run, as it is on this client.
+        The run's configuration on this client.
     run : str
         Identity of the run.
     order : Order
-        The round's order. Without a round's number nothing is a repetition.
+        The round's order. If its round is 0, the result is empty, and the release is always new.
     arrays : Mapping[str, ndarray]
-        All arrays to start from.
+        All arrays that the round starts from.
     mechanism : Mechanism
-        Of the round.
+        The round's mechanism.
     """
     if not config.reproducible or not order.server_round:
         return ""
@@ -77,7 +78,7 @@ def inputs_of(
 
 
 def digest_of(arrays: Mapping[str, NDArray[np.generic]]) -> str:
-    """Return a digest of named arrays: their names, types, shapes and bits."""
+    """Return a SHA-256 digest of the arrays' names, types, shapes and bits."""
     found = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         found.update(json.dumps([name, array.dtype.str, array.shape]).encode())

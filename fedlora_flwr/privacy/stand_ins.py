@@ -1,4 +1,4 @@
-"""Records drawn at random in the form of a task's, to look at a model without private values."""
+"""Random records in the form of a task's records, to check a model without private values."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from torch import Tensor
 
 from fedlora_flwr.data.records import Batch, Records, TensorRecords
 
-_WIDTH = 8  # Tokens, where records differ in their number.
+_WIDTH = 8  # Tokens per record, where the client's records differ in length.
 _EXTREME = 1e3
 
 
 def stand_ins(records: Records, count: int, seed: int, *, extreme: bool = False) -> TensorRecords:
     """Draw records of the same fields, types and shapes as a client's.
 
-    Numbers are normal, pictures of bytes uniform, and whole numbers 0 or 1, which any vocabulary
-    and any number of classes has. Masks leave the last token out, so that there is padding.
+    Floating-point numbers are normal, and pictures of bytes are uniform. Whole numbers are 0 or 1,
+    which are valid for any vocabulary and any number of classes. Masks leave out the last token, so
+    that the records have padding.
 
     Parameters
     ----------
     records : Records
-        The client's records. Only names, types and shapes are read, of an empty batch where the
-        records have one, else of the first record.
+        The client's records. Only names, types and shapes are read: those of an empty batch if the
+        records can make one, otherwise those of the first record.
     count : int
-        Records to draw.
+        Number of records to draw.
     seed : int
         Public seed of the draws.
     extreme : bool (default: False)
-        Make numbers a thousand times as large, and whole numbers all alike.
+        Whether floating-point numbers are a thousand times as large and whole numbers are all 1.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn: dict[str, Tensor] = {}
@@ -52,5 +53,5 @@ def stand_ins(records: Records, count: int, seed: int, *, extreme: bool = False)
 def _form(records: Records) -> Batch:
     try:
         return records.batch(torch.empty(0, dtype=torch.int64))
-    except Exception:  # Collate functions of users' own need not know empty batches.
+    except Exception:  # A user's own collate function may fail on an empty batch.
         return records.batch(torch.zeros(1, dtype=torch.int64))

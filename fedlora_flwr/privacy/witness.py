@@ -1,9 +1,9 @@
-"""A ledger's witness: a small file that says how many rows the ledger has and how they end.
+"""A ledger's witness: a small file with the ledger's number of rows and its last digest.
 
-Without it, a ledger that was cut off at a row, put back from a copy, or deleted looks like a whole
-one. The file has two slots of 512 bytes. A write goes to the slot that doesn't hold the newest
-state, in place, and is synced: after a kill or a power cut one slot is always whole. The file is
-also what processes lock while they make a ledger or advance its witness.
+Without it, a ledger that was cut off after some row, restored from a copy, or deleted would look
+complete. The file has two slots of 512 bytes. A write replaces the slot with the older state, in
+place, and is synced, so one slot is always complete after a kill or a power cut. Processes also
+lock this file while they make a ledger or advance its witness.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _SLOT = 512
 
 @dataclass(frozen=True)
 class Head:
-    """Where a ledger ends.
+    """A ledger's identity, number of rows and last digest.
 
     Parameters
     ----------
     ledger : str
-        Identity of the ledger, drawn when it is made.
+        Identity of the ledger, drawn at random when the ledger is made.
     rows : int
         Number of rows.
     digest : str
@@ -48,12 +48,12 @@ class Head:
 
 @dataclass(frozen=True)
 class Witness:
-    """The file.
+    """The witness's file.
 
     Parameters
     ----------
     path : Path
-        Where it is, in an existing folder.
+        The file, in an existing folder.
     patience : float (default: 60)
         Seconds to wait for another process that has locked it.
     """
@@ -62,12 +62,12 @@ class Witness:
     patience: float = 60.0
 
     def read(self) -> Head | None:
-        """Return the newest state; None where there is no file, or none that was made whole.
+        """Return the newest state; None if the file is missing or was never completed.
 
         Raises
         ------
         LedgerDamaged
-            Neither slot is whole.
+            Both slots are damaged.
         """
         try:
             return self._slots(self.path.read_bytes())[0]
@@ -76,12 +76,12 @@ class Witness:
 
     @contextmanager
     def locked(self) -> Iterator[HeldWitness]:
-        """Hold the file for this thread alone; it is made if missing.
+        """Lock the file for this thread alone; it is made if missing.
 
         Raises
         ------
         LedgerDamaged
-            Neither slot is whole, or another process does not let go of the file.
+            Both slots are damaged, or another process has kept the lock for ``patience`` seconds.
         """
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -105,9 +105,9 @@ class Witness:
                 time.sleep(0.001)
 
     def _slots(self, content: bytes) -> tuple[Head | None, int]:
-        """Return the newest state, and the place of the slot that doesn't hold it."""
+        """Return the newest state, and the offset in bytes of the other slot."""
         first, second = _unpack(content[:_SLOT]), _unpack(content[_SLOT:])
-        # A kill or a power cut while the file is made may leave a part of it, or zeros.
+        # A kill or a power cut while the file is made may leave a shorter file, or only zeros.
         made = len(content) >= 2 * _SLOT and content.strip(b"\0")
         if made and not first and not second:
             raise LedgerDamaged(
@@ -126,11 +126,11 @@ class HeldWitness:
     Parameters
     ----------
     descriptor : int
-        Of the open file.
+        Descriptor of the open file.
     newest : Head or None
-        What the file says.
+        The newest state in the file.
     at : int
-        Where the next state is written.
+        Offset in bytes at which the next state is written.
     """
 
     descriptor: int
@@ -146,7 +146,7 @@ class HeldWitness:
             os.ftruncate(self.descriptor, 2 * _SLOT)
             os.fsync(self.descriptor)
         else:
-            # The file keeps its size, so there is nothing but content to sync.
+            # The file keeps its size, so only its content has to be synced.
             os.fdatasync(self.descriptor)
 
 

@@ -1,14 +1,14 @@
-"""The words that server and client exchange beside arrays."""
+"""The words that server and client exchange in addition to arrays."""
 
 ROUND = "server-round"
 PLAN = "plan"
 WEIGHTING = "weighting"
 FINGERPRINT = "fingerprint"
-# The factor that is exchanged ("A"), where the rest of what trains stays with the client.
+# The factors that are exchanged (e.g. "A"), if other arrays that train stay with the client.
 SHARE = "share"
-# What Flower's FedProx asks of a client: how strongly the global arrays pull.
+# μ of FedProx's proximal term, by which the global arrays attract a client's arrays.
 PROXIMAL = "proximal-mu"
-# The run that the server continues, where it is not the one that Flower knows.
+# Identity of the run that the server continues, if it differs from the run that Flower knows.
 CONTINUES = "continues"
 NAMES = "array-names"
 CLIENT = "client"
@@ -16,20 +16,21 @@ STATUS = "status"
 STATUS_OK = "ok"
 STATUS_EXHAUSTED = "budget-exhausted"
 WEIGHTINGS = ("uniform", "size", "inverse-noise")
-# The largest magnitude in a message's arrays. Trained factors and heads stay below a hundred, and
-# products of entries up to here stay far from the largest number in fp32.
+# The largest magnitude in a message's arrays. Trained factors and heads stay below 100, and
+# products of entries up to this limit stay far below the largest fp32 number.
 MOST_ENTRY = 1e4
-# Under a secure sum: the clients that a round asks, the noise of their sum, and the grid norm C/γ.
+# Under a secure sum: the number of clients that a round asks, the noise multiplier of their sum,
+# and the clip norm in units of the grid, C/γ.
 COHORT = "cohort"
 SUM_NOISE = "sum-noise"
 GRID_NORM = "grid-norm"
 SHARES = "shares"
-# Its messages, in their order: keys are shown, shares of secrets are sealed, the masked upload
-# leaves, and the sum is opened. What they carry beside words is one packet of bytes.
+# The messages of a secure sum, in their order: clients show their keys, seal shares of secrets,
+# send their masked uploads, and open the sum. Besides words, each carries one packet of bytes.
 STAGE = "sum-stage"
 PACKET = "sum-packet"
 SHOW_KEYS, SEAL_SHARES, UPLOAD, OPEN_SUM = STAGES = ("keys", "shares", "upload", "open")
-# The account that a client gives, and what its round took.
+# A client's account, and the time and memory of its round.
 EPSILON = "epsilon"
 EPSILON_BUDGET = "epsilon-budget"
 DELTA = "delta"
@@ -39,10 +40,10 @@ SECONDS = "seconds"
 PEAK_MEMORY = "peak-memory-mb"
 WEIGHT = "weight"
 NUM_EXAMPLES = "num-examples"
-# The name of a metric on private records that nothing protects begins with this.
+# Prefix of the name of an unprotected metric on private records.
 UNPROTECTED = "unprotected-"
 LOSS = "loss"
-# Names of a message's records.
+# Names of the records in Flower's messages.
 ARRAYS = "arrays"
 METRICS = "metrics"
 CONFIG = "config"

@@ -1,9 +1,9 @@
-"""NumPy arrays into Flower's `Array` and back.
+"""Conversion of NumPy arrays to Flower's `Array` and back.
 
-Flower writes an array's bytes when it makes an `Array`, and reads them whenever it is asked for the
-values; most of the time goes into the header, as an adapter is a hundred small arrays of a handful
-of shapes. Here the values are kept, their bytes are made when something wants to send them, and a
-header is made and parsed once for each shape and type. The bytes are the same.
+Flower writes an array's bytes when it makes an `Array`, and reads them whenever the values are
+needed. Most of that time is spent on headers, as an adapter has a hundred small arrays with few
+different shapes. Here the values are kept, their bytes are made only when they are sent, and the
+header of each shape and type is made and parsed once. The bytes are the same as Flower's.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _MAGIC = b"\x93NUMPY\x01\x00"
 
 
 class Array(app.Array):
-    """Flower's `Array` of values whose bytes wait until they are asked for.
+    """Flower's `Array`, except that its bytes are made only when they are needed.
 
-    Flower writes a class's name next to the bytes, so this one has the name of Flower's own.
+    Flower writes the class's name next to the bytes, so this class has the same name as Flower's.
 
     Parameters
     ----------
     values : ndarray
-        Any shape, C-contiguous, no objects. They are copied, unless they are read-only and in
-        memory of their own, which nobody can change.
+        Any shape, C-contiguous, no objects. The values are copied, unless they are read-only and
+        own their memory, so that no caller can change them.
     """
 
     __hash__ = None  # type: ignore[assignment]
@@ -44,7 +44,7 @@ class Array(app.Array):
         if values.flags.writeable or not values.flags.owndata:
             values = values.copy()
             values.flags.writeable = False
-        # Past Flower's `__setattr__`, which forgets what it had worked out of older content.
+        # This bypasses Flower's `__setattr__`, which would clear cached results.
         vars(self).update(
             dtype=str(values.dtype), shape=values.shape, stype=SType.NUMPY, values=values
         )
@@ -64,7 +64,7 @@ class Array(app.Array):
         return self.values.copy()
 
     def __eq__(self, other: object) -> bool:
-        """Compare with any `Array`, Flower's own too."""
+        """Compare with any `Array`, including Flower's own class."""
         if not isinstance(other, app.Array):
             return NotImplemented
         mine, theirs = ((a.dtype, a.shape, a.stype, a.data) for a in (self, other))
@@ -72,19 +72,19 @@ class Array(app.Array):
 
 
 def to_numpy(array: app.Array) -> NDArray[Any]:
-    """Return an array's values, read-only where they need no copy.
+    """Return an array's values; they are read-only if they are not copied.
 
     Raises
     ------
     TypeError, ValueError
-        As Flower's `Array.numpy`: it holds no NumPy array, or a broken one.
+        The data are not one NumPy array, or are damaged (as for Flower's `Array.numpy`).
     """
     if isinstance(array, Array):
         return array.values
     data = array.data
     if array.stype != SType.NUMPY or data[: len(_MAGIC)] != _MAGIC:
         values = array.numpy()
-        if not isinstance(values, np.ndarray):  # An archive of several, which NumPy reads too.
+        if not isinstance(values, np.ndarray):  # NumPy has read an archive of several arrays.
             raise TypeError("The array's data hold no single array.")
         return values
     start = len(_MAGIC) + 2 + int.from_bytes(data[len(_MAGIC) : len(_MAGIC) + 2], "little")
@@ -92,21 +92,21 @@ def to_numpy(array: app.Array) -> NDArray[Any]:
     if dtype.hasobject:
         return array.numpy()
     size = math.prod(shape)
-    # NumPy's reader would make room for what the header says before it finds that it is not there.
+    # NumPy's reader would allocate the size in the header before it notices missing data.
     if min(shape, default=0) < 0 or len(data) < start + size * dtype.itemsize:
         raise ValueError(f"The array's header says {size} entries of {dtype}; its data differ.")
     return np.frombuffer(data, dtype, size, start).reshape(shape, order="F" if fortran else "C")
 
 
 def from_numpy(values: NDArray[np.generic]) -> app.Array:
-    """Return what is on the wire the same as Flower's ``Array(values)``."""
+    """Return an array that has the same bytes on the wire as Flower's ``Array(values)``."""
     if not values.flags.c_contiguous or values.dtype.hasobject:
         return app.Array(values)
     return Array(values)
 
 
 def record_of(arrays: Mapping[str, app.Array]) -> ArrayRecord:
-    """Return a record of these very arrays; Flower's constructor makes new ones of their bytes."""
+    """Return a record that holds these array objects; Flower's constructor would copy them."""
     record = ArrayRecord()
     for name, array in arrays.items():
         record[name] = array
@@ -114,7 +114,7 @@ def record_of(arrays: Mapping[str, app.Array]) -> ArrayRecord:
 
 
 def travel_size(array: app.Array) -> int:
-    """Return the number of bytes of an array as it travels."""
+    """Return the number of bytes that an array has when it is sent."""
     return array.size if isinstance(array, Array) else len(array.data)
 
 

@@ -1,4 +1,4 @@
-"""Checks of what a report holds beside single values; each raises `InvalidValue`."""
+"""Checks of a report's arrays and notes; each raises `InvalidValue` if a value is not allowed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FLOATS = (2, 4, 8)
 
 
 def checked_notes(notes: Mapping[str, object]) -> dict[str, bool | bytes | str]:
-    """Return flags, texts and bytes that a log can show."""
+    """Check flags, texts and bytes, so that a log can show them, and return them."""
     if len(notes) > limits.MOST_NOTES:
         raise InvalidValue("further texts", len(notes), f"at most {limits.MOST_NOTES}")
     found: dict[str, bool | bytes | str] = {}
@@ -32,13 +32,16 @@ def checked_notes(notes: Mapping[str, object]) -> dict[str, bool | bytes | str]:
 
 
 def checked_arrays(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
-    """Return arrays in fp32 that are finite and within range."""
+    """Check that arrays are finite and within range, and return them in fp32."""
     _check_count(arrays)
     return {ARRAY_NAME.read("array name", n): _checked_array(n, a) for n, a in arrays.items()}
 
 
 def checked_shares(arrays: Mapping[str, NDArray[Any]]) -> dict[str, limits.Residues]:
-    """Return the arrays of a secure sum; any whole number is one of theirs."""
+    """Check the names, number and type of a secure sum's arrays, and return them.
+
+    Any uint32 is a valid entry.
+    """
     _check_count(arrays)
     for name, array in arrays.items():
         if array.dtype != limits.RESIDUE:

@@ -1,4 +1,4 @@
-"""Who this process acts for: Flower's messages ask for a run and a node."""
+"""The run, node and task for which this process acts; Flower needs them to make messages."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TypeAlias
 from fedlora_flwr.flower_internals import TaskIdentity
 
 Identity: TypeAlias = tuple[int, int, int]
-"""Run, node and task."""
+"""Flower's ids of a run, a node and a task."""
 
 
 def current() -> Identity:
-    """Return who this process acts for.
+    """Return the run, node and task for which this process acts.
 
     Raises
     ------
@@ -25,7 +25,7 @@ def current() -> Identity:
 
 @contextmanager
 def acting_for(run_id: int, node_id: int = 1, task_id: int = 1) -> Iterator[None]:
-    """Let this process act for a node of a run, and be who it was after."""
+    """Let this process act for a node of a run, and restore its former identity afterwards."""
     before = {name: vars(TaskIdentity)[name] for name in ("_run_id", "_node_id", "_task_id")}
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, node_id, task_id
     try:

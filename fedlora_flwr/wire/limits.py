@@ -1,7 +1,7 @@
-"""Hard limits of what a server and a client may send each other, and how a value is held to them.
+"""Hard limits of the values that server and client may send each other, and their checks.
 
-The limits are wider than anything that an honest run sends. They are there so that one message
-cannot overflow what is computed from it, spoof a line of a log, or fill a disk.
+An honest run never reaches these limits. They ensure that no message can overflow a computation,
+fake a line of a log, or fill a disk.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from fedlora_flwr.wire import MOST_ENTRY
 MOST_UPLOADED_ENTRY = 2 * MOST_ENTRY
 """Largest entry of an uploaded array, in absolute value.
 
-Global arrays never have a larger one than `MOST_ENTRY`, so what an honest client adds in one round
-still fits. The products and stacks that a server makes of such entries are far from the end of
-fp64, and their factors far from the end of fp32.
+Entries of global arrays are at most `MOST_ENTRY`, so there is room for the changes that an honest
+client makes in one round. The server's products and stacks of such entries stay far below the
+largest fp64 number, and their factors far below the largest fp32 number.
 """
 MOST_ARRAYS = 20_000
 MOST_ENTRIES = 2**31
@@ -30,22 +30,22 @@ RESIDUE = np.dtype(np.uint32)
 Residues = NDArray[np.uint32]
 """An array of a secure sum."""
 MOST_RECORDS = 10**9
-"""Largest number of records that a client may say it has."""
+"""Largest number of records that a client may report."""
 MOST_WEIGHT = 1e20
-"""Largest aggregation weight, where the run's own settings do not give a smaller one."""
+"""Largest aggregation weight, unless the run's settings give a smaller limit."""
 MOST_NUMBER = 1e15
-"""Largest further number that a client may report, in absolute value: whole ones stay exact."""
+"""Largest further number of a report, in absolute value; in fp64, whole numbers stay exact."""
 MOST_NUMBERS = 64
 MOST_NOTES = 32
 LONGEST_NAME = 128
 LONGEST_TEXT = 256
 LONGEST_BYTES = 4096
 LONGEST_PACKET = 1 << 24
-"""Most bytes of one message of a secure sum: those of 100,000 clients."""
+"""Largest number of bytes in one message of a secure sum: enough for 100,000 clients."""
 
 
 def shown(value: object) -> object:
-    """Return a value as an error may show it: of bounded length, and on one line."""
+    """Return a short form of a value for an error's text: of limited length, on one line."""
     if value is None or isinstance(value, bool | float):
         return value
     if isinstance(value, int):
@@ -66,9 +66,9 @@ class Number:
     whole : bool
         Whether only whole numbers are allowed.
     unbounded : bool
-        Whether infinity is allowed too: an ε without a bound.
+        Whether infinity is allowed as well, for an unlimited ε.
     above : bool
-        Whether ``least`` itself is left out.
+        Whether ``least`` itself is excluded.
     """
 
     least: float
@@ -85,12 +85,12 @@ class Number:
         return f"{kind} {start} {self.most:g}" + (", or infinity" if self.unbounded else "")
 
     def read(self, word: str, value: object) -> int | float:
-        """Return the value.
+        """Check a value and return it; whole numbers as int. ``word`` names it in errors.
 
         Raises
         ------
         InvalidValue
-            It is not allowed.
+            The value is not allowed.
         """
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InvalidValue(word, shown(value), self.allowed)
@@ -112,7 +112,7 @@ class Text:
     longest : int
         Largest number of characters; the smallest is 1.
     choices : tuple[str, ...]
-        The texts that are allowed; all, where there are none.
+        The texts that are allowed; empty allows all texts.
     """
 
     longest: int
@@ -126,12 +126,12 @@ class Text:
         return f"1 to {self.longest} printable characters"
 
     def read(self, word: str, value: object) -> str:
-        """Return the value.
+        """Check a value and return it. ``word`` names it in errors.
 
         Raises
         ------
         InvalidValue
-            It is not allowed.
+            The value is not allowed.
         """
         fits = isinstance(value, str) and 1 <= len(value) <= self.longest and value.isprintable()
         if not fits or not str(value).strip() or (self.choices and value not in self.choices):
@@ -141,7 +141,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Packet:
-    """Bytes that a protocol reads.
+    """Bytes whose content the protocol of secure sums defines.
 
     Parameters
     ----------
@@ -157,12 +157,12 @@ class Packet:
         return f"1 to {self.longest} bytes"
 
     def read(self, word: str, value: object) -> bytes:
-        """Return the value.
+        """Check a value and return it. ``word`` names it in errors.
 
         Raises
         ------
         InvalidValue
-            It is not allowed.
+            The value is not allowed.
         """
         if not isinstance(value, bytes) or not 1 <= len(value) <= self.longest:
             raise InvalidValue(word, shown(value), self.allowed)

@@ -1,4 +1,4 @@
-"""`Order`: everything that a server may send with a message, beside the arrays."""
+"""`Order`: everything that a server may send in a message in addition to the arrays."""
 
 from __future__ import annotations
 
@@ -45,12 +45,13 @@ ARRAYS_ALLOWED = (
     f"of floating-point numbers, all finite and at most {MOST_ENTRY:g} in magnitude"
 )
 ARRAYS_WHY = "Training starts from them; the private step holds at any weights within the limit."
-# Flower's own mods leave these in a message; they act on the upload, after this client.
+# Flower's own mods leave these keys in a message. They concern the upload, and act after this
+# client has answered.
 FLOWERS = ("clipping_norm", "norm_bit")
 
 
 def _row(key: str, default: Any, limit: Number | Text | Packet, why: str) -> Any:
-    """Make a field: its word on the wire, its limits, and why the run may decide it."""
+    """Make a field with its word on the wire, its limit, and the reason why the run decides it."""
     allowed = limit.allowed if isinstance(limit, Number) else f"empty, or {limit.allowed}"
     return field(
         default=default,
@@ -62,48 +63,50 @@ def _row(key: str, default: Any, limit: Number | Text | Packet, why: str) -> Any
 
 @dataclass(frozen=True)
 class Order:
-    """What a server asks for in one message.
+    """A server's request in one message.
 
-    A field left out has its default, which is what a server without our strategies means. Anything
-    else that a message's configuration holds is refused, so nothing is ignored without a word.
+    A missing field has its default, which fits a server that does not use this package's
+    strategies. Unknown keys in a message's configuration are refused, so none is silently ignored.
 
     Parameters
     ----------
     server_round : int
-        Round, from 1; 0 where the server does not say.
+        Round, from 1; 0 if the server does not send it.
     plan : str
-        What trains (see `ComponentPlan`). Empty from a server that sends no plan: then both factors
-        train and all arrays are returned, which is what plain averaging expects.
+        The arrays that train, per step (see `ComponentPlan`). If a server sends no plan, it is
+        empty: both factors train and all arrays are returned, as plain averaging expects.
     names : str
-        Names of the arrays with commas between them, where the message's arrays have none.
+        Names of the arrays, separated by commas, if the message's arrays have no names.
     weighting : str
-        Which aggregation weight to report.
+        The aggregation weight to report.
     fingerprint : str
-        Hash of the server's backbone; empty where it does not say.
+        Hash of the server's backbone; empty if the server does not send it.
     share : str
-        The factors that are exchanged, ``"A"``, ``"B"`` or ``"AB"``; all else that trains stays
-        with the client. Empty: nothing stays.
+        The factors that are exchanged, ``"A"``, ``"B"`` or ``"AB"``; all other arrays that train
+        stay with the client. If empty, all arrays that train are exchanged.
     cohort : int
-        Under a secure sum, the number of clients that the round asks; else 0.
+        Under a secure sum, the number of clients that the round asks; otherwise 0.
     sum_noise : float
-        Under a secure sum, the noise multiplier σ of the sum, the same for all clients; else 0.
+        Under a secure sum, the noise multiplier σ of the sum, the same for all clients; otherwise
+        0.
     grid_norm : int
-        Under a secure sum, the clip norm in units of the round's grid; else 0.
+        Under a secure sum, the clip norm in units of the round's grid; otherwise 0.
     stage : str
-        Under a masked sum, which of its messages this is.
+        Under a masked sum, the stage of its protocol to which this message belongs.
     packet : bytes
-        Under a masked sum, what others sent for this client (see `fedlora_flwr.secure_sum.party`).
+        Under a masked sum, the bytes that others sent for this client (see
+        `fedlora_flwr.secure_sum.party`).
     proximal_mu : float
         μ of the term μ/2 ‖w − w₀‖² that is added to the local objective, where w₀ are the message's
-        arrays (FedProx, arXiv 1812.06127); 0 for none.
+        arrays (FedProx, arXiv 1812.06127); 0 for no such term.
     continues : str
-        Identity of the run that this one continues: the same plan, budget and local arrays.
-        Empty for a run of its own.
+        Identity of the run that this run continues, with the same plan, budget and local arrays.
+        Empty if it continues no run.
 
     Raises
     ------
     InvalidValue
-        A field is of another type, or out of range.
+        A field has another type, or is out of range.
     """
 
     server_round: int = _row(
@@ -167,12 +170,12 @@ class Order:
         Parameters
         ----------
         config : Mapping
-            Keys and values as they came. Nothing in it is trusted.
+            Keys and values as they came. None of them is trusted.
 
         Raises
         ------
         OrderRefused
-            A key is unknown, or a value is of another type or out of range.
+            A key is unknown, or a value has another type or is out of range.
         """
         known = {str(entry.metadata["key"]): entry.name for entry in fields(cls)}
         given = {}
@@ -196,12 +199,12 @@ class Order:
         }
 
     def plan_for(self, layout: Layout) -> ComponentPlan | None:
-        """Return the plan, or ``None`` where the server sent none.
+        """Return the plan, or ``None`` if the server sent no plan.
 
         Raises
         ------
         OrderRefused
-            The text is not a plan, or not one for these arrays.
+            The text is not a plan, or the plan does not fit these arrays.
         """
         if not self.plan:
             return None
@@ -216,7 +219,7 @@ class Order:
 
 
 def _widened(default: object, value: object) -> object:
-    """Turn a whole number into a float where a float is meant: Flower sends what its user wrote."""
+    """Turn an int into a float if the field is a float: Flower sends a user's 1 as an int."""
     if type(default) is float and type(value) is int and abs(value) < 2**53:
         return float(value)
     return value
@@ -233,12 +236,12 @@ def _check(entry: Field[Any], value: object) -> None:
 def named_arrays(
     names: Sequence[str], arrays: Sequence[NDArray[np.generic]]
 ) -> dict[str, NDArray[np.float32]]:
-    """Put names and arrays of a message together, and refuse arrays that no model can hold.
+    """Return a message's arrays by name, and refuse arrays that no model can hold.
 
     Parameters
     ----------
-    names, arrays
-        In the same order.
+    names, arrays : Sequence
+        Names and arrays, in the same order.
 
     Returns
     -------
@@ -248,8 +251,8 @@ def named_arrays(
     Raises
     ------
     OrderRefused
-        There are more names than arrays, or fewer; a name comes twice; or an array holds something
-        else than finite floating-point numbers of at most ``MOST_ENTRY`` in magnitude.
+        The numbers of names and arrays differ; a name comes twice; or an array has entries that are
+        not finite floating-point numbers of at most ``MOST_ENTRY`` in magnitude.
     """
     if len(names) != len(arrays):
         raise OrderRefused(
@@ -279,21 +282,21 @@ def _numbers(name: str, array: NDArray[np.generic]) -> NDArray[np.float32]:
 
 
 def check_shapes(arrays: Arrays, own: Arrays, rank: int) -> None:
-    """Refuse arrays that are not the model's own, in names and shapes.
+    """Refuse arrays whose names and shapes are not those of the model.
 
     Parameters
     ----------
     arrays : Mapping[str, ndarray]
-        What a message holds, with what stays at the client; folded pairs among them.
+        A message's arrays, including folded pairs, and the arrays that stay with the client.
     own : Mapping[str, ndarray]
-        The model's arrays, of any rank.
+        The model's arrays; their rank may differ from ``rank``.
     rank : int
         LoRA rank r of the factors.
 
     Raises
     ------
     OrderRefused
-        An array is missing, unknown or of another shape.
+        An array is missing or unknown, or has another shape.
     """
     for name in own:
         if name not in arrays:

@@ -1,4 +1,4 @@
-"""Orders and reports in Flower's records, and back."""
+"""Conversion of orders and reports to Flower's records and back."""
 
 from __future__ import annotations
 
@@ -20,45 +20,45 @@ T = TypeVar("T")
 
 
 def train_records(report: Report) -> RecordDict:
-    """Write the answer to a message that trains: arrays, numbers and texts."""
+    """Return the records that answer a train message: arrays, numbers and texts."""
     sent = {**report.arrays, **report.shares}
     arrays = {name: from_numpy(array) for name, array in sent.items()}
     return RecordDict({ARRAYS: record_of(arrays), **_scalars(report)})
 
 
 def evaluate_records(report: Report) -> RecordDict:
-    """Write the answer to a message that measures: numbers and texts."""
+    """Return the records that answer an evaluate message: numbers and texts."""
     return RecordDict(_scalars(report))  # type: ignore[arg-type,unused-ignore]
 
 
 def query_records(report: Report) -> RecordDict:
-    """Write the answer to a message that asks who the client is: texts."""
+    """Return the records that answer a query message: the client's name."""
     return RecordDict({CONFIG: ConfigRecord({CLIENT: report.client})})
 
 
 def fit_content(
     arrays: Sequence[NDArray[Any]], sent: Iterable[str], metrics: Mapping[str, Any], examples: int
 ) -> RecordDict:
-    """Write what a NumPyClient's ``fit`` returned (see `Report.of_fit`).
+    """Return the records for the result of a NumPyClient's ``fit`` (see `Report.of_fit`).
 
-    Nothing is held to limits here, since the server may be another strategy's; ours reads with
-    `read_training`.
+    The values are not checked against limits, since the server may use a strategy of another
+    package. Our server checks them in `read_training`.
 
     Raises
     ------
     InvalidValue
-        There are more or fewer names than arrays.
+        The numbers of names and arrays differ, or a word has another type.
     """
     return train_records(Report.of_fit(arrays, sent, metrics, examples))
 
 
 def evaluate_content(loss: float, metrics: Mapping[str, Any], examples: int) -> RecordDict:
-    """Write what a NumPyClient's ``evaluate`` returned; limits as in `fit_content`."""
+    """Return the records for a NumPyClient's ``evaluate``, unchecked as in `fit_content`."""
     return evaluate_records(Report.of_scalars({**metrics, LOSS: loss}, examples))
 
 
 def read_order(content: RecordDict) -> tuple[Order, dict[str, NDArray[np.float32]]]:
-    """Read what a Message-API strategy sent to train or to measure.
+    """Read a train or evaluate message of a Message-API strategy.
 
     Returns
     -------
@@ -68,8 +68,8 @@ def read_order(content: RecordDict) -> tuple[Order, dict[str, NDArray[np.float32
     Raises
     ------
     OrderRefused
-        There is not one ArrayRecord and one ConfigRecord, an array is damaged, or something is not
-        allowed (see `Order.from_config` and `named_arrays`).
+        The message does not have exactly one ArrayRecord and one ConfigRecord, an array is damaged,
+        or a value is not allowed (see `Order.from_config` and `named_arrays`).
     """
     record, config = message_records(content)
     if NAMES in config:
@@ -83,12 +83,12 @@ def read_order(content: RecordDict) -> tuple[Order, dict[str, NDArray[np.float32
 
 
 def message_records(content: RecordDict) -> tuple[ArrayRecord, dict[str, Any]]:
-    """Return the two records that a message to train or to measure has.
+    """Return the ArrayRecord and the ConfigRecord of a train or evaluate message.
 
     Raises
     ------
     OrderRefused
-        There are others, or more: they would be ignored without a word.
+        A record is missing, or there are further records, which would be silently ignored.
     """
     arrays, configs = content.array_records, content.config_records
     for kind, records in (("ArrayRecord", arrays), ("ConfigRecord", configs)):
@@ -100,24 +100,24 @@ def message_records(content: RecordDict) -> tuple[ArrayRecord, dict[str, Any]]:
 
 
 def client_of(content: RecordDict) -> str:
-    """Return who a reply says it is from, or an empty text if it does not say.
+    """Return the client's name in a reply; empty if the reply has none.
 
     Raises
     ------
     InvalidValue
-        That is not a name.
+        The value is not a valid name.
     """
     texts = _texts(content)
     return NAME.read(CLIENT, texts[CLIENT]) if CLIENT in texts else ""
 
 
 def read_training(content: RecordDict) -> Report:
-    """Read the answer to a message that trains.
+    """Read the answer to a train message.
 
     Raises
     ------
     InvalidValue
-        There is not exactly one ArrayRecord, or something else is not allowed (see `Report`).
+        There is not exactly one ArrayRecord, or a value is not allowed (see `Report.checked`).
     TypeError, ValueError
         An array cannot be read.
     """
@@ -131,12 +131,12 @@ def read_training(content: RecordDict) -> Report:
 
 
 def read_figures(content: RecordDict) -> Report:
-    """Read the answer to a message that measures, or one without arrays.
+    """Read the answer to an evaluate message, or another answer without arrays.
 
     Raises
     ------
     InvalidValue
-        Something is not allowed (see `Report`).
+        A value is not allowed (see `Report.checked`).
     """
     _check_records(content)
     return _read(content, {})
@@ -147,13 +147,13 @@ def _read(content: RecordDict, arrays: Mapping[str, NDArray[Any]]) -> Report:
 
 
 def _scalars(report: Report) -> dict[str, MetricRecord | ConfigRecord]:
-    """Numbers are metrics; Flower keeps texts and flags in a ConfigRecord."""
+    """Return a report's numbers as a MetricRecord, and its texts and flags as a ConfigRecord."""
     numbers = MetricRecord(dict(report.numbers()))
     return {METRICS: numbers, CONFIG: ConfigRecord(dict(report.texts()))}
 
 
 def _check_records(content: RecordDict) -> None:
-    """Refuse more records than a report has."""
+    """Refuse a reply with more records than a report has."""
     for kind, records in (
         ("MetricRecords", content.metric_records),
         ("ConfigRecords", content.config_records),
@@ -175,7 +175,7 @@ def _texts(content: RecordDict) -> Mapping[str, object]:
 
 
 def _only(records: Mapping[str, Mapping[str, Any]], further: int) -> Mapping[str, Any]:
-    """Return the one record, or an empty one, before anybody walks over a hundred thousand."""
+    """Return the only record, or an empty one; refuse a record with too many entries."""
     record: Mapping[str, Any] = next(iter(records.values()), {})
     most = further + 32
     if len(record) > most:

@@ -1,7 +1,7 @@
-"""Everything that a client may answer: one type, one writer and one parser.
+"""`Report`: everything that a client may answer, with its writer and its parser.
 
-This module knows nothing of Flower. `fedlora_flwr.wire.records` puts a report in Flower's records,
-and a NumPyClient's ``fit`` returns it as flat scalars.
+This module does not depend on Flower. `fedlora_flwr.wire.records` puts a report in Flower's
+records, and a NumPyClient's ``fit`` returns it as flat scalars.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Scalars = dict[str, bool | bytes | float | int | str]
 Arrays = Mapping[str, NDArray[Any]]
 
 FURTHER = "…"
-"""Stands for words of a project's own."""
+"""Placeholder for words that a project defines itself."""
 DEVICE, RUN, PACKAGE = "device", "run", "package"
 _FURTHER = Number(-limits.MOST_NUMBER, limits.MOST_NUMBER)
 
@@ -31,7 +31,7 @@ _FURTHER = Number(-limits.MOST_NUMBER, limits.MOST_NUMBER)
 def _row(
     default: Any, decides: str, why: str, word: str = "", limit: Number | Text | Packet | str = ""
 ) -> Any:
-    """Make a field: who decides it on a device, what is allowed, and why."""
+    """Make a field with who decides it on a device, the reason, its word and its limit."""
     metadata = {
         "decides": decides,
         "allowed": limit if isinstance(limit, str) else limit.allowed,
@@ -46,26 +46,27 @@ def _row(
 
 @dataclass(frozen=True)
 class Report:
-    """One answer of a client, to a message that trains, measures, or asks who it is.
+    """A client's answer to a train, evaluate or query message.
 
-    Each field's metadata say who decides it on a device (``decides``), what is allowed
-    (``allowed``) and why (``why``). A field that is None or empty does not travel.
+    Each field's metadata tell who decides it on a device (``decides``), which values are allowed
+    (``allowed``) and why (``why``). A field that is None or empty is not sent.
 
     Parameters
     ----------
     client : str
-        Who answers.
+        Name of the client.
     status : str
-        ``"ok"`` or nothing, or ``"budget-exhausted"``: then no array counts.
+        ``"ok"``, empty, or ``"budget-exhausted"``. In the last case the arrays are ignored.
     arrays : Mapping[str, ndarray]
-        What trained.
+        The arrays that trained.
     shares : Mapping[str, ndarray]
-        Under a secure sum, in place of arrays: whole numbers modulo 2³², which mean nothing but in
-        the sum over all clients.
+        Arrays of whole numbers modulo 2³² that replace ``arrays`` under a secure sum. They have a
+        meaning only in the sum over all clients.
     packet : bytes
-        A message of a masked sum to the other clients: a card, sealed shares, or what opens it.
+        A message of a masked sum to the other clients: a card, sealed shares, or the secrets that
+        open the sum.
     epsilon, epsilon_budget, delta, accountant, steps
-        The account that the client's ledger gives.
+        The client's account in its ledger (see `fedlora_flwr.privacy.ledger.LedgerSummary`).
     seconds : float
         Wall-clock time of the round.
     peak_memory_mb : float
@@ -77,9 +78,9 @@ class Report:
     unprotected : Mapping[str, float]
         Metrics on private records *without* protection, by name.
     measured : Mapping[str, float]
-        Figures of an evaluation, and further numbers of a project's own client.
+        Figures of an evaluation, and further numbers that a project's own client reports.
     notes : Mapping
-        Further texts, flags and bytes of a project's own client.
+        Further texts, flags and bytes that a project's own client reports.
     """
 
     client: str = _row(
@@ -218,7 +219,7 @@ class Report:
         return {**_present(own), **rest, **self.measured}
 
     def figures(self) -> dict[str, float]:
-        """Return what an evaluation measured."""
+        """Return the figures of an evaluation, by their words on the wire."""
         own = {wire.UNPROTECTED + name: value for name, value in self.unprotected.items()}
         return {**own, **self.measured}
 
@@ -228,9 +229,9 @@ class Report:
         return {**_present(own), **self.notes}
 
     def to_fit(self) -> tuple[list[NDArray[Any]], int, Scalars]:
-        """Return what a NumPyClient's ``fit`` returns, whose metrics are flat scalars.
+        """Return the result of a NumPyClient's ``fit``: arrays, number of examples, flat metrics.
 
-        Only there names travel as one text, with commas between them.
+        In this form the arrays have no names, so the metrics hold the names, separated by commas.
         """
         numbers = self.numbers()
         examples = int(numbers.pop(wire.NUM_EXAMPLES, 1))
@@ -247,19 +248,20 @@ class Report:
         metrics: Mapping[str, object],
         examples: object,
     ) -> Report:
-        """Read what a NumPyClient's ``fit`` returned, unchecked (see `checked`).
+        """Read the result of a NumPyClient's ``fit``, unchecked (see `checked`).
 
         Parameters
         ----------
         arrays, metrics, examples
-            What it returned.
+            The result of ``fit``.
         sent : Iterable[str]
-            Names of the arrays that the client was sent. It may name what it uploads itself.
+            Names of the arrays that the client was sent. They are used unless the client's metrics
+            name the uploaded arrays.
 
         Raises
         ------
         InvalidValue
-            There are more or fewer names than arrays, or a word has another type.
+            The numbers of names and arrays differ, or a word has another type.
         """
         flat = dict(metrics)
         names = [n for n in str(flat.pop(wire.NAMES, ",".join(sent))).split(",") if n]
@@ -285,12 +287,13 @@ class Report:
     def of_words(
         cls, arrays: Arrays, numbers: Mapping[str, object], texts: Mapping[str, object]
     ) -> Report:
-        """Sort words and values into fields, unchecked (see `checked`).
+        """Make a report from words and values, unchecked (see `checked`).
 
         Raises
         ------
         InvalidValue
-            A word for a number came as a text, or the other way round.
+            A word for a number came as a text, a word for a text came as a number, or a text that
+            must not be empty is empty.
         """
         found: dict[str, Any] = {
             "arrays": {n: a for n, a in arrays.items() if a.dtype != limits.RESIDUE},
@@ -319,13 +322,13 @@ class Report:
         return cls(**found, **cast(Any, further))
 
     def checked(self) -> Report:
-        """Return this report with every value held to its limits; arrays as fp32.
+        """Check every value against its limits, and return the report with arrays in fp32.
 
         Raises
         ------
         InvalidValue
-            A value has another type, is not finite or out of range, or there are too many. The
-            error names the field, the value and what is allowed.
+            A value has another type, is not finite or is out of range; there are too many values;
+            or ε is above its budget. The error names the field, the value and the allowed values.
         """
         values: dict[str, Any] = {}
         for entry in fields(self):
@@ -360,7 +363,7 @@ def _present(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @lru_cache
 def _words(*kinds: type[Number | Text | Packet]) -> dict[str, str]:
-    """Return the fields that hold one value of some kinds, by their words on the wire."""
+    """Return the names of the fields whose limits are of these types, by word on the wire."""
     rows = [(entry.metadata["word"], entry.name, entry.metadata["limit"]) for entry in _rows()]
     return {word: name for word, name, limit in rows if isinstance(limit, kinds)}
 
@@ -371,6 +374,6 @@ def _rows() -> tuple[Any, ...]:
 
 
 def _text_limit(word: str) -> Text | Packet:
-    """Return the limit of a text or a packet by its word on the wire."""
+    """Return the limit of a field of text or bytes, by its word on the wire."""
     (found,) = [entry.metadata["limit"] for entry in _rows() if entry.metadata["word"] == word]
     return cast(Text | Packet, found)

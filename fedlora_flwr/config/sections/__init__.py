@@ -1,8 +1,8 @@
 """The sections of the run configuration, one file each.
 
 A key's short name is unique among all sections, so ``epsilon`` and ``privacy.epsilon`` are one key.
-`fedlora_flwr.config.RunConfig` inherits from every section. So a function that needs one section
-takes that section, and gets either a whole run's configuration or a section made alone.
+`fedlora_flwr.config.RunConfig` inherits from every section. A function that needs one section only
+is typed with that section; it accepts a whole run's configuration or the section alone.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SECTIONS: dict[str, type] = {
     "privacy": PrivacySection,
     "run": RunSection,
 }
-"""The sections by name, in the order in which they are written."""
+"""The sections by name, in the order in which a configuration is written."""
 
 SECTION_OF = {key: name for name, section in SECTIONS.items() for key in fields_by_key(section)}
 """The section of each key, by its short name."""

@@ -1,8 +1,8 @@
 """``[as-lora]``: how AS-LoRA chooses which factor of a block trains.
 
-A device checks every key that a run sends, and must not load a strategy for that, since a strategy
-is the server's code. So this section stands below the strategies; `ASLoRA.settings` is this class.
-A new method declares its settings in its own file instead.
+A device checks every key that a run sends, but must not load a strategy, which is the server's
+code. Therefore this section is here and not with the strategy; `ASLoRA.settings` is this class. A
+new method declares its settings in its own file instead.
 """
 
 from __future__ import annotations

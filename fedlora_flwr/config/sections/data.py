@@ -1,4 +1,4 @@
-"""``[data]``: which records there are, and how they are read."""
+"""``[data]``: the records, and how they are read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _READS = "It selects which private records are read, or how."
 
 @dataclass(frozen=True)
 class DataSection:
-    """Which records there are, and how they are read."""
+    """The records, and how they are read."""
 
     dataset: str = key(
         "", ANY, "files, a folder, or the name of a data set on the hub", _DEVICE, _READS

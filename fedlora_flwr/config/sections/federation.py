@@ -1,4 +1,4 @@
-"""``[federation]``: who takes part in which round, and what becomes of the uploads."""
+"""``[federation]``: the clients of each round, and how their uploads are combined."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SERVER = "Only the server reads it."
 
 @dataclass(frozen=True)
 class FederationSection:
-    """Who takes part in which round, and what becomes of the uploads."""
+    """The clients of each round, and how their uploads are combined."""
 
     strategy: str = key(
         "rolora", ANY, "which LoRA factors train, and how they are averaged",

@@ -1,4 +1,4 @@
-"""``[lora]``: the adapters."""
+"""``[lora]``: the LoRA adapters and the head."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LIMITED, _RUN, _PACKAGE = Decider.LIMITED, Decider.RUN, Decider.PACKAGE
 
 @dataclass(frozen=True)
 class LoRASection:
-    """The adapters."""
+    """The LoRA adapters and the head."""
 
     rank: int = key(
         4, between(1, 4_096), "LoRA rank r",

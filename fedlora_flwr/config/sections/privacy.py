@@ -1,4 +1,4 @@
-"""``[privacy]``: the promise to the records of a client."""
+"""``[privacy]``: the privacy promise for a client's records."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PROMISE = "It is the promise that the device makes to its records."
 
 @dataclass(frozen=True)
 class PrivacySection:
-    """The promise."""
+    """The privacy promise for a client's records."""
 
     epsilon: float = key(
         8.0, BUDGET, "privacy budget of each client; inf = no noise", _DEVICE, _PROMISE

@@ -1,4 +1,4 @@
-"""``[task]``: what is learned, on which backbone."""
+"""``[task]``: the task to learn, and its backbone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _DEVICE, _LIMITED, _RUN = Decider.DEVICE, Decider.LIMITED, Decider.RUN
 
 @dataclass(frozen=True)
 class TaskSection:
-    """What is learned, on which backbone."""
+    """The task to learn, and its backbone."""
 
     task: str = key(
         "digits", ANY, "what is learned: a task's name, or your own as module:function",

@@ -1,1 +1,1 @@
-"""What reads released quantities only, and so costs no privacy."""
+"""Post-processing: functions of released quantities and public numbers, which cost no privacy."""

@@ -1,8 +1,8 @@
 """AdamW that takes the privacy noise out of its second moment.
 
-Noise of variance φ adds φ to every coordinate of Adam's second moment. Where it outweighs the
-gradient all coordinates get the same denominator, and Adam becomes SGD with momentum. DP-AdamBC
-(arXiv 2312.14334) subtracts φ, a public constant. The floor under the difference is ours.
+Noise of variance φ adds φ to every coordinate of Adam's second moment. Where φ outweighs the
+gradient, all coordinates get the same denominator, and Adam becomes SGD with momentum. DP-AdamBC
+(arXiv 2312.14334) subtracts φ, a public constant. The lower limit of the difference is our own.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class NoiseAwareAdamW(torch.optim.Optimizer):
 
     With v̂ the bias-corrected second moment and Φ its expected noise content, the step divides by
     ``sqrt(max(v̂ - Φ, floor)) + eps``. The floor is the standard error of v̂ under white Gaussian
-    noise, ``Φ·sqrt(2·Σw²)`` with w the normalized weights of the moving average, exact where the
-    noise variance is constant: below it the difference cannot be told from zero, and dividing by
-    less would amplify noise. At a parameter's first step the floor is √2·Φ.
+    noise, ``Φ·sqrt(2·Σw²)`` with w the normalized weights of the moving average; this is exact
+    where the noise variance is constant. A difference below the floor cannot be told from zero, and
+    to divide by less would amplify noise. At a parameter's first step the floor is √2·Φ.
 
-    Reads released gradients and public constants only. It does not know noise that is correlated
-    between steps from independent noise, and its floor is then too low. Without noise, it is
+    The optimizer reads released gradients and public constants only. It assumes that the noise is
+    independent between steps; for correlated noise the floor is too low. Without noise, it is
     `torch.optim.AdamW`.
 
     Parameters
@@ -47,8 +47,8 @@ class NoiseAwareAdamW(torch.optim.Optimizer):
     Attributes
     ----------
     noise_variance : dict[Tensor, float]
-        By parameter object, the variance of the noise in each coordinate of the gradient at the
-        next step; 0 where a parameter is missing. The caller sets it before each step.
+        By parameter, the variance of the noise in each coordinate of the gradient at the next step;
+        0 for a parameter that is missing. The caller sets it before each step.
 
     Raises
     ------
@@ -102,7 +102,7 @@ class NoiseAwareAdamW(torch.optim.Optimizer):
 
     def _move(self, parameter: Tensor, group: dict[str, Any]) -> None:
         (beta1, beta2), lr, state = group["betas"], group["lr"], self.state[parameter]
-        # Half precision has neither the range nor the digits for squares and their averages.
+        # Half precision has too small a range and too few digits for squares and their averages.
         grad = parameter.grad.to(torch.promote_types(parameter.dtype, torch.float32))  # type: ignore[union-attr]
         if not state:
             state.update(step=0, noise=0.0)
@@ -125,7 +125,7 @@ class NoiseAwareAdamW(torch.optim.Optimizer):
 
 
 def relative_error(beta: float, steps: int) -> float:
-    """Return the standard error of v̂ over its noise Φ, after a number of steps.
+    """Return the standard error of v̂ divided by its noise content Φ, after a number of steps.
 
     It is sqrt(2·Σw²): each squared Gaussian has variance 2φ², and w_i ∝ β^(steps - i).
 

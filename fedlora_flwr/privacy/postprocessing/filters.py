@@ -1,6 +1,7 @@
 """Low-pass filters on the privatized gradient, which trade noise for bias.
 
-A filter reads released gradients and public constants only: post-processing, at no privacy cost.
+A filter reads released gradients and public constants only. It is post-processing, at no privacy
+cost.
 
 Spatial filters smooth along the long side of a LoRA factor and leave the head as it is: the
 binomial kernel of LA-LoRA (arXiv 2602.19926) and Laplacian smoothing (arXiv 1806.06317). Temporal
@@ -37,22 +38,27 @@ class GradientFilter(Protocol):
         name : str
             The array's name, e.g. ``"blocks.0.attn.qkv.lora_A.weight"``.
         grad : Tensor
-            (r, n) for A, (m, r) for B, any shape for the head. It is not written to, but is itself
-            returned where there is nothing to filter.
+            (r, n) for A, (m, r) for B, any shape for the head. It is not written to. Where nothing
+            is filtered, this same tensor is returned.
         """
 
     def noise_gain(self, name: str) -> float:
-        """Return by how much white noise's variance is multiplied in the last filtered gradient.
+        """Return the factor by which the last filtering has multiplied the variance of white noise.
 
-        The mean over coordinates, for noise independent between coordinates and steps. `KeyError`
-        where it depends on the filtering and the array has not been filtered yet.
+        It is the mean over coordinates, for noise that is independent between coordinates and
+        steps.
+
+        Raises
+        ------
+        KeyError
+            The factor depends on the array's shape or steps, and it has not been filtered yet.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is carried from one gradient to the next, by array: numbers and arrays."""
+        """Return the state that is carried from one gradient to the next: numbers and arrays."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` returned."""
+        """Restore a state that `state_dict` returned."""
 
 
 class _Memoryless:
@@ -74,10 +80,14 @@ class NoFilter(_Memoryless):
 
 
 class SpatialFilter(_Memoryless):
-    """Smooths A along its input dimension and B along its output dimension, ranks apart.
+    """Smooths A along its input dimension and B along its output dimension, each rank on its own.
 
-    ``smooth`` treats each row of a matrix on its own and does not write to it; ``gain`` maps the
-    length of a row to the mean gain of white noise.
+    Parameters
+    ----------
+    smooth : callable
+        Smooths each row of a matrix on its own, and does not write to the matrix.
+    gain : callable
+        Maps the length of a row to the mean gain of white noise's variance.
     """
 
     def __init__(self, smooth: Callable[[Tensor], Tensor], gain: Callable[[int], float]) -> None:
@@ -99,17 +109,18 @@ class SpatialFilter(_Memoryless):
 
 
 class TemporalFilter:
-    """First-order recursive filter over the steps in which an array trained, in every array.
+    """First-order recursive filter of each array over the steps in which this array trained.
 
-    ``y_t = b_0 g_t + b_1 g_{t-1} - a y_{t-1}`` from rest, divided by what the same recursion makes
-    of a constant 1, so that a constant gradient passes unchanged from the first step on.
+    The recursion ``y_t = b_0 g_t + b_1 g_{t-1} - a y_{t-1}`` starts at zero. Its output is divided
+    by its output for a constant input of 1, so that a constant gradient passes unchanged from the
+    first step on.
     """
 
     def __init__(self, a: float, b: tuple[float, float]) -> None:
         self._a = a
         self._b = b
         self._steps: dict[str, int] = {}
-        # All that the past adds to the next output; one tensor an array, never the caller's.
+        # What earlier steps add to the next output: one tensor per array, never the caller's.
         self._memory: dict[str, Tensor] = {}
 
     def __call__(self, name: str, grad: Tensor) -> Tensor:
@@ -123,7 +134,7 @@ class TemporalFilter:
         return (output / float(self._impulse_response(name).sum())).to(grad.dtype)
 
     def noise_gain(self, name: str) -> float:
-        """Return the gain after the steps so far; it falls from 1 towards its limit."""
+        """Return the gain after the steps so far; it falls from 1 toward its limit."""
         response = self._impulse_response(name)
         return float((response**2).sum() / response.sum() ** 2)
 
@@ -133,7 +144,7 @@ class TemporalFilter:
         return {"steps": dict(self._steps), "memory": memory}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up steps and memory."""
+        """Restore the steps and the memory of each array."""
         self._steps = dict(state["steps"])
         self._memory = {name: torch.tensor(array) for name, array in state["memory"].items()}
 
@@ -143,15 +154,15 @@ class TemporalFilter:
 
 
 def _wide(grad: Tensor) -> Tensor:
-    """Give half precision the range to be summed in; FFTs do not take it either."""
+    """Convert half precision to fp32: its range is too small for sums, and FFTs refuse it."""
     return grad.detach().to(torch.promote_types(grad.dtype, torch.float32))
 
 
 def _binomial(rows: Tensor) -> Tensor:
     """Convolve with [1, 4, 6, 4, 1]/16, as [1, 2, 1]/4 twice.
 
-    A symmetric kernel keeps the mirror symmetry of padding that repeats the edge, so padding by
-    one before each pass is padding by two, for rows of any length.
+    Each pass pads by one and repeats the edge. Since the kernel is symmetric, this is the same as
+    padding by two, mirrored at the edge, before one pass of the whole kernel.
     """
     for _ in range(2):
         padded = torch.cat((rows[..., :1], rows, rows[..., -1:]), dim=-1)
@@ -191,7 +202,7 @@ FILTERS = tuple(_MAKERS)
 
 
 def make_filter(name: str) -> GradientFilter:
-    """Make the filter of `FILTERS` that has this name, with fresh state for one client's round.
+    """Make the filter with this name, one of `FILTERS`, with fresh state for one client's round.
 
     Raises
     ------

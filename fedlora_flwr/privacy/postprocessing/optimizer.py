@@ -1,7 +1,7 @@
-"""The optimizer that moves the factors, and what happens to a gradient on the way to it.
+"""The optimizer that moves the factors, and the post-processing of gradients before it.
 
-A client's engine steps by its own noisy sum, and under a secure sum the server by the opened one.
-Both do the same with it.
+A client's engine steps with its own noisy sum. Under a secure sum, the server steps with the sum
+over all clients. Both use this code.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from fedlora_flwr.privacy.postprocessing.precondition import precondition
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Local optimizer; each factor has its own learning rate.
+    """Settings of the local optimizer; each factor has its own learning rate.
 
     Parameters
     ----------
     name : str
-        ``"sgd"``; ``"adamw"``, which takes the noise out of its second moment; or
-        ``"adamw-plain"``, torch's own.
+        ``"sgd"``; ``"adamw"``, which takes the noise out of its second moment
+        (`NoiseAwareAdamW`); or ``"adamw-plain"``, which is `torch.optim.AdamW`.
     lr_a, lr_b, lr_head : float
         Learning rates of A, of B and of the head.
     momentum : float
@@ -40,9 +40,9 @@ class OptimizerSettings:
     precondition : bool
         Multiply each factor's gradient by the inverse of the other's Gram matrix (`precondition`).
     ridge : float
-        Added to that matrix's diagonal.
+        Added to the diagonal of that Gram matrix.
     proximal_mu : float
-        μ of a proximal term μ/2 ‖w − w₀‖², where w₀ is what the round started from; 0 for none.
+        μ of a proximal term μ/2 ‖w − w₀‖², where w₀ is the round's start; 0 for no such term.
 
     Examples
     --------
@@ -63,7 +63,7 @@ class OptimizerSettings:
 
     @classmethod
     def in_round(cls, config: RunConfig, server_round: int) -> OptimizerSettings:
-        """Return a run's settings in a round, from 1, which the rates may depend on."""
+        """Return a run's settings in a round, counted from 1; the learning rates depend on it."""
         lr_a, lr_b, lr_head = config.learning_rates(server_round)
         return cls(
             name=config.optimizer,
@@ -82,7 +82,13 @@ class OptimizerSettings:
         return {A: self.lr_a, B: self.lr_b, None: self.lr_head}
 
     def build(self, groups: Sequence[dict[str, object]]) -> torch.optim.Optimizer:
-        """Make a fresh optimizer over parameter groups that carry their own ``lr``."""
+        """Make a fresh optimizer over parameter groups that have their own ``lr``.
+
+        Raises
+        ------
+        InvalidValue
+            ``name`` is not one of the three.
+        """
         if self.name == "sgd":
             return torch.optim.SGD(
                 groups, lr=0.0, momentum=self.momentum, weight_decay=self.weight_decay
@@ -95,12 +101,12 @@ class OptimizerSettings:
 
 
 class PostProcessing:
-    """Filters and preconditions privatized gradients; nothing private is read here.
+    """Filters and preconditions privatized gradients; it reads nothing private.
 
     Parameters
     ----------
     adapted : AdaptedModel
-        Whose active parameters hold the gradients.
+        The model. Its active parameters hold the gradients.
     """
 
     def __init__(self, adapted: AdaptedModel) -> None:
@@ -112,12 +118,12 @@ class PostProcessing:
         self._anchors: dict[str, Tensor] = {}
 
     def begin(self, settings: OptimizerSettings) -> None:
-        """Note what a round starts from, for its proximal term."""
+        """Keep the arrays that a round starts from, for its proximal term."""
         held = self._parameters.items() if settings.proximal_mu else ()
         self._anchors = {name: p.detach().clone() for name, p in held}
 
     def groups(self, settings: OptimizerSettings) -> dict[str | None, list[str]]:
-        """Return the names of the arrays by factor, in the order of an optimizer's groups."""
+        """Return the names of the arrays by factor, in the order of the optimizer's groups."""
         found = {
             factor: [name for name in self._parameters if factor_of(name) == factor]
             for factor in settings.rates
@@ -125,7 +131,7 @@ class PostProcessing:
         return {factor: names for factor, names in found.items() if names}
 
     def optimizer(self, settings: OptimizerSettings) -> torch.optim.Optimizer:
-        """Make a fresh optimizer over all arrays, in `groups`, each with its rate."""
+        """Make a fresh optimizer over all arrays, in `groups`, each group with its rate."""
         return settings.build(
             [
                 {"params": [self._parameters[name] for name in names], "lr": settings.rates[factor]}
@@ -140,18 +146,18 @@ class PostProcessing:
         optimizer: torch.optim.Optimizer | None,
         noise_variance: float,
     ) -> None:
-        """Replace each active parameter's gradient by what its optimizer is to see.
+        """Replace each active parameter's gradient by the one that the optimizer uses.
 
         Parameters
         ----------
         settings : OptimizerSettings
-            Says whether to precondition, and how strong a proximal term is.
+            Say whether to precondition, and give the strength of the proximal term.
         gradient_filter : GradientFilter
             The filter, with its state.
         optimizer : Optimizer
-            Told the noise that is left, if it asks for it.
+            If it is a `NoiseAwareAdamW`, it is given the variance of the noise after the filter.
         noise_variance : float
-            Variance of the noise in each coordinate of a gradient.
+            Variance of the noise in each coordinate of a gradient, before the filter.
         """
         for name, p in self._parameters.items():
             if not p.requires_grad or p.grad is None:

@@ -12,13 +12,13 @@ from fedlora_flwr.plan import A, B
 def precondition(grad: Tensor, other: Tensor, factor: str, scaling: float, ridge: float) -> Tensor:
     """Turn a factor's gradient into the step that best follows the gradient of the full weight.
 
-    Moving B by X moves the weight by ``s·X·A``, which is nearest to the weight's gradient at
-    ``X = s⁻² grad (A·Aᵀ)⁻¹``, and likewise for A (LA-LoRA, arXiv 2602.19926, Theorem 2). A ridge ρ
-    adds ``s²·ρ·‖X‖²`` to what is minimized.
+    A move of B by X moves the weight by ``s·X·A``. This is nearest to the weight's gradient at
+    ``X = s⁻² grad (A·Aᵀ)⁻¹``. The same holds for A (LA-LoRA, arXiv 2602.19926, Theorem 2). A ridge
+    ρ adds ``s²·ρ·‖X‖²`` to the distance that is minimized.
 
-    It costs no privacy: it is a function of the privatized gradient, of the frozen factor, which
-    earlier releases and private steps produced, and of public constants, so it is post-processing.
-    It does amplify the noise along directions in which the frozen factor is small.
+    This is post-processing and costs no privacy: the result depends only on the privatized
+    gradient, on public constants, and on the frozen factor, which earlier releases and private
+    steps have produced. It does amplify noise in directions in which the frozen factor is small.
 
     Parameters
     ----------
@@ -42,8 +42,9 @@ def precondition(grad: Tensor, other: Tensor, factor: str, scaling: float, ridge
     Raises
     ------
     InvalidValue
-        There is no such factor, the ridge is negative, or it leaves the Gram matrix singular in
-        the precision of the computation, as without one for B at its start, which is 0.
+        The factor is unknown, the ridge is negative, or the Gram matrix with the ridge is singular
+        in the precision of the computation. The last is the case for B = 0, its start, without a
+        ridge.
     """
     if factor not in (A, B):
         raise InvalidValue("factor", factor, f"{A!r} or {B!r}")
@@ -71,10 +72,11 @@ def _cholesky(gram: Tensor, ridge: float) -> Tensor:
 
 
 def _regular(gram: Tensor) -> bool:
-    """Tell whether the matrix has an inverse that rounding did not make up.
+    """Tell whether the matrix is regular beyond the rounding error.
 
-    Rounding turns zero eigenvalues into small ones of either sign, so Cholesky often passes a
-    singular matrix. A unit diagonal first, because ranks of unequal size do not make it singular.
+    Rounding turns zero eigenvalues into small positive or negative ones, so a Cholesky
+    decomposition of a singular matrix often succeeds. The matrix is first scaled to a unit
+    diagonal, because ranks of unequal size do not make it singular.
     """
     size = gram.diagonal().sqrt()
     if not (size.isfinite() & (size > 0)).all():
