@@ -1,4 +1,4 @@
-"""What a round's updates say of the loss that it saved, and how surely: AS-LoRA's scores.
+"""AS-LoRA's scores: estimates, with errors, of how much a round's updates lowered the loss.
 
 Everything here reads uploads alone. The noise of two clients is independent, and so is the noise of
 two rounds, so a product of two such updates is free of noise on average: no noise has to be known,
@@ -60,11 +60,11 @@ class Movement:
     def of(
         cls, mean: NDArray[np.float32], square: Mapping[str, float] | None, noise: float
     ) -> Movement:
-        """Make a movement of what ``dataclasses.asdict`` makes of it."""
+        """Rebuild a movement from the output of ``dataclasses.asdict``."""
         return cls(np.array(mean), None if square is None else Estimate(**square), noise)
 
     def times(self, factor: float) -> Movement:
-        """Return it multiplied by a number."""
+        """Return the movement multiplied by a number."""
         square = None if self.square is None else factor**2 * self.square
         return Movement(self.mean * np.float32(factor), square, factor**2 * self.noise)
 
@@ -90,7 +90,7 @@ class UpdateSums:
         weight : float
             Its weight, above 0 and of any scale whose squares are numbers.
         update : ndarray
-            Always of the same shape.
+            Its update, in the array's shape.
         """
         part = weight * update.astype(np.float64)
         energy = float(np.vdot(part, part))

@@ -24,7 +24,7 @@ def normalize(weights: Sequence[float]) -> NDArray[np.float64]:
     values = np.asarray(weights, dtype=np.float64)
     if values.size == 0 or not np.isfinite(values).all() or (values < 0).any() or not values.any():
         raise InvalidValue("weights", list(weights), "finite numbers >= 0, one of them above 0")
-    values = values / values.max()  # Else the sum of very large weights is infinite.
+    values = values / values.max()  # Without this, the sum of very large weights is infinite.
     return np.asarray(values / values.sum(), dtype=np.float64)
 
 

@@ -1,4 +1,4 @@
-"""A device's own settings: whose data they are, where they lie, and what may be spent on them."""
+"""A device's own settings: its identity, the place of its data, and the budget for them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _OF_A_SUM = {
     "colluding": "how many of them may side with the server, as this device's owner believes",
 }
 _FOLDERS = ("dataset", "model")
-# Values that are an owner's to choose, and that leave nothing, or little, of the promise.
+# Values that an owner may choose, although they leave little or nothing of the promise.
 _UNDO: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "epsilon": (math.isinf, "no noise is added"),
     "reproducible": (bool, "the noise follows the run's seed, which the server knows"),
@@ -54,14 +54,14 @@ _UNDO: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclass(frozen=True)
 class Device:
-    """What a device's file says.
+    """The settings in a device's file.
 
     Parameters
     ----------
     client : str
         Stable identity of the device's data, for budget and cohorts.
     settings : Mapping[str, Any]
-        Keys of `OWN`. A server has no say in them, also where the file is silent.
+        Keys of `OWN`. A server cannot set them, even if the file does not.
     keep_warm : float (default: 0)
         Seconds for which a process that has served a message waits for the next one; 0 for one
         process per message.
@@ -121,7 +121,7 @@ class Device:
         Raises
         ------
         NotInstalled
-            It is not.
+            A package is missing.
         """
         require(*extras_of(str(self.settings["task"])))
 

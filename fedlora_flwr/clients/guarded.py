@@ -25,8 +25,8 @@ def guarded(call: Callable[..., T], *args: object) -> T:
     """Call a function, and let out only errors that a server may read.
 
     Flower sends an exception's text to the server, and the text of a library or of ours may hold a
-    record. So this is a list of what may travel. Everything else becomes one fixed sentence with a
-    random number, which stands beside the whole error in the client's own log. In a simulation
+    record. Only the errors listed below are sent. Every other error becomes one fixed sentence with
+    a random number. The client's own log holds the same number and the whole error. In a simulation
     server and client are one machine, and errors of this package are told in full.
 
     Raises

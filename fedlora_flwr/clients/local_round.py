@@ -1,4 +1,4 @@
-"""One client's round: an order and arrays in, `Released` out. Nothing of Flower is in it."""
+"""One client's round, without Flower: it takes an order and arrays, and returns `Released`."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class LocalRound:
         Raises
         ------
         OrderRefused
-            It has none.
+            This client has no part in a secure sum.
         """
         if self._exchange is None:
             raise OrderRefused(
@@ -241,7 +241,7 @@ class LocalRound:
         row: _Row,
         train: Callable[[LedgerSummary], Mapping[str, NDArray[Any]]],
     ) -> tuple[Mapping[str, NDArray[Any]], LedgerSummary]:
-        """Write the round's row, train, and find the row that pays for what came of it."""
+        """Write the round's row, train, and return the result and the summary of its row."""
         # Written before the first private batch, so that a failure after it counts.
         summary = self._ledger.record(*row)
         made = train(summary)
@@ -263,9 +263,9 @@ class LocalRound:
     def measure(self, order: Order, arrays: Arrays) -> dict[str, float]:
         """Evaluate the model with what this client keeps of its own.
 
-        Under a strategy that shares one factor, on the public test set: what the client keeps went
-        through private steps, so the figures are post-processing. Else on its private records,
-        where the client's configuration allows such figures.
+        If the strategy shares one factor, the client measures on the public test set. Its own part
+        went through private steps, so the figures are post-processing. If not, it measures on its
+        private records, if its configuration allows such figures.
 
         Parameters
         ----------

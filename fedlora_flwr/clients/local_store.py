@@ -12,7 +12,7 @@ from safetensors.numpy import load, save
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import name_of_run, private_folder, replace_file
 
-_KEPT = 3  # rounds: the one at hand, and two that a server may go back to
+_KEPT = 3  # rounds: the current one, and two that a server may return to
 
 
 class LocalStore:

@@ -21,7 +21,7 @@ from fedlora_flwr.wire import NUM_EXAMPLES, STAGE, SUM_NOISE, UPLOAD
 from fedlora_flwr.wire.limits import Residues
 from fedlora_flwr.wire.order import Order
 
-# Two machines may calibrate to other last digits. The ledger has the last word on ε.
+# Two machines may differ in the last digits of a calibrated σ. The ledger decides on ε.
 _ROUNDED = 1e-6
 
 

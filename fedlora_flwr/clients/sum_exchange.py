@@ -1,8 +1,9 @@
 """A client's part in the messages of a masked sum, which needs neither model nor records.
 
-Who attacks: the server, and clients that side with it. They may send any message at any time, any
-number of times, and tell each client something else. The rules against that are those of
-`fedlora_flwr.secure_sum.party`; here they meet orders, files and the client's own settings.
+The attackers are the server and clients that collude with it. They may send any message at any
+time, any number of times, and different messages to different clients. The rules against that are
+those of `fedlora_flwr.secure_sum.party`. This module applies them to orders, files and the
+client's own settings.
 """
 
 from __future__ import annotations

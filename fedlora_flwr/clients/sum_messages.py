@@ -17,7 +17,7 @@ BETWEEN = (SHOW_KEYS, SEAL_SHARES, OPEN_SUM)
 
 
 def stage_of(message: Message) -> str:
-    """Return which message of a masked sum this is, as far as it says so."""
+    """Return the stage of a masked sum that a message names."""
     for config in message.content.config_records.values():
         if isinstance(stage := config.get(STAGE), str):
             return stage

@@ -24,8 +24,8 @@ class SumStore:
     """One file for each client and run, with what the next message needs.
 
     A deployed client is a new process for every message, and a server may send messages again, out
-    of order or two at a time. What a step needs is taken away as it is read, so that no mask is
-    ever used for two uploads, and no two answers open one.
+    of order or two at a time. A secret is removed when it is read, so that no mask is used for two
+    uploads, and no upload is opened by two answers.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ class SumStore:
         InvalidValue
             Its file is damaged.
         FileTrouble
-            It cannot be written.
+            The file cannot be written.
         """
         path = self._folder / _KEY
 
@@ -77,7 +77,7 @@ class SumStore:
         replace_file(self._path(client, run), content.encode())
 
     def take(self, client: str, run: str, kind: type[State]) -> State:
-        """Take what was kept, so that nobody takes it again.
+        """Read and remove what was kept, so that it is used only once.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""Local private training: a plan, arrays and records in, trained arrays out. No Flower in it."""
+"""Local private training, without Flower: from a plan, arrays and records to trained arrays."""
 
 from __future__ import annotations
 
@@ -121,9 +121,9 @@ class LocalTrainer:
         stream : tuple
             Names the random streams of this client and round, e.g. ``(client, round)``.
         untrusted : bool (default: False)
-            Whether a server that is not trusted has chosen the arrays. Then the model is looked at
-            again, if it treats each record on its own (see `check_apart`; else a process looks
-            once), and passes are exact (see `PassPlan`).
+            Whether an untrusted server has chosen the arrays. If so, this round checks again that
+            the model treats each record on its own (see `check_apart`), and passes are exact (see
+            `PassPlan`). If not, a process makes that check once.
         server_round : int (default: 1)
             The round, which learning rates may depend on.
         proximal_mu : float (default: 0.0)
@@ -268,7 +268,7 @@ def process_trainer(config: RunConfig) -> LocalTrainer:
 
 @contextmanager
 def _one_client(threads: int, seed: int) -> Iterator[None]:
-    """Give a client its own thread count and dropout stream, and take them back after."""
+    """Set a client's own thread count and dropout stream, and restore the old ones afterward."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -1,4 +1,4 @@
-"""One process of a device that outlives its messages: what it has loaded serves the next one.
+"""A device's process that stays alive between messages, to reuse what it has loaded.
 
 Flower starts a process for each message, and most of what that process does is to import packages
 and to build the model. Where a device's file says ``keep-warm``, Flower's process hands the message
@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class WarmProcess:
-    """A process that is started when there is none, and ends by itself.
+    """A process that is started on demand and ends by itself.
 
     It ends after a time without a call, when the process that started its first caller is gone (on
     a device, Flower's), and when a caller needs one that was made for something else.
@@ -44,7 +44,7 @@ class WarmProcess:
     address : Path
         File that says how the process is reached.
     made_for : str
-        What the process holds in memory: a caller with other words gets a fresh process.
+        Digest of what the process is made for. A caller with another digest gets a new process.
     seconds : float
         How long it stays without a call.
     """
@@ -77,8 +77,8 @@ class WarmProcess:
         Raises
         ------
         ClientFailed
-            The process does not start, or ended before it answered. What the function has done by
-            then is done; a ledger's rows are there.
+            The process does not start, or ended before it answered. What the function did until
+            then remains, such as rows in a ledger.
         Exception
             What the function raises.
         """
@@ -107,7 +107,7 @@ class WarmProcess:
             if connection.recv():
                 return connection
         except (EOFError, OSError):
-            pass  # It has ended, or is about to.
+            pass  # The process has ended, or is about to end.
         if connection is not None:
             connection.close()
         return None

@@ -1,4 +1,4 @@
-"""What the noise of a secure sum promises: to the union of all records, and if masking failed."""
+"""The ε of a secure sum: for the union of all records, and for one upload if masking failed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the numbers of a sum's clients and records have to be; it needs no accountant."""
+"""Checks of the numbers of a sum's clients and records. They need no accountant."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def honest_shares(asked: int, dropouts: int, colluding: int) -> int:
     Raises
     ------
     InvalidValue
-        Nobody is left.
+        No honest client is left.
 
     References
     ----------

@@ -19,7 +19,7 @@ from fedlora_flwr.errors import InvalidValue
 __all__ = ["LARGEST_DEVIATION", "Words", "discrete_gaussian", "seeded_words", "system_words"]
 
 Words: TypeAlias = Callable[[int], NDArray[np.uint64]]
-"""A source of independent, uniform 64-bit words: a number of words in, that many out."""
+"""A function that returns the given number of independent, uniform 64-bit words."""
 
 LARGEST_DEVIATION = 1 << 22
 """Largest standard deviation for which all products fit into 64 bits."""

@@ -34,14 +34,14 @@ LARGEST_NORM = 1 << 20
 SMALLEST_NORM = 1 << 10
 """Smallest Δ that `fitting_norm` chooses."""
 WRAPS = 2.0**-40
-"""Probability, per round, with which a sum may leave the range of 32 bits, at most."""
+"""Largest probability per round that a sum leaves the range of 32 bits."""
 MOST_SLACK = 1e-15
 """Largest λ of a whole run: added to ε, it changes no digit that is shown or compared."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """One round's grid, and what a client's share of the noise is on it.
+    """One round's grid, and the size of a client's share of the noise on it.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ class Grid:
         Raises
         ------
         InvalidValue
-            No such grid: σ is too large for 32 bits, or too small for this Δ.
+            There is no such grid: σ is too large for 32 bits, or too small for this Δ.
         """
         wanted = math.sqrt(((noise_multiplier * norm) ** 2 + ROUNDING) / shares)
         grid = cls(norm, math.ceil(wanted), shares)
@@ -219,7 +219,7 @@ def residues(values: NDArray[np.int64]) -> Residues:
 
 
 def add_shares(uploads: Iterable[Residues]) -> Residues:
-    """Add uploads modulo 2³²: what a secure sum gives the server, and all that it gives.
+    """Add uploads modulo 2³². A secure sum shows the server this total and nothing else.
 
     Parameters
     ----------

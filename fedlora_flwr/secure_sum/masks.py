@@ -31,7 +31,7 @@ __all__ = [
 
 KEY_BYTES = 32
 SEAL_BYTES = 16
-"""How much longer a sealed message is."""
+"""Bytes that sealing adds to a message."""
 # A key is used once, so its nonce may be fixed.
 _NONCE = bytes(12)
 

@@ -150,7 +150,7 @@ class Shared:
     own : int
         Its own place among them.
     seed : bytes
-        Of its own mask.
+        Seed of its own mask.
     own_share : bytes
         Its own share of the seed.
     """
@@ -281,7 +281,7 @@ def pair_mask(
     private, public : bytes
         The mask key of one client, and of the other. Which is which does not matter.
     transcript : bytes
-        Of the round.
+        Hash of the round's terms and cards.
     first : bool
         Whether it is for the client with the lower place. The other's is the negative, so that
         both add up to zero.
@@ -298,7 +298,7 @@ def pieces(packet: bytes, length: int) -> list[bytes]:
     Raises
     ------
     InvalidValue
-        It has another length than whole pieces have.
+        The packet's length is not a multiple of ``length``.
     """
     if not packet or len(packet) % length:
         raise InvalidValue(f"length of {PACKET}", len(packet), f"a multiple of {length} bytes")

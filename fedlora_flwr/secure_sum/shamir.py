@@ -68,7 +68,7 @@ def combine(shares: Mapping[int, bytes]) -> bytes:
     Raises
     ------
     InvalidValue
-        They do not belong to one secret.
+        The shares do not belong to one secret.
     """
     weights = _weights(tuple(shares))
     terms = (w * int.from_bytes(s, "big") for w, s in zip(weights, shares.values(), strict=True))

@@ -1,4 +1,4 @@
-"""What all clients of a secure sum must have been told alike, and the cards that they show."""
+"""The terms that all clients of a secure sum must share, and the cards that they show."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CARD_BYTES = 3 * KEY_BYTES + _SIGNATURE_BYTES
 
 @dataclass(frozen=True)
 class Terms:
-    """One round's sum, as a client was told it.
+    """The terms of one round's sum, as the server told them to a client.
 
     Every key of the round is derived from the terms, so clients that were told different ones
     cannot read each other's messages, and nothing is opened. They need no number of the run: a card
@@ -78,7 +78,7 @@ class Terms:
         Raises
         ------
         InvalidValue
-            So many dropouts cannot be allowed for.
+            The masks cannot keep the promise with so many dropouts.
         """
         return cls(
             order.server_round, order.plan, order.cohort, config.dropouts, config.colluding,
@@ -87,7 +87,7 @@ class Terms:
 
     @property
     def threshold(self) -> int:
-        """N - t: how many clients a sum is opened over at least, and with how many shares."""
+        """N - t: the least number of clients in an opened sum, and of shares that open it."""
         return self.cohort - self.dropouts
 
     def digest(self) -> bytes:

@@ -1,7 +1,7 @@
 """The model card of a run's adapter, ``adapter/README.md``, in the format of the Hugging Face hub.
 
-A card says what the run's own files say, and nothing that the server cannot know: no license, and
-no description of private records.
+A card repeats facts from the run's own files. It has no license and no description of private
+records, because the server knows neither.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _OF_THE_MODEL = ("model", "weights", "pooling", "max-length", "image-size", "spl
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What is said of an adapter.
+    """The model card of an adapter.
 
     Parameters
     ----------
@@ -64,12 +64,12 @@ class ModelCard:
     test_records: int
 
     def write(self, folder: Path) -> None:
-        """Write the card beside an adapter.
+        """Write the card into an adapter's folder.
 
         Parameters
         ----------
         folder : Path
-            The adapter's.
+            The adapter's folder.
         """
         replace_file(folder / NAME, str(self).encode())
 
@@ -218,7 +218,7 @@ class ModelCard:
             labels = ""
             if auto == _AUTO["text-classification"]:
                 labels = f", num_labels={base.config.num_labels}"
-                # Models that classify the last token find it by the padding.
+                # Models that classify the last token need the padding token to find it.
                 labels += f", pad_token_id={base.config.pad_token_id}"
             lines = [
                 "from peft import PeftModel",
@@ -248,7 +248,7 @@ class ModelCard:
         if self.config.task in _OF_CLASSES:
             labels = getattr(getattr(base, "config", None), "num_labels", 0)
             keys["num-classes"] = getattr(base, "num_classes", 0) or labels
-        if self.config.dataset:  # The task wants a name, and opens nothing to build a model.
+        if self.config.dataset:  # The task only needs a name: it opens no data to build a model.
             keys["dataset"] = self._data
         return {"task": self.config.task, **keys}
 
@@ -266,7 +266,7 @@ class ModelCard:
 
 
 def _on_hub(name: str) -> bool:
-    """Tell whether a name is one of the hub's, with its owner, and not a folder here."""
+    """Tell whether a name is a hub name with an owner, and not a local folder."""
     return "/" in name and is_hub_name(name) and not Path(name).exists()
 
 

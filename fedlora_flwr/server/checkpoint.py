@@ -1,8 +1,8 @@
-"""What a run continues from when its server was killed: one file after each round.
+"""Checkpoints, from which a run continues after its server was killed: one file per round.
 
 It holds what the server has: the global arrays, what the strategy carries from one round to the
 next, averages, the server's optimizer, the configuration, and how far the files of rows are valid.
-Nothing of a client's own is in it beside what the client sent. Drawing cohorts and modes needs no
+About clients it holds only what they sent. Drawing cohorts and modes needs no
 state, since streams of random numbers are named by the round.
 
 The file is a line with a SHA-256, and then arrays in safetensors' format; the rest is JSON in an
@@ -34,9 +34,9 @@ _MAGIC = "fedlora-checkpoint-1"
 _TEXT = "json"
 _MAY_DIFFER = (
     "run-dir", "state-dir", "resume", "start",
-    # How long the server waits, and for whom.
+    # Keys for how long the server waits, and for how many clients.
     "min-clients", "min-completion", "round-timeout",
-    # The machine. Another one may round otherwise.
+    # Keys of the machine. Another machine may round differently.
     "device", "client-threads", "share-weights",
 )  # fmt: skip
 
@@ -95,7 +95,7 @@ class Checkpoint:
         Raises
         ------
         ValueError
-            It is not what was written.
+            The content is damaged.
         """
         line, _, content = content.partition(b"\n")
         if line.decode("ascii", "replace") != f"{_MAGIC} {hashlib.sha256(content).hexdigest()}":
@@ -104,7 +104,7 @@ class Checkpoint:
         return cls(**_whole(json.loads(arrays[_TEXT].tobytes()), arrays))
 
     def check(self, config: RunConfig) -> None:
-        """Refuse a configuration with which the run would be another.
+        """Refuse a configuration with which the run would have other results.
 
         Folders, patience and the machine may differ, and more rounds may follow where a client's
         plan stays what it was.
@@ -155,7 +155,7 @@ class Checkpoints:
         Raises
         ------
         FileTrouble
-            It cannot be written. Those that are there stay as they are.
+            The file cannot be written. Earlier checkpoints are left unchanged.
         """
         folder = private_folder(self.folder)
         replace_file(self._file(checkpoint.round), checkpoint.to_bytes())
@@ -172,7 +172,7 @@ class Checkpoints:
         Raises
         ------
         InvalidValue
-            There is none.
+            No checkpoint is whole.
         """
         damaged: list[str] = []
         for number in reversed(self._rounds()):

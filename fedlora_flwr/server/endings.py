@@ -1,4 +1,4 @@
-"""How a run ended: its folder says so in every case."""
+"""Record in a run's folder how the run ended, even if it crashed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNTOLD = "The process ended without a word, as one does that is killed."
 
 
 def status_of(error: BaseException) -> str:
-    """Tell a run that was ended from outside from one that could not go on."""
+    """Return whether a run was stopped from outside or failed, as a summary's status."""
     # Flower ends a ServerApp that is stopped by SystemExit.
     return INTERRUPTED if isinstance(error, KeyboardInterrupt | SystemExit) else FAILED
 
@@ -31,16 +31,16 @@ def reason_of(error: BaseException) -> str:
 
 
 def untold(summary: Mapping[str, Any] | None) -> bool:
-    """Return whether a run has not said itself how it ended."""
+    """Return whether the run itself has not recorded how it ended."""
     return summary is None or summary.get("error") == UNTOLD
 
 
 @contextmanager
 def recorded(run_dir: RunDirectory, config: RunConfig) -> Iterator[None]:
-    """Take a run's folder, and see to it that a summary is there in the end.
+    """Take a run's folder, and ensure that it holds a summary when the run has ended.
 
-    A run writes its own (see `fedlora_flwr.server.serve`). Where it did not come to that, this
-    process writes a shorter one; where this process is killed, too, another one does.
+    A run writes its own summary (see `fedlora_flwr.server.serve`). If it could not, this process
+    writes a shorter one. If this process is killed as well, another process writes it.
 
     Parameters
     ----------

@@ -19,7 +19,7 @@ from fedlora_flwr.server.run_dir import RunDirectory
 
 
 class Keeper:
-    """The checkpoints of a run at work.
+    """The checkpoints of the run that this process serves.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ def read_checkpoint(config: RunConfig, run_dir: RunDirectory) -> Checkpoint:
 
 
 def rows_of(run_dir: RunDirectory, config: RunConfig) -> list[RoundRow]:
-    """Return the rounds' rows as they were before they were written: JSON has no infinity."""
+    """Return the rounds' rows with their infinities restored, which JSON cannot hold."""
     rows = run_dir.rounds()
     for row in rows[1:]:
         if not config.private and row["epsilon_max"] is None and row["clients_used"]:
@@ -112,7 +112,7 @@ def rows_of(run_dir: RunDirectory, config: RunConfig) -> list[RoundRow]:
 
 
 def told_before(run_dir: RunDirectory) -> list[dict[str, Any]]:
-    """Return the clients' rows in the same way."""
+    """Return the clients' rows, also with their infinities restored."""
     return [
         {word: math.inf if value is None else value for word, value in row.items()}
         for row in run_dir.rows("clients")

@@ -20,8 +20,8 @@ from fedlora_flwr.wire.order import Order
 class MaskedSum:
     """The sums of one run.
 
-    Whether uploads are masked the clients say: those of a simulation show no keys. Then the sum is
-    *ideal*: this process sees every upload.
+    Clients of a simulation send no keys, and their uploads are not masked. Such a sum is *ideal*:
+    this process sees every upload.
 
     Parameters
     ----------
@@ -122,7 +122,7 @@ class MaskedSum:
 
 
 def _good_cards(cards: Mapping[int, bytes], terms: Terms) -> dict[int, bytes]:
-    """Leave out cards that every client would refuse, and their owners with them."""
+    """Leave out the clients whose cards every other client would refuse."""
     found: dict[int, bytes] = {}
     seen: set[bytes] = set()
     for node in sorted(cards):

@@ -33,7 +33,7 @@ def noisy_coordinates(
     Parameters
     ----------
     plans : Sequence[ComponentPlan]
-        Of some rounds, whose mean is taken.
+        Plans of some rounds. The result is the mean over these rounds.
     layout : Layout
         The arrays and their blocks.
     shapes : Mapping[str, tuple[int, ...]]
@@ -81,8 +81,8 @@ def noise_of_mean(
     Returns
     -------
     dict[str, float]
-        By part (A, B, head), of those that trained; nothing where an optimizer other than plain SGD
-        makes more of a gradient than its rate times it.
+        The norm of each part (A, B, head) that trained. Empty if the optimizer is not plain SGD,
+        whose step is the rate times the gradient.
     """
     plain = config.optimizer == "sgd" and not (config.momentum or config.precondition)
     if not plain or not clients:
@@ -114,7 +114,7 @@ def _by_array(
 def noise_to_signal(
     config: RunConfig, mechanisms: Sequence[Mechanism], coordinates: float
 ) -> float | None:
-    """Compare a round's noise with the most that it can hold of signal.
+    """Return the ratio of a round's noise to the largest signal that it can hold.
 
     A step adds noise of standard deviation σ_i C/b to each of D coordinates. Over K steps, averaged
     over a cohort with weights w_i, its norm is about ``(C/b) √(D K Σ w_i² σ_i²)``; clipped
@@ -125,7 +125,7 @@ def noise_to_signal(
     config : RunConfig
         Steps, weights, share of the clients in a round.
     mechanisms : Sequence[Mechanism]
-        Of all clients; at least one.
+        The mechanisms of all clients; at least one.
     coordinates : float
         D, as `noisy_coordinates` counts them.
 

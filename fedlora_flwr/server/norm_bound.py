@@ -1,8 +1,8 @@
 """How long an honest client's update can be, from public numbers alone.
 
 A round's update is made of K clipped mean gradients and K times noise, and both have a known size.
-docs/methods.md derives the bounds. Nothing here reads what a client says of itself, but its weight
-where that is its noise: a client that states more noise weighs less.
+docs/methods.md derives the bounds. The only statement of a client that this module reads is its
+weight, where that depends on its noise: a client that states more noise weighs less.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from fedlora_flwr.strategies.replies import Upload
 from fedlora_flwr.wire.order import Order
 
 CHANCE = 1e-9
-"""How likely an honest upload is beyond its bound, at most."""
-_SLACK = 1e-3  # Clients compute in fp32.
+"""Largest probability that an honest upload exceeds its bound."""
+_SLACK = 1e-3  # Relative slack for rounding, since clients compute in fp32.
 _EPS = 2.0**-23
-_MOST_STEPS = 5000  # The answers to impulses take the square of it in time.
+_MOST_STEPS = 5000  # The time to compute impulse responses grows with its square.
 
 
 class NormBound:
@@ -42,7 +42,7 @@ class NormBound:
     Parameters
     ----------
     config : RunConfig
-        The run, which `unknown` has nothing against.
+        The run. `unknown` must return an empty text for it.
     chance : float (default: 1e-9)
         How likely an honest upload may be beyond the bound.
     """
@@ -57,13 +57,13 @@ class NormBound:
     def check(self, order: Order, current: Arrays, upload: Upload) -> None:
         """Refuse an upload that is beyond its bound.
 
-        It is not cut to the bound: that would keep what a bad client sends as large as honest
-        chance makes an update once in 10⁹ times, and hide a device whose settings are wrong.
+        The upload is not cut to the bound. A cut upload could still be as long as only one honest
+        update in 10⁹ is, and the cut would hide a device with wrong settings.
 
         Raises
         ------
         SuspectReply
-            It is.
+            The upload is beyond its bound.
         """
         found = self.measured(order, current, upload.arrays, self.noise_of(upload.weight))
         for part, (norm, most) in found.items():
@@ -95,7 +95,7 @@ class NormBound:
         arrays : Arrays
             What it uploaded.
         sigma : float
-            Its noise multiplier; no matter for Adam.
+            Its noise multiplier. The bound for Adam does not depend on it.
         """
         config = self._config
         layout, plan = Layout.of(current, config.block_pattern), ComponentPlan.parse(order.plan)
@@ -221,7 +221,7 @@ def check_known(config: RunConfig) -> None:
     Raises
     ------
     InvalidValue
-        It does not; says why.
+        No bound follows. The message says why.
     """
     if config.robust == "norm-bound" and (reason := unknown(config)):
         allowed = f"another rule, or 'none': no norm bound follows from public numbers, as {reason}"

@@ -1,4 +1,4 @@
-"""One private step on made-up records, so that what cannot train is known before a run."""
+"""One step on made-up records, to find a model that cannot train before the run starts."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def _records(task: Task) -> Records:
 
 @contextmanager
 def _as_it_was(adapted: AdaptedModel) -> Iterator[None]:
-    """Give a model its values, modes and ways of computing back."""
+    """Restore a model's values, modes and ways of computing afterward."""
     model = adapted.model
     modes = [(module, module.training) for module in model.modules()]
     forwards = [(module, vars(module).get("forward")) for module in model.modules()]

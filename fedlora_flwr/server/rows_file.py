@@ -35,7 +35,7 @@ class RowsFile:
         Raises
         ------
         FileTrouble
-            The disk does not take it.
+            The file cannot be synced.
         """
         if self._size:
             try:
@@ -51,7 +51,7 @@ class RowsFile:
         Raises
         ------
         InvalidValue
-            It does not.
+            The file begins with other bytes.
         """
         content = self.path.read_bytes()[:size] if self.path.exists() else b""
         if len(content) != size or hashlib.sha256(content).hexdigest() != digest:

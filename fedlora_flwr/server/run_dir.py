@@ -78,7 +78,7 @@ class RunDirectory:
         return cls(path)
 
     def take(self) -> None:
-        """Take the folder for this run, for good; do nothing where that is done.
+        """Take the folder for this run permanently; do nothing if this run has it already.
 
         Raises
         ------
@@ -107,7 +107,7 @@ class RunDirectory:
         Raises
         ------
         InvalidValue
-            Another process does.
+            Another process holds the folder.
         """
         with (self.path / _CLAIM).open("rb") as stream:
             try:

@@ -71,7 +71,7 @@ def run_federation(
         The run's model at its start, which has been rehearsed; the run changes it. Built and
         rehearsed here if not given.
     largest_noise : float, optional
-        Takes the place of the configuration's, where whoever starts the run knows each client.
+        Replaces the configuration's value if the caller knows the noise of each client.
 
     Returns
     -------
@@ -183,7 +183,7 @@ class _Session:
             by_name(self.rows[-1]).update(self._evaluate(self.config.num_rounds))
 
     def _take_up(self, checkpoint: Checkpoint) -> None:
-        """Be what the session was after a round, its rows included."""
+        """Restore the state after a round from a checkpoint, including the rows."""
         self._keeper.check(checkpoint)
         self.strategy.load_state_dict(checkpoint.strategy)
         self.strategy.continues = checkpoint.run
@@ -222,7 +222,7 @@ class _Session:
             records = 0 if personal else len(self.task.test_records())
             card = ModelCard(self.config, summary, self.adapted, personal, records)
             card.write(self.run_dir.adapter)
-        except Exception as error:  # As for a picture: PEFT's own card is there.
+        except Exception as error:  # A missing card must not fail the run: PEFT's own card remains.
             log(WARNING, "The model card could not be written.", exc_info=error)
 
     def _after_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
@@ -262,7 +262,7 @@ class _Session:
             return self.task.evaluate(self.adapted.model, self.task.test_records())
 
     def _absent(self) -> int:
-        """Return how many nodes have been connected in this run, and are not."""
+        """Return how many nodes were connected earlier in this run and no longer are."""
         connected = set(self.connected())
         self.nodes |= connected
         absent = len(self.nodes - connected)

@@ -1,4 +1,4 @@
-"""The strategy of a run, made of its configuration."""
+"""Build the strategy of a run from its configuration."""
 
 from __future__ import annotations
 

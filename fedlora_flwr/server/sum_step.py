@@ -1,4 +1,4 @@
-"""The server's step under a secure sum: the opened sum is a gradient, and the optimizer is here."""
+"""The server's step under a secure sum: its optimizer uses the opened sum as a gradient."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class SumStep:
         Raises
         ------
         InvalidValue
-            It cannot be opened (see `MaskedSum.total`), or cannot be right.
+            The sum cannot be opened (see `MaskedSum.total`), or its record count is impossible.
         """
         found = {name: opened(array) for name, array in self._sum.total(ask, uploads).items()}
         count = int(found[NUM_EXAMPLES][0])
@@ -125,8 +125,8 @@ class SumStep:
         total : Mapping[str, ndarray]
             The opened sum of what trained, in units of the grid.
         count : int
-            Σn of the clients in the sum. Their q·Σn, not the number that joined, divides: that
-            number is private.
+            Σn of the clients in the sum. The step divides by the expected number q·Σn, because
+            the number of records that joined is private.
 
         Returns
         -------
@@ -201,7 +201,7 @@ def sum_grid(config: RunConfig, records: int, coordinates: int) -> Grid:
 
 
 def sum_step(config: RunConfig, task: Task, adapted: AdaptedModel) -> SumStep:
-    """Make the opener of a run. Simulated clients' records are counted, if nobody says how many.
+    """Make the opener of a run; count simulated clients' records if ``sum-records`` is not set.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Flower's way to real nodes, watched: nobody waits for a reply that cannot come."""
+"""A wrapper of Flower's grid that does not wait for replies that cannot come."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from fedlora_flwr.strategies.identities import KnownNode
 RESTARTED = "the device was restarted in this round, and what it was asked is lost"
 _NODE_UNAVAILABLE = 5
 _REPLY_UNAVAILABLE = 4
-_LEEWAY = 1.0  # seconds; the last look is not to find it void
+_LEEWAY = 1.0  # seconds; a message must still be valid at the last poll
 
 
 class WatchedGrid(Grid):
-    """A grid that tells of each node what became of its message.
+    """A grid that reports what became of each node's message.
 
-    Flower's own hands a message out once. Of a node that is offline when it looks, it reports an
-    error in the SuperLink's name; a node that was restarted between two looks is waited for until
-    the timeout. Messages stay valid for half a day, so that a slow node trains for rounds that
-    are over, and pays for them.
+    Flower's own grid delivers a message once. If a node is offline when Flower polls, Flower
+    reports an error under the SuperLink's name. If a node was restarted between two polls, Flower
+    waits for it until the timeout. Messages stay valid for half a day, so a slow node trains for
+    rounds that are over, and spends budget on them.
 
     Flower checks who sends a reply, but it hands out the sender and the type that are written in
     the reply itself, which a node may choose. One reply that cannot be read loses all others that
@@ -103,7 +103,7 @@ class WatchedGrid(Grid):
         waiting = {m.metadata.message_id: m for m in sent if m.metadata.message_id in pushed}
         replies: list[Message] = []
         while waiting:
-            # First the nodes: a reply that is there counts, even if its node is gone.
+            # Look for restarts before pulling: a reply counts even if its node is gone.
             lost = _restarted(waiting, activations, self._activations())
             for key in list(waiting):
                 if (reply := self._pull(key, waiting[key])) is not None:
@@ -113,7 +113,7 @@ class WatchedGrid(Grid):
             now = time.monotonic()
             if now >= deadline:
                 break
-            # As often as a short round needs, and as seldom as Flower does in a long one.
+            # Poll often in a short round, and as seldom as Flower does in a long one.
             time.sleep(min(3.0, 0.1 + (now - started) / 50, deadline - now) if waiting else 0)
         return replies
 
@@ -125,8 +125,8 @@ class WatchedGrid(Grid):
             if _from_network(error):  # Flower's server is gone, and no client is to blame.
                 raise
             return _unusable(asked, f"its reply cannot be read ({type(error).__name__})")
-        # Flower hands out here all that nodes push to the server, under ids that they may choose;
-        # but nobody else knows the id of a message to this node.
+        # Flower returns everything that nodes push to the server, under ids that they may choose.
+        # But only this node knows the id of the message that was sent to it.
         for reply in found:
             if reply.metadata.reply_to_message_id == key:
                 return _of_its_node(reply, asked)
@@ -171,7 +171,7 @@ def _of_its_node(reply: Message, asked: Message) -> Message:
 
 
 def _from_network(error: Exception) -> bool:
-    """Tell whether an error comes from the way to Flower's server, not from what was pulled."""
+    """Tell whether the connection to Flower's server failed, and not the parsing of a reply."""
     kinds = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     return isinstance(error, OSError) or bool(kinds & {"httpx", "grpc"})
 

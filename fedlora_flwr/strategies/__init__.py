@@ -34,7 +34,7 @@ def strategy_class(name: str) -> type[FedLoRA]:
     Raises
     ------
     InvalidValue
-        No strategy has that name, or it stands for something else.
+        No strategy has that name, or the name is not that of a usable subclass of `FedLoRA`.
     """
     found = load_strategy(name)
     if not isinstance(found, type) or not issubclass(found, FedLoRA):

@@ -1,7 +1,7 @@
 """How far a round's uploads agree, and what averaging their factors loses.
 
 The server works this out from uploads that it has anyway, so it costs no privacy. Updates are taken
-one array at a time: nothing here grows with the cohort but a few numbers per client.
+one array at a time, so memory grows with the cohort by only a few numbers per client.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fedlora_flwr.layout import Layout, factor_of
 from fedlora_flwr.plan import HEAD, PARTS
 from fedlora_flwr.strategies.replies import Upload
 
-# Columns of a stack of factors up to which Gram matrices are cheap; above, random probes estimate.
+# Gram matrices are cheap up to _EXACT stacked columns. Above that, _PROBES random probes estimate.
 _EXACT, _PROBES = 256, 32
 
 
@@ -41,7 +41,7 @@ def describe(
     -------
     dict[str, Any]
         ``agreement``, ``signal`` and ``spread`` (see `Agreement`), each by part (A, B, head), and
-        ``mean_error`` (see `mean_error`). Nothing where clients have factors of their own ranks.
+        ``mean_error`` (see `mean_error`). Empty if the clients' factors differ in rank.
     """
     shapes = {name: array.shape for name, array in uploads[0].arrays.items()}
     alike = all({n: a.shape for n, a in u.arrays.items()} == shapes for u in uploads)
@@ -65,11 +65,11 @@ class Agreement:
     agreement : float or None
         Mean cosine of all pairs of updates, from -1/(N - 1) to 1; ``None`` if one did not move.
     signal : float
-        Norm of what the updates share, estimated from the products of different clients: noise of
-        different clients is independent, and falls out. 0 where the estimate is not positive.
+        Norm of what the updates share. It is estimated from inner products of different clients'
+        updates, because their noise is independent. 0 where the estimate is not positive.
     spread : float
-        Norm of what else is in the mean: the noise that privacy adds, that of drawing batches, and
-        what the clients do not share.
+        Norm of the rest of the mean: privacy noise, the noise of drawing batches, and what the
+        clients do not share.
     """
 
     agreement: float | None
@@ -78,7 +78,7 @@ class Agreement:
 
     @classmethod
     def of(cls, current: Arrays, uploads: Sequence[Upload], names: Sequence[str]) -> Agreement:
-        """Measure it: for shares p_k, all pairs follow from ``|Σ p_k Δ_k|²`` and ``|Δ_k|²``."""
+        """Measure it. For shares p_k, all pairs follow from ``|Σ p_k Δ_k|²`` and ``|Δ_k|²``."""
         shares = normalize([upload.weight for upload in uploads])
         squares, mean = np.zeros(len(uploads)), 0.0
         for name in names:
@@ -102,9 +102,9 @@ class Agreement:
 def mean_error(current: Arrays, uploads: Sequence[Upload]) -> float | None:
     """Return what averaging factors loses: ``|Σ p_k B_k A_k - B̄ Ā|`` over ``|Σ p_k B_k A_k|``.
 
-    Frobenius norms, over all layers. The difference is ``Σ p_k (B_k - B̄)(A_k - Ā)``, of which no
-    m x n matrix is formed: norms follow from Gram matrices of the stacked factors or, where the
-    stack is wide, from random probes that are the same in every round.
+    The norms are Frobenius norms over all layers. The difference is ``Σ p_k (B_k - B̄)(A_k - Ā)``.
+    No m x n matrix is formed: the norms follow from Gram matrices of the stacked factors. Where
+    the stack is wide, random probes estimate them; the probes are the same in every round.
 
     Parameters
     ----------

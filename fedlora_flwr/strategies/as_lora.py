@@ -21,7 +21,7 @@ from fedlora_flwr.strategies.base import FedLoRA
 from fedlora_flwr.strategies.choices import Choice, Scores, chance_of_a, lead, verdict
 from fedlora_flwr.strategies.replies import Upload
 
-_STILL = 1e-12  # learning rates up to here move nothing
+_STILL = 1e-12  # a learning rate up to this value counts as zero
 
 
 class ASLoRA(FedLoRA):
@@ -30,17 +30,17 @@ class ASLoRA(FedLoRA):
     In the first rounds all blocks train B and A in turn, B first. Then each block draws A with the
     probability that A's score exceeds B's, given the standard errors of both; a factor without a
     score yet is chosen. A score estimates by how much a round lowered the loss through one factor
-    of one block. It is made of the uploads (`fedlora_flwr.algebra.gains`): clients report nothing,
-    and no noise has to be known. One factor of a block is frozen for a whole round, so each block's
-    mean is exact. Source: arXiv 2605.05769.
+    of one block. The server computes it from the uploads alone (`fedlora_flwr.algebra.gains`):
+    clients report nothing else, and the server need not know their noise. One factor of a block is
+    frozen for a whole round, so each block's mean is exact. Source: arXiv 2605.05769.
 
     Parameters
     ----------
     curvature : str (default: "none")
-        ``"secant"`` takes from a score what curvature and noise together cost, as seen from the
-        round after. It needs plain SGD.
+        ``"secant"`` subtracts from a score the cost of curvature and noise, which it estimates
+        from the next round. It needs plain SGD.
     curvature_rounds : int (default: 0)
-        Use it in this many last rounds only; 0 for all.
+        Number of last rounds that use ``curvature``; 0 for all rounds.
     selection : str (default: "sample")
         ``"sample"`` draws; ``"argmax"`` takes the likelier factor; ``"fixed"`` ignores scores, and
         trains B and A in turn to the end.
@@ -55,13 +55,13 @@ class ASLoRA(FedLoRA):
         Weight of the past in a score's mean; 0 for the last round alone.
     score_drift : float (default: 0.2)
         Share of both scores together by which their difference may change in a round in which one
-        of them is not renewed. So what leads is left, now and then, for a look at the other.
+        of them is not renewed. The leading factor is thus left now and then to test the other.
     warm_up : float (default: 0.1)
         Share of the rounds in which all blocks alternate alike.
     lr_a, lr_b : float (default: 1)
-        Learning rates: an update's square over its rate is what it gained.
+        Learning rates of A and B. A gain is an update's squared norm divided by its rate.
     lr_schedule, lr_schedule_a, lr_schedule_b : str
-        How they change over the rounds (see `fedlora_flwr.schedules`): of both, and of one.
+        How the learning rates of both, of A and of B change (see `fedlora_flwr.schedules`).
     **kwargs
         Those of `FedLoRA`.
 
@@ -122,7 +122,7 @@ class ASLoRA(FedLoRA):
         }
 
     def begin(self) -> None:
-        """Know no scores."""
+        """Start without scores."""
         super().begin()
         self.scores: list[Scores] = []
         """One for each group of blocks that share a choice."""
@@ -143,7 +143,7 @@ class ASLoRA(FedLoRA):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up scores, movements and choices, too."""
+        """Also restore scores, movements and choices."""
         super().load_state_dict(state)
         self.scores = [Scores.of(**scores) for scores in state["scores"]]
         self._last = {
@@ -204,7 +204,7 @@ class ASLoRA(FedLoRA):
         """Score what trained; return each group's score of this round, if there is one."""
         names = [name for name in uploads[0].arrays if factor_of(name)]
         moved = movements(current, [u.arrays for u in uploads], [u.weight for u in uploads], names)
-        # As gradients they can be compared between rounds of different rates.
+        # Rounds with different rates can be compared by gradients, but not by updates.
         for name in names:
             rate = self.rate(str(factor_of(name)), server_round)
             moved[name] = moved[name].times(1 / rate if rate > _STILL else 0.0)
@@ -229,7 +229,7 @@ class ASLoRA(FedLoRA):
             if now.square is not None:
                 total += now.square
             elif before is not None:
-                # One update tells nothing of its noise; two rounds' do.
+                # The noise cannot be estimated from one update, but from those of two rounds.
                 total += across(before, now)
             else:
                 return None

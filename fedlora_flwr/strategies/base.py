@@ -48,8 +48,8 @@ class FedLoRA(Declared, Running):
     `download`, `check_upload`, `check_shapes`. What it can do, and its own settings, it declares
     as class attributes (see `fedlora_flwr.strategies.declared.Declared`); callers ask those.
 
-    No client is trusted. A reply that cannot be used is its sender's failure, and the round goes on
-    with the others; what one client can still do is move the mean within the limits of `wire`.
+    No client is trusted. A reply that cannot be used counts as its sender's failure, and the round
+    continues with the others. A client can still move the mean within the limits of `wire`.
 
     Parameters
     ----------
@@ -72,22 +72,22 @@ class FedLoRA(Declared, Running):
     local_steps : int (default: 0)
         Local steps of a round, which say what an upload holds; 0 where the server does not know.
     max_weight : float
-        Largest weight that a client may state, from what is public.
+        Largest weight that a client may state, computed from public values.
     share_head : bool (default: True)
-        Whether the head is averaged. Else each client keeps its own, and measures its own model.
+        Whether the head is averaged. If not, each client keeps its head and measures its model.
     **own
         The method's own settings.
 
     Attributes
     ----------
     last_round : RoundReport or None
-        What came of the last round.
+        Report of the last round; None before the first.
     by_sum : bool
-        Whether the run is under a secure sum; whoever makes the strategy sets it.
+        Whether the run uses a secure sum. The code that makes the strategy sets it.
     robust : Robust
-        What is done against uploads that are meant to do harm; whoever makes the strategy sets it.
+        Defense against harmful uploads. The code that makes the strategy sets it.
     opener : Opener or None
-        Opens the sums of such a run, and steps by them; whoever starts the run sets it.
+        Opens the secure sums and takes steps with them. The code that starts the run sets it.
 
     Raises
     ------
@@ -135,7 +135,7 @@ class FedLoRA(Declared, Running):
         check_rules(min_completion, max_rounds, weighting)
         nodes = min_train_nodes, min_evaluate_nodes, min_available_nodes
         keys = weighted_by_key, arrayrecord_key, configrecord_key
-        # FedAvg warns of 0, which is the rule here: the server evaluates.
+        # FedAvg warns about 0, but 0 is usual here because the server evaluates.
         super().__init__(fraction_train, fraction_evaluate or 1.0, *nodes, *keys)
         self.fraction_evaluate = fraction_evaluate
         self.seed = seed
@@ -214,7 +214,7 @@ class FedLoRA(Declared, Running):
         Raises
         ------
         InvalidValue
-            It cannot be used. That counts as this client's failure.
+            The upload cannot be used. That counts as this client's failure.
         """
         self.check_shapes(current, upload.arrays)
 
@@ -229,7 +229,7 @@ class FedLoRA(Declared, Running):
         merge(current, arrays)
 
     def begin(self) -> None:
-        """Set what is carried between rounds to what it is before the first one."""
+        """Reset what is carried between rounds to its state before the first round."""
         self._ledgers, self._trained = LedgerWatch(), False
         self._turns: Mapping[str, Any] = {}
 

@@ -1,4 +1,4 @@
-"""From scores to a choice between A and B, and what a run's choices were worth."""
+"""Choose between A and B by score, and judge whether a run's choices beat chance."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Scores:
 
     @classmethod
     def of(cls, gains: Mapping[str, Any], bends: Mapping[str, Any]) -> Scores:
-        """Make scores of what ``dataclasses.asdict`` makes of them."""
+        """Rebuild scores from the output of ``dataclasses.asdict``."""
         return cls(
             *({f: Average(**values) for f, values in found.items()} for found in (gains, bends))
         )

@@ -1,4 +1,4 @@
-"""What composes with Flower's wrappers for central differential privacy."""
+"""Which strategies work inside Flower's wrappers for central differential privacy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_clipping(config: Mapping[str, object], strategy: str, whole_mean: bool
     Raises
     ------
     FederationAborted
-        There is such clipping, and no such mean.
+        Clients clip whole updates, and the round's result is not the mean of whole updates.
     """
     if KEY_CLIPPING_NORM in config and not whole_mean:
         raise FederationAborted(

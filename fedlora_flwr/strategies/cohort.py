@@ -34,7 +34,7 @@ def check_rules(min_completion: float, max_rounds: int, weighting: str) -> None:
     Raises
     ------
     InvalidValue
-        One of them is.
+        An argument is out of range.
     """
     if not 0 <= min_completion <= 1:
         raise InvalidValue("min_completion", min_completion, "a number from 0 to 1")
@@ -69,7 +69,7 @@ class Turns:
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Count on from a state."""
+        """Continue counting from a state."""
         self._taken, self._places = Counter(state["taken"]), dict(state["places"])
         self._spent = set(state["spent"])
 
@@ -86,7 +86,7 @@ class Turns:
                 self._places[client] += 1
 
     def rename(self, before: str, now: str) -> None:
-        """Carry a client's turns over to the name that it has told since it was asked."""
+        """Move a client's turns to the name that it gave after it was asked."""
         self._taken[now] += self._taken.pop(before, 0)
         if before in self._places:
             self._places[now] = max(self._places.get(now, 0), self._places.pop(before))
@@ -98,10 +98,11 @@ class Turns:
     def draw(self, clients: Sequence[str], size: int, generator: np.random.Generator) -> list[str]:
         """Draw a round's cohort.
 
-        Without a cap every set of clients is as likely. With one, those that had the fewest turns
-        come first, and chance decides among equals. So every client has its turn before any has
-        the next, and nobody's rounds run out before the others'. A client that joins late starts
-        where the others are; one that was away catches up, since the run counts on its rounds.
+        Without a cap every set of clients is equally likely. With a cap, those that had the
+        fewest turns come first, and chance decides among equals. So every
+        client has its turn before any client has its next one, and no client runs out of rounds
+        before the others. A client that joins late starts where the others are. A client that was
+        away catches up, since the run counts on its rounds.
 
         Parameters
         ----------
@@ -186,7 +187,7 @@ class Cohorts:
         self._nodes = nodes
         self.identities.look()
         size = cohort_size(len(nodes), fraction, least)
-        # Turns are those of clients, so a run that goes on has to know who is who.
+        # Turns are counted by client, so a resumed run has to know each node's client.
         if size < len(nodes) or self._restored:
             identify(grid, nodes, self.identities, self._timeout)
         able = self._able()

@@ -1,4 +1,4 @@
-"""What a method says of itself: what it can do, and which settings it has. Callers ask these."""
+"""A method's declaration: what it can do, and which settings it has."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Declared:
         """Fill in what follows from what a class says."""
         super().__init_subclass__(**kwargs)
         cls.personal = len(cls.shared) == 1
-        if "aggregate" in vars(cls):  # Whoever says nothing gets the cautious answer.
+        if "aggregate" in vars(cls):  # A class that declares nothing gets the cautious answer.
             cls.averages = vars(cls).get("averages", False)
             cls.needs_each_upload = vars(cls).get("needs_each_upload", True)
 
@@ -118,7 +118,7 @@ def read_settings(settings: type, owner: str, given: Mapping[str, Any]) -> dict[
     settings : type
         The dataclass that declares them.
     owner : str
-        Whose they are, for the error.
+        Name of the method that has the settings, for the error.
     given : Mapping[str, Any]
         Values by name.
 
@@ -136,7 +136,7 @@ def read_settings(settings: type, owner: str, given: Mapping[str, Any]) -> dict[
             raise TypeError(f"{owner} got an unexpected keyword argument {name!r}{near}")
     found = {}
     for name, entry in known.items():
-        # NumPy's numbers are numbers, and no type of a setting.
+        # A NumPy number is not of a type that a setting may have, so it is converted.
         value = given.get(name, entry.default)
         value = value.item() if hasattr(value, "item") else value
         found[name] = widen(entry, value)

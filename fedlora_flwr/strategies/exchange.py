@@ -1,4 +1,4 @@
-"""What a strategy sends to which client, and who measures a model: the part that asks."""
+"""The messages that a strategy sends to its clients, to train and to measure."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Exchange(FedAvg):
     Attributes
     ----------
     last_round : RoundReport or None
-        What came of the last round.
+        Report of the last round; None before the first.
     """
 
     shared: str
@@ -50,7 +50,7 @@ class Exchange(FedAvg):
         arrays : ArrayRecord
             The global arrays.
         client : str
-            Who it is; empty as long as that is not known.
+            The client's identity; empty while it is unknown.
         """
         return arrays
 
@@ -65,7 +65,7 @@ class Exchange(FedAvg):
         order = replace(self.order(server_round), continues=self.continues)
         config.update(order.to_config())
         if report is not None and self.shared:
-            # From now on no model of the server's stands in for theirs.
+            # From now on the server's model does not stand in for the clients' models.
             report.evaluation, self._round.measuring = {}, list(self._round.asked)
             return self._messages(MessageType.EVALUATE, arrays, config, self._round.asked, report)
         if not self.fraction_evaluate or self._cohorts is None or report is None:

@@ -52,7 +52,7 @@ class FlexLoRA(FedLoRA):
     own_ranks: ClassVar[bool] = True
 
     def begin(self) -> None:
-        """Know nobody's rank."""
+        """Forget the clients' ranks."""
         super().begin()
         self._ranks: dict[str, int] = {}
 
@@ -61,7 +61,7 @@ class FlexLoRA(FedLoRA):
         return {**super().state_dict(), "ranks": dict(self._ranks)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the clients' ranks, too."""
+        """Also restore the clients' ranks."""
         super().load_state_dict(state)
         self._ranks = dict(state["ranks"])
 

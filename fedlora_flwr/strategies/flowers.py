@@ -47,7 +47,7 @@ class FlowersStrategy(FedLoRA):
         super().begin()
         own = {entry.name: getattr(self, entry.name) for entry in fields(self.settings)}
         self._inner = self.flowers(**own)
-        # It notes what a round starts from, and asks nobody: the cohort is drawn here.
+        # Flower's class notes the arrays but sends nothing: this class draws the cohort.
         self._inner.fraction_train = 0.0
 
     def configure_train(
@@ -56,7 +56,7 @@ class FlowersStrategy(FedLoRA):
         """Show Flower's class the round's arrays, then send them as every strategy does."""
         self._asks = ConfigRecord()
         if hasattr(self._inner, "current_arrays"):
-            # FedAvgM would keep its own from round to round, which are not rounded to fp32.
+            # FedAvgM would keep its own arrays between rounds, which are not rounded to fp32.
             self._inner.current_arrays = None
         self._inner.configure_train(server_round, arrays, self._asks, grid)
         return super().configure_train(server_round, arrays, config, grid)
@@ -94,7 +94,7 @@ class FlowersStrategy(FedLoRA):
         return {**super().state_dict(), "flowers": carried}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take it up, too."""
+        """Also restore what Flower's class carries."""
         super().load_state_dict(state)
         for name, value in state["flowers"].items():
             setattr(self._inner, name, value)

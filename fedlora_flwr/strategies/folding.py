@@ -1,4 +1,4 @@
-"""What strategies fold into the frozen weights, as factors of growing rank."""
+"""Updates that strategies fold into the frozen weights, as factors of growing rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The head alone trains: what a method with adapters has to be better than."""
+"""The head alone trains: the baseline that a method with adapters has to beat."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is who: a reply belongs to the node that sent it, under the identity that the node has."""
+"""Identities of nodes: a reply counts for the node that sent it, under that node's identity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sorts replies: whose each one is, and which of them a strategy reads at all."""
+"""Find the sender of each reply, and pass on the replies that a strategy can read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Inbox:
     identities : Identities
         Who is who in this run.
     asked : Sequence[int]
-        The nodes that got a message, each one.
+        The nodes that got a message, one message each.
     kind : str
         The type of the messages.
     report : RoundReport
@@ -66,7 +66,7 @@ class Inbox:
     def _open(self, node: int, reply: Message) -> tuple[str, RecordDict] | None:
         name = self._identities.name(node)
         if reply.has_error() and node not in self._asked:
-            # Flower tells of a node that is gone, in its own name.
+            # If a node is gone, Flower sends an error under its own name, not the node's.
             self._report.fail(name, last_line(reply.error.reason))
             return None
         if node not in self._waiting:

@@ -24,7 +24,7 @@ def shared_part(arrays: ArrayRecord, shared: str) -> ArrayRecord:
 def mean_of_own_models(
     reports: Sequence[tuple[str, Report]], report: RoundReport
 ) -> MetricRecord | None:
-    """Average what clients measured of their own models; None where none did.
+    """Average what clients measured on their own models; None if no client measured.
 
     A device may refuse to measure, so that is not a reason to end the run.
     """

@@ -1,4 +1,4 @@
-"""What clients answer, and what a round came to."""
+"""Clients' answers, and the report of a round."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class RoundReport:
         return max(spent) if spent else None
 
     def settle(self, min_completion: float, *, may_decline: bool = False) -> None:
-        """Keep what can be averaged, in an order that no reply's arrival decides.
+        """Keep what can be averaged, in an order that does not depend on when replies arrive.
 
         Parameters
         ----------

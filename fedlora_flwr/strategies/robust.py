@@ -1,6 +1,6 @@
 """What a round does against uploads that are meant to do harm.
 
-Two things stand between an upload and the model. A *limit* refuses an upload that no honest client
+Two checks protect the model from an upload. A *limit* refuses an upload that no honest client
 sends. A *rule* takes the place of the mean, so that a few uploads cannot move it far; the method
 then aggregates the rule's result as it would the opened sum of a secure sum, as one upload.
 """

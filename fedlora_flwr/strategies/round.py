@@ -19,7 +19,7 @@ from fedlora_flwr.wire.order import Order
 
 @dataclass
 class Round:
-    """What a strategy needs from a round's messages to its mean.
+    """What a strategy has to remember in a round, from sending messages to averaging replies.
 
     Parameters
     ----------

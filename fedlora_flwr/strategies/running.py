@@ -17,7 +17,7 @@ EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 class Running(Exchange):
-    """Flower's loop over the rounds, which may end before its last one, and begin after some.
+    """Flower's loop over the rounds, which may end early and may continue an earlier run.
 
     Attributes
     ----------
@@ -31,7 +31,7 @@ class Running(Exchange):
     continues: str = ""
 
     def begin(self) -> None:
-        """Set what is carried between rounds to what it is before the first one."""
+        """Reset what is carried between rounds to its state before the first round."""
 
     def start(
         self,
@@ -83,7 +83,7 @@ class _Later(FedAvg):
         self._strategy, self._done = strategy, done
 
     def numbered(self, evaluate_fn: EvaluateFn | None) -> EvaluateFn | None:
-        """Return an evaluation that is told a round's own number, and not called before one."""
+        """Return an evaluation that gets a round's true number, and skips round 0."""
         if evaluate_fn is None:
             return None
         return lambda number, arrays: evaluate_fn(number + self._done, arrays) if number else None

@@ -32,7 +32,7 @@ class Opener(Protocol):
     dropouts : int
         t: clients of a round that may be missing.
     noise_multiplier : float
-        σ of the sum, which every client makes its share for.
+        σ of the sum. Every client adds its share of this noise.
     grid_norm : int
         C/γ: the clip norm in units of the grid.
     """
@@ -60,19 +60,19 @@ class Opener(Protocol):
         Raises
         ------
         InvalidValue
-            Too few can.
+            Too few clients can upload.
         """
         ...
 
     def total(
         self, ask: Ask, uploads: Mapping[int, Mapping[str, Residues]]
     ) -> dict[str, NDArray[np.int64]]:
-        """Return the sum of the uploads, and nothing else of them.
+        """Return the sum of the uploads, and reveal nothing else about them.
 
         Raises
         ------
         InvalidValue
-            It cannot be opened.
+            The sum cannot be opened.
         """
         ...
 
@@ -147,11 +147,11 @@ def orders_of_sum(
     ask : callable
         See `Ask`.
     order : Order
-        The round's.
+        The round's order.
     asked : Sequence[int]
         The nodes of the round's clients.
     report : RoundReport
-        The round; its details say so where it is void.
+        The round's report, which is marked as not opened if the round is void.
     """
     try:
         return opener.agree(ask, asks_for_shares(order, opener, len(asked)), asked)
