@@ -26,7 +26,7 @@ PADDING = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "labels": -
 
 
 class ArrowRecords:
-    """Records of an Arrow data set. A batch reads only its own rows from disk.
+    """Records of an Arrow data set. A batch reads only the rows that it needs.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ class ArrowRecords:
 
     def __init__(self, dataset: Dataset, collate: Collate) -> None:
         indices = dataset._indices
-        # `Dataset.select` keeps the whole table and a list of the row numbers that it picked.
+        # `Dataset.select` may keep the whole table and only list the row numbers that it picked.
         self._rows: NDArray[np.int64] = (
             np.arange(dataset.data.num_rows)
             if indices is None
