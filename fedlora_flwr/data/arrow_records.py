@@ -21,27 +21,27 @@ if TYPE_CHECKING:
 
 Rows = Mapping[str, Any]
 Collate = Callable[[Rows], dict[str, Tensor]]
-# The value that torch's cross entropy leaves out.
+# Torch's cross entropy ignores the label -100.
 PADDING = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "labels": -100}
 
 
 class ArrowRecords:
-    """Records of a data set; only the rows asked for are read.
+    """Records of an Arrow data set. A batch reads only the rows that it needs.
 
     Parameters
     ----------
     dataset : Dataset
-        At least one column.
+        A data set with at least one column.
     collate : Callable[[Mapping[str, Any]], dict[str, Tensor]]
-        Makes the tensors of a batch of n records from its columns: numbers as an array of shape
-        (n,), arrays of one shape as an array of shape (n, …), lists of numbers as a list of n
-        arrays, all else (text, pictures) as a list of n values, decoded. Arrays may be read-only:
-        ``torch.tensor`` copies them, ``torch.from_numpy`` warns.
+        Makes the tensors of a batch of n records from its columns. It receives numbers as an array
+        of shape (n,), arrays of one shape as an array of shape (n, …), lists of numbers as a list
+        of n arrays, and other columns (text, pictures) as a list of n decoded values. Arrays may be
+        read-only: ``torch.tensor`` copies them, ``torch.from_numpy`` warns.
     """
 
     def __init__(self, dataset: Dataset, collate: Collate) -> None:
         indices = dataset._indices
-        # Views of one table share it; what `Dataset.select` picked becomes positions in it.
+        # `Dataset.select` may keep the whole table and only list the row numbers that it picked.
         self._rows: NDArray[np.int64] = (
             np.arange(dataset.data.num_rows)
             if indices is None
@@ -68,7 +68,7 @@ class ArrowRecords:
         Returns
         -------
         dict[str, Tensor]
-            What ``collate`` makes of them, in the order asked for.
+            The tensors that ``collate`` makes of these records, in the order of ``indices``.
 
         Raises
         ------
@@ -78,10 +78,14 @@ class ArrowRecords:
         return self._collate(self._columns(indices))
 
     def padded(self, indices: Tensor, width: int) -> dict[str, Tensor]:
-        """Return the records at ``indices``, their lists padded to ``width`` tokens at least.
+        """Return the records at ``indices``, with lists padded to at least ``width`` tokens.
 
-        A width above `limit` counts as `limit`. For records whose collate function is a
-        `PadCollate` only, as `pads` says.
+        A width above `limit` counts as `limit`.
+
+        Raises
+        ------
+        TypeError
+            The collate function is not a `PadCollate` (see `pads`).
         """
         if not isinstance(self._collate, PadCollate):
             raise TypeError("only a PadCollate pads to a width")
@@ -89,17 +93,17 @@ class ArrowRecords:
 
     @property
     def pads(self) -> bool:
-        """Whether `padded` is there for these records."""
+        """Whether `padded` can be called: the collate function is a `PadCollate`."""
         return isinstance(self._collate, PadCollate)
 
     @property
     def limit(self) -> int | None:
-        """Most tokens that the model reads, where the collate function knows."""
+        """Most tokens that the model reads; ``None`` if the collate function sets no limit."""
         return getattr(self._collate, "limit", None)
 
     @property
     def alike(self) -> bool:
-        """Whether each record has tensors of the same shape, as no column has lists or objects."""
+        """Whether all records have tensors of the same shape: all columns are numbers or arrays."""
         kinds = [self._chunks[0].column(name).type for name in self._features if self._chunks]
         return all(_is_array(kind) for kind in kinds)
 
@@ -112,7 +116,7 @@ class ArrowRecords:
 
     @cached_property
     def lengths(self) -> NDArray[np.int64] | None:
-        """Length of the longest list of each record, shape (n,); ``None`` where none has lists."""
+        """Length of the longest list of each record, shape (n,); ``None`` without list columns."""
         found = [
             np.concatenate([_lengths(chunk.column(name)) for chunk in self._chunks])
             for name in self._features
@@ -124,7 +128,7 @@ class ArrowRecords:
         return longest
 
     def subset(self, indices: NDArray[np.int64]) -> ArrowRecords:
-        """Return the records at ``indices`` as records of their own; nothing is copied.
+        """Return the records at ``indices`` as a view; the columns are not copied.
 
         Raises
         ------
@@ -158,8 +162,8 @@ class ArrowRecords:
 
         if len(self._chunks) == 1:
             return self._chunks[0].take(pa.array(rows))
-        # Arrow would copy all chunks into one first. Each chunk is asked for its rows, and then
-        # they are put in order.
+        # Arrow's own `take` would first copy all chunks into one. Instead, each chunk gives its
+        # rows, and the joined rows are then sorted into the order asked for.
         owner = np.searchsorted(self._starts, rows, side="right") - 1
         order = np.argsort(owner, kind="stable")
         owners, begins = np.unique(owner[order], return_index=True)
@@ -177,7 +181,7 @@ class ArrowRecords:
         import pyarrow as pa
 
         feature, kind = self._features[name], array.type
-        if hasattr(feature, "decode_example"):  # A picture, or a class, which is a number.
+        if hasattr(feature, "decode_example"):  # A picture or a class label (an integer).
             if not pa.types.is_integer(kind):
                 return [feature.decode_example(value) for value in array.to_pylist()]
         elif pa.types.is_fixed_size_list(kind) and not array.null_count:
@@ -189,17 +193,17 @@ class ArrowRecords:
 
 @dataclass(frozen=True)
 class PadCollate:
-    """Pads lists of a batch to its longest record, or to a width that is asked for.
+    """Pads the lists of a batch to its longest record, or to a given width if that is larger.
 
     Parameters
     ----------
     fill : Mapping[str, int]
-        What each list column is filled up with; 0 where it is missing.
+        Padding value of each list column; 0 for columns that are not named.
     multiple_of : int (default: 1)
-        Widths are rounded up to a multiple of it; 8 suits tensor cores.
+        Widths are rounded up to a multiple of this number; 8 suits tensor cores.
     limit : int, optional
-        Most tokens that the model reads: a batch is as wide as its longest record, or as this, but
-        never wider for a width that is asked for.
+        Most tokens that the model reads. A given width counts up to this limit; records that are
+        longer are not cut.
     """
 
     fill: Mapping[str, int]
@@ -237,19 +241,19 @@ def pad_collate(
     Parameters
     ----------
     pad_values : Mapping[str, int], optional
-        What each list column is filled up with, in force over `PADDING`: -100 for ``labels``, 0
-        for other columns.
+        Padding value of each list column. It overrides `PADDING`, which has -100 for ``labels``
+        and 0 for other columns.
     multiple_of : int (default: 1)
-        Widths are rounded up to a multiple of it; 8 suits tensor cores.
+        Widths are rounded up to a multiple of this number; 8 suits tensor cores.
     limit : int, optional
-        Most tokens that the model reads, which no record has more of.
+        Most tokens that the model reads. No record may be longer.
 
     Returns
     -------
     PadCollate
         Integers become int64 tensors, shape (n,) or (n, width), other numbers keep their type.
-        All list columns of a batch get one width. Without ``attention_mask`` among the columns
-        there is none.
+        All list columns of a batch get one width. The batch has an ``attention_mask`` only if
+        the records have that column.
 
     Raises
     ------

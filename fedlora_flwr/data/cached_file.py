@@ -14,8 +14,8 @@ from fedlora_flwr.files import private_folder, read_or_make, replace_file
 def read_or_build(path: Path, build: Callable[[], bytes]) -> bytes:
     """Return the content of a cached file; make the file if it is missing or damaged.
 
-    Of several processes that miss the file at once, one builds it and the others wait, so that
-    all of them go on with the same bytes.
+    If several processes need the missing file at once, one builds it and the others wait. All of
+    them then read the same bytes.
 
     Parameters
     ----------
@@ -27,12 +27,12 @@ def read_or_build(path: Path, build: Callable[[], bytes]) -> bytes:
     Returns
     -------
     bytes
-        Content that agrees with its checksum.
+        The content, which matches its checksum.
 
     Raises
     ------
     InvalidValue
-        The file has to be made and its folder cannot be written to.
+        The file must be made, but its folder cannot be written to.
     """
 
     def make(draft: Path) -> None:
@@ -47,7 +47,7 @@ def read_or_build(path: Path, build: Callable[[], bytes]) -> bytes:
 
 
 def _intact(path: Path) -> bytes | None:
-    """Return the file's content if it is there and agrees with its checksum."""
+    """Return the file's content if it exists and matches its checksum, else ``None``."""
     try:
         content, line = path.read_bytes(), _checksum_path(path).read_bytes()
     except OSError:
@@ -64,12 +64,12 @@ def _checksum_line(path: Path, content: bytes) -> bytes:
 
 
 def require_writable(folder: Path) -> None:
-    """Make a folder of the cache.
+    """Create a folder of the cache if it is missing, and check that it is writable.
 
     Raises
     ------
     InvalidValue
-        It cannot be made or written to.
+        The folder cannot be created or written to.
     """
     try:
         private_folder(folder)

@@ -16,11 +16,11 @@ from fedlora_flwr.data.plain_text import plain_text, reason, unreadable
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# What other programs write where a number is missing. In a column of text these are text.
+# Words that other programs write for a missing number. A text column keeps them as text.
 MISSING_NUMBERS = ("#N/A", "<NA>", "N/A", "n/a", "NA", "NULL", "null", "NaN", "nan", "None")
 _TRUTH = ("true", "True", "TRUE")
 _UNTRUTH = ("false", "False", "FALSE")
-# Zeros in front, as in 007, make a name and not a number.
+# A value with leading zeros, such as 007, is an identifier, which a number would change.
 _WHOLE = r"[+-]?(0|[1-9][0-9]*)"
 _NUMBER = rf"({_WHOLE}(\.[0-9]*)?|[+-]?\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|Infinity)"
 _ROWS = 10_000
@@ -30,9 +30,9 @@ def csv_tables(paths: Sequence[Path]) -> Iterator[pa.Table]:
     """Yield the records of CSV or TSV files as one table.
 
     The first line names the columns. Blank lines are not records, and an empty cell is a missing
-    value. A column is whole numbers, truth values or numbers where each of its other cells is one;
-    cells with a word for a missing number (`MISSING_NUMBERS`) are missing then. All other columns
-    are text, cell by cell as it stands.
+    value. A column becomes whole numbers, truth values or numbers if all its cells can be read that
+    way, apart from empty cells and words for a missing number (`MISSING_NUMBERS`), which become
+    missing values. All other columns stay text, and their cells are unchanged.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def csv_tables(paths: Sequence[Path]) -> Iterator[pa.Table]:
 
 
 def _cells(path: Path) -> pa.Table | None:
-    """Return all cells of a file as text, or ``None`` where it has no line."""
+    """Return all cells of a file as text, or ``None`` if the file is empty."""
     import pyarrow as pa
 
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
@@ -97,7 +97,7 @@ def _batch(records: list[list[str]], schema: pa.Schema) -> pa.RecordBatch:
 
 
 def _records(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield each record with the line that it begins in; blank lines are none."""
+    """Yield each record with the number of its first line; skip blank lines."""
     reader = csv.reader(io.StringIO(plain_text(path), newline=""), delimiter=separator, strict=True)
     width, begin = 0, 1
     try:
@@ -114,19 +114,19 @@ def _records(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _column_names(path: Path, header: list[str]) -> list[str]:
-    # Tables with an index have no name over it; this is what other readers call it.
+    # A saved table often has an index column without a name. Pandas gives it this name, too.
     names = [name or f"Unnamed: {place}" for place, name in enumerate(header)]
     require_different(path, names)
     return names
 
 
 def require_different(path: Path, names: Sequence[str]) -> None:
-    """Refuse a file whose columns are not told apart by their names.
+    """Refuse a file in which several columns have the same name.
 
     Raises
     ------
     InvalidValue
-        Names the file and the columns.
+        A name occurs more than once. The message names the file and the columns.
     """
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
@@ -135,7 +135,7 @@ def require_different(path: Path, names: Sequence[str]) -> None:
 
 
 def _typed(cells: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Turn a column of text into numbers or truth values, if all of it is that."""
+    """Turn a column of text into numbers or truth values, if all its cells allow that."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -156,7 +156,7 @@ def _typed(cells: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _kind(said: pa.ChunkedArray) -> pa.DataType | None:
-    """Return the type of all cells that say something, or ``None`` for text."""
+    """Return the type of a column's cells that are not missing, or ``None`` for text."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -171,7 +171,7 @@ def _kind(said: pa.ChunkedArray) -> pa.DataType | None:
             except pa.ArrowInvalid:
                 continue
             return kind
-        return None  # Longer numbers are names, such as those of accounts.
+        return None  # Longer numbers are identifiers, such as account numbers.
     if pc.all(pc.is_in(said, value_set=pa.array([*_TRUTH, *_UNTRUTH]))).as_py():
         return pa.bool_()
     return pa.float64() if all_are(_NUMBER) else None
@@ -179,7 +179,7 @@ def _kind(said: pa.ChunkedArray) -> pa.DataType | None:
 
 @contextmanager
 def _long_cells() -> Iterator[None]:
-    """Let cells be as long as they are: the library's limit is 131,072 characters."""
+    """Lift the csv module's limit of 131,072 characters per cell."""
     before = csv.field_size_limit(sys.maxsize)
     try:
         yield

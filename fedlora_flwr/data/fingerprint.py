@@ -1,4 +1,4 @@
-"""Short names for the content of files, so that what was made from them can be kept."""
+"""Hashes of files, under which data made from these files is cached."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-# Read in a tenth of a second from memory. What is larger is known by samples.
+# 64 MiB take about 0.1 s to read from memory. Larger files are hashed by samples.
 WHOLE = 64 * 2**20
 _SAMPLES = 64
 _SAMPLE = 64 * 2**10
@@ -15,8 +15,8 @@ _SAMPLE = 64 * 2**10
 def content_digest(path: Path) -> str:
     """Return a hash of a file's length and content.
 
-    Up to 64 MiB the whole content counts; of a larger file 64 blocks of 64 KiB do, spread evenly
-    from its first byte to its last.
+    The hash covers the whole content of a file of up to 64 MiB. For a larger file it covers 64
+    blocks of 64 KiB, spread evenly from the first byte to the last.
 
     Parameters
     ----------
@@ -44,11 +44,11 @@ def content_digest(path: Path) -> str:
 def files_digest(paths: Iterable[Path], root: Path) -> str:
     """Return a hash of files' names below ``root`` and their content.
 
-    Where the files have up to 64 MiB together their content alone counts: copies and touched
-    files are the same, and a change is noticed even if size and time stay. Of larger sets each
-    file's absolute path, length and time of change (ns) count too, and of a large file samples
-    (`content_digest`); of many small files that are large together these alone count, because
-    reading 100,000 pictures takes longer than most of what is made from them.
+    If the files have up to 64 MiB together, the hash covers only their names and content: copies
+    and touched files have the same hash, and every change of content changes it. For larger sets
+    the hash also covers each file's absolute path, length and modification time (ns). In larger
+    sets only files above 1 MiB are read (`content_digest`), because reading 100,000 small pictures
+    would take longer than most steps that use them.
     """
     files = sorted(paths)
     states = [path.stat() for path in files]

@@ -1,4 +1,4 @@
-"""Whether the model and data hub can be reached, known in seconds rather than minutes."""
+"""A check within seconds whether the model and data hub can be reached."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
-# A hub that is there answers in well under a second; its client would try for minutes.
+# Seconds. A reachable hub answers in well under 1 s; its client would retry for minutes.
 _PATIENCE = 5.0
 
 
 def hub_answers() -> bool:
-    """Ask the hub for a sign of life, unless ``HF_HUB_OFFLINE`` forbids it.
+    """Return whether the hub answers a request; ``False`` if ``HF_HUB_OFFLINE`` is set.
 
-    An answer holds for about a minute.
+    The result is cached for up to a minute.
     """
     from huggingface_hub import constants
 
@@ -24,9 +24,9 @@ def hub_answers() -> bool:
 
 @contextmanager
 def own_copies_only(away: bool) -> Iterator[None]:
-    """Keep the hub's client to the copies it has where the hub is away.
+    """Make the hub's client use only its local copies if the hub is ``away``.
 
-    Libraries that are told to use local files ask the hub for some of them anyway.
+    Some libraries ask the hub for files even if they are told to use local ones.
     """
     from huggingface_hub import constants
 
@@ -39,7 +39,7 @@ def own_copies_only(away: bool) -> Iterator[None]:
 
 
 @lru_cache(maxsize=1)
-def _asked(minute: int) -> bool:  # noqa: ARG001 - what the cache goes by.
+def _asked(minute: int) -> bool:  # noqa: ARG001 - the key of the cache.
     # In a thread, because resolving a name has no time limit.
     answered, done = threading.Event(), threading.Event()
 

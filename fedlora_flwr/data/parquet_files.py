@@ -13,24 +13,24 @@ from fedlora_flwr.errors import InvalidValue
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# Pictures may be large.
+# Records per table. Pictures may be large, so few are read at once.
 _ROWS = 256
 
 
 def parquet_tables(paths: Sequence[Path]) -> Iterator[pa.Table]:
-    """Yield the records of parquet files, some at a time.
+    """Yield the records of parquet files, up to 256 per table.
 
-    Columns that name each value once, as pandas writes categories, become plain ones.
+    Dictionary-encoded columns (the categories of pandas) become columns of plain values.
 
     Parameters
     ----------
     paths : Sequence[Path]
-        Files with the columns of the first, at least one.
+        At least one file; all have the columns of the first.
 
     Raises
     ------
     InvalidValue
-        A file is cut off or damaged, or has other columns, or two of one name.
+        A file is damaged, has other columns than the first, or has two columns of one name.
     """
     from datasets.table import table_cast
 
@@ -64,7 +64,7 @@ def _tables(path: Path) -> Iterator[pa.Table]:
 
 
 def _plain(schema: pa.Schema) -> pa.Schema:
-    """Return the schema that a data set has, with what the file says of its columns' meaning."""
+    """Return the schema without encodings, with the data set features stored in the file."""
     import datasets
     import pyarrow as pa
 

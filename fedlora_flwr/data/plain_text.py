@@ -1,4 +1,4 @@
-"""Text files as text: UTF-8, or one sentence that names the file and the line."""
+"""Reading of UTF-8 text files, with errors that name the file and, if known, the line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedlora_flwr.errors import InvalidValue, one_line
 
-# The longer mark first, as it begins with the shorter one.
+# UTF-32 comes first: its little-endian mark begins with the mark of UTF-16.
 _MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -22,7 +22,7 @@ def plain_text(path: Path) -> str:
     Raises
     ------
     InvalidValue
-        It is not UTF-8, or has zero bytes, as UTF-16 without a mark has.
+        The file is not UTF-8, or it has zero bytes, which often means UTF-16 without a mark.
     """
     content = path.read_bytes()
     for mark, name in _MARKS.items():
@@ -41,15 +41,15 @@ def plain_text(path: Path) -> str:
 
 
 def line_of(text: str, position: int) -> int:
-    """Return the line, counted from 1, that a position in a text is in."""
+    """Return the number of the line, counted from 1, that holds a position of a text."""
     return text.count("\n", 0, position) + 1
 
 
 def unreadable(path: Path, expected: str) -> InvalidValue:
-    """Return the error of a file that cannot be read as it should be."""
+    """Return the error for a file whose content is not as ``expected``."""
     return InvalidValue("dataset", str(path), expected)
 
 
 def reason(error: BaseException) -> str:
-    """Return what a library says of a file, in one line without a full stop."""
+    """Return the message of a library's error, in one line without a final period."""
     return one_line(error).rstrip(". ")

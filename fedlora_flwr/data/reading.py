@@ -1,4 +1,4 @@
-"""What is read of a split, what is left out, and why: the sentences that a user sees of it."""
+"""The report to the user on a split: how many records are used or left out, and why."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class Reading:
-    """An account of a split's records.
+    """Counts of the used and left-out records of a split.
 
     Parameters
     ----------
     split : str
-        Its name.
+        Name of the split.
     found : int
-        Records in its files.
+        Number of records in the split's files.
     columns : tuple[str, ...]
         Columns that the model reads.
     left_out : dict[str, int]
-        How many records are not used, by the reason. No record counts twice.
+        Number of records that are not used, per reason. Each record counts once.
     notes : list[str]
-        Sentences on what may not be what is meant.
+        Sentences about data that the user may not have intended.
     """
 
     split: str
@@ -39,7 +39,7 @@ class Reading:
 
     @property
     def used(self) -> int:
-        """Records that are used."""
+        """Number of records that are used."""
         return self.found - sum(self.left_out.values())
 
     def leave_out(self, reason: str, count: int) -> None:
@@ -48,7 +48,7 @@ class Reading:
             self.left_out[reason] = count
 
     def leave_out_rows(self, lacking: Mapping[str, NDArray[np.int64]]) -> None:
-        """Count records as left out by the positions of those that lack something."""
+        """Count records as left out, given the positions of the records with each defect."""
         known: set[int] = set()
         for what, rows in lacking.items():
             new = set(rows.tolist()) - known
@@ -56,7 +56,7 @@ class Reading:
             known |= new
 
     def lines(self) -> list[str]:
-        """Return the account in words, the first line for the records and one for each note."""
+        """Return the report: one line with the counts, then one line per note."""
         columns = " and ".join(map(repr, self.columns))
         line = f"{self.split}: {self.used:,} of {self.found:,} records, read from {columns}"
         reasons = [f"{count:,} {reason}" for reason, count in self.left_out.items()]
@@ -66,7 +66,7 @@ class Reading:
 
 
 def empty_texts(dataset: Dataset, columns: Sequence[str]) -> list[str]:
-    """Return a sentence for each column of texts that some records have nothing in."""
+    """Return a sentence for each text column that is empty in some records."""
     import pyarrow.compute as pc
 
     found = []

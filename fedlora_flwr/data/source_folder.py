@@ -1,4 +1,4 @@
-"""The folder of a data set, out of which nothing leads."""
+"""The folder of a data set; links and paths that lead out of it are refused."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fedlora_flwr.errors import InvalidValue
 class SourceFolder:
     """A folder whose content is read, and nothing outside it.
 
-    Links are followed where they stay in the folder. In a copy that the hub's client keeps, files
-    are links to the folder ``blobs`` of the same data set, which counts as inside.
+    Links are followed if they stay in the folder. In the cache of the hub's client, files are
+    links to the folder ``blobs`` of the same data set, which counts as inside.
 
     Parameters
     ----------
     path : Path
-        The folder as it was named.
+        The folder as the user named it.
     roots : tuple[Path, ...]
-        Resolved folders that content may be in.
+        Resolved folders that may hold content.
     """
 
     path: Path
@@ -29,19 +29,19 @@ class SourceFolder:
 
     @classmethod
     def of(cls, path: Path) -> SourceFolder:
-        """Make one of a folder, or of the folder that a file is in."""
+        """Make it from a folder, or from a file inside the folder."""
         own = path.resolve()
         kept = [each.parent / "blobs" for each in own.parents if each.name == "snapshots"]
         roots = [own if own.is_dir() else own.parent, *(each for each in kept if each.is_dir())]
         return cls(path, tuple(roots))
 
     def inner(self, name: str) -> Path:
-        """Return a folder in this one by its relative path; empty for this one.
+        """Return a subfolder by its relative path; an empty path means this folder.
 
         Raises
         ------
         InvalidValue
-            It leads out of this folder, or is not there.
+            The path leads out of this folder, or no such folder exists.
         """
         try:
             inner = self.path / name
@@ -52,12 +52,12 @@ class SourceFolder:
         raise InvalidValue("subset", name, f"empty, or a folder inside {str(self.path)!r}")
 
     def entries(self, folder: Path) -> list[Path]:
-        """Return what is in a folder of this one, sorted by name, without hidden entries.
+        """Return the entries of a subfolder, sorted by name, without hidden entries.
 
         Raises
         ------
         InvalidValue
-            An entry is a link to a place outside.
+            An entry is a link to a place outside this folder.
         """
         found = []
         with os.scandir(folder) as entries:

@@ -1,4 +1,4 @@
-"""How a simulation spreads records, as the run configuration says it."""
+"""How a simulation spreads records over clients, according to the run configuration."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from fedlora_flwr.errors import InvalidValue
 
 @dataclass(frozen=True)
 class Split:
-    """How records are spread.
+    """How records are spread over clients.
 
     Parameters
     ----------
     partitioner : str
         One of `fedlora_flwr.config.sections.partition.PARTITIONERS`.
     num_partitions : int
-        Clients.
+        Number of clients.
     seed : int
         Seed of the order of the records and of the partitioner's own draws.
     alpha : float (default: 0.5)
         Dirichlet concentration: the smaller, the more the clients' label mixes differ.
     min_size : int (default: 1)
-        Records that the smallest client must have.
+        Least number of records per client.
     classes_per_partition : int (default: 2)
-        Classes of a client (``"pathological"``), or shards of it (``"shard"``).
+        Number of classes per client (``"pathological"``) or of shards per client (``"shard"``).
     column : str (default: "")
         What ``"dirichlet"``, ``"pathological"``, ``"shard"`` and ``"natural-id"`` split by; empty
         is ``"label"``, which ``"natural-id"`` does not take.
     sizes : tuple[int, ...] (default: ())
-        Records of each client (``"size"``).
+        Number of records of each client (``"size"``).
     shares : tuple[tuple[float, ...], ...] (default: ())
         Shares of the classes in each client's records, one row per client (``"label-shares"``).
     """

@@ -1,4 +1,4 @@
-"""Which record of a data set cannot be used, in a sentence that names its file."""
+"""Errors about unusable records, which name the file of the record."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 def named(
     dataset: Dataset, function: Callable[[dict[str, list[Any]]], Any], rows: Iterable[int]
 ) -> InvalidValue | None:
-    """Return the error of the first record that cannot be read, or that a function cannot take.
+    """Return the error of the first record that cannot be read or that ``function`` rejects.
 
     Parameters
     ----------
     dataset : Dataset
         The records.
     function : Callable
-        Takes columns of records, as lists.
+        Takes the columns of some records, as lists.
     rows : Iterable[int]
-        Positions of records, of which one is at fault.
+        Positions of the records to try, one of which caused an error.
 
     Returns
     -------
     InvalidValue or None
-        Names the picture's file, or the file and the record's place in it; ``None`` where each
-        record by itself can be used.
+        Error that names the picture's file, or the data set and the record's number in it.
+        ``None`` if each record can be used alone.
     """
     for row in rows:
         try:
@@ -48,12 +48,12 @@ def named(
 
 @contextmanager
 def naming(dataset: Dataset) -> Iterator[None]:
-    """Add to errors about a data set's columns and values which files it was read from.
+    """Add the name of the data set's file to errors about its columns and values.
 
     Raises
     ------
     InvalidValue
-        As it was raised, with the name of the file.
+        The error raised inside the block, with the name of the file added.
     """
     try:
         yield
