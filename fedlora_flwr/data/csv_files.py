@@ -26,6 +26,9 @@ _NUMBER = rf"({_WHOLE}(\.[0-9]*)?|[+-]?\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|Inf
 _ROWS = 10_000
 
 
+_NAMES = {",": "commas", "\t": "tabs"}
+
+
 def csv_tables(paths: Sequence[Path]) -> Iterator[pa.Table]:
     """Yield the records of CSV or TSV files as one table.
 
@@ -72,7 +75,7 @@ def _cells(path: Path) -> pa.Table | None:
             return None
         if len(header) == 1 and (other := next((c for c in ";\t|" if c in header[0]), "")):
             found = f"{separator!r} between cells, and the first line has {other!r}"
-            raise unreadable(path, f"{found}. Save it with commas")
+            raise unreadable(path, f"{found}. Save it with {_NAMES[separator]}")
         names = _column_names(path, header)
         schema = pa.schema([(name, pa.string()) for name in names])
         batches, held = [], []

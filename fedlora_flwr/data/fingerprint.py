@@ -48,7 +48,7 @@ def files_digest(paths: Iterable[Path], root: Path) -> str:
     and touched files have the same hash, and every change of content changes it. For larger sets
     the hash also covers each file's absolute path, length and modification time (ns). In larger
     sets only files above 1 MiB are read (`content_digest`), because reading 100,000 small pictures
-    would take longer than most steps that use them.
+    would take longer than making most of the data that is cached.
     """
     files = sorted(paths)
     states = [path.stat() for path in files]

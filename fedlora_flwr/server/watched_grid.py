@@ -126,7 +126,7 @@ class WatchedGrid(Grid):
                 raise
             return _unusable(asked, f"its reply cannot be read ({type(error).__name__})")
         # Flower returns everything that nodes push to the server, under ids that they may choose.
-        # But only this node knows the id of the message that was sent to it.
+        # But no other node knows the id of the message that was sent to it.
         for reply in found:
             if reply.metadata.reply_to_message_id == key:
                 return _of_its_node(reply, asked)

@@ -82,7 +82,7 @@ def test_other_bits_do_not_leave_without_budget(ledger: Ledger) -> None:
     assert ledger.vouch(*row, "x") == first
 
 
-def test_at_least_as_many_rows_as_different_answers_however_many_ask_at_once(ledger: Ledger) -> None:
+def test_no_fewer_rows_than_different_answers_however_many_ask_at_once(ledger: Ledger) -> None:
     def ask(answer: str) -> None:
         own = Ledger(ledger.path)
         own.record(*ROW)
