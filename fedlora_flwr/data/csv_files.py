@@ -24,8 +24,6 @@ _UNTRUTH = ("false", "False", "FALSE")
 _WHOLE = r"[+-]?(0|[1-9][0-9]*)"
 _NUMBER = rf"({_WHOLE}(\.[0-9]*)?|[+-]?\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|Infinity)"
 _ROWS = 10_000
-
-
 _NAMES = {",": "commas", "\t": "tabs"}
 
 
