@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from fedlora_flwr.client_app import respond
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.recipes import load_recipe
+from fedlora_flwr.config.sections import federation
 from fedlora_flwr.data.records import Records, TensorRecords
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.server.serve import run_federation
@@ -42,7 +43,7 @@ Change: TypeAlias = Callable[[Arrays, Arrays, np.random.Generator], Arrays]
 CLIENTS, TARGET = 10, 0
 RESULTS = Path(__file__).parent / "results" / "attacks" / "rows.csv"
 STRATEGIES, EPSILONS, SEEDS = ("rolora", "la-lora", "as-lora"), (8.0, 1.0), (42, 43, 44)
-RULES = ("none", "norm-bound", "trimmed-mean", "median", "krum")
+RULES = ("none", "norm-bound", *federation.RULES)
 BAD = (1, 3)
 NOBODY, COPY, LABELS, BACKDOOR = "nobody", "copied reply", "label flip", "backdoor"
 
@@ -270,7 +271,7 @@ def cells(
 
 
 def read(file: Path) -> dict[Cell, Outcome]:
-    """Return the rows of a file; nothing where there is no file."""
+    """Return the rows of a file, or an empty list if there is no file."""
     if not file.exists():
         return {}
     with file.open(newline="", encoding="utf-8") as stream:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.plan import A, ComponentPlan
+from fedlora_flwr.plan import HEAD, PARTS, A, ComponentPlan
 
 Float = TypeVar("Float", bound=np.floating)
 
@@ -34,6 +34,19 @@ def factor_of(name: str) -> str | None:
     return match["factor"] if match else None
 
 
+def part_of(name: str) -> str:
+    """Return the part of the model that an array belongs to: ``"A"``, ``"B"`` or ``"head"``."""
+    return factor_of(name) or HEAD
+
+
+def by_part(names: Iterable[str]) -> dict[str, list[str]]:
+    """Group arrays by part, in the order of `PARTS`; parts without arrays are left out."""
+    found: dict[str, list[str]] = {part: [] for part in PARTS}
+    for name in names:
+        found[part_of(name)].append(name)
+    return {part: names for part, names in found.items() if names}
+
+
 def is_shared(name: str, shared: str) -> bool:
     """Tell whether an array is exchanged between server and clients.
 
@@ -44,7 +57,7 @@ def is_shared(name: str, shared: str) -> bool:
     shared : str
         The factors that are exchanged, ``"A"``, ``"B"`` or ``"AB"``; empty if all arrays are.
     """
-    return not shared or (factor_of(name) or "head") in shared
+    return not shared or part_of(name) in shared
 
 
 def is_folded(name: str) -> bool:

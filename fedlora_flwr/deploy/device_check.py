@@ -118,11 +118,10 @@ def _in_place(name: str, settings: Mapping[str, Any], file: Path) -> Iterator[Fi
     """Look, without opening any, whether model and records are where the device's file says."""
     needed = {key for keys in required_on_device(settings["task"]) for key in keys}
     for key in (key for key in ("model", "dataset") if key in needed & settings.keys()):
-        value = str(settings[key])
-        place = file.parent / Path(value).expanduser()
+        value, place = str(settings[key]), _place(key, settings, file.parent)
         if place.exists():
             yield Finding(name, True, f"{key} is at {place}")
-        elif _may_be_on_hub(key, value, file.parent):
+        elif not _absent(key, settings, file.parent):
             yield Finding(name, True, f"{key} {value!r} is not on this device: a hub's name")
         else:
             fix = f"put it there, or correct {key} in {file}; a hub's name is owner/name"
@@ -140,10 +139,13 @@ def _in_place(name: str, settings: Mapping[str, Any], file: Path) -> Iterator[Fi
 
 def _absent(key: str, settings: Mapping[str, Any], folder: Path) -> bool:
     """Tell whether a device's own file names a place that is not here, as on another machine."""
-    value = str(settings.get(key, ""))
-    if not value or (folder / Path(value).expanduser()).exists():
+    if not settings.get(key) or _place(key, settings, folder).exists():
         return False
-    return not _may_be_on_hub(key, value, folder)
+    return not _may_be_on_hub(key, str(settings[key]), folder)
+
+
+def _place(key: str, settings: Mapping[str, Any], folder: Path) -> Path:
+    return folder / Path(str(settings[key])).expanduser()
 
 
 def _may_be_on_hub(key: str, value: str, folder: Path) -> bool:

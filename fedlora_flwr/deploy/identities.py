@@ -73,8 +73,8 @@ def renew_server(folder: Path, authority: Path, host: str, days: int) -> datetim
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != signer.public_key():
         raise InvalidValue("ca", str(authority), "the ca.key that ca.pem was made with")
     left = (signer.not_valid_after_utc - datetime.now(UTC)).days
-    if days > left:
-        allowed = f"at most {max(left, 0)}: then the CA's own certificate ends. Make a new fleet"
+    if not 1 <= days <= left:
+        allowed = f"from 1 to {max(left, 0)}: then the CA's own certificate ends. Make a new fleet"
         raise InvalidValue("days", days, allowed)
     return _sign_server(folder, signer, key, host, days)
 

@@ -113,7 +113,7 @@ def _choose_order(epsilon: float, delta: float, sigma: float, rate: float) -> fl
     if not useful:
         allowed = f"a budget that a filter of order up to {_ORDERS[-1]:g} can meet"
         raise InvalidValue("epsilon", epsilon, allowed)
-    # Without noise no order admits any step, so any useful order will do.
+    # Without noise no order admits any step, so any of the useful orders can be taken.
     return max(useful, key=lambda a: allowance(epsilon, delta, a) / step_divergence(sigma, rate, a))
 
 

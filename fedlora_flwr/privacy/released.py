@@ -32,7 +32,7 @@ class Released:
     weight : float
         Aggregation weight: 1, or the public quantity that ``weighting`` names.
     status : str
-        ``"ok"``, or ``"budget-exhausted"``. In the latter case there are no arrays.
+        ``"ok"``, or ``"budget-exhausted"`` for a release without arrays.
     num_examples : int
         Number of records where that is the weight, otherwise 1; 0 where the client did not train.
     unprotected : Mapping[str, float]

@@ -12,8 +12,8 @@ import torch
 
 from fedlora_flwr.algebra.means import normalize
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.layout import Layout, factor_of
-from fedlora_flwr.plan import HEAD, PARTS, ComponentPlan
+from fedlora_flwr.layout import Layout, part_of
+from fedlora_flwr.plan import PARTS, ComponentPlan
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.postprocessing.filters import make_filter
 from fedlora_flwr.strategies.cohort import cohort_size
@@ -93,7 +93,7 @@ def noise_of_mean(
     squares: dict[str, float] = {}
     found = _by_array(plan, layout, shapes, config.local_steps, config.filter)
     for name, coordinates in found.items():
-        part = factor_of(name) or HEAD
+        part = part_of(name)
         squares[part] = squares.get(part, 0.0) + coordinates * scale * rates[part] ** 2
     return {part: math.sqrt(square) for part, square in squares.items()}
 

@@ -20,7 +20,15 @@ from numpy.typing import NDArray
 from fedlora_flwr.algebra.means import Arrays
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue, SuspectReply
-from fedlora_flwr.layout import Layout, factor_of, is_shared, layer_of, leading_ranks, rank_axis
+from fedlora_flwr.layout import (
+    Layout,
+    by_part,
+    factor_of,
+    is_shared,
+    layer_of,
+    leading_ranks,
+    rank_axis,
+)
 from fedlora_flwr.plan import HEAD, A, ComponentPlan
 from fedlora_flwr.privacy.postprocessing.adam import relative_error
 from fedlora_flwr.privacy.postprocessing.filters import make_filter
@@ -103,9 +111,7 @@ class NormBound:
         settings = replace(settings, proximal_mu=order.proximal_mu)
         when = [set(layout.active(plan, step)) for step in range(1, config.local_steps + 1)]
         start = {n: _cut(n, current[n], array) for n, array in arrays.items()}
-        parts: dict[str, list[str]] = {}
-        for name in arrays:
-            parts.setdefault(factor_of(name) or HEAD, []).append(name)
+        parts = by_part(arrays)
         tail = math.log(2 * len(parts) / self._chance)
         found: dict[str, tuple[float, float]] = {}
         for part, names in parts.items():

@@ -7,11 +7,12 @@ from typing import Any
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.keys import fields_by_key
+from fedlora_flwr.config.sections.federation import RULES
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.privacy.budget import MIN_NOISE
 from fedlora_flwr.server.norm_bound import NormBound, unknown
 from fedlora_flwr.strategies import FedLoRA, strategy_class
-from fedlora_flwr.strategies.robust import MEAN, RULES, Robust
+from fedlora_flwr.strategies.robust import MEAN, Robust
 from fedlora_flwr.wire.limits import MOST_RECORDS, MOST_WEIGHT
 
 

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.means import Arrays, normalize
-from fedlora_flwr.layout import Layout, factor_of
-from fedlora_flwr.plan import HEAD, PARTS
+from fedlora_flwr.layout import Layout, by_part
 from fedlora_flwr.strategies.replies import Upload
 
 # Gram matrices are cheap up to _EXACT stacked columns. Above that, _PROBES random probes estimate.
@@ -49,8 +48,8 @@ def describe(
         return {}
     found: dict[str, Any] = {} if personal else {"mean_error": mean_error(current, uploads)}
     if len(uploads) > 1:
-        parts = {part: [n for n in shapes if (factor_of(n) or HEAD) == part] for part in PARTS}
-        measured = {p: Agreement.of(current, uploads, names) for p, names in parts.items() if names}
+        parts = by_part(shapes)
+        measured = {p: Agreement.of(current, uploads, names) for p, names in parts.items()}
         for figure in ("agreement", "signal", "spread"):
             found[figure] = {part: getattr(entry, figure) for part, entry in measured.items()}
     return found

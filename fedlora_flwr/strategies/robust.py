@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.means import Arrays, weighted_mean
 from fedlora_flwr.algebra.robust import krum, median, squared_distances, trimmed_mean
+from fedlora_flwr.config.sections.federation import RULES
 from fedlora_flwr.errors import FederationAborted, InvalidValue
-from fedlora_flwr.layout import factor_of
-from fedlora_flwr.plan import HEAD
+from fedlora_flwr.layout import by_part
 from fedlora_flwr.strategies.replies import RoundReport, Upload
 from fedlora_flwr.wire.order import Order
 
 MEAN = "none"
-RULES = ("trimmed-mean", "median", "krum")
 _FAR = 4.0  # times the median distance from the result, beyond which a client is named
 
 
@@ -173,11 +172,8 @@ class Robust:
         if self.means or not uploads:
             return uploads
         self.check_cohort(report.sent, False, found=len(uploads))
-        parts: dict[str, list[str]] = {}
-        for name in uploads[0].arrays:
-            parts.setdefault(factor_of(name) or HEAD, []).append(name)
         arrays: dict[str, NDArray[np.floating]] = {}
-        for names in parts.values():
+        for names in by_part(uploads[0].arrays).values():
             found = self._part(names, current, uploads, self.bad(report.sent))
             arrays.update(found)
             report.suspect(_far(uploads, found))

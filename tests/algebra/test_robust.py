@@ -43,7 +43,7 @@ def test_the_median_is_numpys_where_weights_are_equal(clients: int) -> None:
 def test_a_large_weight_does_not_own_the_median() -> None:
     stack = np.array([[0.0], [1.0], [2.0], [3.0], [1e6]])
     assert median(stack, [1.0, 1.0, 1.0, 1.0, 1e9]).tolist() == [2.0]
-    # Of two middle values the heavier client's counts more.
+    # The mean of two middle values is weighted by their clients' weights.
     assert median(stack[:4], [1.0, 1.0, 3.0, 1.0]).tolist() == [pytest.approx(1.75)]
 
 

@@ -10,11 +10,12 @@ from flwr.app import ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.robust import krum, squared_distances
+from fedlora_flwr.config.sections.federation import RULES
 from fedlora_flwr.errors import FederationAborted, InvalidValue, SuspectReply
 from fedlora_flwr.layout import factor_of
 from fedlora_flwr.strategies import ASLoRA, DPLoRA, FedLoRA, FedSVD, FLoRA, RoLoRA
 from fedlora_flwr.strategies.replies import Upload
-from fedlora_flwr.strategies.robust import RULES, Robust
+from fedlora_flwr.strategies.robust import Robust
 from fedlora_flwr.wire.order import Order
 from tests.strategies.tiny import Asked, Tiny, arrays_of, record_of, reply_of, start_arrays
 

@@ -20,6 +20,8 @@ from fedlora_flwr.config.keys import (
 )
 from fedlora_flwr.wire import WEIGHTINGS
 
+RULES = ("trimmed-mean", "median", "krum")
+"""What may take the place of a mean of uploads (see `fedlora_flwr.strategies.robust`)."""
 _DEVICE, _LIMITED, _RUN = Decider.DEVICE, Decider.LIMITED, Decider.RUN
 _SERVER = "Only the server reads it."
 
@@ -54,7 +56,7 @@ class FederationSection:
         _RUN, "What stays with the client went through the same private steps.",
     )  # fmt: skip
     robust: str = key(
-        "auto", choice("auto", "none", "norm-bound", "trimmed-mean", "median", "krum"),
+        "auto", choice("auto", "none", "norm-bound", *RULES),
         "what is done against uploads that are meant to do harm; auto = norm-bound where the bound "
         "follows from public numbers",
         _RUN, _SERVER,
