@@ -42,6 +42,8 @@ COMMAND = (sys.executable, "-m", "fedlora_flwr.cli")
 MARK = "FEDLORA_SOAK"
 """Environment variable that all processes of a run inherit, by which they are found."""
 SHARED_MEMORY = Path("/dev/shm")
+CACHE = "torchinductor_"
+"""Start of the name of torch's own cache, which it keeps for all processes of a user."""
 PATIENCE = 600.0  # seconds in which a run must do something
 KINDS = {
     "keeper.py": "keeper",
@@ -125,7 +127,8 @@ class Soak:
     def left_over(self) -> list[str]:
         """Name processes and temporary files that are still there."""
         processes = [" ".join(process.cmdline())[:200] for process in self._alive()]
-        return [*processes, *(str(path) for path in (self.folder / "tmp").rglob("*"))]
+        files = [path for path in (self.folder / "tmp").glob("*") if CACHE not in path.name]
+        return [*processes, *(str(path) for path in files)]
 
     def _first(self, run: Path) -> tuple[str, ...]:
         pairs = (*self.settings, f"run-dir={run}")
