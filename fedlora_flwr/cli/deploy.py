@@ -111,11 +111,16 @@ def renew(
 def start(context: typer.Context) -> None:
     """Start a SuperNode that runs installed code only; a device's start.sh does it."""
     from fedlora_flwr.clients.device import Device
+    from fedlora_flwr.deploy.device_check import require_in_place
     from fedlora_flwr.deploy.fleet import SETTINGS
     from fedlora_flwr.deploy.supernode import start_supernode
 
+    device, file = None, Path.cwd() / SETTINGS
     with suppress(InvalidValue):  # What is wrong with this file, each message's answer says.
-        Device.read(Path.cwd() / SETTINGS).require()
+        device = Device.read(file)
+        device.require()
+    if device:
+        require_in_place(device, file)
     start_supernode(Path.cwd(), context.args)
 
 

@@ -42,7 +42,7 @@ def run(
     with uncollected():
         from fedlora_flwr.simulations.runner import run_on_flower
 
-    _launch(partial(run_on_flower, workers=workers), config, as_json, output)
+    _launch("run", partial(run_on_flower, workers=workers), config, as_json, output)
 
 
 def simulate(
@@ -61,7 +61,7 @@ def simulate(
     with uncollected():
         from fedlora_flwr.simulations.runner import run_in_process
 
-    _launch(partial(run_in_process, workers=workers), config, as_json, output)
+    _launch("simulate", partial(run_in_process, workers=workers), config, as_json, output)
 
 
 def _read(recipe: str, overrides: list[str] | None, resume: Path | None) -> RunConfig:
@@ -77,9 +77,13 @@ def _read(recipe: str, overrides: list[str] | None, resume: Path | None) -> RunC
 
 
 def _launch(
-    launch: Callable[..., dict[str, Any]], config: RunConfig, as_json: bool, output: Path
+    command: str,
+    launch: Callable[..., dict[str, Any]],
+    config: RunConfig,
+    as_json: bool,
+    output: Path,
 ) -> None:
-    from fedlora_flwr.cli.run_screen import Screen, closing_rows, next_steps
+    from fedlora_flwr.cli.run_screen import Screen, closing_rows, next_steps, what_is_kept
     from fedlora_flwr.processes.workers import log_to_file
     from fedlora_flwr.server.endings import recorded
     from fedlora_flwr.server.keeper import read_checkpoint, resumable
@@ -110,7 +114,7 @@ def _launch(
     except Exception as error:
         raise FedLoRAError(f"{told(error, run_dir.log)}\nLog: {run_dir.log}") from error
     except KeyboardInterrupt:
-        show_lines(console, [("Results", str(run_dir.path))])
+        show_lines(console, [("Results", str(run_dir.path)), *what_is_kept(command, run_dir)])
         raise
     show_lines(console, [*closing_rows(summary), *next_steps(config, run_dir)])
     if as_json:

@@ -40,8 +40,8 @@ from fedlora_flwr.privacy.lifetime import (
 )
 
 __all__ = [
-    "UNBOUND", "Account", "LedgerSummary", "Tally", "Terms", "admit", "counted", "summarize",
-    "terms",
+    "UNBOUND", "Account", "LedgerSummary", "Tally", "Terms", "admit", "bounded", "counted",
+    "summarize", "terms",
 ]  # fmt: skip
 
 RDP_FILTER = "rdp-filter"
@@ -278,8 +278,12 @@ def _filtered(account: Account, tallies: Sequence[Tally]) -> bool:
     """
     if account.scope == "run" or math.isinf(account.epsilon):
         return False
-    mixed = any(not _bounded(t.mechanism, tallies[0].mechanism) for t in tallies)
-    return account.run_epsilon > 0 or mixed or any(t.order for t in tallies)
+    return account.run_epsilon > 0 or not bounded(tallies) or any(t.order for t in tallies)
+
+
+def bounded(tallies: Sequence[Tally]) -> bool:
+    """Tell whether the first run's settings bound those of every later step."""
+    return all(_bounded(t.mechanism, tallies[0].mechanism) for t in tallies)
 
 
 def _bounded(mechanism: Segment, first: Segment) -> bool:
