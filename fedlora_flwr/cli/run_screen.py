@@ -12,7 +12,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.environment import own_program
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.forecast.participation import participation
-from fedlora_flwr.server.checkpoint import Checkpoints
+from fedlora_flwr.server.checkpoint import Checkpoint, Checkpoints
 from fedlora_flwr.server.rounds import RoundRow, by_name
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import PreparedRun
@@ -194,17 +194,32 @@ def what_is_kept(command: str, run_dir: RunDirectory) -> list[tuple[str, str]]:
     run_dir : RunDirectory
         The run's folder.
     """
-    try:
-        checkpoint, _ = Checkpoints(run_dir.path).last()
-    except InvalidValue:
-        return [("Kept", "nothing to continue from: the first evaluation was not over")]
+    again, checkpoint = how_to_continue(command, run_dir), _last_checkpoint(run_dir)
+    if checkpoint is None or not again:
+        return [("Kept", "no round to continue from, as none was over")]
     done, planned = checkpoint.round, checkpoint.config["num-rounds"]
     kept = f"{done} of {planned} rounds in {run_dir.path}, with the adapter and the ledgers"
     if checkpoint.config["epsilon"] != math.inf:
         kept += "; what a round that was cut off has taken counts as spent"
-    program = own_program("fedlora")
-    again = f"{program} {command} --resume {shlex.quote(str(run_dir.path))}"
     return [("Kept", kept), ("Resume", again)]
+
+
+def how_to_continue(command: str, run_dir: RunDirectory) -> str:
+    """Return the command that continues a run; empty where no round of it is over.
+
+    Parameters are those of `what_is_kept`.
+    """
+    checkpoint = _last_checkpoint(run_dir)
+    if checkpoint is None or not checkpoint.round:
+        return ""
+    return f"{own_program('fedlora')} {command} --resume {shlex.quote(str(run_dir.path))}"
+
+
+def _last_checkpoint(run_dir: RunDirectory) -> Checkpoint | None:
+    try:
+        return Checkpoints(run_dir.path).last()[0]
+    except InvalidValue:
+        return None
 
 
 def _words(metric: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.records import Records, TensorRecords
 from fedlora_flwr.errors import FedLoRAError, explained
+from fedlora_flwr.forecast.forecast import skeleton
 from fedlora_flwr.forecast.participation import participation
 from fedlora_flwr.layout import Layout
 from fedlora_flwr.lora.adapters import AdaptedModel
@@ -42,7 +44,7 @@ class Duration:
     step : float
         Seconds of one private step with a batch of the expected size.
     evaluations : int
-        Evaluations by the server.
+        Evaluations by the server, or by each client where models stay with the clients.
     evaluation : float or None
         Seconds of one evaluation; ``None`` where no data was opened.
     problem : str (default: "")
@@ -66,9 +68,9 @@ class Duration:
         """Say it in one line."""
         if self.total is None:
             return f"not measured: {self.problem}"
-        parts = f"{self.steps:,} private steps of {self.step:.2g} s"
+        parts = f"{self.steps:,} private steps of {_seconds_of(self.step)}"
         if self.evaluation is not None:
-            parts += f" and {self.evaluations:,} evaluations of {self.evaluation:.2g} s"
+            parts += f" and {self.evaluations:,} evaluations of {_seconds_of(self.evaluation)}"
         return (
             f"about {in_words(self.total)} by estimate, if one client works after another on this "
             f"machine: {parts}"
@@ -94,8 +96,6 @@ def measure(config: RunConfig, task: Task, records: int | None = None) -> Durati
         Private records of each client. No data is opened then, and the batch is made up, of the
         largest records that there can be.
     """
-    from fedlora_flwr.forecast.forecast import skeleton
-
     if config.quantization != "none":
         return Duration(problem=f"a plan loads no quantized weights. {_LOOK}")
     if is_large(skeleton(config, task)):
@@ -113,7 +113,9 @@ def _measured(config: RunConfig, task: Task, records: int | None) -> Duration:
     rounds = participation(config)
     messages = round(rounds.mean * config.num_clients)
     private = _private(config, task, records)
-    evaluation, due = None, -(-rounds.last_round // config.eval_every) + 1
+    evaluation, due = None, 1 + math.ceil(rounds.last_round / config.eval_every)
+    if build_strategy(config).personal:  # Its clients measure, after each of their rounds.
+        due = 1 + messages
     if records is None:
         evaluation = _evaluation(task, adapted)
     return Duration(
@@ -191,6 +193,10 @@ def _seconds(work: Callable[[int], None], count: int, adapted: AdaptedModel) -> 
     each = timed(few) / few
     tried = max(few, min(count, 64, round(_PATIENCE / max(each, 1e-9))))
     return timed(tried) * (count / tried)
+
+
+def _seconds_of(value: float) -> str:
+    return f"{value:,.0f} s" if value >= 10 else f"{value:.2g} s"
 
 
 def in_words(seconds: float) -> str:

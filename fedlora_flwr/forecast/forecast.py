@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,7 +12,6 @@ from torch import nn
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue, explained
-from fedlora_flwr.forecast.duration import Duration
 from fedlora_flwr.forecast.memory import FLOAT_BYTES, Memory, step_memory
 from fedlora_flwr.forecast.participation import participation
 from fedlora_flwr.layout import Layout, is_shared
@@ -28,6 +27,9 @@ from fedlora_flwr.server.sum_step import sum_grid
 from fedlora_flwr.strategies import FedLoRA
 from fedlora_flwr.strategies.cohort import cohort_size
 from fedlora_flwr.tasks.registry import Task, build_task, model_notes, optional, reading
+
+if TYPE_CHECKING:
+    from fedlora_flwr.forecast.duration import Duration
 
 # None of our measured runs with more noise ended above its start; see docs/results.md and
 # `benchmarks.learning`, which finds it. It says nothing certain about other data and models.

@@ -64,6 +64,17 @@ class Account:
     run_epsilon : float (default: 0)
         With scope ``"lifetime"``: how much of ε one run may plan for. With 0, one run may plan for
         all of ε, and the first run fixes the settings of all runs.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> from fedlora_flwr import Ledger
+    >>> account = Account("hospital-7", run="", epsilon=8.0, delta=1e-3, scope="lifetime")
+    >>> with TemporaryDirectory() as folder:
+    ...     summary = Ledger(Path(folder) / "ledger.sqlite").summary(account)
+    >>> summary.epsilon, summary.steps
+    (0.0, 0)
     """
 
     client: str

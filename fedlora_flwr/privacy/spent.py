@@ -37,6 +37,13 @@ class Spent:
         As of `fedlora_flwr.privacy.account.LedgerSummary`.
     first, last : str
         When the first and the last row were written, UTC, in ISO 8601.
+
+    Examples
+    --------
+    >>> when = "2026-01-05T09:00:00+00:00"
+    >>> one = Spent("hospital-7", "run-1", 1, 5, 1.0, 0.1, 1.2, 1e-3, "prv", when, when)
+    >>> one.epsilon, one.delta
+    (1.2, 0.001)
     """
 
     client: str

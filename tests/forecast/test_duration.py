@@ -25,6 +25,7 @@ def test_a_duration_is_what_was_measured_times_what_is_counted() -> None:
     assert "about 12 min by estimate" in str(found)
     assert "1,200 private steps of 0.5 s and 5 evaluations of 24 s" in str(found)
     assert "evaluation" not in str(Duration(steps=3, step=0.5))
+    assert "3 private steps of 1,234 s" in str(Duration(steps=3, step=1234.4))
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,7 @@ def test_a_time_is_written_in_units_that_a_reader_counts_in(seconds: float, word
     [
         ({}, 3 * 2 * 2, 3),
         ({"num_rounds": 5, "eval_every": 2}, 3 * 5 * 2, 4),
+        ({"strategy": "fedsa-lora"}, 3 * 2 * 2, 1 + 3 * 2),
         ({"num_rounds": 10, "max_rounds": 3, "num_clients": 4, "fraction_train": 0.5}, 24, 7),
     ],
 )

@@ -19,7 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedlora_flwr.cli import app
-from fedlora_flwr.cli.run_screen import next_steps, what_is_kept
+from fedlora_flwr.cli.run_screen import how_to_continue, next_steps, what_is_kept
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.files import FileTrouble
 from fedlora_flwr.server.rounds import RoundRow
@@ -276,5 +276,6 @@ def test_an_interrupted_run_says_what_is_kept_and_how_to_continue(
     rounds = f"{config.num_rounds} of {config.num_rounds} rounds in {run_dir.path}"
     assert lines["Kept"].startswith(rounds)
     assert lines["Kept"].endswith("counts as spent")
-    (kept,) = what_is_kept("run", RunDirectory(tmp_path / "empty"))
-    assert kept[1].startswith("nothing to continue from")
+    empty = RunDirectory(tmp_path / "empty")
+    assert what_is_kept("run", empty) == [("Kept", "no round to continue from, as none was over")]
+    assert how_to_continue("run", empty) == ""
