@@ -65,6 +65,9 @@ BLOCKS: Mapping[str, str] = {
     "calibrate": "privacy.budget",
     "epsilon_spent": "privacy.budget",
     "Ledger": "privacy.ledger",
+    "Account": "privacy.account",
+    "Spent": "privacy.spent",
+    "spent": "privacy.spent",
 }
 _HOMES = {**STRATEGIES, **CLIENT_AND_ENGINE, **BLOCKS}
 

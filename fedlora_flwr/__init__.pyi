@@ -43,6 +43,9 @@ from fedlora_flwr.privacy.budget import Segment as Segment
 from fedlora_flwr.privacy.budget import calibrate as calibrate
 from fedlora_flwr.privacy.budget import epsilon_spent as epsilon_spent
 from fedlora_flwr.privacy.ledger import Ledger as Ledger
+from fedlora_flwr.privacy.account import Account as Account
+from fedlora_flwr.privacy.spent import Spent as Spent
+from fedlora_flwr.privacy.spent import spent as spent
 
 __version__: str
 __all__: list[str]

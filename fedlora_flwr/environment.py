@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,3 +78,24 @@ def in_simulation() -> bool:
     if ray is None or not ray.is_initialized():
         return False
     return ray.get_runtime_context().get_actor_id() is not None
+
+
+def own_program(name: str) -> str:
+    """Return a program of this environment as a shell in which it is not activated runs it.
+
+    Parameters
+    ----------
+    name : str
+        A program that is installed beside this interpreter, such as ``fedlora``.
+
+    Returns
+    -------
+    str
+        The name alone where the shell finds this very program by it; or else its path, quoted.
+    """
+    here = Path(sys.executable).parent
+    found = shutil.which(name)
+    if found and here.resolve() in (Path(found).parent.resolve(), Path(found).resolve().parent):
+        return name
+    own = here / name
+    return shlex.quote(str(own)) if own.exists() else name

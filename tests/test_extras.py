@@ -41,7 +41,7 @@ NEED_CLIENT = {
     "AdaptedModel", "LoRAClient", "LoRASpec", "Ledger", "LocalRound", "LocalTrainer", "Mechanism",
     "PrivateEngine", "PrivateTrainer", "TensorRecords", "answer_message", "attach", "calibrate",
     "epsilon_spent", "follow_fit", "follow_plan", "OptimizerSettings", "SecureNoise", "SeededNoise",
-    "Segment",
+    "Account", "Segment", "Spent", "spent",
 }  # fmt: skip
 
 
@@ -130,6 +130,7 @@ COMMANDS = {
     "pretrain tiny-imagenet": "client,vision",
     "-h": "",
     "--version": "",
+    "ledger": "client",
     "recipes": "",
     "keys": "",
     "keys strategy": "",

@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from fedlora_flwr.cli import compare, convert, deploy, explain, forecast, plot, pretrain, run
+from fedlora_flwr.cli import (
+    compare,
+    convert,
+    deploy,
+    explain,
+    forecast,
+    ledger,
+    plot,
+    pretrain,
+    run,
+)
 from fedlora_flwr.environment import versions
 from fedlora_flwr.terminal import Commands
 
@@ -41,6 +51,7 @@ app.command()(compare.compare)
 app.command()(forecast.budget)
 app.command()(forecast.plan)
 app.command("inspect-split")(forecast.inspect_split)
+app.command()(ledger.ledger)
 app.command()(plot.plot)
 app.command()(explain.recipes)
 app.command()(explain.keys)

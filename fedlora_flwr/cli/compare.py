@@ -21,7 +21,7 @@ from fedlora_flwr.config import parse_overrides
 from fedlora_flwr.errors import FedLoRAError, InvalidValue, require
 from fedlora_flwr.processes import uncollected
 from fedlora_flwr.tasks.registry import extras_of
-from fedlora_flwr.terminal import show_json
+from fedlora_flwr.terminal import show_json, show_lines
 
 Shared = Annotated[
     str,
@@ -82,8 +82,13 @@ def compare(
     comparison = Comparison(config, read_methods(texts, config), budgets, seeds, trials)
     folder = (output or Path("runs") / f"compare-{Path(task).stem}").resolve()
     console = Console(stderr=as_json)
-    with CompareScreen(console) as screen:
-        summary = run_comparison(comparison, folder, screen.row, workers, console)
+    try:
+        with CompareScreen(console) as screen:
+            summary = run_comparison(comparison, folder, screen.row, workers, console)
+    except KeyboardInterrupt:
+        kept = f"finished runs, in {folder}; the same command continues with the others"
+        show_lines(console, [("Kept", kept)])
+        raise
     metric = build_task(config.task, config).metric
     if as_json:
         show_json({"folder": str(folder), **in_json(summary, comparison.methods, metric)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from fedlora_flwr.config.convert import is_flat, with_sections
 from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.config.run_config import RunConfig
+from fedlora_flwr.environment import own_program
 from fedlora_flwr.files import replace_file
 from fedlora_flwr.terminal import show_line
 
@@ -38,6 +40,7 @@ def read_recipe(name: str, overrides: list[str] | None = None) -> RunConfig:
     """
     config = load_recipe(name, overrides)
     if name.endswith(".toml") and is_flat(Path(name)):
-        line = f"{name} has no sections. It is read as before; `fedlora convert {name}` adds them."
+        command = f"{own_program('fedlora')} convert {shlex.quote(name)}"
+        line = f"{name} has no sections. It is read as before; `{command}` adds them."
         show_line(Console(stderr=True), line)
     return config

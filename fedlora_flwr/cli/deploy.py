@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fedlora_flwr.cli.arguments import AsJson, Overrides, complete_recipe
 from fedlora_flwr.cli.convert import read_recipe
+from fedlora_flwr.environment import own_program
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.processes import uncollected
 from fedlora_flwr.terminal import Commands, show_json, show_line
@@ -48,8 +49,8 @@ def init(
         ("Server", "carry server/ there, run start.sh; keep ca/ca.key in a safe place"),
         ("Devices", "carry devices/NAME/ there, fill in device.toml, run start.sh"),
         ("Operator", "add operator/connection.toml to ~/.flwr/config.toml, run register.sh,"),
-        ("", f"then: flwr run {app_folder} {CONNECTION} --run-config RECIPE.toml"),
-        ("Check", f"fedlora deploy check {folder} --recipe RECIPE.toml"),
+        ("", f"then: {own_program('flwr')} run {app_folder} {CONNECTION} --run-config RECIPE.toml"),
+        ("Check", f"{own_program('fedlora')} deploy check {folder} --recipe RECIPE.toml"),
     ]
     console = Console()
     for name, text in lines:  # Commands among them are to be copied: the terminal wraps them.
@@ -111,11 +112,16 @@ def renew(
 def start(context: typer.Context) -> None:
     """Start a SuperNode that runs installed code only; a device's start.sh does it."""
     from fedlora_flwr.clients.device import Device
+    from fedlora_flwr.deploy.device_check import require_in_place
     from fedlora_flwr.deploy.fleet import SETTINGS
     from fedlora_flwr.deploy.supernode import start_supernode
 
+    device, file = None, Path.cwd() / SETTINGS
     with suppress(InvalidValue):  # What is wrong with this file, each message's answer says.
-        Device.read(Path.cwd() / SETTINGS).require()
+        device = Device.read(file)
+        device.require()
+    if device:
+        require_in_place(device, file)
     start_supernode(Path.cwd(), context.args)
 
 

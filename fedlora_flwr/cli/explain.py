@@ -14,20 +14,27 @@ from fedlora_flwr.config import RunConfig, Value
 from fedlora_flwr.config.keys import allowed_values, fields_by_key, type_words
 from fedlora_flwr.config.methods import settings_of_methods
 from fedlora_flwr.config.names import by_section, full_name, short_name
-from fedlora_flwr.config.recipes import about_recipe, recipe_names
+from fedlora_flwr.config.recipes import about_recipe, purpose_of, recipe_names
 from fedlora_flwr.config.toml import toml_value
 from fedlora_flwr.errors import unknown
 from fedlora_flwr.places import TASKS
 from fedlora_flwr.terminal import Table, show, show_json, show_line, show_lines
 
+_OWN_DATA = (
+    "FILE.toml",
+    "own data",
+    "A recipe of your own, for CSV, Parquet or JSON lines: docs/how_to/bring_my_data.md has one.",
+)
+
 
 def recipes(as_json: AsJson = False) -> None:
-    """List the recipes that come with the package."""
-    found = {name: about_recipe(name) for name in recipe_names()}
+    """List the recipes that come with the package; those to begin with come first."""
+    found = [(name, purpose_of(name), about_recipe(name)) for name in recipe_names()]
     if as_json:
-        show_json([{"recipe": name, "about": about} for name, about in found.items()])
+        show_json([dict(zip(("recipe", "for", "about"), row, strict=True)) for row in found])
     else:
-        show(Console(), Table(("recipe", "about"), list(found.items()), "<<"))
+        rows = [found[0], _OWN_DATA, *found[1:]]
+        show(Console(), Table(("recipe", "for", "about"), rows, "<<<"))
 
 
 def keys(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -61,8 +62,13 @@ def plan(
     with uncollected():
         from fedlora_flwr.cli.forecast_screen import show_forecast
         from fedlora_flwr.forecast import forecast
+        from fedlora_flwr.forecast.duration import measure
+        from fedlora_flwr.tasks.registry import build_task
 
-    found = forecast.forecast(config, records)
+    task = build_task(config.task, config)
+    found = forecast.forecast(config, records, task)
+    if not found.broken:
+        found = replace(found, duration=measure(config, task, records))
     if as_json:
         show_json(forecast.as_json(found))
     else:

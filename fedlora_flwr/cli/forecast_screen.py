@@ -20,7 +20,10 @@ def show_forecast(found: Forecast, console: Console) -> None:
     if len(found.clients) > _MOST_ROWS:
         text = f"{len(found.clients):,}: the smallest, the middle and the largest are shown"
         show_lines(console, [("Clients", text)])
-    show_lines(console, [*_lines(found), *(("Warning", text) for text in found.warnings)])
+    lines = [*(("Records", line) for line in found.read), *_lines(found)]
+    if found.duration:
+        lines.append(("Time", str(found.duration)))
+    show_lines(console, [*lines, *(("Warning", text) for text in found.warnings)])
 
 
 def _clients(found: Forecast) -> Table:
@@ -60,8 +63,8 @@ def _lines(found: Forecast) -> list[tuple[str, str]]:
         ("Rounds", str(rounds)),
         (
             "Trains",
-            f"{found.coordinates:,} numbers per step, of {found.layers} layers in "
-            f"{found.blocks} blocks",
+            f"{found.coordinates:,} of {found.trained:,} numbers in each step, of "
+            f"{found.layers} layers in {found.blocks} blocks",
         ),
         ("Noise", f"of a round, averaged: {noise}"),
         (

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,6 +18,9 @@ from fedlora_flwr.errors import FedLoRAError, InvalidValue, require
 from fedlora_flwr.processes import uncollected
 from fedlora_flwr.tasks.registry import extras_of
 from fedlora_flwr.terminal import show_json, show_lines, told
+
+if TYPE_CHECKING:
+    from fedlora_flwr.server.run_dir import RunDirectory
 
 RECIPE, CONFIG = "digits", "config.toml"
 Resume = Annotated[
@@ -42,7 +45,7 @@ def run(
     with uncollected():
         from fedlora_flwr.simulations.runner import run_on_flower
 
-    _launch(partial(run_on_flower, workers=workers), config, as_json, output)
+    _launch("run", partial(run_on_flower, workers=workers), config, as_json, output)
 
 
 def simulate(
@@ -61,7 +64,7 @@ def simulate(
     with uncollected():
         from fedlora_flwr.simulations.runner import run_in_process
 
-    _launch(partial(run_in_process, workers=workers), config, as_json, output)
+    _launch("simulate", partial(run_in_process, workers=workers), config, as_json, output)
 
 
 def _read(recipe: str, overrides: list[str] | None, resume: Path | None) -> RunConfig:
@@ -77,13 +80,23 @@ def _read(recipe: str, overrides: list[str] | None, resume: Path | None) -> RunC
 
 
 def _launch(
-    launch: Callable[..., dict[str, Any]], config: RunConfig, as_json: bool, output: Path
+    command: str,
+    launch: Callable[..., dict[str, Any]],
+    config: RunConfig,
+    as_json: bool,
+    output: Path,
 ) -> None:
-    from fedlora_flwr.cli.run_screen import Screen, closing_rows, next_steps
+    from fedlora_flwr.cli.run_screen import (
+        Screen,
+        closing_rows,
+        how_to_continue,
+        next_steps,
+        what_is_kept,
+    )
     from fedlora_flwr.processes.workers import log_to_file
     from fedlora_flwr.server.endings import recorded
     from fedlora_flwr.server.keeper import read_checkpoint, resumable
-    from fedlora_flwr.server.run_dir import RunDirectory, check_unused
+    from fedlora_flwr.server.run_dir import check_unused
     from fedlora_flwr.simulations.runner import prepare_run
 
     console = Console(stderr=as_json)
@@ -93,28 +106,37 @@ def _launch(
     elif config.run_dir:
         check_unused(Path(config.run_dir))
     prepared = prepare_run(config, console)
-    if config.resume:
-        run_dir = RunDirectory(Path(config.resume), resume=True)
-    elif config.run_dir:
-        run_dir = RunDirectory(Path(config.run_dir))
-    else:
-        run_dir = RunDirectory.new(output.resolve(), config)
+    run_dir = _folder(config, output)
     try:
         with recorded(run_dir, config), Screen(console, prepared) as screen:
-            log_to_file(run_dir.log, prepared.records)
+            log_to_file(run_dir.log, [*prepared.records, *prepared.notes])
             if config.resume:  # Before the rounds are followed.
                 read_checkpoint(config, run_dir)
             summary = launch(prepared, run_dir, screen.round)
     except BrokenPipeError:
         raise
     except Exception as error:
-        raise FedLoRAError(f"{told(error, run_dir.log)}\nLog: {run_dir.log}") from error
+        lines = [told(error, run_dir.log), f"Log: {run_dir.log}"]
+        if again := how_to_continue(command, run_dir):
+            lines.append(f"To continue after its last round: {again}")
+        raise FedLoRAError("\n".join(lines)) from error
     except KeyboardInterrupt:
-        show_lines(console, [("Results", str(run_dir.path))])
+        show_lines(console, [("Results", str(run_dir.path)), *what_is_kept(command, run_dir)])
         raise
     show_lines(console, [*closing_rows(summary), *next_steps(config, run_dir)])
     if as_json:
         show_json(run_dir.summary())
+
+
+def _folder(config: RunConfig, output: Path) -> RunDirectory:
+    """Open the folder of the run to continue, the one that is named, or a new one."""
+    from fedlora_flwr.server.run_dir import RunDirectory
+
+    if config.resume:
+        return RunDirectory(Path(config.resume), resume=True)
+    if config.run_dir:
+        return RunDirectory(Path(config.run_dir))
+    return RunDirectory.new(output.resolve(), config)
 
 
 def _warned(damaged: list[str]) -> list[tuple[str, str]]:

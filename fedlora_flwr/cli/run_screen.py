@@ -9,7 +9,10 @@ from typing import Any
 from rich.console import Console
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.environment import own_program
+from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.forecast.participation import participation
+from fedlora_flwr.server.checkpoint import Checkpoint, Checkpoints
 from fedlora_flwr.server.rounds import RoundRow, by_name
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import PreparedRun
@@ -63,9 +66,9 @@ def describe_plan(prepared: PreparedRun) -> list[tuple[str, str]]:
     lines = [
         (
             "Task",
-            f"{config.task}: {prepared.parameters:,} parameters frozen, "
-            f"{prepared.trained:,} trained "
-            f"(LoRA of rank {config.rank}{', head' if prepared.head else ''})",
+            f"{config.task}: {prepared.parameters:,} parameters frozen, {prepared.trained:,} in "
+            f"LoRA of rank {config.rank}{' and the head' if prepared.head else ''}, "
+            f"{prepared.per_step:,} of them in each step",
         ),
         ("Strategy", f"{config.strategy}: {config.num_rounds} rounds of {_steps(config)}"),
         (
@@ -74,6 +77,7 @@ def describe_plan(prepared: PreparedRun) -> list[tuple[str, str]]:
             f"({config.partitioner})",
         ),
         *(("Records", line) for line in prepared.records),
+        *(("Warning", line) for line in prepared.notes),
     ]
     if config.fraction_train < 1 or config.max_rounds:
         lines.append(("Rounds", str(participation(config))))
@@ -171,13 +175,51 @@ def next_steps(config: RunConfig, run_dir: RunDirectory) -> list[tuple[str, str]
     """Return where a run's results are, and the next command."""
     adapter = shlex.quote(str(run_dir.adapter))
     # A simulation with noise from a seed is not for others to have.
-    shared = f"hf upload OWNER/NAME {adapter}"
-    command = f"fedlora plot {shlex.quote(str(run_dir.path))}" if config.reproducible else shared
+    shared = f"{own_program('hf')} upload OWNER/NAME {adapter}"
+    plot = f"{own_program('fedlora')} plot {shlex.quote(str(run_dir.path))}"
     return [
         ("Results", str(run_dir.path)),
-        ("Adapter", f"{run_dir.adapter}, and its README.md says how to load it"),
-        ("Next", command),
+        ("Adapter", f"{run_dir.adapter}, and its README.md says how to use it"),
+        ("Next", plot if config.reproducible else shared),
     ]
+
+
+def what_is_kept(command: str, run_dir: RunDirectory) -> list[tuple[str, str]]:
+    """Return what a run that was interrupted has left behind, and how to continue it.
+
+    Parameters
+    ----------
+    command : str
+        ``"run"`` or ``"simulate"``.
+    run_dir : RunDirectory
+        The run's folder.
+    """
+    again, checkpoint = how_to_continue(command, run_dir), _last_checkpoint(run_dir)
+    if checkpoint is None or not again:
+        return [("Kept", "no round to continue from, as none was over")]
+    done, planned = checkpoint.round, checkpoint.config["num-rounds"]
+    kept = f"{done} of {planned} rounds in {run_dir.path}, with the adapter and the ledgers"
+    if checkpoint.config["epsilon"] != math.inf:
+        kept += "; what a round that was cut off has taken counts as spent"
+    return [("Kept", kept), ("Resume", again)]
+
+
+def how_to_continue(command: str, run_dir: RunDirectory) -> str:
+    """Return the command that continues a run; empty where no round of it is over.
+
+    Parameters are those of `what_is_kept`.
+    """
+    checkpoint = _last_checkpoint(run_dir)
+    if checkpoint is None or not checkpoint.round:
+        return ""
+    return f"{own_program('fedlora')} {command} --resume {shlex.quote(str(run_dir.path))}"
+
+
+def _last_checkpoint(run_dir: RunDirectory) -> Checkpoint | None:
+    try:
+        return Checkpoints(run_dir.path).last()[0]
+    except InvalidValue:
+        return None
 
 
 def _words(metric: str) -> str:

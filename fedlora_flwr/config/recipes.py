@@ -11,12 +11,36 @@ from fedlora_flwr.errors import unknown
 
 RECIPES = Path(__file__).with_name("recipes")
 _PATHS = ("model", "weights", "dataset")
+# What each recipe is for, in the order in which a newcomer needs them.
+_FOR = {
+    "digits": "start here",
+    "sst2-minilm": "texts",
+    "cifar10-small-swin": "pictures",
+    "llm-benchmark": "language model",
+    "digits-secure-sum": "secure sum",
+    "sst2-minilm-secure-sum": "secure sum",
+    "cifar10-swin-secure-sum": "secure sum",
+}
+_PAPER, _OTHER = "paper", "other"
 
 
 def recipe_names() -> list[str]:
-    """Return the names of the recipes that come with the package, e.g. ``paper/ffa-lora-mnli``."""
+    """Return the names of the recipes that come with the package, e.g. ``paper/ffa-lora-mnli``.
+
+    Those that a newcomer needs come first, and those of papers last.
+    """
     found = (path.relative_to(RECIPES).with_suffix("") for path in RECIPES.rglob("*.toml"))
-    return sorted(path.as_posix() for path in found)
+    order = [*_FOR]
+
+    def rank(name: str) -> tuple[bool, int, str]:
+        return "/" in name, order.index(name) if name in _FOR else len(order), name
+
+    return sorted((path.as_posix() for path in found), key=rank)
+
+
+def purpose_of(name: str) -> str:
+    """Return what a recipe of the package is for, in a word or two."""
+    return _FOR.get(name, _PAPER if name.startswith(f"{_PAPER}/") else _OTHER)
 
 
 def about_recipe(name: str) -> str:

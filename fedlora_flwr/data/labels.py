@@ -85,6 +85,17 @@ class Labels:
         with naming(dataset := self._private()):
             return self._counted(dataset)
 
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the classes in the order of their numbers; a number where there is no name.
+
+        Raises
+        ------
+        InvalidValue
+            As `count`.
+        """
+        return self._order or tuple(map(str, range(self.count)))
+
     def _counted(self, dataset: Dataset) -> int:
         known = getattr(dataset.features[self._column], "num_classes", 0) or 0
         found = np.unique(self._read(dataset))
@@ -116,6 +127,18 @@ class Labels:
         if stated := self._stated(dataset.features[self._column]):
             return list(stated)
         return sorted(set(values)) if values.dtype == object else []
+
+    def require_column(self, dataset: Dataset) -> None:
+        """Refuse a data set without the column of the class.
+
+        Raises
+        ------
+        InvalidValue
+            There is no such column.
+        """
+        if self._column not in dataset.features:
+            with naming(dataset):
+                raise unknown("label-column", self._column, dataset.features)
 
     def numbers(self, dataset: Dataset) -> NDArray[np.int64]:
         """Return the class of each record, shape (n,).
@@ -165,13 +188,24 @@ class Labels:
         numbers = np.array([index.get(name, -1) for name in names], dtype=np.int64)
         found: NDArray[np.int64] = numbers[codes]
         if (found < 0).any():
-            unknown = sorted({names[code] for code in np.unique(codes[found < 0])})
-            allowed = f"a column of {list(order)}; a record's class is in {unknown}"
-            raise InvalidValue("label-column", self._column, allowed)
+            others = sorted({names[code] for code in np.unique(codes[found < 0])})
+            raise self._left_out(others, order)
         return found
+
+    def _left_out(self, others: Sequence[str], order: Sequence[str]) -> InvalidValue:
+        """Return the error about classes of records that are not among the known ones."""
+        allowed = f"the names of all classes: column {self._column!r} also holds {list(others)}"
+        if not self._class_names:
+            allowed += ", and the private split has "
+            allowed += f"{list(order)} alone" if order else "numbers"
+        allowed += ". Name all, or correct those records"
+        return InvalidValue("class-names", ",".join(self._class_names), allowed)
 
     def _known(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         if (found := int(numbers.max()) + 1) > self.count:
+            if self._class_names:
+                allowed = f"at least {found} names: a record is of class {found - 1}"
+                raise InvalidValue("class-names", ",".join(self._class_names), allowed)
             allowed = f"at least {found}: a record is of class {found - 1}"
             raise InvalidValue("num-classes", self.count, allowed)
         return numbers
@@ -233,8 +267,7 @@ class Labels:
 
     def _values(self, dataset: Dataset) -> NDArray[Any]:
         """Return the column as int64, bool, or text of dtype object."""
-        if self._column not in dataset.features:
-            raise unknown("label-column", self._column, dataset.features)
+        self.require_column(dataset)
         if _is_scalar(dataset, self._column):
             held = dataset[self._column][:]
             values = np.asarray(held)

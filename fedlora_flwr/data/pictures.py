@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -90,14 +90,24 @@ def eight_bits(picture: Image.Image, mode: str) -> Image.Image:
     return picture.convert(mode)
 
 
-def _pixels(rows: dict[str, list[Any]], *, column: str, data: Mapping[str, Any]) -> dict[str, Any]:
+def read(pictures: Sequence[Image.Image], data: Mapping[str, Any]) -> NDArray[np.uint8]:
+    """Return decoded pictures at a model's size, shape (n, channels, h, w).
+
+    Raises
+    ------
+    ValueError
+        As `eight_bits`.
+    """
     from timm.data import create_transform
 
     # Told to use a prefetcher, timm leaves scaling and normalizing to the device.
     transform = create_transform(**data, is_training=False, use_prefetcher=True)
     mode = "L" if data["input_size"][0] == 1 else "RGB"
-    images = [transform(eight_bits(picture, mode)) for picture in rows[column]]
-    return {"image": np.stack(images)}
+    return np.stack([transform(eight_bits(picture, mode)) for picture in pictures])
+
+
+def _pixels(rows: dict[str, list[Any]], *, column: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    return {"image": read(rows[column], data)}
 
 
 def _scaled(picture: Image.Image) -> Image.Image:

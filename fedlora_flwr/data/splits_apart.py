@@ -19,7 +19,7 @@ from fedlora_flwr.files import cache_folder, replace_file
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_FORMAT = 1
+_FORMAT = 2
 _ROWS = 256
 
 
@@ -90,29 +90,52 @@ def check_records_apart(
         A record is in both, or the cache folder cannot be written to.
     """
     for split, test in tests.items():
-        known = _known_apart(private, test, columns, fields)
-        if known.exists():
+        if not shared_records(private, test, columns, fields):
             continue
-        places: dict[bytes, int] = {}
-        for place, digest in enumerate(record_digests(test, columns, fields)):
-            places.setdefault(digest, place)
-        shared = [
-            (place, places[digest])
-            for place, digest in enumerate(record_digests(private, columns, fields))
-            if digest in places
-        ]
-        if shared:
-            first, place = shared[0]
-            others = len({place for _, place in shared}) - 1
-            allowed = (
-                f"splits without private records: its record {place} is record {first} of the "
-                f"private split {private_name!r} (counted from 0)"
-                + (f", and so with {others} more" if others else "")
-                + ". Take them out of one of the two"
-            )
-            raise InvalidValue("test-split", split, allowed)
+        pairs = _pairs(private, test, columns, fields)
+        first, place = pairs[0]
+        others = len({place for _, place in pairs}) - 1
+        allowed = (
+            f"splits without private records: its record {place} is record {first} of the "
+            f"private split {private_name!r} (counted from 0)"
+            + (f", and so with {others} more" if others else "")
+            + ". Take them out of one of the two"
+        )
+        raise InvalidValue("test-split", split, allowed)
+
+
+def shared_records(
+    private: Dataset, test: Dataset, columns: Sequence[str], fields: Collection[str] = ()
+) -> int:
+    """Return how many records of a private split are in a test split, too.
+
+    Parameters are those of `check_records_apart`. A machine compares two splits once.
+
+    Raises
+    ------
+    InvalidValue
+        The cache folder cannot be written to.
+    """
+    known = _known_apart(private, test, columns, fields)
+    if not known.exists():
+        count = len(_pairs(private, test, columns, fields))
         require_writable(known.parent)
-        replace_file(known, b"")
+        replace_file(known, str(count).encode())
+    return int(known.read_text(encoding="ascii"))
+
+
+def _pairs(
+    private: Dataset, test: Dataset, columns: Sequence[str], fields: Collection[str]
+) -> list[tuple[int, int]]:
+    """Return the places of shared records: in the private split, and in the test split."""
+    places: dict[bytes, int] = {}
+    for place, digest in enumerate(record_digests(test, columns, fields)):
+        places.setdefault(digest, place)
+    return [
+        (place, places[digest])
+        for place, digest in enumerate(record_digests(private, columns, fields))
+        if digest in places
+    ]
 
 
 def record_digests(
@@ -169,7 +192,7 @@ def _plain(value: Any, fields: Collection[str]) -> Any:
 def _known_apart(
     private: Dataset, test: Dataset, columns: Sequence[str], fields: Collection[str]
 ) -> Path:
-    """Return the file that is there if two splits were found to have nothing in common."""
+    """Return the file with the number of records that two splits share, if it is known."""
     splits = [[split._fingerprint, len(split)] for split in (private, test)]
     parts = [_FORMAT, splits, list(columns), sorted(fields)]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

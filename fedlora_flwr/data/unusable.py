@@ -65,6 +65,29 @@ def naming(dataset: Dataset) -> Iterator[None]:
         raise InvalidValue(error.key, error.value, allowed, error.near) from error
 
 
+@contextmanager
+def naming_split(key: str) -> Iterator[None]:
+    """Name the configuration's keys in errors about a split or a subset.
+
+    Parameters
+    ----------
+    key : str
+        Key that names the split, ``"train-split"`` or ``"test-split"``.
+
+    Raises
+    ------
+    InvalidValue
+        The error raised inside the block, with the key that holds the value.
+    """
+    keys = {"split": key, "subset": "dataset-subset"}
+    try:
+        yield
+    except InvalidValue as error:
+        if error.key not in keys:
+            raise
+        raise InvalidValue(keys[error.key], error.value, error.allowed, error.near) from error
+
+
 def _place(dataset: Dataset, row: int) -> str:
     """Say where a record is: a picture's own file, or its number in the table."""
     import datasets

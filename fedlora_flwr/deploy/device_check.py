@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from fedlora_flwr.clients.device import Device
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.sources import is_hub_name, split_files
+from fedlora_flwr.data.unusable import naming_split
 from fedlora_flwr.deploy.findings import Finding, tried
 from fedlora_flwr.deploy.fleet import SETTINGS
-from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.files import data_folder
 from fedlora_flwr.tasks.registry import (
     build_task,
@@ -82,6 +83,26 @@ def device_findings(
         yield from _for_run(name, settings, file, run, backbone)
 
 
+def require_in_place(device: Device, file: Path) -> None:
+    """Make sure, without opening any, that a device's records and model are where its file says.
+
+    Parameters
+    ----------
+    device : Device
+        The device.
+    file : Path
+        The file that it was read from.
+
+    Raises
+    ------
+    FedLoRAError
+        Something is not there.
+    """
+    for found in _in_place(file.name, device.settings, file):
+        if not found.good:
+            raise FedLoRAError(f"{found.subject}: {found.text.rstrip('.')}. To fix: {found.fix}.")
+
+
 def _for_run(
     name: str, settings: Device, file: Path, run: RunConfig, backbone: Backbone | None
 ) -> Iterator[Finding]:
@@ -128,9 +149,10 @@ def _in_place(name: str, settings: Mapping[str, Any], file: Path) -> Iterator[Fi
             yield Finding(name, False, f"{key} = {value!r}, but {place} does not exist", fix)
     if "dataset" in needed:
         own = {"train-split": RunConfig.train_split, "dataset-subset": "", **settings}
+        with_keys = naming_split("train-split")(split_files)
         found = tried(
             name,
-            lambda: split_files(own["dataset"], own["train-split"], subset=own["dataset-subset"]),
+            lambda: with_keys(own["dataset"], own["train-split"], subset=own["dataset-subset"]),
             f"see dataset in {file}",
         )
         if isinstance(found, Finding):

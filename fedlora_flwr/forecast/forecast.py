@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.data.records import Batch
-from fedlora_flwr.errors import FedLoRAError, InvalidValue, explained
+from fedlora_flwr.errors import InvalidValue, explained
+from fedlora_flwr.forecast.memory import FLOAT_BYTES, Memory, step_memory
 from fedlora_flwr.forecast.participation import participation
 from fedlora_flwr.layout import Layout, is_shared
 from fedlora_flwr.lora.adapters import AdaptedModel, attach
 from fedlora_flwr.lora.build import lora_spec
 from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.privacy.calibration import calibrated_mechanism
-from fedlora_flwr.privacy.grad_sample import GradSampler
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.server.noise import noise_to_signal, noisy_coordinates
 from fedlora_flwr.server.rehearsal import check_folding, rehearse_unbuilt
@@ -28,12 +26,14 @@ from fedlora_flwr.server.strategy import build_strategy
 from fedlora_flwr.server.sum_step import sum_grid
 from fedlora_flwr.strategies import FedLoRA
 from fedlora_flwr.strategies.cohort import cohort_size
-from fedlora_flwr.tasks.registry import Task, build_task, optional
+from fedlora_flwr.tasks.registry import Task, build_task, model_notes, optional, reading
+
+if TYPE_CHECKING:
+    from fedlora_flwr.forecast.duration import Duration
 
 # None of our measured runs with more noise ended above its start; see docs/results.md and
 # `benchmarks.learning`, which finds it. It says nothing certain about other data and models.
 MOST_THAT_GAINED = 5.0
-_BYTES = 4  # fp32
 _HEADER = 128  # Bytes before an array in NumPy's format, which Flower's records use.
 
 
@@ -57,34 +57,6 @@ class ClientForecast:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes of one client's private step.
-
-    Parameters
-    ----------
-    backbone : int
-        Frozen weights, which all clients of a process share.
-    trained : int
-        Adapters, head, their gradients and the optimizer's state.
-    per_record : int
-        Gradients by record of what trains in one step.
-    activations : int or None
-        What the forward pass keeps for the backward pass; ``None`` where it cannot be counted
-        without running the model.
-    """
-
-    backbone: int
-    trained: int
-    per_record: int
-    activations: int | None
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.backbone + self.trained + self.per_record + (self.activations or 0)
-
-
-@dataclass(frozen=True)
 class Forecast:
     """What a run will cost and what it promises.
 
@@ -96,6 +68,8 @@ class Forecast:
         Every client.
     coordinates : int
         Numbers that are clipped and noised together in a step, the mean over a round.
+    trained : int
+        Numbers in adapters and, if it trains, head.
     layers : int
         Adapted layers.
     blocks : int
@@ -108,20 +82,30 @@ class Forecast:
         Norm of a round's averaged noise, less what a filter removes, over the largest norm that
         its averaged gradients can have (see `noise_to_signal`); ``None`` without privacy, or where
         no client can train.
+    read : list[str]
+        Sentences on the records that are read and left out; none where no data is opened.
+    test_records : int or None
+        Public records; ``None`` where no data is opened.
     warnings : list[str]
         What will not work, or ends early, or has more noise than any run that gained.
+    duration : Duration or None
+        How long the run will take, where it was measured.
     """
 
     config: RunConfig
     clients: list[ClientForecast]
     coordinates: int
+    trained: int
     layers: int
     blocks: int
     memory: Memory
     bytes_up: int
     bytes_down: int
     noise_to_signal: float | None
+    read: list[str] = field(default_factory=list)
+    test_records: int | None = None
     warnings: list[str] = field(default_factory=list)
+    duration: Duration | None = None
 
     @property
     def broken(self) -> int:
@@ -129,7 +113,7 @@ class Forecast:
         return sum(client.mechanism is None for client in self.clients)
 
 
-def forecast(config: RunConfig, records: int | None = None) -> Forecast:
+def forecast(config: RunConfig, records: int | None = None, task: Task | None = None) -> Forecast:
     """Work out a run before it starts; no weights are loaded.
 
     Parameters
@@ -137,7 +121,10 @@ def forecast(config: RunConfig, records: int | None = None) -> Forecast:
     config : RunConfig
         The run.
     records : int, optional
-        Private records of each client, all alike. By default the data set is opened and split.
+        Private records of each client, all alike. By default the data set is opened and split, and
+        the test split is opened, too.
+    task : Task, optional
+        What is learned; by default that of the configuration, built here.
 
     Raises
     ------
@@ -146,20 +133,20 @@ def forecast(config: RunConfig, records: int | None = None) -> Forecast:
     PrivacyViolation, ModelFailed
         The model cannot train (see `fedlora_flwr.server.rehearsal`).
     """
-    task = build_task(config.task, config)
+    task = task or build_task(config.task, config)
     strategy = build_strategy(config)
     model = skeleton(config, task)
     check_folding(strategy, model)
+    read, tests = ([], None) if records is not None else open_splits(task, config.num_clients)
     rehearse_unbuilt(config, task, model)
     layout = Layout.of(model.parameters, config.block_pattern)
     sizes = {name: parameter.numel() for name, parameter in model.parameters.items()}
-    sent = {name: _BYTES * size + _HEADER for name, size in sizes.items()}
+    sent = {name: FLOAT_BYTES * size + _HEADER for name, size in sizes.items()}
     strategy.num_rounds = config.num_rounds
     plans = [strategy.plan(number, layout) for number in (1, 2)]
     numbers = _sizes(config, task, records)
     clients = [_client(config, number) for number in numbers]
-    active = _active(plans, layout, config.local_steps)
-    coordinates = [sum(sizes[name] for name in names) for names in active]
+    coordinates = numbers_per_step(config, strategy, model)
     made = [client.mechanism for client in clients if client.mechanism is not None]
     shapes = {name: tuple(parameter.shape) for name, parameter in model.parameters.items()}
     noisy = noisy_coordinates(plans, layout, shapes, config.local_steps, config.filter)
@@ -170,15 +157,53 @@ def forecast(config: RunConfig, records: int | None = None) -> Forecast:
         config=config,
         clients=clients,
         coordinates=round(float(np.mean(coordinates))),
+        trained=sum(sizes.values()),
         layers=len(layout.layers),
         blocks=len(layout.blocks),
-        memory=_memory(config, task, model, max(coordinates), max(numbers)),
+        memory=step_memory(config, task, model, max(coordinates), max(numbers)),
         bytes_up=round(_uploads(strategy, plans, layout, sent, config.local_steps)),
         bytes_down=sum(sent.values()),
         noise_to_signal=ratio,
+        read=read,
+        test_records=tests,
     )
-    found.warnings.extend(_warnings(found))
+    found.warnings.extend([*_warnings(found), *model_notes(task)])
     return found
+
+
+def numbers_per_step(config: RunConfig, strategy: FedLoRA, model: AdaptedModel) -> list[int]:
+    """Return how many numbers each local step of the first two rounds trains.
+
+    Raises
+    ------
+    InvalidValue
+        The strategy refuses the model, e.g. one whose blocks have no name.
+    """
+    layout = Layout.of(model.parameters, config.block_pattern)
+    strategy.num_rounds = config.num_rounds
+    plans = [strategy.plan(number, layout) for number in (1, 2)]
+    active = (layout.active(plan, step + 1) for plan in plans for step in range(config.local_steps))
+    return [sum(model.parameters[name].numel() for name in names) for names in active]
+
+
+def open_splits(task: Task, num_partitions: int) -> tuple[list[str], int]:
+    """Open the private and the public records of a simulation, before anything costs time.
+
+    Returns
+    -------
+    tuple[list[str], int]
+        Sentences on the records that are read and left out; and the number of public records.
+
+    Raises
+    ------
+    InvalidValue
+        A split cannot be read.
+    ModelFailed
+        A user's own task fails.
+    """
+    lines = reading(task, num_partitions)
+    with explained("Opening the public records", "Set another test-split, or correct the task."):
+        return lines, len(task.test_records())
 
 
 def skeleton(config: RunConfig, task: Task) -> AdaptedModel:
@@ -194,62 +219,6 @@ def skeleton(config: RunConfig, task: Task) -> AdaptedModel:
         model: nn.Module = bare() if bare else task.build_model().to("meta")
         with torch.device("meta"):
             return attach(model, lora_spec(config, task), seed=0)
-
-
-def activation_bytes(task: Task, adapted: AdaptedModel, batch: Batch) -> int | None:
-    """Count what a forward pass keeps for the backward pass, without computing anything.
-
-    Attention counts as if its weights were kept, which fused kernels avoid: an upper bound.
-
-    Parameters
-    ----------
-    task : Task
-        Whose loss is taken.
-    adapted : AdaptedModel
-        As of `skeleton`.
-    batch : Batch
-        Tensors of the shapes of a batch; their values are not read.
-
-    Returns
-    -------
-    int or None
-        Bytes, the model's own parameters left out; ``None`` where the model looks at values.
-
-    Raises
-    ------
-    FedLoRAError
-        The model cannot train: a setting cannot be used, or a layer cannot be clipped.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    kept: dict[int, int] = {}
-    held: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
-        # A storage that is freed would give its address, its name here, to another.
-        held.append(tensor)
-        return tensor
-
-    sampler = GradSampler(adapted)
-    sampler.num_records = len(next(iter(batch.values())))
-    adapted.train()
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.device("meta"):
-            # Functions see the parameters, or images of them that the mode makes once.
-            frozen = [*adapted.model.parameters(), *adapted.model.buffers()]
-            images = [mode.from_tensor(tensor) for tensor in frozen]
-            shapes = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in batch.items()}
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                task.losses(adapted.model, shapes)
-    except FedLoRAError:
-        raise
-    except Exception:
-        # A user's model may read values, which do not exist here.
-        return None
-    own = {image.untyped_storage()._cdata for image in (*frozen, *images)}
-    return sum(size for name, size in kept.items() if name not in own)
 
 
 def _client(config: RunConfig, records: int) -> ClientForecast:
@@ -276,10 +245,6 @@ def _sizes(config: RunConfig, task: Task, records: int | None) -> list[int]:
     ]
 
 
-def _active(plans: Sequence[ComponentPlan], layout: Layout, steps: int) -> list[tuple[str, ...]]:
-    return [layout.active(plan, step) for plan in plans for step in range(1, steps + 1)]
-
-
 def _uploads(
     strategy: FedLoRA,
     plans: Sequence[ComponentPlan],
@@ -299,34 +264,6 @@ def _uploads(
             ]
         )
     )
-
-
-def _memory(
-    config: RunConfig, task: Task, model: AdaptedModel, coordinates: int, most: int
-) -> Memory:
-    trained = sum(p.numel() for p in model.parameters.values())
-    everything = sum(p.numel() * p.element_size() for p in model.model.parameters())
-    # A value and a gradient; AdamW keeps two moments, momentum one.
-    copies = 2 + (2 if config.optimizer.startswith("adamw") else int(config.momentum > 0))
-    batch = math.ceil(config.sample_rate * most) if config.secure_sum else config.batch_size
-    records = min(batch, config.microbatch_size or batch)
-    activations = activation_bytes(task, model, _example(task, records))
-    return Memory(
-        backbone=everything - _BYTES * trained,
-        trained=_BYTES * trained * copies,
-        per_record=_BYTES * coordinates * records,
-        activations=activations,
-    )
-
-
-def _example(task: Task, records: int) -> Batch:
-    """Return a batch of the largest shapes that the task has."""
-    made = optional(task, "largest_batch")
-    if made is not None:
-        found: Batch = made(records)
-        return found
-    public = task.test_records()
-    return public.batch(torch.arange(records) % len(public))
 
 
 def _warnings(found: Forecast) -> list[str]:
@@ -372,6 +309,7 @@ def as_json(found: Forecast) -> dict[str, Any]:
             for client in found.clients
         ],
         "coordinates": found.coordinates,
+        "trained": found.trained,
         "layers": found.layers,
         "blocks": found.blocks,
         "noise_to_signal": found.noise_to_signal,
@@ -383,5 +321,8 @@ def as_json(found: Forecast) -> dict[str, Any]:
         },
         "bytes_up": found.bytes_up,
         "bytes_down": found.bytes_down,
+        "read": found.read,
+        "test_records": found.test_records,
+        "duration": found.duration.as_json() if found.duration else None,
         "warnings": found.warnings,
     }

@@ -10,7 +10,8 @@ import torch
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.forecast.forecast import Memory, forecast
+from fedlora_flwr.forecast.forecast import forecast
+from fedlora_flwr.forecast.memory import Memory
 from fedlora_flwr.lora.build import resolve_device
 
 CONTEXT = 700_000_000

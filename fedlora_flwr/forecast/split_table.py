@@ -9,7 +9,7 @@ import numpy as np
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.partition import partition_table
 from fedlora_flwr.data.records import Records
-from fedlora_flwr.tasks.registry import Task, build_task
+from fedlora_flwr.tasks.registry import Task, build_task, class_names
 from fedlora_flwr.terminal import Table
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ def split_counts(config: RunConfig, task: Task | None = None) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        As of `fedlora_flwr.data.partition.partition_table`.
+        As of `fedlora_flwr.data.partition.partition_table`, with the names of the classes where
+        the task tells them.
 
     Raises
     ------
@@ -41,7 +42,8 @@ def split_counts(config: RunConfig, task: Task | None = None) -> pd.DataFrame:
     ]
     ends = np.cumsum([len(labels) for labels in found])
     parts = np.split(np.arange(ends[-1]), ends[:-1])
-    return partition_table(np.concatenate(found), parts)
+    counts, names = partition_table(np.concatenate(found), parts), class_names(task)
+    return counts.rename(columns=dict(enumerate(names))) if names else counts
 
 
 def split_table(counts: pd.DataFrame, config: RunConfig) -> Table:

@@ -51,6 +51,7 @@ def write_adapter(adapted: AdaptedModel, folder: Path) -> None:
     written = copy.copy(config)
     written.rank_pattern, written.alpha_pattern = {}, {}
     written.modules_to_save, written.inference_mode = list(saved) or None, True
+    written.base_model_name_or_path = public_name(str(config.base_model_name_or_path or ""))
     state = _saved_state(adapted)
     for layer in adapted.layers:
         if is_saved(layer.name, saved):
@@ -81,6 +82,12 @@ def write_adapter(adapted: AdaptedModel, folder: Path) -> None:
         str(folder),
         auto_mapping_dict={"base_model_class": base.__name__, "parent_library": base.__module__},
     )
+
+
+def public_name(model: str) -> str:
+    """Return a model's name without the folders of this machine, which others need not know."""
+    path = Path(model).expanduser()
+    return path.name if path.is_absolute() or path.exists() else model
 
 
 def plain_name(name: str) -> str:

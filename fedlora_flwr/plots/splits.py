@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # More colors than these cannot be told apart: a heat map takes over.
 MAX_COLORS = 20
+_LEGEND = 110  # Letters in one line of the legend.
 
 
 def plot_split(counts: pd.DataFrame, path: Path, label: str) -> None:
@@ -83,8 +84,10 @@ def _draw_bars(axes: Axes, counts: pd.DataFrame) -> None:
     figure = axes.get_figure(root=True)
     assert figure is not None
     # Below the bars, since twenty names would be higher than the bars of few clients.
+    fitting = max(1, _LEGEND // (max(len(str(name)) for name in counts.columns) + 4))
+    columns = min(counts.shape[1], 10, fitting)
     figure.legend(
-        loc="outside lower center", ncols=min(counts.shape[1], 10), frameon=False, fontsize=8,
+        loc="outside lower center", ncols=columns, frameon=False, fontsize=8,
         title="class", handlelength=1, columnspacing=1,
     )  # fmt: skip
 

@@ -40,8 +40,8 @@ from fedlora_flwr.privacy.lifetime import (
 )
 
 __all__ = [
-    "UNBOUND", "Account", "LedgerSummary", "Tally", "Terms", "admit", "counted", "summarize",
-    "terms",
+    "UNBOUND", "Account", "LedgerSummary", "Tally", "Terms", "admit", "bounded", "counted",
+    "summarize", "terms",
 ]  # fmt: skip
 
 RDP_FILTER = "rdp-filter"
@@ -64,6 +64,17 @@ class Account:
     run_epsilon : float (default: 0)
         With scope ``"lifetime"``: how much of ε one run may plan for. With 0, one run may plan for
         all of ε, and the first run fixes the settings of all runs.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> from fedlora_flwr import Ledger
+    >>> account = Account("hospital-7", run="", epsilon=8.0, delta=1e-3, scope="lifetime")
+    >>> with TemporaryDirectory() as folder:
+    ...     summary = Ledger(Path(folder) / "ledger.sqlite").summary(account)
+    >>> summary.epsilon, summary.steps
+    (0.0, 0)
     """
 
     client: str
@@ -278,8 +289,12 @@ def _filtered(account: Account, tallies: Sequence[Tally]) -> bool:
     """
     if account.scope == "run" or math.isinf(account.epsilon):
         return False
-    mixed = any(not _bounded(t.mechanism, tallies[0].mechanism) for t in tallies)
-    return account.run_epsilon > 0 or mixed or any(t.order for t in tallies)
+    return account.run_epsilon > 0 or not bounded(tallies) or any(t.order for t in tallies)
+
+
+def bounded(tallies: Sequence[Tally]) -> bool:
+    """Tell whether the first run's settings bound those of every later step."""
+    return all(_bounded(t.mechanism, tallies[0].mechanism) for t in tallies)
 
 
 def _bounded(mechanism: Segment, first: Segment) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeAlias
@@ -85,6 +86,10 @@ class Ledger:
     def exists(path: Path, witness: Path | None = None) -> bool:
         """Tell whether a ledger exists, or the witness of one that existed."""
         return path.exists() or (witness or witness_of(path)).exists()
+
+    def reading(self) -> AbstractContextManager[sqlite3.Connection]:
+        """Check the rows, and give a consistent snapshot of them for SQL that only reads."""
+        return self._file.reading()
 
     def summary(self, account: Account) -> LedgerSummary:
         """Return what the account has spent."""
@@ -222,7 +227,7 @@ class Ledger:
     ) -> LedgerSummary:
         while True:
             with self._file.glancing() as db:
-                tallies = _tallies(db, account)
+                tallies = tallies_of(db, account)
             # To work out ε may take seconds, so no lock is held. The result is used only if no
             # other process has written to the account meanwhile.
             summary, order = admit(account, tallies, planned, segment.steps, self.lapse)
@@ -240,7 +245,7 @@ class Ledger:
                 inputs,
             )
             with self._file.writing() as writer:
-                if _same(_tallies(writer.db, account), tallies):
+                if _same(tallies_of(writer.db, account), tallies):
                     writer.append(values)
             if writer.appended:
                 return summary
@@ -252,12 +257,12 @@ class Ledger:
     def _as_of(self, row: int, account: Account, planned: Segment, steps: int) -> LedgerSummary:
         """Return the summary that `record` returned when it wrote this row."""
         with self._file.reading() as db:
-            tallies = _tallies(db, account, row)
+            tallies = tallies_of(db, account, row)
         return counted(account, tallies, planned, steps)[0]
 
     def _read(self, account: Account) -> list[Tally]:
         with self._file.reading() as db:
-            return _tallies(db, account)
+            return tallies_of(db, account)
 
 
 def _check_request(server_round: int, segment: Segment, planned: Segment) -> None:
@@ -288,7 +293,7 @@ def _repeats(db: sqlite3.Connection, *repeated: *Repeated) -> dict[int, str]:
     return dict(found)
 
 
-def _tallies(db: sqlite3.Connection, account: Account, before: int | None = None) -> list[Tally]:
+def tallies_of(db: sqlite3.Connection, account: Account, before: int | None = None) -> list[Tally]:
     """Return the account's rows, or those before one, summed by run and mechanism, oldest first."""
     values: list[str | int] = [account.client]
     where = "client = ?"

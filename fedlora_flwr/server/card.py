@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.sources import is_hub_name
 from fedlora_flwr.files import replace_file
+from fedlora_flwr.server.card_code import CardCode
 from fedlora_flwr.strategies import strategy_class
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 NAME = "README.md"
 _DIGITS = "the digits of scikit-learn"
+_INSTALL = "It needs `peft` and `transformers`, or where it imports it, `fedlora-flwr[client]`.\n\n"
 _HUB_TASKS = {
     "digits": "image-classification",
     "image-classification": "image-classification",
@@ -29,14 +31,6 @@ _HUB_TASKS = {
     "question-answering": "question-answering",
     "text-classification": "text-classification",
 }
-_AUTO = {
-    "instruction-tuning": "AutoModelForCausalLM",
-    "question-answering": "AutoModelForQuestionAnswering",
-    "text-classification": "AutoModelForSequenceClassification",
-}
-_OF_CLASSES = ("image-classification", "text-classification")
-# What a task's model depends on; the rest of a configuration says how it is trained.
-_OF_THE_MODEL = ("model", "weights", "pooling", "max-length", "image-size", "split-qkv")
 
 
 @dataclass(frozen=True)
@@ -55,6 +49,8 @@ class ModelCard:
         Whether a part of each model stays with its client.
     test_records : int
         Public records that the server measured on.
+    classes : Sequence[str] (default: ())
+        Names of the classes in the order of their numbers; none if the task has no classes.
     """
 
     config: RunConfig
@@ -62,6 +58,7 @@ class ModelCard:
     adapted: AdaptedModel
     personal: bool
     test_records: int
+    classes: Sequence[str] = ()
 
     def write(self, folder: Path) -> None:
         """Write the card into an adapter's folder.
@@ -75,6 +72,8 @@ class ModelCard:
 
     def __str__(self) -> str:
         """Return the card, as the hub reads it."""
+        base: Any = self.adapted.model.get_base_model()
+        code = CardCode(self.config, base, self.classes)
         parts = [
             f"---\n{self._metadata()}\n---\n",
             f"# {self._name}\n",
@@ -82,7 +81,7 @@ class ModelCard:
             f"## Privacy\n\n{_table(self._privacy())}\n",
             f"## Training\n\n{_table(self._training())}\n",
             f"## Evaluation\n\n{self._evaluation()}",
-            f"## How to load it\n\n```python\n{self._code()}```\n",
+            f"## How to use it\n\n{_INSTALL}```python\n{code}```\n",
             f"## How to cite\n\n{self._citation()}",
         ]
         return "\n".join(parts)
@@ -178,11 +177,15 @@ class ModelCard:
         number = strategy_class(config.strategy).paper[1:]
         paper = "".join(f" ([arXiv {n}](https://arxiv.org/abs/{n}))" for n in number)
         yield "strategy", f"`{config.strategy}`{paper}"
-        yield "backbone", f"`{config.model or config.task}`, fingerprint {self.adapted.fingerprint}"
+        yield (
+            "backbone",
+            f"`{_last_part(config.model or config.task)}`, fingerprint {self.adapted.fingerprint}",
+        )
         yield "rank", f"{config.rank} (`lora-alpha = {config.lora_alpha:g}`)"
         yield "data set", self._data
-        if names := [name.strip() for name in config.class_names.split(",") if name.strip()]:
-            yield "classes", ", ".join(f"{number} = {name}" for number, name in enumerate(names))
+        if self.classes:
+            numbered = enumerate(self.classes)
+            yield "classes", ", ".join(f"{number} = {name}" for number, name in numbered)
         yield "clients", str(summary["num_clients"])
         yield "rounds", f"{summary['rounds_done']} of {summary['num_rounds']}"
         steps = "one step by a secure sum" if config.secure_sum else f"{config.local_steps} steps"
@@ -209,48 +212,6 @@ class ModelCard:
             "promise above does not cover the test set, so it has to be public.** One run has one "
             "seed, so this figure has no standard error.\n"
         )
-
-    def _code(self) -> str:
-        base: Any = self.adapted.model.get_base_model()
-        lines = ['folder = "."  # this folder, or the name of this repository on the hub']
-        if type(base).__module__.startswith("transformers."):
-            auto = _AUTO.get(self.config.task, type(base).__name__)
-            labels = ""
-            if auto == _AUTO["text-classification"]:
-                labels = f", num_labels={base.config.num_labels}"
-                # Models that classify the last token need the padding token to find it.
-                labels += f", pad_token_id={base.config.pad_token_id}"
-            lines = [
-                "from peft import PeftModel",
-                f"from transformers import {auto}",
-                "",
-                *lines,
-                f"base = {auto}.from_pretrained({self.config.model!r}{labels})",
-            ]
-        else:
-            lines = [
-                "from peft import PeftModel",
-                "",
-                "from fedlora_flwr import RunConfig",
-                "from fedlora_flwr.tasks.registry import build_task",
-                "",
-                *lines,
-                f"config = RunConfig.of({self._model_keys(base)!r})",
-                "base = build_task(config.task, config).build_model()",
-            ]
-        lines += ["model = PeftModel.from_pretrained(base, folder).eval()", ""]
-        return "\n".join(lines)
-
-    def _model_keys(self, base: Any) -> dict[str, Any]:
-        """Return the keys by which the task builds the same model, without any record."""
-        values, defaults = self.config.items(), RunConfig().items()
-        keys = {key: values[key] for key in _OF_THE_MODEL if values[key] != defaults[key]}
-        if self.config.task in _OF_CLASSES:
-            labels = getattr(getattr(base, "config", None), "num_labels", 0)
-            keys["num-classes"] = getattr(base, "num_classes", 0) or labels
-        if self.config.dataset:  # The task only needs a name: it opens no data to build a model.
-            keys["dataset"] = self._data
-        return {"task": self.config.task, **keys}
 
     def _citation(self) -> str:
         version = self.summary["versions"]["fedlora-flwr"]

@@ -103,15 +103,25 @@ def rehearse_unbuilt(config: RunConfig, task: Task, skeleton: AdaptedModel) -> N
     FedLoRAError
         As `rehearse`.
     """
-    if is_large(skeleton):
-        return
+    if not is_large(skeleton):
+        rehearse(task, build_unread(config, task), whole=_size(skeleton) <= _SMALL)
+
+
+def build_unread(config: RunConfig, task: Task) -> AdaptedModel:
+    """Build a model on the CPU with random weights where the task can, so without a checkpoint.
+
+    Raises
+    ------
+    FedLoRAError
+        The model cannot be built, or the adapters cannot be attached.
+    """
     with _random_streams(), explained("Building the model", _ADVICE):
         unread = optional(task, "skeleton") if optional(task, "made_up_batch") else None
         model = task.build_model() if unread is None else unread("cpu")
         adapted = attach(model, lora_spec(config, task), seed=0)
     if config.precision == "bf16":
         run_in_bf16(adapted.model)
-    rehearse(task, adapted, whole=_size(skeleton) <= _SMALL)
+    return adapted
 
 
 def is_large(skeleton: AdaptedModel) -> bool:

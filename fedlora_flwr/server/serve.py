@@ -38,7 +38,7 @@ from fedlora_flwr.server.strategy import build_strategy
 from fedlora_flwr.server.sum_step import sum_step
 from fedlora_flwr.strategies import FedLoRA
 from fedlora_flwr.strategies.replies import RoundReport, to_record
-from fedlora_flwr.tasks.registry import Task, build_task
+from fedlora_flwr.tasks.registry import Task, build_task, class_names
 from fedlora_flwr.terminal import uninterrupted
 from fedlora_flwr.wire import ACCOUNTANT, CLIENT, DELTA, EPSILON_BUDGET, FINGERPRINT, WEIGHT
 from fedlora_flwr.wire.arrays import to_numpy
@@ -220,7 +220,8 @@ class _Session:
         try:
             # Where models stay with the clients, the server may have no test set.
             records = 0 if personal else len(self.task.test_records())
-            card = ModelCard(self.config, summary, self.adapted, personal, records)
+            classes = class_names(self.task)
+            card = ModelCard(self.config, summary, self.adapted, personal, records, classes)
             card.write(self.run_dir.adapter)
         except Exception as error:  # A missing card must not fail the run: PEFT's own card remains.
             log(WARNING, "The model card could not be written.", exc_info=error)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 
@@ -18,9 +19,8 @@ import fedlora_flwr
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.files import private_folder
-from fedlora_flwr.forecast.forecast import skeleton
+from fedlora_flwr.forecast.forecast import numbers_per_step, open_splits, skeleton
 from fedlora_flwr.forecast.placement import Placement, place
-from fedlora_flwr.layout import Layout
 from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.lora.build import build_adapted
 from fedlora_flwr.lora.started import read_adapter
@@ -39,7 +39,7 @@ from fedlora_flwr.server.sum_step import sum_grid
 from fedlora_flwr.simulations.app import write_app
 from fedlora_flwr.simulations.superlink import LOCAL, SimulationSuperLink
 from fedlora_flwr.strategies.cohort import cohort_size
-from fedlora_flwr.tasks.registry import build_task, optional, reading
+from fedlora_flwr.tasks.registry import build_task, model_notes, optional
 
 # Seconds from one question to Flower to the next, while a run's log goes on and once it has ended.
 STATUS_INTERVAL, ENDED_INTERVAL = 30.0, 1.0
@@ -63,6 +63,8 @@ class PreparedRun:
         Parameters of the backbone.
     trained : int
         Parameters of the adapters, and of the head if it trains.
+    per_step : int
+        Those of them that one step trains, the mean over two rounds.
     metric : str (default: "accuracy")
         The figure to show.
     head : bool (default: True)
@@ -71,6 +73,8 @@ class PreparedRun:
         Sentences on the records that are read and left out.
     model : AdaptedModel or None
         The model at its start, which has been rehearsed, for the run that takes it.
+    notes : list[str] (default: [])
+        Sentences on the model that may not be what is meant.
     grid : Grid or None
         Under a secure sum, the grid of each round.
     largest_noise : float (default: inf)
@@ -81,9 +85,11 @@ class PreparedRun:
     mechanisms: list[Mechanism]
     parameters: int
     trained: int
+    per_step: int
     metric: str = "accuracy"
     head: bool = True
     records: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     grid: Grid | None = None
     largest_noise: float = math.inf
     model: AdaptedModel | None = field(default=None, repr=False)
@@ -117,10 +123,11 @@ def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRu
     strategy = build_strategy(config)
     task = build_task(config.task, config)
     bare = skeleton(config, task) if optional(task, "skeleton") else None
+    read, _ = open_splits(task, config.num_clients)
     large = bare is not None and is_large(bare)
     adapted = bare if bare is not None and large else build_adapted(config, task)
     # A method may refuse a model, e.g. one whose blocks have no name.
-    strategy.plan(1, Layout.of(adapted.parameters, config.block_pattern))
+    per_step = numbers_per_step(config, strategy, adapted)
     check_folding(strategy, adapted)
     if config.start and not large and not config.resume:
         read_adapter(Path(config.start), adapted)
@@ -149,9 +156,11 @@ def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRu
         largest_noise=prepared_noise,
         parameters=sum(parameter.numel() for parameter in adapted.model.parameters()) - trained,
         trained=trained,
+        per_step=round(float(np.mean(per_step))),
         metric=task.metric,
         head=bool(adapted.head),
-        records=reading(task, config.num_clients),
+        records=read,
+        notes=model_notes(task),
         model=None if large else adapted,
         grid=grid,
     )

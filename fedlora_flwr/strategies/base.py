@@ -24,6 +24,7 @@ from fedlora_flwr.strategies.agreement import describe
 from fedlora_flwr.strategies.clipping import check_clipping
 from fedlora_flwr.strategies.cohort import Cohorts, check_rules
 from fedlora_flwr.strategies.declared import Declared
+from fedlora_flwr.strategies.promises import PromiseWatch
 from fedlora_flwr.strategies.replies import (
     LedgerWatch,
     RoundReport,
@@ -231,6 +232,7 @@ class FedLoRA(Declared, Running):
     def begin(self) -> None:
         """Reset what is carried between rounds to its state before the first round."""
         self._ledgers, self._trained = LedgerWatch(), False
+        self._promises = PromiseWatch()
         self._turns: Mapping[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -332,6 +334,7 @@ class FedLoRA(Declared, Running):
         report.settle(self.min_completion, may_decline=self._trained or more)
         log(INFO, "aggregate_train: %d of %d clients", len(report.uploads), report.sent)
         current, uploads = self._round.current, report.uploads
+        self._promises.look_at_training(uploads)
         if self.opener and uploads:
             ask = self._round.ask
             uploads = secure_sum.opened_upload(self.opener, ask, current, report, self._nodes)

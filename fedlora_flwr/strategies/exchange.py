@@ -14,6 +14,7 @@ from fedlora_flwr.strategies.cohort import Cohorts
 from fedlora_flwr.strategies.identities import Identities
 from fedlora_flwr.strategies.inbox import Inbox, read_measurements
 from fedlora_flwr.strategies.personal import mean_of_own_models, shared_part
+from fedlora_flwr.strategies.promises import PromiseWatch
 from fedlora_flwr.strategies.replies import RoundReport, size_of, weighted_figures
 from fedlora_flwr.strategies.round import Round
 from fedlora_flwr.wire import PACKET
@@ -34,6 +35,7 @@ class Exchange(FedAvg):
     continues: str
     last_round: RoundReport | None
     _cohorts: Cohorts | None
+    _promises: PromiseWatch
     _result: Result
     _round: Round
     _timeout: float
@@ -85,6 +87,7 @@ class Exchange(FedAvg):
         if self.shared:
             mean = mean_of_own_models(reports, report)
         else:
+            self._promises.look_at_figures(reports, self.weighted_by_key)
             mean = weighted_figures([found.numbers() for _, found in reports], self.weighted_by_key)
         if mean is not None:
             self._result.evaluate_metrics_clientapp[server_round] = mean

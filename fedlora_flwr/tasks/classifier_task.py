@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch.nn.functional as F
@@ -64,6 +64,18 @@ class ClassifierTask(DatasetTask):
         """Outputs of the classifier."""
         return self._labels.count
 
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of the classes in the order of their numbers.
+
+        A class without a name is called by its number.
+
+        Raises
+        ------
+        InvalidValue
+            The private split has to tell the classes, and cannot be read.
+        """
+        return self._labels.names
+
     def unstated_classes(self) -> list[str]:
         """Return the names of the private classes where ``num-classes`` alone is given.
 
@@ -107,6 +119,10 @@ class ClassifierTask(DatasetTask):
         with naming(used):
             self._labels.numbers(used)  # Better refused here than in the first round.
         return found
+
+    def _columns(self) -> dict[str, NDArray[Any]]:
+        self._labels.require_column(self._train)  # Else the partitioner would be to blame.
+        return super()._columns()
 
     def _lacking(self, dataset: Dataset) -> dict[str, NDArray[np.int64]]:
         return without_class(dataset, self._settings.label_column)

@@ -17,8 +17,12 @@ from fedlora_flwr.data.reading import Reading, empty_texts
 from fedlora_flwr.data.records import Batch
 from fedlora_flwr.data.sources import load_split, passed_over, split_files
 from fedlora_flwr.data.splits import Split
-from fedlora_flwr.data.splits_apart import check_files_apart, check_records_apart
-from fedlora_flwr.data.unusable import naming
+from fedlora_flwr.data.splits_apart import (
+    check_files_apart,
+    check_records_apart,
+    shared_records,
+)
+from fedlora_flwr.data.unusable import naming, naming_split
 from fedlora_flwr.errors import InvalidValue
 
 if TYPE_CHECKING:
@@ -138,7 +142,24 @@ class DatasetTask(ABC):
         dealt = sum(map(len, self._parts(num_partitions)))
         found.leave_out("that no client gets", found.used - dealt)
         tests = [self._reading(split, settings.test_limit) for split in self.test_splits]
+        for test in tests:
+            test.notes += self._shared(test)
         return [found, *tests]
+
+    def _shared(self, test: Reading) -> list[str]:
+        """Return a sentence on private records that the server would measure on, too."""
+        settings = self._settings
+        private = self._usable(settings.train_split, settings.train_limit)
+        public = self._usable(test.split, settings.test_limit)
+        columns = self._input_columns(private)
+        if set(columns) != set(self._input_columns(public)):
+            return []
+        count = shared_records(private, public, columns, self._input_fields)
+        text = (
+            f"warning: {count:,} of the {len(private):,} records of {settings.train_split!r} are "
+            "in this split, too, so its figures are too good. Take them out of one of the two"
+        )
+        return [text] if count else []
 
     def private_reading(self) -> Reading:
         """Return what is read of the private split, and what is left out."""
@@ -171,10 +192,10 @@ class DatasetTask(ABC):
         everything = (settings.train_split, *self.test_splits)
         if not self.test_splits:
             raise InvalidValue("test-split", settings.test_split, "names of splits")
+        opened = {split: self._source(split) for split in everything}
         private, *tests = (split_files(settings.dataset, s, subset=subset) for s in everything)
         named = dict(zip(self.test_splits, tests, strict=True))
         check_files_apart(private, named, settings.train_split)
-        opened = {split: self._source(split) for split in everything}
         columns = {split: self._input_columns(dataset) for split, dataset in opened.items()}
         read = columns[settings.train_split]
         for split in self.test_splits:
@@ -263,7 +284,8 @@ class DatasetTask(ABC):
         """Open a split once."""
         if split not in self._sources:
             settings = self._settings
-            found = load_split(settings.dataset, split, subset=settings.dataset_subset)
+            with naming_split("train-split" if split == settings.train_split else "test-split"):
+                found = load_split(settings.dataset, split, subset=settings.dataset_subset)
             self._sources[split] = found
         return self._sources[split]
 

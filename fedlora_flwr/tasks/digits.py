@@ -76,6 +76,10 @@ class DigitsTask:
         """Return the 360 public digits, a fifth of each class, the same for every seed."""
         return _handwritten()[1]
 
+    def class_names(self) -> tuple[str, ...]:
+        """Return the digits from 0 to 9."""
+        return tuple("0123456789")
+
     def check_splits_apart(self) -> None:
         """Do nothing: one fixed draw without replacement made both sets."""
 

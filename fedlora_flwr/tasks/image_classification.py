@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,20 @@ from fedlora_flwr.backbones.image_models import (
     usual_layers,
 )
 from fedlora_flwr.data.arrow_records import ArrowRecords
-from fedlora_flwr.data.pictures import collate, image_column, normalized, pixels, without_picture
+from fedlora_flwr.data.pictures import (
+    collate,
+    image_column,
+    normalized,
+    pixels,
+    read,
+    without_picture,
+)
 from fedlora_flwr.data.records import Batch
 from fedlora_flwr.tasks.classifier_task import ClassifierTask
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from PIL import Image
 
 
 class ImageClassification(ClassifierTask):
@@ -74,6 +83,16 @@ class ImageClassification(ClassifierTask):
         generator, batch = torch.Generator().manual_seed(0), self.largest_batch(records)
         pixels = torch.randint(256, batch["image"].shape, generator=generator, dtype=torch.uint8)
         return {**batch, "image": pixels}
+
+    def inputs(self, images: Sequence[Image.Image]) -> Tensor:
+        """Return pictures as the model reads them, shape (n, channels, h, w), fp32.
+
+        Raises
+        ------
+        ValueError
+            A picture's range of values is not known.
+        """
+        return normalized(torch.from_numpy(read(images, self._data)), self._data)
 
     @cached_property
     def _data(self) -> dict[str, Any]:

@@ -65,6 +65,9 @@ OPTIONAL: Mapping[str, str] = {
     "public record",
     "reading": "per split, which records are read and left out, by number of clients",
     "private_reading": "the same of a device's private split",
+    "class_names": "names of the classes in the order of their numbers, which tables and a model "
+    "card show in place of numbers",
+    "model_notes": "sentences on the model that a plan and the start of a run show as warnings",
     "unstated_classes": "names of the private classes where only their number is configured",
     "check_splits_apart": "raises an error if a public record is private: a device evaluates only "
     "with it",
@@ -200,6 +203,24 @@ def private_reading(task: Task) -> list[str]:
     """
     account = optional(task, "private_reading")
     return list(account().lines()) if account else []
+
+
+def model_notes(task: Task) -> list[str]:
+    """Return sentences on a task's model that may not be what is meant."""
+    found = optional(task, "model_notes")
+    return list(found()) if found else []
+
+
+def class_names(task: Task) -> tuple[str, ...]:
+    """Return the names of a task's classes in the order of their numbers; none without classes.
+
+    Raises
+    ------
+    InvalidValue
+        The private split has to tell the classes, and cannot be read.
+    """
+    found = optional(task, "class_names")
+    return tuple(map(str, found())) if found else ()
 
 
 def unstated_classes(task: Task) -> list[str]:

@@ -14,6 +14,7 @@ from fedlora_flwr.backbones.language_models import (
     MeanPooled,
     load_config,
 )
+from fedlora_flwr.backbones.sentence_encoders import is_read_by_mean
 from fedlora_flwr.data.arrow_records import ArrowRecords, pad_collate
 from fedlora_flwr.data.names import names
 from fedlora_flwr.data.prepared import prepare
@@ -51,6 +52,17 @@ class TextClassification(ClassifierTask, LanguageTask):
     def made_up_batch(self, records: int) -> Batch:
         """Return random texts of up to ``max-length`` tokens, all of the first class."""
         return {**self._made_up_inputs(records), "label": torch.zeros(records, dtype=torch.int64)}
+
+    def model_notes(self) -> list[str]:
+        """Return a sentence where the checkpoint was trained to be read in another way."""
+        settings = self._settings
+        if settings.pooling == "mean" or not is_read_by_mean(settings.model):
+            return []
+        return [
+            f"{settings.model} is a sentence encoder that was trained to be read by the mean of "
+            "its tokens, as its checkpoint says. Set pooling = 'mean': pooling = 'model' reads its "
+            "first token alone, which usually costs accuracy."
+        ]
 
     @property
     def _auto(self) -> Any:

@@ -116,7 +116,18 @@ def test_in_a_pipe_keys_and_recipes_are_a_row_per_line() -> None:
     column = lines[0].index("meaning")
     assert all(line[column - 1] == " " != line[column] for line in lines)
     lines = fedlora("recipes").splitlines()
-    assert [line.split()[0] for line in lines] == ["recipe", *recipe_names()]
+    first, *others = recipe_names()
+    assert [line.split()[0] for line in lines] == ["recipe", first, "FILE.toml", *others]
+
+
+def test_recipes_are_in_the_order_in_which_a_newcomer_needs_them() -> None:
+    listed = json.loads(fedlora("recipes", "--json"))
+    purposes = [*dict.fromkeys(entry["for"] for entry in listed)]
+    order = ["start here", "texts", "pictures", "language model", "secure sum", "paper"]
+    assert purposes == order
+    assert "docs/how_to/bring_my_data.md" in fedlora("recipes")
+    papers = [entry["recipe"] for entry in listed if entry["for"] == "paper"]
+    assert papers == sorted(papers)
 
 
 def test_a_key_is_explained_in_full() -> None:

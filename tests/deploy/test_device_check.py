@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -139,12 +140,19 @@ def test_records_that_are_not_there_are_found_without_a_recipe(
         assert found.endswith("nowhere does not exist")
     (device / "data" / "train.jsonl").rename(device / "data" / "other.jsonl")
     (found,) = bad("data")
-    assert found.startswith("split = 'train' cannot be used: expected one of 'other'")
+    assert found.startswith("train-split = 'train' cannot be used: expected one of 'other'")
     with file.open("a") as more:
         more.write('train-split = "other"\n')
     assert look(good=False) == []
-    # The command looks at it, too.
+    # The commands look at it, too.
     shutil.rmtree(device / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(os, "execve")  # Or this process would become a SuperNode.
+        patch.chdir(device)
+        started = CliRunner().invoke(app, ["deploy", "start"])
+    assert started.exit_code == 1
+    assert started.output.startswith("Error: device.toml: dataset = 'data', but /")
+    assert "does not exist. To fix: put it there, or correct dataset in " in started.output
     (found, *_) = texts(check_device(device), good=False)[device.name]
     assert found.startswith("dataset = 'data', but ")
 

@@ -14,15 +14,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from typer.testing import CliRunner
 
 from fedlora_flwr.cli import app
+from fedlora_flwr.cli.run_screen import describe_plan
 from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.forecast.forecast import (
     MOST_THAT_GAINED,
-    activation_bytes,
     as_json,
     forecast,
 )
+from fedlora_flwr.forecast.memory import activation_bytes
 from fedlora_flwr.forecast.participation import participation
 from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.plan import ComponentPlan
@@ -238,6 +239,13 @@ def test_steps_are_counted_by_the_plans_that_train_them(make_config: MakeConfig)
     assert forecast(make_config(strategy="ffa-lora")).coordinates == b
     assert forecast(make_config(strategy="rolora")).coordinates == round((a + b) / 2)
     assert forecast(make_config(strategy="dp-lora")).coordinates == sum(sizes.values())
+    assert forecast(make_config(strategy="ffa-lora")).trained == sum(sizes.values())
+    run = prepare_run(make_config(strategy="ffa-lora"))
+    assert (run.per_step, run.trained) == (b, sum(sizes.values()))
+    assert (
+        f"{run.trained:,} in LoRA of rank 4 and the head, {b:,} of them in each step"
+        in (describe_plan(run)[0][1])
+    )
 
 
 def test_the_seeded_batches_of_a_forecast_are_untouched(make_config: MakeConfig) -> None:
@@ -253,7 +261,7 @@ def test_the_command_prints_the_forecast_and_fails_for_a_broken_promise() -> Non
     lines = good.output.splitlines()
     assert lines[0].split() == ["client", "records", "q", "=", "b/n", "σ", "steps"]
     assert len([line for line in lines if line.split()[0].isdigit()]) == 3
-    starts = ("Privacy", "Rounds", "Trains", "Noise", "Memory", "Bytes")
+    starts = ("Privacy", "Rounds", "Trains", "Noise", "Memory", "Bytes", "Time")
     assert [line.split()[0] for line in lines[4:]] == [*starts]
     bad = CliRunner().invoke(app, ["plan", "digits", "--records", "20"])
     assert bad.exit_code == 1

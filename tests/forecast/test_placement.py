@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.forecast.forecast import Memory
+from fedlora_flwr.forecast.memory import Memory
 from fedlora_flwr.forecast.placement import CONTEXT, Placement, fit, place
 from tests.conftest import MakeConfig
 

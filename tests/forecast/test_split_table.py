@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +16,9 @@ from fedlora_flwr.data.records import TensorRecords
 from fedlora_flwr.forecast import split_table as module
 from fedlora_flwr.forecast.split_table import split_counts, split_table
 from fedlora_flwr.tasks.registry import build_task
+from fedlora_flwr.tasks.text_classification import TextClassification
+from tests.backbones.checkpoints import write_split
+from tests.tasks.texts import text_config
 
 
 def cells(counts: pd.DataFrame, config: RunConfig) -> list[list[str]]:
@@ -50,6 +55,23 @@ def test_of_many_classes_only_the_number_is_shown(classes: int, head: str) -> No
     rows = cells(frame, RunConfig())
     assert rows[0][-3] == head
     assert rows[1][-3] == ("0" if head == "11" else "12")
+
+
+@pytest.mark.parametrize("stated", [{}, {"class_names": "good,bad"}])
+def test_classes_are_shown_by_name(stated: dict[str, str], tmp_path: Path) -> None:
+    rows = [{"text": f"so {n}", "opinion": ("bad", "good")[n % 3 == 0]} for n in range(30)]
+    for split in ("train", "validation"):
+        write_split(tmp_path / "set", split, rows)
+    config = text_config("no-model", tmp_path / "set", label_column="opinion", **stated)
+    task: Any = TextClassification(config)
+    # What is counted needs no tokens, which a model's tokenizer would make.
+    task.client_records = lambda client, clients: TensorRecords(
+        {"label": torch.from_numpy(task._labels.numbers(task._train))}
+    )
+    counts = split_counts(replace(config, num_clients=1), task)
+    assert counts.loc[0].to_dict() == {"bad": 20, "good": 10}
+    order = ["good", "bad"] if stated else ["bad", "good"]
+    assert cells(counts, config)[0] == ["client", "records", *order, "δ < 1/n", "b ≤ n"]
 
 
 def test_the_command_prints_the_table_and_draws(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import pytest
 from typer.testing import CliRunner
 
 from fedlora_flwr.cli import app
+from fedlora_flwr.cli.run_screen import how_to_continue, next_steps, what_is_kept
+from fedlora_flwr.config import RunConfig
 from fedlora_flwr.files import FileTrouble
 from fedlora_flwr.server.rounds import RoundRow
 from fedlora_flwr.server.run_dir import RunDirectory
@@ -210,7 +213,9 @@ def started(tmp_path: Path, temporary: Path) -> Iterator[Any]:
 def test_a_simulation_that_is_asked_to_end_does(started: Any, tmp_path: Path) -> None:
     process, run = started("simulate", *ENDLESS, "--workers", "2", wait_for="adapter")
     process.send_signal(signal.SIGTERM)
-    assert process.communicate()[0].splitlines()[-1] == "Interrupted."
+    lines = process.communicate()[0].splitlines()
+    assert lines[-1] == "Interrupted."
+    assert any(line.startswith("Kept      ") for line in lines)
     assert process.returncode == 143
     assert left_of(str(tmp_path)) == []
     assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
@@ -242,3 +247,35 @@ def test_a_run_that_is_killed_stops_training(started: Any, tmp_path: Path, tempo
     assert list(temporary.glob("fedlora-*")) == []
     assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
     assert digests(run) == before
+
+
+def test_a_runs_last_lines_name_the_card_and_commands_that_work(
+    finished: tuple[RunConfig, RunDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run_dir = finished
+    here = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", "/usr/bin")  # An environment that is not activated.
+    lines = dict(next_steps(config, run_dir))
+    assert lines["Adapter"] == f"{run_dir.adapter}, and its README.md says how to use it"
+    assert lines["Next"] == f"{here / 'fedlora'} plot {run_dir.path}"
+    done = subprocess.run(lines["Next"], shell=True, capture_output=True, text=True)
+    assert (done.returncode, (run_dir.path / "rounds.png").exists()) == (0, True), done.stderr
+    released = dict(next_steps(replace(config, reproducible=False), run_dir))
+    assert released["Next"] == f"{here / 'hf'} upload OWNER/NAME {run_dir.adapter}"
+    monkeypatch.setenv("PATH", f"/usr/bin:{here}")
+    assert dict(next_steps(config, run_dir))["Next"] == f"fedlora plot {run_dir.path}"
+
+
+def test_an_interrupted_run_says_what_is_kept_and_how_to_continue(
+    finished: tuple[RunConfig, RunDirectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run_dir = finished
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    lines = dict(what_is_kept("simulate", run_dir))
+    assert lines["Resume"] == f"fedlora simulate --resume {run_dir.path}"
+    rounds = f"{config.num_rounds} of {config.num_rounds} rounds in {run_dir.path}"
+    assert lines["Kept"].startswith(rounds)
+    assert lines["Kept"].endswith("counts as spent")
+    empty = RunDirectory(tmp_path / "empty")
+    assert what_is_kept("run", empty) == [("Kept", "no round to continue from, as none was over")]
+    assert how_to_continue("run", empty) == ""

@@ -286,3 +286,39 @@ def test_another_process_sees_the_same_prepares_nothing_again_and_is_silent(
     assert json.loads(done.stdout) == expected
     assert kept == {path: path.stat().st_mtime_ns for path in empty_cache.rglob("data.arrow")}
     assert len({digest for digest, *_ in expected}) == len(tasks)
+
+
+@pytest.mark.parametrize("partitioner", ["dirichlet", "pathological", "iid"])
+def test_a_missing_column_of_the_class_is_not_blamed_on_the_way_of_dealing_out(
+    partitioner: str, make_task: Make
+) -> None:
+    task = make_task(partitioner=partitioner, label_column="verdict")
+    with pytest.raises(InvalidValue, match=r"label-column = 'verdict' .*\(read from .*jsonl\)"):
+        task.client_records(0, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"train_split": "trian"}, "train-split = 'trian' .*did you mean 'train'"),
+        ({"test_split": "tset"}, "test-split = 'tset'"),
+    ],
+)
+def test_a_wrong_split_is_named_by_the_key_that_holds_it(
+    changes: dict[str, str], told: str, make_task: Make
+) -> None:
+    with pytest.raises(InvalidValue, match=told):
+        make_task(**changes).reading(1)
+
+
+def test_private_records_that_are_measured_on_are_told_once(make_task: Make, folder: Path) -> None:
+    rows = [{"text": f"so {i}", "label": i % 2} for i in range(20)]
+    write_split(folder, "train", [*rows, rows[3]])
+    write_split(folder, "validation", [{"text": f"other {i}", "label": 0} for i in range(9)])
+    write_split(folder, "test", [rows[3], {**rows[5], "label": 0}, {"text": "new", "label": 0}])
+    task = make_task(test_split="validation,test")
+    lines = [line for split in task.reading(2) for line in split.lines()]
+    (told,) = [line for line in lines if "too good" in line]
+    assert told.startswith("test: warning: 3 of the 21 records of 'train' are in this split, too")
+    (again,) = [line for split in task.reading(2) for line in split.lines() if "too good" in line]
+    assert again == told

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.forecast.forecast import activation_bytes, skeleton
+from fedlora_flwr.forecast.forecast import skeleton
+from fedlora_flwr.forecast.memory import activation_bytes
 from fedlora_flwr.lora.adapters import LoRASpec, attach
 from fedlora_flwr.privacy.engine import PrivateEngine
 from fedlora_flwr.server.run_dir import RunDirectory
