@@ -38,6 +38,7 @@ from typing import Any
 
 from fedlora_flwr.errors import LedgerDamaged
 from fedlora_flwr.files import private_folder, replacing, sync_folder
+from fedlora_flwr.privacy.ledger_connection import Connection, connect
 from fedlora_flwr.privacy.witness import Head, Witness
 
 _VERSION = 3
@@ -82,7 +83,7 @@ class _Connections(threading.local):
     """Connections of one thread; the one used most recently is the last."""
 
     def __init__(self) -> None:
-        self.kept: dict[Any, sqlite3.Connection] = {}
+        self.kept: dict[Any, Connection] = {}
 
 
 _connections = _Connections()
@@ -122,7 +123,7 @@ class LedgerFile:
             pass
 
     @contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
+    def reading(self) -> Iterator[Connection]:
         """Check the rows, and give a consistent snapshot of them."""
         with self._named(), self._connection() as (db, key):
             db.execute("BEGIN")
@@ -136,7 +137,7 @@ class LedgerFile:
                     witness.advance(head)
 
     @contextmanager
-    def glancing(self) -> Iterator[sqlite3.Connection]:
+    def glancing(self) -> Iterator[Connection]:
         """Give the rows unchecked; the caller has to compare them with those in `writing`."""
         with self._named(), self._connection() as (db, _):
             yield db
@@ -196,7 +197,7 @@ class LedgerFile:
             raise self._damaged("its pages are damaged", _COPIES)
 
     @contextmanager
-    def _connection(self) -> Iterator[tuple[sqlite3.Connection, Key]]:
+    def _connection(self) -> Iterator[tuple[Connection, Key]]:
         """Give this thread's connection, kept open: opening takes as long as writing a row."""
         kept = _connections.kept
         key = self._key()
@@ -223,7 +224,7 @@ class LedgerFile:
             return ()
         return os.getpid(), self.path, self.witness.path, self.patience, at.st_dev, at.st_ino
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self) -> Connection:
         if not self.path.exists():
             self._make()
         if not self.path.is_file():
@@ -232,7 +233,7 @@ class LedgerFile:
             raise self._damaged("it is empty", _COPIES)
         with contextlib.suppress(OSError):  # Another user may own the file.
             self.path.chmod(0o600)
-        db = _connect(self.path, self.patience)
+        db = connect(self.path, self.patience)
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version > _VERSION:
             raise self._damaged("a newer version of this package wrote it", "use that version")
@@ -256,7 +257,7 @@ class LedgerFile:
             self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)
             with replacing(self.path) as draft:
                 os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-                with contextlib.closing(_connect(draft, self.patience)) as db:
+                with contextlib.closing(connect(draft, self.patience)) as db:
                     db.execute("BEGIN")
                     db.execute(_RELEASES)
                     _chain(db, head)
@@ -316,13 +317,13 @@ class Writer:
 
     Parameters
     ----------
-    db : sqlite3.Connection
+    db : Connection
         A connection in a transaction.
     head : Head
         Number and digest of the last row.
     """
 
-    db: sqlite3.Connection
+    db: Connection
     head: Head
     appended: bool = False
     settled: bool = False
@@ -386,14 +387,3 @@ def _add_columns(db: sqlite3.Connection) -> None:
 
 def _columns(db: sqlite3.Connection) -> tuple[str, ...]:
     return tuple(row[1] for row in db.execute("PRAGMA table_info(releases)"))
-
-
-def _connect(path: Path, patience: float) -> sqlite3.Connection:
-    db = sqlite3.connect(path, timeout=patience, isolation_level=None)
-    # A row must survive a power cut right after the reply has left. SQLite's default deletes its
-    # journal without a sync of the folder; if the journal reappeared after the cut, the row would
-    # be undone. A persistent journal is emptied and synced instead. A write-ahead log would save
-    # one sync, but would keep rows in a second file and would not work on network folders.
-    db.execute("PRAGMA journal_mode = PERSIST")
-    db.execute("PRAGMA synchronous = FULL")
-    return db

@@ -134,6 +134,11 @@ class RunDirectory:
         """Folder of the exported PEFT adapter."""
         return self.path / "adapter"
 
+    @property
+    def best(self) -> Path:
+        """Folder of the adapter that was measured best, in the same format."""
+        return self.path / "best"
+
     def write_config(self, config: RunConfig) -> Path:
         """Write the resolved configuration; it is a recipe that repeats the run.
 
