@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora_flwr.errors import LedgerDamaged
-from fedlora_flwr.files import private_folder, replacing, sync_folder
+from fedlora_flwr.files import is_full, private_folder, replacing, sync_folder
 from fedlora_flwr.privacy.ledger_connection import Connection, connect
 from fedlora_flwr.privacy.witness import Head, Witness
 
@@ -76,6 +76,8 @@ _INSERT = (
     f"VALUES ({', '.join('?' * (len(_COLUMNS) + 1))})"
 )
 _COPIES = "put back the newest copies of it and of its witness, or count its data's budget as spent"
+_ROOM = "make room there; its rows are whole"
+_PLACE = "see to its disk, folder and permissions"
 _KEPT = 8  # A thread has at most so many files open.
 
 
@@ -257,12 +259,14 @@ class LedgerFile:
             self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)
             with replacing(self.path) as draft:
                 os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-                with contextlib.closing(connect(draft, self.patience)) as db:
-                    db.execute("BEGIN")
-                    db.execute(_RELEASES)
-                    _chain(db, head)
-                    db.execute("COMMIT")
-                draft.with_name(f"{draft.name}-journal").unlink(missing_ok=True)
+                try:
+                    with contextlib.closing(connect(draft, self.patience)) as db:
+                        db.execute("BEGIN")
+                        db.execute(_RELEASES)
+                        _chain(db, head)
+                        db.execute("COMMIT")
+                finally:
+                    draft.with_name(f"{draft.name}-journal").unlink(missing_ok=True)
             sync_folder(self.path.parent)
             sync_folder(self.witness.path.parent)
 
@@ -303,12 +307,15 @@ class LedgerFile:
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
                 raise self._damaged("another process has locked it", "end that process") from error
-            raise self._damaged(str(error), "see to its disk, folder and permissions") from error
+            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                raise self._damaged(str(error), _ROOM) from error
+            raise self._damaged(str(error), _PLACE) from error
         except sqlite3.Error as error:
             raise self._damaged(str(error), _COPIES) from error
         except OSError as error:
+            remedy = _ROOM if is_full(error) else _PLACE
             text = f"{error.strerror or error} ({error.filename or self.witness.path})"
-            raise self._damaged(text, "see to its disk, folder and permissions") from error
+            raise self._damaged(text, remedy) from error
 
 
 @dataclass

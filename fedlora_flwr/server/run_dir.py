@@ -71,10 +71,15 @@ class RunDirectory:
             except FileExistsError:
                 count += 1
                 path = parent / f"{name}-{count}"
+            except OSError as error:
+                raise FileTrouble.of(error, path) from error
         link = parent / f".latest-{os.getpid()}"
-        link.unlink(missing_ok=True)
-        link.symlink_to(path.name, target_is_directory=True)
-        link.replace(parent / "latest")
+        try:
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.name, target_is_directory=True)
+            link.replace(parent / "latest")
+        except OSError as error:
+            raise FileTrouble.of(error, parent / "latest") from error
         return cls(path)
 
     def take(self) -> None:
@@ -90,7 +95,10 @@ class RunDirectory:
             return
         if self.resume:
             with self.working():  # Not while another process is at work.
-                marker.write_text(self.claim, encoding="ascii")
+                try:
+                    marker.write_text(self.claim, encoding="ascii")
+                except OSError as error:
+                    raise FileTrouble.of(error, marker) from error
             return
         check_unused(self.path)
         try:
@@ -99,6 +107,9 @@ class RunDirectory:
                 stream.write(self.claim)
         except FileExistsError:
             raise _used(self.path) from None
+        except OSError as error:
+            marker.unlink(missing_ok=True)  # Else the folder would seem to be another run's.
+            raise FileTrouble.of(error, marker) from error
 
     @contextmanager
     def working(self) -> Iterator[None]:

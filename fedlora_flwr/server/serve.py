@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -253,7 +252,9 @@ class _Session:
         # Figures that clients measure on their own records decide nothing.
         if metrics and not self.strategy.shared and self.best.take(server_round, metrics, measured):
             with replacing(self.run_dir.best) as draft:
-                shutil.copytree(self.run_dir.adapter, draft)
+                draft.mkdir()
+                for file in self.run_dir.adapter.iterdir():
+                    (draft / file.name).write_bytes(file.read_bytes())
         # What clients measured may have any name, and must not pass for what the server counted.
         row: RoundRow = {"round": server_round}
         by_name(row).update({**metrics, **self._communication(server_round)})

@@ -27,7 +27,7 @@ GOOD: dict[str, list[Any]] = {
     "eval-batch-size": [1],
     "eval-every": [1, 50],
     "early-stopping-patience": [0, 3],
-    "metric-for-best-model": ["", "loss"],
+    "early-stopping-threshold": [0.0],
     "dirichlet-alpha": [1e-3, 100.0],
     "min-records": [1],
     "classes-per-client": [1, 200],
@@ -203,6 +203,7 @@ def test_the_tables_of_this_test_are_complete() -> None:
         "label-shares",
         "strategy",
         "lora-targets",
+        "metric-for-best-model",
         "device",
     }
     assert set(BAD) == set(GOOD) == set(DEFAULTS) - free
