@@ -38,9 +38,9 @@ class Sums:
 
     def tallies(self, now: datetime) -> Iterator[Tally]:
         """Yield them as accounts count them."""
-        for (run, *mechanism), one in self.found.items():
+        for (run, noise, rate), one in self.found.items():
             silent = (now - datetime.fromisoformat(one.last)).total_seconds()
-            yield Tally(run, Segment(*mechanism, one.steps), one.planned, one.order, silent)
+            yield Tally(run, Segment(noise, rate, one.steps), one.planned, one.order, silent)
 
 
 class Connection(sqlite3.Connection):

@@ -26,14 +26,22 @@ ROWS = ("rounds", "clients")
 _CLAIM = ".claim"
 NOISE = "FEDLORA_LARGEST_NOISE"
 """Environment variable with the most noise of a client, from the start of a simulation."""
-_RESULTS = ("config.toml", "rounds.jsonl", "clients.jsonl", "summary.json", "run.log", "adapter")
+_RESULTS = (
+    "config.toml",
+    "rounds.jsonl",
+    "clients.jsonl",
+    "summary.json",
+    "run.log",
+    "adapter",
+    "best",
+)
 
 
 class RunDirectory:
     """Files of one run.
 
-    ``config.toml`` (resolved), ``rounds.jsonl``, ``clients.jsonl``, ``summary.json``, ``run.log``
-    and ``adapter/``.
+    ``config.toml`` (resolved), ``rounds.jsonl``, ``clients.jsonl``, ``summary.json``, ``run.log``,
+    ``adapter/`` and ``best/``.
 
     Parameters
     ----------
