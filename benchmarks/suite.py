@@ -73,6 +73,13 @@ def client_start(on_figure: OnFigure) -> None:
     measure(Setting(), on_figure)
 
 
+def long_runs(on_figure: OnFigure) -> None:
+    """Compare the last of 1,000 rounds with early ones, and size what such a run leaves."""
+    from benchmarks.long_runs import Setting, measure
+
+    measure(Setting(), on_figure)
+
+
 def worker_memory(on_figure: OnFigure) -> None:
     """Weigh one more worker process that shares the frozen weights with the others."""
     from benchmarks.workers import Setting, measure
@@ -117,6 +124,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "engine": in_process,
     "clients": registered_clients,
     "start": client_start,
+    "long_runs": long_runs,
     "workers": worker_memory,
     "published": published_way,
     "masking": masked_sums,
@@ -126,8 +134,11 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 }
 
 
-BY_NAME_ONLY = ("alternation", "growth", "start", "masking", "correlated", "attacks", "gpu")
-"""What `run_suite` leaves out unless named: no bar, no matter of simulations, or for a GPU."""
+BY_NAME_ONLY = (
+    "alternation", "growth", "start", "long_runs", "masking", "correlated", "attacks", "gpu",
+)  # fmt: skip
+"""What `run_suite` leaves out unless named: no bar, no matter of simulations, long, or for a GPU.
+"""
 
 
 def run_suite(

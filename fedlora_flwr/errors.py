@@ -174,7 +174,15 @@ class BudgetExhausted(FedLoRAError):
     """A release would take a client past its privacy budget."""
 
 
-class BudgetsSpent(FedLoRAError):
+class RunOver(FedLoRAError):
+    """A run ends before its last round, and what it has done counts."""
+
+
+class StoppedEarly(RunOver):
+    """The run's evaluations are not getting better."""
+
+
+class BudgetsSpent(RunOver):
     """All clients' budgets are spent. The run ends; if it has trained, it counts as complete."""
 
 

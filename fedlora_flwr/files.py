@@ -64,6 +64,11 @@ class FileTrouble(FedLoRAError, OSError):
         return trouble
 
 
+def is_full(error: OSError) -> bool:
+    """Tell whether an error says that there is no room: on the disk, in a quota, for one file."""
+    return error.errno in _FULL
+
+
 def cache_folder() -> Path:
     """Return this package's folder under ``XDG_CACHE_HOME``, or under ``~/.cache`` without it.
 

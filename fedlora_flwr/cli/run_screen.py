@@ -148,6 +148,7 @@ def closing_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
             _words(metric).capitalize(),
             f"{summary[f'initial_{metric}']:.1%} → {summary[f'final_{metric}']:.1%}",
         ),
+        *_best(summary),
         ("Privacy", privacy),
         ("Sent", f"{_megabytes(summary['bytes_up'])} up, {_megabytes(summary['bytes_down'])} down"),
     ]
@@ -169,6 +170,24 @@ def closing_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if summary["unprotected_metrics"]:
         rows.append(("Note", UNPROTECTED))
     return rows
+
+
+def _best(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Say which round was the best, unless it is the last, and what its figure is worth."""
+    best = summary.get("best")
+    if best is None or best["round"] == summary["rounds_done"]:
+        return []
+    name = best["chosen_by"]
+    value = best["metrics"][name]
+    figure = f"{value:.4f}" if name != summary["metric"] else f"{value:.1%}"
+    return [
+        (
+            "Best",
+            f"{_words(name)} {figure} after round {best['round']}, kept in best/",
+        ),
+        ("", "adapter/ is the last round's"),
+        ("", "chosen by the records that it is measured on, so it is optimistic"),
+    ]
 
 
 def next_steps(config: RunConfig, run_dir: RunDirectory) -> list[tuple[str, str]]:

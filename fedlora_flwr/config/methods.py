@@ -126,6 +126,9 @@ def check_method(config: RunConfig) -> None:
             config.average_decay,
             f"0 where strategy = {config.strategy!r}: {reason}",
         )
+    if (key := config.asks_for_best) and method_of(config.strategy).personal:
+        allowed = f"left out where strategy = {config.strategy!r}: {PERSONAL}"
+        raise InvalidValue(key, config.items()[key], allowed)
     if config.secure_sum and (reason := _no_sum(method_of(config.strategy))):
         allowed = (
             f"a method that works with a sum where trust-model = {config.trust_model!r}: {reason}"

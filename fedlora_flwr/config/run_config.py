@@ -119,6 +119,13 @@ class RunConfig(
         if self.average_decay and not self.share_head:
             allowed = f"0 where share-head = false: {PERSONAL}"
             raise InvalidValue("average-decay", self.average_decay, allowed)
+        if not self.share_head and (key := self.asks_for_best):
+            raise InvalidValue(
+                key, self.items()[key], f"left out where share-head = false: {PERSONAL}"
+            )
+        if self.early_stopping_threshold and not self.early_stopping_patience:
+            allowed = "0, or early-stopping-patience above 0"
+            raise InvalidValue("early-stopping-threshold", self.early_stopping_threshold, allowed)
         if not all(1 <= rank <= self.rank for rank in self._client_ranks()):
             raise InvalidValue("client-ranks", self.client_ranks, f"ranks of 1 to {self.rank}")
 
@@ -202,6 +209,12 @@ class RunConfig(
         It is K local steps in each of T rounds, or of ``max-rounds`` rounds if that is set.
         """
         return (self.max_rounds or self.num_rounds) * self.local_steps
+
+    @property
+    def asks_for_best(self) -> str:
+        """The first key that is set and needs evaluations by the server; empty if none is."""
+        keys = ("early-stopping-patience", "metric-for-best-model")
+        return next((key for key in keys if self.items()[key]), "")
 
     @property
     def block_pattern(self) -> str:

@@ -140,6 +140,7 @@ class AdaptedModel:
     ) -> None:
         self.model = model
         self._backbone_dropout = backbone_dropout
+        self.card = ""  # PEFT's model card, once it was made.
         self.adapter = _single_adapter(model)
         self.layers = [
             _adapted_linear(name, module, self.adapter)

@@ -70,7 +70,11 @@ def write_adapter(adapted: AdaptedModel, folder: Path) -> None:
             written.rank_pattern[pattern] = rank
             written.alpha_pattern[pattern] = scaling * _spread(rank, config.use_rslora)
     folder.mkdir(parents=True, exist_ok=True)
-    model.create_or_update_model_card(str(folder))
+    if adapted.card:
+        (folder / "README.md").write_text(adapted.card, encoding="utf-8")
+    else:  # PEFT compiles its template each time, which takes longer than all else here.
+        model.create_or_update_model_card(str(folder))
+        adapted.card = (folder / "README.md").read_text(encoding="utf-8")
     # safetensors refuses tensors that share memory.
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     save_file(own, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -21,6 +21,7 @@ from fedlora_flwr.privacy.account import (
     terms,
 )
 from fedlora_flwr.privacy.budget import Segment
+from fedlora_flwr.privacy.ledger_connection import Connection
 from fedlora_flwr.privacy.ledger_file import LOCAL, LedgerFile, witness_of
 from fedlora_flwr.wire import ROUND
 
@@ -87,7 +88,7 @@ class Ledger:
         """Tell whether a ledger exists, or the witness of one that existed."""
         return path.exists() or (witness or witness_of(path)).exists()
 
-    def reading(self) -> AbstractContextManager[sqlite3.Connection]:
+    def reading(self) -> AbstractContextManager[Connection]:
         """Check the rows, and give a consistent snapshot of them for SQL that only reads."""
         return self._file.reading()
 
@@ -227,7 +228,7 @@ class Ledger:
     ) -> LedgerSummary:
         while True:
             with self._file.glancing() as db:
-                tallies = tallies_of(db, account)
+                tallies = db.tallies(account)
             # To work out ε may take seconds, so no lock is held. The result is used only if no
             # other process has written to the account meanwhile.
             summary, order = admit(account, tallies, planned, segment.steps, self.lapse)
@@ -245,7 +246,7 @@ class Ledger:
                 inputs,
             )
             with self._file.writing() as writer:
-                if _same(tallies_of(writer.db, account), tallies):
+                if _same(writer.db.tallies(account), tallies):
                     writer.append(values)
             if writer.appended:
                 return summary
@@ -257,12 +258,12 @@ class Ledger:
     def _as_of(self, row: int, account: Account, planned: Segment, steps: int) -> LedgerSummary:
         """Return the summary that `record` returned when it wrote this row."""
         with self._file.reading() as db:
-            tallies = tallies_of(db, account, row)
+            tallies = db.tallies(account, row)
         return counted(account, tallies, planned, steps)[0]
 
     def _read(self, account: Account) -> list[Tally]:
         with self._file.reading() as db:
-            return tallies_of(db, account)
+            return db.tallies(account)
 
 
 def _check_request(server_round: int, segment: Segment, planned: Segment) -> None:
@@ -291,31 +292,6 @@ def _repeats(db: sqlite3.Connection, *repeated: *Repeated) -> dict[int, str]:
         ),
     )
     return dict(found)
-
-
-def tallies_of(db: sqlite3.Connection, account: Account, before: int | None = None) -> list[Tally]:
-    """Return the account's rows, or those before one, summed by run and mechanism, oldest first."""
-    values: list[str | int] = [account.client]
-    where = "client = ?"
-    if before is not None:
-        where, values = where + " AND id < ?", [*values, before]
-    if account.scope == "run":
-        where, values = where + " AND run = ?", [*values, account.run]
-    rows = db.execute(
-        "SELECT run, noise_multiplier, sample_rate, SUM(steps), MAX(planned), MAX(rdp_order), "  # noqa: S608
-        f"MAX(written_at) FROM releases WHERE {where} "
-        "GROUP BY run, noise_multiplier, sample_rate ORDER BY MIN(id)",
-        values,
-    )
-    now = datetime.now(UTC)
-    return [
-        Tally(run, Segment(*mechanism), planned, order, _silent(last, now))
-        for run, *mechanism, planned, order, last in rows
-    ]
-
-
-def _silent(last: str, now: datetime) -> float:
-    return (now - datetime.fromisoformat(last)).total_seconds()
 
 
 def _same(now: list[Tally], before: list[Tally]) -> bool:

@@ -37,7 +37,8 @@ from pathlib import Path
 from typing import Any
 
 from fedlora_flwr.errors import LedgerDamaged
-from fedlora_flwr.files import private_folder, replacing, sync_folder
+from fedlora_flwr.files import is_full, private_folder, replacing, sync_folder
+from fedlora_flwr.privacy.ledger_connection import Connection, connect
 from fedlora_flwr.privacy.witness import Head, Witness
 
 _VERSION = 3
@@ -75,6 +76,8 @@ _INSERT = (
     f"VALUES ({', '.join('?' * (len(_COLUMNS) + 1))})"
 )
 _COPIES = "put back the newest copies of it and of its witness, or count its data's budget as spent"
+_ROOM = "make room there; its rows are whole"
+_PLACE = "see to its disk, folder and permissions"
 _KEPT = 8  # A thread has at most so many files open.
 
 
@@ -82,7 +85,7 @@ class _Connections(threading.local):
     """Connections of one thread; the one used most recently is the last."""
 
     def __init__(self) -> None:
-        self.kept: dict[Any, sqlite3.Connection] = {}
+        self.kept: dict[Any, Connection] = {}
 
 
 _connections = _Connections()
@@ -122,7 +125,7 @@ class LedgerFile:
             pass
 
     @contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
+    def reading(self) -> Iterator[Connection]:
         """Check the rows, and give a consistent snapshot of them."""
         with self._named(), self._connection() as (db, key):
             db.execute("BEGIN")
@@ -136,7 +139,7 @@ class LedgerFile:
                     witness.advance(head)
 
     @contextmanager
-    def glancing(self) -> Iterator[sqlite3.Connection]:
+    def glancing(self) -> Iterator[Connection]:
         """Give the rows unchecked; the caller has to compare them with those in `writing`."""
         with self._named(), self._connection() as (db, _):
             yield db
@@ -196,7 +199,7 @@ class LedgerFile:
             raise self._damaged("its pages are damaged", _COPIES)
 
     @contextmanager
-    def _connection(self) -> Iterator[tuple[sqlite3.Connection, Key]]:
+    def _connection(self) -> Iterator[tuple[Connection, Key]]:
         """Give this thread's connection, kept open: opening takes as long as writing a row."""
         kept = _connections.kept
         key = self._key()
@@ -223,7 +226,7 @@ class LedgerFile:
             return ()
         return os.getpid(), self.path, self.witness.path, self.patience, at.st_dev, at.st_ino
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self) -> Connection:
         if not self.path.exists():
             self._make()
         if not self.path.is_file():
@@ -232,7 +235,7 @@ class LedgerFile:
             raise self._damaged("it is empty", _COPIES)
         with contextlib.suppress(OSError):  # Another user may own the file.
             self.path.chmod(0o600)
-        db = _connect(self.path, self.patience)
+        db = connect(self.path, self.patience)
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version > _VERSION:
             raise self._damaged("a newer version of this package wrote it", "use that version")
@@ -256,12 +259,14 @@ class LedgerFile:
             self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)
             with replacing(self.path) as draft:
                 os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-                with contextlib.closing(_connect(draft, self.patience)) as db:
-                    db.execute("BEGIN")
-                    db.execute(_RELEASES)
-                    _chain(db, head)
-                    db.execute("COMMIT")
-                draft.with_name(f"{draft.name}-journal").unlink(missing_ok=True)
+                try:
+                    with contextlib.closing(connect(draft, self.patience)) as db:
+                        db.execute("BEGIN")
+                        db.execute(_RELEASES)
+                        _chain(db, head)
+                        db.execute("COMMIT")
+                finally:
+                    draft.with_name(f"{draft.name}-journal").unlink(missing_ok=True)
             sync_folder(self.path.parent)
             sync_folder(self.witness.path.parent)
 
@@ -302,12 +307,15 @@ class LedgerFile:
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
                 raise self._damaged("another process has locked it", "end that process") from error
-            raise self._damaged(str(error), "see to its disk, folder and permissions") from error
+            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                raise self._damaged(str(error), _ROOM) from error
+            raise self._damaged(str(error), _PLACE) from error
         except sqlite3.Error as error:
             raise self._damaged(str(error), _COPIES) from error
         except OSError as error:
+            remedy = _ROOM if is_full(error) else _PLACE
             text = f"{error.strerror or error} ({error.filename or self.witness.path})"
-            raise self._damaged(text, "see to its disk, folder and permissions") from error
+            raise self._damaged(text, remedy) from error
 
 
 @dataclass
@@ -316,13 +324,13 @@ class Writer:
 
     Parameters
     ----------
-    db : sqlite3.Connection
+    db : Connection
         A connection in a transaction.
     head : Head
         Number and digest of the last row.
     """
 
-    db: sqlite3.Connection
+    db: Connection
     head: Head
     appended: bool = False
     settled: bool = False
@@ -386,14 +394,3 @@ def _add_columns(db: sqlite3.Connection) -> None:
 
 def _columns(db: sqlite3.Connection) -> tuple[str, ...]:
     return tuple(row[1] for row in db.execute("PRAGMA table_info(releases)"))
-
-
-def _connect(path: Path, patience: float) -> sqlite3.Connection:
-    db = sqlite3.connect(path, timeout=patience, isolation_level=None)
-    # A row must survive a power cut right after the reply has left. SQLite's default deletes its
-    # journal without a sync of the folder; if the journal reappeared after the cut, the row would
-    # be undone. A persistent journal is emptied and synced instead. A write-ahead log would save
-    # one sync, but would keep rows in a second file and would not work on network folders.
-    db.execute("PRAGMA journal_mode = PERSIST")
-    db.execute("PRAGMA synchronous = FULL")
-    return db

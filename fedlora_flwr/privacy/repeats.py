@@ -42,7 +42,10 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.wire.order import Order
 
-_ELSEWHERE = ("num-rounds", "run-dir", "state-dir", "resume", "start", "eval-every", "min-clients")
+_ELSEWHERE = (
+    "num-rounds", "run-dir", "state-dir", "resume", "start", "eval-every", "min-clients",
+    "early-stopping-patience", "early-stopping-threshold", "metric-for-best-model",
+)  # fmt: skip
 """Keys that change nothing in a round but the learning rates, which `inputs_of` adds itself."""
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.privacy.account import Account, Tally, bounded, summarize
-from fedlora_flwr.privacy.ledger import Ledger, tallies_of
+from fedlora_flwr.privacy.ledger import Ledger
+from fedlora_flwr.privacy.ledger_connection import Connection
 
 # It decides nothing here: where a filter decides, its order is in the ledger.
 _SOME_EPSILON = 1.0
@@ -108,7 +108,7 @@ def spent(path: Path, delta: float) -> list[Spent]:
     return [_spent(*one) for one in read]
 
 
-def _accounts(db: sqlite3.Connection) -> list[tuple[str, str]]:
+def _accounts(db: Connection) -> list[tuple[str, str]]:
     """Return each client's runs, oldest first, and an empty name for several together."""
     rows = db.execute("SELECT client, run FROM releases GROUP BY client, run ORDER BY MIN(id)")
     runs: dict[str, list[str]] = {}
@@ -122,11 +122,11 @@ def _accounts(db: sqlite3.Connection) -> list[tuple[str, str]]:
 
 
 def _read(
-    db: sqlite3.Connection, client: str, run: str, delta: float
+    db: Connection, client: str, run: str, delta: float
 ) -> tuple[Account, list[Tally], tuple[int, str, str]]:
     """Return an account with its rows: those of each mechanism, and how many and from when."""
     scope = "run" if run else "lifetime"
-    tallies = tallies_of(db, Account(client, run, math.inf, delta, scope))
+    tallies = db.tallies(Account(client, run, math.inf, delta, scope))
     ruled = not run and (bounded(tallies) or any(t.order for t in tallies))
     account = Account(client, run, _SOME_EPSILON if ruled else math.inf, delta, scope)
     return account, tallies, _rows(db, client, run)
@@ -149,7 +149,7 @@ def _spent(account: Account, tallies: list[Tally], rows: tuple[int, str, str]) -
     )
 
 
-def _rows(db: sqlite3.Connection, client: str, run: str) -> tuple[int, str, str]:
+def _rows(db: Connection, client: str, run: str) -> tuple[int, str, str]:
     rows = db.execute(
         "SELECT COUNT(*), MIN(written_at), MAX(written_at) FROM releases "
         "WHERE client = ? AND (run = ? OR ? = '')",

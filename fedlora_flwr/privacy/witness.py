@@ -8,6 +8,7 @@ lock this file while they make a ledger or advance its witness.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -141,7 +142,8 @@ class HeldWitness:
         """Write a state and sync it, unless the file has a newer one."""
         if self.newest is not None and self.newest.rows >= head.rows:
             return
-        os.pwrite(self.descriptor, _pack(head), self.at)
+        if os.pwrite(self.descriptor, _pack(head), self.at) < _SLOT:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self.newest is None:
             os.ftruncate(self.descriptor, 2 * _SLOT)
             os.fsync(self.descriptor)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,8 @@ class ModelCard:
         Public records that the server measured on.
     classes : Sequence[str] (default: ())
         Names of the classes in the order of their numbers; none if the task has no classes.
+    best : bool (default: False)
+        Whether it is the adapter of the best round, and not that of the last.
     """
 
     config: RunConfig
@@ -59,6 +61,11 @@ class ModelCard:
     personal: bool
     test_records: int
     classes: Sequence[str] = ()
+    best: bool = False
+
+    def of_best(self) -> ModelCard:
+        """Return the card of the best round's adapter."""
+        return replace(self, best=True)
 
     def write(self, folder: Path) -> None:
         """Write the card into an adapter's folder.
@@ -97,9 +104,16 @@ class ModelCard:
         return _DIGITS if self.config.task == "digits" else "the data of the task"
 
     @property
+    def _after(self) -> float | None:
+        """The task's metric after the round whose adapter this is; None if it was not measured."""
+        metric = self.summary["metric"]
+        last: float | None = self.summary[f"final_{metric}"]
+        return self.summary["best"]["metrics"].get(metric) if self.best else last
+
+    @property
     def _final(self) -> float | None:
         """The final metric of the model that is in the folder, if it was measured."""
-        value: float | None = self.summary[f"final_{self.summary['metric']}"]
+        value = self._after
         return None if self.personal or value is None or not math.isfinite(value) else value
 
     def _metadata(self) -> str:
@@ -141,7 +155,13 @@ class ModelCard:
             f"[Flower](https://flower.ai) and fedlora-flwr {summary['versions']['fedlora-flwr']}. "
             "The training records stayed with the clients and are not in this folder.\n"
         )
-        if summary["status"] != "completed":
+        if self.best:
+            text += (
+                f"\n**This is the model of round {summary['best']['round']}, the best of all that "
+                f"were measured** by `{summary['best']['chosen_by']}`. The model of the last round "
+                "is not in this folder.\n"
+            )
+        elif summary["status"] != "completed":
             text += "\n**The run did not end as planned**: this is the model of its last round.\n"
         if config.reproducible and config.private:
             text += (
@@ -197,7 +217,7 @@ class ModelCard:
 
     def _evaluation(self) -> str:
         metric = str(self.summary["metric"])
-        begin, end = (self.summary[f"{when}_{metric}"] for when in ("initial", "final"))
+        begin, end = self.summary[f"initial_{metric}"], self._after
         if begin is None or end is None:
             return "This model was not evaluated.\n"
         figures = f"{metric.replace('_', ' ')} of {begin:.4f} before training and {end:.4f} after"
@@ -210,7 +230,15 @@ class ModelCard:
             f"The server measured {figures} it, on {self.test_records:,} records of the split "
             f"`{self.config.test_split if self.config.dataset else 'test'}` of {self._data}. **The "
             "promise above does not cover the test set, so it has to be public.** One run has one "
-            "seed, so this figure has no standard error.\n"
+            "seed, so this figure has no standard error.\n" + self._optimism()
+        )
+
+    def _optimism(self) -> str:
+        if not self.best:
+            return ""
+        return (
+            "\n**The round was chosen by the records that it is measured on, so this figure is "
+            "optimistic.** Measure this model on records that chose nothing.\n"
         )
 
     def _citation(self) -> str:

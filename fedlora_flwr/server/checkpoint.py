@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ _MAGIC = "fedlora-checkpoint-1"
 _TEXT = "json"
 _MAY_DIFFER = (
     "run-dir", "state-dir", "resume", "start",
-    # Keys for how long the server waits, and for how many clients.
+    # Keys for how long the server waits, for how many clients, and for a better evaluation.
     "min-clients", "min-completion", "round-timeout",
+    "early-stopping-patience", "early-stopping-threshold",
     # Keys of the machine. Another machine may round differently.
     "device", "client-threads", "share-weights",
 )  # fmt: skip
@@ -65,7 +66,7 @@ class Checkpoint:
         Wall time that the run has taken.
     arrays : Arrays
         The global arrays.
-    strategy, average, opener : Mapping[str, Any]
+    strategy, average, opener, best : Mapping[str, Any]
         What they carry between rounds: arrays and plain values.
     """
 
@@ -79,6 +80,7 @@ class Checkpoint:
     strategy: Mapping[str, Any]
     average: Mapping[str, Any]
     opener: Mapping[str, Any]
+    best: Mapping[str, Any] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """Return the file's content."""

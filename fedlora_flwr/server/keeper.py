@@ -49,6 +49,7 @@ class Keeper:
         strategy: Mapping[str, Any],
         average: Mapping[str, Any],
         opener: Mapping[str, Any],
+        best: Mapping[str, Any],
     ) -> None:
         """Write the checkpoint of a round, whose rows have been written."""
         self._files.save(
@@ -63,6 +64,7 @@ class Keeper:
                 strategy=strategy,
                 average=average,
                 opener=opener,
+                best=best,
             )
         )
 

@@ -26,14 +26,22 @@ ROWS = ("rounds", "clients")
 _CLAIM = ".claim"
 NOISE = "FEDLORA_LARGEST_NOISE"
 """Environment variable with the most noise of a client, from the start of a simulation."""
-_RESULTS = ("config.toml", "rounds.jsonl", "clients.jsonl", "summary.json", "run.log", "adapter")
+_RESULTS = (
+    "config.toml",
+    "rounds.jsonl",
+    "clients.jsonl",
+    "summary.json",
+    "run.log",
+    "adapter",
+    "best",
+)
 
 
 class RunDirectory:
     """Files of one run.
 
-    ``config.toml`` (resolved), ``rounds.jsonl``, ``clients.jsonl``, ``summary.json``, ``run.log``
-    and ``adapter/``.
+    ``config.toml`` (resolved), ``rounds.jsonl``, ``clients.jsonl``, ``summary.json``, ``run.log``,
+    ``adapter/`` and ``best/``.
 
     Parameters
     ----------
@@ -71,10 +79,15 @@ class RunDirectory:
             except FileExistsError:
                 count += 1
                 path = parent / f"{name}-{count}"
+            except OSError as error:
+                raise FileTrouble.of(error, path) from error
         link = parent / f".latest-{os.getpid()}"
-        link.unlink(missing_ok=True)
-        link.symlink_to(path.name, target_is_directory=True)
-        link.replace(parent / "latest")
+        try:
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.name, target_is_directory=True)
+            link.replace(parent / "latest")
+        except OSError as error:
+            raise FileTrouble.of(error, parent / "latest") from error
         return cls(path)
 
     def take(self) -> None:
@@ -90,7 +103,10 @@ class RunDirectory:
             return
         if self.resume:
             with self.working():  # Not while another process is at work.
-                marker.write_text(self.claim, encoding="ascii")
+                try:
+                    marker.write_text(self.claim, encoding="ascii")
+                except OSError as error:
+                    raise FileTrouble.of(error, marker) from error
             return
         check_unused(self.path)
         try:
@@ -99,6 +115,9 @@ class RunDirectory:
                 stream.write(self.claim)
         except FileExistsError:
             raise _used(self.path) from None
+        except OSError as error:
+            marker.unlink(missing_ok=True)  # Else the folder would seem to be another run's.
+            raise FileTrouble.of(error, marker) from error
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -133,6 +152,11 @@ class RunDirectory:
     def adapter(self) -> Path:
         """Folder of the exported PEFT adapter."""
         return self.path / "adapter"
+
+    @property
+    def best(self) -> Path:
+        """Folder of the adapter that was measured best, in the same format."""
+        return self.path / "best"
 
     def write_config(self, config: RunConfig) -> Path:
         """Write the resolved configuration; it is a recipe that repeats the run.

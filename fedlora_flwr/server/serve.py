@@ -25,6 +25,7 @@ from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.lora.build import build_adapted
 from fedlora_flwr.lora.started import read_adapter
 from fedlora_flwr.plan import ComponentPlan
+from fedlora_flwr.server.best import Best
 from fedlora_flwr.server.card import ModelCard
 from fedlora_flwr.server.checkpoint import Checkpoint
 from fedlora_flwr.server.endings import reason_of, status_of
@@ -128,8 +129,7 @@ def _federation(
                 session.write_card({**summary, **ending})
         raise
     summary = _summary(config, session, time.perf_counter() - started)
-    early = summary["rounds_done"] < config.num_rounds
-    summary["end"] = BUDGETS_SPENT if early else ALL_ROUNDS
+    summary["end"] = session.end
     session.write_card(summary)
     run_dir.write_summary(summary)
     return summary
@@ -154,10 +154,18 @@ class _Session:
     def __post_init__(self) -> None:
         self._average = MovingAverage(self.config.average_decay)
         self._keeper = Keeper(self.run_dir, self.config, self.adapted.fingerprint)
+        self.best = Best(self.config, self.task.metric)
 
     @property
     def layout(self) -> Layout:
         return Layout.of(self.adapted.parameters, self.config.block_pattern)
+
+    @property
+    def end(self) -> str:
+        """Why the run ended, in words."""
+        if len(self.rows) > self.config.num_rounds:
+            return ALL_ROUNDS
+        return self.best.why if self.best.stops else BUDGETS_SPENT
 
     def run(self, grid: Grid, checkpoint: Checkpoint | None) -> None:
         # A federation has the nodes that it has; num-clients only says how many a run makes.
@@ -176,6 +184,7 @@ class _Session:
             train_config=ConfigRecord({FINGERPRINT: self.adapted.fingerprint}),
             evaluate_config=ConfigRecord({FINGERPRINT: self.adapted.fingerprint}),
             evaluate_fn=self._after_round,
+            stop_fn=lambda: self.best.why if self.best.stops else "",
             **({"done": checkpoint.round} if checkpoint else {}),
         )
         if self.task.metric not in by_name(self.rows[-1]):
@@ -190,6 +199,11 @@ class _Session:
         self._average.load_state_dict(checkpoint.average)
         if self.strategy.opener:
             self.strategy.opener.load_state_dict(checkpoint.opener)
+        self.best.load_state_dict(checkpoint.best)
+        if self.best.arrays:  # The folder may hold what a round after the checkpoint has left.
+            self.adapted.write(self.best.arrays)
+            with replacing(self.run_dir.best) as draft:
+                self.adapted.export(draft)
         self.adapted.write(self._average.model(checkpoint.arrays))
         self.rows = rows_of(self.run_dir, self.config)
         for row in told_before(self.run_dir):
@@ -223,16 +237,25 @@ class _Session:
             classes = class_names(self.task)
             card = ModelCard(self.config, summary, self.adapted, personal, records, classes)
             card.write(self.run_dir.adapter)
+            if self.run_dir.best.is_dir():
+                card.of_best().write(self.run_dir.best)
         except Exception as error:  # A missing card must not fail the run: PEFT's own card remains.
             log(WARNING, "The model card could not be written.", exc_info=error)
 
     def _after_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
         """Evaluate on the public test set, keep the arrays, write the round's rows."""
         current = {name: to_numpy(array) for name, array in arrays.items()}
-        self.adapted.write(self._average.add(current))
+        measured = self._average.add(current)
+        self.adapted.write(measured)
         metrics = self._evaluate(server_round)
         with replacing(self.run_dir.adapter) as draft:
             self.adapted.export(draft)
+        # Figures that clients measure on their own records decide nothing.
+        if metrics and not self.strategy.shared and self.best.take(server_round, metrics, measured):
+            with replacing(self.run_dir.best) as draft:
+                draft.mkdir()
+                for file in self.run_dir.adapter.iterdir():
+                    (draft / file.name).write_bytes(file.read_bytes())
         # What clients measured may have any name, and must not pass for what the server counted.
         row: RoundRow = {"round": server_round}
         by_name(row).update({**metrics, **self._communication(server_round)})
@@ -241,9 +264,10 @@ class _Session:
         row["seconds"], self._mark = now - self._mark, now
         self.rows.append(row)
         self.run_dir.append("rounds", row)
-        carried = self.strategy.state_dict(), self._average.state_dict()
         opener = self.strategy.opener.state_dict() if self.strategy.opener else {}
-        self._keeper.keep(server_round, now - self.started, current, *carried, opener)
+        carried = self.strategy.state_dict(), self._average.state_dict(), opener
+        best = self.best.state_dict()
+        self._keeper.keep(server_round, now - self.started, current, *carried, best)
         if self.on_round is not None:
             self.on_round(row)
         return MetricRecord({name: float(value) for name, value in metrics.items()})
@@ -340,6 +364,7 @@ def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dic
         "metric": metric,
         f"initial_{metric}": measured[0] if measured else None,
         f"final_{metric}": measured[-1] if measured else None,
+        "best": session.best.summary if session else None,
         "epsilon_max": max(spent, default=0.0),
         "epsilon_budget": max(epsilons),
         "delta": max(deltas),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedlora_flwr.config import RunConfig, Value
+from fedlora_flwr.files import replace_file
 
 PROJECT_FILE = "pyproject.toml"
 PACKAGE = "fedlora-flwr"
@@ -47,4 +48,4 @@ def write_app(folder: Path, own: Mapping[str, Value] | None = None) -> None:
     folder.mkdir(exist_ok=True)
     config = replace(RunConfig(), own=tuple((own or {}).items()))
     text = _PROJECT + config.to_toml(table="tool.flwr.app.config.")
-    (folder / PROJECT_FILE).write_text(text, encoding="utf-8")
+    replace_file(folder / PROJECT_FILE, text.encode())

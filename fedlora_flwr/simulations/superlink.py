@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fedlora_flwr.errors import FedLoRAError
+from fedlora_flwr.files import replace_file
 from fedlora_flwr.processes.lifeline import Lifeline
 from fedlora_flwr.terminal import uninterrupted
 
@@ -104,10 +105,10 @@ class SimulationSuperLink:
         (self._home / "cwd").mkdir()
         self._env["FLWR_HOME"] = str(self._home / "flwr")
         self._port = free_port()
-        (self._home / "flwr" / "config.toml").write_text(
+        self.file(
+            "flwr/config.toml",
             f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
             f'address = "127.0.0.1:{self._port}"\ninsecure = true\n',
-            encoding="utf-8",
         )
         address = ("--host", "127.0.0.1", "--port", str(self._port))
         command = ("flower-superlink", "--insecure", "--simulation", *address)
@@ -122,7 +123,7 @@ class SimulationSuperLink:
     def file(self, name: str, text: str) -> Path:
         """Write a file that is there as long as the SuperLink is; return its path."""
         path = self._home / name
-        path.write_text(text, encoding="utf-8")
+        replace_file(path, text.encode())
         return path
 
     def submit(self, app: Path, run_config: Path, federation: str) -> None:

@@ -10,10 +10,12 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from fedlora_flwr.errors import BudgetsSpent
+from fedlora_flwr.errors import RunOver, StoppedEarly
 from fedlora_flwr.strategies.exchange import Exchange
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+StopFn = Callable[[], str]
+"""Returns why a run ends before its next round, or an empty text."""
 
 
 class Running(Exchange):
@@ -44,6 +46,7 @@ class Running(Exchange):
         evaluate_fn: EvaluateFn | None = None,
         *,
         done: int | None = None,
+        stop_fn: StopFn | None = None,
     ) -> Result:
         """Run the federation, as Flower's strategies do, until nobody has budget left.
 
@@ -54,6 +57,9 @@ class Running(Exchange):
         done : int, optional
             Rounds that are done: the run continues after them, from ``initial_arrays`` and from the
             state that was loaded. By default it is a new run.
+        stop_fn : callable, optional
+            Asked after each evaluation, and before a run continues; returns why the run ends here,
+            or an empty text. Needs ``evaluate_fn``.
 
         Returns
         -------
@@ -63,14 +69,15 @@ class Running(Exchange):
         self.num_rounds, self._timeout = num_rounds, timeout
         self._result = Result(arrays=initial_arrays) if done else Result()
         rest = timeout, train_config, evaluate_config
-        evaluate = keeping(self._result, evaluate_fn)
+        evaluate = keeping(self._result, evaluate_fn, stop_fn)
         try:
             if done is None:
                 self.begin()
                 return super().start(grid, initial_arrays, num_rounds, *rest, evaluate)
+            ends_if_told(stop_fn)
             later = _Later(self, done)
             later.start(grid, initial_arrays, num_rounds - done, *rest, later.numbered(evaluate))
-        except BudgetsSpent as end:
+        except RunOver as end:
             log(INFO, "The run ends here. %s", end)
         return self._result
 
@@ -118,8 +125,10 @@ class _Later(FedAvg):
         return self._strategy.aggregate_evaluate(server_round + self._done, replies)
 
 
-def keeping(result: Result, evaluate_fn: EvaluateFn | None) -> EvaluateFn | None:
-    """Return the same evaluation, which also keeps its metrics in ``result``."""
+def keeping(
+    result: Result, evaluate_fn: EvaluateFn | None, stop_fn: StopFn | None = None
+) -> EvaluateFn | None:
+    """Return the same evaluation, which also keeps its metrics, and may end the run after it."""
     if evaluate_fn is None:
         return None
 
@@ -127,6 +136,19 @@ def keeping(result: Result, evaluate_fn: EvaluateFn | None) -> EvaluateFn | None
         metrics = evaluate_fn(server_round, arrays)
         if metrics is not None:
             result.evaluate_metrics_serverapp[server_round] = metrics
+        ends_if_told(stop_fn)
         return metrics
 
     return evaluate
+
+
+def ends_if_told(stop_fn: StopFn | None) -> None:
+    """End the run if there is a reason.
+
+    Raises
+    ------
+    StoppedEarly
+        There is one.
+    """
+    if stop_fn is not None and (why := stop_fn()):
+        raise StoppedEarly(f"{why}.")

@@ -26,6 +26,8 @@ GOOD: dict[str, list[Any]] = {
     "image-size": [0, 224],
     "eval-batch-size": [1],
     "eval-every": [1, 50],
+    "early-stopping-patience": [0, 3],
+    "early-stopping-threshold": [0.0],
     "dirichlet-alpha": [1e-3, 100.0],
     "min-records": [1],
     "classes-per-client": [1, 200],
@@ -102,6 +104,8 @@ BAD: dict[str, list[Any]] = {
     "image-size": [-1],
     "eval-batch-size": [0],
     "eval-every": [0],
+    "early-stopping-patience": [-1],
+    "early-stopping-threshold": [-0.1, 0.1, math.nan, math.inf],
     "dirichlet-alpha": [0.0, -1.0, math.nan, math.inf],
     "min-records": [0],
     "classes-per-client": [0],
@@ -199,6 +203,7 @@ def test_the_tables_of_this_test_are_complete() -> None:
         "label-shares",
         "strategy",
         "lora-targets",
+        "metric-for-best-model",
         "device",
     }
     assert set(BAD) == set(GOOD) == set(DEFAULTS) - free

@@ -63,6 +63,20 @@ def test_the_summary_is_what_the_accountant_says(ledger: Ledger) -> None:
         assert returned.steps == 10 * number
 
 
+def test_a_long_run_reports_an_upper_bound_and_ends_with_the_exact_number(ledger: Ledger) -> None:
+    account, planned = Account("ward", "long", 8.0, 1e-3), Segment(2.0, 0.05, 411)
+
+    def spent(steps: int) -> float:
+        return epsilon_spent([replace(planned, steps=steps)], 1e-3).epsilon
+
+    told = [
+        ledger.record(account, number, replace(planned, steps=steps), planned).epsilon
+        for number, steps in enumerate((127, 174, 110))
+    ]
+    assert told == [spent(127), spent(304), spent(411)]
+    assert spent(301) <= told[1] <= 1.016 * spent(301)
+
+
 def test_a_release_past_the_plan_is_refused_and_not_written(ledger: Ledger) -> None:
     wealthy = account(rounds=9)
     for server_round in (1, 2):

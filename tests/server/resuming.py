@@ -154,10 +154,11 @@ def assert_same(first: Path, second: Path) -> None:
         assert rows(first, name) == rows(second, name)
     assert ledger(first) == ledger(second)
     assert state(first) == state(second)
-    one, other = (
-        load_file(run / "adapter" / "adapter_model.safetensors") for run in (first, second)
-    )
-    assert bits(dict(one)) == bits(dict(other))
+    for name in ("adapter", *(["best"] if (first / "best").exists() else [])):
+        one, other = (
+            load_file(run / name / "adapter_model.safetensors") for run in (first, second)
+        )
+        assert bits(dict(one)) == bits(dict(other))
     told = [RunDirectory(run).summary() for run in (first, second)]
     clean = [{k: v for k, v in (found or {}).items() if k != "seconds"} for found in told]
     assert clean[0] == clean[1]

@@ -25,6 +25,7 @@ SUMMARY = {
     "end",
     "initial_accuracy",
     "final_accuracy",
+    "best",
     "epsilon_max",
     "epsilon_budget",
     "delta",

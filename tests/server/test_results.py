@@ -25,7 +25,7 @@ from tests.server.support import SUMMARY, run
 def test_the_files_of_a_run(finished: tuple[RunConfig, RunDirectory]) -> None:
     files = {entry.name for entry in finished[1].path.iterdir()}
     results = {"config.toml", "rounds.jsonl", "clients.jsonl", "summary.json", "adapter"}
-    results |= {"checkpoints"}
+    results |= {"best", "checkpoints"}
     assert files == {".claim", *results}
 
 

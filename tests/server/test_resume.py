@@ -41,6 +41,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "heads that stay": {"strategy": "rolora", "share_head": False},
     "cohorts with a cap": {"num_clients": 5, "fraction_train": 0.5, "max_rounds": 2},
     "budget of a life": {"ledger_scope": "lifetime", "run_epsilon": 4.0},
+    "early end": {"num_rounds": 6, "early_stopping_patience": 1, "lr_head": 1e-9, "lr_b": 1e-9},
     "no noise": {"epsilon": float("inf"), "lr_schedule": "cosine:0.1"},
     "sum, momentum": {**SUM, "momentum": 0.9, "filter": "ema"},
     "sum, adam": {**SUM, "optimizer": "adamw", "filter": "doppler"},

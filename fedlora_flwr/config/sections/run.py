@@ -22,6 +22,18 @@ class RunSection:
     eval_every: int = key(
         1, at_least(1), "rounds from one evaluation by the server to the next", _RUN, _SERVER
     )
+    early_stopping_patience: int = key(
+        0, at_least(0), "evaluations without a better one after which the run ends; 0 = never",
+        _RUN, _SERVER,
+    )  # fmt: skip
+    early_stopping_threshold: float = key(
+        0.0, at_least(0), "how much better an evaluation must be for the run to wait on",
+        _RUN, _SERVER,
+    )  # fmt: skip
+    metric_for_best_model: str = key(
+        "", ANY, "metric of the evaluations that finds the best adapter; empty = the task's",
+        _RUN, _SERVER,
+    )  # fmt: skip
     precision: str = key(
         "fp32", choice("fp32", "bf16"),
         "of the frozen backbone's products; what trains is fp32",
