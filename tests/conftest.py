@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,16 @@ LONGEST = (
     "test_installations.py",
     "test_packaging.py",
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep caches of tests out of the user's; noise and backbones serve the next run, too."""
+    assert config.cache is not None
+    cache = config.cache.mkdir("home")
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    if not hasattr(config, "workerinput"):  # Data sets of tests lie in new folders each time.
+        for name in ("fedlora/datasets", "fedlora/frozen", "huggingface"):
+            shutil.rmtree(cache / name, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
