@@ -85,8 +85,8 @@ def _megabytes(kinds: list[tuple[str, str]], scratch: Path) -> list[float]:
         if not all(lines):
             raise RuntimeError("A worker of the benchmark failed; it says why above.")
         # All hold their memory now, so that what they share shows.
-        ready = dict(map(int, line.split()) for line in lines)
-        return [_own_megabytes(ready[number]) for number in range(len(kinds))]
+        ready = sorted((int(number), int(pid)) for number, pid in map(str.split, lines))
+        return [_own_megabytes(pid) for _, pid in ready]
 
 
 def _own_megabytes(pid: int) -> float:
