@@ -192,7 +192,7 @@ def _make(folder: Path, setting: Setting) -> None:
     from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
     rng = np.random.default_rng(0)
-    words = [f"w{i}" for i in range(WORDS)]
+    words = np.array([f"w{i}" for i in range(WORDS)])
     for split, count in (("train", setting.clients * setting.records), ("validation", 32)):
         # Half of SST-2's texts have up to 7 words, and 99 % fewer than 36.
         lengths = np.clip(np.exp(rng.normal(np.log(7), 0.7, count)).round(), 1, 52).astype(int)
@@ -201,7 +201,7 @@ def _make(folder: Path, setting: Setting) -> None:
         (folder / "data").mkdir(exist_ok=True)
         frame.to_parquet(folder / "data" / f"{split}.parquet")
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    vocabulary = {word: i for i, word in enumerate([*special, *words])}
+    vocabulary = {word: i for i, word in enumerate([*special, *words.tolist()])}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -36,22 +37,51 @@ QUICK: dict[str, Any] = {
 }
 
 
-# Minutes each: fleets and Ray runs that the file's tests share; or long, and last by their names.
+# The longest first: fleets and Ray runs of minutes each, then files of 20 seconds and more.
 LONGEST = (
     "test_shared_fleet.py",
     "test_docs.py",
     "test_faults.py",
     "test_secure_sum.py",
     "test_flwr_run.py",
+    "test_recipes.py",
+    "test_resume.py",
+    "test_every_method.py",
+    "test_arrays.py",
+    "test_orders.py",
+    "test_clients.py",
+    "test_rehearsal.py",
+    "test_any_data.py",
     "test_workers.py",
+    "test_llm_benchmark.py",
+    "test_sequences.py",
+    "test_run_config.py",
+    "test_start.py",
+    "test_planted.py",
+    "test_twins.py",
+    "test_endings.py",
+    "test_ten_rows.py",
     "test_installations.py",
     "test_packaging.py",
+    "test_results.py",
+    "test_masked_sum.py",
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep caches of tests out of the user's; noise and backbones serve the next run, too."""
+    assert config.cache is not None
+    cache = config.cache.mkdir("home")
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    if not hasattr(config, "workerinput"):  # Data sets of tests lie in new folders each time.
+        for name in ("fedlora/datasets", "fedlora/frozen", "huggingface"):
+            shutil.rmtree(cache / name, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with the files that take longest, so that no process ends with one of them alone."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.hookimpl(wrapper=True)

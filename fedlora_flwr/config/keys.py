@@ -7,6 +7,7 @@ cannot be declared without it.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -192,6 +193,11 @@ def dashed(name: str) -> str:
 
 def fields_by_key(config: Any) -> dict[str, Field[Any]]:
     """Return the fields that a dataclass declares with `key`, by key."""
+    return dict(_declared(config if isinstance(config, type) else type(config)))
+
+
+@functools.cache
+def _declared(config: Any) -> dict[str, Field[Any]]:
     return {dashed(entry.name): entry for entry in fields(config) if "check" in entry.metadata}
 
 

@@ -23,12 +23,6 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger(__name__)
 
 
-def _iid(split: Split) -> Partitioner:
-    from flwr_datasets.partitioner import IidPartitioner
-
-    return IidPartitioner(num_partitions=split.num_partitions)
-
-
 def _dirichlet(split: Split) -> Partitioner:
     from flwr_datasets.partitioner import DirichletPartitioner
 
@@ -96,7 +90,6 @@ def _by_place(name: str) -> Callable[[Split], Partitioner]:
 
 
 _MAKERS: dict[str, Callable[[Split], Partitioner]] = {
-    "iid": _iid,
     "dirichlet": _dirichlet,
     "pathological": _pathological,
     "shard": _shard,
@@ -145,10 +138,12 @@ def partition_records(columns: Mapping[str, NDArray[Any]], split: Split) -> list
         _require_column(columns, split)
     records = len(next(iter(columns.values())))
     _require_feasible(records, split)
-    if (split.partitioner, split.num_partitions) == ("iid", 1):
-        # A device's own records, for each message: flwr-datasets would import its plots first.
-        return [np.arange(records)]
-    if split.partitioner == LABEL_SHARES:
+    if split.partitioner == "iid":
+        # As flwr-datasets deals. It would import its plots first, in a device for each message.
+        parts = [
+            np.sort(part) for part in np.array_split(_order(records, split), split.num_partitions)
+        ]
+    elif split.partitioner == LABEL_SHARES:
         parts = _by_shares(columns[split.by], split)
     else:
         parts = _dealt(columns, _MAKERS[split.partitioner](split), split)
@@ -236,13 +231,17 @@ def _require_feasible(records: int, split: Split) -> None:
         raise InvalidValue("classes-per-client", shards, f"1 to {most}, a record in each shard")
 
 
+def _order(records: int, split: Split) -> NDArray[np.int64]:
+    return np.random.default_rng(split.seed).permutation(records)
+
+
 def _dealt(
     columns: Mapping[str, NDArray[Any]], partitioner: Partitioner, split: Split
 ) -> list[NDArray[np.int64]]:
     from datasets import Dataset
 
     # The partitioners cut each class, or the whole, in the order they find it.
-    order = np.random.default_rng(split.seed).permutation(len(next(iter(columns.values()))))
+    order = _order(len(next(iter(columns.values()))), split)
     shuffled = {name: values[order] for name, values in columns.items()}
     partitioner.dataset = Dataset.from_dict({"index": order, **shuffled})
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):

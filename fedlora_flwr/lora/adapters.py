@@ -21,6 +21,7 @@ from fedlora_flwr.layout import Layout, is_folded
 from fedlora_flwr.lora.digests import digest, joined
 from fedlora_flwr.lora.exported import is_saved, outermost, plain_name, write_adapter
 from fedlora_flwr.lora.folded_weights import FoldedWeights
+from fedlora_flwr.lora.seeded import seeded
 from fedlora_flwr.lora.targets import (
     check_exportable,
     check_head,
@@ -349,12 +350,11 @@ def attach(model: nn.Module, spec: LoRASpec, seed: int) -> AdaptedModel:
         use_rslora=spec.rslora,
         bias="none",
     )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with seeded(seed % 2**63), warnings.catch_warnings():
         # These two warnings of PEFT need no action: it uses deprecated functions of transformers,
         # and it detects and handles the transposed weights of GPT-2's layers itself.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
-        torch.manual_seed(seed % 2**63)
         adapted = AdaptedModel(get_peft_model(model, config), spec.backbone_dropout, spec.drawn)
     adapted.model.eval()
     return adapted

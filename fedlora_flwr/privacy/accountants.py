@@ -29,6 +29,7 @@ from fedlora_flwr.privacy.loss_grid import Direction, opacus_analysis, step_loss
 
 __all__ = [
     "ACCOUNTANTS",
+    "ROUNDING",
     "Segment",
     "merge",
     "pld_epsilon",
@@ -56,7 +57,7 @@ _MIN_DELTA = 1e-10
 _MAX_GRID_STEPS = 2**17
 _MIN_GRID_RATE = 1e-6
 # The rounding error in one step's divergence is below this. Times _MAX_STEPS it is still small.
-_ROUNDING = 1e-14
+ROUNDING = 1e-14
 _MAX_STEPS = 10**9
 _SLOW_NOISE = 50.0
 
@@ -182,7 +183,7 @@ def step_divergence(sigma: float, rate: float, order: float) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def _one_divergence(sigma: float, rate: float, order: float) -> float:
-    return _divergence(sigma, rate, order) + _ROUNDING
+    return _divergence(sigma, rate, order) + ROUNDING
 
 
 def _divergence(sigma: float, rate: float, order: float) -> float:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fedlora_flwr.lora.seeded import seeded
+
 _DROPOUTS = {
     F.dropout,
     F.dropout1d,
@@ -79,8 +81,7 @@ def same_randomness(seed: int) -> Iterator[None]:
     """Seed every generator that a model may draw from, and restore their states afterwards."""
     libraries = random.getstate(), np.random.get_state()  # noqa: NPY002 - a model may draw from it
     try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with seeded(seed):
             random.seed(seed)
             np.random.seed(seed)  # noqa: NPY002
             yield

@@ -38,8 +38,10 @@ from __future__ import annotations
 import functools
 import math
 
+import numpy as np
+
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.privacy.accountants import Segment, step_divergence
+from fedlora_flwr.privacy.accountants import ROUNDING, Segment, step_divergence
 from fedlora_flwr.privacy.budget import calibrate
 
 __all__ = ["allowance", "calibrate_run", "choose_order", "filtered_epsilon", "run_divergence"]
@@ -111,10 +113,27 @@ def choose_order(epsilon: float, delta: float, first: Segment) -> float:
 def _choose_order(epsilon: float, delta: float, sigma: float, rate: float) -> float:
     useful = [order for order in _ORDERS if allowance(epsilon, delta, order) > 0]
     if not useful:
-        allowed = f"a budget that a filter of order up to {_ORDERS[-1]:g} can meet"
-        raise InvalidValue("epsilon", epsilon, allowed)
+        what = f"a budget that a filter of order up to {_ORDERS[-1]:g} can meet"
+        raise InvalidValue("epsilon", epsilon, what)
+    allowed = np.array([allowance(epsilon, delta, order) for order in useful])
     # Without noise no order admits any step, so any of the useful orders can be taken.
-    return max(useful, key=lambda a: allowance(epsilon, delta, a) / step_divergence(sigma, rate, a))
+    most, chosen = 0.0, 0
+    # Divergences grow with the order, so the divergence at one order is a lower bound for all
+    # larger ones. This rules out most orders, whose series then need not be summed.
+    open_ranges = [(0, len(useful), 0.0)]
+    while open_ranges:
+        first, end, floor = open_ranges.pop()
+        open_orders = first + np.flatnonzero(allowed[first:end] >= most * (floor - 2 * ROUNDING))
+        if open_orders.size:
+            first, middle = int(open_orders[0]), int(open_orders[open_orders.size // 2])
+            found = step_divergence(sigma, rate, useful[middle])
+            steps = float(allowed[middle]) / found
+            if steps > most or (steps == most and middle < chosen):
+                most, chosen = steps, middle
+            open_ranges.append((first, middle, floor))
+            known = found if math.isfinite(found) else floor
+            open_ranges.append((middle + 1, int(open_orders[-1]) + 1, known))
+    return useful[chosen]
 
 
 def calibrate_run(

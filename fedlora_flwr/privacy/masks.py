@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from fedlora_flwr.lora.seeded import seeded
+
 _STATE_AT = 24  # Bytes before the 624 words of torch's Mersenne twister, each in 8 bytes.
 _WORDS = 624
 
@@ -26,9 +28,8 @@ def own_randomness(seed: int) -> Iterator[None]:
     seed : int
         At least 0. For private records it must be secret, as `stream_seed` makes it from ``None``.
     """
-    with torch.random.fork_rng():
-        # Generators of other accelerators get 63 bits of the seed.
-        torch.manual_seed(seed % 2**63)
+    # Generators of other accelerators get 63 bits of the seed.
+    with seeded(seed % 2**63):
         torch.set_rng_state(_twister_state(seed))
         if torch.cuda.is_available():
             for device in range(torch.cuda.device_count()):

@@ -14,6 +14,7 @@ from fedlora_flwr.errors import PrivacyViolation, explained
 from fedlora_flwr.lora.adapters import AdaptedModel, attach
 from fedlora_flwr.lora.build import lora_spec
 from fedlora_flwr.lora.precision import run_in_bf16
+from fedlora_flwr.lora.seeded import seeded
 from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.noise import SeededNoise
@@ -115,7 +116,7 @@ def build_unread(config: RunConfig, task: Task) -> AdaptedModel:
     FedLoRAError
         The model cannot be built, or the adapters cannot be attached.
     """
-    with _random_streams(), explained("Building the model", _ADVICE):
+    with seeded(0), explained("Building the model", _ADVICE):
         unread = optional(task, "skeleton") if optional(task, "made_up_batch") else None
         model = task.build_model() if unread is None else unread("cpu")
         adapted = attach(model, lora_spec(config, task), seed=0)
@@ -146,7 +147,7 @@ def _as_it_was(adapted: AdaptedModel) -> Iterator[None]:
     forwards = [(module, vars(module).get("forward")) for module in model.modules()]
     values = {name: p.detach().clone() for name, p in adapted.parameters.items()}
     try:
-        with _random_streams():
+        with seeded(0):
             yield
     finally:
         for module, training in modes:
@@ -162,10 +163,3 @@ def _as_it_was(adapted: AdaptedModel) -> Iterator[None]:
                 parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-@contextmanager
-def _random_streams() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield

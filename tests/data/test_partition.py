@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from datasets import Dataset
+from flwr_datasets.partitioner import IidPartitioner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -140,6 +142,16 @@ def test_iid_and_dirichlet_parts_are_those_of_the_first_release() -> None:
     labels = np.arange(400) % 10
     assert digest(partition_indices(labels, "iid", 7, 42)) == "7004a909a3e13bb9"
     assert digest(partition_indices(labels, "dirichlet", 7, 42, alpha=0.5)) == "8821af5865314549"
+
+
+@pytest.mark.parametrize(("records", "clients"), [(5, 1), (7, 7), (100, 9), (101, 10)])
+def test_iid_parts_are_those_that_flwr_datasets_deals(records: int, clients: int) -> None:
+    order = np.random.default_rng(3).permutation(records)
+    partitioner = IidPartitioner(num_partitions=clients)
+    partitioner.dataset = Dataset.from_dict({"index": order})
+    theirs = [sorted(partitioner.load_partition(i)["index"]) for i in range(clients)]
+    found = partition_indices(np.zeros(records), "iid", clients, seed=3)
+    assert [part.tolist() for part in found] == theirs
 
 
 @pytest.mark.parametrize("partitioner", MADE)

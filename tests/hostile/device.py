@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -254,24 +255,14 @@ class Device:
             assert written in (0, 1)
 
     def _check_events(self, events: list[Event]) -> None:
+        inside = tuple(str(place.resolve()) for place in (*self.inside, _cache()))
         for kind, what, writes in events:
             if kind == "import":
                 assert what.split(".")[0] != "bait_task", "a server chose what is imported"
             elif self.warm and kind in _OF_WARM:
                 assert re.search(_OF_WARM[kind], what), what
             elif kind != "os.listdir" or what not in map(os.path.realpath, sys.path):
-                assert self._may(what, writes), f"{kind} {what} (writes: {writes})"
-
-    def _may(self, path: str, writes: bool) -> bool:
-        inside = (*self.inside, _cache())
-        if path.startswith(tuple(str(place.resolve()) for place in inside)):
-            return True
-        if Path(path).name.startswith("<"):  # Where a traceback has no file.
-            return not writes
-        of_code = path.startswith(_code())
-        if writes:
-            return path == "/dev/null" or (of_code and "/__pycache__/" in path)
-        return of_code or path.startswith(_ROOTS)
+                assert _may(what, writes, inside), f"{kind} {what} (writes: {writes})"
 
     @contextmanager
     def _watching(self) -> Iterator[list[Event]]:
@@ -327,6 +318,17 @@ def _everything(content: RecordDict) -> str:
     return "\n".join(parts)
 
 
+def _may(path: str, writes: bool, inside: tuple[str, ...]) -> bool:
+    if path.startswith(inside):
+        return True
+    if Path(path).name.startswith("<"):  # Where a traceback has no file.
+        return not writes
+    of_code = path.startswith(_code())
+    if writes:
+        return path == "/dev/null" or (of_code and "/__pycache__/" in path)
+    return of_code or path.startswith(_ROOTS)
+
+
 def _toml(value: Any) -> str:
     if value == float("inf"):
         return "inf"
@@ -338,6 +340,7 @@ def _cache() -> Path:
     return (Path(base).expanduser() / "fedlora").resolve()
 
 
+@functools.cache
 def _code() -> tuple[str, ...]:
     """Return the folders of installed code, and of this repository's."""
     places = {sys.prefix, sys.base_prefix, str(ROOT / "fedlora_flwr"), str(ROOT / "tests")}

@@ -31,6 +31,7 @@ from fedlora_flwr.privacy.budget import Segment, calibrate, epsilon_spent
 from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.privacy.ledger import Ledger
 from fedlora_flwr.privacy.lifetime import (
+    _ORDERS,
     allowance,
     calibrate_run,
     choose_order,
@@ -276,6 +277,27 @@ def test_a_plan_knows_the_scope_and_what_earlier_runs_have_fixed() -> None:
 def test_a_share_that_means_nothing_is_refused(share: float) -> None:
     with pytest.raises(InvalidValue, match="run-epsilon"):
         calibrate_run(3.0, DELTA, 0.1, 10, run_epsilon=share)
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "delta", "first"),
+    [
+        (8.0, 1e-5, Segment(0.6, 0.033, 1)),
+        (1.0, 1e-5, Segment(3.0, 0.1, 1)),
+        (0.2, 1e-6, Segment(40.0, 0.2, 1)),
+        (50.0, 1e-3, Segment(0.15, 1.0, 1)),
+        (3.0, 1e-9, Segment(3e4, 1e-4, 1)),  # Divergences of the size of their rounding.
+        (3.0, 1e-5, Segment(0.0, 0.1, 1)),  # Any order will do.
+    ],
+)
+def test_no_order_admits_more_steps_than_the_one_that_is_chosen(
+    epsilon: float, delta: float, first: Segment
+) -> None:
+    def steps(order: float) -> float:
+        return allowance(epsilon, delta, order) / run_divergence(replace(first, steps=1), order)
+
+    able = [order for order in _ORDERS if allowance(epsilon, delta, order) > 0]
+    assert choose_order(epsilon, delta, first) == max(able, key=steps)
 
 
 def test_a_budget_too_small_for_any_order_is_refused() -> None:

@@ -23,6 +23,14 @@ def marked(mark: str) -> list[int]:
     return found
 
 
+def gathered(mark: str, count: int, patience: float = 60.0) -> list[int]:
+    """Wait until so many are there: one that is just about to run its program has no mark yet."""
+    deadline = time.monotonic() + patience
+    while len(found := marked(mark)) != count and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return found
+
+
 def left_of(mark: str, patience: float = 60.0) -> list[str]:
     """Return the command lines of those that do not end, and end them."""
     deadline = time.monotonic() + patience

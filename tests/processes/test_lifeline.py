@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes.processes import MARK, left_of, marked
+from tests.processes.processes import MARK, gathered, left_of, marked
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="daemons are found on Linux only")
 
@@ -104,7 +104,7 @@ def test_nothing_outlives_a_process_that_a_signal_ends(
 ) -> None:
     process, mark = start(tmp_path)
     # Parent, two keepers, and the family of four.
-    assert len(marked(mark)) == 7
+    assert len(gathered(mark, 7)) == 7
     for sign in signs:
         process.send_signal(sign)
         time.sleep(0.01)

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 from PIL import Image
+from timm.models import save_for_hf
 from transformers import AutoTokenizer, RobertaConfig
 
 from fedlora_flwr.clients.trainer import LocalTrainer
@@ -55,11 +57,15 @@ SHAPES = {
     "rolora": (48, 24),
 }
 WORDS = ["a bad film", "what a good film it was", "so dull that nobody laughed", "fine and warm"]
-TINY_VIT = {
+# A folder of timm's holds a Swin as deep in stages as the published ones, and as narrow as can be.
+TINY = {
     "vit_large_patch16_224.orig_in21k": "vit_tiny_patch16_224",
-    "swin_tiny_patch4_window7_224.ms_in1k": "swin_tiny_patch4_window7_224",
-    "swin_base_patch4_window7_224.ms_in22k": "swin_tiny_patch4_window7_224",
+    "swin_tiny_patch4_window7_224.ms_in1k": "swin",
+    "swin_base_patch4_window7_224.ms_in22k": "swin",
 }
+NARROW: dict[str, Any] = {
+    "img_size": 56, "embed_dim": 24, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 4, 8],
+}  # fmt: skip
 
 
 def data_of(name: str) -> str:
@@ -76,10 +82,12 @@ def is_text(config: RunConfig) -> bool:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return folders with the full RoBERTas' configurations, and one with a tiny RoBERTa."""
+    """Return folders with the full RoBERTas' configurations, a tiny RoBERTa and a tiny Swin."""
     folder = tmp_path_factory.mktemp("models")
     tiny = checkpoints.roberta(folder / "tiny", WORDS)
-    found = {"tiny": tiny}
+    found = {"tiny": tiny, "swin": folder / "swin"}
+    narrow = timm.create_model("swin_tiny_patch4_window7_224", **NARROW)
+    save_for_hf(narrow, str(found["swin"]), model_args=NARROW)
     base = RobertaConfig(
         vocab_size=50_265, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1
     )
@@ -213,7 +221,7 @@ def test_a_shrunken_twin_takes_a_private_step(
     name: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
     config = load_recipe(name)
-    config = load_recipe(name, _shrunken(config, models["tiny"], tmp_path))
+    config = load_recipe(name, _shrunken(config, models, tmp_path))
     trainer = LocalTrainer.build(config)
     plan = build_strategy(config).plan(1, trainer.layout)
     records = trainer.task.client_records(0, 2)
@@ -234,7 +242,7 @@ def test_a_round_on_the_full_architecture(
     name: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
     config = load_recipe(name)
-    shrunken = _shrunken(config, models["tiny"], tmp_path)
+    shrunken = _shrunken(config, models, tmp_path)
     # The architecture is the recipe's own; only weights, records and their number are not.
     kept = [text for text in shrunken if not text.startswith(("model=", "image-size="))]
     model = [f"model={models[config.model]}"] if is_text(config) else []
@@ -251,15 +259,16 @@ def test_a_round_on_the_full_architecture(
         assert all(0 < epsilon <= config.epsilon for epsilon in spent)
 
 
-def _shrunken(config: RunConfig, tiny: Path, folder: Path) -> list[str]:
+def _shrunken(config: RunConfig, models: dict[str, Path], folder: Path) -> list[str]:
     """Return overrides for two clients with a handful of records and a tiny model."""
     splits = [config.train_split, *config.test_split.split(",")]
     for split in splits:
         _write(config, folder / "set", split)
+    tiny = "tiny" if is_text(config) else TINY[config.model]
     changes: dict[str, Any] = {
         "dataset": folder / "set",
         "dataset-subset": "",
-        "model": tiny if is_text(config) else TINY_VIT[config.model],
+        "model": models.get(tiny, tiny),
         "weights": "random",
         "image-size": 0 if is_text(config) else 56,
         "num-clients": 2,
