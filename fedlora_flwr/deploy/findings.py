@@ -1,4 +1,4 @@
-"""What a look at a fleet's folder finds: one finding a line."""
+"""Findings of a check of a fleet's folder. Each is one line."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from fedlora_flwr.errors import FedLoRAError, one_line
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, and what was found.
+    """The result of one check.
 
     Parameters
     ----------
     subject : str
-        E.g. ``"server certificate"``.
+        What was checked, e.g. ``"server certificate"``.
     good : bool
-        Whether it is fit.
+        Whether it is in order.
     text : str
         What was found.
     fix : str
-        What to do where it is not fit.
+        What to do if it is not in order.
     """
 
     subject: str
@@ -32,7 +32,7 @@ class Finding:
 
 
 def whole(subject: str, findings: Iterator[Finding]) -> Iterator[Finding]:
-    """Yield findings, and one more for an error that ends them: what else there is is looked at."""
+    """Yield findings; an error becomes one more finding, so that other checks still run."""
     try:
         yield from findings
     except Exception as error:
@@ -41,7 +41,7 @@ def whole(subject: str, findings: Iterator[Finding]) -> Iterator[Finding]:
 
 
 def tried(subject: str, work: Callable[[], Any], fix: str) -> Any:
-    """Return what a piece of work gives, or the finding that it cannot be done."""
+    """Return the result of ``work()``, or a finding with the error that it raised."""
     try:
         return work()
     except (FedLoRAError, OSError) as error:
