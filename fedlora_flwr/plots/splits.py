@@ -1,4 +1,4 @@
-"""How the records of each class are spread over the clients."""
+"""A picture of how clients share the records of each class."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# More colors than these cannot be told apart: a heat map takes over.
+# More colors cannot be told apart, so more classes get a heat map.
 MAX_COLORS = 20
 
 
@@ -25,7 +25,7 @@ def plot_split(counts: pd.DataFrame, path: Path, label: str) -> None:
     Parameters
     ----------
     counts : pandas.DataFrame
-        Records: one row per client, the first at the top, one column per class.
+        Numbers of records: one row per client, the first at the top, and one column per class.
     path : Path
         The PNG file, written atomically.
     label : str
@@ -40,7 +40,7 @@ def plot_split(counts: pd.DataFrame, path: Path, label: str) -> None:
 
 
 def split_figure(counts: pd.DataFrame, label: str) -> Figure:
-    """Make the picture of `plot_split`; parameters as there."""
+    """Make the picture of `plot_split`, from the same parameters."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -82,7 +82,7 @@ def _draw_bars(axes: Axes, counts: pd.DataFrame) -> None:
     axes.set_axisbelow(True)
     figure = axes.get_figure(root=True)
     assert figure is not None
-    # Below the bars, since twenty names would be higher than the bars of few clients.
+    # The legend is below the bars: twenty names beside them would be higher than a few bars.
     figure.legend(
         loc="outside lower center", ncols=min(counts.shape[1], 10), frameon=False, fontsize=8,
         title="class", handlelength=1, columnspacing=1,
@@ -93,7 +93,7 @@ def _draw_heat(axes: Axes, counts: pd.DataFrame) -> None:
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
-    # A class that a client has none of is white: in a label-skewed split that is what matters.
+    # White marks classes of which a client has no record. They matter most in a label-skewed split.
     colors = colormaps["viridis_r"].with_extremes(bad="white")
     drawn = axes.pcolormesh(
         [number - 0.5 for number in range(counts.shape[1] + 1)],
