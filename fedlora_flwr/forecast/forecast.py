@@ -1,4 +1,4 @@
-"""What a run will cost, promise and carry of noise, known before anything trains."""
+"""Forecasts what a run will cost, what it promises and how noisy it is, before it trains."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from fedlora_flwr.strategies.cohort import cohort_size
 from fedlora_flwr.tasks.registry import Task, build_task, optional
 
 # None of our measured runs with more noise ended above its start; see docs/results.md and
-# `benchmarks.learning`, which finds it. It says nothing certain about other data and models.
+# `benchmarks.learning`, which measures it. Other data and models may differ.
 MOST_THAT_GAINED = 5.0
 _BYTES = 4  # fp32
 _HEADER = 128  # Bytes before an array in NumPy's format, which Flower's records use.
@@ -39,16 +39,16 @@ _HEADER = 128  # Bytes before an array in NumPy's format, which Flower's records
 
 @dataclass(frozen=True)
 class ClientForecast:
-    """One client's mechanism, or why it can have none.
+    """One client's mechanism, or why it cannot have one.
 
     Parameters
     ----------
     records : int
         Private records n.
     mechanism : Mechanism or None
-        Its noise; ``None`` where the promise cannot be kept.
+        Its noise; ``None`` if the promise cannot be kept.
     problem : str
-        Why not.
+        Why the promise cannot be kept.
     """
 
     records: int
@@ -67,10 +67,10 @@ class Memory:
     trained : int
         Adapters, head, their gradients and the optimizer's state.
     per_record : int
-        Gradients by record of what trains in one step.
+        Per-record gradients of the parameters that train in one step.
     activations : int or None
-        What the forward pass keeps for the backward pass; ``None`` where it cannot be counted
-        without running the model.
+        Tensors that the forward pass keeps for the backward pass; ``None`` if they cannot be
+        counted without running the model.
     """
 
     backbone: int
@@ -80,7 +80,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All of these together."""
         return self.backbone + self.trained + self.per_record + (self.activations or 0)
 
 
@@ -101,15 +101,15 @@ class Forecast:
     blocks : int
         Blocks that they form.
     memory : Memory
-        Of one client.
+        Memory of one client.
     bytes_up, bytes_down : int
-        Arrays of one client and round; up is the mean of two rounds.
+        Size of one client's arrays in one round. ``bytes_up`` is the mean of two rounds.
     noise_to_signal : float or None
         Norm of a round's averaged noise, less what a filter removes, over the largest norm that
-        its averaged gradients can have (see `noise_to_signal`); ``None`` without privacy, or where
-        no client can train.
+        its averaged gradients can have (see `noise_to_signal`); ``None`` without privacy, or if no
+        client can train.
     warnings : list[str]
-        What will not work, or ends early, or has more noise than any run that gained.
+        Warnings of a run that cannot work, ends early, or has more noise than any that gained.
     """
 
     config: RunConfig
@@ -130,14 +130,15 @@ class Forecast:
 
 
 def forecast(config: RunConfig, records: int | None = None) -> Forecast:
-    """Work out a run before it starts; no weights are loaded.
+    """Forecast a run without loading weights.
 
     Parameters
     ----------
     config : RunConfig
         The run.
     records : int, optional
-        Private records of each client, all alike. By default the data set is opened and split.
+        Private records of each client, the same for all. By default the data set is opened and
+        split.
 
     Raises
     ------
@@ -182,7 +183,7 @@ def forecast(config: RunConfig, records: int | None = None) -> Forecast:
 
 
 def skeleton(config: RunConfig, task: Task) -> AdaptedModel:
-    """Return the adapted model on the meta device: names and shapes, and no weights.
+    """Return the adapted model on the meta device: names and shapes without weights.
 
     Raises
     ------
@@ -197,23 +198,23 @@ def skeleton(config: RunConfig, task: Task) -> AdaptedModel:
 
 
 def activation_bytes(task: Task, adapted: AdaptedModel, batch: Batch) -> int | None:
-    """Count what a forward pass keeps for the backward pass, without computing anything.
+    """Count the bytes that a forward pass keeps for the backward pass, without computing anything.
 
-    Attention counts as if its weights were kept, which fused kernels avoid: an upper bound.
+    It is an upper bound: attention weights are counted, which fused kernels do not keep.
 
     Parameters
     ----------
     task : Task
-        Whose loss is taken.
+        The task with the loss.
     adapted : AdaptedModel
-        As of `skeleton`.
+        The model that `skeleton` returned.
     batch : Batch
         Tensors of the shapes of a batch; their values are not read.
 
     Returns
     -------
     int or None
-        Bytes, the model's own parameters left out; ``None`` where the model looks at values.
+        Bytes without the model's own parameters; ``None`` if the model reads values.
 
     Raises
     ------
@@ -228,7 +229,8 @@ def activation_bytes(task: Task, adapted: AdaptedModel, batch: Batch) -> int | N
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         kept[storage._cdata] = storage.nbytes()
-        # A storage that is freed would give its address, its name here, to another.
+        # Without this reference the storage could be freed, and another could get its address,
+        # which is the key here.
         held.append(tensor)
         return tensor
 
@@ -246,7 +248,7 @@ def activation_bytes(task: Task, adapted: AdaptedModel, batch: Batch) -> int | N
     except FedLoRAError:
         raise
     except Exception:
-        # A user's model may read values, which do not exist here.
+        # A user's model may read values of tensors, but here they have none.
         return None
     own = {image.untyped_storage()._cdata for image in (*frozen, *images)}
     return sum(size for name, size in kept.items() if name not in own)
@@ -260,7 +262,7 @@ def _client(config: RunConfig, records: int) -> ClientForecast:
 
 
 def _together(config: RunConfig, numbers: Sequence[int], coordinates: int) -> Mechanism:
-    """Return the one mechanism that a secure sum is, on the records of a whole cohort."""
+    """Return the mechanism of a whole secure sum, on the records of the whole cohort."""
     grid = sum_grid(config, sum(numbers), coordinates)
     asked = cohort_size(config.num_clients, config.fraction_train) / config.num_clients
     records = max(1, round(sum(numbers) * asked))
