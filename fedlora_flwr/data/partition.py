@@ -1,4 +1,4 @@
-"""Records over simulated clients, by the partitioners of flwr-datasets."""
+"""Deals records out to simulated clients, with the partitioners of flwr-datasets."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def _dirichlet(split: Split) -> Partitioner:
 def _pathological(split: Split) -> Partitioner:
     from flwr_datasets.partitioner import PathologicalPartitioner
 
-    # One class of each client goes round, so that no class is left out where that can be.
+    # In this mode, clients get the classes one after the other as their first class. So no class is
+    # left out if there are at least as many clients as classes.
     return PathologicalPartitioner(
         num_partitions=split.num_partitions,
         partition_by=split.by,
@@ -119,15 +120,16 @@ def partition_records(columns: Mapping[str, NDArray[Any]], split: Split) -> list
     Parameters
     ----------
     columns : Mapping[str, NDArray]
-        One value per record, each of shape (n,): the labels, as ``label``, and what else the
-        records may be split by.
+        One value per record, each of shape (n,): the labels, as ``label``, and other columns by
+        which the records may be split.
     split : Split
-        How. ``"dirichlet"`` is that of Yurochkin et al. (arXiv:1905.12022), per label, without
-        balancing; ``"shard"`` that of McMahan et al. (arXiv:1602.05629): records sorted by label
-        are cut into ``num_partitions * classes_per_partition`` equal shards, and what is over
-        after the last is dropped. The clients of ``"natural-id"`` are the column's sorted values.
-        ``"label-shares"`` gives all clients equally many records, as many as the classes allow,
-        with the given shares of the column's sorted values; the rest of the records is left out.
+        How to split. ``"dirichlet"`` is that of Yurochkin et al. (arXiv:1905.12022), per label,
+        without balancing. ``"shard"`` is that of McMahan et al. (arXiv:1602.05629): records sorted
+        by label are cut into ``num_partitions * classes_per_partition`` equal shards, and the
+        remainder is dropped. ``"natural-id"`` makes one client of each of the column's sorted
+        values. ``"label-shares"`` gives all clients the same number of records, as many as the
+        classes allow, with the given shares of the column's sorted values. Other records are left
+        out.
 
     Returns
     -------
@@ -146,7 +148,7 @@ def partition_records(columns: Mapping[str, NDArray[Any]], split: Split) -> list
     records = len(next(iter(columns.values())))
     _require_feasible(records, split)
     if (split.partitioner, split.num_partitions) == ("iid", 1):
-        # A device's own records, for each message: flwr-datasets would import its plots first.
+        # This is a device, for each message. Importing flwr-datasets would import its plots too.
         return [np.arange(records)]
     if split.partitioner == LABEL_SHARES:
         parts = _by_shares(columns[split.by], split)
@@ -168,7 +170,7 @@ def partition_indices(
     alpha: float = 0.5,
     min_size: int = 1,
 ) -> list[NDArray[np.int64]]:
-    """Deal labeled records out to clients: `partition_records` for labels alone."""
+    """Deal labeled records out to clients: `partition_records` for labels only."""
     split = Split(partitioner, num_partitions, seed, alpha, min_size)
     return partition_records({"label": labels}, split)
 
@@ -211,7 +213,7 @@ def _require_column(columns: Mapping[str, NDArray[Any]], split: Split) -> None:
             raise unknown("partition-column", split.column, known, after=otherwise)
         raise InvalidValue("partition-column", split.column, f"a column{otherwise}")
     values = columns[named]
-    # Nothing in the column, or what is not a number where numbers have gaps.
+    # A missing value is None, or NaN in a column of numbers.
     if values.dtype.kind in "fO" and any(value is None or value != value for value in values):
         raise InvalidValue("partition-column", named, "a column without missing values")
     distinct = len(np.unique(values))
@@ -241,16 +243,16 @@ def _dealt(
 ) -> list[NDArray[np.int64]]:
     from datasets import Dataset
 
-    # The partitioners cut each class, or the whole, in the order they find it.
+    # Partitioners cut the records in the order in which they find them, so shuffle first.
     order = np.random.default_rng(split.seed).permutation(len(next(iter(columns.values()))))
     shuffled = {name: values[order] for name, values in columns.items()}
     partitioner.dataset = Dataset.from_dict({"index": order, **shuffled})
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-        # Each failed draw warns; what matters is whether one of them succeeds. And some
-        # partitioners draw a progress bar wherever they run.
+        # Each failed draw warns, but only a failure of all draws matters. Some partitioners also
+        # always show a progress bar.
         warnings.simplefilter("ignore")
         try:
-            # A whole column at once: read one by one, 67,000 records take two seconds.
+            # Reads a whole column at once: 67,000 records one by one would take two seconds.
             parts = [partitioner.load_partition(i)["index"][:] for i in range(split.num_partitions)]
         except (ValueError, TypeError, ArithmeticError) as error:
             raise _refused(split, error) from error
@@ -258,7 +260,7 @@ def _dealt(
 
 
 def _by_shares(values: NDArray[Any], split: Split) -> list[NDArray[np.int64]]:
-    """Deal each class out in the given shares, to clients of one size."""
+    """Deal each class out in the given shares, so that all clients get equally many records."""
     classes, codes = np.unique(values, return_inverse=True)
     shares = np.asarray(split.shares, dtype=np.float64)
     if shares.shape != (split.num_partitions, len(classes)):
