@@ -52,7 +52,7 @@ def init(
         ("Check", f"fedlora deploy check {folder} --recipe RECIPE.toml"),
     ]
     console = Console()
-    for name, text in lines:  # Commands among them are to be copied: the terminal wraps them.
+    for name, text in lines:  # Only the terminal wraps lines, so commands can be copied.
         show_line(console, f"{name:<9} {text}")
 
 
@@ -114,7 +114,7 @@ def start(context: typer.Context) -> None:
     from fedlora_flwr.deploy.fleet import SETTINGS
     from fedlora_flwr.deploy.supernode import start_supernode
 
-    with suppress(InvalidValue):  # What is wrong with this file, each message's answer says.
+    with suppress(InvalidValue):  # Answers to messages say what is wrong with this file.
         Device.read(Path.cwd() / SETTINGS).require()
     start_supernode(Path.cwd(), context.args)
 
