@@ -97,8 +97,8 @@ class PreparedRun:
 def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRun:
     """Check everything that can be known before a run, and work out each client's noise.
 
-    Of a model of more than 200 million parameters only the shapes are built, if the task can do
-    so. Its weights are read when the run needs them, and rehearsed before the first round.
+    If a model has more than 200 million parameters and the task can do so, only its shapes are
+    built. Its weights are read when the run needs them, and rehearsed before the first round.
 
     Parameters
     ----------
@@ -296,7 +296,7 @@ def _federation(config: RunConfig, placement: Placement) -> str:
 
 def _follow(superlink: SimulationSuperLink, run_dir: RunDirectory, on_round: OnRound) -> None:
     """Report rounds as they end, until Flower says that the run has ended."""
-    # Of a run that continues, only new rounds are reported.
+    # If a run continues, only its new rounds are reported.
     seen, asked = len(run_dir.rounds()) if run_dir.resume else 0, time.monotonic()
     while True:
         rows = run_dir.rounds()
