@@ -127,7 +127,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 
 
 BY_NAME_ONLY = ("alternation", "growth", "start", "masking", "correlated", "attacks", "gpu")
-"""What `run_suite` leaves out unless named: no bar, no matter of simulations, or for a GPU."""
+"""Benchmarks that run only if named: they have no bar, are not about simulations, or need a GPU."""
 
 
 def run_suite(
@@ -142,7 +142,7 @@ def run_suite(
     output : Path or None
         File for figures, machine and versions.
     console : Console
-        Where progress and tables go.
+        The console for progress and tables.
 
     Returns
     -------
@@ -152,7 +152,7 @@ def run_suite(
     Raises
     ------
     InvalidValue
-        There is no such benchmark.
+        A name is not that of a benchmark.
     """
     for name in names:
         if name not in BENCHMARKS:
@@ -162,7 +162,7 @@ def run_suite(
     begin = time.perf_counter()
     for name in names or [name for name in BENCHMARKS if name not in BY_NAME_ONLY]:
         figures = found[name] = []
-        torch.set_num_threads(1)  # Unless the benchmark takes more.
+        torch.set_num_threads(1)  # A benchmark may set another number.
         with console.status(f"{name}: starting") as status:
 
             def told(figure: Figure, name: str = name, figures: list[Figure] = figures) -> None:
@@ -171,7 +171,7 @@ def run_suite(
 
             started = time.perf_counter()
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Of the rivals' and the models' own.
+                warnings.simplefilter("ignore")  # Those of other libraries and of models.
                 BENCHMARKS[name](told)
             seconds = time.perf_counter() - started
         title = f"{name}: {(BENCHMARKS[name].__doc__ or '').strip()} ({seconds:.0f} s)"
@@ -185,7 +185,7 @@ def run_suite(
 
 
 def _quiet() -> None:
-    """Leave the screen to our own progress."""
+    """Keep other output off the screen, which shows our own progress."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""What one more worker process costs in memory, beyond what it imports."""
+"""Measures the memory of one more worker process beyond its imports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MEMORY_BAR = 100.0
 
 @dataclass(frozen=True)
 class Setting:
-    """The task whose model the workers have, one of next to nothing, and how many share it."""
+    """The task with the workers' model, a task with a tiny model, and the number of workers."""
 
     task: str = "benchmarks.workers:Texts"
     tiny: str = "benchmarks.workers:TinyTexts"
@@ -38,7 +38,7 @@ class Texts(ShapeTask):
 
 
 class TinyTexts(ShapeTask):
-    """The same for a RoBERTa of one layer and four features: what a worker imports, and no more."""
+    """The same for a RoBERTa of one layer and four features, to measure only the imports."""
 
     def shape(self) -> Shape:
         """Return the model and its input."""
@@ -50,7 +50,7 @@ class TinyTexts(ShapeTask):
 def measure(setting: Setting, on_figure: Callable[[Figure], None]) -> None:
     """Start workers that share the model, one with its own, and one of a tiny model, together.
 
-    All import the same, so that pages of libraries are no one's own.
+    All import the same libraries, so that memory pages of libraries are shared.
     """
     kinds = [("apart", setting.tiny), ("apart", setting.task)]
     kinds += [("shared", setting.task)] * setting.workers
@@ -70,7 +70,7 @@ def measure(setting: Setting, on_figure: Callable[[Figure], None]) -> None:
 
 
 def _megabytes(kinds: list[tuple[str, str]], scratch: Path) -> list[float]:
-    """Return the memory that each of several workers, of these kinds and tasks, has to itself."""
+    """Return the unshared memory of each of several workers of these kinds and tasks."""
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", __name__, kind, task, str(scratch)],
@@ -86,7 +86,7 @@ def _megabytes(kinds: list[tuple[str, str]], scratch: Path) -> list[float]:
         for process in processes:
             if process.stdout is None or process.stdout.readline() != "ready\n":
                 raise RuntimeError("A worker of the benchmark failed; it says why above.")
-        # All hold their memory now, so that what they share shows.
+        # All workers hold their memory at this point, so shared pages can be recognized.
         return [_own_megabytes(process.pid) for process in processes]
     finally:
         for process in processes:
@@ -118,7 +118,7 @@ def _work(kind: str, task: str, scratch: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Get ready for private steps as a worker does, and wait until a line comes."""
+    """Get ready for private steps as a worker does, and wait for a line of input."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.workers", description=main.__doc__)
     parser.add_argument("kind", choices=("shared", "apart"))
     parser.add_argument("task", help="module:Class")
