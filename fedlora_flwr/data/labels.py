@@ -65,7 +65,7 @@ class Labels:
         if len(set(class_names)) < len(class_names):
             raise InvalidValue("class-names", ",".join(class_names), "each name once")
         if class_names and num_classes not in (0, len(class_names)):
-            allowed = f"0 or {len(class_names)}, as class-names holds so many"
+            allowed = f"0 or {len(class_names)}, the number of names in class-names"
             raise InvalidValue("num-classes", num_classes, allowed)
 
     @cached_property
@@ -91,8 +91,8 @@ class Labels:
         count = max(int(found[-1]) + 1, known)
         if count > max(_FEW, _GAP * len(found), known):
             allowed = (
-                f"a column of classes numbered from 0: {len(found)} classes have numbers up to "
-                f"{found[-1]}. Name them with class-names, or set num-classes = {count}"
+                f"a column of classes numbered from 0, but {len(found)} classes have numbers up "
+                f"to {found[-1]}. Name them with class-names, or set num-classes = {count}"
             )
             raise InvalidValue("label-column", self._column, allowed)
         return count
@@ -145,15 +145,15 @@ class Labels:
         folders = dataset.info.builder_name == CLASS_FOLDERS
         if folders and not self._class_names and len(own) < self._num_classes:
             allowed = (
-                f"the names of the {self._num_classes} classes in the order of their numbers: "
-                f"there are {len(own)} class folders, which cannot tell it"
+                f"the names of the {self._num_classes} classes in the order of their numbers, "
+                f"which {len(own)} class folders cannot tell"
             )
             raise InvalidValue("class-names", "", allowed)
         order = self._order
         if not order or own == order:
             return values
         if int(values.max()) >= len(own):
-            allowed = f"a column whose numbers have names: {values.max()} has none"
+            allowed = f"a column in which each number has a name, but {values.max()} has none"
             raise InvalidValue("label-column", self._column, allowed)
         return self._by_name(values, own, order)
 
@@ -166,13 +166,13 @@ class Labels:
         found: NDArray[np.int64] = numbers[codes]
         if (found < 0).any():
             unknown = sorted({names[code] for code in np.unique(codes[found < 0])})
-            allowed = f"a column of {list(order)}; a record's class is in {unknown}"
+            allowed = f"a column of {list(order)}, but a record's class is in {unknown}"
             raise InvalidValue("label-column", self._column, allowed)
         return found
 
     def _known(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         if (found := int(numbers.max()) + 1) > self.count:
-            allowed = f"at least {found}: a record is of class {found - 1}"
+            allowed = f"at least {found}, as a record has class {found - 1}"
             raise InvalidValue("num-classes", self.count, allowed)
         return numbers
 
@@ -184,8 +184,8 @@ class Labels:
         truth = values.dtype == bool and {n.lower() for n in self._order} <= {"false", "true"}
         if self._order and not truth:
             allowed = (
-                f"a column of text, as in the private split, whose classes are "
-                f"{list(self._order)}: this split has {values[0]}. Name the classes with "
+                f"a column of text, because the private split has the classes "
+                f"{list(self._order)}, but this split has {values[0]}. Name the classes with "
                 "class-names, or write them alike in all splits"
             )
             raise InvalidValue("label-column", self._column, allowed)

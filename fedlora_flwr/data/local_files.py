@@ -68,7 +68,7 @@ def find_splits(path: Path, source: SourceFolder) -> dict[str, Found]:
         return {_saved_name(path): Found("saved", (path,), source)}
     folders, tables = _folders(entries, source), _tables(entries, source)
     if both := sorted(folders.keys() & tables.keys()):
-        allowed = f"each split once: {both[0]!r} is there as a folder and as a file"
+        allowed = f"each split once, but {both[0]!r} is there as a folder and as a file"
         raise InvalidValue("dataset", str(path), allowed)
     found = {**folders, **tables}
     inner = path / "data"
@@ -105,7 +105,7 @@ def class_names(found: Found) -> list[str]:
         for name in sorted(second - first):
             if (same := spelt.get(_spelling(name))) is not None:
                 allowed = (
-                    f"one spelling of each class: {one.name!r} has a folder {same!r}, and "
+                    f"one spelling of each class, but {one.name!r} has a folder {same!r} and "
                     f"{other.name!r} has {name!r}. Rename one of them"
                 )
                 raise InvalidValue("dataset", str(folder.parent), allowed)
@@ -170,7 +170,7 @@ def _table(paths: list[Path], source: SourceFolder) -> Found:
     if len({path.suffix for path in paths}) > 1 or (len(paths) > 1 and len(numbers) < len(paths)):
         names = ", ".join(path.name for path in paths)
         raise InvalidValue(
-            "dataset", str(first.parent), f"one file, or shards, a split, not {names}"
+            "dataset", str(first.parent), f"one file or one set of shards per split, not {names}"
         )
     if numbers and (len(counts) > 1 or numbers != list(range(int(min(counts))))):
         raise InvalidValue("dataset", str(first.parent), f"all shards of {first.name}")
@@ -197,7 +197,7 @@ def _classes(folder: Path, source: SourceFolder) -> list[Path]:
 def _split_of(path: Path) -> str:
     shard = _SHARD.fullmatch(path.stem)
     if shard and int(shard["count"]) > 1:
-        allowed = "the folder of all shards, as this file is one of several"
+        allowed = "the folder of all shards, because this file is only one of them"
         raise InvalidValue("dataset", str(path), allowed)
     name = shard["split"] if shard else path.stem
     return name if name in _KNOWN else "train"

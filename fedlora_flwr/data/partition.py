@@ -79,7 +79,7 @@ def _size(split: Split) -> Partitioner:
     from flwr_datasets.partitioner import SizePartitioner
 
     if len(split.sizes) != split.num_partitions:
-        allowed = f"{split.num_partitions} sizes with commas between them, as num-clients says"
+        allowed = f"num-clients = {split.num_partitions} sizes with commas between them"
         raise InvalidValue("partition-sizes", _joined(split.sizes), allowed)
     return SizePartitioner(partition_sizes=list(split.sizes))
 
@@ -208,7 +208,7 @@ def _require_column(columns: Mapping[str, NDArray[Any]], split: Split) -> None:
     named = split.column if split.partitioner == "natural-id" else split.by
     if named not in columns:
         known = set(columns) - {"row"}
-        otherwise = ", or partitioner = 'iid' where no column divides the records"
+        otherwise = ", or partitioner = 'iid', which needs no column"
         if known:
             raise unknown("partition-column", split.column, known, after=otherwise)
         raise InvalidValue("partition-column", split.column, f"a column{otherwise}")
@@ -228,14 +228,15 @@ def _require_column(columns: Mapping[str, NDArray[Any]], split: Split) -> None:
 def _require_feasible(records: int, split: Split) -> None:
     clients, least = split.num_partitions, split.min_size
     if not 1 <= clients <= records:
-        raise InvalidValue("num-clients", clients, f"1 to {records}, one record each")
+        raise InvalidValue("num-clients", clients, f"1 to {records}, at least one record each")
     most = records // clients
     if not 1 <= least <= most:
         reason = f"1 to {most}, as {clients} clients share {records} records"
         raise InvalidValue("min-records", least, reason)
     shards = split.classes_per_partition
     if split.partitioner == "shard" and not 1 <= shards <= most:
-        raise InvalidValue("classes-per-client", shards, f"1 to {most}, a record in each shard")
+        allowed = f"1 to {most}, so that each shard has a record"
+        raise InvalidValue("classes-per-client", shards, allowed)
 
 
 def _dealt(
@@ -274,7 +275,7 @@ def _by_shares(values: NDArray[Any], split: Split) -> list[NDArray[np.int64]]:
     counts = np.floor(min(sizes) * shares + 1e-9).astype(int)
     left = len(values) - int(counts.sum())
     if left:
-        _LOGGER.warning("%s of %s records fit no client's label shares.", left, len(values))
+        _LOGGER.warning("label-shares leaves out %s of %s records.", left, len(values))
     ends = np.cumsum(counts, axis=0)
     parts = [
         [pool[end - count : end] for pool, end, count in zip(pools, row, taken, strict=True)]
@@ -294,12 +295,12 @@ def _unmet(split: Split, smallest: int | None = None) -> InvalidValue:
         return InvalidValue(
             "min-records",
             split.min_size,
-            f"at most {smallest}, what partitioner = {split.partitioner!r} gives the smallest of "
-            f"{split.num_partitions} clients",
+            f"at most {smallest}, the records that partitioner = {split.partitioner!r} gives to "
+            f"the smallest of {split.num_partitions} clients",
         )
     advice = (
-        f"a smaller minimum, fewer clients or more even parts than "
-        f"{split.num_partitions} with dirichlet-alpha = {split.alpha} (seed {split.seed})"
+        f"a smaller number, or fewer than {split.num_partitions} clients, or a dirichlet-alpha "
+        f"above {split.alpha} (seed {split.seed})"
     )
     return InvalidValue("min-records", split.min_size, advice)
 

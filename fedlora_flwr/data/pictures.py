@@ -77,7 +77,7 @@ def eight_bits(picture: Image.Image, mode: str) -> Image.Image:
     if picture.mode in ("I", "F"):
         kind = "32-bit integers" if picture.mode == "I" else "floating point numbers"
         raise ValueError(
-            f"its values are {kind}, of which nobody knows what is white: save it with 8 or 16 bits"
+            f"its values are {kind}, which have no known white. Save it with 8 or 16 bits"
         )
     if picture.mode.startswith("I;16"):
         picture = _scaled(picture)

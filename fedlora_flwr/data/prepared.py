@@ -271,7 +271,7 @@ def _table(batch: Columns, schema: pa.Schema | None) -> pa.Table:
         try:
             arrays[name] = _array(values, wanted).cast(wanted) if wanted else _array(values)
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-            reason = f"a column of one type, that of the first records: {wanted} ({error})"
+            reason = f"a column of one type, which is {wanted} in the first records ({error})"
             raise InvalidValue("columns", name, reason) from error
     table = pa.table(arrays)
     if schema is None:

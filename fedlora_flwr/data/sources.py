@@ -138,12 +138,12 @@ def _found(path: Path, source: str, split: str, subset: str) -> Found:
     found = pick(splits, split)
     if found is None and (folder := folder_as_table(root, split)):
         raise InvalidValue(
-            "dataset", str(folder), "a file, and it is a folder. Name the file in it"
+            "dataset", str(folder), "a file, but it is a folder. Name the file in it"
         )
     if not splits:
         raise InvalidValue("dataset", source, _LOCAL)
     if found is None:
-        raise unknown("split", split, splits, after=f": what {source!r} holds")
+        raise unknown("split", split, splits, after=f", the splits of {source!r}")
     return found
 
 
@@ -180,7 +180,7 @@ def _read_table(found: Found) -> tuple[Dataset, str]:
     read = partial(_READERS[found.kind], found.paths)
     dataset = kept(cache_folder() / "datasets" / "sources" / name, read)
     if dataset is None:
-        raise InvalidValue("dataset", _named(found), "records, and it has none")
+        raise InvalidValue("dataset", _named(found), "records, but it has none")
     return dataset, digest
 
 
@@ -264,7 +264,7 @@ def _require_pictures_inside(dataset: Dataset, found: Found) -> None:
             column = dataset.data.table.column(name)
             content, path = (pc.struct_field(column, part) for part in ("bytes", "path"))
             if pc.any(pc.and_(pc.is_null(content), pc.is_valid(path))).as_py():
-                allowed = f"pictures that are in the file: column {name!r} only names some"
+                allowed = f"pictures in the file itself, but column {name!r} only names some"
                 raise InvalidValue("dataset", str(found.paths[0]), allowed)
 
 
@@ -283,11 +283,11 @@ def _from_hub(name: str, split: str, subset: str) -> Dataset:
 
     for key, value, pattern in (("subset", subset, _HUB_SUBSET), ("split", split, _HUB_SPLIT)):
         if not pattern.fullmatch(value):
-            raise InvalidValue(key, value, f"the name of a {key} of {name!r}, and no more")
+            raise InvalidValue(key, value, f"the plain name of a {key} of {name!r}")
     if not config.HF_HUB_OFFLINE and not hub_answers():
         reason = (
-            f"{_LOCAL}, or a name on a hub that can be reached: it did not answer (a copy that "
-            "was fetched before is used where HF_HUB_OFFLINE=1 is set)"
+            f"{_LOCAL}, or a name on a hub that can be reached: it did not answer. To use a copy "
+            "that was downloaded before, set HF_HUB_OFFLINE=1"
         )
         raise InvalidValue("dataset", name, reason)
     return _fetched(name, split, subset)

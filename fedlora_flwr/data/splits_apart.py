@@ -52,8 +52,8 @@ def check_files_apart(
             for other in by_size.get(size, ()) if size else ():
                 if _file_digest(path, digests) == _file_digest(other, digests):
                     allowed = (
-                        f"splits without private records: its file {path.name!r} has the content "
-                        f"of {other.name!r}, which is in the private split {private_name!r}"
+                        f"splits without private records, but its file {path.name!r} has the "
+                        f"content of {other.name!r}, a file of the private split {private_name!r}"
                     )
                     raise InvalidValue("test-split", split, allowed)
 
@@ -105,10 +105,10 @@ def check_records_apart(
             first, place = shared[0]
             others = len({place for _, place in shared}) - 1
             allowed = (
-                f"splits without private records: its record {place} is record {first} of the "
+                f"splits without private records, but its record {place} is record {first} of the "
                 f"private split {private_name!r} (counted from 0)"
-                + (f", and so with {others} more" if others else "")
-                + ". Take them out of one of the two"
+                + (f", and {others} more are also in both" if others else "")
+                + ". Remove them from one of the two splits"
             )
             raise InvalidValue("test-split", split, allowed)
         require_writable(known.parent)

@@ -72,7 +72,7 @@ def test_a_number_of_classes_that_is_given_needs_no_private_split() -> None:
     numbers = found.numbers(column([3, 0]))
     assert numbers.tolist() == [3, 0]
     assert numbers.dtype == np.int64
-    with pytest.raises(InvalidValue, match=r"num-classes = 4 .*at least 5: a record is of class 4"):
+    with pytest.raises(InvalidValue, match=r"= 4 .*at least 5, as a record has class 4"):
         found.numbers(column([0, 4]))
 
 
@@ -120,7 +120,7 @@ def test_numbers_are_positions_among_names_or_names_themselves() -> None:
     truth = column([True, False])
     assert labels(None, 0, ["True", "false"]).numbers(truth).tolist() == [0, 1]
     assert labels(None, 0, ["no", "yes"]).numbers(truth).tolist() == [1, 0]
-    with pytest.raises(InvalidValue, match=r"num-classes = 2 .*a record is of class 2"):
+    with pytest.raises(InvalidValue, match=r"num-classes = 2 .*a record has class 2"):
         labels(None, 0, ["no", "yes"]).numbers(column([2]))
     with pytest.raises(InvalidValue, match=r"label-column = 'kind' .*\['5'\]"):
         labels(None, 0, ["1", "0"]).numbers(column([1, 5]))
