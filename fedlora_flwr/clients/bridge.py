@@ -120,7 +120,7 @@ def _check_legacy(message: Message) -> None:
     # The record of Flower's secure aggregation may stay: its mod has already read it.
     if others := sorted(set(message.content) - known - {RECORD_KEY_CONFIGS}):
         raise OrderRefused(
-            f"The message has records that nobody reads: {others[:3]}. Send {sorted(known)} only."
+            f"The message has records that are not read: {others[:3]}. Send only {sorted(known)}."
         )
 
 
@@ -151,4 +151,4 @@ def _check_status(content: RecordDict, prefix: str) -> None:
     status = content.config_records[f"{prefix}.status"]
     if status["code"] != 0:
         code, reason = cast(int, status["code"]), cast(str, status["message"])
-        raise FedLoRAError(f"the client answered with status {code}: {reason}")
+        raise FedLoRAError(f"The client answered with status {code}: {reason}")

@@ -24,13 +24,13 @@ DEVICE = "device"
 CLIENT_ID, KEEP_WARM, LIMITS = "client-id", "keep-warm", "limits"
 TRUST_MODEL = "trust-model"
 _REQUIRED = {
-    "epsilon": "a number: what may be spent on this device's records",
-    "delta": "a number: what may be spent on this device's records",
+    "epsilon": "a number, the ε that may be spent on this device's records",
+    "delta": "a number, the δ that may be spent on this device's records",
     "task": "the task that this device takes part in",
 }
 _OF_A_SUM = {
     "peers": f"a file with the identities of all devices, or {ANYBODY!r}",
-    "colluding": "how many of them may side with the server, as this device's owner believes",
+    "colluding": "the number of devices that may side with the server, in this owner's judgment",
 }
 _FOLDERS = ("dataset", "model")
 # Values that an owner may choose although they break or nearly break the promise.
@@ -39,11 +39,11 @@ _UNDO: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "reproducible": (bool, "the noise follows the run's seed, which the server knows"),
     "report-unprotected-metrics": (
         bool,
-        "a server may ask for the loss on the records at any weights, and no ledger counts that",
+        "a server may ask for the loss on the records at any weights, which no ledger counts",
     ),
     "peers": (
         ANYBODY.__eq__,
-        "a server may invent clients, and knows their shares of a secure sum's noise",
+        "a server may invent clients, whose shares of a secure sum's noise it knows",
     ),
     "ledger-scope": (
         "run".__eq__,
@@ -156,7 +156,7 @@ def _check_complete(found: Mapping[str, Any], path: Path) -> None:
                 raise InvalidValue(key, None, f"{allowed}, in {path}")
     for keys in required_on_device(found["task"]):
         if not any(found.get(key) for key in keys):
-            allowed = f"a value in {path}, as task = {found['task']!r} needs it"
+            allowed = f"a value in {path}, which task = {found['task']!r} needs"
             raise InvalidValue(" or ".join(keys), None, allowed)
 
 

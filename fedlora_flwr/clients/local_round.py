@@ -128,7 +128,7 @@ class LocalRound:
         """
         if self._exchange is None:
             raise OrderRefused(
-                "The message belongs to a secure sum, and this client keeps no keys for one. Give "
+                "The message belongs to a secure sum, but this client keeps no keys for one. Give "
                 "its LocalRound an exchange."
             )
         return self._exchange
@@ -304,14 +304,14 @@ class LocalRound:
         own = self._trainer.config.weighting
         if order.weighting not in ("uniform", own):
             raise OrderRefused(
-                f"weighting = {order.weighting!r} is refused: this client tells neither its number "
-                "of records nor its noise to this run. Use weighting = 'uniform', or set weighting "
-                "on the client."
+                f"weighting = {order.weighting!r} is refused, because this client does not tell "
+                "the run its number of records or its noise. Use weighting = 'uniform', or set "
+                "weighting on the client."
             )
         if self._trainer.config.rates_change and not order.server_round:
             raise OrderRefused(
-                "The learning rates change over the rounds, and the message does not say which "
-                "round it is. Send 'server-round', or set lr-schedule = 'constant'."
+                "The learning rates change over the rounds, but the message does not name its "
+                "round. Send 'server-round', or set lr-schedule = 'constant'."
             )
 
     def _open(self) -> Records:

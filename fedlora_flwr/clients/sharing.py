@@ -43,8 +43,8 @@ def check_order(order: Order, config: RunConfig) -> int:
     elif order.stage != UPLOAD:
         # An upload has the noise of one share only, so it must not leave unmasked.
         raise OrderRefused(
-            "trust-model = 'secure-sum': this client uploads to a masked sum alone, and the "
-            "message asks for an upload in the clear. Use one of this package's strategies with "
+            "With trust-model = 'secure-sum' this client uploads only to a masked sum, but the "
+            "message asks for an upload without masks. Use one of this package's strategies with "
             "trust-model = 'secure-sum' on the server, too."
         )
     return shares_of(order, config)
@@ -64,7 +64,7 @@ def agreed(own: Mechanism, order: Order) -> Mechanism:
     if not order.sum_noise:
         return own
     if order.sum_noise < own.noise_multiplier * (1 - _ROUNDED):
-        allowed = f"at least {own.noise_multiplier:.6g}, which this client's budget needs"
+        allowed = f"at least {own.noise_multiplier:.6g}, the noise that this client's budget needs"
         raise InvalidValue(SUM_NOISE, order.sum_noise, allowed)
     return replace(own, noise_multiplier=order.sum_noise)
 

@@ -38,8 +38,8 @@ def shares_of(order: Order, config: RunConfig) -> int:
     """
     if not config.secure_sum:
         raise OrderRefused(
-            "The message asks for a share of a secure sum, and this run's trust-model is "
-            "'local'. Set trust-model = 'secure-sum' for the run, and on the device."
+            "The message asks for a share of a secure sum, but this run has trust-model = "
+            "'local'. Set trust-model = 'secure-sum' for the run and on the device."
         )
     if not (order.plan and order.cohort and order.sum_noise and order.grid_norm):
         raise OrderRefused(
@@ -52,8 +52,8 @@ def shares_of(order: Order, config: RunConfig) -> int:
     if shares < config.least_shares:
         raise OrderRefused(
             f"The noise would be shared among {shares} clients ({order.cohort} asked, less "
-            f"dropouts = {config.dropouts} and colluding = {config.colluding}), and this client "
-            f"takes part from least-shares = {config.least_shares} on. Ask more clients."
+            f"dropouts = {config.dropouts} and colluding = {config.colluding}), but this client "
+            f"needs at least least-shares = {config.least_shares}. Ask more clients."
         )
     return shares
 
@@ -207,7 +207,7 @@ def read_peers(path: Path) -> frozenset[bytes]:
                 raise ValueError("wrong length")
             found |= {bytes.fromhex(first)} if first else set()
         except ValueError as error:
-            allowed = f"an identity of {_PEER} hexadecimal digits first in each line"
+            allowed = f"a line that begins with an identity of {_PEER} hexadecimal digits"
             raise InvalidValue(f"line {number} of {path}", line[:80], allowed) from error
     if not found:
         raise InvalidValue("peers", str(path), "a file with at least one identity")

@@ -55,8 +55,8 @@ class SumStore:
                 return Ed25519PrivateKey.from_private_bytes(bytes.fromhex(path.read_text().strip()))
             except ValueError as error:
                 allowed = (
-                    "64 hexadecimal digits. Restore it from a backup; or remove it, and give the "
-                    "other clients the identity that is drawn then"
+                    "64 hexadecimal digits. Restore the file from a backup. Or remove it, and give "
+                    "the other clients the new identity that is then drawn"
                 )
                 raise InvalidValue("identity key", str(path), allowed) from error
 
@@ -93,13 +93,14 @@ class SumStore:
             name, values = "", {}
         except ValueError as error:
             # No `InvalidValue`: a server reads the text of those, and this names a file.
-            raise FedLoRAError(f"The secrets of a sum in {path} are damaged.") from error
+            text = f"The secrets of a secure sum in {path} are damaged. Begin the round again."
+            raise FedLoRAError(text) from error
         finally:
             taken.unlink(missing_ok=True)
         if name != kind.__name__:
             raise OrderRefused(
-                "The messages of the secure sum came in another order, or twice. This client has "
-                "forgotten its keys of the round: begin the round again."
+                "The messages of the secure sum came twice or in another order. This client has "
+                "forgotten its keys of the round. Begin the round again."
             )
         return kind(**{name: _restored(value) for name, value in values.items()})
 

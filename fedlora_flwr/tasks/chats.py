@@ -129,9 +129,9 @@ def _rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list
             through = text if i == last else _template(chat[: i + 1], tokenizer)
             if not (through.startswith(before) and text.startswith(through)):
                 allowed = (
-                    "one whose chat template only ever adds to a conversation: what it makes of "
-                    f"the {i} messages before an answer is not what a conversation with it starts "
-                    "with, so that the answer's tokens cannot be told"
+                    f"a model with a chat template that only adds text: it renders the {i} "
+                    "messages before an answer differently once the answer is there, so the "
+                    "answer's tokens cannot be found"
                 )
                 raise InvalidValue("model", tokenizer.name_or_path, allowed)
             answers.append((len(before), len(through)))
@@ -145,7 +145,7 @@ def _template(chat: Chat, tokenizer: PreTrainedTokenizerBase, **options: bool) -
     try:
         text: str = tokenizer.apply_chat_template(chat, tokenize=False, **options)
     except (TemplateError, ValueError) as error:
-        allowed = f"one whose chat template takes these conversations ({error})"
+        allowed = f"a model with a chat template that accepts these conversations ({error})"
         raise InvalidValue("model", tokenizer.name_or_path, allowed) from error
     return text
 

@@ -98,7 +98,7 @@ class ClassifierTask(DatasetTask):
         rows = super()._rows(dataset, split)
         if len(rows) == 0:
             reasons = ", ".join(f"{len(n)} with {why}" for why, n in self._lacking(dataset).items())
-            allowed = f"a class for some record of split {split!r}: it has {reasons}"
+            allowed = f"a column with a class for some record of split {split!r}: it has {reasons}"
             raise InvalidValue("label-column", self._settings.label_column, allowed)
         return rows
 
@@ -113,7 +113,7 @@ class ClassifierTask(DatasetTask):
 
     def _notes(self, dataset: Dataset) -> list[str]:
         near = near_names(dataset, self._settings.label_column)
-        text = "classes {} differ in case or blanks alone, and count as different classes"
+        text = "classes {} differ only in case or blanks, but count as different classes"
         return [*super()._notes(dataset), *(text.format(group) for group in near)]
 
     def _with_classes(self, prepared: Dataset, dataset: Dataset, *, training: bool) -> Dataset:

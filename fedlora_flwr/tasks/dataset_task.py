@@ -54,9 +54,10 @@ class DatasetTask(ABC):
     def __init__(self, settings: RunConfig) -> None:
         self._settings = settings
         if not settings.model:
-            raise InvalidValue("model", "", f"a name or a folder, as task = {self.name!r} needs it")
+            allowed = f"a name or a folder, which task = {self.name!r} needs"
+            raise InvalidValue("model", "", allowed)
         if not settings.dataset:
-            allowed = f"files, a folder or a hub name, as task = {self.name!r} needs it"
+            allowed = f"files, a folder or a hub name, which task = {self.name!r} needs"
             raise InvalidValue("dataset", "", allowed)
 
     @property
@@ -250,7 +251,8 @@ class DatasetTask(ABC):
 
     def _other_columns(self, split: str, own: list[str], known: list[str]) -> InvalidValue:
         allowed = (
-            f"columns that all splits have: {split!r} has {own}, not {known}. Name those to read"
+            f"columns that all splits have, but {split!r} has {own}, not {known}. Name those to "
+            "read"
         )
         return InvalidValue("input-columns", self._settings.input_columns, allowed)
 

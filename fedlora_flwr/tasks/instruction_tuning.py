@@ -62,7 +62,7 @@ class InstructionTuning(LanguageTask):
         """
         model: Any = super().build_model()
         if self._settings.weights != "random" and (drawn := getattr(model, DRAWN)):
-            allowed = f"a language model with all its weights: those of {drawn[0]!r} are missing"
+            allowed = f"a language model with all weights, but those of {drawn[0]!r} are missing"
             raise InvalidValue("model", self._settings.model, allowed)
         # The cache of keys and values is useful for generation only.
         model.config.use_cache = False
@@ -150,7 +150,7 @@ class InstructionTuning(LanguageTask):
 
     def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.chat_template:
-            allowed = f"one whose tokenizer has a chat template, as task = {self.name!r} needs it"
+            allowed = f"a model with a chat template, which task = {self.name!r} needs"
             raise InvalidValue("model", self._settings.model, allowed)
 
     def _input_columns(self, dataset: Dataset) -> list[str]:
@@ -187,7 +187,7 @@ def _check_answers(records: ArrowRecords, split: str, limit: int, *, training: b
     """
     without = int((records.values("answer_tokens") == 0).sum())
     if without == len(records) and not training:
-        allowed = f"more, as no record of split {split!r} has an answer within so many tokens"
+        allowed = f"more tokens, as no record of split {split!r} has an answer within these"
         raise InvalidValue("max-length", limit, allowed)
     if without:
         _LOGGER.warning(

@@ -81,8 +81,8 @@ class QuestionAnswering(LanguageTask):
         super().__init__(settings)
         if settings.report_unprotected_metrics:
             allowed = (
-                f"false where task = {self.name!r}: clients keep one window of a question, and "
-                "its figures are of all"
+                f"false where task = {self.name!r}: clients keep one window of each question, but "
+                "figures need all windows"
             )
             raise InvalidValue("report-unprotected-metrics", True, allowed)
 
@@ -204,7 +204,7 @@ class QuestionAnswering(LanguageTask):
 
     def _notes(self, dataset: Dataset) -> list[str]:
         wrong = misplaced(dataset)
-        text = f"questions whose answer is not where it should begin in the context: {wrong:,}"
+        text = f"questions whose answer is not at its place in the context: {wrong:,}"
         return [*super()._notes(dataset), *([text] if wrong else [])]
 
     def _prepare(self, dataset: Dataset, *, training: bool) -> ArrowRecords:

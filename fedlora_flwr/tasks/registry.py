@@ -139,7 +139,8 @@ def build_task(name: str, settings: Any) -> Task:
     known = TASKS.get(name)
     task = _made(name, _factory(known.place if known else name), settings)
     if missing := [member for member in _METHODS if not hasattr(task, member)]:
-        allowed = f"module:function of a task; it gives a {type(task).__name__} without {missing}"
+        allowed = f"module:function of a task, but it returns a {type(task).__name__} without"
+        allowed = f"{allowed} {missing}"
         raise InvalidValue("task", name, allowed)
     return task
 
@@ -168,8 +169,8 @@ def check_splits_apart(task: Task) -> None:
     check = optional(task, "check_splits_apart")
     if check is None:
         allowed = (
-            "one with a method check_splits_apart, which refuses public records that are private: "
-            "without it, a device does not evaluate"
+            "a task with a method check_splits_apart, which refuses public records that are "
+            "private: without it, a device does not evaluate"
         )
         raise InvalidValue("task", task.name, allowed)
     check()
@@ -227,7 +228,7 @@ def _made(name: str, factory: TaskFactory, settings: Any) -> Task:
         except TypeError:
             continue
         return factory(*given)
-    allowed = f"a class or function that takes the settings or nothing, and it takes {parameters}"
+    allowed = f"a class or function that takes the settings or nothing, but it takes {parameters}"
     raise InvalidValue("task", name, allowed)
 
 

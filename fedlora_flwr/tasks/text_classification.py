@@ -133,7 +133,7 @@ def text_columns(dataset: Dataset, chosen: str, others: Collection[str]) -> list
     for name in found:
         if name not in texts:
             kind = dataset.features.get(name)
-            held = f"; {name!r} holds {kind}, which is not text" if kind is not None else ""
+            held = f", but {name!r} holds {kind}, which is not text" if kind is not None else ""
             raise unknown("input-columns", name, texts, after=held)
     if not 1 <= len(found) <= 2:
         raise InvalidValue("input-columns", chosen, f"one or two of {texts}")

@@ -113,8 +113,8 @@ def _embeddings(config: PretrainedConfig) -> int | None:
 
 def _beyond(config: PretrainedConfig, found: str, known: int) -> InvalidValue:
     allowed = (
-        f"a model that its tokenizer belongs to: {found}, and the model has embeddings for tokens "
-        f"0 to {known - 1}. Save the model after model.resize_token_embeddings, or use its "
-        "own tokenizer"
+        f"a model with its own tokenizer: {found}, but the model has embeddings for tokens 0 to "
+        f"{known - 1} only. Save the model after model.resize_token_embeddings, or use its own "
+        "tokenizer"
     )
     return InvalidValue("model", config.name_or_path, allowed)
