@@ -207,7 +207,7 @@ def _unknown(model: str) -> InvalidValue:
     import timm
 
     if model == SMALL_SWIN:
-        allowed = f"a model that is there: make it once, with `fedlora pretrain {SMALL_SWIN}`"
+        allowed = f"a model that exists. Make this one with `fedlora pretrain {SMALL_SWIN}`"
     elif Path(model).expanduser().is_dir():
         allowed = "a folder with config.json and weights, as timm.models.save_for_hf writes it"
     else:

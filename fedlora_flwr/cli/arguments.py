@@ -106,7 +106,7 @@ Overrides = Annotated[
     typer.Option(
         "-c",
         metavar="KEY=VALUE",
-        help="A key (see `fedlora keys`), in force over the recipe; repeatable.",
+        help="A key (see `fedlora keys`) that overrides the recipe; repeatable.",
         autocompletion=complete_override,
     ),
 ]

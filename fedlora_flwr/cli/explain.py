@@ -34,7 +34,7 @@ def keys(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Keys or sections to explain in full; all keys in short if none.",
+            help="Keys or sections to explain in full; without, a short list of all keys.",
             autocompletion=complete_key,
         ),
     ] = None,

@@ -73,7 +73,7 @@ def device_findings(
         yield Finding(name, False, text, fix)
     if run is None and not here:
         return
-    missing = tried(name, settings.require, "do so in the environment of this command")
+    missing = tried(name, settings.require, "run it in the environment of this command")
     if missing:
         yield missing
     if run is None:
@@ -189,7 +189,7 @@ def _budget(
     )
     ledger = None
     if state is not None and Ledger.exists(path := state / "ledger.sqlite"):
-        ledger = tried(name, lambda: Ledger(path, patience=_PATIENCE), "do what the sentence says")
+        ledger = tried(name, lambda: Ledger(path, patience=_PATIENCE), "follow this advice")
         if isinstance(ledger, Finding):
             yield ledger
             return

@@ -37,7 +37,7 @@ def whole(subject: str, findings: Iterator[Finding]) -> Iterator[Finding]:
         yield from findings
     except Exception as error:
         text = f"cannot be looked at further ({type(error).__name__}: {one_line(error)})"
-        yield Finding(subject, False, text, "see to the file that it is about")
+        yield Finding(subject, False, text, "correct or restore the file that it names")
 
 
 def tried(subject: str, work: Callable[[], Any], fix: str) -> Any:

@@ -118,7 +118,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
             self.train_dataset, "__getitem__"
         ):
             kind = type(self.train_dataset).__name__
-            raise InvalidValue("train_dataset", kind, "a data set with a length, read by position")
+            raise InvalidValue("train_dataset", kind, "a data set with a length and positions")
         self._eval_is_public = eval_is_public
         if self.eval_dataset is not None:
             self._check_public(self.eval_dataset)
@@ -157,7 +157,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
             raise InvalidValue(
                 "resume_from_checkpoint",
                 resume_from_checkpoint,
-                "None: the plan's steps are in the ledger already, and those after the checkpoint "
+                "None: all planned steps are in the ledger already, and steps after the checkpoint "
                 "would be taken twice",
             )
         output = super().train(None, *args, **kwargs)
@@ -193,7 +193,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         The Trainer's own ``optimizer.step()`` then finds no gradients and changes nothing.
         """
         if self._left < 1:
-            raise PrivacyViolation("The Trainer asked for more steps than the budget was made for.")
+            raise PrivacyViolation("The Trainer asked for more steps than the noise is made for.")
         self._left -= 1
         # Dropout needs a secret seed: the Trainer's own is usually its public default, 42.
         with own_randomness(stream_seed(None, "dropout")):

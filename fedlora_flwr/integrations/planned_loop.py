@@ -245,7 +245,7 @@ def _plan(config: Mapping[str, object], layout: Layout) -> ComponentPlan | None:
 
 def _check_supported(arrays: Mapping[str, object], config: Mapping[str, object]) -> None:
     if SHARE in config:
-        allowed = "nothing: FedSALoRA needs LoRAClient, which keeps B on the client's disk"
+        allowed = "no such key: FedSALoRA needs LoRAClient, which keeps B on the client's disk"
         raise InvalidValue(SHARE, config[SHARE], allowed)
     if folded := [name for name in arrays if is_folded(name)]:
         raise InvalidValue(

@@ -31,7 +31,7 @@ _ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("n_gpu", lambda value: value <= 1, _ONE),
     ("deepspeed", lambda value: not value, _ONE),
     ("fsdp", lambda value: not value, _ONE),
-    ("fp16", lambda value: not value, "False: its loss scaler skips steps that records decide on"),
+    ("fp16", lambda value: not value, "False: whether its loss scaler skips a step is private"),
     ("bf16", lambda value: not value, _BF16),
     (
         "train_sampling_strategy",

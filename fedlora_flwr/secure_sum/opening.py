@@ -96,7 +96,7 @@ class Opening:
                 total -= mask(secret, total.size)
                 continue
             if public_key(secret) != cards[place].mask_key:
-                raise InvalidValue("revealed key of client", place, "the one of its card")
+                raise InvalidValue("revealed key of client", place, "the key on its card")
             for other in uploads:
                 key = cards[other].mask_key
                 total -= pair_mask(secret, key, script, other < place, total.size)

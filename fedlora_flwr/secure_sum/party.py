@@ -268,7 +268,7 @@ class Masked:
         """
         known = set(alive)
         if self.own not in known or not known <= set(self.seeds) or len(known) < len(alive):
-            allowed = f"different ones of {sorted(self.seeds)}, {self.own} among them"
+            allowed = f"different ones of {sorted(self.seeds)}, including {self.own}"
             raise InvalidValue("clients that uploaded", sorted(alive), allowed)
         _check_left(len(known), self.threshold)
         return {i: self.seeds[i] if i in known else self.keys[i] for i in self.seeds}

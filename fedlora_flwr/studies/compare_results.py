@@ -98,7 +98,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     if keys:
         texts = (f"{key} = {there.get(key)!r} (now {settings.get(key)!r})" for key in keys)
         raise InvalidValue(
-            "output", str(folder), f"another folder, or the settings of this: {', '.join(texts)}"
+            "output", str(folder), f"another folder, or its settings: {', '.join(texts)}"
         )
 
 
