@@ -82,7 +82,7 @@ def test_an_unknown_class_is_refused_by_name(
         make_task(tmp_path, **stated).test_records()
     write_split(tmp_path, "train", [{"text": "so", "label": name} for name in ("good", "worse")])
     if stated:
-        with pytest.raises(InvalidValue, match=r"\['bad', 'good'\]; .* \['worse'\]"):
+        with pytest.raises(InvalidValue, match=r"\['bad', 'good'\], .* \['worse'\]"):
             make_task(tmp_path, **stated).client_records(0, 1)
 
 

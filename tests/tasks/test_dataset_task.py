@@ -215,7 +215,7 @@ def test_a_client_that_is_not_there_is_refused(make_task: Make, client: int) -> 
 def test_a_task_without_a_model_or_data_is_refused() -> None:
     for key in ("model", "dataset"):
         config = RunConfig.of({"model": "m", "dataset": "d", key: ""})
-        with pytest.raises(InvalidValue, match=f"{key} = ''.*'text-classification' needs it"):
+        with pytest.raises(InvalidValue, match=f"{key} = ''.*'text-classification' needs"):
             TextClassification(config)
 
 
