@@ -25,7 +25,7 @@ def bench(
     listed: Annotated[bool, typer.Option("--list", help="Name the benchmarks, and end.")] = False,
 ) -> None:
     """Measure speed and memory here, as ratios to what you would have otherwise."""
-    # The profiler, which weighs memory, else writes a line for each start and stop.
+    # Without this, the profiler that measures memory writes a line for each start and stop.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from benchmarks.suite import BENCHMARKS, run_suite
 

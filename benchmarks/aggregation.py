@@ -1,8 +1,8 @@
-"""What aggregation costs a server, against the SVD of full m x n matrices in published code.
+"""The cost of aggregation, compared with the SVD of full m x n matrices in published code.
 
 Run ``python -m benchmarks.aggregation``. For each layer shape, number of clients and rank, every
-strategy and the full SVD take turns on the same fp32 uploads with one thread each; the median of a
-layer's seconds is multiplied by the number of such layers in the model.
+strategy and the full SVD take turns on the same fp32 uploads, with one thread each. The median
+seconds of a layer are multiplied by the number of such layers in the model.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ QUICK = Plan({"square": {(96, 96): 2}, "swin": swin((32,), (2,))}, (3, 8), (2, 8
 
 @dataclass
 class Results:
-    """Everything that a run has found."""
+    """All measurements of a run."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     equality: list[dict[str, Any]] = field(default_factory=list)
@@ -120,7 +120,7 @@ def measure(plan: Plan, progress: Progress) -> Results:
 
 
 def make_rows(plan: Plan, medians: dict[Cell, dict[str, float]]) -> Iterable[dict[str, Any]]:
-    """Sum the layers of each model, with the bar and why a bar is not met."""
+    """Sum the layers of each model, and add the bar and why it is not met."""
     for model, layers in plan.models.items():
         for clients in plan.clients:
             for rank in plan.ranks:
@@ -152,7 +152,7 @@ def make_rows(plan: Plan, medians: dict[Cell, dict[str, float]]) -> Iterable[dic
 
 
 def why(name: str, clients: int, rank: int) -> str:
-    """Name the cost that remains where a bar is not met or the full SVD is faster."""
+    """Name the remaining cost if a bar is not met or the full SVD is faster."""
     if BARS.get(name) == AVERAGING_BAR:
         return (
             "A mean reads every upload: its seconds grow with clients times rank, those of an SVD "

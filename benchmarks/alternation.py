@@ -1,4 +1,4 @@
-"""What steps that train one factor save against steps that train both (LA-LoRA against DP-LoRA)."""
+"""Compares steps that train one factor with steps that train both (LA-LoRA and DP-LoRA)."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def measure(
     records : int
         Records in the batch, the same in every step.
     repetitions : int
-        Turns that the medians are of.
+        Number of turns over which medians are taken.
     device : torch.device
-        Where the models are.
+        Device of the models.
     on_figure : callable
-        Called with each figure as it is found.
+        Called with each figure once it is measured.
     """
     for shape in shapes:
         bench = StepBench(shape, shape.targets[ALL_LINEARS], records, device)

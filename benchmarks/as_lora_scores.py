@@ -1,9 +1,10 @@
-"""What AS-LoRA's scores say of a loss that is known, and what is chosen by them, as noise grows.
+"""AS-LoRA's scores for a known loss, and the choices that follow from them, as noise grows.
 
-Run ``python -m benchmarks.as_lora_scores``. Three tables: a round's decrease of a quadratic loss,
-the same of a small network on real digits, and the choices of 200 runs. Each compares the score of
-the published code (the last local step alone, clamped at zero), one that averages the steps' single
-squares and multiplies by a secant along the noisy path, and the package's own.
+Run ``python -m benchmarks.as_lora_scores``. It prints three tables: a round's decrease of a
+quadratic loss, the same for a small network on real digits, and the choices of 200 runs. Each
+compares three scores: that of the published code (only the last local step, clamped at zero), one
+that averages the squares of single steps and multiplies by a secant along the noisy path, and that
+of this package.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ class Problem:
     loss : Callable
         Mean loss of all clients' records at parameters of shape (d,).
     start : ndarray
-        Where the round begins, (d,).
+        Parameters at the start of the round, (d,).
     norm : float
-        Norm of the mean gradient there.
+        Norm of the mean gradient at the start.
     """
 
     gradient: Gradient
@@ -60,9 +61,9 @@ class Problem:
 
 
 def measure(problem: Problem, rate: float, noise: float, draws: int) -> Row:
-    """Return the round's true decrease and what is estimated of it, over what the start promises.
+    """Return the round's true decrease and its estimates, relative to what the start promises.
 
-    ``noise`` is the norm of a step's noise in units of the gradient's.
+    ``noise`` is the norm of a step's noise in units of the gradient's norm.
     """
     rng = np.random.default_rng(0)
     size = problem.start.size
@@ -122,7 +123,7 @@ def _old_scores(
 
 
 def quadratic() -> Problem:
-    """Make a loss ½(θ - mᵢ)ᵀH(θ - mᵢ) with eigenvalues of 1 to 9, 5 in the mean."""
+    """Make a loss ½(θ - mᵢ)ᵀH(θ - mᵢ) with eigenvalues from 1 to 9, whose mean is 5."""
     rng, size = np.random.default_rng(1), 400
     eigenvalues = np.linspace(1.0, 9.0, size)
     minima, start = 0.2 * rng.normal(size=(CLIENTS, size)), np.ones(size)
@@ -138,7 +139,7 @@ def quadratic() -> Problem:
 class Network:
     """A perceptron on scikit-learn's digits with LoRA of rank 4 on both layers.
 
-    Its frozen weights learned pictures that were moved by a pixel, so there is something to adapt.
+    Its frozen weights were trained on pictures that are shifted by a pixel, so they need adapting.
     """
 
     HIDDEN, RANK, BATCH = 48, 4, 32

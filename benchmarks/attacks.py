@@ -1,8 +1,9 @@
-"""What one or three bad clients of ten do to a run, by rule of aggregation.
+"""The effect of one or three bad clients among ten on a run, for each rule of aggregation.
 
-Run ``python -m benchmarks.attacks``. Each cell of the grid is a run on digits in this process; its
-row is appended to a CSV file, and cells that are there are left out, so it can be stopped and
-started again. Bad clients exist here alone: their replies are changed on their way.
+Run ``python -m benchmarks.attacks``. Each cell of the grid is a run on digits in this process. Its
+row is appended to a CSV file. Cells that are already in the file are skipped, so the command can be
+stopped and started again. Bad clients exist only here: their replies are changed on the way to the
+server.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def _scaled(by: float) -> Change:
 
 
 def _noise(sent: Arrays, start: Arrays, rng: np.random.Generator) -> Arrays:
-    """Replace the update by noise that is ten times as long."""
+    """Replace the update by noise with ten times its norm."""
     found: Arrays = {}
     for name, array in sent.items():
         drawn = rng.standard_normal(array.shape)
@@ -106,18 +107,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to.
+    """The result of a run.
 
     Parameters
     ----------
     accuracy : float
-        On the public test set, after the last round.
+        Accuracy on the public test set after the last round.
     triggered : float
-        Share of other digits with the backdoor's mark that are taken for its target.
+        Share of other digits with the backdoor's mark that the model takes for the target.
     named, accused : int
-        Rounds times bad clients, and honest ones, that were named as suspects.
+        How often, over all rounds, bad clients and honest clients were named as suspects.
     rounds : int
-        Rounds that took place.
+        Number of rounds that took place.
     """
 
     accuracy: float
@@ -128,7 +129,7 @@ class Outcome:
 
 
 _COLUMNS = [entry.name for entry in (*fields(Cell), *fields(Outcome))]
-_now = Cell("rolora", 8.0, 0, NOBODY, "none", 42)  # Which run is on; clients are in this process.
+_now = Cell("rolora", 8.0, 0, NOBODY, "none", 42)  # The current run, which clients read.
 
 
 def _is_bad(partition: int, cell: Cell) -> bool:
@@ -136,17 +137,17 @@ def _is_bad(partition: int, cell: Cell) -> bool:
 
 
 class AttackedDigits(DigitsTask):
-    """Digits, of which bad clients may hold spoilt copies."""
+    """The digits task, with tampered copies for bad clients."""
 
     def client_records(self, partition_id: int, num_partitions: int) -> Records:
-        """Return a client's records, with other labels or a mark where it is bad."""
+        """Return a client's records. Those of a bad client have other labels or a mark."""
         records = super().client_records(partition_id, num_partitions)
         if not _is_bad(partition_id, _now) or _now.attack not in (LABELS, BACKDOOR):
             return records
         return _spoilt(records, _now.attack)
 
     def evaluate(self, model: torch.nn.Module, records: Records) -> dict[str, float]:
-        """Add how often the mark works."""
+        """Add the share of records on which the mark works."""
         others = _without_target(records)
         hit = super().evaluate(model, _marked(others))["accuracy"]
         return {**super().evaluate(model, records), "triggered": hit}
@@ -209,7 +210,7 @@ class Clients:
 
 
 def run(cell: Cell, rounds: int = 0) -> Outcome:
-    """Run one cell; ``rounds`` other than 0 takes the place of the recipe's."""
+    """Run one cell. ``rounds`` replaces the recipe's number of rounds unless it is 0."""
     global _now
     _now = cell
     config = _config(cell, rounds)
@@ -247,7 +248,7 @@ def _base(strategy: str, epsilon: float, seed: int, rounds: int) -> dict[str, An
 
 @cache
 def _noise_of(strategy: str, epsilon: float, seed: int, rounds: int) -> Mapping[str, Any]:
-    """Return the noise that a run's start works out (see `prepare_run`)."""
+    """Return the noise that is calibrated at the start of a run (see `prepare_run`)."""
     found = prepare_run(RunConfig.of(_base(strategy, epsilon, seed, rounds)))
     return {"largest-noise": found.largest_noise}
 
@@ -260,7 +261,7 @@ def cells(
     rules: Sequence[str] = RULES,
     seeds: Sequence[int] = SEEDS,
 ) -> Iterator[Cell]:
-    """Yield the cells of a grid; without an attack there is nobody bad, once."""
+    """Yield the cells of a grid. The case without an attack and without bad clients comes once."""
     outer = itertools.product(seeds, strategies, epsilons, bad)
     for seed, strategy, epsilon, count in outer:
         for attack, rule in itertools.product(attacks, rules):
@@ -297,11 +298,11 @@ def measure(
     wanted : Iterable[Cell]
         The cells.
     file : Path
-        CSV file; made where there is none.
+        CSV file, which is made if it is missing.
     rounds : int (default: 0)
         Rounds of each run; 0 for the recipe's.
     until : float (default: no end)
-        Time (`time.monotonic`) from which on no further cell begins.
+        Time (`time.monotonic`) after which no further cell begins.
     """
     found = read(file)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -323,7 +324,7 @@ def measure(
 def markdown(found: Mapping[Cell, Outcome]) -> str:
     """Return the table of a page: accuracy in % by attack and rule, means over seeds.
 
-    A backdoor's cell adds how often its mark works. A cell that was not run is a dash.
+    The cell of a backdoor also shows how often its mark works. A cell that was not run is a dash.
     """
     lines = ["| strategy | ε | attack | " + " | ".join(f"`{rule}`" for rule in RULES) + " |"]
     lines.append("|---" * (3 + len(RULES)) + "|")

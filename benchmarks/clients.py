@@ -1,4 +1,4 @@
-"""What a round costs when many clients are registered and few take part."""
+"""The cost of a round if many clients are registered and few take part."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TIME_BAR, MEMORY_BAR = 1.2, 1.1
 
 @dataclass(frozen=True)
 class Setting:
-    """Numbers of registered clients, how many of them a round samples, and how many rounds."""
+    """Numbers of registered clients, the number that a round samples, and the number of rounds."""
 
     registered: tuple[int, ...] = (10, 100, 1_000, 10_000)
     sampled: int = 10
@@ -71,7 +71,7 @@ def _in_turns(setting: Setting) -> list[dict[str, float]]:
     with ExitStack() as stack:
         runs = []
         for registered in setting.registered:
-            # One after the other: each waits after its first round.
+            # Processes start one after the other, and each waits after its first round.
             log = stack.enter_context(tempfile.TemporaryFile("w+"))
             runs.append(stack.enter_context(_Run(registered, setting, log)))
             runs[-1].answer()
@@ -116,7 +116,7 @@ class _Run:
         return line
 
     def go_on(self) -> None:
-        """Let it run on until the end of the next round."""
+        """Let the process run until the end of the next round."""
         if self._process.stdin:
             self._process.stdin.write("\n")
             self._process.stdin.flush()

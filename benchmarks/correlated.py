@@ -1,11 +1,11 @@
-"""Whether correlated noise would pay: banded matrix factorization (BandMF) by calculation.
+"""Calculates whether correlated noise (banded matrix factorization, BandMF) would help.
 
-With b bands, the noise of a round is in part taken back in the next b - 1. A record may then join
-only every b-th round, so rounds of b groups are drawn with b times the rate (arXiv
-2306.08153): the noise multiplier is that of T/b steps at the rate bq, times the strategy matrix's
-largest column norm. What counts is the noise in the sum of all gradients so far, which is what the
-weights are after plain steps. Figures are its root mean square over the rounds and coordinates,
-over that of independent noise at the same ε, δ, q and T.
+With b bands, part of a round's noise is subtracted again in the next b - 1 rounds. A record may
+then join only every b-th round, so the records form b groups, and rounds draw from one group with b
+times the rate (arXiv 2306.08153). The noise multiplier is that of T/b steps at the rate bq, times
+the strategy matrix's largest column norm. After plain steps, weights are the sum of all gradients
+so far, so the noise in this sum counts. Figures are its root mean square over rounds and
+coordinates, divided by that of independent noise at the same ε, δ, q and T.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def measure(on_figure: Callable[[Figure], None]) -> None:
 
 
 def choices(setting: Setting) -> list[int]:
-    """Return the numbers of bands to try: the rate may not pass 1."""
+    """Return the numbers of bands to try, with which the rate stays at most 1."""
     most = min(setting.rounds // FEWEST_PER_BAND, int(1 / setting.sample_rate))
     return sorted({1, *(round(most ** (i / 8)) for i in range(9))})
 
@@ -68,7 +68,7 @@ def accumulated_noise(setting: Setting, epsilon: float, bands: int) -> float:
 
 
 def banded_root(rounds: int, bands: int) -> NDArray[np.float64]:
-    """Return the first bands of the prefix sum's square root, all columns of norm 1 at most."""
+    """Return the first bands of the prefix sum's square root, with all column norms at most 1."""
     root = np.zeros(rounds)
     root[0] = 1.0
     for i in range(1, bands):

@@ -1,4 +1,4 @@
-"""What Flower messages cost in this process, and how soon a run gets to its first round."""
+"""The cost of Flower's messages in this process, and the time until a run's first round."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MESSAGE_BAR, START_BAR = 2.0, 1 / 3
 
 
 class Stack(ShapeTask):
-    """A task whose model has adapters of 1.5 MB and trains in no time."""
+    """A task with a model that has adapters of 1.5 MB and trains very fast."""
 
     def shape(self) -> Shape:
         """Return the model and its input."""
@@ -72,7 +72,7 @@ def measure(setting: Setting, on_figure: Callable[[Figure], None]) -> None:
 
 
 def _message(setting: Setting) -> Figure:
-    """Measure `overhead` in a process that has done nothing else, whatever ran in this one."""
+    """Measure `overhead` in a new process, which does not depend on what ran in this one."""
     done = subprocess.run(
         [sys.executable, "-m", __name__, str(setting.clients), str(setting.rounds)],
         cwd=ROOT,
@@ -103,7 +103,7 @@ def overhead(clients: int, count: int) -> float:
             bare.append(_bare_loop(prepared, server_round=len(bare) + 2))
 
         rounds = time_rounds(prepared, run_dir, between=loop)
-    # A loop and the round after it, on the same batches: no machine is as fast for long.
+    # A loop and the round after it use the same batches, since a machine's speed drifts.
     pairs = zip(rounds, bare[:-1], strict=True)
     return statistics.median(whole - loop for whole, loop in pairs)
 
@@ -136,7 +136,7 @@ def stack_config(folder: Path, clients: int, rounds: int, **changes: Any) -> Run
             "reproducible": True,
             "run-dir": str(folder),
             "state-dir": str(folder),
-            # As a run in this process sets them, so that the bare loop finds the run's own model.
+            # These are the values of a run in this process, so the bare loop finds the run's model.
             "min-clients": clients,
             "share-weights": False,
         },

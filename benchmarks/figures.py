@@ -1,4 +1,4 @@
-"""What benchmarks find: figures with bars, how they are timed, shown and kept."""
+"""Figures of benchmarks: ratios with bars, and how they are timed, shown and saved."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class Figure:
     Parameters
     ----------
     what : str
-        What was measured, and on what.
+        The measured quantity and its setting.
     ours, reference : float or None
-        In ``unit``; ``None`` where it could not be measured, which ``note`` explains.
+        Values in ``unit``; ``None`` if it could not be measured, which ``note`` explains.
     unit : str
         E.g. ``"s"`` or ``"MB"``.
     against : str
-        What the reference is.
+        Description of the reference.
     bar : float, optional
-        What the ratio, ours ÷ reference, should not exceed; ``None`` for a figure without a bar.
+        Most that the ratio, ours ÷ reference, should be; ``None`` for a figure without a bar.
     note : str (default: "")
-        Why a figure is missing, or what to know of it.
+        Why the figure is missing, or a remark on it.
     """
 
     what: str
@@ -67,18 +67,18 @@ class Figure:
         return self.ratio <= self.bar
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the figure as the JSON file holds it."""
+        """Return the figure for the JSON file."""
         measured = self.ours if self.ratio is None else self.ratio
         return {**asdict(self), "ratio": self.ratio, "measured": measured, "met": self.met}
 
 
 def take_turns(calls: Mapping[str, Call], repetitions: int) -> dict[str, float]:
-    """Time calls in turns, after one round to warm up.
+    """Time several calls in turns, after each has run once to warm up.
 
     Returns
     -------
     dict[str, float]
-        Median seconds of each.
+        Median seconds of each call.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repetition in range(repetitions + 1):
@@ -113,7 +113,7 @@ def peak_bytes(call: Call) -> int:
 
 
 def operators(call: Call) -> int:
-    """Return how many operators that compute something a call runs: on a GPU, its launches."""
+    """Return how many computing operators a call runs. On a GPU these are its kernel launches."""
     with _Counter() as counter:  # type: ignore[no-untyped-call]
         call()
     return int(counter.count)

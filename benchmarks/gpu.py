@@ -1,4 +1,4 @@
-"""The private step at full size on a GPU: against plain PEFT, bf16 against fp32, more workers."""
+"""The private step at full size on a GPU: compared with PEFT, bf16 with fp32, and more workers."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class Setting:
 
 
 def full_size() -> Setting:
-    """Return what is measured on a GPU."""
+    """Return the setting that is measured on a GPU."""
     return Setting(((swin_base(), 16), (swin_base(), 64), (roberta_large(), 128)))
 
 
 def measure_gpu(setting: Setting, on_figure: Callable[[Figure], None]) -> None:
-    """Measure steps, precision and workers; without a GPU, say what is skipped."""
+    """Measure steps, precision and workers. Without a GPU, only say what is skipped."""
     if not torch.cuda.is_available():
         for what, unit, against, bar in _planned(setting):
             on_figure(Figure(what, None, None, unit, against, bar, SKIPPED))

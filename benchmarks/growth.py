@@ -16,7 +16,7 @@ Cell = tuple[Shape, int, int]
 
 @dataclass(frozen=True)
 class Setting:
-    """What is varied, one thing at a time; the first of each row is what the others are over."""
+    """The varied quantities, one at a time. Each row is relative to its first cell."""
 
     rows: Mapping[str, list[Cell]] = field(default_factory=lambda: _rows())
     repetitions: int = 3
@@ -34,7 +34,7 @@ def _rows() -> dict[str, list[Cell]]:
 
 
 def measure(setting: Setting, on_figure: Callable[[Figure], None]) -> None:
-    """Time and weigh a step of both factors on all linear layers, in turns within a row."""
+    """Measure time and memory of a step of both factors on all linear layers, row by row."""
     for name, cells in setting.rows.items():
         calls = {_label(name, cell): _step(cell) for cell in cells}
         seconds = take_turns(calls, setting.repetitions)

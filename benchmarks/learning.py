@@ -1,11 +1,11 @@
-"""Does the noise that `fedlora plan` shows tell which runs learn? Refits that from our own runs.
+"""Fits, on our own runs, how well the noise that `fedlora plan` shows tells which runs learn.
 
     python -m benchmarks.learning --output benchmarks/results
 
-Reads the reported rows of finished comparisons below ``benchmarks/results``, works out each run's
-noise, and prints the table and the fits; ``--output`` names a folder for ``learning.csv`` and
-``learning.json``. Digits' clients are split as with seed 1. For the other data sets all clients
-have the mean number of records, since their records are not in the repository.
+It reads the reported rows of finished comparisons below ``benchmarks/results``, calculates each
+run's noise, and prints the table and the fits. ``--output`` names a folder for ``learning.csv`` and
+``learning.json``. Clients of digits have the split of seed 1. Clients of other data sets all get
+the mean number of records, since those records are not in the repository.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ LEFT_OUT = ("fedsa-lora",)
 
 
 def table() -> pd.DataFrame:
-    """Return one row for each setting: its noise, and the share of the gain that it keeps."""
+    """Return one row per setting: its noise, and the share of the gain that it keeps."""
     rows = pd.DataFrame(_settings())
     plain = rows[np.isinf(rows["epsilon"])]
     rows["plain"] = [_without_privacy(row, plain) for _, row in rows.iterrows()]
@@ -63,7 +63,7 @@ def table() -> pd.DataFrame:
 def fit(figures: NDArray[np.float64], good: NDArray[np.bool_]) -> float:
     """Return the threshold below which runs are good, with the fewest wrong verdicts."""
     order = np.sort(figures)
-    # Nothing and everything are thresholds, too: some groups hold good runs alone.
+    # Thresholds may also be below or above all runs, as some groups have only good runs.
     middles = np.concatenate(([0.0], np.sqrt(order[1:] * order[:-1]), [np.inf]))
     wrong = [int(((figures < limit) != good).sum()) for limit in middles]
     best = [limit for limit, count in zip(middles, wrong, strict=True) if count == min(wrong)]
@@ -71,7 +71,7 @@ def fit(figures: NDArray[np.float64], good: NDArray[np.bool_]) -> float:
 
 
 def assess(rows: pd.DataFrame, figure: str, outcome: str) -> dict[str, Any]:
-    """Fit on all rows; and judge each from a fit without its group, so that none judges itself."""
+    """Fit on all rows. Judge each row by a fit without its group, so that none judges itself."""
     figures, good = rows[figure].to_numpy(float), rows[outcome].to_numpy(bool)
     wrong = {}
     for name, groups in (("row", np.arange(len(rows))), ("strategy", rows["strategy"]),
@@ -93,7 +93,7 @@ def assess(rows: pd.DataFrame, figure: str, outcome: str) -> dict[str, Any]:
 
 
 def _settings() -> Iterator[dict[str, Any]]:
-    """Yield data set, method, ε, noise and accuracies of everything that was run."""
+    """Yield data set, method, ε, noise and accuracies of all runs."""
     for data, files in FILES.items():
         shared = json.loads((RESULTS / data / "settings.json").read_text(encoding="utf-8"))
         known = {key: value for key, value in shared.items() if key in RunConfig().items()}
@@ -116,7 +116,7 @@ def _settings() -> Iterator[dict[str, Any]]:
 
 
 def _noise(data: str, config: RunConfig) -> dict[str, float]:
-    """Return the noise of one round, and of a run, over the most that the signal can be."""
+    """Return the noise of one round and of a whole run, relative to the largest possible signal."""
     if not config.private:
         return {"round_noise": math.nan, "run_noise": math.nan}
     shapes, sizes = _shapes(data, config), _sizes(data, config)
@@ -161,7 +161,7 @@ def _without_privacy(row: pd.Series[Any], plain: pd.DataFrame) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table and the fits, and write them where a folder is named."""
+    """Print the table and the fits, and write them if a folder is named."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.learning",
         description=__doc__,

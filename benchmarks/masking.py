@@ -1,7 +1,7 @@
-"""What a masked sum costs: CPU time and bytes of one client and of the server, over the plain sum.
+"""The cost of a masked sum: CPU time and bytes of a client and of the server, over a plain sum.
 
-The protocol itself runs here, with real keys, in one process; network and start of processes are
-not in it. In a deployment a round has four messages to each client in place of one.
+The real protocol runs here, with real keys, in one process. The network and the start of processes
+are not measured. In a deployment, a round then has four messages to each client instead of one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedlora_flwr.secure_sum.terms import CARD_BYTES, Terms
 
 @dataclass(frozen=True)
 class Setting:
-    """What is varied: clients of a round, and numbers that an upload holds."""
+    """The varied quantities: clients of a round, and numbers in an upload."""
 
     clients: tuple[int, ...] = (10, 30, 100)
     entries: tuple[int, ...] = (10_000, 300_000)
@@ -31,7 +31,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one round takes: CPU seconds of the mean client and of the server, bytes of a client."""
+    """The cost of a round: CPU seconds of the mean client and of the server, bytes of a client."""
 
     client: float
     server: float
@@ -40,7 +40,7 @@ class Cost:
 
 
 def measure(setting: Setting, on_figure: Callable[[Figure], None]) -> None:
-    """Run one round for each cell, with as many clients gone as may be."""
+    """Run one round for each cell, with as many missing clients as are allowed."""
     for entries in setting.entries:
         costs = {count: cost(count, entries) for count in setting.clients}
         fewest = min(costs)
@@ -59,7 +59,7 @@ def measure(setting: Setting, on_figure: Callable[[Figure], None]) -> None:
 
 
 def cost(count: int, entries: int) -> Cost:
-    """Measure one round whose last clients upload nothing."""
+    """Measure one round in which the last clients upload nothing."""
     gone = isqrt(count - 1) - 1
     terms = Terms(1, "B", count, gone, 1, 4.0, 1 << 20, 0.1, 1.0)
     people = [Ed25519PrivateKey.generate() for _ in range(count)]

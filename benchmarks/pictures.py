@@ -22,15 +22,15 @@ OF = {
     "cifar10.png": ("cifar10-small-swin", "CIFAR-10, small Swin"),
     "sst2.png": ("sst2-minilm", "SST-2, MiniLM"),
 }
-"""What is drawn: the folder of its rows, and the name of its data."""
+"""Comparisons to draw: the folder of each one's rows, and the name of its data."""
 MODES = "modes.png"
 
 
 def runs_of(folder: str) -> pd.DataFrame:
-    """Return the reported runs of a comparison, as `plot_accuracy` takes them."""
+    """Return the reported runs of a comparison in the form that `plot_accuracy` takes."""
     rows = read_rows(ROWS / folder / "rows.csv")
     rows = rows[(rows["phase"] == "report") & (rows["error"] == "")]
-    # Rows of an earlier version are named by their strategy alone.
+    # In rows of an earlier version, the strategy is the whole name.
     return rows.rename(columns={"strategy": "row"}) if "row" not in rows else rows
 
 
@@ -38,7 +38,7 @@ def pictures(folder: Path) -> Iterator[Path]:
     """Draw all pictures into a folder."""
     for name, (rows, data) in OF.items():
         runs = runs_of(rows)
-        order = list(STRATEGIES).index  # One color for a method in all pictures.
+        order = list(STRATEGIES).index  # A method has the same color in all pictures.
         runs = runs.sort_values("row", key=lambda names: names.map(order), kind="stable")
         plot_accuracy(runs, folder / name, "accuracy", data)
         yield folder / name

@@ -1,8 +1,8 @@
-"""A round of ours against a round as public scripts for these papers run it, with the same maths.
+"""Compares a round of ours with one as public scripts for these papers run it, with equal maths.
 
-What those scripts have in common: every round and for every client the model is loaded and the
-privacy engine made again, texts are tokenized when a record is asked for, and padded to the longest
-that is allowed. Written for this purpose, after none of them in particular.
+Those scripts have in common that they load the model and make the privacy engine again for every
+client and round. They tokenize texts when a record is read, and pad them to the longest allowed
+length. The script here is written for this purpose and copies none of them.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from fedlora_flwr.simulations.runner import prepare_run
 
 BAR = 1 / 5
 WORDS = 5000
-"""Words of the made-up language, each one token."""
+"""Words of the made-up language. Each is one token."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Size of the federation and of its model: those of MiniLM-L6 unless said otherwise."""
+    """Size of the federation and of its model. The default model size is that of MiniLM-L6."""
 
     clients: int = 6
     records: int = 1000
@@ -87,7 +87,7 @@ def _take_turns(folder: Path, setting: Setting) -> tuple[list[float], list[float
     def published() -> None:
         nonlocal rounds
         rounds += 1
-        if rounds == 1:  # As our first round is not timed: imports, and data that is opened.
+        if rounds == 1:  # Our first round, which imports and opens data, is not timed either.
             script.client(steps=1)
             return
         begin = time.perf_counter()
@@ -125,7 +125,7 @@ def _config(folder: Path, setting: Setting) -> RunConfig:
 
 
 class _Script:
-    """One client of the published way."""
+    """One client as in the public scripts."""
 
     def __init__(self, folder: Path, setting: Setting, sigma: float, clip: float) -> None:
         self._folder, self._setting, self._sigma, self._clip = folder, setting, sigma, clip
@@ -133,7 +133,7 @@ class _Script:
         self._texts, self._labels = frame["sentence"].tolist(), frame["label"].tolist()
 
     def client(self, steps: int) -> dict[str, Tensor]:
-        """Load, wrap, train, and return what is uploaded."""
+        """Load, wrap and train the model, and return the upload."""
         from opacus import PrivacyEngine
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -227,7 +227,7 @@ def _make(folder: Path, setting: Setting) -> None:
 
 @contextmanager
 def _cache_in(folder: Path) -> Iterator[None]:
-    """Keep what is prepared out of the user's cache."""
+    """Keep prepared records out of the user's cache."""
     before = os.environ.get("XDG_CACHE_HOME")
     os.environ["XDG_CACHE_HOME"] = str(folder)
     try:

@@ -1,4 +1,4 @@
-"""How long the rounds of a run take."""
+"""Measures how long the rounds of a run take."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def time_rounds(
     Parameters
     ----------
     prepared, run_dir, workers
-        As of `run_in_process`.
+        As for `run_in_process`.
     between : callable, optional
-        Called after each round, outside of its time: what takes turns with rounds.
+        Called after each round, outside of its time, for measurements that take turns with rounds.
     """
     seconds: list[float] = []
     mark = time.perf_counter()
@@ -34,7 +34,7 @@ def time_rounds(
         nonlocal mark
         if row["round"] > 1:
             seconds.append(time.perf_counter() - mark)
-        if row["round"]:  # Before the first, a row is written of the start.
+        if row["round"]:  # The first row is that of the start, before any round.
             between()
         mark = time.perf_counter()
 

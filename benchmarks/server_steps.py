@@ -1,6 +1,6 @@
 """Every strategy's server step for one layer, and those of published code: seconds, equality.
 
-What `benchmarks.aggregation` measures with; it is no command of its own.
+A library of `benchmarks.aggregation`, without a command of its own.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ LIBRARIES: dict[str, Callable[[torch.Tensor, int], Pair]] = {
 
 
 def mean_of_products(pairs: list[Pair]) -> torch.Tensor:
-    """Form ``Σ B_k A_k / N`` as one m x n matrix, in place, the factors' type throughout."""
+    """Form ``Σ B_k A_k / N`` as one m x n matrix, in place and always in the factors' type."""
     total = torch.zeros(
         len(pairs[0][0]), pairs[0][1].shape[1], dtype=torch.from_numpy(pairs[0][0]).dtype
     )

@@ -1,4 +1,4 @@
-"""How soon a device's process is ready for a private step: Flower starts one for each message."""
+"""Measures when a device's process is ready for a private step. Flower starts one per message."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORDS = ("a", "fine", "film", "the", "plot", "was", "dull", "and", "long", "very
 
 @dataclass(frozen=True)
 class Setting:
-    """How many starts are measured, of a BERT of which size (MiniLM's) and on how many records."""
+    """The number of starts, the size of the BERT (MiniLM's) and the number of records."""
 
     starts: int = 5
     layers: int = 12
@@ -33,7 +33,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Start:
-    """One start: its seconds on the wall clock, CPU seconds by stage, packages that it loaded."""
+    """One start: seconds on the wall clock, CPU seconds per stage, and loaded packages."""
 
     seconds: float
     stages: dict[str, float]
@@ -49,7 +49,7 @@ def measure(setting: Setting, on_figure: Callable[[Figure], None]) -> None:
 
 
 def take_starts(folder: Path, setting: Setting) -> dict[str, list[Start]]:
-    """Start each of `started.WAYS` in turns, after a device's first message, which fills caches."""
+    """Start each of `started.WAYS` in turns, after a device's first message has filled caches."""
     prepare(folder, setting)
     start("warm", folder)
     found: dict[str, list[Start]] = {way: [] for way in started.WAYS}
@@ -60,7 +60,7 @@ def take_starts(folder: Path, setting: Setting) -> dict[str, list[Start]]:
 
 
 def figures_of(found: dict[str, list[Start]], setting: Setting) -> Iterator[Figure]:
-    """Give the medians: seconds until ready, and what the processor worked for them."""
+    """Return the medians of the seconds until ready and of the CPU seconds."""
     plain = found["plain"]
     for way, which in (("client", "a device's first message"), ("warm", "its next, kept warm,")):
         ours = found[way]
@@ -122,11 +122,11 @@ def start(way: str, folder: Path) -> Start:
     Raises
     ------
     RuntimeError
-        It ended before that.
+        The process ended before it was ready.
     """
     quiet = {"XDG_CACHE_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     begin = time.perf_counter()
-    # Not through a pipe, which a process that is kept warm would hold open.
+    # Output goes to a file, because a process that is kept warm would hold a pipe open.
     with (
         (folder / f"{way}.log").open("w+") as log,
         subprocess.Popen(

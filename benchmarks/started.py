@@ -1,6 +1,6 @@
-"""What `benchmarks.start` starts: a process that gets ready for a private step.
+"""A process that gets ready for a private step, which `benchmarks.start` starts.
 
-Every import is in a function, because imports are most of what is measured.
+Every import is in a function, because most of the measured time goes to imports.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ DEVICE_FILE, RUN_FILE, MODEL = "device/device.toml", "run.toml", "model"
 
 
 class Clock:
-    """CPU seconds of this process after the first ``start``, by what they went to."""
+    """CPU seconds of this process after the first ``start``, by stage."""
 
     def __init__(self, start: float = 0.0) -> None:
         self.stages: dict[str, float] = {}
         self._start = start
 
     def done(self, stage: str) -> None:
-        """Count what has passed since the last stage, or the process' start, as this stage."""
+        """Count the seconds since the last stage, or since the process started, as this stage."""
         self.stages[stage] = time.process_time() - self._start - sum(self.stages.values())
 
 
@@ -47,7 +47,7 @@ def as_a_warm_client(folder: Path, clock: Clock) -> None:
     import flwr.supernode.cli  # noqa: F401
 
     clock.done("Flower")
-    # By the name that it has in any process.
+    # The function needs a name by which any process can import it.
     from benchmarks import started
     from fedlora_flwr import client_app  # noqa: F401
     from fedlora_flwr.clients.device import Device
@@ -61,7 +61,7 @@ def as_a_warm_client(folder: Path, clock: Clock) -> None:
 
 
 def get_ready(folder: Path, clock: Clock) -> None:
-    """Do all of a training message that comes before its first step."""
+    """Do everything for a training message that comes before its first step."""
     from flwr.app import Context, RecordDict
 
     from fedlora_flwr import client_app
@@ -76,7 +76,7 @@ def get_ready(folder: Path, clock: Clock) -> None:
     trainer = process_trainer(config)
     _ = trainer.adapted.fingerprint
     clock.done("model")
-    # The trainer is the process' own, and found again.
+    # The process keeps its trainer, so the message finds it.
     client_app.make_client(Context(1, 1, {"device": device}, RecordDict(), run))
     records = trainer.task.client_records(0, 1)
     clock.done("records")
@@ -86,7 +86,7 @@ def get_ready(folder: Path, clock: Clock) -> None:
 
 
 def get_ready_again(folder: Path) -> float:
-    """Return the CPU seconds that it takes a process which may have done so before."""
+    """Return the CPU seconds to get ready in a process that may have done so before."""
     clock = Clock(time.process_time())
     get_ready(folder, clock)
     return sum(clock.stages.values())

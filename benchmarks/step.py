@@ -1,4 +1,4 @@
-"""The private step against the same step of plain PEFT without privacy, and against Opacus' own."""
+"""Compares the private step with plain PEFT's step without privacy, and with that of Opacus."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIGMA, CLIP = 1.0, 1.0
 
 @dataclass(frozen=True)
 class Bars:
-    """What a private step may take of a plain one: time by the layers with adapters, and memory."""
+    """Bars for a private step over a plain one: of time, by the adapted layers, and of memory."""
 
     narrow: float = 1.00
     all_linears: float = 0.90
@@ -49,15 +49,15 @@ class Shape:
     Parameters
     ----------
     name : str
-        As the table shows it.
+        Name in the table.
     build : callable
-        Makes the model, with random weights.
+        Makes the model with random weights.
     batch : callable
         Makes n records.
     losses : callable
         Maps (model, batch) to losses, shape (n,).
     targets : Mapping[str, str]
-        Patterns of adapted layers, by what the table calls them.
+        Patterns of adapted layers, by their names in the table.
     head : str
         The classifier's name.
     """
@@ -79,7 +79,7 @@ def measure(
     rivals: bool = True,
     bars: Bars | None = None,
 ) -> None:
-    """Time and weigh the step of every shape, choice of layers and phase.
+    """Measure time and memory of a step for every shape, choice of layers and phase.
 
     Parameters
     ----------
@@ -88,15 +88,15 @@ def measure(
     records : int
         Records in the batch, the same in every step.
     repetitions : int
-        Turns that the medians are of.
+        Number of turns over which medians are taken.
     device : torch.device
-        Where the models are.
+        Device of the models.
     on_figure : callable
-        Called with each figure as it is found.
+        Called with each figure once it is measured.
     rivals : bool (default: True)
-        Also measure Opacus' hooks and ghost clipping, on few layers where both factors train.
+        Also measure Opacus' hooks and ghost clipping, on few layers with both factors training.
     bars : Bars, optional
-        What to hold the figures against; those of a CPU by default.
+        Bars for the figures; those of a CPU by default.
     """
     bars = bars or Bars()
     for shape in shapes:
@@ -105,7 +105,7 @@ def measure(
             for phase in PHASES:
                 what = f"{shape.name}, b = {records}, {layers}, {phase}"
                 limits = (bars.time(layers), bars.memory)
-                # They take twice as long as all else, and are there to be reported.
+                # They take twice as long as all the rest, and are measured only for the report.
                 compared = rivals and phase == "AB" and layers != ALL_LINEARS
                 for figure in bench.figures(what, phase, limits, repetitions, compared):
                     on_figure(figure)
@@ -123,9 +123,9 @@ class StepBench:
     records : int
         Records in the batch.
     device : torch.device
-        Where both models are.
+        Device of both models.
     rank : int
-        Of the adapters.
+        Rank of the adapters.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class StepBench:
         batch = shape.batch(records)
         self.batch = {name: tensor.to(device) for name, tensor in batch.items()}
         self.records, self.indices = TensorRecords(batch), torch.arange(records)
-        # Random weights take seconds to draw, a copy does not.
+        # Drawing random weights takes seconds, copying them does not.
         torch.manual_seed(0)
         self._drawn = shape.build().to(device)
         spec = LoRASpec(rank, ALPHA, 0.0, targets, (shape.head,))
@@ -151,7 +151,7 @@ class StepBench:
         return self._peft()
 
     def call(self, names: Sequence[str] = ()) -> Call:
-        """Return our step of the named arrays, of all where none is named."""
+        """Return our step of the named arrays, or of all if none is named."""
         active = names or list(self.engine.adapted.parameters)
         return partial(self.engine.step, self.records, self.indices, active)
 
@@ -163,7 +163,7 @@ class StepBench:
         repetitions: int,
         rivals: bool,
     ) -> Iterator[Figure]:
-        """Time and weigh one phase; ``limits`` are the bars for time and memory."""
+        """Measure time and memory of one phase; ``limits`` are the bars for both."""
         names = [n for n in self.engine.adapted.parameters if factor_of(n) in PHASES[phase]]
         calls: dict[str, Call] = {
             "ours": self.call(names),
@@ -288,7 +288,7 @@ def _ghost(
 
 
 def swin(name: str = "Swin-T", model: str = "swin_tiny_patch4_window7_224") -> Shape:
-    """Return a Swin of timm's on 224×224 pictures."""
+    """Return one of timm's Swin models on 224×224 pictures."""
 
     def build() -> nn.Module:
         import timm
@@ -311,7 +311,7 @@ def swin(name: str = "Swin-T", model: str = "swin_tiny_patch4_window7_224") -> S
 
 
 def roberta(name: str = "RoBERTa-base", **sizes: int) -> Shape:
-    """Return a RoBERTa, base unless its sizes say otherwise, on 128 tokens."""
+    """Return a RoBERTa on 128 tokens, of the base size unless other sizes are given."""
 
     def build() -> nn.Module:
         from transformers import RobertaConfig, RobertaForSequenceClassification

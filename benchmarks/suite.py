@@ -153,7 +153,7 @@ def run_suite(
     output : Path or None
         File for figures, machine and versions.
     console : Console
-        Where progress and tables go.
+        The console for progress and tables.
 
     Returns
     -------
@@ -163,7 +163,7 @@ def run_suite(
     Raises
     ------
     InvalidValue
-        There is no such benchmark.
+        A name is not that of a benchmark.
     """
     for name in names:
         if name not in BENCHMARKS:
@@ -173,7 +173,7 @@ def run_suite(
     begin = time.perf_counter()
     for name in names or [name for name in BENCHMARKS if name not in BY_NAME_ONLY]:
         figures = found[name] = []
-        torch.set_num_threads(1)  # Unless the benchmark takes more.
+        torch.set_num_threads(1)  # A benchmark may set another number.
         with console.status(f"{name}: starting") as status:
 
             def told(figure: Figure, name: str = name, figures: list[Figure] = figures) -> None:
@@ -182,7 +182,7 @@ def run_suite(
 
             started = time.perf_counter()
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Of the rivals' and the models' own.
+                warnings.simplefilter("ignore")  # Those of other libraries and of models.
                 BENCHMARKS[name](told)
             seconds = time.perf_counter() - started
         title = f"{name}: {(BENCHMARKS[name].__doc__ or '').strip()} ({seconds:.0f} s)"
@@ -196,7 +196,7 @@ def run_suite(
 
 
 def _quiet() -> None:
-    """Leave the screen to our own progress."""
+    """Keep other output off the screen, which shows our own progress."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

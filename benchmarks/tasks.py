@@ -1,4 +1,4 @@
-"""Tasks of random records on models with random weights, for measuring alone."""
+"""Tasks with random records and models with random weights, only for measurements."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ShapeTask(ABC):
         return self._records
 
     def test_records(self) -> TensorRecords:
-        """Return those records, too."""
+        """Return the same records."""
         return self._records
 
     def losses(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
@@ -54,7 +54,7 @@ class ShapeTask(ABC):
         return self._shape.losses(model, batch)
 
     def evaluate(self, model: Any, records: TensorRecords) -> dict[str, float]:
-        """Return the loss on one record; what it is, does not matter here."""
+        """Return the loss on one record. Its value does not matter here."""
         device = next(model.parameters()).device
         batch = {name: t.to(device) for name, t in records.batch(torch.arange(1)).items()}
         with torch.inference_mode():

@@ -36,11 +36,11 @@ OVERRIDES = (
     *("lr-b=0.01", "delta=0.001", "precision=fp32", "eval-every=4", "eval-batch-size=64"),
     *(f"{strategy}.eta=0.02" for strategy in ("fedadagrad", "fedadam", "fedyogi")),
 )
-"""What the tiny run has in place of the recipe's own values."""
+"""Values of the tiny run that replace those of the recipe."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write model, data and recipe to the folder that is named, and say what comes next."""
+    """Write model, data and recipe to the named folder, and print the next commands."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tiny_llm", description="Write model, data and recipe."
     )
@@ -55,7 +55,7 @@ def make(folder: Path, steps: int = 300) -> Path:
     Parameters
     ----------
     folder : Path
-        Made if missing.
+        The folder to write to, which is made if missing.
     steps : int (default: 300)
         Steps of training on the public text.
 

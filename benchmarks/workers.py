@@ -1,4 +1,4 @@
-"""What one more worker process costs in memory, beyond what it imports."""
+"""Measures the memory of one more worker process beyond its imports."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MEMORY_BAR = 100.0
 
 @dataclass(frozen=True)
 class Setting:
-    """The task whose model the workers have, one of next to nothing, and how many share it."""
+    """The task with the workers' model, a task with a tiny model, and the number of workers."""
 
     task: str = "benchmarks.workers:Texts"
     tiny: str = "benchmarks.workers:TinyTexts"
@@ -40,7 +40,7 @@ class Texts(ShapeTask):
 
 
 class TinyTexts(ShapeTask):
-    """The same for a RoBERTa of one layer and four features: what a worker imports, and no more."""
+    """The same for a RoBERTa of one layer and four features, to measure only the imports."""
 
     def shape(self) -> Shape:
         """Return the model and its input."""

@@ -162,7 +162,7 @@ def load_strategy(name: str) -> Any:
         raise InvalidValue(
             "strategy",
             name,
-            f"a name that one package gives; this one is {' and '.join(sorted(places))}",
+            f"a name of only one package, but it stands for {' and '.join(sorted(places))}",
         )
     return load("strategy", places[0] if places else name, "Class of a strategy")
 
@@ -200,10 +200,10 @@ def load(key: str, place: str, what: str) -> Any:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         where = f"in {Path.cwd()} or" if beside else "that is installed or"
-        allowed = f"module:{word}; {module!r} is not a module {where} on PYTHONPATH"
+        allowed = f"module:{word}, but {module!r} is not a module {where} on PYTHONPATH"
         raise InvalidValue(key, place, allowed) from error
     if found is None:
-        raise InvalidValue(key, place, f"module:{word}; {module!r} has no {attribute!r}")
+        raise InvalidValue(key, place, f"module:{word}, but {module!r} has no {attribute!r}")
     return found
 
 

@@ -1,15 +1,16 @@
 """Arithmetic on pairs of LoRA factors, ``B`` (m x r) and ``A`` (r x n), not on their product.
 
-A product of m x n entries is formed in one case only, on the way to its SVD: r >= max(m, n), where
+The product of m x n entries is formed in one case only, to compute its SVD: r >= max(m, n), where
 it is smaller than its factors.
 
 Sums, QR and SVD run in fp64; results come back in the factors' own type. Every function raises
 `InvalidValue` for factors that do not fit together, are not finite or not floating-point, and for
 results outside the range of their type.
 
-A singular value is set to zero when it is at most ``max(m, n) * eps * sum_j |b_j| |a_j|``, with the
-columns of B, the rows of A and the eps of fp64: below that it is the rounding of the product's
-terms. The sum, unlike ``|B| |A|``, does not depend on how a term is shared between its two vectors.
+A singular value is set to zero when it is at most ``max(m, n) * eps * sum_j |b_j| |a_j|``. Here b_j
+are the columns of B, a_j the rows of A, and eps is that of fp64. A smaller value is the rounding
+error of the product's terms. Unlike ``|B| |A|``, the sum stays the same if a column of B is scaled
+up and its row of A is scaled down.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ def refactorize(B: Factor, A: Factor) -> Pair:
     """Write the product as ``B' = U Σ`` and ``A' = Vᵀ``, its SVD, so that ``A'A'ᵀ = I``.
 
     The server step of FedSVD (arXiv 2505.12805). QR of B and of Aᵀ, then SVD of the r x r core:
-    O((m + n) r² + r³). Singular values descend. In each row of A' the largest entry (of entries
-    tied to 1e-6, the first) is positive, so that equal products give equal factors wherever
+    O((m + n) r² + r³). Singular values descend. In each row of A' the largest entry is positive (or
+    the first of several that are equal up to 1e-6). So equal products give equal factors wherever
     singular values are positive and distinct.
 
     Returns
     -------
     tuple of ndarray, (m, r) and (r, n)
-        B has orthogonal columns, zero beyond the product's rank. A has orthonormal rows, also
-        there; if r > n, only n can be and the last r - n are zero.
+        B has orthogonal columns, which are zero beyond the product's rank. All rows of A are
+        orthonormal, also beyond the rank; if r > n, only the first n are, and the others are zero.
     """
     _check(B, A)
     left, right, _ = _decompose(B, A, A.shape[0], _rounding(B, A))
@@ -50,9 +51,9 @@ def refactorize(B: Factor, A: Factor) -> Pair:
 def compact(B: Factor, A: Factor) -> Pair:
     """Write the product in as few columns as it needs: `refactorize`'s form without its zeros.
 
-    What a sum of many pairs is kept in (`add`): its rank grows with what it holds, never beyond
-    min(m, n). Each call drops at most the module's bound, so a product built up over T calls is
-    off by at most T times that bound and its rounding. O((m + n) r² + r³) for r below m and n.
+    A sum of many pairs (`add`) is kept in this form: its rank grows with its content, but never
+    beyond min(m, n). Each call drops at most the module's bound, so a product built up over T calls
+    is off by at most T times that bound, plus rounding. O((m + n) r² + r³) for r below m and n.
 
     Returns
     -------
@@ -67,13 +68,13 @@ def truncate(B: Factor, A: Factor, rank: int) -> Pair:
     """Find the best approximation of the product that has at most the given rank (Eckart-Young).
 
     The server step of FlexLoRA (arXiv 2402.11505), which cuts one sum to each client's rank. The
-    form is `refactorize`'s, ``U Σ`` and ``Vᵀ``, not the balanced ``U √Σ`` and ``√Σ Vᵀ``: A is
-    perfectly conditioned for any product, and a component with Σ = 0 still trains, as at
-    LoRA's own start (balanced, both gradients are zero).
+    form is `refactorize`'s, ``U Σ`` and ``Vᵀ``, not the balanced ``U √Σ`` and ``√Σ Vᵀ``. So A is
+    perfectly conditioned for any product, and a component with Σ = 0 still trains, as at LoRA's
+    own start. In the balanced form both of its gradients would be zero.
 
-    Where the spectrum falls off behind a rank far below r, as for clients that moved little from
-    one start, each pass of a subspace iteration costs O((m + n) r rank) and few are needed;
-    elsewhere it is QR and SVD, O((m + n) k² + k³), k = max(r, rank).
+    If the rank is far below r and the singular values beyond it are small, as for clients that
+    moved little from one start, a few passes of a subspace iteration suffice, each in
+    O((m + n) r rank). Otherwise QR and SVD take O((m + n) k² + k³), with k = max(r, rank).
 
     Parameters
     ----------
@@ -85,7 +86,7 @@ def truncate(B: Factor, A: Factor, rank: int) -> Pair:
     Returns
     -------
     tuple of ndarray, (m, rank) and (rank, n)
-        The singular values left out are those of the error.
+        The singular values of the error are those that were left out.
     """
     _check(B, A)
     if rank < 1:
@@ -144,9 +145,10 @@ def residual(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
     """Factor what the means of the factors miss, ``Σ p_k B_k A_k - B̄ Ā``.
 
     The residual of FedEx-LoRA (arXiv 2410.09432), taken as the equal ``Σ p_k (B_k - B̄)(A_k - Ā)``:
-    nothing large cancels when clients differ little, and its rank is at most (N - 1) r. QR and SVD
-    compress it to its numerical rank: the module's bound, with the terms of ``Σ p_k B_k A_k``, says
-    what counts as zero. Pairs must have one rank. O((m + n)(N r)² + (N r)³).
+    no large terms cancel when clients differ little, and its rank is at most (N - 1) r. QR and SVD
+    compress it to its numerical rank. The module's bound, with the terms of ``Σ p_k B_k A_k``,
+    decides which singular values count as zero. All pairs must have the same rank.
+    O((m + n)(N r)² + (N r)³).
 
     Returns
     -------
@@ -159,7 +161,7 @@ def residual(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
         raise InvalidValue("ranks", ranks, "one rank for all, else the factors have no mean")
     stacks = [np.stack([pair[side].astype(np.float64) for pair in pairs]) for side in (0, 1)]
     floor = _rounding(*_stack(list(stacks[0]), list(stacks[1]), shares))
-    # An error of a mean shifts every client alike, so it enters the sum in second order only.
+    # Rounding of a mean shifts every client alike, so it affects the sum in second order only.
     off_b, off_a = (list(stack - np.tensordot(shares, stack, axes=1)) for stack in stacks)
     B, A = _stack(off_b, off_a, shares)
     return _cast(*_compress(B, A, floor), [factor for pair in pairs for factor in pair])
@@ -179,12 +181,13 @@ def _compress(B: Factor, A: Factor, floor: float) -> tuple[Array64, Array64]:
 
 
 def _decompose(B: Factor, A: Factor, rank: int, floor: float) -> tuple[Array64, Array64, Array64]:
-    """Give U Σ (m, rank), Vᵀ (rank, n) and Σ (min(m, n, r),), singular values <= floor as zero."""
+    """Return U Σ (m, rank), Vᵀ (rank, n) and Σ (min(m, n, r),), with values <= floor set to 0."""
     (m, r), n = B.shape, A.shape[1]
     left, right = B.astype(np.float64), A.astype(np.float64)
     basis = rest = None
-    if r < n:  # QR shrinks no factor with more columns than rows.
-        padded = np.vstack([right, np.zeros((max(rank - r, 0), n))])  # It completes the basis.
+    if r < n:  # Otherwise QR would not make A smaller.
+        # QR of the rows of zeros completes the basis.
+        padded = np.vstack([right, np.zeros((max(rank - r, 0), n))])
         q_a, r_a = np.linalg.qr(padded.T)
         inner = min(n, r)
         right, basis, rest = r_a[:inner, :r].T, q_a[:, :inner].T, q_a[:, inner:].T
@@ -194,7 +197,7 @@ def _decompose(B: Factor, A: Factor, rank: int, floor: float) -> tuple[Array64, 
         raise InvalidValue("product", "infinite", "factors and a product within fp64's range")
     u, sigma, vt = np.linalg.svd(core, full_matrices=rank > len(core))
     kept = min(rank, sigma.size)
-    # For tall B this saves Q, half the cost of its QR.
+    # For a tall B the Q of its QR is not needed, which saves half of the cost.
     left = left @ (right @ vt[:kept].T) if r < m else u[:, :kept] * sigma[:kept]
     v = vt if basis is None or rest is None else np.vstack([vt @ basis, rest])
     sigma = np.where(sigma > floor, sigma, 0.0)
@@ -205,9 +208,9 @@ def _leading(B: Factor, A: Factor, rank: int, floor: float) -> tuple[Array64, Ar
     """Find the leading triplets as `_decompose` does, by subspace iteration, if that is cheaper.
 
     Halko, Martinsson and Tropp (arXiv 0909.4061, algorithm 4.4), from a fixed start. ``Pᵀu = v σ``
-    holds by construction; once ``|P v - u σ| <= 1e-13 σ_1`` the triplets are those of a matrix that
-    close to P, which is all that a direct SVD promises. A pass that gains less than two digits
-    gives up: the spectrum has no gap behind the rank.
+    holds by construction. Once ``|P v - u σ| <= 1e-13 σ_1``, the triplets are those of a matrix
+    within this distance of P, which is all that a direct SVD promises. A pass that gains less than
+    two digits returns None: the singular values have no gap after the rank.
     """
     width = rank + 8
     if 4 * width > min(*B.shape, A.shape[1]) or not np.isfinite(floor):
@@ -234,7 +237,7 @@ def _orthonormal(columns: Array64) -> Array64:
 
 
 def _oriented(left: Array64, v: Array64, rank: int) -> tuple[Array64, Array64]:
-    """Fix the signs and pad with zeros to the rank."""
+    """Fix the signs as `refactorize` describes, and pad with zeros to the rank."""
     size = np.abs(v)
     peak = np.argmax(size >= (1 - 1e-6) * size.max(axis=1, keepdims=True), axis=1)
     signs = np.where(v[np.arange(len(v)), peak] < 0, -1.0, 1.0)

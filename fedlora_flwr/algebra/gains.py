@@ -1,8 +1,8 @@
 """AS-LoRA's scores: estimates, with errors, of how much a round's updates lowered the loss.
 
-Everything here reads uploads alone. The noise of two clients is independent, and so is the noise of
-two rounds, so a product of two such updates is free of noise on average: no noise has to be known,
-and none subtracted. The derivation is in docs/methods.md.
+Everything here reads uploads only. The noise of two clients is independent, and so is the noise of
+two rounds. The product of two such updates is therefore free of noise on average, and no noise has
+to be known or subtracted. The derivation is in docs/methods.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.means import Arrays, normalize
 
-_LEAST = 1e-6  # weight of all pairs of clients; below, one client is all there is
+_LEAST = 1e-6  # Least weight of all pairs of clients; below it, one client has all the weight.
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,18 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False)
 class Movement:
-    """What the updates of one array came to in one round.
+    """The mean of one array's updates in one round, and how much of it is noise.
 
     Parameters
     ----------
     mean : ndarray
         Weighted mean of the updates, fp32, in the array's shape.
     square : Estimate or None
-        Squared norm of what that mean would be without noise; None from a single update, whose
-        noise cannot be told from what it says.
+        Squared norm that the mean would have without noise. None for a single update, whose noise
+        cannot be told from its signal.
     noise : float
-        Squared norm of the mean's noise, ``Σ wᵢ²‖Δᵢ‖²``. What the updates agree on counts too,
-        with 1/N, so this is a little too large rather than too small.
+        Squared norm of the mean's noise, ``Σ wᵢ²‖Δᵢ‖²``. It includes 1/N of the signal that the
+        updates share, so it is a little too large rather than too small.
     """
 
     mean: NDArray[np.float32]
@@ -70,7 +70,7 @@ class Movement:
 
 
 class UpdateSums:
-    """Sums over the updates of one array, taken in one by one.
+    """Sums over the updates of one array, which are added one by one.
 
     ``‖Σ wᵢΔᵢ‖² - Σ wᵢ²‖Δᵢ‖²`` is the sum of the products between different clients, whose weights
     sum to ``1 - Σ wᵢ²``. Its variance under noise of d independent coordinates is
@@ -88,7 +88,8 @@ class UpdateSums:
         Parameters
         ----------
         weight : float
-            Its weight, above 0 and of any scale whose squares are numbers.
+            Its weight, above 0. Any scale will do as long as its square does not become 0 or
+            infinite.
         update : ndarray
             Its update, in the array's shape.
         """
@@ -102,7 +103,7 @@ class UpdateSums:
         self._updates += 1
 
     def result(self) -> Movement:
-        """Return what the updates came to; there must be at least one."""
+        """Return the movement of all updates so far; there must be at least one."""
         assert self._total is not None
         mean, scale = self._total / self._weights, self._weights**2
         noise, size = self._noise / scale, max(mean.size, 1)
@@ -118,15 +119,16 @@ class UpdateSums:
 def movements(
     current: Arrays, uploads: Sequence[Arrays], weights: Sequence[float], names: Iterable[str]
 ) -> dict[str, Movement]:
-    """Return what the uploads' updates of the named arrays came to.
+    """Return the movement of each named array.
 
-    Uploads that are all the same to the last bit are one upload, since independent noise never is:
-    secure aggregation gives every client the one mean.
+    Uploads that are all the same to the last bit count as one upload, since independent noise
+    always differs. Such uploads come from secure aggregation, which gives each client's as the
+    mean.
 
     Parameters
     ----------
     current : Arrays
-        What the clients started from.
+        The arrays from which the clients started.
     uploads : Sequence[Arrays]
         At least one, each with all the named arrays.
     weights : Sequence[float]
@@ -134,7 +136,7 @@ def movements(
     names : Iterable[str]
         Arrays to look at.
     """
-    # Shares, since squares of tiny weights are zero.
+    # Weights are normalized, since squares of tiny ones would be zero.
     names, shares = list(names), normalize(weights).tolist()
     first = uploads[0]
     same = all(np.array_equal(u[n], first[n]) for u in uploads[1:] for n in names)
@@ -150,7 +152,7 @@ def movements(
 def across(before: Movement, after: Movement) -> Estimate:
     """Return the product of an array's mean updates in two rounds, without their noise."""
     value = float(np.vdot(before.mean.astype(np.float64), after.mean.astype(np.float64)))
-    # The noise of a single update counts what it says as well.
+    # The noise of a single update includes its signal, so no energy is added for it.
     energies = [0.0 if m.square is None else max(m.square.value, 0.0) for m in (before, after)]
     crossed = before.noise * after.noise
     crossed += before.noise * energies[1] + after.noise * energies[0]
@@ -158,19 +160,19 @@ def across(before: Movement, after: Movement) -> Estimate:
 
 
 def secant(before: Movement, after: Movement, steps: int) -> Estimate:
-    """Return what curvature takes from ``before.square``, seen from the round right after it.
+    """Return how much curvature reduces ``before.square``, as the round right after it shows.
 
-    ``U - L`` is the secant: how much less the loss falls along the first round's update at its end
-    than on its way, times the rate. L is `across`, so the end is where the *noisy* update led, and
-    half of the difference is what noise costs. The rest of the formula takes back what the K steps'
-    mean gradient contains already.
+    ``U - L`` is the secant: how much less steeply the loss falls along the first round's update at
+    its end than on its way, times the rate. L is `across`, so the end is where the *noisy* update
+    led, and half of the difference is the cost of noise. The rest of the formula removes what the
+    mean gradient of the K steps already contains.
 
     Parameters
     ----------
     before, after : Movement
-        One array's, in two rounds that follow each other, both from several clients.
+        Movements of one array in two consecutive rounds, each of several clients.
     steps : int
-        Local steps K of a round; 0 for many.
+        Local steps K per round; 0 stands for many.
     """
     assert before.square is not None
     assert after.square is not None
@@ -181,9 +183,10 @@ def secant(before: Movement, after: Movement, steps: int) -> Estimate:
 
 @dataclass
 class Average:
-    """A discounted mean of estimates that arrive now and then; the k-th last counts ``decay**k``.
+    """A discounted mean of estimates that do not arrive in every round.
 
-    One that has not been renewed is worth less: its variance grows by ``1/decay`` with each round.
+    The k-th last estimate has the weight ``decay**k``. In each round without a new estimate, the
+    variance of the mean grows by the factor ``1/decay``.
     """
 
     weight: float = 0.0
@@ -204,11 +207,11 @@ class Average:
         return self.total / self.weight if self.weight else None
 
     def age(self, server_round: int) -> int:
-        """Return for how many rounds before this one it was not renewed."""
+        """Return how many rounds before this one passed without a new estimate."""
         return max(server_round - 1 - self.last, 0)
 
     def at(self, server_round: int, decay: float) -> Estimate | None:
-        """Return mean and variance as they are worth before a round; None before the first."""
+        """Return the mean and its aged variance before a round; None before the first estimate."""
         if self.mean is None:
             return None
         known = decay ** self.age(server_round)

@@ -1,4 +1,4 @@
-"""Pure NumPy on named arrays: what a server does with what its clients send."""
+"""Means of named arrays, in pure NumPy: how a server combines what its clients send."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def merge(current: Arrays, update: Arrays) -> dict[str, NDArray[np.floating]]:
     Raises
     ------
     InvalidValue
-        ``update`` has a name that ``current`` lacks, or another shape for one.
+        ``update`` has a name that ``current`` lacks, or an array of another shape.
     """
     for name, array in update.items():
         if name not in current:
@@ -89,7 +89,7 @@ def merge(current: Arrays, update: Arrays) -> dict[str, NDArray[np.floating]]:
 
 
 def bounded(arrays: Arrays, most: float) -> dict[str, NDArray[np.floating]]:
-    """Cut entries to a range; an array within it is returned as it is, the same object.
+    """Cut entries to a range. An array within it is returned unchanged, as the same object.
 
     Parameters
     ----------
@@ -109,10 +109,10 @@ def bounded(arrays: Arrays, most: float) -> dict[str, NDArray[np.floating]]:
 class MovingAverage:
     """An exponential moving average of a model's arrays over the rounds.
 
-    Round t counts with ``1 - min(decay, t / (t + 9))``, so that the first rounds, where a model
-    moves fastest, are soon forgotten. Averaging what was released is post-processing: it costs no
-    privacy, and noise of one round counts less. De et al. (arXiv 2204.13650) recommend it for
-    private training.
+    Round t has the weight ``1 - min(decay, t / (t + 9))``, so the average soon forgets the first
+    rounds, in which a model moves fastest. An average of released arrays is post-processing: it
+    costs no privacy, and it dampens the noise of single rounds. De et al. (arXiv 2204.13650)
+    recommend it for private training.
 
     Parameters
     ----------
@@ -126,12 +126,12 @@ class MovingAverage:
         self._mean: dict[str, NDArray[np.float64]] = {}
 
     def add(self, arrays: Arrays) -> dict[str, NDArray[np.floating]]:
-        """Count one more round in, the start (round 0) first.
+        """Add a round to the average. The first call adds the start (round 0).
 
         Parameters
         ----------
         arrays : Arrays
-            All global arrays; where there is a decay, of the same names and shapes at every call.
+            All global arrays. With a decay above 0, every call has the same names and shapes.
 
         Returns
         -------
@@ -148,15 +148,15 @@ class MovingAverage:
         return self.model(arrays)
 
     def model(self, arrays: Arrays) -> dict[str, NDArray[np.floating]]:
-        """Return the average so far of the global arrays, in their types, and count nothing in."""
+        """Return the average so far in the types of ``arrays``, without adding a round."""
         if not self._decay:
             return dict(arrays)
         return {name: self._mean[name].astype(array.dtype) for name, array in arrays.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is carried from one round to the next: arrays and plain values."""
+        """Return the state between rounds: arrays and plain values."""
         return {"rounds": self._rounds, "mean": dict(self._mean)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self._rounds, self._mean = state["rounds"], dict(state["mean"])

@@ -1,7 +1,7 @@
-"""Means of several vectors that a few of them cannot move far.
+"""Robust means: a few of the vectors cannot move them far.
 
-Who states a weight may lie, so weights never decide who is left out: that goes by values and by the
-number of clients. They only weigh what is kept.
+A client may lie about its weight. So weights never decide which clients are left out; values and
+the number of clients do. Weights only weigh the vectors that are kept.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ Array64 = NDArray[np.float64]
 def trimmed_mean(stack: NDArray[np.floating], weights: Sequence[float], cut: int) -> Array64:
     """Leave out the ``cut`` smallest and largest values of each coordinate, and average the rest.
 
-    With at most ``cut`` bad clients each coordinate lies between two honest values. Of equal values
-    those of earlier clients count as smaller. Source: Yin et al., arXiv 1803.01498, definition 2.
+    With at most ``cut`` bad clients, each coordinate lies between two honest values. Among equal
+    values, an earlier client's counts as smaller. Source: Yin et al., arXiv 1803.01498,
+    definition 2.
 
     Parameters
     ----------
@@ -60,9 +61,9 @@ def trimmed_mean(stack: NDArray[np.floating], weights: Sequence[float], cut: int
 def median(stack: NDArray[np.floating], weights: Sequence[float]) -> Array64:
     """Take the middle value of each coordinate, or the mean of the two middle ones.
 
-    It is the mean that `trimmed_mean` makes where it leaves out as many as it can. Weights decide
-    between two middle values alone: the point at which half of all *weight* is reached would belong
-    to whoever states the largest. Source: Yin et al., arXiv 1803.01498, definition 1.
+    It equals `trimmed_mean` with as many values left out as possible. Weights only decide between
+    two middle values: a weighted median, at which half of all *weight* is reached, would follow the
+    client that states the largest weight. Source: Yin et al., arXiv 1803.01498, definition 1.
 
     Parameters
     ----------
@@ -99,9 +100,9 @@ def squared_distances(rows: Sequence[NDArray[np.floating]]) -> Array64:
 def krum(distances: Array64, bad: int) -> list[int]:
     """Choose the ``N - bad`` clients whose nearest neighbors are nearest.
 
-    A client's score is the sum of the squared distances to its ``N - bad - 2`` nearest others. Of
-    equal scores the earlier client's comes first. Several clients are kept and averaged, as in
-    Multi-Krum, because a single upload carries √N times the privacy noise of their mean. Source:
+    A client's score is the sum of the squared distances to its ``N - bad - 2`` nearest others.
+    Among equal scores, the earlier client's comes first. Several clients are kept and averaged, as
+    in Multi-Krum, because one upload has √N times the privacy noise of the mean of N. Source:
     Blanchard et al., arXiv 1703.02757, section 4.
 
     Parameters

@@ -1,1 +1,1 @@
-"""Models whose weights stay frozen: loaded, or trained here on public data."""
+"""Backbones: models with frozen weights, which are loaded or pretrained here on public data."""

@@ -1,4 +1,4 @@
-"""Timm models, by name, from a folder, or with weights from a file."""
+"""Timm models by name, from a folder, or with weights from a file."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from fedlora_flwr.files import cache_folder
 from fedlora_flwr.lora.fused_layers import SplitLinear, split_fused
 
 SMALL_SWIN = "small-swin"
-# Queries, keys, values and the projection, as in the published protocols on Swin; then what other
-# models have.
+# Patterns of layers to adapt. `_LAYERS` begins with queries, keys, values and the projection, as in
+# the published protocols on Swin; the others are for models without such layers.
 _SPLIT = r"(.*\.)?attn\.qkv\.[qv]"
 _LAYERS = (
     r"(.*\.)?blocks\.\d+\.attn\.(qkv|proj)",
@@ -32,7 +32,7 @@ _LAYERS = (
 
 
 def build(settings: TaskSection, num_classes: int, seed: int) -> nn.Module:
-    """Return the model; a classifier for other classes than the weights' is drawn by the seed.
+    """Return the model. If the weights are for other classes, the seed draws a new classifier.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def build(settings: TaskSection, num_classes: int, seed: int) -> nn.Module:
     Raises
     ------
     InvalidValue
-        There is no such model, or its weights cannot be read or do not fit.
+        The model does not exist, or its weights cannot be read or do not fit.
     """
     if settings.quantization != "none":
         allowed = "'none' for image models: only transformers models can be quantized"
@@ -66,9 +66,9 @@ def build(settings: TaskSection, num_classes: int, seed: int) -> nn.Module:
 
 
 def skeleton(settings: TaskSection, num_classes: int, device: str = "meta") -> nn.Module:
-    """Return the model without its weights: its modules and their names.
+    """Return the model without its weights, to know its modules and their names.
 
-    On the meta device there are shapes alone; on another one the weights are random.
+    On the meta device it has only shapes; on another one its weights are random.
     """
     with torch.device(device):
         model = _create(settings, num_classes, pretrained=False)
@@ -87,14 +87,14 @@ def classifier_modules(model: Any) -> tuple[str, ...]:
 
 
 def usual_layers(model: nn.Module) -> str:
-    """Return a pattern of the layers of a timm model that get an adapter as a rule.
+    """Return the default pattern of the layers of a timm model that get an adapter.
 
-    The first of `_LAYERS` that matches linear layers alone, or else the very first, with which
-    `fedlora_flwr.lora.targets.check_targets` says what there is to choose from.
+    It is the first of `_LAYERS` that matches only linear layers. If none does, it is the first of
+    all, and `fedlora_flwr.lora.targets.check_targets` then lists the layers to choose from.
     """
     named = dict(model.named_modules())
     if any(isinstance(module, SplitLinear) for module in named.values()):
-        return _SPLIT  # Queries and values, as in the first work on LoRA.
+        return _SPLIT  # Queries and values, as in the original paper on LoRA.
     for pattern in _LAYERS:
         found = [name for name in named if re.fullmatch(pattern, name)]
         linear = all(isinstance(named[name], nn.Linear) for name in found)
@@ -104,9 +104,9 @@ def usual_layers(model: nn.Module) -> str:
 
 
 def _bypassed(named: dict[str, nn.Module], layer: str) -> bool:
-    """Tell whether attention reads a layer's weight and does not call the layer.
+    """Tell whether attention reads a layer's weight instead of calling the layer.
 
-    BEiT, EVA and Swin V2 do so where only queries and values have a bias.
+    BEiT, EVA and Swin V2 do so if only queries and values have a bias.
     """
     attention: Any = named[layer.rpartition(".")[0]]
     joined = getattr(attention, "q_bias", None) is not None
@@ -138,7 +138,7 @@ def data_config(model: nn.Module, image_size: int) -> dict[str, Any]:
 
 
 def model_folder(name: str) -> Path:
-    """Return where `fedlora pretrain` keeps the model called ``name``."""
+    """Return the folder in which `fedlora pretrain` keeps the model called ``name``."""
     return cache_folder() / "models" / name
 
 
@@ -150,7 +150,7 @@ def _create(settings: TaskSection, num_classes: int, *, pretrained: bool) -> nn.
         model = f"local-dir:{folder}"
     elif ":" not in model and not timm.is_model(model):
         raise _unknown(model)
-    # Timm's own copy, if there is one, is found without the hub.
+    # Without an answer from the hub, timm may still have its own copy.
     remote = folder is None and (pretrained or ":" in model)
     away = remote and not hub_answers()
     try:
@@ -170,7 +170,7 @@ def _create(settings: TaskSection, num_classes: int, *, pretrained: bool) -> nn.
 
 
 def _folder(model: str) -> Path | None:
-    """Return the folder that a model is in, if it is one that was named or made here."""
+    """Return a model's folder if the name is a folder or `fedlora pretrain` made the model."""
     for folder in (Path(model).expanduser(), model_folder(model)):
         if (folder / "config.json").is_file():
             return folder
@@ -193,7 +193,7 @@ def _sized(model: str, size: int, pretrained: bool, num_classes: int) -> nn.Modu
         try:
             built: nn.Module = timm.create_model(model, **options, img_size=size)
         except TypeError as error:
-            # Convolutions take pictures of any size, and no such argument.
+            # Convolutional models take pictures of any size and do not have this argument.
             if "img_size" not in str(error):
                 raise
         else:
@@ -207,7 +207,7 @@ def _unknown(model: str) -> InvalidValue:
     import timm
 
     if model == SMALL_SWIN:
-        allowed = f"a model that is there: make it once, with `fedlora pretrain {SMALL_SWIN}`"
+        allowed = f"a model that exists. Make this one with `fedlora pretrain {SMALL_SWIN}`"
     elif Path(model).expanduser().is_dir():
         allowed = "a folder with config.json and weights, as timm.models.save_for_hf writes it"
     else:
@@ -217,7 +217,7 @@ def _unknown(model: str) -> InvalidValue:
 
 
 def _load(model: Any, file: str) -> None:
-    """Load a file of weights; a classifier of another shape stays as it was drawn."""
+    """Load a file of weights, except for a classifier of another shape."""
     from timm.models import load_state_dict
 
     path = Path(file).expanduser()
@@ -244,9 +244,9 @@ def _load(model: Any, file: str) -> None:
 
 
 def _converted(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Give weights their names and shapes in a model, as timm does with what it fetches.
+    """Convert weights to the model's names and shapes, as timm does with files that it downloads.
 
-    Files of a model's authors may have other names, and positions for pictures of another size.
+    Files of a model's authors may have other names, or positions for pictures of another size.
     """
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     return state if convert is None else convert(state, model)
@@ -254,7 +254,7 @@ def _converted(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back timm's notes on heads that it leaves out."""
+    """Suppress timm's notes on heads that it does not load."""
     loggers = [logging.getLogger(name) for name in ("timm", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -29,14 +29,14 @@ def load_config(settings: TaskSection, **changes: Any) -> PretrainedConfig:
     Parameters
     ----------
     settings : TaskSection
-        Names the model.
+        The run's settings; ``model`` is read.
     **changes : Any
         Fields to set, e.g. ``num_labels``.
 
     Raises
     ------
     InvalidValue
-        There is no such model here or on a hub that can be reached.
+        The model is not on this machine, nor on a hub that can be reached.
     """
     from transformers import AutoConfig
 
@@ -57,22 +57,23 @@ def load_tokenizer(settings: TaskSection) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
         raise InvalidValue("model", settings.model, "a model with a fast tokenizer")
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
-        # The library makes up an empty tokenizer where a folder has none.
+        # The library makes an empty tokenizer if a folder has none.
         raise InvalidValue("model", settings.model, "a model with a tokenizer beside it")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             allowed = "a model whose tokenizer has a token for padding, or for the end of a text"
             raise InvalidValue("model", settings.model, allowed)
-        # Padding is masked, so any token does.
+        # Padding is masked, so any token will do.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def input_names(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> list[str]:
-    """Return the names of the inputs that a model takes of a tokenizer.
+    """Return the names of a tokenizer's outputs that a model takes as inputs.
 
-    Always with the mask, as batches are padded; and with the number of a token's text in a pair
-    only where the model tells two apart. GPT-2 would take it for a word.
+    The mask is always among them, as batches are padded. ``token_type_ids``, the number of a
+    token's text in a pair, is among them only if the model has two types: GPT-2 would take it for a
+    word.
     """
     tells = getattr(config, "type_vocab_size", 0) > 1
     types = ["token_type_ids"] if tells and "token_type_ids" in tokenizer.model_input_names else []
@@ -80,20 +81,20 @@ def input_names(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) ->
 
 
 def check_length(limit: int, model: nn.Module) -> None:
-    """Refuse texts that are longer than a model reads.
+    """Refuse a ``max-length`` that is longer than a model reads.
 
     Raises
     ------
     InvalidValue
-        Names ``max-length``.
+        ``max-length`` is too large.
     """
     config: Any = model.config
     longest = getattr(config, "max_position_embeddings", None) or limit
-    if longest < 0:  # XLNet says so that it has no limit.
+    if longest < 0:  # This is how XLNet says that it has no limit.
         longest = limit
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa counts from behind the position that stands for padding.
+            # RoBERTa's first position comes after the one that stands for padding.
             first = 0 if module.padding_idx is None else module.padding_idx + 1
             longest = min(longest, module.num_embeddings - first)
     if limit > longest:
@@ -101,21 +102,21 @@ def check_length(limit: int, model: nn.Module) -> None:
 
 
 def skeleton(auto: Any, config: PretrainedConfig, device: str = "meta") -> nn.Module:
-    """Return the model without the checkpoint's weights: its modules and their names.
+    """Return the model without the checkpoint's weights, to know its modules and their names.
 
     Parameters
     ----------
     auto : type
         One of transformers' auto classes.
     config : PretrainedConfig
-        As of `load_config`.
+        The configuration that `load_config` returned.
     device : str (default: "meta")
-        ``"meta"`` for shapes alone; on another device the weights are random.
+        ``"meta"`` for shapes only; on another device the weights are random.
 
     Raises
     ------
     InvalidValue
-        Models of this family do not do what is asked.
+        No model of this family can do the task.
     """
     try:
         with torch.device(device):
@@ -132,8 +133,8 @@ def skeleton(auto: Any, config: PretrainedConfig, device: str = "meta") -> nn.Mo
 class MeanPooledClassifier(nn.Module):
     """A linear classifier on the mean of a backbone's last hidden states over a text's tokens.
 
-    What sentence encoders were trained for; the first token's state, which transformers' own
-    classifiers read, may mean nothing to them.
+    Sentence encoders are trained for this mean. Transformers' own classifiers read the state of the
+    first token, which such encoders may not use.
 
     Parameters
     ----------
@@ -172,7 +173,7 @@ class MeanPooledClassifier(nn.Module):
 
 
 class MeanPooled:
-    """Makes `MeanPooledClassifier`, in the manner of transformers' auto classes."""
+    """Builds a `MeanPooledClassifier` with the methods of transformers' auto classes."""
 
     @staticmethod
     def from_config(config: PretrainedConfig, **options: Any) -> nn.Module:
@@ -183,7 +184,7 @@ class MeanPooled:
 
     @staticmethod
     def from_pretrained(*, config: PretrainedConfig, **options: Any) -> tuple[nn.Module, Any]:
-        """Return a pretrained backbone with a new classifier, and what was loaded."""
+        """Return a pretrained backbone with a new classifier, and the report of loaded weights."""
         from transformers import AutoModel
 
         backbone, report = AutoModel.from_pretrained(config=config, **options)
@@ -194,10 +195,10 @@ class MeanPooled:
 
 
 def head_modules(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the modules beside a transformers model's backbone that can train.
+    """Return the names of the modules outside a transformers model's backbone that can train.
 
-    That is each of them; or the linear layers in it, where there are others too, as ModernBERT's
-    normalization.
+    A module with layers that are not linear, such as ModernBERT's normalization, is represented by
+    its linear layers.
     """
     names: list[str] = []
     for name in _beside(model):
@@ -219,15 +220,15 @@ def _beside(model: nn.Module) -> tuple[str, ...]:
         for name, child in children.items()
         if name != backbone
         and any(True for _ in child.parameters())
-        # T5 for questions has the parts of its backbone beside the head.
+        # T5 for questions has the parts of its backbone at the same level as the head.
         and (backbone in children or not isinstance(child, (PreTrainedModel, nn.Embedding)))
     )
 
 
 def build(auto: Any, settings: TaskSection, config: PretrainedConfig, seed: int) -> nn.Module:
-    """Return the model; weights that the checkpoint lacks, the head's, are drawn by the seed.
+    """Return the model. The seed draws weights that the checkpoint lacks, such as the head's.
 
-    A head of the checkpoint's that is for other classes is not taken.
+    A head of the checkpoint for other classes is replaced by a new one.
 
     Parameters
     ----------
@@ -236,15 +237,15 @@ def build(auto: Any, settings: TaskSection, config: PretrainedConfig, seed: int)
     settings : TaskSection
         Model, weights and quantization.
     config : PretrainedConfig
-        As of `load_config`.
+        The configuration that `load_config` returned.
     seed : int
         Seed of the weights that are drawn.
 
     Raises
     ------
     InvalidValue
-        ``max-length`` is more than the model reads, the weights cannot be read or are another
-        model's, or quantization is asked for where it cannot be had.
+        ``max-length`` is more than the model reads, the weights cannot be read or belong to another
+        model, or this machine cannot quantize.
     """
     if settings.weights not in ("pretrained", "random"):
         allowed = "'pretrained' or 'random'; for a folder of your own set model"
@@ -277,28 +278,28 @@ def build(auto: Any, settings: TaskSection, config: PretrainedConfig, seed: int)
 
 
 def _drawn_weights(report: Mapping[str, Any]) -> dict[str, str]:
-    """Return the names of weights that were drawn, and why each was."""
+    """Return the names of weights that were drawn, and why each was drawn."""
     missing = dict.fromkeys(report["missing_keys"], "is missing")
     return {**missing, **{name: "does not fit" for name, *_ in report["mismatched_keys"]}}
 
 
 def _check_weights(model: str, drawn: Mapping[str, str], beside: tuple[str, ...]) -> None:
-    """Refuse a backbone of which some weights were not in the checkpoint, and so were drawn."""
+    """Refuse a backbone with weights that were missing from the checkpoint and had to be drawn."""
     for name in sorted(drawn):
-        # A backbone that was trained without a pooler has none, and few heads read it.
+        # A missing pooler is fine: backbones may be trained without one, and few heads read it.
         if name.split(".")[0] not in beside and "pooler" not in name.split("."):
             raise InvalidValue("model", model, f"weights of this model: {name!r} {drawn[name]}")
 
 
 def quantized(quantization: str, head: tuple[str, ...]) -> dict[str, Any]:
-    """Return what `from_pretrained` needs to load a quantized backbone, head left out.
+    """Return the arguments with which `from_pretrained` quantizes the backbone but not the head.
 
     Raises
     ------
     InvalidValue
-        There is no CUDA device here.
+        This machine has no CUDA device.
     NotInstalled
-        There is no bitsandbytes here.
+        bitsandbytes is not installed.
     """
     if quantization == "none":
         return {}
@@ -345,7 +346,7 @@ def _fetched(model: str, load: Callable[..., _Found]) -> _Found:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back the library's report that a head is new, which it always is here."""
+    """Suppress the library's report that a head is new. It always is in this package."""
     from transformers.utils import logging as library
 
     level, bars = library.get_verbosity(), library.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""The digits backbone: a tiny vision transformer that has seen printed digits only."""
+"""The digits backbone: a tiny vision transformer that is pretrained on printed digits only."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Recipe:
     seed : int (default: 0)
         Seed of the pictures, the initial weights and the batches.
     version : int (default: 1)
-        To be raised when the pictures, the architecture or the training changes.
+        Raise it when the pictures, the architecture or the training change.
     """
 
     images: int = 20_000
@@ -57,7 +57,7 @@ def build_vit(seed: int = 0) -> nn.Module:
     Parameters
     ----------
     seed : int (default: 0)
-        Seed of the weights. The global random state is left as it was.
+        Seed of the weights. The global random state does not change.
     """
     from timm.models.vision_transformer import VisionTransformer
 
@@ -80,7 +80,7 @@ def build_vit(seed: int = 0) -> nn.Module:
 
 
 def backbone_path(recipe: Recipe = DEFAULT_RECIPE) -> Path:
-    """Return where the weights of ``recipe`` are kept."""
+    """Return the file in which the weights of ``recipe`` are kept."""
     mark = hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]
     return cache_folder() / "backbones" / f"digits-vit-{mark}.safetensors"
 
@@ -93,9 +93,9 @@ def load_backbone(
     Parameters
     ----------
     console : Console | None (default: None)
-        Where progress is shown: a bar on a terminal, else one line. None is standard error.
+        Shows progress: a bar on a terminal, otherwise one line. None means standard error.
     recipe : Recipe (default: DEFAULT_RECIPE)
-        What to train.
+        How to train.
 
     Raises
     ------
@@ -146,8 +146,8 @@ def _fit(model: nn.Module, recipe: Recipe, console: Console) -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    # At this size a second thread gains little and, where the cores are busy, costs minutes in
-    # barriers; and weights that depend on the number of threads would differ between machines.
+    # For such a small model a second thread gains little, and on busy cores it costs minutes of
+    # waiting. Weights would also depend on the number of threads, and so differ between machines.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""The small Swin: a backbone for 32x32 pictures, pretrained on pictures that are public."""
+"""The small Swin: a backbone for 32x32 pictures, pretrained on public pictures."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ class SwinRecipe:
     epochs : int (default: 40)
         Passes over the pictures.
     batch : int (default: 128)
-        Pictures a step.
+        Pictures per step.
     learning_rate : float (default: 1e-3)
         Peak of AdamW's one-cycle schedule.
     weight_decay : float (default: 0.05)
-        AdamW's.
+        AdamW's weight decay.
     drop_path : float (default: 0.1)
-        Probability with which a block is left out.
+        Probability with which a block is skipped.
     seed : int (default: 0)
         Seed of weights, order and augmentation.
     """
@@ -79,7 +79,7 @@ def pretrain_swin(
     device: torch.device | None = None,
     console: Console | None = None,
 ) -> Path:
-    """Train the small Swin and keep it where ``model = "small-swin"`` finds it.
+    """Train the small Swin and save it where ``model = "small-swin"`` finds it.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ def pretrain_swin(
     device : torch.device, optional
         The CPU if not given.
     console : Console, optional
-        Where progress is shown; standard error if not given.
+        Shows progress; standard error if not given.
 
     Returns
     -------
@@ -102,7 +102,8 @@ def pretrain_swin(
     Raises
     ------
     InvalidValue
-        The pictures cannot be read, a class has none, or the cache folder cannot be written to.
+        The pictures cannot be read, a class has no picture, or the cache folder cannot be written
+        to.
     """
     recipe, console = recipe or SwinRecipe(), console or Console(stderr=True)
     device = device or torch.device("cpu")
@@ -216,7 +217,7 @@ def augmented(images: Tensor, draw: torch.Generator) -> Tensor:
     Returns
     -------
     Tensor
-        New pictures of the same shape; what a move uncovers repeats the edge.
+        New pictures of the same shape. Pixels that a move uncovers repeat the edge.
     """
     n, _, height, width = images.shape
     mirrored = torch.rand(n, generator=draw) < 0.5
@@ -254,7 +255,7 @@ def _accuracy(model: nn.Module, records: ArrowRecords, data: dict[str, Any]) -> 
 
 
 def _keep(model: nn.Module, card: dict[str, Any]) -> Path:
-    """Write the folder atomically; the one before is replaced."""
+    """Write the folder atomically, replacing an earlier one."""
     from timm.models import save_for_hf
 
     folder = model_folder(SMALL_SWIN)

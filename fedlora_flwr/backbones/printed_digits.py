@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Named one by one: the other fonts that matplotlib ships map digits to symbols or placeholders,
-# and another version's additions must not change what the backbone learns.
+# Fonts are listed one by one: others that matplotlib ships map digits to symbols or placeholders,
+# and fonts that a new version adds must not change what the backbone learns.
 FONTS = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
     *(f"DejaVuSansMono{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
@@ -36,7 +36,7 @@ def render(count: int, seed: int) -> tuple[Tensor, Tensor]:
     Parameters
     ----------
     count : int
-        How many.
+        Number of pictures.
     seed : int
         The same seed gives the same pictures.
 
@@ -58,7 +58,7 @@ def render(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 @cache
 def _masters() -> Tensor:
-    """Return each font's ten digits, upright, equally high; shape (fonts, 10, 64, 64)."""
+    """Return each font's ten digits, upright and of equal height; shape (fonts, 10, 64, 64)."""
     import matplotlib
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
@@ -109,7 +109,7 @@ def _inked(bitmaps: Tensor, draw: torch.Generator) -> Tensor:
     count = len(bitmaps)
     blurred = F.avg_pool2d(bitmaps, 3, stride=1, padding=1)
     blurred = F.avg_pool2d(blurred, 3, stride=1, padding=1)
-    # Hairlines fade in the blur; without this the threshold would erase them.
+    # The blur makes thin strokes faint; without rescaling, the threshold would erase them.
     relative = blurred / blurred.amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
     threshold = _uniform(draw, count, 0.12, 0.4).view(-1, 1, 1, 1)
     sharpness = _uniform(draw, count, 2.5, 10.0).view(-1, 1, 1, 1)

@@ -22,7 +22,7 @@ from fedlora_flwr.terminal import Commands
 
 app = typer.Typer(
     cls=Commands,
-    context_settings={"help_option_names": ["-h", "--help"]},  # Holds for every command below, too.
+    context_settings={"help_option_names": ["-h", "--help"]},  # This also applies to all commands.
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Differentially private federated LoRA on Flower.",

@@ -1,4 +1,4 @@
-"""Arguments that several commands take, and what a shell completes them to."""
+"""Arguments that several commands take, and their completions in a shell."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from fedlora_flwr.places import TASKS, strategy_names
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """Return the recipes that begin so."""
+    """Return the names of recipes that begin with a text."""
     return _beginning(recipe_names(), incomplete)
 
 
 def complete_key(incomplete: str) -> list[str]:
-    """Return the configuration keys that begin so, in full where a section is written."""
+    """Return the configuration keys that begin with a text; with their section if it has a dot."""
     known = fields_by_key(RunConfig)
     return _beginning(map(full_name, known) if "." in incomplete else known, incomplete)
 
 
 def complete_override(incomplete: str) -> list[str]:
-    """Return ``key=`` for keys that begin so, and ``key=value`` for names that a key takes."""
+    """Return ``key=`` for keys that begin with a text, or ``key=value`` for a key's names."""
     key, separator, text = incomplete.partition("=")
     if not separator:
         return [f"{name}=" for name in complete_key(incomplete)]
@@ -41,14 +41,14 @@ def complete_override(incomplete: str) -> list[str]:
 
 
 def complete_strategies(incomplete: str) -> list[str]:
-    """Return continuations of a list of strategies with commas."""
+    """Return completions of a list of strategies with commas."""
     before, comma, last = incomplete.rpartition(",")
     names = names_of("strategy")
     return [before + comma + name for name in _beginning((*names, "all"), last)]
 
 
 def complete_row(incomplete: str) -> list[str]:
-    """Return continuations of a row of a comparison: its strategy first, then keys."""
+    """Return completions of a comparison's row: a strategy, and then keys."""
     before, space, last = incomplete.rpartition(" ")
     if not space:
         return _beginning(names_of("strategy"), incomplete)
@@ -56,14 +56,14 @@ def complete_row(incomplete: str) -> list[str]:
 
 
 def names_of(key: str, entry: Field[Any] | None = None) -> tuple[str, ...]:
-    """Return the names that a key takes; none for a number or a free text.
+    """Return the names that a key accepts; none for a number or a free text.
 
     Parameters
     ----------
     key : str
         A key of the run configuration, or a setting of a method.
     entry : Field, optional
-        Its declaration, which a setting of a method needs.
+        The key's declaration. A setting of a method needs it.
     """
     if key == "strategy":
         return strategy_names()
@@ -77,12 +77,12 @@ def names_of(key: str, entry: Field[Any] | None = None) -> tuple[str, ...]:
 
 
 def png_file(path: Path) -> Path:
-    """Return where a plot goes.
+    """Return the resolved path for a plot.
 
     Raises
     ------
     InvalidValue
-        It is not a PNG file, or its folder does not exist.
+        The path is not that of a PNG file, or its folder does not exist.
     """
     path = path.resolve()
     if path.suffix.lower() != ".png" or not path.parent.is_dir():
@@ -106,7 +106,7 @@ Overrides = Annotated[
     typer.Option(
         "-c",
         metavar="KEY=VALUE",
-        help="A key (see `fedlora keys`), in force over the recipe; repeatable.",
+        help="A key (see `fedlora keys`) that overrides the recipe; repeatable.",
         autocompletion=complete_override,
     ),
 ]

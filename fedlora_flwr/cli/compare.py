@@ -129,7 +129,7 @@ def _budgets(text: str) -> tuple[float, ...]:
 
 
 def _shared(overrides: list[str], strategy: list[str], epsilon: float) -> list[str]:
-    """Return overrides for what all runs of a comparison share; it sets the other keys itself."""
+    """Return overrides for all runs of a comparison, with values for the keys that it sets."""
     own = {"strategy": "", "epsilon": epsilon, "seed": 0, "run-dir": "", "state-dir": ""}
     for key in parse_overrides(overrides).keys() & own.keys():
         raise InvalidValue("-c", key, "a key that all runs of a comparison share")

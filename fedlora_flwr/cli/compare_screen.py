@@ -1,4 +1,4 @@
-"""What a person sees of a comparison: progress over all runs, and the table."""
+"""Shows a comparison on a screen: progress over all runs, and the table."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fedlora_flwr.terminal import Bar, Table, show, show_line, show_lines
 
 
 class CompareScreen:
-    """Shows a comparison on a console; on a plain stream, one line a finished run.
+    """Shows a comparison on a console; on a plain stream, one line per finished run.
 
     Parameters
     ----------
     console : Console
-        Where to write.
+        The console to write to.
     """
 
     def __init__(self, console: Console) -> None:
@@ -25,7 +25,7 @@ class CompareScreen:
         self._bar = Bar(console, "run", remaining=True)
 
     def __enter__(self) -> CompareScreen:
-        """Wait for the first call of `row`: checks may show progress of their own before."""
+        """Show nothing before the first call of `row`, as checks may show their own progress."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -33,7 +33,7 @@ class CompareScreen:
         self._bar.stop()
 
     def row(self, row: Row | None, done: int, total: int) -> None:
-        """Show a finished run, or with None that runs begin."""
+        """Show a finished run. None says that the runs begin."""
         state = "starting" if row is None else describe_row(row)
         if self._console.is_terminal:
             self._bar.to(done, total, state)
@@ -41,7 +41,7 @@ class CompareScreen:
             show_line(self._console, f"run {done}/{total}: {state}")
 
     def document(self, parts: Sequence[Part], folder: Path) -> None:
-        """Print the finished tables with their notes, and where the files are."""
+        """Print the finished tables with their notes, and the folder of the files."""
         for part in parts:
             if isinstance(part, str):
                 show(self._console, Table((), [(part,)], "<"))
@@ -52,7 +52,7 @@ class CompareScreen:
 
 
 def describe_row(row: Row) -> str:
-    """Return what one run came to, in one line."""
+    """Return the result of one run in one line."""
     what = f"{row['phase']} {row['row']} ε {budget_name(row['epsilon'])}"
     how = (
         f"{row['lr-a']:g} / {row['lr-b']:g} / {row['lr-head']:g}"

@@ -34,7 +34,7 @@ def convert(
 
 
 def read_recipe(name: str, overrides: list[str] | None = None) -> RunConfig:
-    """Load a recipe for a command, and say on stderr where it should be converted.
+    """Load a recipe for a command, and say on stderr if its file should be converted.
 
     Parameters and errors are those of `fedlora_flwr.config.recipes.load_recipe`.
     """

@@ -29,7 +29,7 @@ def init(
         str, typer.Option(help="Name or address under which devices reach the server.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The server's port.")] = 9443,
-    days: Annotated[int, typer.Option(help="How long the certificates hold.")] = 365,
+    days: Annotated[int, typer.Option(help="Days for which certificates are valid.")] = 365,
     recipe: Annotated[
         str,
         typer.Option(
@@ -53,17 +53,17 @@ def init(
         ("Check", f"{own_program('fedlora')} deploy check {folder} --recipe RECIPE.toml"),
     ]
     console = Console()
-    for name, text in lines:  # Commands among them are to be copied: the terminal wraps them.
+    for name, text in lines:  # Only the terminal wraps lines, so commands can be copied.
         show_line(console, f"{name:<9} {text}")
 
 
 @app.command()
 def check(
-    folder: Annotated[Path, typer.Argument(help="The fleet's folder, or on a device its own.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of the fleet, or of a device on it.")],
     recipe: Annotated[
         str,
         typer.Option(
-            help="The planned run: records, budgets and models are looked at, too.",
+            help="The planned run, for checks of records, budgets and models.",
             autocompletion=complete_recipe,
         ),
     ] = "",
@@ -94,7 +94,7 @@ def check(
 @app.command()
 def renew(
     folder: Folder,
-    days: Annotated[int, typer.Option(help="How long the new certificate holds.")] = 365,
+    days: Annotated[int, typer.Option(help="Days for which it is valid.")] = 365,
 ) -> None:
     """Sign a new certificate for the server of a fleet. Devices keep what they have."""
     from fedlora_flwr.deploy.fleet import read_fleet
@@ -104,7 +104,7 @@ def renew(
     server = folder / "server"
     end = renew_server(server, folder / "ca", fleet.host, days)
     console = Console()
-    show_line(console, f"Server    its new certificate holds until {end:%Y-%m-%d}")
+    show_line(console, f"Server    its new certificate is valid until {end:%Y-%m-%d}")
     show_line(console, f"Carry     server.pem and server.key of {server} there, run start.sh again")
 
 

@@ -41,7 +41,7 @@ def keys(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Keys or sections to explain in full; all keys in short if none.",
+            help="Keys or sections to explain in full; without, a short list of all keys.",
             autocompletion=complete_key,
         ),
     ] = None,
@@ -75,7 +75,7 @@ def keys(
 
 
 def _chosen(names: Sequence[str], entries: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the keys of ``entries`` that are named: in short, in full, or by their section."""
+    """Yield the named keys of ``entries``. A name is a short key, a full key or a section."""
     sections = by_section(entries)
     for name in names:
         if (key := short_name(name)) in entries:
@@ -127,7 +127,7 @@ def _show_in_full(console: Console, chosen: Mapping[str, Field[Any]]) -> None:
             ("Type", found["type"]),
             ("Allowed", found["allowed"]),
         ]
-        if key == "task":  # What each takes: model, columns, figure.
+        if key == "task":  # Each task's model, columns and figure.
             lines += [("", f"{name}: {known.about}") for name, known in TASKS.items()]
         lines.append(("Decides", f"on a device: {found['decides']}. {found['why']}"))
         if found["default_on_device"] != found["default"]:

@@ -1,4 +1,4 @@
-"""What can be known before a run: ``fedlora budget``, ``plan`` and ``inspect-split``."""
+"""Commands for use before a run: ``fedlora budget``, ``plan`` and ``inspect-split``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A forecast on a screen."""
+"""Shows a forecast on a screen."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedlora_flwr.forecast.forecast import Forecast
 from fedlora_flwr.forecast.participation import participation
 from fedlora_flwr.terminal import Table, show, show_lines
 
-# More clients than this are shown by their smallest, middle and largest.
+# If there are more clients, only the smallest, the middle and the largest are shown.
 _MOST_ROWS = 20
 
 
@@ -83,6 +83,6 @@ def _lines(found: Forecast) -> list[tuple[str, str]]:
 
 
 def megabytes(count: float) -> str:
-    """Write a number of bytes as MB, with two digits where there are few."""
+    """Write a number of bytes as MB, with at least two digits, or three decimals."""
     digits = max(0, 1 - math.floor(math.log10(count / 1e6))) if count > 0 else 0
     return f"{count / 1e6:,.{min(digits, 3)}f} MB"

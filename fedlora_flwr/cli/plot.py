@@ -1,4 +1,4 @@
-"""``fedlora plot``: a picture of a run that has been made."""
+"""``fedlora plot``: a picture of a finished run."""
 
 from __future__ import annotations
 

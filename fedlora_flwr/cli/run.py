@@ -68,7 +68,7 @@ def simulate(
 
 
 def _read(recipe: str, overrides: list[str] | None, resume: Path | None) -> RunConfig:
-    """Read a recipe, or that of a run to continue."""
+    """Read a recipe, or the recipe of a run that is to be continued."""
     if resume is None:
         return read_recipe(recipe, overrides)
     if recipe != RECIPE:

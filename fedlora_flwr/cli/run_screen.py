@@ -1,4 +1,4 @@
-"""What a person sees of a run: the plan before it, progress, and the closing table."""
+"""Shows a run on a screen: its announcement, its progress, and the closing table."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Screen:
     Parameters
     ----------
     console : Console
-        Where to write.
+        The console to write to.
     prepared : PreparedRun
         The run.
     """
@@ -39,7 +39,7 @@ class Screen:
         self._bar = Bar(console, "round")
 
     def __enter__(self) -> Screen:
-        """Say what is about to happen and begin to show progress."""
+        """Announce the run and begin to show progress."""
         show_lines(self._console, describe_plan(self._prepared))
         if self._console.is_terminal:
             self._bar.to(0, self._prepared.config.num_rounds, "starting")
@@ -96,7 +96,7 @@ def _steps(config: RunConfig) -> str:
 
 
 def _promise(prepared: PreparedRun) -> list[str]:
-    """Say what the run promises, and who has to be trusted for it."""
+    """Say what the run promises, and whether uploads are masked."""
     config, grid = prepared.config, prepared.grid
     sigmas = [m.noise_multiplier for m in prepared.mechanisms]
     whose = "of all clients together" if grid else "of each client"
@@ -116,7 +116,7 @@ def _promise(prepared: PreparedRun) -> list[str]:
 
 
 def describe_round(row: RoundRow, metric: str = "accuracy") -> str:
-    """Return what one round came to, in one line."""
+    """Return the result of one round in one line."""
     parts = []
     if metric in row:
         parts.append(f"{_words(metric)} {by_name(row)[metric]:.1%}")
@@ -191,7 +191,7 @@ def _best(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def next_steps(config: RunConfig, run_dir: RunDirectory) -> list[tuple[str, str]]:
-    """Return where a run's results are, and the next command."""
+    """Return the places of a run's results, and a command for the next step."""
     adapter = shlex.quote(str(run_dir.adapter))
     # A simulation with noise from a seed is not for others to have.
     shared = f"{own_program('hf')} upload OWNER/NAME {adapter}"

@@ -1,1 +1,1 @@
-"""What runs on a client: local private training and its Flower client."""
+"""The client's side of a run: local private training and its Flower client."""

@@ -40,24 +40,24 @@ _LEGACY_INS = {MessageType.TRAIN: "fitins", MessageType.EVALUATE: "evaluateins"}
 def bridge(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Translate between Message-API records and those of a NumPyClient.
 
-    Messages of a legacy server pass through unchanged. A query is answered here, with who the
-    client is.
+    Messages of a legacy server pass through unchanged. A query is answered here with the client's
+    identity.
 
     Parameters
     ----------
     message : Message
-        What the server sent.
+        The server's message.
     context : Context
-        The client's context; its node config tells who it is.
+        The client's context. Its node config gives the client's identity.
     call_next : callable
         The client.
 
     Returns
     -------
     Message
-        The reply: one ArrayRecord with the names that the client gave, one MetricRecord with the
-        numbers among its metrics and ``num-examples``, one ConfigRecord with the texts among them
-        and, under ``client``, who it is.
+        The reply: one ArrayRecord with the names that the client gave, one MetricRecord with
+        ``num-examples`` and all metrics that are numbers, and one ConfigRecord with all metrics
+        that are texts and, under ``client``, the client's identity.
 
     Raises
     ------
@@ -106,21 +106,21 @@ def _bridged(message: Message, context: Context, call_next: ClientAppCallable) -
 
 
 def trains_or_evaluates(message: Message) -> bool:
-    """Tell whether a Message-API strategy sends such a message to train or evaluate."""
+    """Tell whether a message is a Message-API strategy's request to train or evaluate."""
     prefix = _LEGACY_INS.get(message.metadata.message_type)
     return prefix is not None and f"{prefix}.parameters" not in message.content.array_records
 
 
 def _check_legacy(message: Message) -> None:
-    """Refuse records that Flower's legacy interface would ignore without a word."""
+    """Refuse records that Flower's legacy interface would silently ignore."""
     prefix = _LEGACY_INS.get(message.metadata.message_type)
     if prefix is None:
         return
     known = {f"{prefix}.parameters", f"{prefix}.config"}
-    # Flower's secure aggregation leaves its own record, which its mod has read.
+    # The record of Flower's secure aggregation may stay: its mod has already read it.
     if others := sorted(set(message.content) - known - {RECORD_KEY_CONFIGS}):
         raise OrderRefused(
-            f"The message has records that nobody reads: {others[:3]}. Send {sorted(known)} only."
+            f"The message has records that are not read: {others[:3]}. Send only {sorted(known)}."
         )
 
 
@@ -151,4 +151,4 @@ def _check_status(content: RecordDict, prefix: str) -> None:
     status = content.config_records[f"{prefix}.status"]
     if status["code"] != 0:
         code, reason = cast(int, status["code"]), cast(str, status["message"])
-        raise FedLoRAError(f"the client answered with status {code}: {reason}")
+        raise FedLoRAError(f"The client answered with status {code}: {reason}")

@@ -19,31 +19,31 @@ from fedlora_flwr.tasks.registry import extras_of, required_on_device
 from fedlora_flwr.wire import partition_name
 
 DEVICE = "device"
-"""Key of the node config that names the file: ``--node-config 'device="/etc/fedlora.toml"'``."""
+"""Key of the node config for the file's path: ``--node-config 'device="/etc/fedlora.toml"'``."""
 
 CLIENT_ID, KEEP_WARM, LIMITS = "client-id", "keep-warm", "limits"
 TRUST_MODEL = "trust-model"
 _REQUIRED = {
-    "epsilon": "a number: what may be spent on this device's records",
-    "delta": "a number: what may be spent on this device's records",
+    "epsilon": "a number, the ε that may be spent on this device's records",
+    "delta": "a number, the δ that may be spent on this device's records",
     "task": "the task that this device takes part in",
 }
 _OF_A_SUM = {
     "peers": f"a file with the identities of all devices, or {ANYBODY!r}",
-    "colluding": "how many of them may side with the server, as this device's owner believes",
+    "colluding": "the number of devices that may side with the server, in this owner's judgment",
 }
 _FOLDERS = ("dataset", "model")
-# Values that an owner may choose, although they leave little or nothing of the promise.
+# Values that an owner may choose although they break or nearly break the promise.
 _UNDO: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "epsilon": (math.isinf, "no noise is added"),
     "reproducible": (bool, "the noise follows the run's seed, which the server knows"),
     "report-unprotected-metrics": (
         bool,
-        "a server may ask for the loss on the records at any weights, and no ledger counts that",
+        "a server may ask for the loss on the records at any weights, which no ledger counts",
     ),
     "peers": (
         ANYBODY.__eq__,
-        "a server may invent clients, and knows their shares of a secure sum's noise",
+        "a server may invent clients, whose shares of a secure sum's noise it knows",
     ),
     "ledger-scope": (
         "run".__eq__,
@@ -61,12 +61,12 @@ class Device:
     client : str
         Stable identity of the device's data, for budget and cohorts.
     settings : Mapping[str, Any]
-        Keys of `OWN`. A server cannot set them, even if the file does not.
+        Keys of `OWN`. A server cannot set them, not even those that the file leaves out.
     keep_warm : float (default: 0)
         Seconds for which a process that has served a message waits for the next one; 0 for one
         process per message.
     limits : Mapping[str, Limit]
-        What the device accepts of a run's values, by key.
+        The values of a run that the device accepts, by key.
     """
 
     client: str
@@ -76,13 +76,13 @@ class Device:
 
     @classmethod
     def read(cls, path: Path) -> Device:
-        """Read a device's TOML file. Folders in it may be relative to the file's.
+        """Read a device's TOML file. Paths in it may be relative to the file's folder.
 
         Raises
         ------
         InvalidValue
-            The file cannot be read; it lacks ``client-id``, the budget, the task or what the task
-            needs; it has a key that is not a device's; or a value cannot be used.
+            The file cannot be read; it lacks ``client-id``, the budget, the task or a key that the
+            task needs; it has a key that devices do not have; or a value cannot be used.
         """
         found = read_toml(path)
         client = found.pop(CLIENT_ID, "")
@@ -110,13 +110,13 @@ class Device:
         return (path for path in named if path.is_dir())
 
     def undone(self) -> Iterator[tuple[str, str]]:
-        """Yield each key whose value undoes the promise against a server, and why it does."""
+        """Yield each key with a value that breaks the promise against a server, and why."""
         for key, (undoes, why) in _UNDO.items():
             if key in self.settings and undoes(self.settings[key]):
                 yield key, why
 
     def require(self) -> None:
-        """Make sure that what the task needs is installed.
+        """Check that the packages that the task needs are installed.
 
         Raises
         ------
@@ -126,7 +126,7 @@ class Device:
         require(*extras_of(str(self.settings["task"])))
 
     def config(self, run: Mapping[str, Any]) -> RunConfig:
-        """Return a run's configuration as it is on this device.
+        """Return a run's configuration on this device: the run's values and the device's own.
 
         Raises
         ------
@@ -139,11 +139,11 @@ class Device:
 
 
 def _check_complete(found: Mapping[str, Any], path: Path) -> None:
-    """Refuse settings that cannot be used, or that leave to a server what a device must say."""
+    """Refuse settings that cannot be used, or that leave out what the device itself must decide."""
     for key, allowed in _REQUIRED.items():
         if key not in found:
             raise InvalidValue(key, None, f"{allowed}, in {path}")
-    # A file of a secure sum is looked at without what the run has to add to it.
+    # The rules of a secure sum also need values of the run, so its keys are checked one by one.
     added = ("state-dir", TRUST_MODEL, *_OF_A_SUM)
     alone = {key: value for key, value in found.items() if key not in added}
     RunConfig.received(alone)
@@ -156,12 +156,12 @@ def _check_complete(found: Mapping[str, Any], path: Path) -> None:
                 raise InvalidValue(key, None, f"{allowed}, in {path}")
     for keys in required_on_device(found["task"]):
         if not any(found.get(key) for key in keys):
-            allowed = f"a value in {path}, as task = {found['task']!r} needs it"
+            allowed = f"a value in {path}, which task = {found['task']!r} needs"
             raise InvalidValue(" or ".join(keys), None, allowed)
 
 
 def _local(key: str, value: Any, folder: Path) -> Any:
-    """Resolve a path beside the device's file."""
+    """Resolve a path relative to the device's file. Other values stay as they are."""
     local = folder / str(value)
     # A model or data set may be a name on a hub. The ledger's folder is made when needed.
     if value and (
@@ -174,7 +174,7 @@ def _local(key: str, value: Any, folder: Path) -> Any:
 
 
 def client_identity(context: Context) -> str:
-    """Return the stable identity of a client: a device's, ``client-id``, or its partition's number.
+    """Return a client's stable identity: from its device's file, ``client-id`` or partition.
 
     Raises
     ------

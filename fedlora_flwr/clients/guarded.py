@@ -1,4 +1,4 @@
-"""Which errors of a client a server may read."""
+"""Decides which errors of a client a server may read."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ T = TypeVar("T")
 
 
 def guarded(call: Callable[..., T], *args: object) -> T:
-    """Call a function, and let out only errors that a server may read.
+    """Call a function, and raise only errors that a server may read.
 
-    Flower sends an exception's text to the server, and the text of a library or of ours may hold a
-    record. Only the errors listed below are sent. Every other error becomes one fixed sentence with
-    a random number. The client's own log holds the same number and the whole error. In a simulation
-    server and client are one machine, and errors of this package are told in full.
+    Flower sends an exception's text to the server, and such a text may contain a record. So only
+    the errors listed below are raised. Every other error becomes a fixed sentence with a random
+    number; the client's own log holds this number and the whole error. In a simulation, server and
+    client are the same machine, and errors of this package are raised unchanged.
 
     Raises
     ------
     OrderRefused
-        As raised: it says what is wrong with the message, and no record was opened.
+        Unchanged: it says what is wrong with the message, and no record was opened.
     BudgetExhausted
         With a fixed text.
     ClientFailed
@@ -49,7 +49,7 @@ def guarded(call: Callable[..., T], *args: object) -> T:
         raise BudgetExhausted("budget exhausted: this client takes no further part") from None
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # A Rust library's panic is not an Exception, and quotes text.
+    except BaseException as error:  # A Rust library's panic is not an Exception and may quote text.
         number = secrets.token_hex(4)
         if missing := NotInstalled.of(error):
             log(ERROR, "The client failed (error %s). %s", number, missing)

@@ -22,16 +22,17 @@ def answer_message(
     Parameters
     ----------
     local_round : LocalRound or callable
-        Does the work; or what makes it, once the message has been read.
+        Does the work; or a function that makes it, which is called after the message has been read.
     message : Message
-        What the strategy sent.
+        The strategy's message.
     identity : str
-        Who the client is (see `client_identity`).
+        The client's identity (see `client_identity`).
 
     Returns
     -------
     Message
-        One ArrayRecord with what trained, one MetricRecord, and one ConfigRecord (see `Report`).
+        One ArrayRecord with the trained arrays, one MetricRecord, and one ConfigRecord (see
+        `Report`).
 
     Raises
     ------

@@ -48,20 +48,20 @@ class LocalRound:
         The client's private records, or a function that opens them. It is called after an order
         has been read and accepted.
     ledger : Ledger
-        Where releases are written before they leave.
+        Each release is written here before it leaves.
     client : str
         Stable identity of these records.
     run : str
         Identity of the run, which a budget of scope ``"run"`` covers.
     store : LocalStore, optional
-        Keeps what a strategy such as FedSA-LoRA leaves with the client.
+        Keeps the factor that stays with the client under a strategy such as FedSA-LoRA.
     open_test : callable, optional
-        Opens the public records that this client evaluates on, where it is asked to; by default the
+        Opens the public records that this client evaluates on if it is asked to; by default the
         task's.
     exchange : SumExchange, optional
         Agrees with other clients on the masks of a secure sum.
     rank : int, optional
-        This client's LoRA rank, where clients have their own; the server's arrays are cut to it.
+        This client's LoRA rank, if clients have their own. The server's arrays are cut to it.
 
     Raises
     ------
@@ -128,7 +128,7 @@ class LocalRound:
         """
         if self._exchange is None:
             raise OrderRefused(
-                "The message belongs to a secure sum, and this client keeps no keys for one. Give "
+                "The message belongs to a secure sum, but this client keeps no keys for one. Give "
                 "its LocalRound an exchange."
             )
         return self._exchange
@@ -152,8 +152,8 @@ class LocalRound:
         Returns
         -------
         Released
-            What leaves the client. Its status is ``"budget-exhausted"``, and it has no arrays,
-            where the budget does not allow the round.
+            Everything that leaves the client. If the budget does not allow the round, the status is
+            ``"budget-exhausted"`` and there are no arrays.
 
         Raises
         ------
@@ -222,7 +222,7 @@ class LocalRound:
             seconds=time.perf_counter() - started,
             peak_memory_mb=peak_memory() / 2**20,
             weight=_weight(order.weighting, mechanism),
-            # The number of records goes out only where it is the weight.
+            # The number of records leaves the client only if it is the weight.
             num_examples=len(records) if order.weighting == "size" else 1,
             unprotected=self._unprotected(records),
         )
@@ -230,7 +230,7 @@ class LocalRound:
     def _row(
         self, account: Account, order: Order, mechanism: Mechanism, shares: int, inputs: str
     ) -> _Row:
-        """Return what the ledger is told of a round."""
+        """Return what the ledger records of a round."""
         run = self._trainer.config
         planned = Segment(mechanism.noise_multiplier, mechanism.sample_rate, run.planned_steps)
         segment = replace(planned, steps=run.local_steps)
@@ -242,7 +242,7 @@ class LocalRound:
         train: Callable[[LedgerSummary], Mapping[str, NDArray[Any]]],
     ) -> tuple[Mapping[str, NDArray[Any]], LedgerSummary]:
         """Write the round's row, train, and return the result and the summary of its row."""
-        # Written before the first private batch, so that a failure after it counts.
+        # The row comes before the first private batch, so a failure after it counts as spent.
         summary = self._ledger.record(*row)
         made = train(summary)
         if row[-1]:
@@ -261,7 +261,7 @@ class LocalRound:
         return Released({}, summary, seconds, memory, unprotected=unprotected, shares=shares)
 
     def measure(self, order: Order, arrays: Arrays) -> dict[str, float]:
-        """Evaluate the model with what this client keeps of its own.
+        """Evaluate the model, with the factor that this client keeps if there is one.
 
         If the strategy shares one factor, the client measures on the public test set. Its own part
         went through private steps, so the figures are post-processing. If not, it measures on its
@@ -293,25 +293,25 @@ class LocalRound:
             raise OrderRefused(
                 "This client does not evaluate. To let it, name a public test-split in its file."
             )
-        # What this very round has left here belongs to it.
+        # The factor that this client kept in this round belongs to the model.
         self._trainer.load(self._complete(order, arrays, order.server_round + 1))
         with untold():
             records = self._open_test() if order.share else self._open()
             return self._trainer.task.evaluate(self._trainer.adapted.model, records)
 
     def _permit(self, order: Order) -> None:
-        """Refuse a weighting that would tell what this client does not tell, or a missing round."""
+        """Refuse a weighting that tells a secret of this client, or a missing round number."""
         own = self._trainer.config.weighting
         if order.weighting not in ("uniform", own):
             raise OrderRefused(
-                f"weighting = {order.weighting!r} is refused: this client tells neither its number "
-                "of records nor its noise to this run. Use weighting = 'uniform', or set weighting "
-                "on the client."
+                f"weighting = {order.weighting!r} is refused, because this client does not tell "
+                "the run its number of records or its noise. Use weighting = 'uniform', or set "
+                "weighting on the client."
             )
         if self._trainer.config.rates_change and not order.server_round:
             raise OrderRefused(
-                "The learning rates change over the rounds, and the message does not say which "
-                "round it is. Send 'server-round', or set lr-schedule = 'constant'."
+                "The learning rates change over the rounds, but the message does not name its "
+                "round. Send 'server-round', or set lr-schedule = 'constant'."
             )
 
     def _open(self) -> Records:
@@ -358,7 +358,7 @@ class LocalRound:
         return stream, untrusted, order.server_round or 1
 
     def _complete(self, order: Order, arrays: Arrays, before: int) -> Arrays:
-        """Return all arrays to start from: the server's, and with them what stays here."""
+        """Return all arrays to start from: the server's and those that stay with the client."""
         trainer = self._trainer
         if order.fingerprint and order.fingerprint != trainer.adapted.fingerprint:
             raise OrderRefused(

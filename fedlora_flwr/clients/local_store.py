@@ -1,4 +1,4 @@
-"""Arrays that stay with a client from round to round, on disk (FedSA-LoRA, arXiv 2410.01463)."""
+"""Keeps arrays that stay with a client between rounds on disk (FedSA-LoRA, arXiv 2410.01463)."""
 
 from __future__ import annotations
 
@@ -12,26 +12,25 @@ from safetensors.numpy import load, save
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import name_of_run, private_folder, replace_file
 
-_KEPT = 3  # rounds: the current one, and two that a server may return to
+_KEPT = 3  # Rounds: the current one, and two earlier ones that a server may ask for again.
 
 
 class LocalStore:
     """Files for each client and run; a deployed client is a new process for every message.
 
-    A server that was killed asks for a round again, so what was there before the last rounds is
-    kept as well.
+    A server that was killed asks for a round again, so the arrays of earlier rounds are kept too.
 
     Parameters
     ----------
     folder : Path
-        Where the files are; made when something is first kept.
+        The folder of the files. It is made when the first file is written.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def path(self, client: str, run: str, server_round: int = 0) -> Path:
-        """Return a client's file of a round; any text is a valid client or run."""
+        """Return the path of a client's file for a round. Any text is a valid client or run."""
         return self._folder / f"{name_of_run(client, run)}-{server_round:09d}.safetensors"
 
     def keep(
@@ -41,7 +40,7 @@ class LocalStore:
         arrays: Mapping[str, NDArray[np.float32]],
         server_round: int = 0,
     ) -> None:
-        """Keep what a round left, atomically; what later rounds left is forgotten."""
+        """Write a round's arrays atomically, and delete those of later rounds."""
         private_folder(self._folder)
         content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
         replace_file(self.path(client, run, server_round), content)
@@ -53,7 +52,7 @@ class LocalStore:
     def recall(
         self, client: str, run: str, before: int | None = None
     ) -> dict[str, NDArray[np.float32]]:
-        """Return what was kept last, or last before a round; nothing before the first time.
+        """Return the arrays of the last round, or of the last one before ``before``; maybe none.
 
         Raises
         ------

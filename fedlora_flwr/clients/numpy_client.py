@@ -35,7 +35,7 @@ class LoRAClient(LocalRound, NumPyClient):
     """
 
     def get_parameters(self, config: Scalars) -> list[NDArray[np.float32]]:
-        """Return the adapters' start, which follows from the seed and not from any record."""
+        """Return the arrays before training, which depend on the seed and not on any record."""
         return list(self.start.values())
 
     def fit(self, parameters: list[NDArray[np.float32]], config: Scalars) -> Reply:
@@ -44,14 +44,14 @@ class LoRAClient(LocalRound, NumPyClient):
         Parameters
         ----------
         parameters : list[ndarray]
-            The server's arrays, in the order of the names in ``config``, or of the model's.
+            The server's arrays, in the order of the names in ``config``, or else of the model's.
         config : dict
             The order, as scalars (see `Order`).
 
         Returns
         -------
         tuple
-            The released arrays, the number of examples, and all else that is released.
+            The released arrays, the number of examples, and everything else that is released.
 
         Raises
         ------
@@ -64,7 +64,7 @@ class LoRAClient(LocalRound, NumPyClient):
     def evaluate(
         self, parameters: list[NDArray[np.float32]], config: Scalars
     ) -> tuple[float, int, Scalars]:
-        """Evaluate the model with what this client keeps of its own.
+        """Evaluate the model, with the factor that this client keeps if there is one.
 
         Raises
         ------

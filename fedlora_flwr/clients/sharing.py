@@ -1,4 +1,4 @@
-"""What a client checks before it uploads a share to a secure sum, and what it adds to it."""
+"""Checks before a client uploads a share to a secure sum, and additions to the share."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _ROUNDED = 1e-6
 
 
 def check_order(order: Order, config: RunConfig) -> int:
-    """Return m, the shares of the noise, or 0 where this client adds all of it itself.
+    """Return m, the shares of the noise, or 0 if this client adds all of the noise itself.
 
     Raises
     ------
     OrderRefused
-        The order asks for a share where the client adds all noise itself, or the other way round;
+        The order asks for a share but this client adds all noise itself, or the other way round;
         too few clients would share the noise; or nothing hides the upload.
     """
     if not config.secure_sum:
@@ -41,22 +41,20 @@ def check_order(order: Order, config: RunConfig) -> int:
         if order.stage:
             raise OrderRefused(f"A simulated client's upload is not masked. Send no {STAGE!r}.")
     elif order.stage != UPLOAD:
-        # An upload has the noise of one share, so it must not leave where nothing hides it.
+        # An upload has the noise of one share only, so it must not leave unmasked.
         raise OrderRefused(
-            "trust-model = 'secure-sum': this client uploads to a masked sum alone, and the "
-            "message asks for an upload in the clear. Use one of this package's strategies with "
+            "With trust-model = 'secure-sum' this client uploads only to a masked sum, but the "
+            "message asks for an upload without masks. Use one of this package's strategies with "
             "trust-model = 'secure-sum' on the server, too."
         )
     return shares_of(order, config)
 
 
 def agreed(own: Mechanism, order: Order) -> Mechanism:
-    """Return the mechanism with the noise that all clients of a sum make their shares for.
+    """Return the mechanism with the noise of the whole sum, or the client's own without a sum.
 
-    Where there is no sum, it is the client's own.
-
-    The sum has as much noise as all shares together. A client whose budget needs more than the
-    others add could not keep its promise by a larger share of its own.
+    All clients add equal shares to one agreed noise. If a client's budget needs more noise, the
+    client cannot take part: a larger share of its own would not keep its promise.
 
     Raises
     ------
@@ -66,7 +64,7 @@ def agreed(own: Mechanism, order: Order) -> Mechanism:
     if not order.sum_noise:
         return own
     if order.sum_noise < own.noise_multiplier * (1 - _ROUNDED):
-        allowed = f"at least {own.noise_multiplier:.6g}, which this client's budget needs"
+        allowed = f"at least {own.noise_multiplier:.6g}, the noise that this client's budget needs"
         raise InvalidValue(SUM_NOISE, order.sum_noise, allowed)
     return replace(own, noise_multiplier=order.sum_noise)
 
@@ -95,7 +93,7 @@ def round_grid(
 
 
 def trust_of(shares: int) -> str:
-    """Return what a row of the ledger says of the trust model: for a sum, with m.
+    """Return the trust model as a row of the ledger states it; for a sum it includes m.
 
     Without masks an upload would have had the noise multiplier σ/√m (see `epsilon_unmasked`).
     """
@@ -103,5 +101,5 @@ def trust_of(shares: int) -> str:
 
 
 def with_records(shares: Mapping[str, Residues], records: int) -> dict[str, Residues]:
-    """Add the number of records to a share: only their sum over all clients is opened, too."""
+    """Add the number of records to a share. Only its sum over all clients is opened."""
     return {**shares, NUM_EXAMPLES: np.array([records], np.uint32)}

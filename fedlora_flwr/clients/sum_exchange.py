@@ -1,4 +1,4 @@
-"""A client's part in the messages of a masked sum, which needs neither model nor records.
+"""A client's part in the messages of a masked sum. It needs neither model nor records.
 
 The attackers are the server and clients that collude with it. They may send any message at any
 time, any number of times, and different messages to different clients. The rules against that are
@@ -28,18 +28,18 @@ _PEER = 64  # hexadecimal digits
 
 
 def shares_of(order: Order, config: RunConfig) -> int:
-    """Return m, the shares that the noise of a sum is made of, if this client takes part.
+    """Return m, the number of shares of a sum's noise, if this client takes part.
 
     Raises
     ------
     OrderRefused
-        This client adds all of its noise itself, the order says too little, too few clients would
-        share the noise, or the sum is of more records than this client's δ allows.
+        This client adds all of its noise itself, the order lacks a value, too few clients would
+        share the noise, or the sum has more records than this client's δ allows.
     """
     if not config.secure_sum:
         raise OrderRefused(
-            "The message asks for a share of a secure sum, and this run's trust-model is "
-            "'local'. Set trust-model = 'secure-sum' for the run, and on the device."
+            "The message asks for a share of a secure sum, but this run has trust-model = "
+            "'local'. Set trust-model = 'secure-sum' for the run and on the device."
         )
     if not (order.plan and order.cohort and order.sum_noise and order.grid_norm):
         raise OrderRefused(
@@ -52,8 +52,8 @@ def shares_of(order: Order, config: RunConfig) -> int:
     if shares < config.least_shares:
         raise OrderRefused(
             f"The noise would be shared among {shares} clients ({order.cohort} asked, less "
-            f"dropouts = {config.dropouts} and colluding = {config.colluding}), and this client "
-            f"takes part from least-shares = {config.least_shares} on. Ask more clients."
+            f"dropouts = {config.dropouts} and colluding = {config.colluding}), but this client "
+            f"needs at least least-shares = {config.least_shares}. Ask more clients."
         )
     return shares
 
@@ -65,13 +65,13 @@ class SumExchange:
     Parameters
     ----------
     config : RunConfig
-        The run, as it is on this client.
+        The run's configuration on this client.
     client : str
         Stable identity of the client's records.
     run : str
         Identity of the run.
     store : SumStore
-        Where secrets wait for the next message.
+        Keeps secrets until the next message.
     """
 
     config: RunConfig
@@ -85,21 +85,21 @@ class SumExchange:
         Parameters
         ----------
         order : Order
-            Its packet holds the cards of the round, or one byte for each of them: whether its
-            client has uploaded.
+            The order. Its packet holds the cards of the round, or one byte per card that tells
+            whether the card's client has uploaded.
 
         Returns
         -------
         bytes
-            This client's card; or what it seals, or what it reveals, one piece for each card.
+            This client's card; or one piece for each card: what it seals, or what it reveals.
 
         Raises
         ------
         OrderRefused
             This client takes no part in such a sum, or the message is not the next one.
         InvalidValue
-            This client's own list of peers, or its identity, cannot be used. The text names its
-            files, and is not for the server.
+            This client's own list of peers, or its identity, cannot be used. The text names the
+            client's files, so a server must not read it.
         """
         shares_of(order, self.config)
         with refusing():
@@ -138,7 +138,7 @@ class SumExchange:
         raise InvalidValue(STAGE, order.stage, f"{SHOW_KEYS}, {SEAL_SHARES} or {OPEN_SUM}")
 
     def masks(self, order: Order) -> Masks:
-        """Take up what masks the upload of a round, before anything private is read.
+        """Take the masks for the upload of a round, before anything private is read.
 
         Raises
         ------
@@ -152,7 +152,7 @@ class SumExchange:
             return Masks(self, shared, kept)
 
     def _peers(self) -> frozenset[bytes] | None:
-        """Read whose cards this client accepts."""
+        """Return the identities of the clients that this one accepts; ``None`` for any."""
         if self.config.peers == ANYBODY:
             return None
         if not self.config.peers:
@@ -168,11 +168,11 @@ class Masks:
     Parameters
     ----------
     exchange : SumExchange
-        The client's.
+        The client's exchange.
     shared : Shared
-        Its keys.
+        The client's keys.
     kept : Masked
-        What it keeps for the last message.
+        The state that the client keeps for the last message.
     """
 
     exchange: SumExchange
@@ -180,7 +180,7 @@ class Masks:
     kept: Masked
 
     def on(self, shares: Mapping[str, Residues]) -> dict[str, Residues]:
-        """Return the upload with all masks on it; from now on the sum may be opened."""
+        """Return the masked upload, and keep the state with which the sum may be opened."""
         masked = self.shared.masked(shares, self.kept)
         exchange = self.exchange
         exchange.store.keep(exchange.client, exchange.run, self.kept)
@@ -193,7 +193,7 @@ def read_peers(path: Path) -> frozenset[bytes]:
     Raises
     ------
     InvalidValue
-        The file cannot be read, or a line does not begin so.
+        The file cannot be read, holds no identity, or has a line without one.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -207,7 +207,7 @@ def read_peers(path: Path) -> frozenset[bytes]:
                 raise ValueError("wrong length")
             found |= {bytes.fromhex(first)} if first else set()
         except ValueError as error:
-            allowed = f"an identity of {_PEER} hexadecimal digits first in each line"
+            allowed = f"a line that begins with an identity of {_PEER} hexadecimal digits"
             raise InvalidValue(f"line {number} of {path}", line[:80], allowed) from error
     if not found:
         raise InvalidValue("peers", str(path), "a file with at least one identity")

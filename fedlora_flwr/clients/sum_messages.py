@@ -1,4 +1,4 @@
-"""Answers Flower's messages of a masked sum that ask for no upload; that needs no model."""
+"""Answers the messages of a masked sum that do not ask for an upload. They need no model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedlora_flwr.wire.records import read_order, train_records
 from fedlora_flwr.wire.report import Report
 
 BETWEEN = (SHOW_KEYS, SEAL_SHARES, OPEN_SUM)
-"""The messages of a masked sum around the upload."""
+"""The messages of a masked sum before and after the upload."""
 
 
 def stage_of(message: Message) -> str:
@@ -25,16 +25,16 @@ def stage_of(message: Message) -> str:
 
 
 def answer_between(exchange: Callable[[], SumExchange], message: Message, identity: str) -> Message:
-    """Answer a message of a masked sum that asks for no upload; it needs no model.
+    """Answer a message of a masked sum that does not ask for an upload. It needs no model.
 
     Parameters
     ----------
     exchange : callable
-        Makes the client's part.
+        Makes the client's exchange.
     message : Message
-        What the strategy sent.
+        The strategy's message.
     identity : str
-        Who the client is.
+        The client's identity.
 
     Raises
     ------
@@ -42,6 +42,6 @@ def answer_between(exchange: Callable[[], SumExchange], message: Message, identi
         See `SumExchange.answer`, and `fedlora_flwr.wire.records.read_order`.
     """
     order, _ = read_order(message.content)
-    # Clients of a simulation have nothing to hide from the process that they run in.
+    # Simulated clients do not mask: the process that they run in sees everything anyway.
     packet = b"" if in_simulation() else exchange().answer(order)
     return Message(train_records(Report(client=identity, packet=packet)), reply_to=message)

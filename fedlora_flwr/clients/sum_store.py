@@ -1,4 +1,4 @@
-"""What a client keeps between the messages of a secure sum, on disk: each secret is used once."""
+"""Keeps a client's secrets between the messages of a secure sum on disk. Each is used once."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ _KEY = "identity.key"
 
 
 class SumStore:
-    """One file for each client and run, with what the next message needs.
+    """One file for each client and run, with the state that the next message needs.
 
     A deployed client is a new process for every message, and a server may send messages again, out
-    of order or two at a time. A secret is removed when it is read, so that no mask is used for two
+    of order or two at a time. A secret is removed when it is read, so no mask is used for two
     uploads, and no upload is opened by two answers.
 
     Parameters
     ----------
     folder : Path
-        Where the files are; made when something is first kept.
+        The folder of the files. It is made when the first file is written.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def identity(self) -> Ed25519PrivateKey:
-        """Return the key that signs this client's cards, drawn when it is first asked for.
+        """Return the key that signs this client's cards. The first call draws it.
 
         Raises
         ------
         InvalidValue
-            Its file is damaged.
+            The key's file is damaged.
         FileTrouble
             The file cannot be written.
         """
@@ -55,8 +55,8 @@ class SumStore:
                 return Ed25519PrivateKey.from_private_bytes(bytes.fromhex(path.read_text().strip()))
             except ValueError as error:
                 allowed = (
-                    "64 hexadecimal digits. Restore it from a backup; or remove it, and give the "
-                    "other clients the identity that is drawn then"
+                    "64 hexadecimal digits. Restore the file from a backup. Or remove it, and give "
+                    "the other clients the new identity that is then drawn"
                 )
                 raise InvalidValue("identity key", str(path), allowed) from error
 
@@ -67,22 +67,22 @@ class SumStore:
         return read_or_make(path, read, make)
 
     def public_identity(self) -> str:
-        """Return how others know this client: 64 hexadecimal digits for their lists of peers."""
+        """Return this client's identity for the peers' lists of others: 64 hexadecimal digits."""
         return self.identity().public_key().public_bytes_raw().hex()
 
     def keep(self, client: str, run: str, state: Advertised | Shared | Masked) -> None:
-        """Keep what the next message needs; what an earlier exchange left is forgotten."""
+        """Keep the state that the next message needs, in place of any earlier one."""
         private_folder(self._folder)
         content = json.dumps([type(state).__name__, {n: _plain(v) for n, v in vars(state).items()}])
         replace_file(self._path(client, run), content.encode())
 
     def take(self, client: str, run: str, kind: type[State]) -> State:
-        """Read and remove what was kept, so that it is used only once.
+        """Read and remove the kept state, so that it is used only once.
 
         Raises
         ------
         OrderRefused
-            Nothing is kept, or what another message needs.
+            No state is kept, or one for another message.
         """
         path = self._path(client, run)
         taken = path.with_suffix(f".{secrets.token_hex(8)}")
@@ -93,13 +93,14 @@ class SumStore:
             name, values = "", {}
         except ValueError as error:
             # No `InvalidValue`: a server reads the text of those, and this names a file.
-            raise FedLoRAError(f"The secrets of a sum in {path} are damaged.") from error
+            text = f"The secrets of a secure sum in {path} are damaged. Begin the round again."
+            raise FedLoRAError(text) from error
         finally:
             taken.unlink(missing_ok=True)
         if name != kind.__name__:
             raise OrderRefused(
-                "The messages of the secure sum came in another order, or twice. This client has "
-                "forgotten its keys of the round: begin the round again."
+                "The messages of the secure sum came twice or in another order. This client has "
+                "forgotten its keys of the round. Begin the round again."
             )
         return kind(**{name: _restored(value) for name, value in values.items()})
 

@@ -35,7 +35,7 @@ from fedlora_flwr.wire.limits import Residues
 
 @dataclass(frozen=True, eq=False)
 class LocalUpdate:
-    """What one client's round produced.
+    """The result of one client's round.
 
     Parameters
     ----------
@@ -55,13 +55,13 @@ class LocalTrainer:
     config : RunConfig
         The run.
     task : Task
-        What is learned.
+        The task.
     adapted : AdaptedModel
         The model.
     engine : PrivateEngine
         The private step on that model.
     start : Mapping[str, ndarray]
-        The arrays before any training, which follow from the seed and from no record.
+        The arrays before training, which depend on the seed and not on any record.
 
     Examples
     --------
@@ -111,9 +111,10 @@ class LocalTrainer:
         Parameters
         ----------
         arrays : Mapping[str, ndarray]
-            The global arrays, all of them, folded pairs among them. Their rank is the one trained.
+            All global arrays, including folded pairs. The rank of the factors is the one that
+            trains.
         plan : ComponentPlan
-            What trains at each local step.
+            The factors that train at each local step.
         records : Records
             The client's private records.
         mechanism : Mechanism
@@ -123,7 +124,7 @@ class LocalTrainer:
         untrusted : bool (default: False)
             Whether an untrusted server has chosen the arrays. If so, this round checks again that
             the model treats each record on its own (see `check_apart`), and passes are exact (see
-            `PassPlan`). If not, a process makes that check once.
+            `PassPlan`). If not, each process makes that check only once.
         server_round : int (default: 1)
             The round, which learning rates may depend on.
         proximal_mu : float (default: 0.0)
@@ -132,7 +133,7 @@ class LocalTrainer:
         Returns
         -------
         LocalUpdate
-            What trained.
+            The trained arrays.
 
         Raises
         ------
@@ -160,28 +161,28 @@ class LocalTrainer:
         untrusted: bool = False,
         server_round: int = 1,
     ) -> dict[str, Residues]:
-        """Make one client's upload to a secure sum: a sum of gradients with a share of the noise.
+        """Return one client's upload to a secure sum: summed gradients plus its share of noise.
 
         Parameters
         ----------
         arrays, plan, records, stream, untrusted, server_round
             As for `train`.
         mechanism : Mechanism
-            q, n and C; the noise is that of ``grid``.
+            Gives q, n and C. The noise comes from ``grid``.
         grid : Grid
             The round's grid.
 
         Returns
         -------
         dict[str, ndarray]
-            By name of what trains in the plan's first step: whole numbers modulo 2³², uint32. An
-            empty sample gives the noise alone. The noise is that of *one share*: only a sum over
-            ``grid.shares`` of them is private.
+            The arrays that train in the plan's first step, by name: whole numbers modulo 2³²,
+            uint32. An empty sample gives only noise. The noise is that of *one share*: only a sum
+            of ``grid.shares`` uploads is private.
 
         Raises
         ------
         InvalidValue, PrivacyViolation
-            As of `train`.
+            As for `train`.
         """
         with self._round(arrays, plan, records, mechanism, stream, untrusted, server_round):
             (indices,) = poisson_batches(mechanism, 1, self._seed("batches", stream))
@@ -207,7 +208,7 @@ class LocalTrainer:
         stream: tuple[object, ...],
         untrusted: bool,
         server_round: int,
-        proximal_mu: float = 0.0,  # A secure sum has one step, from where the pull is zero.
+        proximal_mu: float = 0.0,  # A secure sum has only one step, in which the pull is zero.
     ) -> Iterator[None]:
         """Load the arrays, check the plan and the model, and give the client its own randomness."""
         self.layout.check_plan(plan)

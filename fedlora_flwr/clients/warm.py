@@ -1,8 +1,8 @@
 """A device's process that stays alive between messages, to reuse what it has loaded.
 
-Flower starts a process for each message, and most of what that process does is to import packages
-and to build the model. Where a device's file says ``keep-warm``, Flower's process hands the message
-to this one over a socket that only the device's user can reach.
+Flower starts a process for each message, which spends most of its time importing packages and
+building the model. If a device's file says ``keep-warm``, Flower's process hands the message to
+this one, over a socket that only the device's user can reach.
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ Result = TypeVar("Result")
 class WarmProcess:
     """A process that is started on demand and ends by itself.
 
-    It ends after a time without a call, when the process that started its first caller is gone (on
-    a device, Flower's), and when a caller needs one that was made for something else.
+    It ends after some time without a call, when the process that started its first caller is gone
+    (on a device, Flower's), or when a caller needs a process that was made for something else.
 
     Parameters
     ----------
     address : Path
-        File that says how the process is reached.
+        File with the address of the process's socket.
     made_for : str
-        Digest of what the process is made for. A caller with another digest gets a new process.
+        Digest of the app, the device's file and its data. A caller with another digest gets a new
+        process.
     seconds : float
-        How long it stays without a call.
+        Seconds without a call after which the process ends.
     """
 
     address: Path
@@ -55,7 +56,7 @@ class WarmProcess:
 
     @classmethod
     def of(cls, device: Device, file: Path) -> WarmProcess:
-        """Return a device's: made for an app, for what the device's file says, and for its data."""
+        """Return a device's process, made for this app, for the device's file and for its data."""
         folder = Path(str(device.settings.get("state-dir") or data_folder()))
         name = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]
         made_for = hashlib.sha256(__file__.encode())
@@ -77,10 +78,10 @@ class WarmProcess:
         Raises
         ------
         ClientFailed
-            The process does not start, or ended before it answered. What the function did until
-            then remains, such as rows in a ledger.
+            The process does not start, or ended before it answered. Effects of the function until
+            then remain, such as rows in a ledger.
         Exception
-            What the function raises.
+            The error that the function raises.
         """
         private_folder(self.address.parent)
         with FileLock(f"{self.address}.lock"):
@@ -99,7 +100,7 @@ class WarmProcess:
         return result
 
     def _reach(self) -> Connection | None:
-        """Connect to the process, if there is one and it is made for the same."""
+        """Connect to the process, if one exists and was made for the same; ``None`` if not."""
         connection = None
         try:
             connection = Client(self.address.read_text())
@@ -113,7 +114,7 @@ class WarmProcess:
         return None
 
     def _start(self) -> Connection:
-        # By its path, which may hold the app that Flower has installed for this run.
+        # Pass on the import path, which may hold the app that Flower has installed for this run.
         paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
         process = subprocess.Popen(
             [sys.executable, "-m", __name__, self.made_for, str(self.seconds), str(os.getppid())],
@@ -134,13 +135,13 @@ class WarmProcess:
 
 
 def _files(*paths: Path) -> Iterator[Path]:
-    """Yield files, and those in folders."""
+    """Yield the given files, and the files in the given folders."""
     for path in paths:
         yield from sorted(path.rglob("*")) if path.is_dir() else [path]
 
 
 class _Watch:
-    """Ends a server that nobody calls any more, or whose caller's parent is gone."""
+    """Ends this process after a time without calls, or when its first caller's parent is gone."""
 
     def __init__(self, address: str, seconds: float, parent: int) -> None:
         self._address, self._seconds, self._parent = address, seconds, parent
@@ -150,7 +151,7 @@ class _Watch:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Let time stand still."""
+        """Stop the clock during a call."""
         self._calls += 1
         try:
             yield
@@ -161,11 +162,11 @@ class _Watch:
     def _end(self) -> None:
         while self._calls or time.monotonic() - self._last < self._seconds:
             if not _lives(self._parent):
-                # Nobody would get what is at work; as Flower's own process, it ends at once.
+                # Nobody is left to get the result, so end at once, as Flower's own process does.
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             time.sleep(min(1.0, self._seconds / 4))
-        # As somebody who needs another process: the server ends in its own time.
+        # Ask like a caller that needs another process, so that the server ends in an orderly way.
         with contextlib.suppress(OSError), Client(self._address) as connection:
             connection.send(None)
 
@@ -191,7 +192,7 @@ def handle_calls(made_for: str, seconds: float, parent: int) -> None:
         watch = _Watch(address, seconds, parent)
         wanted = True
         while wanted:
-            # A caller that is killed takes its connection with it.
+            # The connection of a caller that is killed breaks.
             gone = contextlib.suppress(EOFError, OSError)
             with listener.accept() as connection, watch.call(), gone:
                 wanted = connection.recv() == made_for
@@ -201,7 +202,7 @@ def handle_calls(made_for: str, seconds: float, parent: int) -> None:
 
 
 def _outcome(module: str, name: str, args: tuple[object, ...]) -> tuple[bool, Any]:
-    """Return what a function returns, or its error, and which of them it is."""
+    """Return true and a function's result, or false and the error that it raised."""
     try:
         return True, getattr(importlib.import_module(module), name)(*args)
     except Exception as error:

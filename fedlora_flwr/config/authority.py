@@ -110,7 +110,7 @@ def in_force(settings: Mapping[str, Any], limits: Mapping[str, Any]) -> Iterator
         if row.decides == Decider.DEVICE:
             given = key in settings
             value = settings.get(key, row.default)
-            yield row.key, f"{value!r}, {'its file' if given else 'default: its file is silent'}"
+            yield row.key, f"{value!r}, {'its file' if given else 'default, not set in its file'}"
         elif row.decides == Decider.PACKAGE:
             yield row.key, f"{row.default!r}, always"
         elif key in limits:

@@ -131,7 +131,7 @@ def check_method(config: RunConfig) -> None:
         raise InvalidValue(key, config.items()[key], allowed)
     if config.secure_sum and (reason := _no_sum(method_of(config.strategy))):
         allowed = (
-            f"a method that works with a sum where trust-model = {config.trust_model!r}: {reason}"
+            f"a method that needs only a sum, as trust-model = {config.trust_model!r}: {reason}"
         )
         raise InvalidValue("strategy", config.strategy, allowed)
     if config.robust in _RULES and (reason := _no_rule(config)):
@@ -143,21 +143,21 @@ def check_method(config: RunConfig) -> None:
 def _no_sum(method: Method) -> str:
     """Return the reason why the method cannot use the sum of all uploads; empty if it can."""
     if method.personal:
-        return "this one leaves a factor with each client"
+        return "this method leaves a factor with each client"
     if method.needs_each_upload:
-        return "this one needs each upload"
+        return "this method needs each upload"
     return ""
 
 
 def _no_rule(config: RunConfig) -> str:
     """Return the reason why a robust rule cannot replace the mean; empty if it can."""
     if method_of(config.strategy).needs_each_upload:
-        return f"strategy = {config.strategy!r} needs each upload, and averages none"
+        return f"strategy = {config.strategy!r} needs each upload and averages none"
     return ""
 
 
 _RULES = ("trimmed-mean", "median", "krum")
-PERSONAL = "models stay with the clients, and are evaluated there"
+PERSONAL = "models stay with the clients and are evaluated there"
 
 
 def _no_average(method: Method) -> str:
@@ -165,9 +165,9 @@ def _no_average(method: Method) -> str:
     if method.personal:
         return PERSONAL
     if method.folds:
-        return "part of each round's model is folded into frozen weights, and has no mean"
+        return "part of each round's model is folded into frozen weights and has no mean"
     if not method.stable_basis:
-        return "factors of two rounds are in different bases, and have no mean"
+        return "factors of two rounds are in different bases and have no mean"
     return ""
 
 

@@ -50,7 +50,7 @@ def by_short_name(values: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in _flattened(values):
         short = short_name(key)
         if short in found:
-            raise InvalidValue(full_name(short), value, "one value; it is given twice")
+            raise InvalidValue(full_name(short), value, "one value, but it is given twice")
         found[short] = value
     return found
 

@@ -82,12 +82,14 @@ class RunConfig(
                 "secure-noise", True, "false where reproducible = true: such noise has no seed"
             )
         if self.weighting == "inverse-noise" and math.isinf(self.epsilon):
-            raise InvalidValue("weighting", self.weighting, "another one where epsilon = inf")
+            allowed = "'uniform' or 'size' where epsilon = inf, which adds no noise"
+            raise InvalidValue("weighting", self.weighting, allowed)
         if math.isinf(self.clip_norm) and self.private:
-            allowed = "a finite number, or epsilon = inf: noise is made for a bound"
+            allowed = "a finite number, to which noise is scaled, or epsilon = inf"
             raise InvalidValue("clip-norm", self.clip_norm, allowed)
         if self.max_rounds > self.num_rounds:
-            raise InvalidValue("max-rounds", self.max_rounds, f"at most {self.num_rounds} rounds")
+            allowed = f"at most num-rounds = {self.num_rounds}"
+            raise InvalidValue("max-rounds", self.max_rounds, allowed)
         if self.planned_steps > MOST_STEPS:
             allowed = f"fewer: all rounds together may take {MOST_STEPS:,} steps at most"
             raise InvalidValue("local-steps", self.local_steps, allowed)
@@ -110,7 +112,7 @@ class RunConfig(
                 "curvature",
                 self.curvature,
                 "'none', or optimizer = 'sgd' with momentum = 0, filter = 'none' and precondition "
-                "= false: else a movement does not tell the gradient behind it",
+                "= false: with others, the gradient cannot be read off an update",
             )
         if self.groups == "layer" and self.blocks:
             raise InvalidValue("groups", self.groups, "'block' or 'tied' where blocks is set")
@@ -127,7 +129,8 @@ class RunConfig(
             allowed = "0, or early-stopping-patience above 0"
             raise InvalidValue("early-stopping-threshold", self.early_stopping_threshold, allowed)
         if not all(1 <= rank <= self.rank for rank in self._client_ranks()):
-            raise InvalidValue("client-ranks", self.client_ranks, f"ranks of 1 to {self.rank}")
+            allowed = f"ranks from 1 to rank = {self.rank}"
+            raise InvalidValue("client-ranks", self.client_ranks, allowed)
 
     def learning_rates(self, server_round: int) -> tuple[float, float, float]:
         """Return the learning rates of A, B and the head in a round, which is counted from 1."""

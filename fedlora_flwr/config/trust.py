@@ -48,8 +48,8 @@ def _of_a_sum(config: RunConfig) -> Iterator[tuple[str, Any, str]]:
     yield (
         "local_steps",
         config.local_steps == 1,
-        f"1 {_HERE}: after a first step a record acts through everybody else's gradients, which "
-        "the noise of one sum does not cover",
+        f"1 {_HERE}: after a first step, a record also influences the gradients of all others, "
+        "which the noise of one sum does not cover",
     )
     yield (
         "epsilon",
@@ -59,22 +59,23 @@ def _of_a_sum(config: RunConfig) -> Iterator[tuple[str, Any, str]]:
     yield (
         "weighting",
         config.weighting == "uniform",
-        f"'uniform' {_HERE}: records weigh alike in a sum, whoever has them",
+        f"'uniform' {_HERE}: all records have the same weight in a sum",
     )
-    yield "share_head", config.share_head, f"true {_HERE}: what stays with a client is in no sum"
+    allowed = f"true {_HERE}: a head that stays with its client is not in the sum"
+    yield "share_head", config.share_head, allowed
     yield (
         "client_ranks",
         not config.client_ranks,
-        f"empty {_HERE}: arrays of different shapes have no sum",
+        f"empty {_HERE}: arrays of different shapes cannot be added",
     )
     yield (
         "robust",
         config.robust in ("auto", "none"),
-        f"'auto' or 'none' {_HERE}: the server sees no single upload, so it can leave none out",
+        f"'auto' or 'none' {_HERE}: the server sees no single upload and cannot leave one out",
     )
     most = config.num_clients - 1 - config.colluding
     yield (
         "dropouts",
         config.dropouts <= most,
-        f"at most num-clients - 1 - colluding = {most}: somebody must share the noise",
+        f"at most num-clients - 1 - colluding = {most}: one client must be left to add noise",
     )

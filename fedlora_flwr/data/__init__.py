@@ -1,1 +1,1 @@
-"""Records: where they come from, how they are read, kept and dealt out to clients."""
+"""Records: where they come from, and how they are read, cached and dealt out to clients."""

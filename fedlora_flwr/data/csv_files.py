@@ -54,7 +54,7 @@ def csv_tables(paths: Sequence[Path]) -> Iterator[pa.Table]:
             continue
         if found and table.column_names != found[0].column_names:
             expected = f"the columns {found[0].column_names} of the files before it"
-            raise unreadable(path, f"{expected}, and it has {table.column_names}")
+            raise unreadable(path, f"{expected}, but it has {table.column_names}")
         found.append(table)
     if found:
         cells = pa.concat_tables(found)
@@ -72,15 +72,15 @@ def _cells(path: Path) -> pa.Table | None:
         if not header:
             return None
         if len(header) == 1 and (other := next((c for c in ";\t|" if c in header[0]), "")):
-            found = f"{separator!r} between cells, and the first line has {other!r}"
+            found = f"{separator!r} between cells, but the first line has {other!r}"
             raise unreadable(path, f"{found}. Save it with {_NAMES[separator]}")
         names = _column_names(path, header)
         schema = pa.schema([(name, pa.string()) for name in names])
         batches, held = [], []
         for line, record in records:
             if len(record) != len(names):
-                has = f"{len(names)} cells in each record, and the one in line {line} has"
-                quotes = "Put cells that hold the separator in double quotes"
+                has = f"{len(names)} cells in each record, but the one in line {line} has"
+                quotes = "Put cells that contain the separator in double quotes"
                 raise unreadable(path, f"{has} {len(record)}. {quotes}")
             held.append(record)
             if len(held) == _ROWS:
@@ -110,8 +110,8 @@ def _records(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
             begin = reader.line_num + 1
     except csv.Error as error:
         fix = 'Write a quote inside a quoted cell twice ("")'
-        text = f"quotes that match, and the record in line {begin} has others ({reason(error)})"
-        raise unreadable(path, f"{text}. {fix}") from error
+        text = f"quotes that match, but those in the record of line {begin} do not"
+        raise unreadable(path, f"{text} ({reason(error)}). {fix}") from error
 
 
 def _column_names(path: Path, header: list[str]) -> list[str]:
@@ -131,7 +131,7 @@ def require_different(path: Path, names: Sequence[str]) -> None:
     """
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        expected = f"a name of its own for each column, and {twice} are there more than once"
+        expected = f"a different name for each column, but {twice} occur more than once"
         raise unreadable(path, f"{expected}. Rename or remove them")
 
 

@@ -76,23 +76,24 @@ def _records(path: Path) -> Iterator[Row]:
         line, counted = line + text.count("\n", counted, at), at
         value, at = _value(decoder, text, at, path, line)
         if not isinstance(value, dict):
-            raise unreadable(path, f"JSON, and line {line} has no object. {_FIX}")
+            raise unreadable(path, f"JSON objects, but line {line} has another value. {_FIX}")
         yield line, value
         at = _after_blanks(text, at)
         if array:
             at, closed = _next(text, at, path)
     if array and (not closed or _after_blanks(text, at + 1) < len(text)):
-        raise unreadable(path, "one JSON array that ends where the file ends")
+        allowed = "one JSON array and nothing after it. Complete the array, or remove the rest"
+        raise unreadable(path, allowed)
 
 
 def _value(decoder: json.JSONDecoder, text: str, at: int, path: Path, line: int) -> tuple[Any, int]:
     try:
         return decoder.raw_decode(text, at)
     except json.JSONDecodeError as error:
-        found = f"JSON, and line {error.lineno} is not ({error.msg}, column {error.colno})"
+        found = f"JSON, but line {error.lineno} is not ({error.msg}, column {error.colno})"
         raise unreadable(path, f"{found}. {_FIX}") from error
     except (ValueError, RecursionError) as error:
-        found = f"JSON, and the record in line {line} cannot be read ({reason(error)})"
+        found = f"JSON, but the record in line {line} cannot be read ({reason(error)})"
         raise unreadable(path, f"{found}. {_FIX}") from error
 
 
@@ -100,7 +101,7 @@ def _next(text: str, at: int, path: Path) -> tuple[int, bool]:
     """Return where the next record of an array begins, and whether the array is over."""
     mark = text[at : at + 1]
     if mark not in (",", "]"):
-        found = f"JSON, and line {line_of(text, at)} has no comma between two records"
+        found = f"JSON, but line {line_of(text, at)} lacks a comma between two records"
         raise unreadable(path, f"{found}, or the file is cut off")
     return (at, True) if mark == "]" else (_after_blanks(text, at + 1), False)
 
@@ -115,7 +116,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"an object has {twice} more than once")
+        raise ValueError(f"an object has the keys {twice} more than once")
     return found
 
 
@@ -144,8 +145,8 @@ def _mixed(path: Path, name: str, rows: list[Row]) -> InvalidValue:
     said = [(line, _type(row[name])) for line, row in rows if row.get(name) is not None]
     (first, usual), *others = said
     line, kind = next((line, kind) for line, kind in others if kind != usual)
-    found = f"values of one type in column {name!r}: line {first} has {usual}"
-    return unreadable(path, f"{found}, and line {line} has {kind}")
+    found = f"values of one type in column {name!r}, but line {first} has {usual}"
+    return unreadable(path, f"{found} and line {line} has {kind}")
 
 
 def _misfit(path: Path, name: str, rows: list[Row], error: Exception) -> InvalidValue:
@@ -156,8 +157,8 @@ def _misfit(path: Path, name: str, rows: list[Row], error: Exception) -> Invalid
         try:
             pa.array([row.get(name)])
         except (pa.ArrowException, OverflowError, TypeError, ValueError) as own:
-            found = f"values that a table can hold: column {name!r} of the record in line {line}"
-            return unreadable(path, f"{found} has none ({reason(own)})")
+            found = f"values that a table can hold, but column {name!r} of the record in line"
+            return unreadable(path, f"{found} {line} has another ({reason(own)})")
     return unreadable(path, f"values of one type in column {name!r} ({reason(error)})")
 
 

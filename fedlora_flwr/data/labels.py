@@ -17,34 +17,34 @@ from fedlora_flwr.errors import InvalidValue, unknown
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-# Numbers may leave gaps: up to so many classes, or so many for each one that occurs.
+# Numbers of classes may have gaps: there may be up to 100 classes, or 10 for each that occurs.
 _FEW, _GAP = 100, 10
 
 
 class Labels:
     """Numbers classes, which a data set may hold as names, as numbers, or as numbered names.
 
-    A class is its name wherever it has one. Where the configuration names the classes, their order
-    there is the order of their numbers, and the private records tell nothing about classes. Where
-    it gives only their number, the records must hold numbers: names would be numbered by the
-    records that happen to be there, and differently on each device. Where it gives neither, the
-    private split tells the classes, which suits a simulation.
+    A class that has a name is identified by the name. If the configuration names the classes, their
+    order gives their numbers, and these do not depend on private records. If it gives only the
+    number of classes, the records must hold numbers: names would be numbered by the records that
+    happen to be there, and differently on each device. If it gives neither, the classes are those
+    of the private split, which suits a simulation.
 
     Parameters
     ----------
     private : Callable[[], Dataset]
-        Opens the private split. Called only where neither ``num_classes`` nor ``class_names`` is
+        Opens the private split. Called only if neither ``num_classes`` nor ``class_names`` is
         given.
     schema : Callable[[], Features | None]
-        Returns the columns of the private split, or ``None`` where it is not on this machine. It
-        tells in which order a data set numbers its names, if ``class_names`` does not.
+        Returns the columns of the private split, or ``None`` if it is not on this machine. Without
+        ``class_names``, they give the order in which a data set numbers its names.
     column : str
         Name of the column with the class.
     num_classes : int
         Number of classes; 0 to count those of the private split.
     class_names : Sequence[str] (default: ())
-        Names of the classes in the order of their numbers. Numbers in the data set are positions
-        in it, or, where all names are whole numbers, names.
+        Names of the classes in the order of their numbers. A number in the data set is a position
+        in this list, or a name if all names are whole numbers.
 
     Raises
     ------
@@ -65,7 +65,7 @@ class Labels:
         if len(set(class_names)) < len(class_names):
             raise InvalidValue("class-names", ",".join(class_names), "each name once")
         if class_names and num_classes not in (0, len(class_names)):
-            allowed = f"0 or {len(class_names)}, as class-names holds so many"
+            allowed = f"0 or {len(class_names)}, the number of names in class-names"
             raise InvalidValue("num-classes", num_classes, allowed)
 
     @cached_property
@@ -75,8 +75,8 @@ class Labels:
         Raises
         ------
         InvalidValue
-            The private split has to tell it, and has no such column, something else in it, or
-            numbers that are far apart.
+            The private split has to be counted, but it lacks the column, holds other values in it,
+            or its numbers are far apart.
         """
         if self._class_names or self._num_classes:
             return len(self._class_names) or self._num_classes
@@ -102,14 +102,14 @@ class Labels:
         count = max(int(found[-1]) + 1, known)
         if count > max(_FEW, _GAP * len(found), known):
             allowed = (
-                f"a column of classes numbered from 0: {len(found)} classes have numbers up to "
-                f"{found[-1]}. Name them with class-names, or set num-classes = {count}"
+                f"a column of classes numbered from 0, but {len(found)} classes have numbers up "
+                f"to {found[-1]}. Name them with class-names, or set num-classes = {count}"
             )
             raise InvalidValue("label-column", self._column, allowed)
         return count
 
     def unstated(self, dataset: Dataset) -> list[str]:
-        """Return the names of a data set's classes where the configuration gives their number only.
+        """Return the names of a data set's classes if the configuration gives only their number.
 
         Parameters
         ----------
@@ -119,7 +119,7 @@ class Labels:
         Returns
         -------
         list[str]
-            None where the configuration names the classes, or they are numbers.
+            Empty if the configuration names the classes, or if the classes are numbers.
         """
         if self._class_names or not self._num_classes:
             return []
@@ -146,8 +146,8 @@ class Labels:
         Raises
         ------
         InvalidValue
-            There is no such column, it holds something else, a class that is not known, or names
-            whose order nothing tells.
+            The column is missing, holds other values or an unknown class, or holds names of unknown
+            order.
         """
         values = self._read(dataset)
         if own := self._stated(dataset.features[self._column]):
@@ -164,19 +164,19 @@ class Labels:
     def _renumbered(
         self, values: NDArray[np.int64], own: tuple[str, ...], dataset: Dataset
     ) -> NDArray[np.int64]:
-        """Turn the numbers that a data set gives its names into ours."""
+        """Turn the numbers that a data set gives its names into those of the configuration."""
         folders = dataset.info.builder_name == CLASS_FOLDERS
         if folders and not self._class_names and len(own) < self._num_classes:
             allowed = (
-                f"the names of the {self._num_classes} classes in the order of their numbers: "
-                f"there are {len(own)} class folders, which cannot tell it"
+                f"the names of the {self._num_classes} classes in the order of their numbers, "
+                f"which {len(own)} class folders cannot tell"
             )
             raise InvalidValue("class-names", "", allowed)
         order = self._order
         if not order or own == order:
             return values
         if int(values.max()) >= len(own):
-            allowed = f"a column whose numbers have names: {values.max()} has none"
+            allowed = f"a column in which each number has a name, but {values.max()} has none"
             raise InvalidValue("label-column", self._column, allowed)
         return self._by_name(values, own, order)
 
@@ -204,22 +204,22 @@ class Labels:
     def _known(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         if (found := int(numbers.max()) + 1) > self.count:
             if self._class_names:
-                allowed = f"at least {found} names: a record is of class {found - 1}"
+                allowed = f"at least {found} names, as a record has class {found - 1}"
                 raise InvalidValue("class-names", ",".join(self._class_names), allowed)
-            allowed = f"at least {found}: a record is of class {found - 1}"
+            allowed = f"at least {found}, as a record has class {found - 1}"
             raise InvalidValue("num-classes", self.count, allowed)
         return numbers
 
     def _require_numbers(self, values: NDArray[Any]) -> None:
-        """Refuse numbers where the private split's text tells the classes: they have no order."""
+        """Refuse numbers if the classes are texts of the private split, which have no numbers."""
         columns = self._schema() or {}
         if self._class_names or self._num_classes or self._stated(columns.get(self._column)):
             return
         truth = values.dtype == bool and {n.lower() for n in self._order} <= {"false", "true"}
         if self._order and not truth:
             allowed = (
-                f"a column of text, as in the private split, whose classes are "
-                f"{list(self._order)}: this split has {values[0]}. Name the classes with "
+                f"a column of text, because the private split has the classes "
+                f"{list(self._order)}, but this split has {values[0]}. Name the classes with "
                 "class-names, or write them alike in all splits"
             )
             raise InvalidValue("label-column", self._column, allowed)
@@ -235,7 +235,7 @@ class Labels:
 
     @cached_property
     def _order(self) -> tuple[str, ...]:
-        """Names of the classes, or none where they are numbers."""
+        """Names of the classes; empty if they are numbers."""
         if self._class_names:
             return self._class_names
         columns = self._schema() or {}
@@ -249,7 +249,7 @@ class Labels:
     def _stated(self, feature: Any) -> tuple[str, ...]:
         """Return the names that a column's type gives its numbers.
 
-        The library gives names of its own, "0", "1" and so on, where nobody did.
+        Names "0", "1" and so on do not count: the library makes them up if a file has no names.
         """
         names = tuple(getattr(feature, "names", None) or ())
         made_up = names == tuple(map(str, range(len(names))))
@@ -276,7 +276,7 @@ class Labels:
             if values.dtype.kind == "b":
                 return values
             if values.dtype.kind == "U":
-                # NumPy's own text loses zeros at its end.
+                # NumPy's own text type would lose zero characters at the end.
                 return np.array(held, dtype=object)
         allowed = f"a column of whole numbers or text, not of {dataset.features[self._column]}"
         raise InvalidValue("label-column", self._column, allowed)
@@ -285,7 +285,7 @@ class Labels:
 def without_class(dataset: Dataset, column: str) -> dict[str, NDArray[np.int64]]:
     """Return the positions of the records that have no class, by the reason.
 
-    They have nothing in the column, or a number below 0, as SNLI's without a verdict.
+    The column is empty, or holds a number below 0, as in SNLI's records without a verdict.
     """
     if column not in dataset.features or not _is_scalar(dataset, column):
         return {}
@@ -304,7 +304,7 @@ def without_class(dataset: Dataset, column: str) -> dict[str, NDArray[np.int64]]
 
 
 def near_names(dataset: Dataset, column: str) -> list[list[str]]:
-    """Return groups of classes whose names differ in case, blanks or Unicode's forms alone."""
+    """Return groups of classes with names that differ only in case, blanks or Unicode's forms."""
     feature = dataset.features.get(column)
     if getattr(feature, "dtype", "") in ("string", "large_string"):
         names = list({name for name in dataset[column][:] if name is not None})
@@ -324,7 +324,7 @@ def _is_scalar(dataset: Dataset, column: str) -> bool:
 
 
 def _whole(values: NDArray[Any]) -> NDArray[np.int64] | None:
-    """Return numbers as integers, if all of them are whole and an integer can hold them."""
+    """Return numbers as integers; ``None`` if one is not whole or too large for that."""
     if values.dtype.kind == "f" and not (values == np.trunc(values)).all():
         return None
     most = 2**53 if values.dtype.kind == "f" else 2**63 - 1

@@ -1,4 +1,4 @@
-"""Which splits a file or folder of records holds, by the names in it."""
+"""Finds the splits in a file or folder of records by the names of its files and folders."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Found:
     paths : tuple[Path, ...]
         Files in order, or one folder.
     source : SourceFolder
-        What all of them are in.
+        The folder that contains all of them.
     """
 
     kind: str
@@ -50,15 +50,15 @@ class Found:
 def find_splits(path: Path, source: SourceFolder) -> dict[str, Found]:
     """Return the splits at ``path``, which is in ``source``, by name.
 
-    A file is one split: the one that its name says (``test.csv``), or ``train``. In a folder a
+    A file is one split: the one that it is named for (``test.csv``), or ``train``. In a folder a
     split is a file ``<split>.<type>``, its shards ``<split>-00000-of-00002.<type>``, a folder
-    ``<split>/<class>/`` of pictures or a saved data set; where there is none the folder ``data``
-    in it is searched.
+    ``<split>/<class>/`` of pictures, or a saved data set. If there is none, the folder ``data`` in
+    it is searched.
 
     Raises
     ------
     InvalidValue
-        Shards are missing, a split is there in two types, or a link leads out of the source.
+        Shards are missing, a split exists in two types, or a link leads out of the source.
     """
     if path.is_file():
         kind = TABLES.get(path.suffix.lower())
@@ -68,7 +68,7 @@ def find_splits(path: Path, source: SourceFolder) -> dict[str, Found]:
         return {_saved_name(path): Found("saved", (path,), source)}
     folders, tables = _folders(entries, source), _tables(entries, source)
     if both := sorted(folders.keys() & tables.keys()):
-        allowed = f"each split once: {both[0]!r} is there as a folder and as a file"
+        allowed = f"each split once, but {both[0]!r} is there as a folder and as a file"
         raise InvalidValue("dataset", str(path), allowed)
     found = {**folders, **tables}
     inner = path / "data"
@@ -84,7 +84,7 @@ def pick(splits: dict[str, Found], split: str) -> Found | None:
 
 
 def folder_as_table(path: Path, split: str) -> Path | None:
-    """Return a folder whose name is that of a table, where the table of a split should be."""
+    """Return a folder that is named like a table and is where a split's table should be."""
     inside = [path / f"{split}{ending}" for ending in TABLES]
     for place in (path, *inside):
         if place.suffix.lower() in TABLES and place.is_dir():
@@ -95,7 +95,7 @@ def folder_as_table(path: Path, split: str) -> Path | None:
 def class_names(found: Found) -> list[str]:
     """Return the class folders of a split of pictures and of the splits beside it, sorted.
 
-    A class that one split lacks has its number in all.
+    Classes have the same numbers in all splits, even if one split lacks a class.
     """
     source, (folder,) = found.source, found.paths
     beside = [entry for entry in source.entries(folder.parent) if entry.is_dir()]
@@ -105,7 +105,7 @@ def class_names(found: Found) -> list[str]:
         for name in sorted(second - first):
             if (same := spelt.get(_spelling(name))) is not None:
                 allowed = (
-                    f"one spelling of each class: {one.name!r} has a folder {same!r}, and "
+                    f"one spelling of each class, but {one.name!r} has a folder {same!r} and "
                     f"{other.name!r} has {name!r}. Rename one of them"
                 )
                 raise InvalidValue("dataset", str(folder.parent), allowed)
@@ -113,7 +113,7 @@ def class_names(found: Found) -> list[str]:
 
 
 def _spelling(name: str) -> str:
-    """Return a name without what file systems and people change: case, and Unicode's forms."""
+    """Return a name in one case and one of Unicode's forms, which file systems may change."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
@@ -123,10 +123,10 @@ def pictures(folder: Path, source: SourceFolder) -> Iterator[Path]:
 
 
 def strangers(found: Found) -> list[str]:
-    """Return sentences on what a split of pictures holds and nobody reads.
+    """Return sentences about files in a split of pictures that are not read.
 
-    That is files in no class folder, in folders inside class folders, hidden, or of another type
-    than `IMAGES`; and class folders without a picture.
+    These are files outside class folders, in folders inside class folders, hidden, or of another
+    type than `IMAGES`. Class folders without a picture are also told.
     """
     (folder,) = found.paths
     passed: dict[str, list[str]] = {}
@@ -162,7 +162,7 @@ def _tables(entries: list[Path], source: SourceFolder) -> dict[str, Found]:
 
 
 def _table(paths: list[Path], source: SourceFolder) -> Found:
-    """Check that files are one table, whole."""
+    """Check that files are all parts of one table."""
     first = paths[0]
     shards = [_SHARD.fullmatch(path.stem) for path in paths]
     numbers = [int(shard["number"]) for shard in shards if shard]
@@ -170,7 +170,7 @@ def _table(paths: list[Path], source: SourceFolder) -> Found:
     if len({path.suffix for path in paths}) > 1 or (len(paths) > 1 and len(numbers) < len(paths)):
         names = ", ".join(path.name for path in paths)
         raise InvalidValue(
-            "dataset", str(first.parent), f"one file, or shards, a split, not {names}"
+            "dataset", str(first.parent), f"one file or one set of shards per split, not {names}"
         )
     if numbers and (len(counts) > 1 or numbers != list(range(int(min(counts))))):
         raise InvalidValue("dataset", str(first.parent), f"all shards of {first.name}")
@@ -189,7 +189,7 @@ def _folders(entries: list[Path], source: SourceFolder) -> dict[str, Found]:
 
 
 def _classes(folder: Path, source: SourceFolder) -> list[Path]:
-    """Return the class folders of a folder, or none where no folder in it holds a picture."""
+    """Return the class folders of a folder; none if no folder in it holds a picture."""
     inner = [entry for entry in source.entries(folder) if entry.is_dir()]
     return inner if any(next(pictures(entry, source), None) for entry in inner) else []
 
@@ -197,7 +197,7 @@ def _classes(folder: Path, source: SourceFolder) -> list[Path]:
 def _split_of(path: Path) -> str:
     shard = _SHARD.fullmatch(path.stem)
     if shard and int(shard["count"]) > 1:
-        allowed = "the folder of all shards, as this file is one of several"
+        allowed = "the folder of all shards, because this file is only one of them"
         raise InvalidValue("dataset", str(path), allowed)
     name = shard["split"] if shard else path.stem
     return name if name in _KNOWN else "train"

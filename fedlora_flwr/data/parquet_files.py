@@ -78,5 +78,5 @@ def _plain(schema: pa.Schema) -> pa.Schema:
 
 def _require_columns(path: Path, table: pa.Table, schema: pa.Schema) -> None:
     if set(table.column_names) != set(schema.names):
-        expected = f"the columns {schema.names} of the first file, and it has {table.column_names}"
+        expected = f"the columns {schema.names} of the first file, but it has {table.column_names}"
         raise unreadable(path, expected)

@@ -1,4 +1,4 @@
-"""Records over simulated clients, by the partitioners of flwr-datasets."""
+"""Deals records out to simulated clients, with the partitioners of flwr-datasets."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def _dirichlet(split: Split) -> Partitioner:
 def _pathological(split: Split) -> Partitioner:
     from flwr_datasets.partitioner import PathologicalPartitioner
 
-    # One class of each client goes round, so that no class is left out where that can be.
+    # In this mode, clients get the classes one after the other as their first class. So no class is
+    # left out if there are at least as many clients as classes.
     return PathologicalPartitioner(
         num_partitions=split.num_partitions,
         partition_by=split.by,
@@ -72,7 +73,7 @@ def _size(split: Split) -> Partitioner:
     from flwr_datasets.partitioner import SizePartitioner
 
     if len(split.sizes) != split.num_partitions:
-        allowed = f"{split.num_partitions} sizes with commas between them, as num-clients says"
+        allowed = f"num-clients = {split.num_partitions} sizes with commas between them"
         raise InvalidValue("partition-sizes", _joined(split.sizes), allowed)
     return SizePartitioner(partition_sizes=list(split.sizes))
 
@@ -112,15 +113,16 @@ def partition_records(columns: Mapping[str, NDArray[Any]], split: Split) -> list
     Parameters
     ----------
     columns : Mapping[str, NDArray]
-        One value per record, each of shape (n,): the labels, as ``label``, and what else the
-        records may be split by.
+        One value per record, each of shape (n,): the labels, as ``label``, and other columns by
+        which the records may be split.
     split : Split
-        How. ``"dirichlet"`` is that of Yurochkin et al. (arXiv:1905.12022), per label, without
-        balancing; ``"shard"`` that of McMahan et al. (arXiv:1602.05629): records sorted by label
-        are cut into ``num_partitions * classes_per_partition`` equal shards, and what is over
-        after the last is dropped. The clients of ``"natural-id"`` are the column's sorted values.
-        ``"label-shares"`` gives all clients equally many records, as many as the classes allow,
-        with the given shares of the column's sorted values; the rest of the records is left out.
+        How to split. ``"dirichlet"`` is that of Yurochkin et al. (arXiv:1905.12022), per label,
+        without balancing. ``"shard"`` is that of McMahan et al. (arXiv:1602.05629): records sorted
+        by label are cut into ``num_partitions * classes_per_partition`` equal shards, and the
+        remainder is dropped. ``"natural-id"`` makes one client of each of the column's sorted
+        values. ``"label-shares"`` gives all clients the same number of records, as many as the
+        classes allow, with the given shares of the column's sorted values. Other records are left
+        out.
 
     Returns
     -------
@@ -163,7 +165,7 @@ def partition_indices(
     alpha: float = 0.5,
     min_size: int = 1,
 ) -> list[NDArray[np.int64]]:
-    """Deal labeled records out to clients: `partition_records` for labels alone."""
+    """Deal labeled records out to clients: `partition_records` for labels only."""
     split = Split(partitioner, num_partitions, seed, alpha, min_size)
     return partition_records({"label": labels}, split)
 
@@ -201,12 +203,12 @@ def _require_column(columns: Mapping[str, NDArray[Any]], split: Split) -> None:
     named = split.column if split.partitioner == "natural-id" else split.by
     if named not in columns:
         known = set(columns) - {"row"}
-        otherwise = ", or partitioner = 'iid' where no column divides the records"
+        otherwise = ", or partitioner = 'iid', which needs no column"
         if known:
             raise unknown("partition-column", split.column, known, after=otherwise)
         raise InvalidValue("partition-column", split.column, f"a column{otherwise}")
     values = columns[named]
-    # Nothing in the column, or what is not a number where numbers have gaps.
+    # A missing value is None, or NaN in a column of numbers.
     if values.dtype.kind in "fO" and any(value is None or value != value for value in values):
         raise InvalidValue("partition-column", named, "a column without missing values")
     distinct = len(np.unique(values))
@@ -221,14 +223,15 @@ def _require_column(columns: Mapping[str, NDArray[Any]], split: Split) -> None:
 def _require_feasible(records: int, split: Split) -> None:
     clients, least = split.num_partitions, split.min_size
     if not 1 <= clients <= records:
-        raise InvalidValue("num-clients", clients, f"1 to {records}, one record each")
+        raise InvalidValue("num-clients", clients, f"1 to {records}, at least one record each")
     most = records // clients
     if not 1 <= least <= most:
         reason = f"1 to {most}, as {clients} clients share {records} records"
         raise InvalidValue("min-records", least, reason)
     shards = split.classes_per_partition
     if split.partitioner == "shard" and not 1 <= shards <= most:
-        raise InvalidValue("classes-per-client", shards, f"1 to {most}, a record in each shard")
+        allowed = f"1 to {most}, so that each shard has a record"
+        raise InvalidValue("classes-per-client", shards, allowed)
 
 
 def _order(records: int, split: Split) -> NDArray[np.int64]:
@@ -245,11 +248,11 @@ def _dealt(
     shuffled = {name: values[order] for name, values in columns.items()}
     partitioner.dataset = Dataset.from_dict({"index": order, **shuffled})
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-        # Each failed draw warns; what matters is whether one of them succeeds. And some
-        # partitioners draw a progress bar wherever they run.
+        # Each failed draw warns, but only a failure of all draws matters. Some partitioners also
+        # always show a progress bar.
         warnings.simplefilter("ignore")
         try:
-            # A whole column at once: read one by one, 67,000 records take two seconds.
+            # Reads a whole column at once: 67,000 records one by one would take two seconds.
             parts = [partitioner.load_partition(i)["index"][:] for i in range(split.num_partitions)]
         except (ValueError, TypeError, ArithmeticError) as error:
             raise _refused(split, error) from error
@@ -257,7 +260,7 @@ def _dealt(
 
 
 def _by_shares(values: NDArray[Any], split: Split) -> list[NDArray[np.int64]]:
-    """Deal each class out in the given shares, to clients of one size."""
+    """Deal each class out in the given shares, so that all clients get equally many records."""
     classes, codes = np.unique(values, return_inverse=True)
     shares = np.asarray(split.shares, dtype=np.float64)
     if shares.shape != (split.num_partitions, len(classes)):
@@ -271,7 +274,7 @@ def _by_shares(values: NDArray[Any], split: Split) -> list[NDArray[np.int64]]:
     counts = np.floor(min(sizes) * shares + 1e-9).astype(int)
     left = len(values) - int(counts.sum())
     if left:
-        _LOGGER.warning("%s of %s records fit no client's label shares.", left, len(values))
+        _LOGGER.warning("label-shares leaves out %s of %s records.", left, len(values))
     ends = np.cumsum(counts, axis=0)
     parts = [
         [pool[end - count : end] for pool, end, count in zip(pools, row, taken, strict=True)]
@@ -291,12 +294,12 @@ def _unmet(split: Split, smallest: int | None = None) -> InvalidValue:
         return InvalidValue(
             "min-records",
             split.min_size,
-            f"at most {smallest}, what partitioner = {split.partitioner!r} gives the smallest of "
-            f"{split.num_partitions} clients",
+            f"at most {smallest}, the records that partitioner = {split.partitioner!r} gives to "
+            f"the smallest of {split.num_partitions} clients",
         )
     advice = (
-        f"a smaller minimum, fewer clients or more even parts than "
-        f"{split.num_partitions} with dirichlet-alpha = {split.alpha} (seed {split.seed})"
+        f"a smaller number, or fewer than {split.num_partitions} clients, or a dirichlet-alpha "
+        f"above {split.alpha} (seed {split.seed})"
     )
     return InvalidValue("min-records", split.min_size, advice)
 

@@ -1,4 +1,4 @@
-"""Pictures as the numbers that a model reads: opaque, of 8 bits, and of its size."""
+"""Converts pictures to the numbers that a model reads: opaque, 8 bits, and of the model's size."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 BACKGROUND = (255, 255, 255)
-"""What transparent pixels are laid over: white."""
-# The largest values of 16 and of 8 bits, 65,535 and 255, are this far apart.
+"""Transparent pixels are laid over this color: white."""
+# The largest value of 16 bits, 65,535, is this many times that of 8 bits, 255.
 _SCALE = 257
 
 
 def pixels(dataset: Dataset, column: str, data: Mapping[str, Any]) -> Dataset:
-    """Return pictures at a model's size, made once per machine.
+    """Return pictures at a model's size. They are made once per machine.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ def pixels(dataset: Dataset, column: str, data: Mapping[str, Any]) -> Dataset:
     column : str
         Their column.
     data : Mapping[str, Any]
-        As of `fedlora_flwr.backbones.image_models.data_config`.
+        The result of `fedlora_flwr.backbones.image_models.data_config`.
 
     Returns
     -------
@@ -49,7 +49,7 @@ def pixels(dataset: Dataset, column: str, data: Mapping[str, Any]) -> Dataset:
 
 
 def normalized(images: Tensor, data: Mapping[str, Any]) -> Tensor:
-    """Scale uint8 pictures, shape (n, channels, h, w), to what the model was trained on."""
+    """Scale uint8 pictures, shape (n, channels, h, w), to the range of the model's pretraining."""
     mean = torch.tensor(data["mean"], device=images.device).view(1, -1, 1, 1)
     std = torch.tensor(data["std"], device=images.device).view(1, -1, 1, 1)
     return (images.float() / 255 - mean) / std
@@ -58,30 +58,30 @@ def normalized(images: Tensor, data: Mapping[str, Any]) -> Tensor:
 def eight_bits(picture: Image.Image, mode: str) -> Image.Image:
     """Return a picture as models read it.
 
-    Gray of 16 bits is divided by 257, so that the largest value stays the largest. Transparent
-    pixels are laid over white. Of several frames the current one is taken.
+    16-bit gray is divided by 257, which maps its largest value to that of 8 bits. Transparent
+    pixels are laid over white. Of several frames only the current one is used.
 
     Parameters
     ----------
     picture : Image
-        Decoded, of any mode of Pillow.
+        A decoded picture in any mode of Pillow.
     mode : str
         ``"L"`` or ``"RGB"``.
 
     Raises
     ------
     ValueError
-        Values are 32-bit integers or floating point numbers, whose range is not known; or Pillow
-        cannot convert the mode.
+        Values are 32-bit integers or floating point numbers, of unknown range; or Pillow cannot
+        convert the mode.
     """
     if picture.mode in ("I", "F"):
         kind = "32-bit integers" if picture.mode == "I" else "floating point numbers"
         raise ValueError(
-            f"its values are {kind}, of which nobody knows what is white: save it with 8 or 16 bits"
+            f"its values are {kind}, which have no known white. Save it with 8 or 16 bits"
         )
     if picture.mode.startswith("I;16"):
         picture = _scaled(picture)
-    elif picture.mode == "LAB":  # To gray there is no direct way.
+    elif picture.mode == "LAB":  # Pillow cannot convert it directly to gray.
         picture = picture.convert("RGB")
     if picture.has_transparency_data:
         full = picture.convert("LA") if picture.mode == "La" else picture
@@ -100,7 +100,7 @@ def read(pictures: Sequence[Image.Image], data: Mapping[str, Any]) -> NDArray[np
     """
     from timm.data import create_transform
 
-    # Told to use a prefetcher, timm leaves scaling and normalizing to the device.
+    # With use_prefetcher, timm leaves scaling and normalizing to the device.
     transform = create_transform(**data, is_training=False, use_prefetcher=True)
     mode = "L" if data["input_size"][0] == 1 else "RGB"
     return np.stack([transform(eight_bits(picture, mode)) for picture in pictures])
@@ -125,7 +125,7 @@ def image_column(dataset: Dataset, chosen: str) -> str:
     Raises
     ------
     InvalidValue
-        The named column holds none, or there is not exactly one to choose.
+        The named column holds no pictures, or none is named and there is not exactly one.
     """
     import datasets
 

@@ -27,15 +27,15 @@ def plain_text(path: Path) -> str:
     content = path.read_bytes()
     for mark, name in _MARKS.items():
         if content.startswith(mark):
-            raise unreadable(path, f"UTF-8 text, and it is {name}. Save it as UTF-8")
+            raise unreadable(path, f"UTF-8 text, but it is {name}. Save it as UTF-8")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        found = f"UTF-8 text, and line {line} has the byte 0x{content[error.start]:02x}"
+        found = f"UTF-8 text, but line {line} has the byte 0x{content[error.start]:02x}"
         raise unreadable(path, f"{found}. Save it as UTF-8") from error
     if (zero := text.find("\0")) >= 0:
-        found = f"UTF-8 text, and line {line_of(text, zero)} has a zero byte"
+        found = f"UTF-8 text, but line {line_of(text, zero)} has a zero byte"
         raise unreadable(path, f"{found}. Save it as UTF-8")
     return text
 

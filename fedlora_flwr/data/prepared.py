@@ -1,8 +1,8 @@
-"""Preprocessing that a machine does once: its results are kept in Arrow files.
+"""Preprocessing that a machine does once. Its results are kept in Arrow files.
 
-A result is found again by a key: the data set's fingerprint, the module that the function is in
-(its whole text), what the function was made with, and the versions of packages. All processes map
-the same file, so that N workers hold one copy in memory.
+The key of a result consists of the data set's fingerprint, the whole text of the function's module,
+the arguments that the function was made with, and the versions of packages. All processes map the
+same file, so N workers hold one copy in memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _FORMAT = 1
 _ROWS = 256
-# Rows are picked fastest from few large chunks; three of them are in memory while one is written.
+# Rows are picked fastest from few large chunks. While one is written, three are in memory.
 _CHUNK = 64 * 2**20
 
 Columns = Mapping[str, Any]
@@ -46,33 +46,33 @@ def prepare(
     packages: Sequence[str] = (),
     console: Console | None = None,
 ) -> Dataset:
-    """Return ``function`` of all records, from the cache or made now.
+    """Apply ``function`` to all records, or return the result from the cache.
 
-    Of several processes that ask at once one works and the others wait. A copy that is damaged,
-    or from a process that was killed, is made again.
+    If several processes ask at the same time, one works and the others wait. A damaged or
+    unfinished copy is made again.
 
     Parameters
     ----------
     dataset : Dataset
-        The records, e.g. of `fedlora_flwr.data.sources.load_split`.
+        The records, e.g. from `fedlora_flwr.data.sources.load_split`.
     function : Callable
-        Maps columns of up to 256 records (lists; decoded pictures) to new columns, equally long:
-        lists, or arrays whose first axis is the record. Each record's values must not depend on
-        the other records. Lists of numbers may differ in length.
+        Maps columns of up to 256 records (lists; decoded pictures) to new columns of the same
+        length: lists, or arrays with the record as the first axis. Each record's values must not
+        depend on the other records. Lists of numbers may differ in length.
     key_parts : Mapping[str, Any]
-        Everything that the result depends on and the function's module does not say, in JSON
-        types: the tokenizer, the length, the size of pictures. What a closure holds belongs here.
+        All that the result depends on beside the function's module, in JSON types: the tokenizer,
+        the length, the size of pictures. Values that a closure holds belong here.
     columns : Sequence[str]
-        Columns to keep, of the function's or of the data set's; at least one.
+        Columns to keep, either new ones or those of the data set; at least one.
     packages : Sequence[str] (default: ())
-        Packages whose versions matter, as pip names them.
+        Packages on whose versions the result depends, as pip names them.
     console : Console, optional
-        Where progress is shown if it is a terminal; standard error if not given.
+        Shows progress if it is a terminal; standard error if not given.
 
     Returns
     -------
     Dataset
-        As many records, in the same order, memory-mapped.
+        The same number of records in the same order, memory-mapped.
 
     Raises
     ------
@@ -94,16 +94,16 @@ def prepare(
 def kept(
     folder: Path, tables: Callable[[], Iterable[pa.Table]], length: int | None = None
 ) -> Dataset | None:
-    """Return records from a folder of the cache, made now if they are missing or damaged.
+    """Return records from a folder of the cache; make them if they are missing or damaged.
 
     Parameters
     ----------
     folder : Path
-        Where the records are kept. Its name says all that they depend on.
+        The folder of the records. Its name contains a hash of all that they depend on.
     tables : Callable
         Makes the records, as tables of one schema.
     length : int, optional
-        Their number, where it is known.
+        The number of records, if it is known.
 
     Returns
     -------
@@ -113,7 +113,7 @@ def kept(
     Raises
     ------
     InvalidValue
-        The cache folder cannot be written to, or what ``tables`` raises.
+        The cache folder cannot be written to, or ``tables`` raises it.
     """
     if (ready := _intact(folder, length)) is not None:
         return ready
@@ -129,11 +129,11 @@ def kept(
 
 
 class _NoRecords(Exception):
-    """There is nothing to write."""
+    """There are no records to write."""
 
 
 class _Unreadable(Exception):
-    """The records could not be read, which is not the cache's fault."""
+    """The records could not be read. The cause is not the cache."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__()
@@ -169,15 +169,15 @@ def _key(
 
 
 def _source(function: Callable[..., Any]) -> str:
-    """Return the text of the function's module, as helpers beside it matter too."""
+    """Return the whole text of the function's module, which includes the function's helpers."""
     try:
         return inspect.getsource(inspect.getmodule(function) or function)
     except (OSError, TypeError):
-        return ""  # Typed at a prompt.
+        return ""  # The function was typed at a prompt.
 
 
 def _intact(folder: Path, length: int | None) -> Dataset | None:
-    """Open a result if it is there and is what was written."""
+    """Open a result if it exists and is undamaged."""
     import datasets
     import pyarrow as pa
 
@@ -215,7 +215,7 @@ def _batches(
         except (FedLoRAError, AssertionError, MemoryError, RuntimeError):
             raise
         except Exception as error:
-            # Pillow and tokenizers raise errors of many types where a record is at fault.
+            # Pillow and tokenizers raise errors of many types for a bad record.
             raise named(dataset, function, range(start, len(dataset))[:_ROWS]) or error from error
         yield _chosen(after, columns, min(_ROWS, len(dataset) - start))
 
@@ -229,7 +229,7 @@ def _chosen(found: Columns, columns: Sequence[str], length: int) -> Columns:
 
 
 def _write(path: Path, tables: Iterable[pa.Table]) -> bool:
-    """Write an Arrow stream that `datasets` opens, in chunks of about 64 MiB, if there are rows."""
+    """Write an Arrow stream in chunks of about 64 MiB; return whether there were any rows."""
     import pyarrow as pa
 
     held: list[pa.Table] = []
@@ -253,7 +253,7 @@ def _write(path: Path, tables: Iterable[pa.Table]) -> bool:
 
 
 def _tables(batches: Iterator[Columns]) -> Iterator[pa.Table]:
-    """Make tables of batches, all of the first one's types."""
+    """Turn batches into tables, all with the column types of the first."""
     schema: pa.Schema | None = None
     for batch in batches:
         table = _table(batch, schema)
@@ -271,7 +271,7 @@ def _table(batch: Columns, schema: pa.Schema | None) -> pa.Table:
         try:
             arrays[name] = _array(values, wanted).cast(wanted) if wanted else _array(values)
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-            reason = f"a column of one type, that of the first records: {wanted} ({error})"
+            reason = f"a column of one type, which is {wanted} in the first records ({error})"
             raise InvalidValue("columns", name, reason) from error
     table = pa.table(arrays)
     if schema is None:
@@ -285,7 +285,7 @@ def _array(values: Any, wanted: pa.DataType | None = None) -> pa.Array:
 
     if isinstance(values, np.ndarray) and values.ndim > 1:
         flat: pa.Array = pa.array(np.ascontiguousarray(values).reshape(-1))
-        # Lists of one length keep the shape in the type, and rows are copied as a whole.
+        # Fixed-size lists keep the shape in their type, so whole rows are copied at once.
         for size in reversed(values.shape[1:]):
             flat = pa.FixedSizeListArray.from_arrays(flat, size)
         return flat

@@ -41,12 +41,12 @@ class Records(Protocol):
 
 
 def check_records(records: object) -> None:
-    """Refuse what cannot be read as records.
+    """Refuse an object that cannot be read as records.
 
     Raises
     ------
     InvalidValue
-        There is no ``batch`` or no length.
+        It has no ``batch`` or no length.
     """
     if not (hasattr(records, "batch") and hasattr(records, "__len__")):
         allowed = "an object with batch(indices) and a length, such as a TensorRecords"
@@ -54,9 +54,10 @@ def check_records(records: object) -> None:
 
 
 def lengths_of(records: Records, indices: Tensor) -> NDArray[np.int64] | None:
-    """Return the tokens of each record at ``indices``, shape (n,), or ``None`` if all are alike.
+    """Return the number of tokens of each record at ``indices``, shape (n,).
 
-    Records say so by an attribute ``lengths``, one number for each of them.
+    They come from the records' attribute ``lengths``, which has one number per record. Without it,
+    or if it is ``None``, the result is ``None``.
     """
     lengths: NDArray[np.int64] | None = getattr(records, "lengths", None)
     return None if lengths is None else lengths[indices.numpy()]

@@ -67,8 +67,8 @@ class SourceFolder:
                 path = folder / entry.name
                 if entry.is_symlink() and not self._holds(path):
                     allowed = (
-                        f"a folder that is complete: {entry.name!r} is a link to a place outside "
-                        "it. Copy the content, or name that place itself"
+                        f"a complete folder, but {entry.name!r} is a link to a place outside it. "
+                        "Copy the content, or name that place itself"
                     )
                     raise InvalidValue("dataset", str(self.path), allowed)
                 found.append(path)

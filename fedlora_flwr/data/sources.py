@@ -37,15 +37,15 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9](?!.*\.\.)[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-# The hub's library reads more into other names: paths, and sums and slices of splits.
+# The hub's library would take other names for paths, or for sums and slices of splits.
 _HUB_SUBSET, _HUB_SPLIT = re.compile(r"(\w[^/\\]*)?"), re.compile(r"(?!all$)\w[\w.-]*")
 _PICTURE = frozenset({"bytes", "path"})
 # In CSV files on the hub, the library would read words such as None and NA as missing.
 _CSV_WORDS = {"keep_default_na": False, "na_values": [""]}
-# Stands in a data set's info where its classes are the folders that were found.
+# Marks a data set, in its info, if its classes are the class folders that were found.
 CLASS_FOLDERS = "class-folders"
 _READERS = {"csv": csv_tables, "json": json_tables, "parquet": parquet_tables}
-# Change it with the rules by which tables are read, so that no copy of other rules is used.
+# Change it whenever the rules for reading tables change, so that no older copy is used.
 _RULES = "1"
 _LOCAL = "a local file or folder (parquet, CSV, JSON, JSON lines, class folders of pictures)"
 
@@ -53,10 +53,10 @@ _LOCAL = "a local file or folder (parquet, CSV, JSON, JSON lines, class folders 
 def load_split(source: str, split: str, *, subset: str = "") -> Dataset:
     """Open one split of a data set.
 
-    Local files are read once into an Arrow copy below the cache folder, named by their content,
-    and mapped from there; a changed file is read again. Pictures stay encoded until a record is
-    read; those in class folders stay where they are, and their labels number the sorted class
-    names of all splits of the folder.
+    Local tables are read once into an Arrow copy in the cache folder, which is named by a hash of
+    their content and memory-mapped. A changed file is read again. Pictures stay encoded until a
+    record is read. Pictures in class folders are not copied, and their labels number the sorted
+    class names of all splits of the folder.
 
     Parameters
     ----------
@@ -76,8 +76,8 @@ def load_split(source: str, split: str, *, subset: str = "") -> Dataset:
     Raises
     ------
     InvalidValue
-        There is no such source, split or subset, it cannot be read, it has no records, or a name
-        or a link leads out of the source.
+        The source, split or subset does not exist, cannot be read or has no records; or a name or a
+        link leads out of the source.
     """
     path = _existing(source)
     if path is not None:
@@ -92,7 +92,7 @@ def load_split(source: str, split: str, *, subset: str = "") -> Dataset:
 
 
 def split_files(source: str, split: str, *, subset: str = "") -> tuple[Path, ...]:
-    """Return the files that a local split's table is in; none for pictures and names on the hub.
+    """Return the files of a local split's table; none for pictures and names on the hub.
 
     Parameters and errors are those of `load_split`.
     """
@@ -106,7 +106,7 @@ def split_files(source: str, split: str, *, subset: str = "") -> tuple[Path, ...
 
 
 def passed_over(source: str, split: str, *, subset: str = "") -> list[str]:
-    """Return sentences on files beside a local split's pictures that are not read.
+    """Return sentences about files in a local split of pictures that are not read.
 
     Parameters and errors are those of `load_split`.
     """
@@ -124,7 +124,7 @@ def _existing(source: str) -> Path | None:
     try:
         path = Path(source).expanduser()
         return path if path.exists() else None
-    except (OSError, RuntimeError, ValueError):  # A name that no file, or nobody's home, can have.
+    except (OSError, RuntimeError, ValueError):  # A name that no file or home folder can have.
         return None
 
 
@@ -138,12 +138,12 @@ def _found(path: Path, source: str, split: str, subset: str) -> Found:
     found = pick(splits, split)
     if found is None and (folder := folder_as_table(root, split)):
         raise InvalidValue(
-            "dataset", str(folder), "a file, and it is a folder. Name the file in it"
+            "dataset", str(folder), "a file, but it is a folder. Name the file in it"
         )
     if not splits:
         raise InvalidValue("dataset", source, _LOCAL)
     if found is None:
-        raise unknown("split", split, splits, after=f": what {source!r} holds")
+        raise unknown("split", split, splits, after=f", the splits of {source!r}")
     return found
 
 
@@ -174,13 +174,13 @@ def _read(found: Found, split: str) -> Dataset:
 
 
 def _read_table(found: Found) -> tuple[Dataset, str]:
-    # What files are read as depends on their content and on the rules for reading them.
+    # The copy depends on the files' content and on the rules for reading them.
     digest = f"{_RULES}-{files_digest(found.paths, found.paths[0].parent)}"
     name = hashlib.sha256(digest.encode()).hexdigest()[:32]
     read = partial(_READERS[found.kind], found.paths)
     dataset = kept(cache_folder() / "datasets" / "sources" / name, read)
     if dataset is None:
-        raise InvalidValue("dataset", _named(found), "records, and it has none")
+        raise InvalidValue("dataset", _named(found), "records, but it has none")
     return dataset, digest
 
 
@@ -227,7 +227,7 @@ def _read_pictures(found: Found) -> tuple[Dataset, str]:
 
 
 def _with_images(dataset: Dataset) -> Dataset:
-    """Mark columns of encoded pictures, which plain parquet files do not do themselves."""
+    """Mark columns of encoded pictures, which plain parquet files do not mark."""
     import datasets
 
     for name in dataset.column_names:
@@ -237,7 +237,7 @@ def _with_images(dataset: Dataset) -> Dataset:
 
 
 def _first_content(dataset: Dataset, name: str) -> bytes:
-    """Return the first bytes of a column of bytes, or of structures that have some."""
+    """Return the first value of a column of bytes, or of structures with a field of bytes."""
     import datasets
     import pyarrow.compute as pc
 
@@ -253,7 +253,7 @@ def _first_content(dataset: Dataset, name: str) -> bytes:
 
 
 def _require_pictures_inside(dataset: Dataset, found: Found) -> None:
-    """Refuse tables that name pictures by a path or an address: decoding would follow it."""
+    """Refuse tables with paths or addresses of pictures, which decoding would open."""
     import datasets
     import pyarrow.compute as pc
 
@@ -264,7 +264,7 @@ def _require_pictures_inside(dataset: Dataset, found: Found) -> None:
             column = dataset.data.table.column(name)
             content, path = (pc.struct_field(column, part) for part in ("bytes", "path"))
             if pc.any(pc.and_(pc.is_null(content), pc.is_valid(path))).as_py():
-                allowed = f"pictures that are in the file: column {name!r} only names some"
+                allowed = f"pictures in the file itself, but column {name!r} only names some"
                 raise InvalidValue("dataset", str(found.paths[0]), allowed)
 
 
@@ -283,11 +283,11 @@ def _from_hub(name: str, split: str, subset: str) -> Dataset:
 
     for key, value, pattern in (("subset", subset, _HUB_SUBSET), ("split", split, _HUB_SPLIT)):
         if not pattern.fullmatch(value):
-            raise InvalidValue(key, value, f"the name of a {key} of {name!r}, and no more")
+            raise InvalidValue(key, value, f"the plain name of a {key} of {name!r}")
     if not config.HF_HUB_OFFLINE and not hub_answers():
         reason = (
-            f"{_LOCAL}, or a name on a hub that can be reached: it did not answer (a copy that "
-            "was fetched before is used where HF_HUB_OFFLINE=1 is set)"
+            f"{_LOCAL}, or a name on a hub that can be reached: it did not answer. To use a copy "
+            "that was downloaded before, set HF_HUB_OFFLINE=1"
         )
         raise InvalidValue("dataset", name, reason)
     return _fetched(name, split, subset)
@@ -310,7 +310,7 @@ def _fetched(name: str, split: str, subset: str) -> Dataset:
             raise InvalidValue("subset", subset, f"a subset of {name!r} ({text})") from error
         raise _unreadable(name, error) from error
     except Exception as error:
-        # No such name, no access, no network, a full disk: the library's text says which.
+        # The library's text says whether the name, access, the network or the disk is the cause.
         raise _unreadable(name, error) from error
 
 
@@ -322,7 +322,7 @@ def _unreadable(source: str, error: Exception) -> InvalidValue:
 
 @contextmanager
 def _screen() -> Iterator[None]:
-    """Keep the library's messages back, as its errors say the same; and its bars off files."""
+    """Silence the library's messages, which repeat its errors, and its bars outside a terminal."""
     import datasets
     from datasets.utils import logging as library
 

@@ -1,7 +1,7 @@
-"""Whether two splits have a file or a record in common, by content and not by name.
+"""Checks whether two splits share a file or a record, by content and not by name.
 
-To evaluate on a private record is to tell about it. So a device looks first whether the records
-that it is to evaluate on are others than its private ones.
+Evaluating on a private record tells about it. So before a device evaluates, it checks that none of
+these records is private.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def check_files_apart(
     Raises
     ------
     InvalidValue
-        Two files have the same content, all of which is compared. Empty files do not count.
+        Two files have the same content. All of it is compared. Empty files do not count.
     """
     by_size: dict[int, list[Path]] = {}
     for path in private:
@@ -52,8 +52,8 @@ def check_files_apart(
             for other in by_size.get(size, ()) if size else ():
                 if _file_digest(path, digests) == _file_digest(other, digests):
                     allowed = (
-                        f"splits without private records: its file {path.name!r} has the content "
-                        f"of {other.name!r}, which is in the private split {private_name!r}"
+                        f"splits without private records, but its file {path.name!r} has the "
+                        f"content of {other.name!r}, a file of the private split {private_name!r}"
                     )
                     raise InvalidValue("test-split", split, allowed)
 
@@ -67,14 +67,14 @@ def check_records_apart(
 ) -> None:
     """Refuse test splits that hold a private record.
 
-    Two records are the same if their inputs are: text for text, and the encoded bytes of a
-    picture. Their classes, and other columns, do not matter, as a loss with another class tells
-    about the inputs as well. Splits that were compared before are known by their fingerprints.
+    Two records are the same if all their inputs are the same text, or pictures with the same
+    encoded bytes. Classes and other columns do not count, because a loss with another class also
+    tells about the inputs. Splits that were compared before are recognized by their fingerprints.
 
     Parameters
     ----------
     private : Dataset
-        The private split, all of it, as of `fedlora_flwr.data.sources.load_split`.
+        The whole private split, as `fedlora_flwr.data.sources.load_split` returns it.
     tests : Mapping[str, Dataset]
         All of each test split by its name.
     columns : Sequence[str]
@@ -96,10 +96,10 @@ def check_records_apart(
         first, place = pairs[0]
         others = len({place for _, place in pairs}) - 1
         allowed = (
-            f"splits without private records: its record {place} is record {first} of the "
+            f"splits without private records, but its record {place} is record {first} of the "
             f"private split {private_name!r} (counted from 0)"
-            + (f", and so with {others} more" if others else "")
-            + ". Take them out of one of the two"
+            + (f", and {others} more are also in both" if others else "")
+            + ". Remove them from one of the two splits"
         )
         raise InvalidValue("test-split", split, allowed)
 
@@ -143,9 +143,10 @@ def record_digests(
 ) -> Iterator[bytes]:
     """Yield a hash, 16 bytes, of each record's values in some columns.
 
-    Only a batch of records is in memory. What a file may hold in several ways is one value: the
-    order of fields, fields without a value, a missing text and an empty one, and pictures in a
-    table or in files. Parameters are those of `check_records_apart`.
+    Only one batch of records is in memory at a time. Different ways to store a value have the same
+    hash: the order of fields does not matter, nor do fields without a value, whether a text is
+    missing or empty, or whether a picture is in a table or a file. Parameters are those of
+    `check_records_apart`.
     """
     import datasets
 
@@ -165,7 +166,7 @@ def record_digests(
 
 
 def _content(value: Any, fields: Collection[str]) -> bytes:
-    """Return a value as bytes; different values give different ones."""
+    """Return a value as bytes, different ones for different values."""
     if value is None or value == "":
         return b""
     if isinstance(value, str):
@@ -177,7 +178,7 @@ def _content(value: Any, fields: Collection[str]) -> bytes:
 
 
 def _plain(value: Any, fields: Collection[str]) -> Any:
-    """Leave out fields that are not read, and those without a value, which few encodings write."""
+    """Leave out fields that are not read, and those without a value, which some files omit."""
     if isinstance(value, Mapping):
         return {
             key: _plain(each, fields)

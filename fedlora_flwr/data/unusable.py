@@ -40,7 +40,7 @@ def named(
             raise
         except Exception as error:
             pictures = bool(_picture_columns(dataset))
-            kind = "pictures that can be decoded" if pictures else "records of the task's form"
+            kind = "pictures that can be decoded" if pictures else "records that the task can read"
             text = f"{kind} ({type(error).__name__}: {reason(error)}). Correct or remove it"
             return InvalidValue("dataset", _place(dataset, row), text)
     return None

@@ -1,1 +1,1 @@
-"""Real clients on real devices: what a fleet needs, and whether it is fit to start."""
+"""Clients on real devices: making a fleet, checking it, and starting its devices."""

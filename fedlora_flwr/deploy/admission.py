@@ -1,9 +1,9 @@
-"""Whether the server admits a device, asked by the call with which its SuperNode begins.
+"""Asks whether the server admits a device, by the first call that its SuperNode would make.
 
-Flower gives a number, or no reason, for most refusals, and tries a wrong port forever. So its own
-client makes that call once before a SuperNode starts, and each cause becomes a sentence. The call
-changes nothing on the server: it asks for a heartbeat that Flower refuses, after the checks of
-certificate, clock and key.
+Flower gives only a number, or no reason, for most refusals, and tries a wrong port forever. So the
+device makes that call once before its SuperNode starts, and each cause becomes a sentence. The call
+changes nothing on the server: after the checks of certificate, clock and key, Flower refuses the
+heartbeat interval that it asks for.
 
 Source: flwr 1.42, ``superlink/routers/fleet/node_auth.py`` and
 ``superlink/servicer/fleet/fleet_handlers.py``.
@@ -34,8 +34,8 @@ from fedlora_flwr.errors import CannotStart, InvalidValue, one_line
 
 _PATIENCE = 10.0  # seconds
 _NO_HEARTBEAT = 0.0  # seconds between heartbeats: Flower takes 10 to 1800
-# Seconds that a device's clock may be behind the server's, or ahead of it: Flower's 305 and 5, less
-# what the server's answer leaves open, which has whole seconds.
+# Seconds that a device's clock may be behind the server's, or ahead of it. They are a little below
+# Flower's 305 and 5, because the time in the server's answer has whole seconds only.
 _BEHIND, _AHEAD = 300, 4
 _NOT_YET, _OVER = 9, 10  # OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and _HAS_EXPIRED
 _OTHER_NAME = (62, 64)  # _HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH
@@ -77,14 +77,14 @@ class Caller:
 
     @classmethod
     def of(cls, arguments: Sequence[str], folder: Path) -> Caller | None:
-        """Read arguments; ``None`` if they name no server.
+        """Read the server, its authority and the key from arguments; ``None`` without a server.
 
         Parameters
         ----------
         arguments : sequence of str
-            Those of ``flower-supernode``. What has nothing to do with the server is left alone.
+            Arguments of ``flower-supernode``. Those that do not concern the server are ignored.
         folder : Path
-            Where the SuperNode starts.
+            The folder in which the SuperNode starts.
 
         Raises
         ------
@@ -175,7 +175,7 @@ class Caller:
             )
 
     def _unsigned(self, response: httpx.Response) -> NotAdmitted:
-        """Say why a server does not accept a signature with the time: its clock tells."""
+        """Say why a server does not accept a signature, which contains the time."""
         here = datetime.now(UTC)
         with suppress(KeyError, TypeError, ValueError):
             there = parsedate_to_datetime(response.headers["date"])
@@ -249,7 +249,7 @@ class Caller:
         )
 
     def _dates(self) -> str:
-        """Say from when until when the server's certificate and its authority's hold."""
+        """Say in which period both the server's certificate and its authority's are valid."""
         place = urlsplit(f"//{self.address}")
         server = (place.hostname or "", place.port or 443)
         try:

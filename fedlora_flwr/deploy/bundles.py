@@ -1,4 +1,4 @@
-"""Which app bundle a device serves: one that holds no code, and names the installed package."""
+"""Checks of app bundles: a device serves one only if it has no code and names this package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedlora_flwr.errors import OrderRefused
 from fedlora_flwr.simulations.app import COMPONENTS, PACKAGE, PROJECT_FILE
 
 MAX_BUNDLE, MAX_PROJECT = 2**20, 2**18
-"""Bytes of a bundle, and of the file in it; the honest ones have about 2,000."""
+"""Most bytes of a bundle, and of the file in it. Honest ones have about 2,000."""
 _MANIFEST = ".info/CONTENT"  # Flower writes it into every bundle.
 _PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _SHOWN = 3
@@ -24,7 +24,7 @@ _WHAT_TO_DO = (
 
 
 class BundleRefused(OrderRefused):
-    """An app bundle holds, or asks for, something else than the installed package.
+    """An app bundle holds, or asks for, something other than the installed package.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ def _read(archive: zipfile.ZipFile) -> bytes:
 
 
 def _app_table(project: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return ``[tool.flwr.app]``, beside which only plain facts and no dependency may stand."""
+    """Return ``[tool.flwr.app]``. Beside it, only plain facts about the project are allowed."""
     _expect("", project, {"project", "tool"})
     facts = project.get("project", {})
     _expect("project", facts, {*_PROJECT_KEYS, "dependencies"})

@@ -1,4 +1,4 @@
-"""Whether a fleet's folder is fit to start, before anything does: one finding a line."""
+"""Checks whether a fleet can start, before anything does. Each finding is one line."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def check_fleet(folder: Path, run: RunConfig | None = None) -> Iterator[Finding]
     folder : Path
         As `make_fleet` made it.
     run : RunConfig, optional
-        The run that is planned. With it, each device's records are read, its promise worked out,
-        its ledger asked and its backbone compared with the server's.
+        The planned run. With it, each device's records are read, its noise is calibrated, its
+        ledger is asked, and its backbone is compared with the server's.
 
     Raises
     ------
@@ -68,10 +68,10 @@ def check_device(folder: Path, run: RunConfig | None = None) -> Iterator[Finding
     Parameters
     ----------
     folder : Path
-        The device's, as `make_fleet` made it.
+        The device's folder, as `make_fleet` made it.
     run : RunConfig, optional
-        The run that is planned. With it, the device's records are read, its promise worked out,
-        its ledger asked and its backbone built. Without it, it is only known whether records and
+        The planned run. With it, the device's records are read, its noise is calibrated, its ledger
+        is asked and its backbone is built. Without it, the check only looks whether records and
         model are where the device's file says.
 
     Raises
@@ -80,7 +80,7 @@ def check_device(folder: Path, run: RunConfig | None = None) -> Iterator[Finding
         It is not a device's folder.
     """
     _, made_with = read_fleet(folder)
-    # The longest list comes first: what needs fixing is then still on the screen.
+    # The longest list comes first, so problems are still on the screen at the end.
     yield from _who_decides(folder / SETTINGS)
     yield _versions(made_with)
     yield from whole("private keys", _private_keys(folder, [folder / "device.key"]))
@@ -94,7 +94,7 @@ def _who_decides(file: Path) -> Iterator[Finding]:
     try:
         device = Device.read(file)
     except FedLoRAError:
-        return  # Told already.
+        return  # `device_findings` tells this error.
     for key, text in in_force(device.settings, device.limits):
         yield Finding(key, True, text)
 
@@ -186,7 +186,7 @@ def _private_keys(folder: Path, keys: Sequence[Path]) -> Iterator[Finding]:
     for key in keys:
         name = str(key.relative_to(folder))
         if not key.exists():
-            # Keys are carried to where they belong, and need not stay here.
+            # Keys are carried to their machines and need not stay here.
             continue
         if (mode := key.stat().st_mode & 0o777) != PRIVATE:
             yield Finding(name, False, f"mode {mode:o}: others can read it", f"chmod 600 {key}")

@@ -1,7 +1,7 @@
-"""What a device runs for each message in the place of Flower's ``flwr-clientapp``.
+"""The program that a device runs for each message, instead of Flower's ``flwr-clientapp``.
 
-``fedlora deploy start`` puts it there. It looks at the run's app bundle and answers with the
-installed package's app; whoever ships another bundle gets the refusal as an error reply.
+``fedlora deploy start`` installs it. It checks the run's app bundle and answers with the installed
+package's app. For any other bundle the server gets the refusal as an error reply.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from fedlora_flwr.deploy.flower import handle_with
 from fedlora_flwr.flower_internals import ErrorCode
 
 TRY = "--try"
-"""Argument with which nothing is served: the exit code says whether this Flower can be used."""
+"""With this argument no message is served; the exit code says whether this Flower can be used."""
 
 
 def app_for(bundle: bytes) -> ClientAppCallable:
-    """Return the installed app, or for a bundle that a device does not serve one that says so.
+    """Return the installed app; for a bundle that is refused, return an app that says why.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ def _refusing(reason: str) -> ClientAppCallable:
 
 
 def main() -> None:
-    """Answer one message, as SuperExec asks on the command line."""
+    """Answer the one message that SuperExec names on the command line."""
     handle = handle_with(app_for)
     if sys.argv[1:] != [TRY]:
         handle()

@@ -1,4 +1,4 @@
-"""Whether a device's own settings, records, budget and backbone are fit for a run."""
+"""Checks of a device's own settings, records, budget and backbone for a run."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _PATIENCE = 10.0  # seconds
 
 
 class Backbone:
-    """The fingerprint of the run's model, worked out once for each way to name the model."""
+    """The fingerprint of the run's model. It is computed once per name of a model."""
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run
         self._known: dict[str, str] = {}
 
     def of(self, config: RunConfig) -> str:
-        """Return it for the model that a configuration names."""
+        """Return the fingerprint of the model that a configuration names."""
         from fedlora_flwr.lora.build import build_adapted
 
         if config.model not in self._known:
@@ -52,15 +52,15 @@ def device_findings(
     Parameters
     ----------
     folder : Path
-        The device's.
+        The device's folder.
     name : str
-        Its name in what is found.
+        The device's name, for the findings.
     run : RunConfig, optional
-        The run that is planned.
+        The planned run.
     backbone : Backbone, optional
-        The server's, where the fleet's folder is looked at.
+        The server's backbone, if the operator checks the fleet's folder.
     here : bool (default: False)
-        Whether this is the device: then its records should be there.
+        Whether the check runs on the device itself, where its records should be.
     """
     file = folder / SETTINGS
     settings = tried(name, lambda: Device.read(file), f"see {file}")
@@ -74,7 +74,7 @@ def device_findings(
         yield Finding(name, False, text, fix)
     if run is None and not here:
         return
-    missing = tried(name, settings.require, "do so in the environment of this command")
+    missing = tried(name, settings.require, "run it in the environment of this command")
     if missing:
         yield missing
     if run is None:
@@ -160,7 +160,7 @@ def _in_place(name: str, settings: Mapping[str, Any], file: Path) -> Iterator[Fi
 
 
 def _absent(key: str, settings: Mapping[str, Any], folder: Path) -> bool:
-    """Tell whether a device's own file names a place that is not here, as on another machine."""
+    """Tell whether a device's own file names a place that does not exist on this machine."""
     if not settings.get(key) or _place(key, settings, folder).exists():
         return False
     return not _may_be_on_hub(key, str(settings[key]), folder)
@@ -171,7 +171,7 @@ def _place(key: str, settings: Mapping[str, Any], folder: Path) -> Path:
 
 
 def _may_be_on_hub(key: str, value: str, folder: Path) -> bool:
-    if key == "model":  # Some of the hub's models, and timm's, have a single word for a name.
+    if key == "model":  # Names of some of the hub's models, and of timm's, are a single word.
         return value[0] not in "/.~"
     owner, slash, _ = value.partition("/")
     return bool(slash) and is_hub_name(value) and not (folder / owner).exists()
@@ -211,7 +211,7 @@ def _budget(
     )
     ledger = None
     if state is not None and Ledger.exists(path := state / "ledger.sqlite"):
-        ledger = tried(name, lambda: Ledger(path, patience=_PATIENCE), "do what the sentence says")
+        ledger = tried(name, lambda: Ledger(path, patience=_PATIENCE), "follow this advice")
         if isinstance(ledger, Finding):
             yield ledger
             return

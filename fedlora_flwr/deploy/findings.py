@@ -1,4 +1,4 @@
-"""What a look at a fleet's folder finds: one finding a line."""
+"""Findings of a check of a fleet's folder. Each is one line."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from fedlora_flwr.errors import FedLoRAError, one_line
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, and what was found.
+    """The result of one check.
 
     Parameters
     ----------
     subject : str
-        E.g. ``"server certificate"``.
+        What was checked, e.g. ``"server certificate"``.
     good : bool
-        Whether it is fit.
+        Whether it is in order.
     text : str
         What was found.
     fix : str
-        What to do where it is not fit.
+        What to do if it is not in order.
     """
 
     subject: str
@@ -32,16 +32,16 @@ class Finding:
 
 
 def whole(subject: str, findings: Iterator[Finding]) -> Iterator[Finding]:
-    """Yield findings, and one more for an error that ends them: what else there is is looked at."""
+    """Yield findings; an error becomes one more finding, so that other checks still run."""
     try:
         yield from findings
     except Exception as error:
         text = f"cannot be looked at further ({type(error).__name__}: {one_line(error)})"
-        yield Finding(subject, False, text, "see to the file that it is about")
+        yield Finding(subject, False, text, "correct or restore the file that it names")
 
 
 def tried(subject: str, work: Callable[[], Any], fix: str) -> Any:
-    """Return what a piece of work gives, or the finding that it cannot be done."""
+    """Return the result of ``work()``, or a finding with the error that it raised."""
     try:
         return work()
     except (FedLoRAError, OSError) as error:

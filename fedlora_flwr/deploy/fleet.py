@@ -156,13 +156,13 @@ class Fleet:
     Parameters
     ----------
     devices : int
-        How many.
+        Number of devices.
     host : str
         Name or address under which devices reach the server.
     port : int
         The server's one port.
     days : int
-        How long its certificates hold.
+        Days for which the server's certificate is valid.
     """
 
     devices: int
@@ -204,15 +204,15 @@ def make_fleet(folder: Path, fleet: Fleet, run: RunConfig | None = None) -> None
     folder : Path
         A folder that does not exist yet, or an empty one.
     fleet : Fleet
-        What to make.
+        The fleet to make.
     run : RunConfig, optional
-        A run that the devices are for. Their files state what it says about task, model, classes
-        and columns, for their owners to read and change; by default those of digits.
+        A run that the devices are for. Their files get its task, model, classes and columns, which
+        their owners can read and change. By default the task is digits.
 
     Raises
     ------
     InvalidValue
-        There is something in the folder already.
+        The folder is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InvalidValue("folder", str(folder), "an empty folder, or one that does not exist")
@@ -227,7 +227,7 @@ def make_fleet(folder: Path, fleet: Fleet, run: RunConfig | None = None) -> None
 
 
 def read_fleet(folder: Path) -> tuple[Fleet, dict[str, str]]:
-    """Return the fleet that a folder is of, and the versions that it was made with.
+    """Return the fleet that a folder belongs to, and the versions that it was made with.
 
     Raises
     ------
@@ -244,11 +244,11 @@ def read_fleet(folder: Path) -> tuple[Fleet, dict[str, str]]:
 
 def _fill(draft: Path, folder: Path, fleet: Fleet, run: RunConfig) -> None:
     server, operator = draft / "server", draft / "operator"
-    # Folders are carried to machines that others may use, one by one and with their modes.
+    # Each folder is copied to another machine with its mode, and others may use that machine.
     for made in (server, operator, operator / "keys", draft / "ca", draft / "devices"):
         made.mkdir(mode=0o700)
     make_certificates(server, fleet.host, fleet.days)
-    # The CA's key signs the next certificate, and is of no use on the server.
+    # The CA's key signs the next certificate. The server does not need it.
     (server / "ca.key").rename(draft / "ca" / "ca.key")
     for place in (draft / "ca", operator):
         shutil.copy(server / "ca.pem", place / "ca.pem")
@@ -280,7 +280,7 @@ def _fill(draft: Path, folder: Path, fleet: Fleet, run: RunConfig) -> None:
     for name in fleet.names if run.secure_sum else ():
         (draft / "devices" / name / "peers.txt").write_text("".join(identities), encoding="utf-8")
     content = {"fleet": asdict(fleet), "versions": versions()}
-    # Devices look by it whether they are fit.
+    # The check of a device reads it.
     for place in (draft, *(draft / "devices" / name for name in fleet.names)):
         (place / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

@@ -1,9 +1,9 @@
 """All that this package relies on inside Flower to keep other code off a device.
 
-Flower has no setting for it: by default a device imports what the server ships. Flower's SuperNode
-starts a SuperExec, which starts a program for each message by its name; that program unpacks the
-app bundle and imports the app from it. Here the last two steps get stand-ins. Each function looks
-whether Flower is still made that way, and refuses a version that is not.
+Flower has no setting for this: by default a device imports the code that the server ships. Flower's
+SuperNode starts a SuperExec, which starts a program for each message by its name. That program
+unpacks the app bundle and imports the app from it. This module replaces the last two steps. Each
+function checks that Flower still works this way, and refuses a version that does not.
 
 Source: flwr 1.42, ``supercore/superexec/executor/subprocess_executor.py`` and
 ``supernode/runtime/run_clientapp.py``.
@@ -26,11 +26,11 @@ SUPERNODE, SUPEREXEC, CLIENT = "flower-supernode", "flower-superexec", "flwr-cli
 _RUNTIME = "flwr.supernode.runtime.run_clientapp"
 _EXECUTOR = "flwr.supercore.superexec.executor"
 Loader = Callable[[bytes], "ClientAppCallable"]
-"""Gives the app that serves a message, by the content of the run's bundle."""
+"""Returns the app that serves a message, given the content of the run's bundle."""
 
 
 class NotSealed(CannotStart):
-    """A device would run other code than what is installed on it, and is not started."""
+    """A device would run code that is not installed on it, and is not started."""
 
 
 class OtherFlower(NotSealed):
@@ -39,7 +39,7 @@ class OtherFlower(NotSealed):
     Parameters
     ----------
     what : str
-        What is missing in it.
+        What is missing in this version.
     """
 
     def __init__(self, what: str) -> None:
@@ -50,7 +50,7 @@ class OtherFlower(NotSealed):
         )
 
     def __reduce__(self) -> tuple[type[NotSealed], tuple[str, str]]:
-        """Rebuild from what and fix, so that the error crosses processes."""
+        """Rebuild from ``what`` and ``fix``, so that the error can cross processes."""
         return NotSealed, (self.what, self.fix)
 
 
@@ -60,7 +60,7 @@ def programs() -> dict[str, EntryPoint]:
     Raises
     ------
     OtherFlower
-        One that a device needs is missing.
+        A program that a device needs is missing.
     """
     points = distribution("flwr").entry_points.select(group="console_scripts")
     found = {point.name: point for point in points}
@@ -73,7 +73,7 @@ def programs() -> dict[str, EntryPoint]:
 def started_by_superexec() -> set[str]:
     """Return the names under which SuperExec looks for the programs that it starts.
 
-    Its own executor is asked, with a recorder where it would start a process.
+    SuperExec's own executor runs, with a recorder in place of the module that starts processes.
 
     Raises
     ------
@@ -111,15 +111,15 @@ def _execution(kind: object) -> object:
 
 
 def handle_with(load: Loader) -> Callable[[], object]:
-    """Replace, for the rest of this process, what Flower does with an app bundle.
+    """Replace Flower's handling of an app bundle for the rest of this process.
 
-    Nothing of a bundle is written to the disk, put on the path of imports, imported or installed;
-    the app that serves the message is the one that `load` gives.
+    Nothing in a bundle is written to the disk, put on the import path, imported or installed. The
+    app that `load` returns serves the message.
 
     Parameters
     ----------
     load : callable
-        Called once with the bundle's content. What it raises becomes an error reply.
+        Called once with the bundle's content. An error that it raises becomes an error reply.
 
     Returns
     -------
@@ -138,7 +138,8 @@ def handle_with(load: Loader) -> Callable[[], object]:
         ("flwr.cli.install", "install_from_fab", loading.look_at),
         ("flwr.clientapp.utils", "get_load_client_app_fn", loading.loader),
     )
-    # Where each is defined, so that the runtime, imported only then, gets it wherever it asks.
+    # Each is replaced in the module that defines it. The runtime is imported afterwards, so it gets
+    # the replacement.
     for module, name, stand_in in stand_ins:
         owner = _module(module)
         if not callable(getattr(owner, name, None)):
@@ -153,20 +154,20 @@ def handle_with(load: Loader) -> Callable[[], object]:
 
 
 class _Loading:
-    """Takes the place of two of Flower's functions: the first is called before the second."""
+    """Replaces two of Flower's functions, the first of which is called before the second."""
 
     def __init__(self, load: Loader) -> None:
         self._load = load
         self._app: ClientAppCallable | None = None
 
     def look_at(self, bundle: object, *_: object, **__: object) -> None:
-        """Stand in for what unpacks a bundle."""
+        """Replace the function that unpacks a bundle."""
         if not isinstance(bundle, bytes):
             raise OtherFlower("it hands over something else than a bundle's bytes")
         self._app = self._load(bundle)
 
     def loader(self, *_: object, **__: object) -> Callable[..., ClientAppCallable]:
-        """Stand in for what imports the app of a bundle."""
+        """Replace the function that imports the app of a bundle."""
 
         def load(*_: object, **__: object) -> ClientAppCallable:
             if self._app is None:

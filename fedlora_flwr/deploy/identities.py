@@ -1,4 +1,4 @@
-"""Certificates and keys of a fleet: a CA, the server's certificate, one key pair a device."""
+"""Certificates and keys of a fleet: a CA, the server's certificate, one key pair per device."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from fedlora_flwr.files import replace_file, replacing
 
 PRIVATE = 0o600
 _EARLIER = timedelta(hours=1)
-"""Certificates hold from then on: clocks of devices differ."""
+"""Certificates are valid from an hour before they are made, since clocks of devices differ."""
 _AUTHORITY_DAYS = 3_660
-"""How long a CA holds: longer than any server's certificate, which can be renewed under it."""
+"""How long a CA is valid: longer than any server's certificate, so that these can be renewed."""
 
 
 def make_certificates(folder: Path, host: str, days: int) -> None:
@@ -27,12 +27,12 @@ def make_certificates(folder: Path, host: str, days: int) -> None:
     Parameters
     ----------
     folder : Path
-        Where to.
+        The folder to write to.
     host : str
-        Name or address under which devices reach the server; the certificate holds for it and for
-        this machine's own loopback.
+        Name or address under which devices reach the server. The certificate is valid for it and
+        for this machine's loopback.
     days : int
-        How long the server's certificate holds. The CA's holds for ten years.
+        How long the server's certificate is valid. The CA's is valid for ten years.
     """
     authority, key = _authority(_AUTHORITY_DAYS)
     _write_public(folder / "ca.pem", authority)
@@ -46,23 +46,23 @@ def renew_server(folder: Path, authority: Path, host: str, days: int) -> datetim
     Parameters
     ----------
     folder : Path
-        Where to.
+        The folder to write to.
     authority : Path
         The folder with ``ca.pem`` and ``ca.key``.
     host : str
         As for `make_certificates`.
     days : int
-        How long the certificate holds.
+        How long the certificate is valid.
 
     Returns
     -------
     datetime
-        When it ends.
+        When it expires.
 
     Raises
     ------
     InvalidValue
-        The CA's files cannot be read or do not belong together, or the CA ends sooner.
+        The CA's files cannot be read or do not belong together, or the CA expires sooner.
     """
     try:
         signer = x509.load_pem_x509_certificate((authority / "ca.pem").read_bytes())

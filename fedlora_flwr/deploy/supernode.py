@@ -1,4 +1,4 @@
-"""Start a device's SuperNode so that only code runs there which is installed there."""
+"""Start a device's SuperNode so that it runs only the code that is installed on the device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCRIPT = "start.sh"
 """A device's script, which names its server and hands over to `START`."""
 BIN = "bin"
 CLIENT_PROCESS = "fedlora_flwr.deploy.client_process"
-# Argparse takes their beginnings for them.
+# Argparse also accepts abbreviations of these options.
 _UNSAFE = ("--isolation", "--allow-runtime-dependency-installation")
 _REFUSAL = (
     "This device starts no {name}: it answers with the fedlora_flwr that is installed on it and "
@@ -33,14 +33,14 @@ _REFUSAL = (
 
 
 def start_supernode(folder: Path, arguments: Sequence[str]) -> NoReturn:
-    """Become a SuperNode that cannot reach any of Flower's programs but those in ``bin``.
+    """Become a SuperNode that can only reach the replacements of Flower's programs in ``bin``.
 
     Parameters
     ----------
     folder : Path
-        The device's; its ``bin`` is written again.
+        The device's folder. Its ``bin`` is written again.
     arguments : sequence of str
-        What ``flower-supernode`` is given.
+        The arguments for ``flower-supernode``.
 
     Raises
     ------
@@ -79,7 +79,7 @@ def _ask_server(folder: Path, arguments: Sequence[str]) -> None:
 
 
 def installed_code(script: Path) -> Path:
-    """Return the folder of the package that a device's start script runs, and nothing beside it.
+    """Check that a device's start script runs only the installed package, and return its folder.
 
     Nothing is started, and nothing in the device's folder is changed.
 
@@ -110,12 +110,12 @@ def installed_code(script: Path) -> Path:
 
 
 def arguments_of(script: Path) -> list[str]:
-    """Return what a device's start script hands over to `start_supernode`, as it is written there.
+    """Return the arguments that a device's start script passes to `start_supernode`.
 
     Raises
     ------
     NotSealed
-        The line cannot be read as a shell's.
+        The script has no such line, or a shell could not read it.
     """
     text = script.read_text(encoding="utf-8").replace("\\\n", " ")
     try:
@@ -129,12 +129,12 @@ def arguments_of(script: Path) -> list[str]:
 
 
 def check_script(script: Path) -> None:
-    """Look whether a start script hands over to `start_supernode`.
+    """Check that a start script starts the SuperNode by `start_supernode`.
 
     Raises
     ------
     NotSealed
-        It does not, or there is none.
+        It does not, or there is no script.
     """
     lines = script.read_text(encoding="utf-8").splitlines() if script.exists() else []
     words = [Path(word).name for line in lines for word in line.partition("#")[0].split()]
@@ -147,24 +147,24 @@ def check_script(script: Path) -> None:
 
 
 def check_flower(env: Mapping[str, str]) -> None:
-    """Look whether the installed version of Flower is one that can be kept to installed code.
+    """Check that the installed version of Flower can be restricted to installed code.
 
     Parameters
     ----------
     env : mapping of str to str
-        What the device's processes know.
+        Environment of the device's processes.
 
     Raises
     ------
     OtherFlower
         SuperExec starts clients in another way than by a program's name.
     NotSealed
-        The client's program finds that Flower loads apps in another way.
+        The client's program does not start, for instance because Flower loads apps in another way.
     """
     unknown = flower.started_by_superexec() - flower.programs().keys()
     if unknown:
         raise flower.OtherFlower(f"its SuperExec starts {', '.join(sorted(unknown))}")
-    # In a process of its own, as it changes Flower in the memory of the one that looks.
+    # In a process of its own, because the check changes Flower in the memory of its process.
     done = subprocess.run(
         [sys.executable, "-P", "-m", CLIENT_PROCESS, "--try"],
         env=dict(env), capture_output=True, text=True, check=False,
@@ -178,12 +178,12 @@ def check_flower(env: Mapping[str, str]) -> None:
 
 
 def write_programs(folder: Path) -> None:
-    """Write a program for each name that Flower may start; others than three do nothing.
+    """Write a program for each name that Flower may start. All but three only print a refusal.
 
     Parameters
     ----------
     folder : Path
-        Where to.
+        The folder to write to.
     """
     folder.mkdir(mode=0o700, exist_ok=True)
     for name, point in flower.programs().items():
@@ -202,7 +202,7 @@ def write_programs(folder: Path) -> None:
 
 
 def sealed(env: Mapping[str, str], own: Path) -> dict[str, str]:
-    """Return an environment in which Flower's programs are those of a folder, or none.
+    """Return an environment in which Flower's programs are found in one folder only.
 
     Parameters
     ----------
@@ -218,7 +218,8 @@ def sealed(env: Mapping[str, str], own: Path) -> dict[str, str]:
     """
     names = flower.programs().keys()
     found = env.get("PATH", os.defpath).split(os.pathsep)
-    # Without Flower's own folder a program that vanishes is not found, rather than Flower's.
+    # Folders with Flower's own programs leave the path. If a replacement vanishes, its name is then
+    # not found, instead of Flower's program.
     folders = [Path(entry) for entry in found if Path(entry).is_absolute()]
     kept = [folder for folder in folders if not any((folder / name).exists() for name in names)]
     path = os.pathsep.join(map(str, (own.resolve(), *kept)))

@@ -1,1 +1,1 @@
-"""What is known about a run before it starts."""
+"""Forecasts: what can be known about a run before it starts."""

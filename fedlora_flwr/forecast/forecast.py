@@ -1,4 +1,4 @@
-"""What a run will cost, promise and carry of noise, known before anything trains."""
+"""Forecasts what a run will cost, what it promises and how noisy it is, before it trains."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ if TYPE_CHECKING:
     from fedlora_flwr.forecast.duration import Duration
 
 # None of our measured runs with more noise ended above its start; see docs/results.md and
-# `benchmarks.learning`, which finds it. It says nothing certain about other data and models.
+# `benchmarks.learning`, which measures it. Other data and models may differ.
 MOST_THAT_GAINED = 5.0
 _HEADER = 128  # Bytes before an array in NumPy's format, which Flower's records use.
 
 
 @dataclass(frozen=True)
 class ClientForecast:
-    """One client's mechanism, or why it can have none.
+    """One client's mechanism, or why it cannot have one.
 
     Parameters
     ----------
     records : int
         Private records n.
     mechanism : Mechanism or None
-        Its noise; ``None`` where the promise cannot be kept.
+        Its noise; ``None`` if the promise cannot be kept.
     problem : str
-        Why not.
+        Why the promise cannot be kept.
     """
 
     records: int
@@ -75,9 +75,9 @@ class Forecast:
     blocks : int
         Blocks that they form.
     memory : Memory
-        Of one client.
+        Memory of one client.
     bytes_up, bytes_down : int
-        Arrays of one client and round; up is the mean of two rounds.
+        Size of one client's arrays in one round. ``bytes_up`` is the mean of two rounds.
     noise_to_signal : float or None
         Norm of a round's averaged noise, less what a filter removes, over the largest norm that
         its averaged gradients can have (see `noise_to_signal`); ``None`` without privacy, or where
@@ -207,7 +207,7 @@ def open_splits(task: Task, num_partitions: int) -> tuple[list[str], int]:
 
 
 def skeleton(config: RunConfig, task: Task) -> AdaptedModel:
-    """Return the adapted model on the meta device: names and shapes, and no weights.
+    """Return the adapted model on the meta device: names and shapes without weights.
 
     Raises
     ------
@@ -229,7 +229,7 @@ def _client(config: RunConfig, records: int) -> ClientForecast:
 
 
 def _together(config: RunConfig, numbers: Sequence[int], coordinates: int) -> Mechanism:
-    """Return the one mechanism that a secure sum is, on the records of a whole cohort."""
+    """Return the mechanism of a whole secure sum, on the records of the whole cohort."""
     grid = sum_grid(config, sum(numbers), coordinates)
     asked = cohort_size(config.num_clients, config.fraction_train) / config.num_clients
     records = max(1, round(sum(numbers) * asked))

@@ -1,4 +1,4 @@
-"""How often each client of a simulation will join, and when a run ends; known before it starts."""
+"""Forecasts how often each client of a simulation joins, and when the run ends."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from fedlora_flwr.strategies.cohort import cohort_size
 
 @dataclass(frozen=True)
 class Participation:
-    """Who joins how often, where every client stays connected.
+    """How often clients join if all stay connected.
 
     Parameters
     ----------
     cohort : int
-        Clients of a round.
+        Clients per round.
     num_rounds : int
-        Rounds that are configured.
+        Number of configured rounds.
     last_round : int
-        Round after which nobody has budget left, or the last one.
+        The round after which no client has budget left, or the last configured one.
     least, most : int or None
-        Rounds that a client joins, at least and at most; ``None`` where chance decides.
+        Rounds that a client joins, at least and at most; ``None`` if chance decides.
     mean : float
         Rounds that a client joins on average.
     """
@@ -56,12 +56,12 @@ class Participation:
 
 
 def participation(config: RunConfig) -> Participation:
-    """Work out who joins how often (see `fedlora_flwr.strategies.cohort.Turns`).
+    """Work out how often clients join (see `fedlora_flwr.strategies.cohort.Turns`).
 
     Parameters
     ----------
     config : RunConfig
-        Its clients, rounds, share and cap.
+        The run. Its clients, rounds, ``fraction-train`` and ``max-rounds`` are read.
     """
     clients, rounds = config.num_clients, config.num_rounds
     cohort = cohort_size(clients, config.fraction_train)

@@ -1,4 +1,4 @@
-"""How many clients fit on the GPUs at once, known before a run starts."""
+"""Forecasts how many clients fit on the GPUs at the same time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Placement:
     Parameters
     ----------
     workers : int or None
-        Processes at a time; ``None`` where nothing but the cores limits them.
+        Processes at a time; ``None`` if only the cores limit them.
     gpu_share : float
         Part of a GPU that one worker gets, 0 without GPUs.
     """
@@ -47,7 +47,7 @@ def place(config: RunConfig, workers: int | None) -> Placement:
     Raises
     ------
     InvalidValue
-        A client needs more memory than a GPU has free, or so many workers do.
+        One client, or the asked number of workers, needs more memory than is free.
     """
     device = resolve_device(config.device)
     if device.type != "cuda":
@@ -66,7 +66,7 @@ def fit(memory: Memory, free: Sequence[int], cores: int, workers: int | None) ->
     Parameters
     ----------
     memory : Memory
-        Of one client.
+        Memory of one client.
     free : Sequence[int]
         Free bytes of each GPU. The first also holds the server's model.
     cores : int
@@ -93,5 +93,5 @@ def fit(memory: Memory, free: Sequence[int], cores: int, workers: int | None) ->
     if workers is not None and workers > capacity:
         raise InvalidValue("workers", workers, f"at most {capacity}: {sizes}")
     chosen = min(workers or cores, capacity)
-    # Ray packs whole shares into a GPU: the fullest one decides how large they are.
+    # Ray puts whole workers on a GPU, so the GPU with the most workers decides the share of each.
     return Placement(chosen, 1 / -(-chosen // len(free)))

@@ -1,4 +1,4 @@
-"""How a run's records are spread over its clients, and what its budget makes of each client."""
+"""Shows how clients share a run's records, and whether each can keep the budget's promise."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def split_counts(config: RunConfig, task: Task | None = None) -> pd.DataFrame:
     Raises
     ------
     InvalidValue
-        The records cannot be spread as the configuration asks.
+        The records cannot be partitioned as configured.
     """
     task = task or build_task(config.task, config)
     found = [
@@ -47,9 +47,9 @@ def split_counts(config: RunConfig, task: Task | None = None) -> pd.DataFrame:
 
 
 def split_table(counts: pd.DataFrame, config: RunConfig) -> Table:
-    """Make a split's table for a screen: one row per client, and whether its budget can be kept.
+    """Make a split's table for a screen: one row per client, and whether its promise can be kept.
 
-    Up to 12 classes have a column each; of more, the number that a client has is shown.
+    Up to 12 classes have a column each. With more, one column shows how many a client has.
     """
     few = counts.shape[1] <= MAX_COLUMNS
     heads = [str(name) for name in counts.columns] if few else ["classes"]
@@ -79,7 +79,7 @@ def split_json(counts: pd.DataFrame, config: RunConfig) -> dict[str, Any]:
 
 
 def _checks(records: int, config: RunConfig) -> tuple[bool, bool]:
-    """Tell whether a client's budget can be kept: δ < 1/n and b ≤ n."""
+    """Tell whether a client can keep the promise: δ < 1/n and b ≤ n."""
     return config.delta * records < 1, config.secure_sum or config.batch_size <= records
 
 
@@ -90,6 +90,6 @@ def _labels(records: Records) -> NDArray[np.int64]:
     for start in range(0, len(records), _READ_AT_ONCE):
         end = min(start + _READ_AT_ONCE, len(records))
         batch = records.batch(torch.arange(start, end))
-        # Records without a class, e.g. questions, are counted as they are.
+        # Records without a class, e.g. questions, are all counted as class 0.
         found.append(batch["label"].numpy() if "label" in batch else np.zeros(end - start, int))
     return np.concatenate(found)

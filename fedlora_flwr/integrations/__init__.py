@@ -1,1 +1,1 @@
-"""Private federated LoRA inside projects that exist already."""
+"""Private federated LoRA inside existing projects."""

@@ -1,8 +1,8 @@
 """The private step inside a Hugging Face `Trainer`, for one model and without Flower.
 
-The Trainer keeps its loop, callbacks, schedule, logging and saving. What it would do with private
-records is ours: who joins a batch, the loss of each record, clipping, noise and the optimizer's
-step. What would break the guarantee is made right here, or refused by name.
+The Trainer keeps its loop, callbacks, schedule, logging and saving. This module takes over all that
+touches private records: which ones join a batch, the loss of each record, clipping, noise and the
+optimizer's step. Settings that would break the guarantee are corrected here or refused by name.
 """
 
 from __future__ import annotations
@@ -39,41 +39,42 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
     """A Hugging Face `Trainer` whose training steps are differentially private.
 
     The model is a `peft.PeftModel` with LoRA adapters, and a head in ``modules_to_save`` if it
-    trains. Each record joins a step with probability b/n, its gradient is clipped over all trained
-    tensors together to ``args.max_grad_norm``, noise is added, and the optimizer that the arguments
-    name steps. σ is calibrated for ``max_steps``, or all epochs, so that all of training spends at
-    most ``epsilon``. The whole plan is written to a ledger before its first step: a run that stops
-    early reports too much, never too little.
+    trains. Each record joins a step with probability b/n. Its gradient is clipped over all trained
+    tensors together to ``args.max_grad_norm``. Then noise is added, and the optimizer that the
+    arguments name steps. σ is calibrated for ``max_steps``, or for all epochs, so that the whole
+    training spends at most ``epsilon``. All planned steps are written to a ledger before the first
+    one: a run that stops early reports too much, never too little.
 
     Parameters
     ----------
     model : PeftModel
         The model.
     args : TrainingArguments
-        As of `transformers.Trainer`. ``per_device_train_batch_size`` is the expected batch size
-        b, ``max_grad_norm`` the clip norm C of one record; ``label_smoothing_factor`` smooths each
-        record's own loss.
+        As for `transformers.Trainer`. ``per_device_train_batch_size`` is the expected batch size b,
+        ``max_grad_norm`` is the clip norm C of one record, and ``label_smoothing_factor`` smooths
+        the loss of each record.
     **kwargs
         The other arguments of `transformers.Trainer`.
     epsilon, delta : float
-        The budget of each record, whose gradient may be replaced by zero.
+        The budget of each record. Neighboring data sets replace one record's gradient by zero.
     losses : callable, optional
         Maps (model, batch) to one loss per record, shape (n,). By default the cross entropy of
-        ``labels``: of a class, or the mean over a record's own tokens, shifted by one for models
-        that predict the next.
+        ``labels``: that of a record's class, or the mean over its tokens, which are shifted by one
+        for models that predict the next token.
     microbatch_size : int, optional
         Records in one forward pass; all by default.
     ledger : Path, optional
-        SQLite file of what was spent; ``ledger.sqlite`` in ``args.output_dir`` by default.
+        SQLite file of the spent budget; ``ledger.sqlite`` in ``args.output_dir`` by default.
     secure_noise : bool (default: False)
-        Noise from the operating system's cryptographic generator.
+        Draw noise from the operating system's cryptographic generator.
     eval_is_public : bool (default: False)
-        Say that what you evaluate and predict on is public. Its figures are not protected.
+        State that the records you evaluate and predict on are public. Their figures are not
+        protected.
 
     Raises
     ------
     InvalidValue
-        A setting would break the guarantee, or the budget means nothing for this data set.
+        A setting would break the guarantee, or the budget promises nothing for this data set.
     PrivacyViolation
         A part of the model would escape clipping (see `AdaptedModel`).
 
@@ -117,7 +118,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
             self.train_dataset, "__getitem__"
         ):
             kind = type(self.train_dataset).__name__
-            raise InvalidValue("train_dataset", kind, "a data set with a length, read by position")
+            raise InvalidValue("train_dataset", kind, "a data set with a length and positions")
         self._eval_is_public = eval_is_public
         if self.eval_dataset is not None:
             self._check_public(self.eval_dataset)
@@ -128,9 +129,9 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         self._ledger_path = ledger or Path(self.args.output_dir) / "ledger.sqlite"
         self._run = uuid4().hex
         self.privacy: LedgerSummary | None = None
-        """What the planned training spends, once it is planned."""
+        """What the planned training spends. None before `create_optimizer` plans it."""
         self.mechanism: Mechanism | None = None
-        """How gradients are clipped and noised, once training is planned."""
+        """How gradients are clipped and noised. None before `create_optimizer` plans training."""
         self._left = 0
         smoothing = float(self.args.label_smoothing_factor)
         self._engine = PrivateEngine(
@@ -150,20 +151,20 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         InvalidValue
             ``resume_from_checkpoint`` is given.
         BudgetExhausted
-            This trainer has trained already.
+            This trainer has already trained.
         """
         if resume_from_checkpoint:
             raise InvalidValue(
                 "resume_from_checkpoint",
                 resume_from_checkpoint,
-                "None: the plan's steps are in the ledger already, and those after the checkpoint "
+                "None: all planned steps are in the ledger already, and steps after the checkpoint "
                 "would be taken twice",
             )
         output = super().train(None, *args, **kwargs)
         return output._replace(training_loss=math.nan)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return a loader of Poisson samples, as positions; possibly of none."""
+        """Return a loader of Poisson samples. Each is the positions of its records, maybe none."""
         size, count = int(self.args.train_batch_size), len(self._records)
         plan = Mechanism(0.0, 1.0, size, count)
         return DataLoader(_PoissonBatches(plan), batch_size=None)
@@ -187,14 +188,14 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         return self.optimizer
 
     def training_step(self, model: Any, inputs: Mapping[str, Tensor], *_: Any) -> Tensor:
-        """Take one private step, the optimizer's included; return 0 for the loss, which is private.
+        """Take one private step, including the optimizer's. Return 0, since the loss is private.
 
-        The Trainer's own ``optimizer.step()`` finds no gradients after it, and moves nothing.
+        The Trainer's own ``optimizer.step()`` then finds no gradients and changes nothing.
         """
         if self._left < 1:
-            raise PrivacyViolation("The Trainer asked for more steps than the budget was made for.")
+            raise PrivacyViolation("The Trainer asked for more steps than the noise is made for.")
         self._left -= 1
-        # The Trainer's own seed, which is 42 as a rule, is known to all.
+        # Dropout needs a secret seed: the Trainer's own is usually its public default, 42.
         with own_randomness(stream_seed(None, "dropout")):
             self._engine.step(
                 self._records, inputs["positions"], tuple(self._engine.adapted.parameters)
@@ -208,7 +209,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         return super().num_examples(dataloader)  # type: ignore[no-any-return]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, without figures of private records and with what was spent."""
+        """Log without the figures of private records, and add the spent ε and δ."""
         if "train_loss" in logs and self.privacy is not None:
             logs["epsilon"], logs["delta"] = self.privacy.epsilon, self.privacy.delta
         for name in _PRIVATE_FIGURES:
@@ -221,14 +222,14 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         Raises
         ------
         InvalidValue
-            They are not said to be public.
+            ``eval_is_public`` does not state that they are public.
         """
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
         self._check_public(chosen)
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """Return a loader of public records, as `get_eval_dataloader`."""
+        """Return a loader of public records, as `get_eval_dataloader` does."""
         self._check_public(test_dataset)
         return super().get_test_dataloader(test_dataset)
 
@@ -249,7 +250,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
 
 
 class _PoissonBatches(IterableDataset[dict[str, Tensor]]):
-    """As many Poisson samples as an epoch has steps, drawn again each time."""
+    """One Poisson sample for each step of an epoch, drawn again in every epoch."""
 
     def __init__(self, mechanism: Mechanism) -> None:
         self._mechanism = mechanism
@@ -264,7 +265,7 @@ class _PoissonBatches(IterableDataset[dict[str, Tensor]]):
 
 
 class _CollatedRecords:
-    """A data set and its collator, as the engine reads records."""
+    """A data set and its collator, in the form in which the engine reads records."""
 
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Mapping[str, Tensor]]) -> None:
         self._dataset, self._collate = dataset, collate
@@ -287,7 +288,8 @@ class _TrainersOptimizer(OptimizerSettings):
     @classmethod
     def of(cls, kind: Any, options: Mapping[str, Any], args: Any) -> _TrainersOptimizer:
         rate, decay = float(args.learning_rate), float(args.weight_decay)
-        # Fused kernels move a parameter without counting it, which is how the engine sees a step.
+        # Fused kernels change a parameter without raising its version, by which the engine notices
+        # a step.
         plain = {name: value for name, value in options.items() if name != "fused"}
         name = kind.__name__
         return cls(name, rate, rate, rate, weight_decay=decay, kind=kind, options=plain)
@@ -299,10 +301,10 @@ class _TrainersOptimizer(OptimizerSettings):
 
 
 def _in_steps(collator: Any, model: Any) -> Any:
-    """Let a collator pad to multiples of 8: records of different widths never share a pass."""
+    """Let a collator pad to multiples of 8, as records of different widths never share a pass."""
     config = getattr(model.get_base_model(), "config", None)
     longest = getattr(config, "max_position_embeddings", None)
-    # RoBERTa's 514 are two more than it reads.
+    # RoBERTa's 514 positions are two more than the tokens that it reads.
     fits = longest in (None, 514) or longest % 8 == 0
     if getattr(collator, "pad_to_multiple_of", 0) is not None or not fits:
         return collator

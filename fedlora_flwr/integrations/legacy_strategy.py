@@ -1,7 +1,7 @@
 """Any FedLoRA strategy as a `flwr.server.strategy.Strategy`, for ``ServerApp(server_fn=...)``.
 
-Legacy records carry no array names. Here they travel in the configuration, and back in the metrics,
-under ``array-names``, as `LoRAClient` and `follow_fit` read and write them.
+Legacy records carry no array names. The names travel in the configuration, and back in the metrics,
+under ``array-names``, where `LoRAClient` and `follow_fit` read and write them.
 """
 
 from __future__ import annotations
@@ -44,26 +44,28 @@ from fedlora_flwr.wire.records import evaluate_content, fit_content
 EvaluateFn = Callable[[int, NDArrays, dict[str, Scalar]], tuple[float, dict[str, Scalar]] | None]
 Res = TypeVar("Res", FitRes, EvaluateRes)
 
-# What Flower's proxy puts around a client's own words.
+# Finds a client's own message in the text that Flower's proxy puts around it.
 _CLIENTS_WORDS = re.compile(r"\(reason: (.*)\)\. It originated", re.DOTALL)
 
 
 class LegacyStrategy(Strategy):
     """Lets a FedLoRA strategy serve a legacy ``ServerApp(server_fn=...)``.
 
-    The strategy itself decides: plan, cohort, checks of uploads, count of replies against messages,
-    completion, ledger watch and merge into the last global arrays are its own. One for each run.
+    The wrapped strategy makes all decisions: the plan, the cohort, checks of uploads, the count of
+    replies, completion, the ledger watch and the merge into the global arrays. Make a new
+    `LegacyStrategy` for each run.
 
     Parameters
     ----------
     strategy : FedLoRA
-        Any, fresh.
+        Any strategy that has not served a run.
     initial_arrays : Mapping[str, ndarray]
-        The arrays before training, by name: here legacy records get their names from.
+        The arrays before training, by name. Legacy records get their names from here.
     num_rounds : int
-        Rounds, as in ``ServerConfig``, which a legacy strategy is not shown.
+        Number of rounds, the same as in ``ServerConfig``, which Flower does not show to a legacy
+        strategy.
     evaluate_fn : callable, optional
-        As of Flower's legacy strategies: (round, arrays, config) to (loss, metrics). The names of
+        As for Flower's legacy strategies: (round, arrays, config) to (loss, metrics). The names of
         the arrays are in ``config["array-names"]``.
 
     Raises
@@ -123,8 +125,8 @@ class LegacyStrategy(Strategy):
     ) -> list[tuple[ClientProxy, FitIns]]:
         """Draw the cohort and send it arrays, names and plan (see `FedLoRA.configure_train`).
 
-        Once nobody has budget left the rest of the rounds pass with nobody asked: Flower's legacy
-        server cannot be told to stop.
+        Once no client has budget left, the remaining rounds ask nobody: Flower's legacy server
+        cannot be told to stop.
         """
         self._check_aggregated()
         named, grid = self._named(parameters), _grid(client_manager)
@@ -148,7 +150,7 @@ class LegacyStrategy(Strategy):
         Raises
         ------
         FederationAborted
-            As the strategy's own; or uploads come as one secure sum, and the strategy needs each.
+            As the strategy's own; or uploads come as a secure sum that the strategy cannot use.
         """
         self._open_round = None
         self._check_secure_sum(server_round, results)
@@ -163,7 +165,7 @@ class LegacyStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, EvaluateIns]]:
-        """Ask clients for metrics where the strategy does (see ``fraction_evaluate``)."""
+        """Ask clients for metrics if the strategy does (see ``fraction_evaluate``)."""
         if self._over:
             return []
         messages = self.strategy.configure_evaluate(
@@ -192,7 +194,7 @@ class LegacyStrategy(Strategy):
         Raises
         ------
         FederationAborted
-            The round before was never handed over: a workflow of Flower's gave up on it.
+            Flower's workflow gave up on the round before and passed on none of its uploads.
         """
         self._check_aggregated()
         if self._evaluate_fn is None:
@@ -238,13 +240,14 @@ class LegacyStrategy(Strategy):
             if isinstance(failure, tuple):
                 proxy, result = failure
                 replies.append(_error(result.status.message, unanswered.pop(_node(proxy))))
-        # Flower does not say whose an exception is; with one client missing it is that one's.
+        # Flower does not say which client an exception comes from, so each client without an
+        # answer gets all texts. One missing client, or one text, leaves no doubt.
         raised = sorted({_words(f) for f in failures if isinstance(f, BaseException)})
         text = raised[0] if len(raised) == 1 else "one of: " + " | ".join(raised)
         return replies + [_error(text, sent) for sent in unanswered.values() if raised]
 
     def _check_aggregated(self) -> None:
-        """Refuse to continue from a round that Flower has dropped without a word."""
+        """Refuse to continue from a round that Flower has silently dropped."""
         if self._open_round is not None:
             raise FederationAborted(
                 f"Round {self._open_round}: no upload was handed to the strategy. Flower's "
@@ -253,7 +256,7 @@ class LegacyStrategy(Strategy):
             )
 
     def _check_secure_sum(self, server_round: int, results: Sequence[tuple[Any, FitRes]]) -> None:
-        """Refuse a secure sum where a strategy's aggregate is not a mean by number of examples."""
+        """Refuse a secure sum unless the strategy's aggregate is a mean by number of examples."""
         # Flower's SecAgg workflows give all results the one object that holds the mean.
         if len(results) < 2 or len({id(result.parameters) for _, result in results}) > 1:
             return
@@ -270,7 +273,7 @@ class LegacyStrategy(Strategy):
 
 
 class _Nodes:
-    """The nodes that a client manager knows: as much of a Grid as a strategy looks at."""
+    """The nodes that a client manager knows, with the methods of a Grid that a strategy uses."""
 
     def __init__(self, client_manager: ClientManager) -> None:
         self._proxies = _proxies(client_manager)
@@ -284,13 +287,13 @@ class _Nodes:
 
     @property
     def bindings(self) -> Path | None:
-        """Where the run's grid keeps who is who."""
+        """The file in which the run's grid keeps the identities of nodes."""
         return self._grid.bindings if isinstance(self._grid, KnowsNodes) else None
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Ask nodes who they are, past the proxies, which have no words for it."""
+        """Send messages through the grid: proxies cannot ask nodes for their identities."""
         return cast(Grid, self._grid).send_and_receive(messages, timeout=timeout)
 
     @property
@@ -343,7 +346,7 @@ def _error(reason: str, sent: Message) -> Message:
 
 
 def _words(failure: BaseException) -> str:
-    """Return the last line of what a client said, out of what Flower's proxy put around it."""
+    """Return the last line of a client's own message, without the text of Flower's proxy."""
     inner = failure.args[0] if failure.args else None
     text = str(inner.reason if isinstance(inner, Error) else failure)
     match = _CLIENTS_WORDS.search(text)

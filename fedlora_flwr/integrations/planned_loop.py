@@ -1,7 +1,7 @@
 """A project's own training loop under a plan. It is *not* private: nothing is clipped or noised.
 
-`follow_plan` writes the server's arrays into the model and hooks the project's optimizer, so that
-each of its steps moves what the plan says; the loop itself stays as it is.
+`follow_plan` writes the server's arrays into the model and hooks the project's optimizer: each step
+then changes only what the plan says. The loop itself stays as it is.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fedlora_flwr.wire.report import Report
 
 Scalars = dict[str, bool | bytes | float | int | str]
 
-# What PEFT adds to names; servers send them with the first of these or without it.
+# The parts that PEFT adds to names. Servers send names with or without the first of them.
 _PEFT = re.compile(
     r"^base_model\.model\.|\.modules_to_save(\.\w+)?|(?<=\.lora_[AB])\.\w+(?=\.weight)"
 )
@@ -35,22 +35,22 @@ _PEFT = re.compile(
 class PlannedRound:
     """One round of a project's own loop: from its first optimizer step to `reply`.
 
-    Made by `follow_plan` or `follow_fit`. Between two steps of the optimizer exactly the arrays of
-    the next step require gradients, so its state, momentum and weight decay never touch the others.
+    `follow_plan` and `follow_fit` make it. Between two optimizer steps, exactly the arrays of the
+    next step require gradients, so momentum and weight decay never change the others.
 
     Parameters
     ----------
     arrays : Mapping[str, ndarray]
         The server's arrays, by name.
     config : Mapping
-        The server's configuration; one without a plan trains and returns everything.
+        The server's configuration. Without a plan in it, everything trains and is returned.
     model : nn.Module
-        The project's model; its LoRA factors are called ``….lora_A.weight`` and
-        ``….lora_B.weight``, as PEFT calls them, with or without an adapter's name.
+        The project's model. Its LoRA factors are called ``….lora_A.weight`` and
+        ``….lora_B.weight``, as in PEFT, with or without an adapter's name.
     optimizer : Optimizer
-        What the loop steps; it holds every array.
+        The optimizer that the loop steps. It must hold every array.
     blocks : str
-        The strategy's ``blocks``, where the project sets it.
+        The strategy's ``blocks``, if the project sets it.
 
     Raises
     ------
@@ -116,9 +116,9 @@ class PlannedRound:
         Parameters
         ----------
         to : Message
-            That message.
+            The message that began the round.
         metrics : Mapping[str, float]
-            The project's own metrics, ``num-examples`` among them. They leave as they are.
+            The project's own metrics, including ``num-examples``. They are sent without protection.
         """
         report = Report.of_words(self.upload(), metrics, {})
         return Message(train_records(report), reply_to=to)
@@ -143,11 +143,11 @@ class PlannedRound:
 def follow_plan(
     message: Message, model: nn.Module, optimizer: Optimizer, blocks: str = ""
 ) -> PlannedRound:
-    """Let a loop of the project's own obey the plan of a Message-API strategy. *Not* private.
+    """Let a project's own loop obey the plan of a Message-API strategy. *Not* private.
 
-    Call it before the loop, with the message that came and the optimizer that the loop steps; after
-    the loop return ``planned.reply(message, metrics)``. A proximal term that the message asks for,
-    ``"proximal-mu"``, is the loop's own to add.
+    Call it before the loop, with the received message and the optimizer that the loop steps. After
+    the loop, return ``planned.reply(message, metrics)``. If the message asks for a proximal term
+    (``"proximal-mu"``), the loop has to add it.
 
     Parameters
     ----------
@@ -195,7 +195,7 @@ def follow_fit(
     Parameters
     ----------
     parameters, config
-        What ``fit`` was called with, by `LegacyStrategy` or through `bridge`.
+        The arguments with which `LegacyStrategy` or `bridge` called ``fit``.
     model, optimizer, blocks
         See `PlannedRound`.
 
@@ -245,7 +245,7 @@ def _plan(config: Mapping[str, object], layout: Layout) -> ComponentPlan | None:
 
 def _check_supported(arrays: Mapping[str, object], config: Mapping[str, object]) -> None:
     if SHARE in config:
-        allowed = "nothing: FedSALoRA needs LoRAClient, which keeps B on the client's disk"
+        allowed = "no such key: FedSALoRA needs LoRAClient, which keeps B on the client's disk"
         raise InvalidValue(SHARE, config[SHARE], allowed)
     if folded := [name for name in arrays if is_folded(name)]:
         raise InvalidValue(
@@ -256,7 +256,10 @@ def _check_supported(arrays: Mapping[str, object], config: Mapping[str, object])
 def _parameters_of(
     model: nn.Module, arrays: Mapping[str, NDArray[np.generic]]
 ) -> dict[str, nn.Parameter]:
-    """Return the parameter of each array, and refuse any that is left over or of another shape."""
+    """Return the parameter of each array.
+
+    Refuse an array without a parameter of its shape, and a trainable parameter without an array.
+    """
     own = {
         _PEFT.sub("", name): parameter
         for name, parameter in model.named_parameters()

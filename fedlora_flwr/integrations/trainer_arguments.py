@@ -1,4 +1,4 @@
-"""What `PrivateTrainer` accepts of a Trainer's arguments, and what it refuses by name."""
+"""Which arguments of a Trainer `PrivateTrainer` accepts, and which it refuses by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "
 _ONE = "one process on one device: each of several would draw, clip and noise on its own"
 _BF16 = "False; for speed call fedlora_flwr.lora.precision.run_in_bf16(model), which clips in fp32"
 
-# Setting of TrainingArguments, what is fine, and what is expected where it is not.
+# A setting of TrainingArguments, a test of its value, and what an error message says is allowed.
 _ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "gradient_accumulation_steps",
@@ -31,7 +31,7 @@ _ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("n_gpu", lambda value: value <= 1, _ONE),
     ("deepspeed", lambda value: not value, _ONE),
     ("fsdp", lambda value: not value, _ONE),
-    ("fp16", lambda value: not value, "False: its loss scaler skips steps that records decide on"),
+    ("fp16", lambda value: not value, "False: whether its loss scaler skips a step is private"),
     ("bf16", lambda value: not value, _BF16),
     (
         "train_sampling_strategy",
@@ -61,7 +61,7 @@ _ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 
 def check_trainer(kind: type, arguments: Mapping[str, Any]) -> None:
-    """Refuse what would train past the private step, before anything is built."""
+    """Refuse arguments that would train without the private step, before anything is built."""
     if kind.compute_loss is not Trainer.compute_loss:  # type: ignore[attr-defined]
         allowed = "transformers' own: it gives one loss per batch; pass losses, one loss per record"
         raise InvalidValue("compute_loss", kind.__name__, allowed)

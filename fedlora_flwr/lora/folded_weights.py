@@ -85,7 +85,7 @@ class FoldedWeights:
         owners = [plain_name(name) for name, parameter in named if parameter is weight]
         if len(owners) > 1:
             allowed = (
-                "a weight of its own, as updates are folded into it: leave the layer out of "
+                "a weight of one layer only, as updates are folded into it. Leave the layer out of "
                 "lora-targets, or choose a strategy that changes no frozen weights"
             )
             raise InvalidValue(f"weight of {layer.name}", owners, allowed)

@@ -63,7 +63,7 @@ def split_fused(model: nn.Module) -> None:
         # An attention with a ``q_bias`` multiplies by the weight and adds its own biases. It never
         # calls the layer, so an adapter on it would have no effect.
         if getattr(attention, "q_bias", None) is not None or module.out_features % len(PARTS):
-            raise _refused(f"{name!r} is read by its attention, or has other outputs")
+            raise _refused(f"attention reads the weight of {name!r}, or it has other outputs")
         setattr(attention, own, SplitLinear(module))
         found += 1
     if not found:

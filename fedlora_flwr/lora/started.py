@@ -53,7 +53,8 @@ def read_adapter(folder: Path, adapted: AdaptedModel) -> dict[str, NDArray[np.fl
             raise InvalidValue("start", str(folder), f"an adapter that has {name!r}")
         if (there := tuple(found[name].shape)) != shape:
             allowed = f"an adapter in which {name} has the shape {shape}, not {there}"
-            raise InvalidValue("start", str(folder), f"{allowed}: set rank and targets as it has")
+            allowed += ". Set the adapter's rank and lora-targets"
+            raise InvalidValue("start", str(folder), allowed)
     frozen = {plain_name(name): tensor for name, tensor in adapted.model.named_parameters()}
     for name in found.keys() - own.keys():
         if name not in frozen or not bool((frozen[name].cpu() == found[name]).all()):
@@ -66,7 +67,7 @@ def _check_backbone(
     folder: Path, config: dict[str, Any], backbone: str, adapted: AdaptedModel
 ) -> None:
     if backbone and backbone != adapted.backbone:
-        allowed = "an adapter of this run's backbone: its frozen weights were others"
+        allowed = "an adapter of this run's backbone, but it is for other frozen weights"
         raise InvalidValue("start", str(folder), allowed)
     made = (config.get("auto_mapping") or {}).get("base_model_class")
     own = type(adapted.model.get_base_model()).__name__
@@ -77,7 +78,7 @@ def _check_backbone(
     usual = adapted.layers[0].scaling
     if config.get("rank_pattern") or not math.isclose(scaling, usual):
         allowed = (
-            f"an adapter of one rank whose scaling is {usual:g}, as lora-alpha, rank and rslora "
-            f"have it here; its own is {scaling:g}"
+            f"an adapter of one rank with the scaling {usual:g} of this run's lora-alpha, rank and "
+            f"rslora, but its scaling is {scaling:g}"
         )
         raise InvalidValue("start", str(folder), allowed)

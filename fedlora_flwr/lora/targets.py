@@ -56,7 +56,7 @@ def usual_targets(
         return _BESIDE_POSITIONS
     found = known.get(family) or _USUAL.get(family) or _attention(model, head)
     if not found:
-        allowed = f"a pattern, as nothing is usual for a {family or type(model).__name__}"
+        allowed = f"a pattern, as a {family or type(model).__name__} has no usual layers"
         raise InvalidValue("lora-targets", "", f"{allowed}; {_choice(model, '', head)}")
     return found if isinstance(found, str) else rf"(.*\.)?({'|'.join(map(re.escape, found))})"
 
@@ -127,7 +127,8 @@ def check_head(model: nn.Module, heads: tuple[str, ...]) -> None:
             raise unknown("head", head, names)
         # PEFT would train every module whose name ends with this one.
         if also := [name for name in names if name.endswith(head) and name not in heads]:
-            raise InvalidValue("head", head, f"a name that {also[0]!r} does not end with")
+            allowed = f"a name with which no other name ends, but {also[0]!r} does"
+            raise InvalidValue("head", head, allowed)
 
 
 def check_exportable(model: nn.Module, targets: str, drawn: tuple[str, ...]) -> None:
@@ -144,8 +145,8 @@ def check_exportable(model: nn.Module, targets: str, drawn: tuple[str, ...]) -> 
     found = [name for name, _ in model.named_modules() if pattern.fullmatch(name)]
     if all(is_saved(name, drawn) for name in found):
         allowed = (
-            f"also a layer of the checkpoint: the weights of {found[0]!r} are new, and an exported "
-            "adapter would hold them in full instead of an adapter on them"
+            f"a pattern that also matches a layer of the checkpoint: the weights of {found[0]!r} "
+            "are new, so an export would hold them in full and no adapter"
         )
         raise InvalidValue("lora-targets", targets, allowed)
 

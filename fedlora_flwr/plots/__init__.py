@@ -1,1 +1,1 @@
-"""Pictures of results. matplotlib is imported where it draws, so that runs start without it."""
+"""Pictures of results. Only functions that draw import matplotlib, so runs start without it."""

@@ -19,21 +19,23 @@ if TYPE_CHECKING:
 MARKERS = "osD^vP*X<>"
 
 
-# Overlapping error bars hide each other: methods are set side by side within this share of a tick.
+# Methods are set side by side, so that error bars do not hide each other. Together they take up to
+# this share of the gap between two ticks, to either side.
 SPREAD = 0.36
 
 
 def plot_accuracy(runs: pd.DataFrame, path: Path, metric: str, data: str) -> None:
     """Draw the final metric of every run against ε, with each method's mean and standard error.
 
-    Methods are set a little apart on the ε axis. A line joins a method's means over ε. Runs without
-    privacy have no ε: they stand apart, with hollow marks that no line joins. The axis begins at 0.
+    Methods are drawn slightly apart on the ε axis. A line joins a method's means over ε. Runs
+    without privacy have no ε: they are drawn apart, with hollow marks and without a line. The
+    metric's axis goes from 0 to 1.
 
     Parameters
     ----------
     runs : pandas.DataFrame
         One row per run: ``row`` (the method's name), ``epsilon`` (infinity: no privacy), ``seed``
-        and ``final`` (a fraction; NaN where the run failed, which is left out).
+        and ``final`` (a fraction; a run with NaN failed and is left out).
     path : Path
         The PNG file, written atomically.
     metric : str
@@ -45,7 +47,7 @@ def plot_accuracy(runs: pd.DataFrame, path: Path, metric: str, data: str) -> Non
 
 
 def accuracy_figure(runs: pd.DataFrame, metric: str, data: str) -> Figure:
-    """Make the picture of `plot_accuracy`; parameters as there."""
+    """Make the picture of `plot_accuracy`, from the same parameters."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -111,7 +113,7 @@ def _title(runs: pd.DataFrame, metric: str, data: str) -> str:
 
 
 def _positions(budgets: Sequence[float]) -> dict[float, float]:
-    """Place budgets on a logarithmic axis, none (infinity) one step past the largest."""
+    """Place budgets on a logarithmic axis, and infinity (no privacy) one step past the largest."""
     finite = [budget for budget in budgets if math.isfinite(budget)]
     places = {budget: math.log10(budget) for budget in finite}
     if len(finite) < len(budgets):

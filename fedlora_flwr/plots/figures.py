@@ -1,4 +1,4 @@
-"""What all pictures share: colors, resolution, and how a file is written."""
+"""The common part of all pictures: colors, resolution, and writing the file."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
-# From a palette that color-blind readers can tell apart (Okabe and Ito).
+# Colors of Okabe and Ito, which color-blind readers can tell apart.
 MODES = {"A": "#0072B2", "B": "#E69F00", "AB": "#009E73", "": "#BBBBBB"}
 
 
 def run_name(task: str, strategy: str, epsilon: float | None, seed: int) -> str:
-    """Name a run in a title; an infinite ε, or none in JSON, means no privacy."""
+    """Name a run in a title. An ε of infinity or None means no privacy."""
     private = epsilon is not None and math.isfinite(epsilon)
     budget = f"ε = {epsilon:g}" if private else "no privacy"
     return f"{task}, {strategy}, {budget}, seed {seed}"

@@ -1,4 +1,4 @@
-"""Which factor each block trained in each round."""
+"""A picture of which factor each block trained in each round."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def plot_modes(plans: Sequence[str], blocks: Sequence[str], path: Path, run: str
     path : Path
         The PNG file, written atomically.
     run : str (default: "")
-        What the run is, for the title.
+        A name of the run, for the title.
 
     Raises
     ------
@@ -41,7 +41,7 @@ def plot_modes(plans: Sequence[str], blocks: Sequence[str], path: Path, run: str
 
 
 def modes_figure(plans: Sequence[str], blocks: Sequence[str], run: str = "") -> Figure:
-    """Make the picture of `plot_modes`; parameters as there."""
+    """Make the picture of `plot_modes`, from the same parameters."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch

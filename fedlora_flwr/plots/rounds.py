@@ -1,4 +1,4 @@
-"""A picture of a run's rounds. matplotlib is imported where it draws, as in `plots`."""
+"""A picture of a run's rounds."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ Points = list[tuple[int, float]]
 
 
 def plot_rounds(rows: Rows, path: Path, metric: str, run: str = "") -> None:
-    """Draw a run round by round: its metric, how far uploads agree, and what their mean loses.
+    """Draw a run round by round: metric, agreement of uploads, noise, and the error of averaging.
 
     Parameters
     ----------
     rows : Sequence[Mapping[str, Any]]
-        Those of ``rounds.jsonl``; figures that a round lacks leave a gap.
+        The rows of ``rounds.jsonl``. A figure that a round lacks leaves a gap.
     path : Path
         The PNG file, written atomically.
     metric : str
         Name of the metric.
     run : str (default: "")
-        What the run is, for the title.
+        A name of the run, for the title.
 
     Raises
     ------
     InvalidValue
-        There is no round.
+        No round is finished.
     """
     save(rounds_figure(rows, metric, run), path)
 
 
 def rounds_figure(rows: Rows, metric: str, run: str = "") -> Figure:
-    """Make the picture of `plot_rounds`; parameters as there."""
+    """Make the picture of `plot_rounds`, from the same parameters."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter, MaxNLocator
 
@@ -67,7 +67,7 @@ def rounds_figure(rows: Rows, metric: str, run: str = "") -> Figure:
     axes[2].set_title(f"Noise and differences in the mean, over what uploads share{dotted}")
     if any(np.isfinite(line.get_ydata()).any() for line in axes[2].lines):
         axes[2].set_yscale("log")
-        # 20, and not 2 x 10^1.
+        # Labels read 20 instead of 2 x 10^1.
         axes[2].yaxis.set_major_formatter(LogFormatter())
         axes[2].yaxis.set_minor_formatter(LogFormatter())
     _line(axes[3], _points(rows, "mean_error"), "black", "-", None)
@@ -84,7 +84,7 @@ def rounds_figure(rows: Rows, metric: str, run: str = "") -> Figure:
 
 
 def ratios(rows: Rows, figure: str, part: str) -> Points:
-    """Return a figure over the round's signal; NaN, which is a gap, where there is no signal."""
+    """Return a figure divided by the round's signal, and NaN (a gap) if the signal is 0."""
     signals = dict(_points(rows, "signal", part))
     found = _points(rows, figure, part)
     return [(n, value / signals[n] if signals[n] > 0 else np.nan) for n, value in found]
@@ -102,7 +102,7 @@ def _points(rows: Rows, figure: str, part: str | None = None) -> Points:
 
 
 def _line(axes: Axes, points: Points, color: str, style: str, label: str | None) -> None:
-    """Draw points, joined where the rounds between them have none."""
+    """Draw points with a line through them. The line also spans rounds without a point."""
     if points:
         numbers, values = zip(*points, strict=True)
         axes.plot(

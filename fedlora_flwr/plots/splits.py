@@ -1,4 +1,4 @@
-"""How the records of each class are spread over the clients."""
+"""A picture of how clients share the records of each class."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# More colors than these cannot be told apart: a heat map takes over.
+# More colors cannot be told apart, so more classes get a heat map.
 MAX_COLORS = 20
 _LEGEND = 110  # Letters in one line of the legend.
 
@@ -26,7 +26,7 @@ def plot_split(counts: pd.DataFrame, path: Path, label: str) -> None:
     Parameters
     ----------
     counts : pandas.DataFrame
-        Records: one row per client, the first at the top, one column per class.
+        Numbers of records: one row per client, the first at the top, and one column per class.
     path : Path
         The PNG file, written atomically.
     label : str
@@ -41,7 +41,7 @@ def plot_split(counts: pd.DataFrame, path: Path, label: str) -> None:
 
 
 def split_figure(counts: pd.DataFrame, label: str) -> Figure:
-    """Make the picture of `plot_split`; parameters as there."""
+    """Make the picture of `plot_split`, from the same parameters."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -96,7 +96,7 @@ def _draw_heat(axes: Axes, counts: pd.DataFrame) -> None:
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
-    # A class that a client has none of is white: in a label-skewed split that is what matters.
+    # White marks classes of which a client has no record. They matter most in a label-skewed split.
     colors = colormaps["viridis_r"].with_extremes(bad="white")
     drawn = axes.pcolormesh(
         [number - 0.5 for number in range(counts.shape[1] + 1)],

@@ -350,8 +350,8 @@ def _check_fixed(
             raise BudgetExhausted(
                 f"budget exhausted: the first run on this data has fixed a noise multiplier of at "
                 f"least {first.noise_multiplier:.6g} and a sampling rate of at most "
-                f"{first.sample_rate:.6g} for all runs; plan within them, or let the data's owner "
-                "set run-epsilon"
+                f"{first.sample_rate:.6g} for all runs. Plan within these limits, or let the "
+                "data's owner set run-epsilon"
             )
     epsilon = epsilon_spent(_counted(account, worst), account.delta).epsilon
     if not epsilon <= account.epsilon:
@@ -363,8 +363,8 @@ def _check_fixed(
             left = max(0, promised - taken - other)
             text += f"; {left} of the {promised} steps that the first plans promised are left"
         raise BudgetExhausted(
-            f"budget exhausted: {more} more steps after {taken} would spend ε = {epsilon:.4g} of "
-            f"{account.epsilon:g} at δ = {account.delta:g}{text}"
+            f"budget exhausted: {more} more steps after {taken} would spend ε = {epsilon:.4g}, "
+            f"above the budget of {account.epsilon:g} at δ = {account.delta:g}{text}"
         )
 
 
@@ -380,8 +380,7 @@ def _check_filter(account: Account, order: float, worst: Sequence[Tally], planne
     raise BudgetExhausted(
         f"budget exhausted: {rest.steps} more steps would take this data past ε = "
         f"{account.epsilon:g} at δ = {account.delta:g} over all its runs (Rényi filter of order "
-        f"{order:g}); {left} steps of this kind are left, with what other runs have reserved "
-        "taken off"
+        f"{order:g}); {left} steps of this kind are left after those that other runs have reserved"
     )
 
 
@@ -390,4 +389,4 @@ def _steps(tallies: Sequence[Tally]) -> int:
 
 
 def _waiting(steps: int) -> str:
-    return f", with {steps} steps that other runs have reserved" if steps else ""
+    return f", counting {steps} steps that other runs have reserved" if steps else ""

@@ -89,7 +89,7 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
             No clipped gradients have been added up since the last step.
         """
         if self.summed is None:
-            raise RuntimeError("a step without a sum of clipped gradients")
+            raise RuntimeError("There are no clipped gradients: backward must run before a step.")
         mean, self.summed = self.summed * self.unit / self.expected_batch_size, None
         parts = mean.split([p.numel() for p in self.params])
         for p, part in zip(self.params, parts, strict=True):

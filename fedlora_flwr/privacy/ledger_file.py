@@ -75,9 +75,9 @@ _INSERT = (
     f"INSERT INTO releases (digest, {', '.join(_COLUMNS)}) "  # noqa: S608
     f"VALUES ({', '.join('?' * (len(_COLUMNS) + 1))})"
 )
-_COPIES = "put back the newest copies of it and of its witness, or count its data's budget as spent"
-_ROOM = "make room there; its rows are whole"
-_PLACE = "see to its disk, folder and permissions"
+_COPIES = "Put back the newest copy of it and its witness. Without one, count its budget as spent"
+_ROOM = "Make room there; its rows are whole"
+_PLACE = "Check its disk, its folder and their permissions"
 _KEPT = 8  # A thread has at most so many files open.
 
 
@@ -176,19 +176,19 @@ class LedgerFile:
     def _follow(self, db: sqlite3.Connection, head: Head, seen: Head | None) -> Head:
         """Check the chain up to its last row; it has to contain the row that the witness names."""
         if seen is not None and seen.ledger != head.ledger:
-            raise self._damaged("it is another ledger than its witness knows", _COPIES)
+            raise self._damaged("its witness belongs to another ledger", _COPIES)
         ledger, count, digest = head.ledger, head.rows, head.digest
         passed = seen is None or seen.rows < count or (seen.rows, seen.digest) == (count, digest)
         rows = db.execute(f"{_SELECT} WHERE id >= ? ORDER BY id", (count,))
         if count and ((last := rows.fetchone()) is None or last[:2] != (count, digest)):
-            raise self._damaged("rows that were in it are gone", _COPIES)
+            raise self._damaged("it has lost rows", _COPIES)
         for number, stored, *values in rows:
             count, digest = count + 1, chained(digest, values)
             if (number, stored) != (count, digest):
-                raise self._damaged(f"its row {number} was changed, or one before it", _COPIES)
+                raise self._damaged(f"its row {number} was changed, or an earlier one", _COPIES)
             passed = passed or (seen is not None and (seen.rows, seen.digest) == (count, digest))
         if not passed and seen is not None:
-            text = f"its {count} rows are not the {seen.rows} that its witness has seen"
+            text = f"its witness has recorded {seen.rows} rows that are not its {count} rows"
             raise self._damaged(text, _COPIES)
         return Head(ledger, count, digest)
 
@@ -230,7 +230,7 @@ class LedgerFile:
         if not self.path.exists():
             self._make()
         if not self.path.is_file():
-            raise self._damaged("it is not a file", "name another place, or move it away")
+            raise self._damaged("it is not a file", "Move it away, or set another state-dir")
         if not self.path.stat().st_size:
             raise self._damaged("it is empty", _COPIES)
         with contextlib.suppress(OSError):  # Another user may own the file.
@@ -238,11 +238,11 @@ class LedgerFile:
         db = connect(self.path, self.patience)
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version > _VERSION:
-            raise self._damaged("a newer version of this package wrote it", "use that version")
+            raise self._damaged("a newer version of this package wrote it", "Install that version")
         if version < _VERSION:
             self._migrate(db)
         if _columns(db) != (*_FIRST_CHAINED, *_LATER):
-            raise self._damaged("it is not a ledger", "name another file")
+            raise self._damaged("it is not a ledger", "Move it away, or set another state-dir")
         return db
 
     def _make(self) -> None:
@@ -251,7 +251,7 @@ class LedgerFile:
                 return
             seen = witness.newest
             if seen is not None and seen.rows:
-                text = f"it is gone, and had {seen.rows} rows by its witness {self.witness.path}"
+                text = f"it is gone, but its witness {self.witness.path} counts {seen.rows} rows"
                 raise self._damaged(text, _COPIES)
             head = Head.empty(seen.ledger if seen else uuid.uuid4().hex)
             witness.advance(head)
@@ -284,20 +284,20 @@ class LedgerFile:
                 return
             if _columns(db) != _EARLIER:
                 db.execute("ROLLBACK")
-                raise self._damaged("it is not a ledger", "name another file")
+                raise self._damaged("it is not a ledger", "Move it away, or set another state-dir")
             seen = witness.newest
             head = _chain(db, Head.empty(seen.ledger if seen else uuid.uuid4().hex))
             if head is None:
-                raise self._damaged("rows that were in it are gone", _COPIES)
+                raise self._damaged("it has lost rows", _COPIES)
             # A kill before the commit leaves a witness of the same chain as the next opening makes.
             if seen is not None and seen != head:
-                text = f"its witness {self.witness.path} knows it with a chain of digests"
+                text = f"its witness {self.witness.path} expects a chain of digests, which it lacks"
                 raise self._damaged(text, _COPIES)
             witness.advance(head)
             db.execute("COMMIT")
 
     def _damaged(self, what: str, remedy: str) -> LedgerDamaged:
-        return LedgerDamaged(f"The ledger {self.path} cannot be used: {what}; {remedy}.")
+        return LedgerDamaged(f"The ledger {self.path} cannot be used: {what}. {remedy}.")
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -306,7 +306,7 @@ class LedgerFile:
             yield
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
-                raise self._damaged("another process has locked it", "end that process") from error
+                raise self._damaged("another process has locked it", "End that process") from error
             if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
                 raise self._damaged(str(error), _ROOM) from error
             raise self._damaged(str(error), _PLACE) from error

@@ -65,7 +65,7 @@ class Mechanism:
 
     def __post_init__(self) -> None:
         if self.noise_multiplier != 0 and not SMALLEST <= self.noise_multiplier <= LARGEST:
-            allowed = f"0 for no noise, or {SMALLEST:g} to {LARGEST:g}, what fp32 sums can carry"
+            allowed = f"0 for no noise, or {SMALLEST:g} to {LARGEST:g}, the range of fp32 sums"
             raise InvalidValue("noise multiplier", self.noise_multiplier, allowed)
         if not self.clip_norm > 0:
             raise InvalidValue("clip-norm", self.clip_norm, "a number above 0")

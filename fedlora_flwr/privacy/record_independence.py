@@ -193,7 +193,8 @@ def _check_exchanged(gradients: Gradients, records: Records, names: Sequence[str
     if name := _first_gap(again, {name: _finite(before[name]) for name in names}):
         raise PrivacyViolation(
             f"The gradient of {name!r} is not the same when a training pass is repeated with the "
-            "same random numbers, so the model keeps something of the records that it has seen."
+            "same random numbers, so the model keeps something of the records that it has seen. "
+            "Use a model that keeps no statistics."
         )
 
 
@@ -257,7 +258,7 @@ def check_buffers(buffers: Sequence[Place], before: dict[str, tuple[Tensor, int]
         tensor, (held, version) = module._buffers.get(name), before.get(place, (None, 0))
         if tensor is not held or (tensor is not None and tensor._version != version):
             raise PrivacyViolation(
-                f"Buffer {place!r} changes in a training pass, so it would keep, and pass on, "
+                f"Buffer {place!r} changes in a training pass, so it would keep and reveal "
                 "something of private records. Use a model that keeps no statistics."
             )
 
@@ -282,5 +283,5 @@ def _mixes_records(name: str) -> PrivacyViolation:
     return PrivacyViolation(
         f"The gradient of {name!r} for a record depends on the other records of its batch, so it "
         "cannot be clipped record by record. Look for layers that put time before the batch axis, "
-        "that normalize over the batch, or that share a limit among all records of it."
+        "that normalize over the batch, or that share one limit among all records of the batch."
     )

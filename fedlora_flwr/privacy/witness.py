@@ -100,8 +100,8 @@ class Witness:
             except BlockingIOError as error:
                 if time.monotonic() > end:
                     raise LedgerDamaged(
-                        f"{self.path}, which says how a ledger ends, cannot be used: another "
-                        "process has locked it; end that process."
+                        f"The ledger's witness {self.path} cannot be used: another process has "
+                        "locked it. End that process."
                     ) from error
                 time.sleep(0.001)
 
@@ -112,8 +112,8 @@ class Witness:
         made = len(content) >= 2 * _SLOT and content.strip(b"\0")
         if made and not first and not second:
             raise LedgerDamaged(
-                f"{self.path}, which says how a ledger ends, is damaged: put back the newest "
-                "copies of it and of its ledger."
+                f"The ledger's witness {self.path} is damaged. Put back the newest copies of it "
+                "and of its ledger."
             )
         if second and (not first or second.rows > first.rows):
             return second, 0

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 def uncollected() -> Iterator[None]:
     """Import without the garbage collector.
 
-    What a process imports stays, and looking through a million new objects over and over for what
-    does not takes a tenth to a fifth of its start. Flower starts a process for each message, and
-    Ray one for each worker.
+    Imported objects stay, so looking through a million of them again and again is wasted work: it
+    takes a tenth to a fifth of a process's start. Flower starts a process for each message, and Ray
+    starts one for each worker.
     """
     enabled = gc.isenabled()
     gc.disable()

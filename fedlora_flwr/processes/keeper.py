@@ -1,8 +1,8 @@
 """A small process that waits until another one is gone, and then clears up after it.
 
-It is a script on Python's own modules alone, so that it starts in milliseconds and holds nothing
-that could fail. `fedlora_flwr.processes.lifeline` starts it. Its standard input is a pipe, which
-the kernel closes when the process at the other end ends, for any reason.
+It is a script that imports only Python's own modules, so it starts in milliseconds and little can
+fail. `fedlora_flwr.processes.lifeline` starts it. Its standard input is a pipe, which the kernel
+closes when the process at the other end ends, for any reason.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ def main(order: dict[str, Any]) -> int:
     Parameters
     ----------
     order : dict
-        ``command``, a list of arguments, may be empty. ``clear`` is a folder to remove at the end.
-        ``last_words`` is a pair of a path and a text: the file is written at the end unless it is
-        there.
+        ``command`` is a list of arguments, which may be empty. ``clear`` is a folder to remove at
+        the end. ``last_words`` is a path and a text: at the end the text is written to this file,
+        unless the file exists.
 
     Returns
     -------
     int
         The command's exit code.
     """
-    for sign in _ENDING:  # It ends with the process that started it, and not before.
+    for sign in _ENDING:  # The keeper must not end before the process that started it.
         signal.signal(sign, signal.SIG_IGN)
     if LINUX:
         # Processes that lose their parent, as daemons do, become children of this one.
@@ -52,7 +52,7 @@ def main(order: dict[str, Any]) -> int:
     if order["clear"]:
         shutil.rmtree(order["clear"], ignore_errors=True)
     if order["last_words"]:
-        with suppress(OSError):  # Nobody is left who could be told.
+        with suppress(OSError):  # No process is left that could be told of an error.
             _say(*order["last_words"])
     return code
 
@@ -104,7 +104,7 @@ def _reaped() -> dict[int, int]:
 
 
 def _end_all(child: int) -> None:
-    """End the command and all that it started, at once: whoever waits spends."""
+    """End the command and all processes that it started, without giving them time to finish."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)
     deadline = time.monotonic() + _PATIENCE
@@ -122,7 +122,7 @@ def _descendants() -> list[int]:
     for entry in Path("/proc").iterdir() if LINUX else ():
         if entry.name.isdigit():
             with suppress(OSError):
-                # The name, in brackets, may hold anything.
+                # The name in brackets may contain brackets and blanks itself.
                 state = (entry / "stat").read_bytes().rpartition(b")")[2].split()
                 parents[int(entry.name)] = int(state[1])
     found: list[int] = []

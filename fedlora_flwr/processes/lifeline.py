@@ -20,10 +20,10 @@ _PATIENCE = 60.0
 class Lifeline:
     """Ties processes to this one.
 
-    Each is started by a keeper (see `fedlora_flwr.processes.keeper`), which ends it and all that
-    it has started when the lifeline is cut. The kernel cuts it when this process ends, so nothing
-    has to be done, or can be forgotten, on the way out. On Linux daemons are found, too; on other
-    systems only processes that stay in their group.
+    Each is started by a keeper (see `fedlora_flwr.processes.keeper`). When the lifeline is cut, the
+    keeper ends the process and all processes that it has started. The kernel cuts the lifeline when
+    this process ends, so no cleanup can be forgotten. On Linux, daemons are ended too; on other
+    systems, only processes that stay in their group.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Lifeline:
         self._keepers: list[subprocess.Popen[Any]] = []
 
     def __enter__(self) -> Lifeline:
-        """Nothing is started yet."""
+        """Return the lifeline. It starts no process yet."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -52,18 +52,18 @@ class Lifeline:
         Parameters
         ----------
         command : Sequence[str]
-            Program and arguments; none for a keeper that only clears up.
+            Program and arguments. Empty for a keeper that only cleans up.
         clear : Path, optional
             A folder to remove at the end.
         last_words : tuple[Path, str], optional
-            A file and its text, written at the end unless the file is there.
+            A file and its text. The file is written at the end unless it exists.
         **settings
-            Those of `subprocess.Popen`, except for ``stdin``.
+            Arguments of `subprocess.Popen`, except ``stdin``.
 
         Returns
         -------
         subprocess.Popen
-            The keeper, which has the command's exit code.
+            The keeper, which exits with the command's exit code.
         """
         order = {
             "command": list(command),
@@ -80,10 +80,10 @@ class Lifeline:
         return keeper
 
     def cut(self) -> None:
-        """End all that was started, and wait until it has ended."""
+        """End all started processes, and wait until they have ended."""
         with uninterrupted():
             while self._open:
                 os.close(self._open.pop())
             for keeper in self._keepers:
-                with suppress(subprocess.TimeoutExpired):  # The kernel holds a process of it back.
+                with suppress(subprocess.TimeoutExpired):  # The kernel may delay a process's end.
                     keeper.wait(_PATIENCE)

@@ -1,4 +1,4 @@
-"""Independent jobs, one after the other in this process or several in processes beside it."""
+"""Independent jobs, one after the other in this process or in parallel in worker processes."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class Execute(Protocol):
-    """Maps a function over jobs; results come as they are ready, in any order."""
+    """Maps a function over jobs. Results come in the order in which they are ready."""
 
     def __call__(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
-        """Yield one result a job."""
+        """Yield one result per job."""
         ...
 
 
@@ -37,12 +37,12 @@ class WorkerDied(FedLoRAError):
 
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Lose a line where the disk is full: the run itself says what it cannot write."""
+        """Drop a line if the disk is full. The run itself reports what it cannot write."""
 
 
 def log_to_file(path: Path, first: Sequence[str] = ()) -> None:
-    """Keep Flower's lines off the screen, in a file that begins with lines of our own."""
-    # Flower adds a handler for the screen when it is first imported, which must not come later.
+    """Write Flower's lines to a file instead of the screen, after the lines in ``first``."""
+    # Flower's first import adds a handler for the screen, so import it before removing handlers.
     importlib.import_module("flwr.common.logger")
     logger = logging.getLogger("flwr")
     handler = _LogFile(path, encoding="utf-8")
@@ -55,22 +55,22 @@ def log_to_file(path: Path, first: Sequence[str] = ()) -> None:
 
 @contextmanager
 def executor(workers: int, log: Path) -> Iterator[Execute]:
-    """Give what carries out jobs.
+    """Return a function that runs jobs.
 
-    Worker processes live until the context ends, so that what they have built serves every call.
-    They are ended at once when the context is left with an error, and when this process dies.
+    Worker processes live until the context ends, so all calls share what they have built. They are
+    ended at once if the context is left with an error or this process dies.
 
     Parameters
     ----------
     workers : int
-        Processes with one numerical thread each; 1 works in this process.
+        Processes with one numerical thread each; 1 runs jobs in this process.
     log : Path
-        Where Flower's lines and the workers' output go.
+        The file for Flower's lines and the workers' output.
 
     Raises
     ------
     WorkerDied
-        A worker was killed, e.g. for want of memory.
+        A worker was killed, e.g. because memory ran out.
     """
     log_to_file(log)
     if workers == 1:
@@ -81,7 +81,7 @@ def executor(workers: int, log: Path) -> Iterator[Execute]:
 
 
 def one_by_one(function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
-    """Carry out jobs in this process."""
+    """Run jobs in this process, one after the other."""
     return map(function, jobs)
 
 
@@ -96,7 +96,7 @@ def _side_by_side(
 @contextmanager
 def _processes(workers: int, log: Path) -> Iterator[ProcessPoolExecutor]:
     others = set(active_children())
-    # Not forked: this process may hold threads and an accelerator.
+    # Processes are not forked, because this one may have threads and an accelerator.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (log,))
     try:
         with _one_thread():
@@ -114,7 +114,7 @@ def _processes(workers: int, log: Path) -> Iterator[ProcessPoolExecutor]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Let processes that start meanwhile load their numerical libraries with one thread."""
+    """Give processes that start in this block one thread for their numerical libraries."""
     before = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(dict.fromkeys(THREADS, "1"))
     try:
@@ -137,7 +137,7 @@ def _start(log: Path) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent is gone, which a pool's own workers do not."""
+    """End this process when its parent is gone. A pool's own workers do not do so."""
     if (parent := parent_process()) is not None:
         parent.join()
         os._exit(1)

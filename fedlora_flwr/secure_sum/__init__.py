@@ -1,1 +1,1 @@
-"""Noise that clients share, for a sum that is all that the server sees."""
+"""Secure sums: each client adds its share of the noise, and the server sees only the sum."""

@@ -14,7 +14,7 @@ __all__ = ["epsilon_of_sum", "epsilon_unmasked"]
 def epsilon_of_sum(
     grid: Grid, sample_rate: float, steps: int, delta: float, coordinates: int
 ) -> Spent:
-    """Bound what all opened sums of a run tell about one record, the slack of integers included.
+    """Bound what all opened sums of a run tell about one record, including the slack of integers.
 
     Parameters
     ----------
@@ -40,17 +40,16 @@ def epsilon_of_sum(
     `fedlora_flwr.secure_sum.slack` says.
     """
     total = grid.slack(coordinates, steps)
-    # The accountant is asked at a δ that the slack then makes the given one.
+    # The slack widens δ, so the accountant is asked at a smaller one.
     _, factor = widened(0.0, 1.0, total)
     spent = epsilon_spent([Segment(grid.noise_multiplier, sample_rate, steps)], delta / factor)
     return replace(spent, epsilon=widened(spent.epsilon, delta, total)[0])
 
 
 def epsilon_unmasked(noise_multiplier: float, shares: int, segment: Segment, delta: float) -> Spent:
-    """Bound what one client's own uploads would tell about one of its records without masks.
+    """Bound what one client's own uploads tell about one of its records if the masks fail.
 
-    An upload has the noise of one share, σ/√m. Nothing else protects it if the secure sum's
-    masks fail.
+    Without masks only the noise of one share, σ/√m, protects an upload.
 
     Parameters
     ----------

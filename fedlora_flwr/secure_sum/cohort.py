@@ -1,4 +1,4 @@
-"""Checks of the numbers of a sum's clients and records. They need no accountant."""
+"""Checks of how many clients and records a secure sum has. They need no accountant."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ __all__ = ["check_dropouts", "check_union", "honest_shares"]
 
 
 def honest_shares(asked: int, dropouts: int, colluding: int) -> int:
-    """Return m: the shares of noise that every opened sum holds, and that the server cannot know.
+    """Return m: how many shares of noise every opened sum holds that the server cannot know.
 
     Parameters
     ----------
     asked : int
         N: clients that the round asks.
     dropouts : int
-        t: clients that may fail to answer. If more do, nothing is opened.
+        t: clients that may fail to answer. If more of them fail, the sum is not opened.
     colluding : int
         c: clients that may tell the server their noise.
 
@@ -40,7 +40,7 @@ def honest_shares(asked: int, dropouts: int, colluding: int) -> int:
 
 
 def check_dropouts(asked: int, dropouts: int, colluding: int) -> None:
-    """Refuse more dropouts than masks can allow for, when a server tells clients different things.
+    """Refuse more dropouts than the masks withstand if a server tells clients different things.
 
     Parameters
     ----------
@@ -50,8 +50,8 @@ def check_dropouts(asked: int, dropouts: int, colluding: int) -> None:
     Raises
     ------
     InvalidValue
-        N - c is not above t(t + 2), and a server could open a sum over fewer than N - t clients
-        (the reason is in `fedlora_flwr.secure_sum.party`); or a number is negative.
+        A number is negative, or N - c is not above t(t + 2). A server could then open a sum over
+        fewer than N - t clients (the reason is in `fedlora_flwr.secure_sum.party`).
 
     Examples
     --------
@@ -70,10 +70,10 @@ def check_dropouts(asked: int, dropouts: int, colluding: int) -> None:
 
 
 def check_union(delta: float, records: int) -> None:
-    """Refuse a δ that promises nothing to the records of all clients together.
+    """Refuse a δ that is too large for the records of all clients together.
 
-    The sum is one mechanism on the union of all records, so δ has to be below one over their
-    number. Below 1/n of one client alone would allow to give away somebody's record as a whole.
+    The sum is one mechanism on the union of all records, so δ has to be below 1/Σn. A δ that is
+    only below 1/n of one client would allow the sum to reveal one record of the union completely.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """Exact samples of the discrete Gaussian, in whole numbers only.
 
-A rounded sample of a continuous Gaussian is another distribution, and floating-point arithmetic
-leaves a trace of what was added in the low bits. Here no floating-point number is involved: every
+A rounded sample of a continuous Gaussian follows another distribution, and the low bits of a
+floating-point sum reveal something of its terms. No floating-point number is involved here: every
 decision compares whole numbers of 64 bits with words from the operating system.
 """
 
@@ -25,8 +25,8 @@ LARGEST_DEVIATION = 1 << 22
 """Largest standard deviation for which all products fit into 64 bits."""
 
 _CHUNK = 1 << 16  # Candidates at a time: their arrays stay in a processor's cache.
-# A Laplace candidate this many deviations out is kept with a probability below exp(-130,000). To
-# drop it instead keeps all products within 64 bits.
+# A Laplace candidate this many deviations away from 0 would be kept with a probability below
+# exp(-130,000). It is always dropped, which keeps all products within 64 bits.
 _MOST_DEVIATIONS = 512
 
 
@@ -36,12 +36,12 @@ def system_words(count: int) -> NDArray[np.uint64]:
 
 
 def seeded_words(seed: int) -> Words:
-    """Return a source that repeats itself, for experiments that can be repeated.
+    """Return a source that gives the same words for the same seed, for repeatable experiments.
 
     Parameters
     ----------
     seed : int
-        Whoever knows it knows the noise, so what it made is not a release.
+        Anyone who knows it knows the noise, so noise from this source protects nobody.
     """
     generator = np.random.default_rng(seed)
     return lambda count: np.frombuffer(generator.bytes(8 * count), dtype=np.uint64)
@@ -77,8 +77,8 @@ def discrete_gaussian(deviation: int, count: int, words: Words = system_words) -
 
     Notes
     -----
-    The time of a call follows from how many candidates were refused, and so tells a little about
-    all samples together, and nothing about what they are added to.
+    The time of a call depends on how many candidates were refused. It tells a little about all
+    samples together and nothing about the values that they are added to.
 
     References
     ----------
@@ -106,7 +106,7 @@ def discrete_gaussian(deviation: int, count: int, words: Words = system_words) -
 
 
 def _candidates(scale: int, count: int, words: Words) -> NDArray[np.int64]:
-    """Return the samples that a number of candidates gave."""
+    """Draw ``count`` candidates and return those that are kept."""
     laplace = _laplace(scale, count, words)
     away = np.abs(laplace) - scale
     kept = _decays((away * away).astype(np.uint64), 2 * scale * scale, words)
@@ -121,14 +121,14 @@ def _laplace(scale: int, count: int, words: Words) -> NDArray[np.int64]:
     whole = _failures(len(part), words)
     negative = _below(2, len(part), words) == 1
     size = part.astype(np.int64) + scale * whole
-    # Zero has one sign only, or it would be drawn twice as often.
+    # Zero is kept with one sign only. With both it would be drawn twice as often.
     kept = ~(negative & (size == 0)) & (whole < _MOST_DEVIATIONS)
     found: NDArray[np.int64] = np.where(negative, -size, size)[kept]
     return found
 
 
 def _failures(count: int, words: Words) -> NDArray[np.int64]:
-    """Return geometric samples: how often exp(-1) came up before it failed to."""
+    """Return geometric samples: how many draws of probability exp(-1) hit before the first miss."""
     found = np.zeros(count, np.int64)
     going = np.arange(count)
     while len(going):
@@ -138,7 +138,7 @@ def _failures(count: int, words: Words) -> NDArray[np.int64]:
 
 
 def _decays(numerators: NDArray[np.uint64], denominator: int, words: Words) -> NDArray[np.bool_]:
-    """Return true with probability exp(-n/d) for each n: all whole parts, then the rest."""
+    """Return true with probability exp(-n/d) for each n: exp(-1) for each whole, then the rest."""
     found = np.ones(len(numerators), np.bool_)
     wholes, rest = np.divmod(numerators, np.uint64(denominator))
     going, done = np.flatnonzero(wholes), np.uint64(0)
@@ -158,8 +158,8 @@ def _decays_once(
 ) -> NDArray[np.bool_]:
     """Return true with probability exp(-n/d), for each n from 0 to d.
 
-    Draws of probability n/(d·k), for k = 1, 2, …, go on until one fails: the number of the failed
-    one is odd with just this probability, by the series of the exponential.
+    Draws of probability n/(d·k), for k = 1, 2, …, continue until one fails. By the series of the
+    exponential, the k of the failed draw is odd with probability exp(-n/d).
     """
     found = np.empty(len(numerators), np.bool_)
     going, k = np.arange(len(numerators)), 1
@@ -171,7 +171,10 @@ def _decays_once(
 
 
 def _below(limit: int, count: int, words: Words) -> NDArray[np.uint64]:
-    """Return uniform whole numbers from 0 to ``limit - 1``; the last words, an uneven rest, go."""
+    """Return uniform whole numbers from 0 to ``limit - 1``.
+
+    Words in the last, incomplete multiple of ``limit`` are drawn again.
+    """
     if limit == 1:
         return np.zeros(count, np.uint64)
     drawn = words(count)

@@ -30,7 +30,7 @@ __all__ = ["MOST_SLACK", "Grid", "add_shares", "fitting_norm", "opened", "residu
 
 MODULUS_BITS = 32
 LARGEST_NORM = 1 << 20
-"""Largest Δ: fp32 holds every whole number of this size with bits to spare."""
+"""Largest Δ: fp32 holds whole numbers of up to 24 bits exactly."""
 SMALLEST_NORM = 1 << 10
 """Smallest Δ that `fitting_norm` chooses."""
 WRAPS = 2.0**-40
@@ -50,7 +50,7 @@ class Grid:
     deviation : int
         s: standard deviation of one client's share of the noise, in units of the grid.
     shares : int
-        m: honest shares that every opened sum holds. The clients asked, less the dropouts that are
+        m: honest shares that every opened sum holds: the clients asked, less the dropouts that are
         tolerated, less the clients that may tell the server their noise.
 
     Raises
@@ -60,11 +60,11 @@ class Grid:
 
     Guarantees
     ----------
-    *What holds.* A sum of at least ``shares`` uploads, each with `noise` of its own added to a sum
-    of gradients that `rounded` made, is as private as a Gaussian of ``noise_multiplier``, up to
-    `slack`, for one record whose gradient is replaced by zero.
-    *Under which assumptions.* The server sees nothing but the sum, and knows the noise of so few
-    clients that ``shares`` remain.
+    *What holds.* Take a sum of at least ``shares`` uploads, each with its own `noise` added to a
+    sum of gradients that `rounded` made. For one record whose gradient is replaced by zero, it is
+    as private as a Gaussian of ``noise_multiplier``, up to `slack`.
+    *Under which assumptions.* The server sees nothing but the sum, and at least ``shares`` of the
+    uploads in it have noise that the server does not know.
     *What does not hold.* One upload alone has the noise of one share only: see
     ``single_noise_multiplier``.
 
@@ -91,12 +91,12 @@ class Grid:
 
     @classmethod
     def of(cls, noise_multiplier: float, shares: int, norm: int) -> Grid:
-        """Make the grid on which the sum has at least a noise multiplier.
+        """Make the grid on which the sum has at least a given noise multiplier.
 
         Parameters
         ----------
         noise_multiplier : float
-            σ that the accountant asks for; the sum's variance is σ²Δ² at least.
+            σ that the accountant asks for. The sum's variance is at least σ²Δ².
         shares : int
             m.
         norm : int
@@ -105,7 +105,7 @@ class Grid:
         Raises
         ------
         InvalidValue
-            There is no such grid: σ is too large for 32 bits, or too small for this Δ.
+            No grid exists: σ is too large for 32 bits, or too small for this Δ.
         """
         wanted = math.sqrt(((noise_multiplier * norm) ** 2 + ROUNDING) / shares)
         grid = cls(norm, math.ceil(wanted), shares)
@@ -115,12 +115,12 @@ class Grid:
 
     @property
     def noise_multiplier(self) -> float:
-        """σ of the continuous Gaussian that the accountant may take the whole sum's noise for."""
+        """σ of the continuous Gaussian with which the accountant models the whole sum's noise."""
         return math.sqrt(self.shares * self.deviation**2 - ROUNDING) / self.norm
 
     @property
     def single_noise_multiplier(self) -> float:
-        """σ/√m: the noise of one upload, which is all that protects it if masking failed."""
+        """σ/√m: the noise of one upload, its only protection if the masks fail."""
         return math.sqrt(max(0.0, self.deviation**2 - ROUNDING)) / self.norm
 
     def slack(self, coordinates: int, steps: int) -> float:
@@ -136,7 +136,7 @@ class Grid:
         return log_ratio(self.deviation, self.shares) * coordinates * steps
 
     def check_slack(self, coordinates: int, steps: int) -> None:
-        """Refuse a grid on which the sum of shares is not Gaussian enough.
+        """Refuse a grid on which the sum of shares is too far from a Gaussian.
 
         Raises
         ------
@@ -160,12 +160,12 @@ def fitting_norm(
 ) -> int:
     r"""Choose Δ = C/γ: the largest power of two with which a sum practically never wraps.
 
-    A wrap costs accuracy, and no privacy. A coordinate of the sum is at most RΔ plus the noise,
-    with R the number of records that joined. By Bernstein's inequality R passes
+    A wrap costs accuracy but no privacy. A coordinate of the sum is at most RΔ plus the noise,
+    where R is the number of records that joined. By Bernstein's inequality R passes
     :math:`b + l/3 + \sqrt{l^2/9 + 2bl}` with probability e⁻ˡ at most, for an expected number b; the
     noise of all N shares passes :math:`\sigma\Delta\sqrt{2(N/m)\,(l + \log 2D)}` in any of D
     coordinates with probability e⁻ˡ at most (arXiv 2004.00010, proposition 25: a discrete Gaussian
-    is subgaussian). With e⁻ˡ half of `WRAPS`, both together stay below it.
+    is subgaussian). With e⁻ˡ at half of `WRAPS`, the two probabilities add up to at most `WRAPS`.
 
     Parameters
     ----------
@@ -183,12 +183,12 @@ def fitting_norm(
     Returns
     -------
     int
-        Δ, up to 1,048,576, and so large that rounding takes 1/16 of the clip norm at most.
+        Δ, at most 1,048,576, and large enough that rounding takes at most 1/16 of the clip norm.
 
     Raises
     ------
     InvalidValue
-        So many records, or so much noise, do not fit into 32 bits.
+        The records, or the noise, do not fit into 32 bits.
 
     Examples
     --------
@@ -198,7 +198,7 @@ def fitting_norm(
     tail = math.log(2 / WRAPS)
     records = batch + tail / 3 + math.sqrt(tail**2 / 9 + 2 * batch * tail)
     spread = math.sqrt(2 * clients / shares * (tail + math.log(2 * coordinates)))
-    # The deviation is rounded up to a whole number: 1 % covers it at any Δ from `SMALLEST_NORM` on.
+    # The deviation is rounded up to a whole number: 1 % covers that for every Δ >= `SMALLEST_NORM`.
     most = (2 ** (MODULUS_BITS - 1) - 1) / (records + 1.01 * noise_multiplier * spread)
     deviation = LARGEST_DEVIATION * math.sqrt(shares) / (1.01 * noise_multiplier)
     exponent = math.floor(math.log2(min(most, deviation, LARGEST_NORM)))
@@ -234,5 +234,5 @@ def add_shares(uploads: Iterable[Residues]) -> Residues:
 
 
 def opened(total: Residues) -> NDArray[np.int64]:
-    """Return the whole numbers of a sum, each from -2³¹ to 2³¹ - 1: exact unless it wrapped."""
+    """Return a sum as whole numbers from -2³¹ to 2³¹ - 1; they are exact unless the sum wrapped."""
     return total.view(np.int32).astype(np.int64)

@@ -54,13 +54,13 @@ def agreed_key(private: bytes, public: bytes, context: bytes) -> bytes:
     private, public : bytes
         One's own private key, and the other's public one.
     context : bytes
-        What the key is for, and all that both must have been told alike. Another context gives
-        another key.
+        The purpose of the key, and everything that both owners must have been told alike. Another
+        context gives another key.
 
     Raises
     ------
     InvalidValue
-        The public key is one with which every private key agrees on the same.
+        The public key is a point of small order, which gives the same key with every private key.
     """
     try:
         secret = X25519PrivateKey.from_private_bytes(private).exchange(
@@ -78,17 +78,17 @@ def mask(key: bytes, count: int) -> Residues:
 
 
 def seal(key: bytes, content: bytes) -> bytes:
-    """Encrypt a message, so that only the key's owners read it and any change is noticed."""
+    """Encrypt a message. Only the key's owners can read it, and they notice any change."""
     return ChaCha20Poly1305(key).encrypt(_NONCE, content, None)
 
 
 def unseal(key: bytes, sealed: bytes) -> bytes:
-    """Return what was sealed.
+    """Return the content of a sealed message.
 
     Raises
     ------
     InvalidValue
-        It was sealed with another key, or was changed.
+        The message was sealed with another key, or was changed.
     """
     try:
         return ChaCha20Poly1305(key).decrypt(_NONCE, sealed, None)

@@ -1,4 +1,4 @@
-"""The server's side of a secure sum: it passes messages on, and opens one sum."""
+"""The server's side of a secure sum: it forwards messages and opens one sum."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["Opening"]
 
 @dataclass
 class Opening:
-    """One round's sum, as the server sees it. Clients go by their places among the cards.
+    """One round's sum, as the server sees it. A client's place is the index of its card.
 
     Parameters
     ----------
     terms : Terms
-        What all clients are told.
+        The terms that all clients are told.
     cards : Sequence[bytes]
         The cards of the clients that showed one.
 
@@ -41,7 +41,7 @@ class Opening:
         self._check("clients that showed a card", len(self.cards))
 
     def take_sealed(self, sealed: Mapping[int, Sequence[bytes]]) -> None:
-        """Take what clients sealed for each other; a client without it is out of the round.
+        """Take what clients sealed for each other. A client that sealed nothing leaves the round.
 
         Raises
         ------
@@ -52,7 +52,7 @@ class Opening:
         self.sealed = dict(sealed)
 
     def sealed_for(self, receiver: int) -> list[bytes]:
-        """Return what the clients sealed for one of them: `SEALED_BYTES` for each card."""
+        """Return what all clients sealed for one client: `SEALED_BYTES` for each card."""
         gone = bytes(SEALED_BYTES)
         return [
             self.sealed[sender][receiver] if sender in self.sealed and sender != receiver else gone
@@ -96,7 +96,7 @@ class Opening:
                 total -= mask(secret, total.size)
                 continue
             if public_key(secret) != cards[place].mask_key:
-                raise InvalidValue("revealed key of client", place, "the one of its card")
+                raise InvalidValue("revealed key of client", place, "the key on its card")
             for other in uploads:
                 key = cards[other].mask_key
                 total -= pair_mask(secret, key, script, other < place, total.size)

@@ -1,32 +1,33 @@
-r"""A client's side of a secure sum: four messages of a round, and the secrets between them.
+r"""A client's side of a secure sum: four messages per round, and the secrets kept between them.
 
 The protocol is that of Bonawitz et al. (CCS 2017), in which every client of a round masks with
-every other. Between its messages a client is in one of three states, and leaves each by one step:
+every other. Between its messages a client is in one of three states, and each has one step:
 
 1. `Advertised`: it drew two keys and showed its card. Given all cards, it shares its mask key and a
    seed of its own among all clients (`Advertised.share`).
 2. `Shared`: given the sealed shares of others, it adds its masks to its upload (`Shared.masked`).
-3. `Masked`: given who uploaded, it hands out, for each other client, its share of the seed where
-   the client uploaded, and its share of the mask key where not (`Masked.reveal`).
+3. `Masked`: told which clients uploaded, it hands out one share for each other client: of the seed
+   if that client uploaded, otherwise of the mask key (`Masked.reveal`).
 
-*Guarantees.* Where at most c clients of the round side with the server, what the server can learn
-of the uploads of all others is at most one sum, over at least N - t clients; else nothing.
-Ciphers and signatures are assumed to hold, cards to be of different clients (see
-`fedlora_flwr.secure_sum.terms.check_cards`), and nothing else of the server: it may send any
-client anything.
+*Guarantees.* Where at most c clients of the round side with the server, the server learns at most
+one sum of the uploads of all others, over at least N - t clients, and nothing else about them.
+The assumptions are that ciphers and signatures hold and that cards are of different clients (see
+`fedlora_flwr.secure_sum.terms.check_cards`). The server is not trusted: it may send any client
+anything.
 
 *Why one sum.* Each client reveals once. A seed or a key of another needs N - t shares, so at least
 H - t of the H = N - c honest clients must give them. To get both of one client the server needs
 2(H - t) of H, and H > 2t. So an upload is either in a sum or its masks are known to nobody.
 
-*Why over so many.* An honest client has shares of at least N - t clients, calls at least so many
-alive, and so gives up at most t: clients of which it got no shares, with which it does not mask, or
-whose key it reveals. A sum leaves an honest client out only if each client in it got no shares of
-that one, or if H - t clients revealed its key. Let the sum leave out x honest clients, k of them in
-the first way. The H - x in it spend k each on those, so (H - x)(t - k) + xt shares at most are left
-to reveal x - k keys, at H - t each. For x = t + 1 that takes :math:`H \le t^2 + t + k`, and k is at
-most t: so :math:`H > t(t + 2)`, which `check_dropouts` asks for, excludes it; larger x need more.
-The original adds a fifth message, in which clients compare whom they call alive, for larger t.
+*Why over so many.* An honest client holds shares of at least N - t clients and needs at least as
+many that uploaded. So it gives up at most t clients: it got no shares of them and does not mask
+with them, or it reveals their keys. A sum leaves an honest client out only if no client in it got
+shares of that one, or if H - t clients revealed its key. Let the sum leave out x honest clients, k
+of them in the first way. Each of the H - x in it gives up these k, so (H - x)(t - k) + xt shares at
+most are left to reveal x - k keys, at H - t each. For x = t + 1 that takes
+:math:`H \le t^2 + t + k`, and k is at most t. `check_dropouts` asks for :math:`H > t(t + 2)`, which
+excludes it; a larger x needs more. The original protocol has a fifth message for larger t, in which
+clients compare lists of the clients that uploaded.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Advertised:
 
     @classmethod
     def begin(cls, terms: Terms, identity: Ed25519PrivateKey) -> Advertised:
-        """Draw the keys of a round and sign its card."""
+        """Draw the keys of a round and sign the card that shows them."""
         mask_private, seal_private = new_key(), new_key()
         keys = public_key(mask_private), public_key(seal_private)
         card = Card.signed(identity, terms, *keys)
@@ -96,7 +97,7 @@ class Advertised:
         Parameters
         ----------
         terms : Terms
-            As told with this message.
+            The terms that came with this message.
         cards : Sequence[bytes]
             The cards of the round, in one order for all clients.
         peers : Collection[bytes] or None
@@ -105,7 +106,7 @@ class Advertised:
         Returns
         -------
         tuple[Shared, list[bytes]]
-            What to keep, and `SEALED_BYTES` for each card; zeros for one's own.
+            The next state, and `SEALED_BYTES` for each card; zeros for the client's own card.
 
         Raises
         ------
@@ -148,7 +149,7 @@ class Shared:
     cards : tuple[bytes, ...]
         All cards of the round.
     own : int
-        Its own place among them.
+        Index of its own card among them.
     seed : bytes
         Seed of its own mask.
     own_share : bytes
@@ -165,7 +166,7 @@ class Shared:
     own_share: bytes
 
     def sealing_key(self, sender: int, receiver: int) -> bytes:
-        """Return the key of the message from one client to another, one of which this one is."""
+        """Return the key of a message that this client sends to another or gets from another."""
         other = receiver if sender == self.own else sender
         way = sender.to_bytes(4, "big") + receiver.to_bytes(4, "big")
         public = Card.from_bytes(self.cards[other]).seal_key
@@ -177,14 +178,15 @@ class Shared:
         Parameters
         ----------
         terms : Terms
-            As told with this message.
+            The terms that came with this message.
         sealed : Sequence[bytes]
-            `SEALED_BYTES` for each card; zeros for a client that is gone, and for one's own.
+            `SEALED_BYTES` for each card; zeros for a client that has left, and for the client's
+            own card.
 
         Returns
         -------
         Masked
-            What to keep once the upload has left.
+            The state to keep once the upload has left.
 
         Raises
         ------
@@ -205,7 +207,7 @@ class Shared:
         return Masked(terms.threshold, self.own, seeds, keys)
 
     def masked(self, shares: Mapping[str, Residues], kept: Masked) -> dict[str, Residues]:
-        """Add this client's masks to its upload: its own, and one for each client that is left.
+        """Add this client's masks to its upload: its own, and one for each remaining client.
 
         Parameters
         ----------
@@ -233,10 +235,10 @@ class Masked:
     threshold : int
         N - t: clients that must have uploaded.
     own : int
-        Its own place.
+        Index of its own card.
     seeds, keys : dict[int, bytes]
-        Its shares of seeds and mask keys, by place of the client that they belong to; its own key
-        is not among them.
+        Its shares of the seeds and of the mask keys, by the place of each key's client. It holds no
+        share of its own key.
     """
 
     threshold: int
@@ -245,27 +247,28 @@ class Masked:
     keys: Mapping[int, bytes]
 
     def reveal(self, alive: Collection[int]) -> dict[int, bytes]:
-        """Hand out what opens the sum over the clients that uploaded.
+        """Hand out the shares that open the sum over the clients that uploaded.
 
         Parameters
         ----------
         alive : Collection[int]
-            Places of the clients that uploaded; this one's is among them.
+            Places of the clients that uploaded, including this client's own.
 
         Returns
         -------
         dict[int, bytes]
-            For each client that this one masked with, and for itself: a share of the seed where it
-            is alive, else of the mask key. Never both.
+            For each client that this one masked with, and for itself: a share of the seed if that
+            client uploaded, otherwise of the mask key. Never both.
 
         Raises
         ------
         InvalidValue
-            The list is not one over which a sum may be opened.
+            No sum may be opened over these clients: this client is missing, one is unknown or came
+            twice, or they are too few.
         """
         known = set(alive)
         if self.own not in known or not known <= set(self.seeds) or len(known) < len(alive):
-            allowed = f"different ones of {sorted(self.seeds)}, {self.own} among them"
+            allowed = f"different ones of {sorted(self.seeds)}, including {self.own}"
             raise InvalidValue("clients that uploaded", sorted(alive), allowed)
         _check_left(len(known), self.threshold)
         return {i: self.seeds[i] if i in known else self.keys[i] for i in self.seeds}
@@ -274,17 +277,18 @@ class Masked:
 def pair_mask(
     private: bytes, public: bytes, transcript: bytes, first: bool, count: int
 ) -> Residues:
-    """Return the mask of a pair of clients, as the first of the two adds it, or the second.
+    """Return the mask that a pair of clients shares, as the first or the second of them adds it.
 
     Parameters
     ----------
     private, public : bytes
-        The mask key of one client, and of the other. Which is which does not matter.
+        The private mask key of one client, and the public one of the other. Both clients get the
+        same mask.
     transcript : bytes
         Hash of the round's terms and cards.
     first : bool
-        Whether it is for the client with the lower place. The other's is the negative, so that
-        both add up to zero.
+        Whether the mask is for the client with the lower place. The other client adds the negative,
+        so both add up to zero.
     count : int
         Number of entries.
     """

@@ -8,18 +8,18 @@ from torch import Tensor
 
 from fedlora_flwr.privacy.clipping import clip_factors, row_norms
 
-_MARGIN = 1.0  # Units of the grid: more than fp32 products can be off together.
+_MARGIN = 1.0  # Units of the grid: more than all rounding errors of fp32 products together.
 
 
 def rounded(rows: Tensor, clip_norm: float, norm: int) -> Tensor:
     """Clip each record's gradient, and round it to whole numbers of norm Δ at most.
 
-    A record is clipped to Δ - √D/2 first, so that rounding to the nearest number cannot take it
-    past Δ: it moves each coordinate by at most a half. The bound is then checked in exact
-    arithmetic, and a record beyond it, or whose gradient is not finite, counts as zero as a whole.
+    A record is first clipped to Δ - √D/2. Rounding to the nearest number moves each coordinate by
+    at most a half, so it cannot take the record past Δ. The bound is then checked in exact
+    arithmetic. A record beyond it, or with a gradient that is not finite, becomes zero entirely.
 
-    Rounding is not stochastic. It has to be unbiased where a grid is coarse; here a whole record
-    is moved by √D/2 of Δ at most, thousands of times less than the noise moves the sum.
+    Rounding is not stochastic. It has to be unbiased where a grid is coarse; this grid is fine: a
+    whole record moves by at most √D/2, thousands of times less than the noise moves the sum.
 
     Parameters
     ----------
@@ -52,8 +52,9 @@ def rounded(rows: Tensor, clip_norm: float, norm: int) -> Tensor:
     # A record of norm up to C·room/Δ is scaled by Δ/C, and a longer one to norm ``room``.
     factors = clip_factors(row_norms(rows), clip_norm * room / norm, rows.dtype)
     rows.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-    # First to norm 1, so that a tiny clip norm cannot make a factor infinite.
+    # Scale to norm 1 first: with a tiny clip norm, one factor for both steps would be infinite.
     rows.mul_(factors[:, None]).mul_(room).round_()
-    # Squares of whole numbers up to 2²⁰ add up exactly in fp64, and roots tell 2⁴⁰ from 2⁴⁰ + 1.
+    # Squares of whole numbers up to 2²⁰ add up exactly in fp64, and their roots differ even for
+    # 2⁴⁰ and 2⁴⁰ + 1.
     rows[row_norms(rows) > norm] = 0.0
     return rows

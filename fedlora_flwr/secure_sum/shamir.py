@@ -1,8 +1,8 @@
-"""Shamir's secret sharing: a threshold of shares give a secret back, and fewer tell nothing of it.
+"""Shamir's secret sharing: enough shares restore a secret, and fewer tell nothing about it.
 
 A secret is the value at 0 of a random polynomial over the integers modulo a prime, and each share
-is its value at another place. The libraries at hand work on 16 bytes at a time in plain Python, bit
-by bit, which takes minutes for a hundred clients; here a secret is one number of the language.
+is its value at another place. The common Python libraries work bit by bit on 16 bytes at a time,
+which takes minutes for a hundred clients. Here a secret is one Python integer.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ def split(secret: bytes, threshold: int, count: int) -> list[bytes]:
     Parameters
     ----------
     secret : bytes
-        `SECRET_BYTES` of them.
+        `SECRET_BYTES` long.
     threshold : int
-        How many shares give it back.
+        How many shares restore it.
     count : int
         How many shares to make, at least ``threshold``.
 
     Returns
     -------
     list[bytes]
-        `SHARE_BYTES` each; the one at index i is the polynomial's value at i + 1.
+        `SHARE_BYTES` each; the share at index i is the polynomial's value at i + 1.
 
     References
     ----------
@@ -62,13 +62,13 @@ def combine(shares: Mapping[int, bytes]) -> bytes:
     Parameters
     ----------
     shares : Mapping[int, bytes]
-        As many as the threshold, by index from 0. With fewer, or with a wrong one among them, the
-        result is another secret, or none.
+        As many shares as the threshold, by index from 0. With fewer, or with a wrong one, the
+        result is a wrong secret or an error.
 
     Raises
     ------
     InvalidValue
-        The shares do not belong to one secret.
+        The shares do not belong to one secret. This is not always noticed.
     """
     weights = _weights(tuple(shares))
     terms = (w * int.from_bytes(s, "big") for w, s in zip(weights, shares.values(), strict=True))
@@ -87,7 +87,7 @@ def _value(polynomial: list[int], place: int) -> int:
 
 @lru_cache(maxsize=8)
 def _weights(indices: tuple[int, ...]) -> tuple[int, ...]:
-    """Return Lagrange's weights at 0; the secrets of a round are all shared among the same."""
+    """Return Lagrange's weights at 0. All secrets of a round use the same, so they are cached."""
     found = []
     for index in indices:
         above = below = 1

@@ -1,7 +1,7 @@
-r"""How far a sum of discrete Gaussians is from what the accountants account for.
+r"""How far a sum of discrete Gaussians is from the continuous Gaussian of the accountants.
 
-The accountants know the continuous Gaussian. Between it and what clients add lie two steps, and
-each changes no probability by more than a factor of :math:`e^{\pm\lambda}`. Write ρ_v(x) for
+Two steps lead from the continuous Gaussian to what clients add, and each changes every probability
+by at most a factor of :math:`e^{\pm\lambda}`. Write ρ_v(x) for
 :math:`\exp(-x^2/2v)`. By Poisson's summation formula its sum over the whole numbers, moved by any
 u, is :math:`\sqrt{2\pi v}\,(1 \pm \eta_v)`, with :math:`\eta_v = 2\sum_{j\ge1} e^{-2\pi^2 v j^2}`.
 
@@ -14,9 +14,9 @@ has c = s²k/(k+1) (arXiv 2102.06387, section 3, with a slightly better constant
 *One discrete Gaussian is nearly a continuous one, post-processed.* Add N(0, v - w) to a whole
 number, and round the result x to the whole number y with probability proportional to ρ_w(y - x).
 The same integral gives y, up to :math:`(1 - \eta_w)^{\pm2}`, the discrete Gaussian of variance v
-around the number. The rounding reads x alone, so it is post-processing (the idea is that of
-Peikert, CRYPTO 2010, theorem 3.1). So what the accountants say of a Gaussian of variance v - w,
-for any sampling of records and any number of steps, holds for the discrete one, up to the factor.
+around the number. The rounding reads only x, so it is post-processing (the idea is that of Peikert,
+CRYPTO 2010, theorem 3.1). So a bound of the accountants for a Gaussian of variance v - w, for any
+sampling of records and any number of steps, holds for the discrete one, up to the factor.
 
 Over all coordinates and steps the factors multiply. With λ for the sum of their logarithms, an
 (ε, δ) of the continuous mechanism is an (ε + 2λ, e^λ δ) of ours.
@@ -29,11 +29,11 @@ import math
 __all__ = ["ROUNDING", "log_ratio", "widened"]
 
 ROUNDING = 6.0
-"""w: variance, in units of the grid, that the second step gives up. With it η is below 1e-51."""
+"""w: variance, in squared units of the grid, that the second step gives up. It makes η < 1e-51."""
 
 
 def log_ratio(deviation: int, shares: int) -> float:
-    """Bound λ for one coordinate of one step: the logarithm of the two factors together.
+    """Bound λ for one coordinate of one step: the logarithm of the product of both factors.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def log_ratio(deviation: int, shares: int) -> float:
     if shares * deviation**2 <= ROUNDING:
         return math.inf
     total = -2 * math.log1p(-_eta(ROUNDING))
-    # Nearly all comes from the first terms; the rest is at most what the last of them is.
+    # The first terms make up nearly all of the sum. Each later one is at most the last of them.
     exact = min(shares - 1, 1000)
     parts = [-3 * math.log1p(-_eta(deviation**2 * k / (k + 1))) for k in range(1, exact + 1)]
     rest = (shares - 1 - exact) * parts[-1] if parts else 0.0
@@ -69,12 +69,12 @@ def log_ratio(deviation: int, shares: int) -> float:
 
 
 def widened(epsilon: float, delta: float, total: float) -> tuple[float, float]:
-    """Return the (ε, δ) of the integer mechanism, from that of the continuous one.
+    """Return the (ε, δ) of the integer mechanism, given that of the continuous one.
 
     Parameters
     ----------
     epsilon, delta : float
-        What an accountant says of a Gaussian of variance m·s² - `ROUNDING`.
+        An accountant's bound for a Gaussian of variance m·s² - `ROUNDING`.
     total : float
         λ of all coordinates and steps together, at least 0.
 
@@ -91,6 +91,6 @@ def widened(epsilon: float, delta: float, total: float) -> tuple[float, float]:
 
 
 def _eta(variance: float) -> float:
-    """Bound η_v from above: the series, with j in place of j² from its second term on."""
+    """Bound η_v from above by its series with j in place of j² in the exponents."""
     first = math.exp(-2 * math.pi**2 * variance)
     return 2 * first / (1 - first)

@@ -27,26 +27,26 @@ class Terms:
     """The terms of one round's sum, as the server told them to a client.
 
     Every key of the round is derived from the terms, so clients that were told different ones
-    cannot read each other's messages, and nothing is opened. They need no number of the run: a card
-    from another exchange is of no use, as its owner alone can seal shares with it, and its owner
-    has forgotten its keys.
+    cannot read each other's messages, and nothing is opened. The terms need no number of the run:
+    replaying the card of another exchange is useless, because only its owner could seal shares with
+    it, and the owner has forgotten its keys.
 
     Parameters
     ----------
     server_round : int
         Round, from 1.
     plan : str
-        What trains.
+        The round's component plan, as in the order.
     cohort : int
         N: clients asked.
     dropouts : int
-        t: clients that may be missing in the opened sum.
+        t: clients that may be missing from the opened sum.
     colluding : int
         c: clients that may side with the server.
     noise_multiplier : float
         σ of the sum.
     grid_norm : int
-        C/γ.
+        Δ = C/γ (see `fedlora_flwr.secure_sum.grid`).
     sample_rate : float
         q.
     clip_norm : float
@@ -55,7 +55,7 @@ class Terms:
     Raises
     ------
     InvalidValue
-        The masks cannot hold the promise with so many dropouts (see `check_dropouts`).
+        The masks cannot keep the promise with this many dropouts (see `check_dropouts`).
     """
 
     server_round: int
@@ -73,12 +73,12 @@ class Terms:
 
     @classmethod
     def of(cls, order: Order, config: RunConfig) -> Terms:
-        """Return the terms as a client, or the server, has them from an order and its own settings.
+        """Return the terms that a client, or the server, gets from an order and its own settings.
 
         Raises
         ------
         InvalidValue
-            The masks cannot keep the promise with so many dropouts.
+            The masks cannot keep the promise with this many dropouts.
         """
         return cls(
             order.server_round, order.plan, order.cohort, config.dropouts, config.colluding,
@@ -87,7 +87,7 @@ class Terms:
 
     @property
     def threshold(self) -> int:
-        """N - t: the least number of clients in an opened sum, and of shares that open it."""
+        """N - t: the least number of clients in an opened sum. It takes as many shares to open."""
         return self.cohort - self.dropouts
 
     def digest(self) -> bytes:
@@ -98,14 +98,14 @@ class Terms:
 
 @dataclass(frozen=True)
 class Card:
-    """What a client shows the others: two keys of this round, and who signs for them.
+    """A client shows its card to all others: two keys of this round, and its signature of them.
 
     Parameters
     ----------
     mask_key : bytes
-        Public key from which masks follow.
+        Public key from which masks are derived.
     seal_key : bytes
-        Public key to which others seal their shares.
+        Public key with which others seal the shares for this client.
     identity : bytes
         Public Ed25519 key of the client, the same in all rounds.
     signature : bytes
@@ -132,7 +132,7 @@ class Card:
         Raises
         ------
         InvalidValue
-            It has another length.
+            The content is not `CARD_BYTES` long.
         """
         if len(content) != CARD_BYTES:
             raise InvalidValue("length of a card", len(content), f"{CARD_BYTES} bytes")
@@ -144,7 +144,7 @@ class Card:
         return self.mask_key + self.seal_key + self.identity + self.signature
 
     def is_signed(self, terms: Terms) -> bool:
-        """Tell whether its identity signed it for these terms."""
+        """Tell whether the card's identity signed it for these terms."""
         try:
             Ed25519PublicKey.from_public_bytes(self.identity).verify(
                 self.signature, _statement(terms, self.mask_key, self.seal_key)
@@ -155,22 +155,23 @@ class Card:
 
 
 def check_cards(cards: Sequence[Card], terms: Terms, peers: Collection[bytes] | None) -> None:
-    """Refuse the cards of a round with which its sum could be of fewer clients than it seems.
+    """Refuse cards with which the sum could be over fewer clients than it seems.
 
     Parameters
     ----------
     cards : Sequence[Card]
         All cards of the round.
     terms : Terms
-        What this client was told.
+        The terms that this client was told.
     peers : Collection[bytes] or None
-        Identities of the clients that may take part. None: of any, so that the server is trusted
-        not to invent clients.
+        Identities of the clients that may take part. None accepts any client, and so trusts the
+        server not to invent clients.
 
     Raises
     ------
     InvalidValue
-        There are too few or too many; one is not signed, is of somebody else, or came twice.
+        There are too few or too many cards; or one is not signed, is of a client that is not among
+        the peers, or came twice.
     """
     least, most = terms.threshold, terms.cohort
     if not least <= len(cards) <= most:

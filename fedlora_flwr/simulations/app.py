@@ -1,4 +1,4 @@
-"""The app that ``flwr run`` ships: one file, which names the installed package."""
+"""The app that ``flwr run`` ships: a single file that names the installed package."""
 
 from __future__ import annotations
 
@@ -34,16 +34,17 @@ clientapp = "{COMPONENTS["clientapp"]}"
 
 
 def write_app(folder: Path, own: Mapping[str, Value] | None = None) -> None:
-    """Write the app into a folder, which is made if there is none.
+    """Write the app into a folder, and make the folder if needed.
 
-    The bundle that Flower makes of it holds no code: servers and clients run what is installed.
+    Flower's bundle of this app holds no code: servers and clients run the installed package.
 
     Parameters
     ----------
     folder : Path
         The app's folder.
     own : Mapping[str, Value], optional
-        Settings of a method that stand in its table: Flower overrides only keys that it finds.
+        Settings from a method's own table. They are written too, because Flower overrides only keys
+        that it finds.
     """
     folder.mkdir(exist_ok=True)
     config = replace(RunConfig(), own=tuple((own or {}).items()))

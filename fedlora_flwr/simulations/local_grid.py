@@ -29,20 +29,20 @@ CLIENT_APP_RAISED = 2
 class LocalGrid(Grid):
     """Serves one `ClientApp` for a number of simulated nodes.
 
-    Messages to a node are served in their order, in this process one after the other. Node ids are
-    random in every run, as Flower's are, so that nothing can come to depend on them.
+    Messages to one node are served in their order; in this process, nodes are served one after the
+    other. Node ids are random in every run, as Flower's are, so no code can depend on them.
 
     Parameters
     ----------
     client_app : callable
-        What every node runs: a `ClientApp`, or a function of (message, context). Processes beside
-        this one need a function that can be imported by its name.
+        The app of every node: a `ClientApp`, or a function of (message, context). Other processes
+        need a function that can be imported by its name.
     num_nodes : int
         Number of nodes; node i has ``partition-id`` i.
     run_config : Mapping
         The run config that the app's context carries.
     execute : callable, optional
-        Where nodes work (see `executor`); in this process by default.
+        Runs the nodes' work (see `executor`); in this process by default.
 
     Examples
     --------
@@ -67,15 +67,15 @@ class LocalGrid(Grid):
         self._execute = execute
         self._run_config = dict(run_config)
         self._partitions = {node: i for i, node in enumerate(_node_ids(num_nodes))}
-        # Only nodes that keep something: there may be thousands that are never asked.
+        # Only the states of nodes that keep something: thousands of nodes may never be asked.
         self._states: dict[int, RecordDict] = {}
         self._replies: dict[str, Message] = {}
-        # Legacy servers send from many threads, and clients share this process's one model.
+        # Legacy servers send from many threads, but all clients share this process's one model.
         self._turn = threading.Lock()
 
     @contextmanager
     def running(self) -> Iterator[LocalGrid]:
-        """Give this process the identity that Flower's messages ask for, and take it back after."""
+        """Give this process the identity that Flower's messages need, until the block ends."""
         with acting_for(self.run_id):
             yield self
 
@@ -89,7 +89,7 @@ class LocalGrid(Grid):
         return Run.create_empty(self.run_id)
 
     def set_run(self, run: Run) -> None:
-        """Take another run's identity, for the nodes too."""
+        """Use another run's id, also for the nodes."""
         self.run_id = run.run_id
 
     def get_node_ids(self) -> Iterable[int]:
@@ -99,7 +99,7 @@ class LocalGrid(Grid):
     bindings = None
 
     def known_nodes(self) -> dict[int, KnownNode]:
-        """Return each node's partition, which its identity is bound to."""
+        """Return the name of each node's partition as its identity."""
         names = {node: partition_name(i) for node, i in self._partitions.items()}
         return {node: KnownNode(name, name) for node, name in names.items()}
 
@@ -144,7 +144,7 @@ class LocalGrid(Grid):
         )
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Hand out the replies to pushed messages, each once."""
+        """Return the replies to pushed messages, each only once."""
         return [self._replies.pop(key) for key in message_ids if key in self._replies]
 
     def send_and_receive(
@@ -169,7 +169,7 @@ def _handle(
 def _reply(app: ClientAppCall, message: Message, context: Context) -> Message:
     try:
         return app(message, context)
-    except Exception:  # As in Flower, a client's failure is its reply.
+    except Exception:  # As in Flower, a client that fails replies with its error.
         return Message(Error(CLIENT_APP_RAISED, traceback.format_exc()), reply_to=message)
 
 

@@ -41,7 +41,7 @@ from fedlora_flwr.simulations.superlink import LOCAL, SimulationSuperLink
 from fedlora_flwr.strategies.cohort import cohort_size
 from fedlora_flwr.tasks.registry import build_task, model_notes, optional
 
-# Seconds from one question to Flower to the next, while a run's log goes on and once it has ended.
+# Seconds between two questions to Flower, while a run's log continues and once it has ended.
 STATUS_INTERVAL, ENDED_INTERVAL = 30.0, 1.0
 
 
@@ -51,14 +51,14 @@ class RunFailed(FedLoRAError):
 
 @dataclass
 class PreparedRun:
-    """What is about to happen.
+    """A checked run that has not started.
 
     Parameters
     ----------
     config : RunConfig
         The resolved configuration.
     mechanisms : list[Mechanism]
-        Each client's mechanism; its promise is checked by having made it.
+        Each client's mechanism. Making one checks that the client can keep its promise.
     parameters : int
         Parameters of the backbone.
     trained : int
@@ -70,7 +70,7 @@ class PreparedRun:
     head : bool (default: True)
         Whether a head trains beside the adapters.
     records : list[str] (default: [])
-        Sentences on the records that are read and left out.
+        Sentences about the records that are read and left out.
     model : AdaptedModel or None
         The model at its start, which has been rehearsed, for the run that takes it.
     notes : list[str] (default: [])
@@ -78,7 +78,7 @@ class PreparedRun:
     grid : Grid or None
         Under a secure sum, the grid of each round.
     largest_noise : float (default: inf)
-        Largest noise multiplier of a client; infinity where it is not known.
+        Largest noise multiplier of a client; infinity if it is not known.
     """
 
     config: RunConfig
@@ -95,7 +95,7 @@ class PreparedRun:
     model: AdaptedModel | None = field(default=None, repr=False)
 
     def take_model(self) -> AdaptedModel | None:
-        """Hand the model over, once: a run changes it, and another needs its own."""
+        """Return the model at the first call, then None: a run changes it, so others build one."""
         model, self.model = self.model, None
         return model
 
@@ -103,15 +103,15 @@ class PreparedRun:
 def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRun:
     """Check everything that can be known before a run, and work out each client's noise.
 
-    A model of more than 200 million parameters is known by its shapes, where the task can tell
-    them: its weights are read when the run needs them, and rehearsed before the first round.
+    If a model has more than 200 million parameters and the task can do so, only its shapes are
+    built. Its weights are read when the run needs them, and rehearsed before the first round.
 
     Parameters
     ----------
     config : RunConfig
         The run.
     console : Console, optional
-        Where progress is shown if it is a terminal.
+        Shows progress if it is a terminal.
 
     Raises
     ------
@@ -167,9 +167,9 @@ def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRu
 
 
 def _largest_noise(config: RunConfig, mechanisms: Sequence[Mechanism]) -> float:
-    """Return the most noise that an honest client adds, as the start of a run knows it.
+    """Return the largest noise multiplier of an honest client, as far as it is known before a run.
 
-    Over a client's lifetime earlier runs may have fixed more noise than this run's budget needs.
+    If budgets last over all runs, earlier runs may have fixed more noise than this run needs.
     """
     if config.ledger_scope != "run":
         return config.largest_noise
@@ -184,13 +184,13 @@ def run_on_flower(
     Parameters
     ----------
     prepared : PreparedRun
-        The checked run; ``run-dir`` and ``state-dir`` become the run directory where empty.
+        The checked run. An empty ``run-dir`` or ``state-dir`` becomes the run directory.
     run_dir : RunDirectory
-        Where results and the log go.
+        The directory of results and the log.
     on_round : callable
         Called with each row of ``rounds.jsonl``.
     workers : int, optional
-        Ray workers; by default as many as the machine's cores carry, and its GPUs have room for.
+        Ray workers. By default as many as the cores carry and the GPUs have room for.
 
     Returns
     -------
@@ -200,21 +200,21 @@ def run_on_flower(
     Raises
     ------
     InvalidValue
-        ``workers`` are named although a cluster's own CPUs say how many there are.
+        ``workers`` is given although a cluster's own CPUs decide the number.
     RunFailed
         Flower reports anything but a completed run.
     """
-    prepared.take_model()  # The server has its own, in another process.
+    prepared.take_model()  # Free its memory: the server, in another process, has its own model.
     cluster = os.environ.get("RAY_ADDRESS", LOCAL) != LOCAL
     if workers is not None and cluster:
         raise InvalidValue("workers", workers, "left out where RAY_ADDRESS names a cluster")
     config, placement = _placed(prepared.config, run_dir), place(prepared.config, workers)
-    if cluster:  # Ray takes no number of CPUs for what runs already.
+    if cluster:  # Ray accepts no number of CPUs for a cluster that already runs.
         placement = replace(placement, workers=None)
-    # A task or strategy of the user's own is imported from the folder that the command runs in.
+    # The user's own task or strategy is imported from the folder in which the command runs.
     modules = Path.cwd() if ":" in config.task + config.strategy else None
     run_dir.take()
-    # It stays out of the recipe, which may be run on other devices.
+    # These stay out of the recipe, which may also be run on real devices.
     claim = {CLAIM: run_dir.claim, NOISE: repr(prepared.largest_noise)}
     with (
         run_dir.log.open("a", encoding="utf-8") as log,
@@ -237,16 +237,16 @@ def run_in_process(
     Parameters
     ----------
     prepared, run_dir, on_round
-        As of `run_on_flower`. The run takes the prepared model; a second one builds its own.
+        As for `run_on_flower`. The run takes the prepared model; a second run builds its own.
     workers : int (default: 1)
-        Processes that serve clients; 1 is this one alone.
+        Processes that serve clients; 1 means only this one.
 
     Raises
     ------
     InvalidValue
         The clients do not fit on the GPU.
     FedLoRAError
-        The run could not go on.
+        The run could not continue.
     """
     from fedlora_flwr.client_app import respond
     from fedlora_flwr.simulations.local_grid import LocalGrid
@@ -269,7 +269,7 @@ def run_in_process(
 def app_folder(run_dir: RunDirectory, config: RunConfig) -> Path:
     """Return the folder of the Flower app: the repository, or a stub beside the results.
 
-    The repository's list of keys holds no setting of a method's own table.
+    A run with settings of a method's own table needs the stub: the repository does not list them.
     """
     repository = Path(fedlora_flwr.__file__).resolve().parent.parent
     project = repository / "pyproject.toml"
@@ -282,9 +282,9 @@ def app_folder(run_dir: RunDirectory, config: RunConfig) -> Path:
 
 
 def _placed(config: RunConfig, run_dir: RunDirectory) -> RunConfig:
-    """Put results and ledger in the run directory, and wait for every client that is made."""
+    """Put results and ledger in the run directory, and wait for all simulated clients."""
     folder = str(run_dir.path.resolve())
-    if config.state_dir:  # Else each client would find out by itself, in the first round.
+    if config.state_dir:  # Fail now rather than on each client in the first round.
         private_folder(Path(config.state_dir))
     return replace(
         config,
@@ -304,8 +304,8 @@ def _federation(config: RunConfig, placement: Placement) -> str:
 
 
 def _follow(superlink: SimulationSuperLink, run_dir: RunDirectory, on_round: OnRound) -> None:
-    """Report rounds as they end, until Flower says that the run has."""
-    # Only the new rounds of a run that continues are told.
+    """Report rounds as they end, until Flower says that the run has ended."""
+    # If a run continues, only its new rounds are reported.
     seen, asked = len(run_dir.rounds()) if run_dir.resume else 0, time.monotonic()
     while True:
         rows = run_dir.rounds()
@@ -315,7 +315,7 @@ def _follow(superlink: SimulationSuperLink, run_dir: RunDirectory, on_round: OnR
         # Each question takes seconds of a processor, which the run itself needs.
         interval = ENDED_INTERVAL if superlink.log_ended else STATUS_INTERVAL
         if time.monotonic() - asked > interval:
-            # `flwr run` exits with 0 even if the run fails; its status tells.
+            # `flwr run` exits with 0 even if the run fails; only the status tells.
             status = superlink.status()
             asked = time.monotonic()
             if status == "finished:completed":
@@ -326,7 +326,7 @@ def _follow(superlink: SimulationSuperLink, run_dir: RunDirectory, on_round: OnR
 
 
 def _reason(run_dir: RunDirectory) -> str:
-    """Return why a run failed: its own word, or else the log's last error."""
+    """Return why a run failed: the error in its summary, or else the last error in the log."""
     summary = run_dir.summary()
     if summary is not None and not untold(summary):
         return str(summary["error"])

@@ -1,4 +1,4 @@
-"""A SuperLink of our own on loopback: started for one run, ended with it."""
+"""A private SuperLink on loopback that is started for one run and ended with it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONNECTION = "fedlora"
 LOCAL = "local"
 """Value of ``RAY_ADDRESS`` that makes Ray start a cluster of its own."""
 QUIET = {
-    # Flower would build a fresh environment for the app, and ask the network for updates.
+    # Without these, Flower builds a new environment for the app and asks the network for updates.
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -34,14 +34,14 @@ QUIET = {
 }
 
 LOOPBACK = {
-    # Ray asks the network for this machine's address, and listens on all of its interfaces; where
-    # it is told that there are no other machines, it listens on the loopback alone.
+    # By default Ray asks the network for this machine's address and listens on all interfaces. With
+    # this setting it expects no other machines and listens on loopback only.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 
 
 class SuperLinkError(FedLoRAError):
-    """Flower's SuperLink or its command line did not do what was asked."""
+    """Flower's SuperLink or its command line failed or did not answer."""
 
 
 class SimulationSuperLink:
@@ -71,7 +71,8 @@ class SimulationSuperLink:
     ) -> None:
         self._log = log
         self._env = {
-            # Else Ray joins any cluster that it finds traces of on this machine, dead ones too.
+            # Without this, Ray joins any cluster of which it finds traces on this machine, even a
+            # dead one.
             "RAY_ADDRESS": LOCAL,
             **os.environ,
             **QUIET,
@@ -115,13 +116,13 @@ class SimulationSuperLink:
         self._process = self._start(command, clear=self._home)
 
     def __exit__(self, *_: object) -> None:
-        """End every process, and with them a run that still goes on; remove the folder."""
+        """End every process, including those of an unfinished run, and remove the folder."""
         with uninterrupted():
             self._lifeline.cut()
             shutil.rmtree(self._home, ignore_errors=True)
 
     def file(self, name: str, text: str) -> Path:
-        """Write a file that is there as long as the SuperLink is; return its path."""
+        """Write a file that exists as long as the SuperLink does, and return its path."""
         path = self._home / name
         replace_file(path, text.encode())
         return path
@@ -156,7 +157,7 @@ class SimulationSuperLink:
         self._run_id = str(answer.get("run-id") or "")
         if not answer.get("success") or not self._run_id:
             raise SuperLinkError(f"flwr run refused the app: {answer}")
-        # The SuperLink keeps what ServerApp and workers print to itself; this brings it to the log.
+        # ServerApp and workers print only to the SuperLink; this copies their output to the log.
         self._stream = self._start(("flwr", "log", self._run_id, CONNECTION, "--stream"))
 
     @property
@@ -215,7 +216,7 @@ class SimulationSuperLink:
 
 
 def free_port() -> int:
-    """Return a port of the loopback that nothing listens on."""
+    """Return a loopback port that no process listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -38,14 +38,14 @@ def strategy_class(name: str) -> type[FedLoRA]:
     """
     found = load_strategy(name)
     if not isinstance(found, type) or not issubclass(found, FedLoRA):
-        allowed = "the name of a strategy, or module:Class of one: a subclass of FedLoRA"
+        allowed = "the name of a strategy, or module:Class of a subclass of FedLoRA"
         raise InvalidValue("strategy", name, allowed)
     if fields(found.settings) and not found.name:
         raise InvalidValue(
-            "strategy", name, "a class with a name, which its settings need: set `name` in it"
+            "strategy", name, "a class with a name, which its settings need. Set `name` in it"
         )
     if SECTIONS.get(found.name, found.settings) is not found.settings:
-        allowed = "a class whose settings have a table of their own: set another `name` in it"
+        allowed = "a class with a name that no other settings have. Set `name` to another text"
         raise InvalidValue("strategy", name, f"{allowed} than {found.name!r}")
     return found
 

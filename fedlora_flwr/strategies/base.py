@@ -323,7 +323,7 @@ class FedLoRA(Declared, Running):
         """
         report = self.last_round
         if report is None or report.server_round != server_round:
-            raise FedLoRAError(f"aggregate_train({server_round}) without configure_train before it")
+            raise FedLoRAError(f"Call configure_train before aggregate_train({server_round}).")
         for client, content in self._inbox(MessageType.TRAIN, report).read(replies):
             self._read(client, content, report)
         if self._cohorts is not None:
@@ -332,7 +332,7 @@ class FedLoRA(Declared, Running):
             return report.settle_void(self.min_completion)
         more = server_round < self.num_rounds and not self.finished
         report.settle(self.min_completion, may_decline=self._trained or more)
-        log(INFO, "aggregate_train: %d of %d clients", len(report.uploads), report.sent)
+        log(INFO, "aggregate_train: uploads of %d of %d clients", len(report.uploads), report.sent)
         current, uploads = self._round.current, report.uploads
         self._promises.look_at_training(uploads)
         if self.opener and uploads:

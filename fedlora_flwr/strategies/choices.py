@@ -144,8 +144,8 @@ def verdict(leads: Sequence[float], decay: float) -> str:
     independent = max(len(leads) * (1 - decay) / (1 + decay), 1.0)
     allowed = BY_CHANCE + CLEAR * math.sqrt(BY_CHANCE * (1 - BY_CHANCE) / independent)
     figures = (
-        f"in {share:.0%} of {len(leads)} choices between A and B the scores differ by more than "
-        f"two standard errors, and chance alone gives {BY_CHANCE:.0%}"
+        f"in {share:.0%} of {len(leads)} choices between A and B, the scores differ by more than "
+        f"two standard errors; by chance it would be {BY_CHANCE:.0%}"
     )
     if share <= allowed:
         return f"cannot be told from chance: {figures}"

@@ -194,8 +194,8 @@ class Cohorts:
         if len(able) < least:
             raise BudgetsSpent(
                 f"Round {server_round}: {len(able)} of {len(nodes)} connected clients have budget "
-                f"left, and a round needs {least}. The others have joined all rounds that "
-                "max-rounds lets them join, or have said that their budget is spent."
+                f"left, but a round needs {least}. The others have joined as many rounds as "
+                "max-rounds allows, or have said that their budget is spent."
             )
         return self._draw("cohort", server_round, able, size)
 
@@ -294,6 +294,6 @@ def identify(grid: Grid, nodes: Sequence[int], identities: Identities, timeout: 
     answers = list(Inbox(identities, unknown, MessageType.QUERY, report).read(replies))
     named = sum(identities.of(node) != "" for node in unknown)
     if named < len(unknown):
-        log(WARNING, "Some clients do not say who they are: cohorts follow random node ids.")
+        log(WARNING, "Some clients do not tell their identity, so random node ids stand for them.")
         for line in sorted(report.failures) if answers else ():
             log(WARNING, "\t> %s", line)

@@ -106,7 +106,7 @@ class Declared:
         owner = type(self).__name__
         for name, value in read_settings(self.settings, owner, given).items():
             if hasattr(self, name):
-                raise TypeError(f"{owner}: every strategy has {name!r}; call the setting otherwise")
+                raise TypeError(f"{owner}: every strategy has {name!r}. Rename the setting.")
             setattr(self, name, value)
 
 

@@ -66,5 +66,5 @@ class Expected:
         if arrays.keys() in self.possible:
             return
         wrong = sorted(arrays.keys() ^ self.whole)
-        allowed = f"those that {self.plan} trains; wrong: {wrong}. The client must obey the plan"
-        raise InvalidValue("uploaded arrays", sorted(arrays), f"{allowed}: by follow_plan")
+        allowed = f"those that {self.plan} trains; wrong: {wrong}. Let the client obey the plan"
+        raise InvalidValue("uploaded arrays", sorted(arrays), f"{allowed}, e.g. by follow_plan")

@@ -127,7 +127,7 @@ class ProximalSettings:
     """How far clients may drift."""
 
     proximal_mu: float = setting(
-        0.0, between(0, 1e3), "pull of the global arrays on a client's; 0 is FedAvg"
+        0.0, between(0, 1e3), "strength of the pull towards the global arrays; 0 = FedAvg"
     )
 
 
@@ -148,9 +148,9 @@ class FedProx(FlowersStrategy):
 class MomentumSettings:
     """The server's step."""
 
-    server_learning_rate: float = setting(1.0, above(0), "rate of the server's step")
+    server_learning_rate: float = setting(1.0, above(0), "learning rate of the server's step")
     server_momentum: float = setting(
-        0.0, between(0, 1), "momentum of the server's step; 0 at rate 1 is FedAvg"
+        0.0, between(0, 1), "momentum of the server's step; 0 with learning rate 1 = FedAvg"
     )
 
 
@@ -167,8 +167,8 @@ class FedAvgM(FlowersStrategy):
 class AdagradSettings:
     """The server's adaptive step."""
 
-    eta: float = setting(0.1, above(0), "rate of the server's step")
-    tau: float = setting(1e-3, above(0), "added to the root of the second moment")
+    eta: float = setting(0.1, above(0), "learning rate of the server's step")
+    tau: float = setting(1e-3, above(0), "number added to the square root of the second moment")
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class AdamSettings(AdagradSettings):
 class YogiSettings(AdamSettings):
     """As of Adam, with the rate that Flower has for Yogi."""
 
-    eta: float = setting(0.01, above(0), "rate of the server's step")
+    eta: float = setting(0.01, above(0), "learning rate of the server's step")
 
 
 class _Adaptive(FlowersStrategy):

@@ -116,7 +116,7 @@ class Identities:
             return self.name(node)
         known = self._nodes.get(node, KnownNode(self.name(node)))
         if own:
-            raise FedLoRAError(f"it answers in the name of {client!r}, and was {own!r} before")
+            raise FedLoRAError(f"it answers in the name of {client!r}, but was {own!r} before")
         owners = {other.key for other in self._nodes.values() if other.name == client}
         if _NODE.fullmatch(client) or (owners and known.key not in owners):
             raise FedLoRAError(f"it answers in the name of {client!r}, which is another node's")

@@ -81,7 +81,7 @@ class Inbox:
             return None
         if reply.metadata.message_type != self._kind:
             reason = f"it answered a message of type {reply.metadata.message_type[:40]!r}"
-            self._report.fail(name, f"{reason}, and was sent one of type {self._kind!r}")
+            self._report.fail(name, f"{reason}, but was sent one of type {self._kind!r}")
             return None
         return self._identities.claim(node, client_of(reply.content)), reply.content
 
@@ -102,7 +102,8 @@ def read_measurements(
     for client, own in names.items():
         if own != common:
             del found[client]
-            report.fail(client, f"its figures are {sorted(own)}, and others' {sorted(common)}")
+            text = f"its figures are {sorted(own)}, but those of the others are {sorted(common)}"
+            report.fail(client, text)
     report.failures[before:] = sorted(report.failures[before:])
     for line in report.failures[before:]:
         log(WARNING, "\t> round %d: %s", report.server_round, line)

@@ -258,7 +258,7 @@ class LedgerWatch:
         if steps < before + ordered:
             raise FedLoRAError(
                 f"its ledger counts {steps:g} private steps after {before:g} in an earlier round, "
-                f"and a round has {ordered}"
+                f"but a round has {ordered}"
             )
         self._steps[client] = steps
 
@@ -288,7 +288,7 @@ def within_limits(arrays: Arrays) -> Arrays:
     found = bounded(arrays, MOST_ENTRY)
     cut = [name for name, array in found.items() if array is not arrays[name]]
     if cut:
-        log(WARNING, "Entries above %g were cut, e.g. of %s.", MOST_ENTRY, cut[0])
+        log(WARNING, "Entries above %g were cut to it, e.g. in %s.", MOST_ENTRY, cut[0])
     return found
 
 

@@ -120,7 +120,7 @@ class Robust:
         """
         if not self.means and needs_each:
             raise FederationAborted(
-                f"robust = {self.rule!r} replaces a mean of uploads, and this method's aggregation "
+                f"robust = {self.rule!r} replaces a mean of uploads, but this method's aggregation "
                 "needs each upload. Set robust = 'none' or 'norm-bound', or choose a method that "
                 "averages."
             )
@@ -128,9 +128,9 @@ class Robust:
         if asked and count < least:
             what = "clients were asked" if found is None else f"of {asked} uploads can be used"
             raise FederationAborted(
-                f"{count} {what}, and robust = {self.rule!r} needs at least {least} where "
-                f"robust-share = {self.share:g}. Ask more clients, lower robust-share, or set "
-                "another rule."
+                f"{count} {what}, but robust = {self.rule!r} with robust-share = {self.share:g} "
+                f"needs at least {least}. Ask more clients, lower robust-share, or set another "
+                "rule."
             )
 
     def check(self, order: Order, current: Arrays, upload: Upload) -> None:

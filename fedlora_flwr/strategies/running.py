@@ -98,7 +98,7 @@ class _Later(FedAvg):
     def summary(self) -> None:
         """Log what the strategy is."""
         self._strategy.summary()
-        log(INFO, "\t└──> %d rounds are done; the rounds below are counted after them", self._done)
+        log(INFO, "\t└──> %d rounds are done; Flower counts the next ones from 1 again", self._done)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -111,9 +111,9 @@ def check_kind(upload: Upload, by_sum: bool) -> None:
         It holds arrays under a secure sum, or shares of one where there is none.
     """
     if wrong := upload.arrays if by_sum else upload.shares:
-        allowed = "whole numbers modulo 2³² alone" if by_sum else "floating-point numbers alone"
+        allowed = "only whole numbers modulo 2³²" if by_sum else "only floating-point numbers"
         trust = "secure-sum" if by_sum else "local"
-        allowed += f", as the run's trust-model = {trust!r} has it"
+        allowed += f", as the run has trust-model = {trust!r}"
         raise InvalidValue("uploaded arrays", sorted(wrong)[:5], allowed)
 
 
@@ -126,7 +126,7 @@ def check_share(expected: Expected, current: Arrays, shares: Mapping[str, Residu
         Arrays are missing, unknown or of other shapes.
     """
     if NUM_EXAMPLES not in shares or shares[NUM_EXAMPLES].shape != (1,):
-        allowed = f"also {NUM_EXAMPLES!r}: a client that knows this run's trust model"
+        allowed = f"also {NUM_EXAMPLES!r}, which clients with this run's trust model send"
         raise InvalidValue("uploaded shares", sorted(shares)[:5], allowed)
     arrays = {name: share for name, share in shares.items() if name != NUM_EXAMPLES}
     expected.check(arrays)
@@ -204,4 +204,4 @@ def opened_upload(
 def _void(report: RoundReport, why: Exception) -> None:
     """Note that nothing of a round is opened."""
     report.details = {**report.details, "opened": False}
-    log(WARNING, "Round %d is void, nothing is opened: %s.", report.server_round, why)
+    log(WARNING, "Round %d is void, and its sum is not opened. %s", report.server_round, why)

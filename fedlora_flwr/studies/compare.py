@@ -1,4 +1,4 @@
-"""Compare methods over privacy budgets, each with rates tuned on the same number of runs."""
+"""Compare methods at several privacy budgets, with rates that are tuned on equally many runs."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from fedlora_flwr.studies.compare_results import (
 )
 from fedlora_flwr.tasks.registry import build_task
 
-# Reported seeds start at 1: rates are chosen on another partition, noise and cohort.
+# Reported seeds start at 1, so rates are chosen on another partition, noise and cohort.
 TUNING_SEED = 0
-# Least and largest multiple of the recipe's own rate that is tried.
+# The smallest and largest multiple of the recipe's rate that are tried.
 RANGES = {"lr-a": (0.04, 4.0), "lr-b": (0.1, 4.0), "lr-head": (0.1, 2.0)}
 
 OnRow = Callable[[Row | None, int, int], None]
@@ -86,7 +86,7 @@ class Comparison:
     Parameters
     ----------
     config : RunConfig
-        What all runs share; its strategy, epsilon, seed and learning rates are replaced.
+        The settings that all runs share. Strategy, epsilon, seed and learning rates are replaced.
     methods : tuple[Method, ...]
         Rows of the table.
     epsilons : tuple[float, ...]
@@ -94,8 +94,8 @@ class Comparison:
     seeds : int
         Reported seeds are 1 to ``seeds``.
     trials : int
-        Settings of the learning rates tried for each row and ε; 0 takes the configuration's. A
-        rate that a row sets itself is kept in all of them.
+        How many settings of the learning rates are tried per row and ε; 0 takes those of the
+        configuration. A rate that a row sets itself is never changed.
     """
 
     config: RunConfig
@@ -106,14 +106,14 @@ class Comparison:
 
     @property
     def pairs(self) -> list[Pair]:
-        """Every row at every ε; runs of one ε follow each other, to share calibrations."""
+        """Every row at every ε, ordered by ε so that consecutive runs share calibrations."""
         return [(method.name, epsilon) for epsilon in self.epsilons for method in self.methods]
 
     def candidates(self, row: str) -> list[Rates]:
-        """Return a row's rates to choose from: its own, then multiples, Halton's in `RANGES`.
+        """Return a row's candidate rates: its own, then multiples of them within `RANGES`.
 
-        The sequence is not scrambled, so that it is the same in every version of SciPy. Scales are
-        logarithmic, and a longer list begins with the shorter.
+        The multiples are points of a Halton sequence on a logarithmic scale. It is not scrambled,
+        so it is the same in every version of SciPy. A longer list begins with the shorter one.
         """
         from scipy.stats import qmc  # type: ignore[import-untyped,unused-ignore]
 
@@ -128,7 +128,7 @@ class Comparison:
         return list(dict.fromkeys([own, *fixed]))  # A row that sets every rate has one candidate.
 
     def tune_jobs(self) -> list[Job]:
-        """Return the runs that rates are chosen by."""
+        """Return the runs by which rates are chosen."""
         if not self.trials:
             return []
         candidates = {method.name: self.candidates(method.name) for method in self.methods}
@@ -139,9 +139,9 @@ class Comparison:
         ]
 
     def choose(self, rows: Mapping[RowKey, Row]) -> dict[Pair, Rates | None]:
-        """Return each pair's rates of the best final round, the first of equal ones.
+        """Return the rates with which each pair ended best, the first ones if several are equal.
 
-        Where every trial failed there are none.
+        A pair has None if every trial failed.
         """
         if not self.trials:
             return self._own()
@@ -154,7 +154,7 @@ class Comparison:
         return chosen
 
     def report_jobs(self, chosen: Mapping[Pair, Rates | None]) -> list[Job]:
-        """Return the runs that are reported; none of a pair without rates."""
+        """Return the runs that are reported. A pair without rates has none."""
         return [
             self._job("report", pair, seed, rates)
             for seed in range(1, self.seeds + 1)
@@ -163,7 +163,7 @@ class Comparison:
         ]
 
     def check(self, console: Console | None = None) -> None:
-        """Refuse what could not run, before anything does.
+        """Refuse settings that cannot run, before anything runs.
 
         Raises
         ------
@@ -182,12 +182,12 @@ class Comparison:
                 if config.private:
                     batch = 1 if config.secure_sum else config.batch_size
                     check_budget(config.epsilon, config.delta, batch, len(records))
-        # The calibrations are kept for the runs.
+        # The runs use the cached calibrations of these checks.
         for config in {job.row: job.config for job in reversed(jobs)}.values():
             prepare_run(config, console)
 
     def document(self) -> dict[str, Any]:
-        """Return the settings as ``settings.json`` holds them; ε as text, for infinity's sake."""
+        """Return the settings for ``settings.json``. ε is text, because JSON has no infinity."""
         replaced = ("strategy", "epsilon", "seed")
         return {
             **{key: value for key, value in self.config.items().items() if key not in replaced},
@@ -218,21 +218,21 @@ def compare(
     workers: int = 1,
     console: Console | None = None,
 ) -> pd.DataFrame:
-    """Run what is not finished yet; write ``rows.csv``, ``table.md`` and ``accuracy.png``.
+    """Run the unfinished runs, and write ``rows.csv``, ``table.md`` and ``accuracy.png``.
 
     Parameters
     ----------
     comparison : Comparison
         What is compared.
     folder : Path
-        Where results go, and where those of an earlier call with the same settings are.
+        The folder of results. Runs of an earlier call with the same settings are kept.
     on_row : callable
-        Called with each newly finished row, how many are done, and how many there will be; first
-        with None in place of a row, when the checks are over.
+        Called with each newly finished row, how many are done, and how many there will be. The
+        first call has None instead of a row and comes after the checks.
     workers : int (default: 1)
-        Runs at a time; 1 stays in this process.
+        Runs at a time; 1 runs them in this process.
     console : Console, optional
-        Where progress of the checks is shown if it is a terminal.
+        Shows the progress of the checks if it is a terminal.
 
     Returns
     -------
@@ -288,7 +288,7 @@ def _run_all(
 
 
 def _run(scratch: str, job: Job) -> Row:
-    """Run one job; an error is a result."""
+    """Run one job. An error becomes the job's result."""
     from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 
     lr_a, lr_b, lr_head = job.rates

@@ -20,7 +20,7 @@ from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.strategies import strategy_class
 
 RATES = ("lr-a", "lr-b", "lr-head")
-"""What is tuned, unless a row sets it."""
+"""The keys that are tuned unless a row sets them."""
 _SHARED = (
     *("strategy", "num-clients", "min-clients", "num-rounds", "fraction-train"),
     *("min-completion", "round-timeout"),
@@ -34,7 +34,7 @@ ROW_KEYS = (
 )
 """Keys that a row may set: how a method trains. Data, clients, rounds and budget are shared."""
 _OPTION = "--row"
-_SPEAKING = ("filter", "optimizer")  # Their values say what they are.
+_SPEAKING = ("filter", "optimizer")  # Their values can be understood without the key.
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Method:
     Parameters
     ----------
     name : str
-        What the row ran, e.g. ``"la-lora, binomial"``.
+        The row's name in the table, e.g. ``"la-lora, binomial"``.
     strategy : str
         Name of the strategy.
     settings : Mapping[str, Value]
-        Keys of `ROW_KEYS` that the row sets over what all rows share.
+        Keys of `ROW_KEYS` that the row sets instead of the shared values.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Method:
     settings: Mapping[str, Value] = field(default_factory=dict)
 
     def of(self, shared: RunConfig) -> RunConfig:
-        """Return what all rows share with this row's strategy and settings.
+        """Return the shared configuration with this row's strategy and settings.
 
         Raises
         ------
@@ -77,21 +77,21 @@ class Method:
 def read_methods(rows: Iterable[str], shared: RunConfig) -> tuple[Method, ...]:
     """Read rows such as ``la-lora filter=binomial lr-b=0.2``, each once.
 
-    A row is named for its strategy and for what it sets. What another row of the same strategy
-    sets is named, too: beside ``la-lora filter=binomial``, ``la-lora`` is ``la-lora, no filter``.
-    A rate that is to be tuned is not named.
+    A row's name has its strategy and its settings, and also its values of the keys that another row
+    of the same strategy sets: beside ``la-lora filter=binomial``, ``la-lora`` is
+    ``la-lora, no filter``. A rate that is tuned is left out.
 
     Parameters
     ----------
     rows : Iterable[str]
         A strategy, then ``key=value`` words; quotes as in a shell.
     shared : RunConfig
-        What all rows share: the values where a row says nothing.
+        The configuration that all rows share.
 
     Raises
     ------
     InvalidValue
-        A row names no strategy, or sets what rows share, or a value that cannot be used.
+        A row names no strategy, or sets a shared key or an unusable value.
     """
     read = [_read(text) for text in rows]
     found: dict[str, Method] = {}
@@ -105,7 +105,7 @@ def read_methods(rows: Iterable[str], shared: RunConfig) -> tuple[Method, ...]:
             if key in row.settings or key not in RATES
         )
         name = ", ".join([row.strategy, *(_word(key, values.get(key, "")) for key in told)])
-        # Values as the configuration has them: 1 and 1.0 are one row.
+        # The configuration's values, by which 1 and 1.0 are the same row.
         settings = {key: values[key] for key in row.settings}
         found[name] = Method(name, row.strategy, settings)
     return tuple(found.values())
@@ -121,7 +121,7 @@ def _read(text: str) -> Method:
     settings = by_short_name(parse_overrides(pairs))
     known = fields_by_key(RunConfig)
     for key in settings:
-        if OWN_KEY.fullmatch(key):  # The configuration asks the row's strategy.
+        if OWN_KEY.fullmatch(key):  # The row's strategy checks its own keys later.
             continue
         if key not in known:
             raise unknown("configuration key", key, ROW_KEYS)
@@ -131,7 +131,7 @@ def _read(text: str) -> Method:
 
 
 def _own_of(strategy: str, shared: RunConfig) -> tuple[tuple[str, Value], ...]:
-    """Return what the shared configuration says of a row's own settings, and of no other row's."""
+    """Return the shared configuration's settings from the table of a row's strategy."""
     if not shared.own:
         return ()
     table = strategy_class(strategy).name

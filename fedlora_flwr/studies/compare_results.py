@@ -1,4 +1,4 @@
-"""What a comparison leaves behind: its rows, their summary, and the table of it."""
+"""The results of a comparison: its rows, their summary, and the table of the summary."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Row = TypedDict(
     },
     total=False,
 )
-"""One run of a comparison; where it failed, ``error`` says why and there are no figures."""
+"""One run of a comparison. If it failed, ``error`` says why and there are no figures."""
 
 COLUMNS = tuple(Row.__annotations__)
 Rates = tuple[float, float, float]
@@ -54,8 +54,8 @@ RowKey = tuple[Any, ...]
 class Journal:
     """``rows.csv``: every finished run, written as soon as it ends.
 
-    A file of an earlier call loses its failed runs, which are tried again, and a row that was cut
-    off.
+    From the file of an earlier call, failed runs are removed, so that they are tried again, and so
+    is a row that was cut off.
 
     Parameters
     ----------
@@ -98,20 +98,20 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     if keys:
         texts = (f"{key} = {there.get(key)!r} (now {settings.get(key)!r})" for key in keys)
         raise InvalidValue(
-            "output", str(folder), f"another folder, or the settings of this: {', '.join(texts)}"
+            "output", str(folder), f"another folder, or its settings: {', '.join(texts)}"
         )
 
 
 @contextmanager
 def claim(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Keep a folder for one comparison, by one process at a time.
+    """Reserve a folder for one comparison and one process at a time.
 
     Raises
     ------
     InvalidValue
         See `check_settings`.
     FedLoRAError
-        Another process is at work there.
+        Another process works in the folder.
     """
     private_folder(folder)
     try:
@@ -124,12 +124,12 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
 
 
 def row_key(row: Mapping[Any, Any]) -> RowKey:
-    """Return the values of `KEY`, which no two runs of a comparison share."""
+    """Return the values of `KEY`, which differ between any two runs of a comparison."""
     return tuple(row[name] for name in KEY)
 
 
 def read_rows(path: Path) -> pd.DataFrame:
-    """Read ``rows.csv``, its complete lines only; an infinite ε means no privacy."""
+    """Read the complete lines of ``rows.csv``. An infinite ε means no privacy."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     complete = text[: text.rfind("\n") + 1]
     if not complete:
@@ -146,14 +146,14 @@ def summarize(rows: Sequence[Row], chosen: Mapping[Pair, Rates | None], seeds: i
     rows : Sequence[Row]
         The reported runs, failed ones included.
     chosen : Mapping[Pair, Rates | None]
-        The learning rates of every pair; None where no trial ended well.
+        The learning rates of every pair; None if every trial failed.
     seeds : int
         Runs that each pair should have.
 
     Returns
     -------
     pandas.DataFrame
-        One row a pair in the order of ``chosen``: ``row``, ``epsilon``, ``mean`` and ``std``
+        One row per pair in the order of ``chosen``: ``row``, ``epsilon``, ``mean`` and ``std``
         (sample standard deviation, NaN for one run) of the final round's metric, ``failed``,
         ``bytes_up`` and ``bytes_down`` (means), and the rates.
     """
@@ -171,32 +171,32 @@ def summarize(rows: Sequence[Row], chosen: Mapping[Pair, Rates | None], seeds: i
 
 
 def budget_name(epsilon: float) -> str:
-    """Name an ε as the command takes it."""
+    """Name an ε in the form that the command accepts."""
     return "none" if math.isinf(epsilon) else f"{epsilon:g}"
 
 
 def data_name(config: RunConfig) -> str:
-    """Name what is compared on, and the trust model where it is not that of each client alone."""
+    """Name the task of a comparison, and the trust model if it is not the default."""
     return f"{config.task}, secure sum simulated" if config.secure_sum else config.task
 
 
 Part = str | list[list[str]]
-"""A sentence, or a table whose first row is its head."""
+"""A sentence, or a table with its head as the first row."""
 
 
 def document_of(summary: pd.DataFrame, config: RunConfig, metric: str, trials: int) -> list[Part]:
-    """Return what a comparison tells its reader: a title, two tables and what they mean.
+    """Return the report of a comparison: a title, two tables and their explanations.
 
     Parameters
     ----------
     summary : pandas.DataFrame
         See `summarize`.
     config : RunConfig
-        What all runs share.
+        The configuration that all runs share.
     metric : str
         Name of the figure.
     trials : int
-        Settings of the rates that were tried for each pair.
+        How many settings of the rates were tried for each pair.
     """
     budgets = list(dict.fromkeys(summary["epsilon"]))
     names = [f"ε = {budget_name(e)}" if math.isfinite(e) else "no privacy" for e in budgets]

@@ -1,1 +1,1 @@
-"""What is learned: tasks, their records, and how records spread over clients."""
+"""Tasks: what a federation learns, from which records, and how clients share the records."""

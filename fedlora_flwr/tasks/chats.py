@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-# The label that torch's cross entropy leaves out.
+# torch's cross entropy leaves out tokens with this label.
 IGNORED = -100
 
 Chat = list[dict[str, str]]
@@ -28,12 +28,13 @@ def chat_columns(dataset: Dataset, chosen: str) -> list[str]:
     dataset : Dataset
         The split.
     chosen : str
-        Names with commas between them; empty for ``messages``, or else ``prompt,response``.
+        Names with commas between them. Empty: ``messages`` if the split has it, otherwise
+        ``prompt,response``.
 
     Raises
     ------
     InvalidValue
-        A column is not there, or there are more than two.
+        A column is missing, or more than two are named.
     """
     usual = ["messages"] if "messages" in dataset.features else ["prompt", "response"]
     found = list(names(chosen)) or usual
@@ -54,32 +55,32 @@ def chat_tokens(
 ) -> dict[str, list[Any]]:
     """Return the tokens of conversations, and which of them are answers.
 
-    An answer is what the chat template adds for it to what it makes of the messages before, the
-    prompt for an answer included. A token that is only partly in it counts. Messages after the last
-    answer are left out.
+    The chat template renders the messages before an answer, with its prompt for an answer; the
+    answer is the text that follows this in the rendered conversation. A token that is only partly
+    in an answer counts. Messages after the last answer are left out.
 
     Parameters
     ----------
     rows : dict[str, list]
         Columns of n records.
     tokenizer : PreTrainedTokenizerBase
-        With a chat template.
+        A tokenizer with a chat template.
     columns : list[str]
-        As of `chat_columns`.
+        The columns that `chat_columns` returned.
     limit : int
-        Tokens of a record; what is beyond is cut off.
+        Most tokens of a record; the rest is cut off.
 
     Returns
     -------
     dict[str, list]
-        Of each record: ``input_ids``, ``attention_mask``, ``labels`` (`IGNORED` outside answers)
+        For each record: ``input_ids``, ``attention_mask``, ``labels`` (`IGNORED` outside answers)
         and the number of ``answer_tokens``.
 
     Raises
     ------
     InvalidValue
-        A record is not a conversation; the chat template refuses it, or changes what was said
-        before when an answer is added.
+        A record is not a conversation, the chat template refuses it, or the template renders
+        earlier messages differently once an answer is added.
     """
     values = zip(*(rows[name] for name in columns), strict=True)
     rendered = [_rendered(_chat(value, columns), tokenizer) for value in values]
@@ -117,10 +118,7 @@ def _chat(values: tuple[Any, ...], columns: list[str]) -> Chat:
 
 
 def _rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
-    """Return a conversation as text, and where in it answers begin and end.
-
-    An answer is what the template adds to what it makes of the messages before, prompt included.
-    """
+    """Return a conversation as text, and where answers begin and end in it (see `chat_tokens`)."""
     last = max((i for i, message in enumerate(chat) if message["role"] == "assistant"), default=-1)
     # Nothing is learned from what comes after the last answer.
     text = _template(chat[: last + 1] or chat, tokenizer)
@@ -131,13 +129,13 @@ def _rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list
             through = text if i == last else _template(chat[: i + 1], tokenizer)
             if not (through.startswith(before) and text.startswith(through)):
                 allowed = (
-                    "one whose chat template only ever adds to a conversation: what it makes of "
-                    f"the {i} messages before an answer is not what a conversation with it starts "
-                    "with, so that the answer's tokens cannot be told"
+                    f"a model with a chat template that only adds text: it renders the {i} "
+                    "messages before an answer differently once the answer is there, so the "
+                    "answer's tokens cannot be found"
                 )
                 raise InvalidValue("model", tokenizer.name_or_path, allowed)
             answers.append((len(before), len(through)))
-    # A model needs something to read.
+    # A model cannot read an empty text.
     return text or tokenizer.pad_token, answers
 
 
@@ -147,7 +145,7 @@ def _template(chat: Chat, tokenizer: PreTrainedTokenizerBase, **options: bool) -
     try:
         text: str = tokenizer.apply_chat_template(chat, tokenize=False, **options)
     except (TemplateError, ValueError) as error:
-        allowed = f"one whose chat template takes these conversations ({error})"
+        allowed = f"a model with a chat template that accepts these conversations ({error})"
         raise InvalidValue("model", tokenizer.name_or_path, allowed) from error
     return text
 
@@ -155,10 +153,10 @@ def _template(chat: Chat, tokenizer: PreTrainedTokenizerBase, **options: bool) -
 def _labels(
     ids: NDArray[np.int64], offsets: NDArray[np.int64], answers: list[tuple[int, int]]
 ) -> NDArray[np.int64]:
-    """Return the tokens that have a part in an answer, -100 for the others."""
+    """Return the tokens that are at least partly in an answer, and -100 for the others."""
     begins, ends = offsets.T
     chosen = np.zeros(len(ids), dtype=bool)
     for begin, end in answers:
         chosen |= (ends > begin) & (begins < end)
-    chosen[0] = False  # There is nothing to predict it from.
+    chosen[0] = False  # No token comes before the first, so it cannot be predicted.
     return np.where(chosen, ids, IGNORED)

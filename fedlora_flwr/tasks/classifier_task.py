@@ -1,4 +1,4 @@
-"""What classifiers of texts and of pictures share."""
+"""The common part of the tasks that classify texts or pictures."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class ClassifierTask(DatasetTask):
     """Tell classes apart; batches hold ``label``, (n,) int64.
 
-    Records without a class are left out. With ``class-names`` or ``num-classes``, the private
-    records tell nothing about the classes, and building the model does not open them.
+    Records without a class are left out. With ``class-names`` or ``num-classes``, the classes do
+    not depend on the private records, and building the model does not open these records.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ class ClassifierTask(DatasetTask):
     def __init__(self, settings: RunConfig) -> None:
         super().__init__(settings)
         self._labels = Labels(
-            # A limit must not change the classes.
+            # No limit (0): a limit must not change the classes.
             lambda: self._usable(settings.train_split, 0),
             self._private_columns,
             settings.label_column,
@@ -61,7 +61,7 @@ class ClassifierTask(DatasetTask):
 
     @property
     def num_classes(self) -> int:
-        """Outputs of the classifier."""
+        """Number of classes, which are the outputs of the classifier."""
         return self._labels.count
 
     def class_names(self) -> tuple[str, ...]:
@@ -77,9 +77,9 @@ class ClassifierTask(DatasetTask):
         return self._labels.names
 
     def unstated_classes(self) -> list[str]:
-        """Return the names of the private classes where ``num-classes`` alone is given.
+        """Return the names of the private classes if only ``num-classes`` is configured.
 
-        Each device numbers such names by its own data set, so ``class-names`` should give them.
+        Each device numbers such names by its own data set, so ``class-names`` should list them.
 
         Raises
         ------
@@ -110,14 +110,14 @@ class ClassifierTask(DatasetTask):
         rows = super()._rows(dataset, split)
         if len(rows) == 0:
             reasons = ", ".join(f"{len(n)} with {why}" for why, n in self._lacking(dataset).items())
-            allowed = f"a class for some record of split {split!r}: it has {reasons}"
+            allowed = f"a column with a class for some record of split {split!r}: it has {reasons}"
             raise InvalidValue("label-column", self._settings.label_column, allowed)
         return rows
 
     def _reading(self, split: str, limit: int) -> Reading:
         found, used = super()._reading(split, limit), self._usable(split, limit)
         with naming(used):
-            self._labels.numbers(used)  # Better refused here than in the first round.
+            self._labels.numbers(used)  # Bad classes are refused now, not in the first round.
         return found
 
     def _columns(self) -> dict[str, NDArray[Any]]:
@@ -129,13 +129,13 @@ class ClassifierTask(DatasetTask):
 
     def _notes(self, dataset: Dataset) -> list[str]:
         near = near_names(dataset, self._settings.label_column)
-        text = "classes {} differ in case or blanks alone, and count as different classes"
+        text = "classes {} differ only in case or blanks, but count as different classes"
         return [*super()._notes(dataset), *(text.format(group) for group in near)]
 
     def _with_classes(self, prepared: Dataset, dataset: Dataset, *, training: bool) -> Dataset:
-        """Add to prepared records their class and, as ``part``, which of several splits has them.
+        """Add to prepared records their class and, as ``part``, the number of their test split.
 
-        Added before, to a selection of a data set, a column would cost a copy of it.
+        Adding a column earlier, to a selection of a data set, would copy the data set.
         """
         numbered = prepared.add_column("label", self._labels.numbers(dataset))
         sizes = [len(dataset)] if training else [len(split) for split in self._opened_tests]

@@ -1,4 +1,4 @@
-"""What all tasks on a named data set share: opening it, limits, and a client's part."""
+"""The common part of all tasks on a named data set: opening it, limits, and a client's part."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor, nn
 
-# Not the run's seed: figures of different runs must be of the same records.
+# Not the run's seed: different runs must be measured on the same records.
 _LIMIT_SEED = 2024
 
 
 class DatasetTask(ABC):
     """A task on a named model and a named data set.
 
-    Nothing is opened before it is asked for, so that a server that evaluates never reads the
-    private split.
+    A split is opened only when it is needed, so a server that evaluates never reads the private
+    split.
 
     Parameters
     ----------
@@ -52,15 +52,16 @@ class DatasetTask(ABC):
 
     name: str
     metric: str
-    # Fields that are read of a column of structures; empty for all.
+    # Fields that are read from a column of structures; empty for all.
     _input_fields: tuple[str, ...] = ()
 
     def __init__(self, settings: RunConfig) -> None:
         self._settings = settings
         if not settings.model:
-            raise InvalidValue("model", "", f"a name or a folder, as task = {self.name!r} needs it")
+            allowed = f"a name or a folder, which task = {self.name!r} needs"
+            raise InvalidValue("model", "", allowed)
         if not settings.dataset:
-            allowed = f"files, a folder or a hub name, as task = {self.name!r} needs it"
+            allowed = f"files, a folder or a hub name, which task = {self.name!r} needs"
             raise InvalidValue("dataset", "", allowed)
 
     @property
@@ -71,7 +72,7 @@ class DatasetTask(ABC):
     @property
     @abstractmethod
     def lora_targets(self) -> str:
-        """Default pattern of adapted modules; empty for what is usual for a transformers model."""
+        """Default pattern of adapted modules; empty for the usual ones of transformers models."""
 
     @abstractmethod
     def build_model(self) -> nn.Module:
@@ -79,15 +80,15 @@ class DatasetTask(ABC):
 
     @abstractmethod
     def skeleton(self, device: str = "meta") -> nn.Module:
-        """Return the model without its weights: shapes alone on ``"meta"``, random elsewhere."""
+        """Return the model without pretrained weights: only shapes on ``"meta"``, else random."""
 
     @abstractmethod
     def largest_batch(self, records: int) -> Batch:
-        """Return a batch of the largest shapes there can be; its values mean nothing."""
+        """Return a batch of the largest possible shapes. Its values have no meaning."""
 
     @abstractmethod
     def made_up_batch(self, records: int) -> Batch:
-        """Return records as large as there can be, with values that a model can read."""
+        """Return made-up records of the largest possible size, which a model can read."""
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -107,7 +108,7 @@ class DatasetTask(ABC):
         Raises
         ------
         InvalidValue
-            There is no such client, or the data set cannot be read or spread as configured.
+            There is no such client, or the data set cannot be read or partitioned as configured.
         """
         parts = self._parts(num_partitions)
         if not 0 <= partition_id < len(parts):
@@ -115,7 +116,7 @@ class DatasetTask(ABC):
         return self._private.subset(parts[partition_id])
 
     def test_records(self) -> ArrowRecords:
-        """Return the public records, those of all test splits.
+        """Return the public records of all test splits.
 
         Raises
         ------
@@ -125,7 +126,7 @@ class DatasetTask(ABC):
         return self._public
 
     def reading(self, num_partitions: int) -> list[Reading]:
-        """Return what is read of the private split and of each test split, and what is left out.
+        """Return which records are read and left out, for the private split and each test split.
 
         Parameters
         ----------
@@ -135,7 +136,7 @@ class DatasetTask(ABC):
         Raises
         ------
         InvalidValue
-            A split cannot be opened, or spread as configured.
+            A split cannot be opened, or not partitioned as configured.
         """
         settings = self._settings
         found = self.private_reading()
@@ -162,7 +163,7 @@ class DatasetTask(ABC):
         return [text] if count else []
 
     def private_reading(self) -> Reading:
-        """Return what is read of the private split, and what is left out."""
+        """Return which records of the private split are read and which are left out."""
         return self._reading(self._settings.train_split, self._settings.train_limit)
 
     def _reading(self, split: str, limit: int) -> Reading:
@@ -176,17 +177,16 @@ class DatasetTask(ABC):
         return found
 
     def check_splits_apart(self) -> None:
-        """Make sure that no private record would be evaluated on, under any names of splits.
+        """Refuse test splits that contain private records, even under other names of splits.
 
-        All records of the splits are compared, also those that a limit or a missing class leaves
-        out.
+        All records of the splits are compared, including those that a limit or a missing class
+        leaves out.
 
         Raises
         ------
         InvalidValue
             A test split shares a file or a record with the private split
-            (`fedlora_flwr.data.splits_apart`), it is read from other columns, or a split cannot be
-            opened.
+            (`fedlora_flwr.data.splits_apart`), is read from other columns, or cannot be opened.
         """
         settings, subset = self._settings, self._settings.dataset_subset
         everything = (settings.train_split, *self.test_splits)
@@ -246,7 +246,7 @@ class DatasetTask(ABC):
         return [self._usable(split, self._settings.test_limit) for split in self.test_splits]
 
     def _usable(self, split: str, limit: int) -> Dataset:
-        """Open a split; drop records that cannot be used, and all beyond the limit."""
+        """Open a split, and drop records that cannot be used and those beyond the limit."""
         if (split, limit) not in self._chosen:
             self._chosen[split, limit] = self._choose(self._source(split), split, limit)
         return self._chosen[split, limit]
@@ -264,7 +264,7 @@ class DatasetTask(ABC):
         return dataset if len(rows) == len(dataset) else dataset.select(rows)
 
     def _private_source(self) -> Dataset | None:
-        """Open the private split; a server that only evaluates may not have it."""
+        """Open the private split. None where it is missing, as on a server that only evaluates."""
         try:
             return self._source(self._settings.train_split)
         except InvalidValue:
@@ -272,16 +272,17 @@ class DatasetTask(ABC):
 
     def _other_columns(self, split: str, own: list[str], known: list[str]) -> InvalidValue:
         allowed = (
-            f"columns that all splits have: {split!r} has {own}, not {known}. Name those to read"
+            f"columns that all splits have, but {split!r} has {own}, not {known}. Name those to "
+            "read"
         )
         return InvalidValue("input-columns", self._settings.input_columns, allowed)
 
     def _columns_of(self, dataset: Dataset, split: str) -> list[str]:  # noqa: ARG002
-        """Return the columns to read of a split."""
+        """Return the columns that are read from a split."""
         return self._input_columns(dataset)
 
     def _source(self, split: str) -> Dataset:
-        """Open a split once."""
+        """Open a split; later calls return the same object."""
         if split not in self._sources:
             settings = self._settings
             with naming_split("train-split" if split == settings.train_split else "test-split"):
@@ -301,11 +302,11 @@ class DatasetTask(ABC):
         return np.flatnonzero(chosen)
 
     def _lacking(self, dataset: Dataset) -> dict[str, NDArray[np.int64]]:  # noqa: ARG002
-        """Return the positions of the records that cannot be used, by what is wrong with them."""
+        """Return the positions of records that cannot be used, by what is wrong with them."""
         return {}
 
     def _notes(self, dataset: Dataset) -> list[str]:
-        """Return sentences on a split's records that are used, and may not be what is meant."""
+        """Return sentences about records that are used although they look like a mistake."""
         return empty_texts(dataset, self._input_columns(dataset))
 
     def _parts(self, num_partitions: int) -> list[NDArray[np.int64]]:
@@ -321,7 +322,7 @@ class DatasetTask(ABC):
         return {}
 
     def _columns(self) -> dict[str, NDArray[Any]]:
-        """Return what records may be split by, one value per record."""
+        """Return the columns by which clients can share the records, one value per record."""
         settings, dataset = self._settings, self._train
         chosen = {
             "label": settings.label_column,

@@ -1,7 +1,7 @@
-"""The embedded task: handwritten digits on a transformer that has seen printed ones.
+"""The built-in task: handwritten digits, on a transformer that was pretrained on printed ones.
 
-It needs no download. The private records are scikit-learn's copy of the "Optical Recognition of
-Handwritten Digits" test set (UCI, 1998): 1797 pictures of 8x8 pixels.
+It needs no download. The records are scikit-learn's copy of the "Optical Recognition of Handwritten
+Digits" test set (UCI, 1998): 1797 pictures of 8x8 pixels, of which 1437 are private.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.evaluation import evaluate_classifier
 
 _TEST_SHARE = 0.2
-# Not the run's seed: figures of different runs must be of the same test set.
+# Not the run's seed: different runs must be measured on the same test set.
 _SPLIT_SEED = 2024
 _FULL_INK = 16.0
 
@@ -36,13 +36,13 @@ class DigitsTask:
     Parameters
     ----------
     settings : RunConfig
-        How the private records are spread over clients.
+        The run configuration; its keys under ``[partition]`` tell how clients share the records.
     """
 
     name = "digits"
     metric = "accuracy"
-    # Attention alone: with the MLPs, twice as many coordinates are clipped, noised and sent, for
-    # about one point of accuracy, which 360 test records hardly tell from none.
+    # Only attention: with the MLPs, twice as many coordinates are clipped, noised and sent. They
+    # gain about one point of accuracy, which 360 test records can hardly tell from chance.
     lora_targets = r"blocks\.\d+\.attn\.(qkv|proj)"
     head: tuple[str, ...] = ("head",)
 
@@ -67,7 +67,7 @@ class DigitsTask:
         Raises
         ------
         InvalidValue
-            There is no such client, or the records cannot be spread as the settings ask.
+            There is no such client, or the records cannot be partitioned as configured.
         """
         split = Split.of(self._settings, num_partitions, self._settings.seed)
         return _client(split, partition_id)
@@ -81,14 +81,14 @@ class DigitsTask:
         return tuple("0123456789")
 
     def check_splits_apart(self) -> None:
-        """Do nothing: one fixed draw without replacement made both sets."""
+        """Do nothing: both sets come from one fixed draw without replacement."""
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the cross entropy of each record, shape (n,)."""
         return F.cross_entropy(model(batch["image"]), batch["label"], reduction="none")
 
     def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
-        """Return mean ``loss`` and ``accuracy``; the model's mode is left as it was."""
+        """Return mean ``loss`` and ``accuracy``, without changing the model's mode."""
         return evaluate_classifier(model, records, lambda batch: model(batch["image"]))
 
 

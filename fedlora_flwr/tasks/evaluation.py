@@ -1,4 +1,4 @@
-"""Evaluation of classifiers."""
+"""Measuring a model on records, and the figures of classifiers."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def measured(
     Parameters
     ----------
     model : nn.Module
-        Put in evaluation mode meanwhile; batches are moved to its device.
+        The model, in evaluation mode during the call. Batches are moved to its device.
     records : Records
         At least one record.
     batch_size : int
         Records per forward pass.
     measure : Callable[[Batch], Tensor]
-        Measures a batch: fp64, shape (figures, any number).
+        Measures a batch and returns fp64 of shape (figures, k), with any k per batch.
 
     Returns
     -------
     Tensor
-        What was measured, side by side on the CPU: shape (figures, sum of the numbers). The order
-        is not that of the records.
+        The measurements of all batches side by side, on the CPU: shape (figures, sum of all k). The
+        order is not that of the records.
 
     Raises
     ------
@@ -63,7 +63,7 @@ def evaluate_classifier(
     Parameters
     ----------
     model : nn.Module
-        Put in evaluation mode meanwhile; batches are moved to its device.
+        The model, in evaluation mode during the call. Batches are moved to its device.
     records : Records
         At least one record, with the field ``label``.
     logits : Callable[[Batch], Tensor]
@@ -71,14 +71,14 @@ def evaluate_classifier(
     batch_size : int (default: 512)
         Records per forward pass.
     parts : Sequence[str] (default: ())
-        Names of the parts that a field ``part`` numbers from 0; two or more are also measured by
-        themselves, where records have that field.
+        Names of the parts that the field ``part`` of a record numbers from 0. If there are two or
+        more, each is also measured by itself.
 
     Returns
     -------
     dict[str, float]
-        ``loss``, the mean cross entropy in nats, and ``accuracy`` in [0, 1], over all records; and
-        ``loss_<part>`` and ``accuracy_<part>``.
+        ``loss``, the mean cross entropy in nats, and ``accuracy`` in [0, 1], over all records. With
+        several parts also ``loss_<part>`` and ``accuracy_<part>``.
 
     Raises
     ------
@@ -104,7 +104,7 @@ def evaluate_classifier(
 
 
 def in_order_of_length(records: Records) -> Tensor:
-    """Return all positions, int64, so that records of like length come together."""
+    """Return all positions, int64, ordered by the records' lengths where these are known."""
     everything = torch.arange(len(records))
     lengths = lengths_of(records, everything)
     return everything if lengths is None else torch.from_numpy(lengths.argsort(kind="stable"))
@@ -112,7 +112,7 @@ def in_order_of_length(records: Records) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode, and each of its modules back in its own mode after."""
+    """Put a model in evaluation mode, and afterwards each of its modules back in its own mode."""
     # A frozen backbone may be in another mode than the adapters in it.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

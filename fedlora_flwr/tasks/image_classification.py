@@ -38,18 +38,18 @@ if TYPE_CHECKING:
 class ImageClassification(ClassifierTask):
     """Classify pictures.
 
-    Batches are ``{"image": (n, channels, h, w) uint8, "label": (n,) int64}``: resized and cropped
-    as timm's configuration of the model says, once; normalized on the model's device. Keys of the
-    configuration: ``model`` (a timm name, or a folder of ``timm.models.save_for_hf``), ``weights``,
-    ``dataset``, ``input-columns`` (the picture's; empty finds it), ``label-column``,
-    ``image-size``.
+    Batches are ``{"image": (n, channels, h, w) uint8, "label": (n,) int64}``. Pictures are resized
+    and cropped once, as timm's configuration of the model says, and normalized on the model's
+    device. Keys of the configuration: ``model`` (a timm name, or a folder of
+    ``timm.models.save_for_hf``), ``weights``, ``dataset``, ``input-columns`` (the column of
+    pictures; empty finds it), ``label-column``, ``image-size``.
     """
 
     name = "image-classification"
 
     @cached_property
     def lora_targets(self) -> str:
-        """Attention's layers in timm's transformers; in other models those of the MLPs."""
+        """The attention layers of timm's transformers; in other models, the layers of the MLPs."""
         return usual_layers(self.skeleton())
 
     @cached_property
@@ -58,7 +58,7 @@ class ImageClassification(ClassifierTask):
         return classifier_modules(self.skeleton())
 
     def build_model(self) -> nn.Module:
-        """Return the pretrained model with a classifier whose start follows from the seed.
+        """Return the pretrained model with a new classifier that is drawn from the seed.
 
         Raises
         ------
@@ -68,7 +68,7 @@ class ImageClassification(ClassifierTask):
         return build(self._settings, self.num_classes, self._settings.seed)
 
     def skeleton(self, device: str = "meta") -> nn.Module:
-        """Return the model without its weights; they are random but on ``"meta"``."""
+        """Return the model without a checkpoint: random weights, or only shapes on ``"meta"``."""
         return skeleton(self._settings, self.num_classes, device)
 
     def largest_batch(self, records: int) -> Batch:

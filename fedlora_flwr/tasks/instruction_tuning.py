@@ -33,17 +33,17 @@ _LOGGER = logging.getLogger(__name__)
 class InstructionTuning(LanguageTask):
     """Learn the assistant's answers in conversations.
 
-    Conversations become text by the chat template of the model's tokenizer, and the loss is of the
-    answers' tokens, with what the template puts after an answer. ``input-columns`` names one
-    column of conversations (lists of ``{"role", "content"}``), or two of text, the prompt and the
-    response; empty, it is ``messages`` or else ``prompt,response``. What is beyond ``max-length``
-    tokens is cut off; a record whose answers are all cut off counts as a record, and its gradient
-    is zero.
+    The chat template of the model's tokenizer turns conversations into text. The loss is that of
+    the answers' tokens, including the end marker that the template puts after an answer.
+    ``input-columns`` names one column of conversations (lists of ``{"role", "content"}``), or two
+    of text, the prompt and the response. Empty means ``messages`` if the data set has it, otherwise
+    ``prompt,response``. Tokens beyond ``max-length`` are cut off. A record with all its answers cut
+    off still counts as a record, and its gradient is zero.
 
     Batches are ``{"input_ids", "attention_mask", "labels": (n, t) int64, "answer_tokens": (n,)
-    int64}``, padded to their longest record of t tokens; labels are -100 outside answers. A model
-    makes logits of shape (n, t, vocabulary) of a batch, which ``microbatch-size`` bounds in
-    training and ``eval-batch-size`` in evaluations.
+    int64}``, padded to their longest record of t tokens; labels are -100 outside answers. The model
+    returns logits of shape (n, t, vocabulary) for a batch. ``microbatch-size`` limits n in
+    training and ``eval-batch-size`` limits it in evaluations.
     """
 
     name = "instruction-tuning"
@@ -58,18 +58,18 @@ class InstructionTuning(LanguageTask):
         ------
         InvalidValue
             See `fedlora_flwr.backbones.language_models.build`; or the checkpoint lacks the layer
-            that scores words, which no adapter makes up for.
+            that scores words, which an adapter cannot replace.
         """
         model: Any = super().build_model()
         if self._settings.weights != "random" and (drawn := getattr(model, DRAWN)):
-            allowed = f"a language model with all its weights: those of {drawn[0]!r} are missing"
+            allowed = f"a language model with all weights, but those of {drawn[0]!r} are missing"
             raise InvalidValue("model", self._settings.model, allowed)
-        # Keys and values are of use to generation only.
+        # The cache of keys and values is useful for generation only.
         model.config.use_cache = False
         return model  # type: ignore[no-any-return]
 
     def skeleton(self, device: str = "meta") -> nn.Module:
-        """Return the model without the checkpoint's weights; they are random but on ``"meta"``."""
+        """Return the model without the checkpoint: random weights, or only shapes on ``"meta"``."""
         model: Any = super().skeleton(device)
         model.config.use_cache = False
         return model  # type: ignore[no-any-return]
@@ -90,9 +90,9 @@ class InstructionTuning(LanguageTask):
         return {**texts, "labels": labels, "answer_tokens": answers}
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the mean negative log likelihood of a record's answer tokens, shape (n,).
+        """Return the mean negative log likelihood of each record's answer tokens, shape (n,).
 
-        It is 0 for a record without any.
+        It is 0 for a record without answer tokens.
         """
         logits, labels, records = _predicted(model, batch)
         tokens = F.cross_entropy(logits, labels, reduction="none")
@@ -100,21 +100,21 @@ class InstructionTuning(LanguageTask):
         return sums / batch["answer_tokens"].clamp_min(1)
 
     def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
-        """Measure how a model goes on with the right answers so far, token by token.
+        """Measure how well a model predicts each answer token from the right tokens before it.
 
         Parameters
         ----------
         model : nn.Module
-            Put in evaluation mode meanwhile; batches are moved to its device.
+            The model, in evaluation mode during the call. Batches are moved to its device.
         records : Records
-            As of this task.
+            Records of this task.
 
         Returns
         -------
         dict[str, float]
             Over all answer tokens: ``loss``, the mean negative log likelihood in nats,
-            ``perplexity``, its exponential, and ``token_accuracy``, the share of tokens that the
-            model holds for the likeliest.
+            ``perplexity``, its exponential, and ``token_accuracy``, the share of tokens to which
+            the model gives the highest probability.
 
         Raises
         ------
@@ -150,7 +150,7 @@ class InstructionTuning(LanguageTask):
 
     def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.chat_template:
-            allowed = f"one whose tokenizer has a chat template, as task = {self.name!r} needs it"
+            allowed = f"a model with a chat template, which task = {self.name!r} needs"
             raise InvalidValue("model", self._settings.model, allowed)
 
     def _input_columns(self, dataset: Dataset) -> list[str]:
@@ -172,7 +172,7 @@ class InstructionTuning(LanguageTask):
             packages=["tokenizers", "transformers"],
         )
         check_ids(prepared, self._config)
-        # What comes after a causal model's last token is never read: any padding does.
+        # A causal model never reads beyond a record's last token, so any padding will do.
         records = ArrowRecords(prepared, pad_collate(limit=limit))
         split = settings.train_split if training else settings.test_split
         _check_answers(records, split, settings.max_length, training=training)
@@ -180,13 +180,14 @@ class InstructionTuning(LanguageTask):
 
 
 def _check_answers(records: ArrowRecords, split: str, limit: int, *, training: bool) -> None:
-    """Refuse public records without any answer. Private ones train, as records without a gradient.
+    """Refuse public records if none has an answer. Private ones without an answer are accepted.
 
-    A run chooses the length, so an error about private records would tell it where answers begin.
+    They train as records with a zero gradient. The run chooses the length, so an error about
+    private records would tell the server where their answers begin.
     """
     without = int((records.values("answer_tokens") == 0).sum())
     if without == len(records) and not training:
-        allowed = f"more, as no record of split {split!r} has an answer within so many tokens"
+        allowed = f"more tokens, as no record of split {split!r} has an answer within these"
         raise InvalidValue("max-length", limit, allowed)
     if without:
         _LOGGER.warning(
@@ -206,7 +207,7 @@ def _predicted(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     following = batch["labels"][:, 1:]
     if following.is_meta:
-        # Memory is being counted: for as many answer tokens as there can be.
+        # Memory is being counted, so all tokens are taken for answer tokens.
         sizes = (torch.arange(size, device=following.device) for size in following.shape)
         records, positions = torch.cartesian_prod(*sizes).T
     else:

@@ -1,4 +1,4 @@
-"""What the tasks on a transformers language model share: model, tokenizer and made-up texts."""
+"""The common part of all tasks on a language model: model, tokenizer and made-up texts."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
 class LanguageTask(DatasetTask):
     """A task on a transformers model and its tokenizer.
 
-    A task says which class of transformers builds its model (`_auto`), how the model is configured
-    (`_config`), and what a record has beside its tokens.
+    A subclass names the class of transformers that builds its model (`_auto`) and the model's
+    configuration (`_config`), and adds what a record has beside its tokens.
     """
 
     lora_targets = ""
 
     @cached_property
     def head(self) -> tuple[str, ...]:
-        """The layers beside the backbone, whose start is drawn."""
+        """The layers that are not in the backbone. They start from random weights."""
         return head_modules(self.skeleton())
 
     def skeleton(self, device: str = "meta") -> nn.Module:
-        """Return the model without the checkpoint's weights; they are random but on ``"meta"``."""
+        """Return the model without the checkpoint: random weights, or only shapes on ``"meta"``."""
         model = skeleton(self._auto, self._config, device)
         check_length(self._settings.max_length, model)
         return model
 
     def build_model(self) -> nn.Module:
-        """Return the checkpoint, with a head whose start follows from the seed where it has one.
+        """Return the checkpoint; a head that it lacks is drawn from the seed.
 
         Raises
         ------
@@ -69,11 +69,11 @@ class LanguageTask(DatasetTask):
         return tokenizer
 
     def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Refuse a tokenizer that the task cannot use; by default none."""
+        """Refuse a tokenizer that the task cannot use. The default accepts every tokenizer."""
 
     @cached_property
     def _tokenizer_text(self) -> str:
-        """The tokenizer as it was loaded: a call changes its truncation."""
+        """The tokenizer's state, taken before a call changes its truncation."""
         text: str = self._tokenizer.backend_tokenizer.to_str()
         return text
 
@@ -88,6 +88,6 @@ class LanguageTask(DatasetTask):
         return {name: torch.ones(shape, dtype=torch.int64) for name in self._inputs}
 
     def _made_up_inputs(self, records: int, *, pair: bool = False) -> dict[str, Tensor]:
-        """Return random texts of up to ``max-length`` tokens; pairs of texts if ``pair``."""
+        """Return random texts, or pairs of them if ``pair``, of up to ``max-length`` tokens."""
         shape = (records, self._settings.max_length)
         return dict(made_up_texts(self._tokenizer, self._config, self._inputs, shape, pair=pair))

@@ -40,25 +40,27 @@ if TYPE_CHECKING:
 _COLUMNS = ("question", "context", "answers")
 _TARGETS = ("start", "end")
 _EVALUATION = ("none", "begins", "ends")
-# How many candidates and how many tokens an answer may have.
+# How many starts and ends are candidates, and how many tokens an answer may have.
 _BEST, _LONGEST = 20, 30
 
 
 class QuestionAnswering(LanguageTask):
     """Find the answer to a question in a text.
 
-    Columns of the data set are ``question``, ``context`` and ``answers``: the texts and where in
-    the context they start, as SQuAD has them; no texts where the context does not tell.
+    Columns of the data set are ``question``, ``context`` and ``answers``. As in SQuAD, ``answers``
+    holds the texts and where they start in the context, and no text if the context has no answer.
 
-    Contexts beyond ``max-length`` tokens, question included, are cut in windows that share a third
-    of that. A private record is a *question*, with one window: the first that holds its first
-    answer whole, else the first. More windows would be more records of whoever asked, and the
-    promise is made for one record. Neither does it cover a *context*: where several questions are
-    asked about one text, each of them is protected, and the text that they share is not.
+    If question and context are longer than ``max-length`` tokens, the context is cut into windows;
+    two neighbors share a third of ``max-length``. A private record is a *question* with one window:
+    the first that holds its whole first answer, or the first window if none does. More windows per
+    question would be several records of the same person, and the promise is for one record. The
+    promise does not cover a *context* either: if several questions are about one text, each
+    question is protected, but the text that they share is not.
 
     Batches are ``{"input_ids", "attention_mask", …: (n, t) int64, "start", "end": (n,) int64}``,
-    padded to their longest record of t tokens; the answer is the tokens from start to end, both
-    included, and the class token (the first where there is none) if there is no answer.
+    padded to their longest record of t tokens. The answer is the tokens from start to end, both
+    included. If there is no answer, it is the class token, or the first token of a model without a
+    class token.
 
     Parameters
     ----------
@@ -68,8 +70,8 @@ class QuestionAnswering(LanguageTask):
     Raises
     ------
     InvalidValue
-        As the base class; or figures of private records are asked for, which cannot be had from
-        one window.
+        As the base class; or ``report-unprotected-metrics`` asks for figures of private records,
+        which need all windows of a question and not only one.
     """
 
     name = "question-answering"
@@ -79,8 +81,8 @@ class QuestionAnswering(LanguageTask):
         super().__init__(settings)
         if settings.report_unprotected_metrics:
             allowed = (
-                f"false where task = {self.name!r}: clients keep one window of a question, and "
-                "its figures are of all"
+                f"false where task = {self.name!r}: clients keep one window of each question, but "
+                "figures need all windows"
             )
             raise InvalidValue("report-unprotected-metrics", True, allowed)
 
@@ -103,22 +105,23 @@ class QuestionAnswering(LanguageTask):
     def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
         """Measure a model on questions, each with all its windows.
 
-        Its answer is the best span of at most 30 tokens over a question's windows, among the 20
-        best starts and ends of each; or none, where the data set has questions without an answer
-        and the lowest score of none in a window is above that of the span.
+        The model's answer is the best span of at most 30 tokens in all windows of a question, among
+        the 20 best starts and the 20 best ends of each window. If the data set has questions
+        without an answer, the model answers "none" where the lowest score of "none" among the
+        windows is above the score of that span.
 
         Parameters
         ----------
         model : nn.Module
-            Put in evaluation mode meanwhile; batches are moved to its device.
+            The model, in evaluation mode during the call. Batches are moved to its device.
         records : Records
-            As of `test_records`.
+            The records of `test_records`.
 
         Returns
         -------
         dict[str, float]
             Means over questions: ``f1`` and ``exact_match`` in [0, 1]
-            (`fedlora_flwr.tasks.squad`), and ``loss``, that of the one window a private record
+            (`fedlora_flwr.tasks.squad`), and ``loss``, of the one window that a private record
             would have.
 
         Raises
@@ -144,7 +147,7 @@ class QuestionAnswering(LanguageTask):
     def _scores(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return each token's scores as start and as end of the answer, of shape (n, t), fp32."""
         found = model(**{name: batch[name] for name in self._inputs})
-        # Else a record's loss would depend on how far its batch is padded.
+        # Without the mask, a record's loss would depend on the padding of its batch.
         padding = batch["attention_mask"] == 0
         starts, ends = (
             scores.float().masked_fill(padding, -torch.inf)
@@ -160,7 +163,7 @@ class QuestionAnswering(LanguageTask):
         begin: NDArray[np.float64],
         end: NDArray[np.float64],
     ) -> tuple[list[int], list[str]]:
-        """Return the questions of windows, and the text that answers each."""
+        """Return the questions that windows belong to, and the model's answer to each."""
         order = np.lexsort((-score, question))
         questions, first = np.unique(question[order], return_index=True)
         best = order[first]
@@ -186,7 +189,7 @@ class QuestionAnswering(LanguageTask):
 
     @cached_property
     def _config(self) -> PretrainedConfig:
-        # The head has one output a label.
+        # The head has one output per label.
         return load_config(self._settings, num_labels=len(_TARGETS))
 
     def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -201,7 +204,7 @@ class QuestionAnswering(LanguageTask):
 
     def _notes(self, dataset: Dataset) -> list[str]:
         wrong = misplaced(dataset)
-        text = f"questions whose answer is not where it should begin in the context: {wrong:,}"
+        text = f"questions whose answer is not at its place in the context: {wrong:,}"
         return [*super()._notes(dataset), *([text] if wrong else [])]
 
     def _prepare(self, dataset: Dataset, *, training: bool) -> ArrowRecords:
@@ -222,7 +225,7 @@ class QuestionAnswering(LanguageTask):
 
 
 def _losses(starts: Tensor, ends: Tensor, batch: Batch) -> Tensor:
-    """Return a loss a window; 0 for those without a target."""
+    """Return the loss of each window; 0 for windows without a target."""
     start, end = (
         F.cross_entropy(scores, batch[name], reduction="none", ignore_index=NO_TARGET)
         for name, scores in zip(_TARGETS, (starts, ends), strict=True)
@@ -231,10 +234,10 @@ def _losses(starts: Tensor, ends: Tensor, batch: Batch) -> Tensor:
 
 
 def _measured(starts: Tensor, ends: Tensor, batch: Batch) -> Tensor:
-    """Return of each window what its question's answer needs: fp64, shape (7, n).
+    """Return the figures of each window from which answers follow: fp64, shape (7, n).
 
-    Question, whether it has a target, its loss, the scores of no answer and of its best span, and
-    that span's place in the context.
+    The rows are: the question, whether the window has a target, its loss, the score of no answer,
+    the score of its best span, and where this span begins and ends in the context.
     """
     none = batch["none"].unsqueeze(1)
     score, first, last = _best_span(starts, ends, batch["begins"] >= 0)
@@ -253,7 +256,7 @@ def _measured(starts: Tensor, ends: Tensor, batch: Batch) -> Tensor:
 def _best_span(starts: Tensor, ends: Tensor, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the score of each window's best span, shape (n,), and its ends, both (n, 1).
 
-    The score is minus infinity where the best starts and ends make no span inside the context.
+    The score is minus infinity if no pair of the best starts and ends is a span of the context.
     """
     k = min(_BEST, starts.shape[1])
     start, first = starts.masked_fill(~inside, -torch.inf).topk(k)

@@ -1,4 +1,4 @@
-"""Tasks by name: what is learned, from which records, on which backbone."""
+"""Tasks by name. A task says what is learned, from which records, on which backbone."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Task(Protocol):
         ...
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the loss of each record, shape (n,); record i's reads record i only."""
+        """Return the loss of each record, shape (n,). Loss i depends on record i only."""
         ...
 
     def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
@@ -72,18 +72,18 @@ OPTIONAL: Mapping[str, str] = {
     "check_splits_apart": "raises an error if a public record is private: a device evaluates only "
     "with it",
 }
-"""Members that a task may have beside those of `Task`, and what each is for."""
+"""Members that a task may have beside those of `Task`, and the purpose of each."""
 TaskFactory = Callable[..., Task]
 _METHODS = ("build_model", "client_records", "test_records", "losses", "evaluate")
 
 
 def extras_of(name: str) -> tuple[str, ...]:
-    """Return what has to be installed for a task, as `fedlora_flwr.errors.require` takes it.
+    """Return the extras that must be installed for a task, as `fedlora_flwr.errors.require` takes.
 
     Parameters
     ----------
     name : str
-        As for `build_task`. What else a task of the user's own imports is not known here.
+        As for `build_task`. A task of the user's own may import more; that is not known here.
 
     Raises
     ------
@@ -95,10 +95,10 @@ def extras_of(name: str) -> tuple[str, ...]:
 
 
 def required_on_device(name: str) -> tuple[tuple[str, ...], ...]:
-    """Return what a device's own file must say for a task.
+    """Return the keys that a device's own file must have for a task.
 
-    With these keys, private records decide nothing but the values of gradients: a model of the same
-    modules and shapes is built on every device, and no record is opened for it.
+    With these keys, every device builds a model of the same modules and shapes without opening a
+    record. Private records then only decide the values of gradients.
 
     Parameters
     ----------
@@ -108,8 +108,8 @@ def required_on_device(name: str) -> tuple[tuple[str, ...], ...]:
     Returns
     -------
     tuple[tuple[str, ...], ...]
-        Groups of configuration keys. Of each group, one key must be there with a value other than
-        empty text or 0.
+        Groups of configuration keys. One key of each group must have a value other than empty text
+        or 0.
 
     Raises
     ------
@@ -134,7 +134,7 @@ def build_task(name: str, settings: Any) -> Task:
     Raises
     ------
     InvalidValue
-        No task has that name, there is no such module or function, or it makes something else.
+        No task has that name, the module or function does not exist, or its result is not a task.
     NotInstalled
         The task needs packages that are not installed.
     """
@@ -142,48 +142,50 @@ def build_task(name: str, settings: Any) -> Task:
     known = TASKS.get(name)
     task = _made(name, _factory(known.place if known else name), settings)
     if missing := [member for member in _METHODS if not hasattr(task, member)]:
-        allowed = f"module:function of a task; it gives a {type(task).__name__} without {missing}"
+        allowed = f"module:function of a task, but it returns a {type(task).__name__} without"
+        allowed = f"{allowed} {missing}"
         raise InvalidValue("task", name, allowed)
     return task
 
 
 def optional(task: Task, member: str) -> Callable[..., Any] | None:
-    """Return one of a task's `OPTIONAL` members, or ``None`` where the task has no such member."""
+    """Return one of a task's `OPTIONAL` members, or ``None`` if the task does not have it."""
     assert member in OPTIONAL
     found: Callable[..., Any] | None = getattr(task, member, None)
     return found
 
 
 def check_splits_apart(task: Task) -> None:
-    """Make sure that none of a task's public records is a private one, before a device evaluates.
+    """Refuse a task with a public record that is also private, before a device evaluates.
 
     Parameters
     ----------
     task : Task
-        One with a method ``check_splits_apart()``, which raises an error if there is such a record.
+        A task with the method ``check_splits_apart()``, which raises an error if it finds such a
+        record.
 
     Raises
     ------
     InvalidValue
-        There is such a record, or a task of the user's own has no such method.
+        A public record is private, or a task of the user's own does not have the method.
     """
     check = optional(task, "check_splits_apart")
     if check is None:
         allowed = (
-            "one with a method check_splits_apart, which refuses public records that are private: "
-            "without it, a device does not evaluate"
+            "a task with a method check_splits_apart, which refuses public records that are "
+            "private: without it, a device does not evaluate"
         )
         raise InvalidValue("task", task.name, allowed)
     check()
 
 
 def reading(task: Task, num_partitions: int) -> list[str]:
-    """Return sentences on the records that a task reads and leaves out.
+    """Return sentences about the records that a task reads and leaves out.
 
     Parameters
     ----------
     task : Task
-        A task on a data set. Of others, and of the user's own, there is nothing to tell.
+        A task on a data set. For a task without a method ``reading`` the list is empty.
     num_partitions : int
         Clients of a simulation.
 
@@ -197,7 +199,7 @@ def reading(task: Task, num_partitions: int) -> list[str]:
 
 
 def private_reading(task: Task) -> list[str]:
-    """Return sentences on the private records that a device reads and leaves out.
+    """Return sentences about the private records that a device reads and leaves out.
 
     Parameters and errors are those of `reading`.
     """
@@ -224,7 +226,7 @@ def class_names(task: Task) -> tuple[str, ...]:
 
 
 def unstated_classes(task: Task) -> list[str]:
-    """Return the names of a classifier's private classes where only their number is configured.
+    """Return the names of a classifier's private classes if only their number is configured.
 
     Raises
     ------
@@ -239,7 +241,7 @@ def _made(name: str, factory: TaskFactory, settings: Any) -> Task:
     """Call a task's class or function with the settings, or with nothing if it takes nothing."""
     try:
         parameters = signature(factory)
-    except ValueError:  # A class of a compiled module says nothing.
+    except ValueError:  # A class of a compiled module may have no signature.
         return factory(settings)
     for given in ((settings,), ()):
         try:
@@ -247,7 +249,7 @@ def _made(name: str, factory: TaskFactory, settings: Any) -> Task:
         except TypeError:
             continue
         return factory(*given)
-    allowed = f"a class or function that takes the settings or nothing, and it takes {parameters}"
+    allowed = f"a class or function that takes the settings or nothing, but it takes {parameters}"
     raise InvalidValue("task", name, allowed)
 
 

@@ -17,17 +17,18 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
     Parameters
     ----------
     prediction : str
-        Text; empty for the statement that there is no answer.
+        The predicted text. Empty text says that there is no answer.
     answers : Sequence[str]
-        The right answers; none, or none but articles and punctuation, for a question without one.
+        The right answers. A question without an answer has none, or only articles and punctuation.
     """
     return _best(prediction, answers, lambda found, right: float(found == right))
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
-    """Return the F1 of a predicted answer's words, in [0, 1], against the nearest right answer.
+    """Return the F1 of a predicted answer's words, in [0, 1], against the closest right answer.
 
-    Words count as often as they occur. Where one of the two has no words, both must have none.
+    Words count as often as they occur. If one of the two has no words, F1 is 1 if the other has
+    none either, and otherwise 0.
     Parameters are those of `exact_match`.
     """
     return _best(prediction, answers, _overlap)

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
-# Names of records, which are not text to learn from: common ones, and what pandas calls the index
-# of a table that it writes as parquet. Whoever means such a column names it.
+# Names of columns that number or name records and hold no text to learn from. The first is pandas'
+# name for the index of a table in a parquet file. `input-columns` can still name such a column.
 _INDEX = re.compile(r"__index_level_\d+__|(\w+[_-])?(id|idx|uid|guid|uuid)|index", re.IGNORECASE)
 
 
@@ -39,7 +39,7 @@ class TextClassification(ClassifierTask, LanguageTask):
 
     Batches are ``{"input_ids", "attention_mask", …: (n, t) int64, "label": (n,) int64}``, padded to
     their longest record of t tokens. Keys of the configuration: ``model``, ``dataset``,
-    ``input-columns`` (one text or two; empty takes all text columns), ``label-column``,
+    ``input-columns`` (one or two columns of text; empty takes all), ``label-column``,
     ``max-length``.
     """
 
@@ -75,7 +75,7 @@ class TextClassification(ClassifierTask, LanguageTask):
     @cached_property
     def _config(self) -> PretrainedConfig:
         config = load_config(self._settings, num_labels=self.num_classes)
-        # Models that classify the last token find it by the padding.
+        # Models that classify the last token use the padding to find it.
         config.pad_token_id = self._tokenizer.pad_token_id
         return config
 
@@ -89,7 +89,7 @@ class TextClassification(ClassifierTask, LanguageTask):
         return text_columns(dataset, settings.input_columns, others)
 
     def _columns_of(self, dataset: Dataset, split: str) -> list[str]:
-        """Return the columns to read, of a test split in the order of the private one."""
+        """Return the columns to read. Those of a test split are in the private split's order."""
         own = self._input_columns(dataset)
         private = None if split == self._settings.train_split else self._private_source()
         if private is None:
@@ -124,15 +124,15 @@ def text_columns(dataset: Dataset, chosen: str, others: Collection[str]) -> list
     dataset : Dataset
         The split.
     chosen : str
-        Names with commas between them; empty for all text columns but ``others`` and those with
-        names of records, such as ``id``.
+        Names with commas between them. Empty for all text columns except ``others`` and columns
+        that name records, such as ``id``.
     others : Collection[str]
-        Columns with something else, such as the class.
+        Columns with another purpose, such as the class.
 
     Raises
     ------
     InvalidValue
-        A column is not there or holds no text, or there are none or more than two.
+        A column is missing or holds no text, or there are none or more than two.
     """
     texts = [
         name
@@ -145,7 +145,7 @@ def text_columns(dataset: Dataset, chosen: str, others: Collection[str]) -> list
     for name in found:
         if name not in texts:
             kind = dataset.features.get(name)
-            held = f"; {name!r} holds {kind}, which is not text" if kind is not None else ""
+            held = f", but {name!r} holds {kind}, which is not text" if kind is not None else ""
             raise unknown("input-columns", name, texts, after=held)
     if not 1 <= len(found) <= 2:
         raise InvalidValue("input-columns", chosen, f"one or two of {texts}")
@@ -170,6 +170,6 @@ def _tokens(
     ).data
     fillings = {"input_ids": tokenizer.pad_token_id, "attention_mask": 1, "token_type_ids": 0}
     for name, filling in fillings.items():
-        # Tokenizers that add none of their own have no tokens for an empty text.
+        # A tokenizer that adds no special tokens returns none for an empty text.
         found[name] = [values or [filling] for values in found[name]]
     return found

@@ -1,4 +1,4 @@
-"""Tokens that a model can read, and made-up texts of them."""
+"""Checks that a model can read all tokens, and made-up texts of its tokens."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def check_ids(prepared: Dataset, config: PretrainedConfig) -> None:
     Parameters
     ----------
     prepared : Dataset
-        With the column ``input_ids``.
+        Records with the column ``input_ids``.
     config : PretrainedConfig
-        The model's.
+        The model's configuration.
 
     Raises
     ------
     InvalidValue
-        Names the model, the id and the number of embeddings.
+        A token is beyond the model's embeddings.
     """
     import pyarrow.compute as pc
 
@@ -63,13 +63,13 @@ def made_up_texts(
     Parameters
     ----------
     tokenizer : PreTrainedTokenizerBase
-        The model's; it is left as it was.
+        The model's tokenizer, which is not changed.
     config : PretrainedConfig
-        The model's.
+        The model's configuration.
     names : list[str]
-        As of `fedlora_flwr.backbones.language_models.input_names`.
+        The inputs that `fedlora_flwr.backbones.language_models.input_names` returned.
     shape : tuple[int, int]
-        Number of texts, and how many tokens each has at most.
+        Number of texts, and the most tokens of each.
     pair : bool (default: False)
         Whether a text is a pair of texts.
 
@@ -91,7 +91,7 @@ def made_up_texts(
         raise _beyond(config, f"the tokenizer has token {words[-1]}", known)
     generator = torch.Generator().manual_seed(_SEED)
     drawn = torch.randint(max(len(words), 1), (2, count, length), generator=generator).tolist()
-    own = copy.deepcopy(tokenizer)  # A call leaves its truncation behind.
+    own = copy.deepcopy(tokenizer)  # A call changes the truncation that a tokenizer keeps.
     texts = [[own.decode([words[i] for i in text]) for text in part] for part in drawn]
     found = own(
         *texts[: 1 + pair],
@@ -113,8 +113,8 @@ def _embeddings(config: PretrainedConfig) -> int | None:
 
 def _beyond(config: PretrainedConfig, found: str, known: int) -> InvalidValue:
     allowed = (
-        f"a model that its tokenizer belongs to: {found}, and the model has embeddings for tokens "
-        f"0 to {known - 1}. Save the model after model.resize_token_embeddings, or use its "
-        "own tokenizer"
+        f"a model with its own tokenizer: {found}, but the model has embeddings for tokens 0 to "
+        f"{known - 1} only. Save the model after model.resize_token_embeddings, or use its own "
+        "tokenizer"
     )
     return InvalidValue("model", config.name_or_path, allowed)

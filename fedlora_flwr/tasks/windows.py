@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
-# The label that torch's cross entropy leaves out.
+# torch's cross entropy leaves out records with this label.
 NO_TARGET = -100
 _ROWS = 256
 
@@ -40,7 +40,7 @@ def gold_answers(value: Any) -> list[tuple[str, int]]:
 
 
 def misplaced(dataset: Dataset) -> int:
-    """Count the questions whose first answer does not stand in the context where it should begin.
+    """Count the questions with a first answer that is not where the context should have it.
 
     Parameters
     ----------
@@ -54,18 +54,18 @@ def misplaced(dataset: Dataset) -> int:
             try:
                 for text, begin in gold_answers(answers)[:1]:
                     wrong += (context or "")[begin : begin + len(text)] != text
-            except (KeyError, TypeError, ValueError):  # Refused by name when it is prepared.
+            except (KeyError, TypeError, ValueError):  # Preparing the records refuses it by name.
                 wrong += 1
     return wrong
 
 
 def check_room(limit: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse windows so short that they might not move on in a context.
+    """Refuse windows so short that the next one might begin at the same token of a context.
 
     Raises
     ------
     InvalidValue
-        Names ``max-length``.
+        ``max-length`` is too small.
     """
     least = 3 * (tokenizer.num_special_tokens_to_add(pair=True) + 1)
     if limit < least:
@@ -73,26 +73,26 @@ def check_room(limit: int, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def training_windows(rows: Columns, *, tokenizer: PreTrainedTokenizerBase, limit: int) -> Columns:
-    """Return one window of each question: the first that holds its first answer whole.
+    """Return one window of each question: the first that holds its whole first answer.
 
-    Where there is no answer, or no window holds it, that is the first window.
+    If there is no answer, or no window holds it, it is the first window.
 
     Parameters
     ----------
     rows : dict[str, list]
         ``question``, ``context`` and ``answers`` of n records.
     tokenizer : PreTrainedTokenizerBase
-        Of the model.
+        The model's tokenizer.
     limit : int
-        Tokens of a window. Up to a third are the question's, the rest of which is cut off, and two
-        windows share a third.
+        Tokens of a window. The question is cut to a third of them, and two neighboring windows
+        share a third.
 
     Returns
     -------
     dict[str, list]
-        Of each record: the model's inputs, the tokens ``start`` and ``end`` of the answer and
-        ``none``, the token that stands for no answer; and, for each token, what ``begins`` and
-        ``ends`` it in the context, in characters, -1 outside it.
+        For each record: the model's inputs, the tokens ``start`` and ``end`` of the answer, and
+        ``none``, the token that stands for no answer. For each token: where it ``begins`` and
+        ``ends`` in the context, in characters, and -1 outside the context.
     """
     chosen = [
         next(window for window in windows if window["start"] != NO_TARGET)
@@ -104,20 +104,22 @@ def training_windows(rows: Columns, *, tokenizer: PreTrainedTokenizerBase, limit
 def all_windows(rows: Columns, *, tokenizer: PreTrainedTokenizerBase, limit: int) -> Columns:
     """Return lists of all windows of each question; only one of them has a target.
 
-    Parameters and columns are those of `training_windows`, but that ``start`` and ``end`` are
-    `NO_TARGET` in the windows that it would leave out.
+    Parameters and columns are those of `training_windows`. ``start`` and ``end`` are `NO_TARGET` in
+    the windows that `training_windows` would leave out.
     """
     found = _windows(rows, tokenizer, limit)
     return {name: [[window[name] for window in each] for each in found] for name in found[0][0]}
 
 
 def one_row_each(questions: Dataset) -> Dataset:
-    """Return a row a window where there was one a question, with its position as ``question``.
+    """Turn one row per question into one row per window.
+
+    The new column ``question`` holds the position of each window's question.
 
     Parameters
     ----------
     questions : Dataset
-        With the columns of `all_windows`; nothing is copied.
+        Rows with the columns of `all_windows`. Nothing is copied.
     """
     import datasets
     import pyarrow as pa
@@ -128,7 +130,7 @@ def one_row_each(questions: Dataset) -> Dataset:
     columns = {name: pc.list_flatten(nested.column(name)) for name in nested.column_names}
     columns["question"] = np.repeat(np.arange(len(counts)), counts)
     table = datasets.table.InMemoryTable(pa.table(columns))
-    # Without a name, the library would read all of it to make one.
+    # Without a given fingerprint, the library would read the whole table to compute one.
     return datasets.Dataset(table, fingerprint=f"{questions._fingerprint}-windows")
 
 
@@ -159,7 +161,7 @@ def _window(question: Encoding, part: Encoding, tokenizer: PreTrainedTokenizerBa
         "attention_mask": pair.attention_mask,
         "token_type_ids": pair.type_ids,
     }
-    # The pair's own places may have lost a blank that a token begins with twice.
+    # Offsets come from the part: post-processing may move those of the pair by a leading blank.
     places = np.full((len(pair), 2), -1)
     places[[which == 1 for which in pair.sequence_ids]] = np.array(part.offsets).reshape(-1, 2)
     begins, ends = places.T
@@ -188,7 +190,7 @@ def _set_target(windows: list[Row], answers: Sequence[tuple[str, int]]) -> None:
 def _place(
     begins: NDArray[np.int64], ends: NDArray[np.int64], begin: int, end: int
 ) -> tuple[int, int] | None:
-    """Return the first and last token of characters ``begin`` to ``end``, if all are there."""
+    """Return the first and last token of characters ``begin`` to ``end`` if the window has all."""
     inside = np.flatnonzero(begins >= 0)
     if not len(inside) or begin < begins[inside[0]] or end > ends[inside[-1]]:
         return None

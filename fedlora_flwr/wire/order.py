@@ -41,8 +41,8 @@ LONGEST_PLAN = 100_000  # characters
 LONGEST = 128
 LONGEST_NAMES = 10_000_000  # characters of all names together
 ARRAYS_ALLOWED = (
-    "the model's arrays, each once, and folded pairs: of its names and shapes at the run's rank, "
-    f"of floating-point numbers, all finite and at most {MOST_ENTRY:g} in magnitude"
+    "the model's arrays, each once, and folded pairs, with the model's names and shapes at the "
+    f"run's rank; floating-point numbers, all finite and at most {MOST_ENTRY:g} in magnitude"
 )
 ARRAYS_WHY = "Training starts from them; the private step holds at any weights within the limit."
 # Flower's own mods leave these keys in a message. They concern the upload, and act after this
@@ -114,7 +114,7 @@ class Order:
         "It names the round in the ledger; the budget does not read it.",
     )  # fmt: skip
     plan: str = _row(
-        PLAN, "", Text(LONGEST_PLAN), "All that trains is clipped together under any plan."
+        PLAN, "", Text(LONGEST_PLAN), "Everything that trains is clipped together under any plan."
     )
     names: str = _row(
         NAMES, "", Text(LONGEST_NAMES), "Arrays with other names or shapes are refused."
@@ -132,19 +132,19 @@ class Order:
     )  # fmt: skip
     cohort: int = _row(
         COHORT, 0, Number(1, MOST_COHORT, whole=True),
-        "The share of the noise follows from it; the device's file says how small it may become.",
+        "It decides a client's share of the noise; the device's file limits how small a share is.",
     )  # fmt: skip
     sum_noise: float = _row(
         SUM_NOISE, 0.0, Number(1e-3, 1e6),
-        "A device refuses less than its own budget needs, and its ledger counts what was ordered.",
+        "A device refuses less noise than its budget needs, and its ledger counts this noise.",
     )  # fmt: skip
     grid_norm: int = _row(
         GRID_NORM, 0, Number(1 << 10, 1 << 20, whole=True),
-        "The noise is made for any grid, and rounding never lengthens a record's gradient.",
+        "The noise fits any grid, and rounding never lengthens a record's gradient beyond C.",
     )  # fmt: skip
     stage: str = _row(
         STAGE, "", Text(LONGEST, STAGES),
-        "A device follows the order of the messages, and uploads to a sum in no other way.",
+        "A device accepts these messages in one order only, and otherwise uploads nothing.",
     )  # fmt: skip
     packet: bytes = _row(
         PACKET, b"", Packet(LONGEST_PACKET),
@@ -152,11 +152,11 @@ class Order:
     )  # fmt: skip
     proximal_mu: float = _row(
         PROXIMAL, 0.0, Number(0, 1e3),
-        "The pull is added after the noise, from arrays that the server knows.",
+        "The pull is added after the noise, and the server knows the arrays that it uses.",
     )  # fmt: skip
     continues: str = _row(
         CONTINUES, "", Text(LONGEST),
-        "Rounds count in that run's plan, which is fixed; a server may begin new runs anyway.",
+        "Rounds count in the plan of that run, which is fixed, and a server can start runs anyway.",
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -95,7 +95,7 @@ def message_records(content: RecordDict) -> tuple[ArrayRecord, dict[str, Any]]:
         if len(records) != 1:
             raise OrderRefused(f"The message has {len(records)} {kind}s. Send exactly one.")
     if count := len(content.metric_records):
-        raise OrderRefused(f"The message has {count} MetricRecords, which nobody reads. Send none.")
+        raise OrderRefused(f"The message has {count} MetricRecords, but clients read none.")
     return next(iter(arrays.values())), dict(next(iter(configs.values())))
 
 

@@ -86,7 +86,7 @@ class Report:
     client: str = _row(
         "",
         DEVICE,
-        "Budget and cohorts belong to the data, which the device alone can name; the server binds "
+        "Budget and cohorts belong to the data, which only the device can name; the server binds "
         "the name to the node's key.",
         wire.CLIENT,
         NAME,
@@ -101,7 +101,7 @@ class Report:
     arrays: Mapping[str, NDArray[Any]] = _row(
         {},
         RUN,
-        "The plan says what trains; only private steps and their post-processing made the values.",
+        "The plan decides what trains; the values come from private steps and post-processing.",
         wire.ARRAYS,
         f"up to {limits.MOST_ARRAYS} named arrays of fp16, fp32 or fp64, together "
         f"{limits.MOST_ENTRIES} finite entries of at most {limits.MOST_UPLOADED_ENTRY:g} in "
@@ -118,7 +118,7 @@ class Report:
     packet: bytes = _row(
         b"",
         PACKAGE,
-        "Fresh keys and sealed shares of them tell nothing of a record.",
+        "New keys and sealed shares of them tell nothing about a record.",
         wire.PACKET,
         Packet(limits.LONGEST_PACKET),
     )
@@ -132,21 +132,21 @@ class Report:
     epsilon_budget: float | None = _row(
         None,
         DEVICE,
-        "The device's file says what may be spent on its data.",
+        "The device's file states the budget of its data.",
         wire.EPSILON_BUDGET,
         Number(0, 1e6, unbounded=True),
     )
     delta: float | None = _row(
         None,
         DEVICE,
-        "The device's file says at which δ its ε holds.",
+        "The device's file states the δ of its ε.",
         wire.DELTA,
         Number(0, 1),
     )
     accountant: str = _row(
         "",
         PACKAGE,
-        "An ε means nothing without the name of what computed it.",
+        "An ε means nothing without its accountant.",
         wire.ACCOUNTANT,
         Text(64),
     )
@@ -174,14 +174,14 @@ class Report:
     weight: float | None = _row(
         None,
         DEVICE,
-        "It tells n or σ, which leave only where the device agrees to the run's weighting.",
+        "It tells n or σ, which leave only if the device agrees to the run's weighting.",
         wire.WEIGHT,
         Number(0, limits.MOST_WEIGHT, above=True),
     )
     num_examples: int | None = _row(
         None,
         DEVICE,
-        "The number of records leaves only where the device agrees to weighting by size.",
+        "The number of records leaves only if the device agrees to weighting by size.",
         wire.NUM_EXAMPLES,
         Number(0, limits.MOST_RECORDS, whole=True),
     )
@@ -195,8 +195,8 @@ class Report:
     measured: Mapping[str, float] = _row(
         {},
         DEVICE,
-        "An evaluation's figures, where the device's file names its records; a project's own "
-        "client may report numbers here, this package's client reports none.",
+        "An evaluation's figures, if the device's file names its records; a project's own client "
+        "may report further numbers here, but this package's client does not.",
         FURTHER,
         f"up to {limits.MOST_NUMBERS} further numbers together, each {_FURTHER.allowed}",
     )
@@ -204,7 +204,7 @@ class Report:
         {},
         PACKAGE,
         "A project's own client may add notes, which the server only writes down; this package's "
-        "client adds none.",
+        "client does not.",
         FURTHER,
         f"up to {limits.MOST_NOTES} flags, texts of at most {limits.LONGEST_TEXT} printable "
         f"characters, or up to {limits.LONGEST_BYTES} bytes",

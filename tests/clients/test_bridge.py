@@ -291,5 +291,5 @@ def test_a_legacy_message_with_a_record_that_nobody_reads_is_refused(kind: str) 
             "more": ConfigRecord({"task": "digits"}),
         }
     )
-    with pytest.raises(RuntimeError, match=r"records that nobody reads: \['more'\]"):
+    with pytest.raises(RuntimeError, match=r"records that are not read: \['more'\]"):
         ask(app_of(AddOwnNumber), kind, content)

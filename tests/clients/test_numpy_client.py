@@ -259,6 +259,6 @@ def test_rates_that_change_need_to_know_the_round(make_config: MakeConfig) -> No
 
     reason = asker.error(plan="B")
 
-    assert "does not say which round" in reason
+    assert "does not name its round" in reason
     assert "lr-schedule = 'constant'" in reason
     asker.train("B", 1)

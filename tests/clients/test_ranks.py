@@ -184,9 +184,9 @@ def test_a_rank_below_one_is_refused(make_config: MakeConfig, rank: int) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"client_ranks": "2,5"}, "ranks of 1 to 4"),
-        ({"client_ranks": "0,2"}, "ranks of 1 to 4"),
-        ({"client_ranks": "-1"}, "ranks of 1 to 4"),
+        ({"client_ranks": "2,5"}, "ranks from 1 to rank = 4"),
+        ({"client_ranks": "0,2"}, "ranks from 1 to rank = 4"),
+        ({"client_ranks": "-1"}, "ranks from 1 to rank = 4"),
         ({"client_ranks": "two"}, "whole numbers"),
         ({"client_ranks": "2.0"}, "whole numbers"),
         ({"strategy": "dp-lora"}, "strategy = 'flexlora'"),

@@ -61,7 +61,7 @@ def test_a_devices_own_table_says_what_is_in_force() -> None:
     limits = {"rank": Limit.read("rank", 8)}
     found = dict(in_force({"epsilon": 3.0}, limits))
     assert found["privacy.epsilon"] == "3.0, its file"
-    assert found["privacy.ledger-scope"] == "'lifetime', default: its file is silent"
+    assert found["privacy.ledger-scope"] == "'lifetime', default, not set in its file"
     assert found["partition.partitioner"] == "'iid', always"
     assert found["lora.rank"] == "the run, at most 8"
     assert found["privacy.clip-norm"].startswith("the run, a number from")

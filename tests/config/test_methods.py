@@ -119,7 +119,7 @@ def test_a_setting_that_no_method_has_is_refused(strategy: str, key: str, messag
         ("mine_own_metod:Damped", "is not a module in"),
         ("mine_own_method:function", "a subclass of FedLoRA"),
         ("mine_own_method:Closed", "missing a required argument: 'damping'"),
-        ("mine_own_method:Nameless", "set `name` in it"),
+        ("mine_own_method:Nameless", "Set `name` in it"),
         ("dampd", "or your own module:Class"),
     ],
 )

@@ -93,7 +93,7 @@ def test_class_folders_are_classes_by_name(tmp_path: Path) -> None:
     named = ImageClassification(image_config(folder, class_names="cat,bee,ant"))
     assert named.num_classes == len(CLASSES)
     assert labels(named.client_records(0, 1)) == [1] * 8 + [0] * 8
-    with pytest.raises(InvalidValue, match=r"class-names = ''.*2 class folders, which cannot"):
+    with pytest.raises(InvalidValue, match=r"class-names = ''.*which 2 class folders cannot"):
         ImageClassification(image_config(folder, num_classes=3)).client_records(0, 1)
     with pytest.raises(InvalidValue, match=r"class-names = 'cat,ant' .*\['bee'\]"):
         ImageClassification(image_config(folder, class_names="cat,ant")).client_records(0, 1)

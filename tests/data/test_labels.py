@@ -72,7 +72,7 @@ def test_a_number_of_classes_that_is_given_needs_no_private_split() -> None:
     numbers = found.numbers(column([3, 0]))
     assert numbers.tolist() == [3, 0]
     assert numbers.dtype == np.int64
-    with pytest.raises(InvalidValue, match=r"num-classes = 4 .*at least 5: a record is of class 4"):
+    with pytest.raises(InvalidValue, match=r"= 4 .*at least 5, as a record has class 4"):
         found.numbers(column([0, 4]))
 
 
@@ -142,7 +142,7 @@ def test_names_that_a_type_gives_are_followed_across_splits() -> None:
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
-    with pytest.raises(InvalidValue, match=r"num-classes = 3 .*0 or 2, as class-names"):
+    with pytest.raises(InvalidValue, match=r"num-classes = 3 .*0 or 2, the number of names"):
         labels(None, 3, ["a", "b"])
     with pytest.raises(InvalidValue, match=r"class-names = 'a,b,a' .*each name once"):
         labels(None, 0, ["a", "b", "a"])

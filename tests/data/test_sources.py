@@ -211,9 +211,9 @@ def test_a_broken_file_is_one_error(
         (("{tmp}/shards", "train"), "dataset", "all shards"),
         (("{tmp}/shards/train-00001-of-00003.parquet", "train"), "dataset", "folder of all shards"),
         (("{tmp}/twice", "train"), "dataset", "one file"),
-        (("{tmp}/empty", "train"), "dataset", "records, and it has none"),
-        (("{tmp}/empty", "test"), "dataset", "records, and it has none"),
-        (("{tmp}/empty", "head"), "dataset", "records, and it has none"),
+        (("{tmp}/empty", "train"), "dataset", "records, but it has none"),
+        (("{tmp}/empty", "test"), "dataset", "records, but it has none"),
+        (("{tmp}/empty", "head"), "dataset", "records, but it has none"),
     ],
 )
 def test_bad_input_is_named(

@@ -134,7 +134,7 @@ def test_the_same_rows_in_another_order_and_encoding_are_refused(folder: Path) -
     rows = [{**row, "more": number} for number, row in enumerate(texts(0, 600))]
     random.Random(3).shuffle(rows)
     write(folder / "validation.parquet", rows)
-    refused(text_task(folder), "is record 0 of the private .* so with 599 more")
+    refused(text_task(folder), "is record 0 of the private .* and 599 more")
 
 
 def test_saved_data_sets_are_compared(folder: Path, tmp_path: Path) -> None:

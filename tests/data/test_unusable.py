@@ -38,7 +38,7 @@ def test_a_question_whose_answer_has_no_place(
     with pytest.raises(InvalidValue, match=re.escape(place)) as caught:
         task.client_records(0, 1)
     assert len(str(caught.value).splitlines()) == 1
-    assert any("answer is not where it should begin" in note for note in task._notes(task._train))
+    assert any("answer is not at its place" in note for note in task._notes(task._train))
 
 
 def test_a_conversation_that_is_no_text(make_chats: conversations.Make, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_a_device_is_looked_at_where_it_is(
     assert any(text.startswith("backbone ") for text in good["device-01"])
     # Who decides what here.
     assert good["privacy.epsilon"] == ["3.0, its file"]
-    assert good["data.test-split"] == ["'', default: its file is silent"]
+    assert good["data.test-split"] == ["'', default, not set in its file"]
     assert good["partition.partitioner"] == ["'iid', always"]
     assert good["privacy.clip-norm"][0].startswith("the run, a number from")
 

@@ -241,7 +241,7 @@ def test_a_trainer_that_steps_on_is_stopped(tmp_path: Path) -> None:
             control.should_training_stop = False
             return control
 
-    with pytest.raises(PrivacyViolation, match="more steps than the budget was made for"):
+    with pytest.raises(PrivacyViolation, match="more steps than the noise is made for"):
         private(tmp_path, callbacks=[GoOn()], per_device_train_batch_size=4, max_steps=2).train()
 
 
@@ -270,7 +270,7 @@ def test_a_setting_that_would_break_the_guarantee_is_refused_by_name(
 @pytest.mark.parametrize(
     ("key", "value", "sentence"),
     [
-        ("fp16", True, "its loss scaler skips steps that records decide on"),
+        ("fp16", True, "whether its loss scaler skips a step is private"),
         ("deepspeed", "plan.json", "one process on one device"),
         ("fsdp", True, "one process on one device"),
         ("n_gpu", 2, "one process on one device"),
@@ -302,7 +302,7 @@ def mean_loss(*_: Any) -> Tensor:
             "compute_loss_func = .* pass losses, one loss per record",
         ),
         ({"model_init": build_model}, "model_init = .* pass the PeftModel itself"),
-        ({"data": iter(())}, "train_dataset = .* a data set with a length, read by position"),
+        ({"data": iter(())}, "train_dataset = .* a data set with a length and positions"),
         ({"eval_dataset": records(3)}, "eval_dataset = 'list'.* eval_is_public = True to say so"),
         ({"model": nn.Linear(2, 2)}, r"model = 'Linear' .* a peft.PeftModel: get_peft_model"),
     ],

@@ -102,11 +102,11 @@ def test_an_unknown_family_without_such_names_is_refused_with_layers_to_choose_f
             self.query, self.value = nn.Linear(2, 2), nn.Linear(2, 2)
 
     allowed = refusal(Bird(), "", ("query", "value"))
-    assert "nothing is usual for a bird" in allowed
+    assert "a bird has no usual layers" in allowed
     assert "'nest.0.egg'" in allowed
     assert "nest.1" not in allowed
     assert "query" not in allowed
-    assert "usual for a VisionTransformer" in refusal(vit(), "")
+    assert "a VisionTransformer has no usual layers" in refusal(vit(), "")
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -108,7 +109,7 @@ def test_a_damaged_ledger_is_named_and_refused(path: Path, damage: str) -> None:
         with pytest.raises(LedgerDamaged, match=r"^[^\n]*ledger\.sqlite[^\n]*\.$") as caught:
             Ledger(path)
         text = str(caught.value)
-        assert text.count(";") + text.count(":") >= 1, "It says what to do."
+        assert re.search(r"\. [A-Z]", text), "It says what to do."
 
 
 @pytest.mark.parametrize("damage", ["file deleted", "rolled back", "all rows deleted", "cut"])
@@ -181,7 +182,7 @@ def test_a_folder_that_cannot_be_written_is_named(path: Path) -> None:
 
 def test_a_place_that_cannot_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(LedgerDamaged, match="see to its disk, folder"):
+    with pytest.raises(LedgerDamaged, match="Check its disk, its folder"):
         Ledger(tmp_path / "file" / "ledger.sqlite")
 
 
@@ -196,7 +197,7 @@ def test_a_witness_in_another_folder_notices_that_all_was_deleted(tmp_path: Path
     path, witness = tmp_path / "state" / "ledger.sqlite", tmp_path / "elsewhere" / "witness"
     Ledger(path, witness=witness).record(ACCOUNT, 1, ONE, PLAN)
     shutil.rmtree(path.parent)
-    with pytest.raises(LedgerDamaged, match="it is gone, and had 1 rows"):
+    with pytest.raises(LedgerDamaged, match=r"it is gone, but its witness .* counts 1 rows"):
         Ledger(path, witness=witness)
 
 
@@ -311,7 +312,7 @@ def test_a_ledger_without_a_chain_gets_one_once(old: Path) -> None:
 
 def test_a_ledger_without_a_chain_but_with_a_gap_is_refused(old: Path) -> None:
     edit(old, "DELETE FROM releases WHERE id = 2")
-    with pytest.raises(LedgerDamaged, match="rows that were in it are gone"):
+    with pytest.raises(LedgerDamaged, match="it has lost rows"):
         Ledger(old)
 
 

@@ -156,7 +156,7 @@ def test_a_wrong_key_of_a_client_that_is_gone_is_noticed() -> None:
     for place, given in revealed.items():
         given[5] = other[place]
 
-    with pytest.raises(InvalidValue, match="the one of its card"):
+    with pytest.raises(InvalidValue, match="the key on its card"):
         opening.open(sent, revealed)
 
 

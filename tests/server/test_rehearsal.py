@@ -29,7 +29,7 @@ from tests.tasks.texts import text_config, write_reviews
 
 # What each family cannot do, and the words that say so. All else trains.
 NOT_FOR = "a model for this task"
-NOTHING_USUAL = "nothing is usual"
+NOTHING_USUAL = "has no usual layers"
 REFUSED = {
     ("Albert", "chat"): NOT_FOR,
     ("Deberta", "chat"): NOT_FOR,
@@ -180,7 +180,7 @@ def test_a_token_beyond_the_embedding_is_refused_before_a_round(
     config = text_config(model, tmp_path / "set", task=task, weights="random", num_clients=2)
 
     for prepare in (forecast, prepare_run):
-        with pytest.raises(InvalidValue, match=f"records have token {len(words)}, and the model"):
+        with pytest.raises(InvalidValue, match=f"records have token {len(words)}, but the model"):
             prepare(config)
 
 

@@ -64,7 +64,7 @@ def of_another_backbone(folder: Path) -> None:
     ("change", "keys", "message"),
     [
         (without_a_factor, {}, "an adapter that has 'blocks.0.fc.lora_A.weight'"),
-        (of_another_scaling, {}, "its own is 49.5"),
+        (of_another_scaling, {}, "its scaling is 49.5"),
         (of_another_backbone, {}, "an adapter of this run's backbone"),
         (lambda folder: (folder / WEIGHTS).write_bytes(b"x"), {}, "a PEFT adapter's folder"),
         (shutil.rmtree, {}, "a PEFT adapter's folder"),

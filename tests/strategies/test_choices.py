@@ -138,8 +138,8 @@ def test_a_run_with_a_clear_lead_says_how_clear() -> None:
     duels = Duels(lambda _: (2.0, 0.0), 0.05, blocks=6)
     found = duels.run(20).remarks()["choices"]
     assert found == (
-        "follow the scores: in 100% of 108 choices between A and B the scores differ by more than "
-        "two standard errors, and chance alone gives 5%"
+        "follow the scores: in 100% of 108 choices between A and B, the scores differ by more than "
+        "two standard errors; by chance it would be 5%"
     )
     assert ASLoRA().remarks() == {}
     assert verdict([], 0.9) == ""

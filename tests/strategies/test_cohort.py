@@ -65,7 +65,7 @@ def test_clients_that_do_not_say_who_they_are_still_work(
 ) -> None:
     drawn = cohorts(seed=0, bridged=False)
     assert [len(cohort) for cohort in drawn] == [4] * ROUNDS
-    warnings = [r for r in caplog.records if "do not say who they are" in r.getMessage()]
+    warnings = [r for r in caplog.records if "do not tell their identity" in r.getMessage()]
     assert len(warnings) == 1
     assert warnings[0].levelno == logging.WARNING
 

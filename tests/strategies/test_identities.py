@@ -55,7 +55,7 @@ def test_the_first_node_to_have_an_identity_keeps_it() -> None:
 def test_a_node_has_one_identity() -> None:
     found = identities(Fleet(None, {1: "k1"}))
     found.claim(1, "ward-3")
-    with pytest.raises(FedLoRAError, match="in the name of 'ward-4', and was 'ward-3' before"):
+    with pytest.raises(FedLoRAError, match="in the name of 'ward-4', but was 'ward-3' before"):
         found.claim(1, "ward-4")
     # A node that says nothing is still who it was.
     assert found.claim(1, "") == "ward-3"

@@ -162,7 +162,7 @@ def test_arrays_without_lora_factors_are_refused() -> None:
 
 
 def test_replies_of_a_round_that_was_not_sent_are_refused() -> None:
-    with pytest.raises(FedLoRAError, match="without configure_train"):
+    with pytest.raises(FedLoRAError, match="Call configure_train before"):
         FedLoRA().aggregate_train(1, [])
 
 

@@ -43,7 +43,7 @@ def test_a_client_that_ignores_the_plan() -> None:
     )
     assert (
         "cannot be used: expected those that B trains; wrong: ['blocks.0.fc.lora_A.weight', "
-        "'blocks.1.fc.lora_A.weight']. The client must obey the plan: by follow_plan." in found
+        "'blocks.1.fc.lora_A.weight']. Let the client obey the plan, e.g. by follow_plan." in found
     )
 
 

@@ -152,10 +152,10 @@ REFUSING = "{{ raise_exception('Users come first.') }}"
 @pytest.mark.parametrize(
     ("template", "turns", "allowed"),
     [
-        (None, ["user", "assistant"], "has a chat template"),
+        (None, ["user", "assistant"], "with a chat template"),
         (CHANGING, ["user", "assistant"], "1 messages before an answer"),
-        (LAST_ONLY, ["assistant", "assistant"], "takes these conversations (Cannot"),
-        (REFUSING, ["user", "assistant"], "takes these conversations (Users come first.)"),
+        (LAST_ONLY, ["assistant", "assistant"], "accepts these conversations (Cannot"),
+        (REFUSING, ["user", "assistant"], "accepts these conversations (Users come first.)"),
     ],
 )
 def test_a_template_that_does_not_serve_is_named(
@@ -177,7 +177,7 @@ def test_a_template_that_ends_only_the_last_answer_serves_single_answers(
     folder = checkpoints.llama(tmp_path / "last", TEXTS, LAST_ONLY)
     turns = [("user", "bali"), ("assistant", "yes")]
     assert all_records(make_chats([chat(*turns)], folder))[0]["answer_tokens"] > 1
-    with pytest.raises(InvalidValue, match="only ever adds"):
+    with pytest.raises(InvalidValue, match="only adds text"):
         make_chats([chat(*turns, *turns)], folder).client_records(0, 1)
 
 

@@ -203,7 +203,7 @@ def test_adapters_on_new_layers_alone_are_refused(models: Path, data: Path) -> N
         train_head=False,
         lora_targets=r"classifier\.(dense|out_proj)",
     )
-    with pytest.raises(InvalidValue, match=r"lora-targets = .*also a layer of the checkpoint"):
+    with pytest.raises(InvalidValue, match=r"also matches a layer of the checkpoint"):
         build_adapted(config, build_task(config.task, config))
 
 

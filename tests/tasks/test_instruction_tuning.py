@@ -182,7 +182,7 @@ def test_a_split_without_any_answer_is_refused_unless_it_is_private(
         ([chat(("user", "x"))], {"input_columns": "a,b,c"}, "input-columns", "two of text"),
         ([{"messages": "hello"}], {}, "input-columns", "lists of"),
         ([{"messages": [{"from": "user", "value": "x"}]}], {}, "input-columns", "lists of"),
-        ([{"messages": []}], {}, "model", "takes these conversations"),
+        ([{"messages": []}], {}, "model", "accepts these conversations"),
         ([chat(("user", "x"))], {"max_length": 257}, "max-length", "at most 256"),
         (
             [chat(("user", "x"))],

@@ -31,12 +31,12 @@ class DataSection:
     )
     label_column: str = key("label", ANY, "column with the class", _DEVICE, _READS)
     num_classes: int = key(
-        0, between(0, 1_000_000), "classes; 0 = those of the private records",
-        _DEVICE, "Counted from the records, it would tell the largest class.",
+        0, between(0, 1_000_000), "number of classes; 0 = count those of the private records",
+        _DEVICE, "A number that is counted from the records would tell the largest class.",
     )  # fmt: skip
     class_names: str = key(
         "", ANY, "names of the classes in the order of their numbers, e.g. 'negative,positive'",
-        _DEVICE, "Taken from the records, the order would differ between devices.",
+        _DEVICE, "An order that is taken from the records would differ between devices.",
     )  # fmt: skip
     train_limit: int = key(
         0, at_least(0), "private records to use, drawn at random; 0 = all", _DEVICE, _READS

@@ -35,7 +35,7 @@ class FederationSection:
         _RUN, "A device obeys any plan under the same private step.",
     )  # fmt: skip
     num_clients: int = key(
-        10, at_least(1), "clients that `fedlora run` and `simulate` make", _RUN, _SERVER
+        10, at_least(1), "clients of `fedlora run` and `simulate`", _RUN, _SERVER
     )
     min_clients: int = key(
         2, at_least(1), "clients that must be connected for a round", _RUN, _SERVER
@@ -48,8 +48,8 @@ class FederationSection:
         1.0, between(1e-9, 1), "share of the clients in each round", _RUN, _SERVER
     )
     weighting: str = key(
-        "uniform", choice(*WEIGHTINGS), "weights of the clients' means",
-        _DEVICE, "It decides whether the number of records, or the noise, is told.",
+        "uniform", choice(*WEIGHTINGS), "how clients' uploads are weighted in their mean",
+        _DEVICE, "It decides whether a client tells its number of records or its noise.",
     )  # fmt: skip
     share_head: bool = key(
         True, FLAG, "whether clients' heads are averaged; false leaves each client its own",
@@ -57,8 +57,7 @@ class FederationSection:
     )  # fmt: skip
     robust: str = key(
         "auto", choice("auto", "none", "norm-bound", *RULES),
-        "what is done against uploads that are meant to do harm; auto = norm-bound where the bound "
-        "follows from public numbers",
+        "rule against harmful uploads; auto = norm-bound if the bound follows from public numbers",
         _RUN, _SERVER,
     )  # fmt: skip
     robust_share: float = key(
@@ -67,13 +66,15 @@ class FederationSection:
     )  # fmt: skip
     largest_noise: float = key(
         math.inf, between_or_inf(0, 1e6),
-        "largest noise multiplier of an honest client, for the norm bound; inf = not known. "
-        "Simulations work it out",
+        "largest noise multiplier of an honest client, for the norm bound; inf = not known, and "
+        "simulations calculate it",
         _RUN, _SERVER,
     )  # fmt: skip
     average_decay: float = key(
         0.0, between(0, 0.9999),
-        "evaluate and keep a moving average of the rounds; 0 = the last", _RUN, _SERVER,
+        "weight of the past in the moving average of rounds that is evaluated and kept; 0 = the "
+        "last round only",
+        _RUN, _SERVER,
     )  # fmt: skip
     min_completion: float = key(
         0.5, between(0, 1), "share of a round's clients that must answer", _RUN, _SERVER
@@ -83,5 +84,5 @@ class FederationSection:
     )
     blocks: str = key(
         "", PATTERN, "as-lora: pattern of block names; empty = known families",
-        _RUN, "A slow pattern would keep a device busy without end.", device_check=QUICK_PATTERN,
+        _RUN, "A slow pattern could keep a device busy forever.", device_check=QUICK_PATTERN,
     )  # fmt: skip

@@ -18,7 +18,8 @@ class LoRASection:
         _LIMITED, "All coordinates are clipped together; it costs memory and time.",
     )  # fmt: skip
     client_ranks: str = key(
-        "", ANY, "flexlora: simulated clients' ranks in turn, e.g. '2,4,8'; empty = rank",
+        "", ANY, "flexlora: ranks of simulated clients, repeated in order, e.g. '2,4,8'; empty = "
+        "rank for all",
         _PACKAGE, "It gives ranks to the partitions of a simulation.",
     )  # fmt: skip
     lora_alpha: float = key(
@@ -35,7 +36,7 @@ class LoRASection:
     )  # fmt: skip
     lora_targets: str = key(
         "", ANY, "pattern of adapted module names; empty = the task's",
-        _LIMITED, "Any set of layers is clipped together; a slow pattern would never end.",
+        _LIMITED, "All adapted layers are clipped together; a slow pattern might never end.",
         device_check=QUICK_PATTERN,
     )  # fmt: skip
     rslora: bool = key(

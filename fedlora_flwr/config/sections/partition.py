@@ -25,14 +25,14 @@ class PartitionSection:
         _PACKAGE, _WHOLE, on_device="iid",
     )  # fmt: skip
     dirichlet_alpha: float = key(
-        0.5, above(0), "Dirichlet concentration; small = unequal", _PACKAGE, _WHOLE
+        0.5, above(0), "dirichlet: concentration; smaller = more unequal", _PACKAGE, _WHOLE
     )
     min_records: int = key(
-        40, at_least(1), "records that the smallest simulated client has",
+        40, at_least(1), "least number of records of a simulated client",
         _PACKAGE, _WHOLE, on_device=1,
     )  # fmt: skip
     classes_per_client: int = key(
-        2, at_least(1), "pathological, shard: classes, or shards, of each client",
+        2, at_least(1), "pathological: classes per client; shard: shards per client",
         _PACKAGE, _WHOLE,
     )  # fmt: skip
     partition_column: str = key(

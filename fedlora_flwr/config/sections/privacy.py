@@ -37,17 +37,18 @@ class PrivacySection:
     )  # fmt: skip
     trust_model: str = key(
         "local", choice("local", "secure-sum"),
-        "who adds the noise: each client all of it, or all together for a sum that alone is opened",
+        "local: each client adds all of its noise; secure-sum: clients share the noise, and only "
+        "their sum is opened",
         _DEVICE, _PROMISE,
     )  # fmt: skip
     sample_rate: float = key(
         0.0, between(0, 1),
-        "secure-sum: q with which each record of any client joins a round, in place of batch-size",
+        "secure-sum: probability q with which each record joins a round, instead of batch-size",
         _LIMITED, "The noise is made for this rate.",
     )  # fmt: skip
     dropouts: int = key(
         0, between(0, 1_000_000), "secure-sum: clients of a round that may fail to answer",
-        _LIMITED, "Each client's share of the noise is larger for it.",
+        _LIMITED, "More dropouts make each client's share of the noise larger.",
     )  # fmt: skip
     colluding: int = key(
         0, between(0, 1_000_000), "secure-sum: clients of a round that may side with the server",
@@ -55,29 +56,29 @@ class PrivacySection:
     )  # fmt: skip
     least_shares: int = key(
         1, between(1, 1_000_000),
-        "secure-sum: fewest clients, dropouts and colluding left out, that must share the noise",
+        "secure-sum: least number of clients that share the noise, without dropouts and colluding",
         _DEVICE, _PROMISE, on_device=2,
     )  # fmt: skip
     sum_records: int = key(
         0, between(0, 1_000_000_000),
-        "secure-sum: most records of all clients together, which is public; a simulation counts "
-        "them where it is 0",
-        _LIMITED, "A client's delta must be below one over it, and the grid is made for it.",
+        "secure-sum: most records of all clients together, a public number; 0 = a simulation "
+        "counts them",
+        _LIMITED, "A client's delta must be below 1/sum-records, and the grid is made for it.",
     )  # fmt: skip
     peers: str = key(
         "", PRINTABLE,
-        "secure-sum: a device's file with the identities of all devices; any = the server is "
-        "trusted not to invent some",
+        "secure-sum: a device's file with the identities of all devices; any = trust the server "
+        "not to invent devices",
         _DEVICE, _PROMISE,
     )  # fmt: skip
     clip_norm: float = key(
         1.0, between_or_inf(1e-6, 1e6),
-        "C: largest norm of one record's gradient; inf = no clipping, where epsilon = inf",
+        "C: largest norm of one record's gradient; inf = no clipping, only with epsilon = inf",
         _LIMITED, "Noise is drawn in units of C; the range keeps the product exact.",
         device_check=between(1e-6, 1e6),
     )  # fmt: skip
     max_rounds: int = key(
-        0, between(0, 1_000_000), "rounds a client may join; 0 = num-rounds",
+        0, between(0, 1_000_000), "most rounds that a client may join; 0 = num-rounds",
         _LIMITED, "The noise is made for all planned steps, which the ledger reserves.",
     )  # fmt: skip
     ledger_scope: str = key(
@@ -87,7 +88,7 @@ class PrivacySection:
     )  # fmt: skip
     reproducible: bool = key(
         False, FLAG, "simulations only: noise and batches follow the seed",
-        _DEVICE, "Whoever knows the seed knows the noise.",
+        _DEVICE, "Anyone who knows the seed knows the noise.",
     )  # fmt: skip
     secure_noise: bool = key(
         False, FLAG, "noise from the operating system's generator",
@@ -96,9 +97,9 @@ class PrivacySection:
     exact_passes: bool = key(
         False,
         FLAG,
-        "fill passes over texts so that their shapes tell nothing, and check the model each round",
+        "fill up passes over texts, so that shapes tell nothing, and check the model in each round",
         _PACKAGE,
-        "Arrays that a server chose could let rounding tell how long other records are.",
+        "If a server chose the arrays, rounding could tell how long other records are.",
         on_device=True,
     )
     report_unprotected_metrics: bool = key(

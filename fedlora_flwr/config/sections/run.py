@@ -17,10 +17,10 @@ class RunSection:
 
     seed: int = key(
         42, between(0, 2**63 - 1), "seed of partition, adapters and cohorts",
-        _RUN, "All devices start from the same adapters; noise never follows it there.",
+        _RUN, "All devices start from the same adapters; on a device, noise never depends on it.",
     )  # fmt: skip
     eval_every: int = key(
-        1, at_least(1), "rounds from one evaluation by the server to the next", _RUN, _SERVER
+        1, at_least(1), "rounds between two evaluations by the server", _RUN, _SERVER
     )
     early_stopping_patience: int = key(
         0, at_least(0), "evaluations without a better one after which the run ends; 0 = never",
@@ -36,7 +36,7 @@ class RunSection:
     )  # fmt: skip
     precision: str = key(
         "fp32", choice("fp32", "bf16"),
-        "of the frozen backbone's products; what trains is fp32",
+        "precision of the frozen backbone's products; trained parameters are fp32",
         _LIMITED, "Clipping and noise are fp32 in both.",
     )  # fmt: skip
     compile: str = key(
@@ -46,8 +46,8 @@ class RunSection:
     )  # fmt: skip
     share_weights: bool = key(
         True, FLAG,
-        "whether processes of a machine share the frozen weights, by a cached file",
-        _DEVICE, "It writes a file; a device's process is alone.", on_device=False,
+        "whether processes of a machine share the frozen weights through a cached file",
+        _DEVICE, "It writes a file, and a device has only one process.", on_device=False,
     )  # fmt: skip
     device: str = key(
         "auto", ANY, "where clients train: auto, cpu, cuda, cuda:1, …", _DEVICE, _HARDWARE

@@ -14,7 +14,7 @@ class TaskSection:
     """The task to learn, and its backbone."""
 
     task: str = key(
-        "digits", ANY, "what is learned: a task's name, or your own as module:function",
+        "digits", ANY, "the task's name, or your own task as module:function",
         _DEVICE, "It chooses the code that reads the records.",
     )  # fmt: skip
     model: str = key(
@@ -26,16 +26,17 @@ class TaskSection:
         _DEVICE, "It can name a file of the device.",
     )  # fmt: skip
     quantization: str = key(
-        "none", choice("none", "8bit", "4bit"), "of a transformers backbone, on CUDA GPUs",
+        "none", choice("none", "8bit", "4bit"),
+        "quantization of a transformers backbone, on CUDA GPUs",
         _DEVICE, "It depends on the device's hardware.",
     )  # fmt: skip
     pooling: str = key(
         "model", choice("model", "mean"),
-        "texts: classify by the model's own state, or by the mean",
+        "texts: classify by the state that the model pools itself, or by the mean of all states",
         _RUN, "Both ways treat each record on its own.",
     )  # fmt: skip
     max_length: int = key(
-        128, between(8, 1_000_000), "tokens of a record that are read",
+        128, between(8, 1_000_000), "most tokens that are read of a record",
         _LIMITED, "Devices must agree on it; it costs memory and time.",
     )  # fmt: skip
     image_size: int = key(
@@ -43,6 +44,6 @@ class TaskSection:
         _LIMITED, "Devices must agree on it; it costs memory and time.",
     )  # fmt: skip
     split_qkv: bool = key(
-        False, FLAG, "timm: adapt q, k and v of a fused qkv layer apart, as …attn.qkv.q and so on",
-        _RUN, "All that trains is clipped together, however a layer is cut.",
+        False, FLAG, "timm: adapt q, k and v of a fused layer separately, e.g. as …attn.qkv.q",
+        _RUN, "Everything that trains is clipped together, however a layer is cut.",
     )  # fmt: skip

@@ -34,7 +34,7 @@ class TrainingSection:
     )  # fmt: skip
     optimizer: str = key(
         "sgd", choice("sgd", "adamw", "adamw-plain"),
-        "local optimizer; adamw takes the noise out of its second moment, adamw-plain does not",
+        "local optimizer; adamw corrects its second moment for the noise, adamw-plain does not",
         _RUN, _AFTER,
     )  # fmt: skip
     filter: str = key(
@@ -42,9 +42,13 @@ class TrainingSection:
         "low-pass filter on the privatized gradient", _RUN, _AFTER,
     )  # fmt: skip
     precondition: bool = key(
-        False, FLAG, "solve each gradient by the other factor's Gram matrix", _RUN, _AFTER
-    )
-    ridge: float = key(0.1, between(0, 1e6), "added to that matrix's diagonal", _RUN, _AFTER)
+        False, FLAG, "multiply gradients by the inverse of the other factor's Gram matrix",
+        _RUN, _AFTER,
+    )  # fmt: skip
+    ridge: float = key(
+        0.1, between(0, 1e6), "precondition: number added to the Gram matrix's diagonal",
+        _RUN, _AFTER,
+    )  # fmt: skip
     lr_a: float = key(0.5, between(0, _MOST_RATE), "learning rate of factor A", _LIMITED, _RATE)
     lr_b: float = key(0.5, between(0, _MOST_RATE), "learning rate of factor B", _LIMITED, _RATE)
     lr_head: float = key(0.5, between(0, _MOST_RATE), "learning rate of the head", _LIMITED, _RATE)
@@ -54,13 +58,15 @@ class TrainingSection:
         _RUN, _RATE_CHANGE,
     )  # fmt: skip
     lr_schedule_a: str = key(
-        "", _OWN_SCHEDULE, "that of factor A; empty = lr-schedule", _RUN, _RATE_CHANGE
+        "", _OWN_SCHEDULE, "schedule of lr-a; empty = lr-schedule", _RUN, _RATE_CHANGE
     )
     lr_schedule_b: str = key(
-        "", _OWN_SCHEDULE, "that of factor B; empty = lr-schedule", _RUN, _RATE_CHANGE
+        "", _OWN_SCHEDULE, "schedule of lr-b; empty = lr-schedule", _RUN, _RATE_CHANGE
     )
     lr_schedule_head: str = key(
-        "", _OWN_SCHEDULE, "that of the head; empty = lr-schedule", _RUN, _RATE_CHANGE
+        "", _OWN_SCHEDULE, "schedule of lr-head; empty = lr-schedule", _RUN, _RATE_CHANGE
     )
     momentum: float = key(0.0, between(0, 0.999), "momentum of sgd", _RUN, _AFTER)
-    weight_decay: float = key(0.0, between(0, 1_000), "weight decay of what trains", _RUN, _AFTER)
+    weight_decay: float = key(
+        0.0, between(0, 1_000), "weight decay of the trained parameters", _RUN, _AFTER
+    )
