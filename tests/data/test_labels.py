@@ -120,7 +120,7 @@ def test_numbers_are_positions_among_names_or_names_themselves() -> None:
     truth = column([True, False])
     assert labels(None, 0, ["True", "false"]).numbers(truth).tolist() == [0, 1]
     assert labels(None, 0, ["no", "yes"]).numbers(truth).tolist() == [1, 0]
-    with pytest.raises(InvalidValue, match=r"class-names = 'no,yes' .*a record is of class 2"):
+    with pytest.raises(InvalidValue, match=r"class-names = 'no,yes' .*as a record has class 2"):
         labels(None, 0, ["no", "yes"]).numbers(column([2]))
     with pytest.raises(InvalidValue, match=r"class-names = '1,0' .*\['5'\]"):
         labels(None, 0, ["1", "0"]).numbers(column([1, 5]))
