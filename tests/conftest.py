@@ -42,6 +42,7 @@ LONGEST = (
     "test_docs.py",
     "test_faults.py",
     "test_secure_sum.py",
+    "test_survives.py",
     "test_flwr_run.py",
     "test_workers.py",
     "test_installations.py",
