@@ -46,7 +46,7 @@ def main(grid: Grid, context: Context) -> None:
             WatchedGrid(grid, identities),
             config,
             run_dir,
-            certificates and certificates.after_round,
+            certificates.after_round if certificates else None,
             largest_noise=noise,
         )
 

@@ -16,7 +16,18 @@ RECIPE = '[run]\nrun-dir = "/srv/run"\n'
 def deploy_run(fleet: Path, *more: str, recipe: str = RECIPE) -> subprocess.CompletedProcess[str]:
     file = fleet.parent / "recipe.toml"
     file.write_text(recipe)
-    command = ["fedlora", "deploy", "run", fleet, file, "--pause", "0", "--restarts", "1", *more]
+    command = [
+        "fedlora",
+        "deploy",
+        "run",
+        str(fleet),
+        str(file),
+        "--pause",
+        "0",
+        "--restarts",
+        "1",
+        *more,
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
@@ -37,7 +48,7 @@ def test_what_is_long_ago_does_not_count(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("name", ["most", "within", "pause"])
 def test_limits_below_zero_are_refused(name: str) -> None:
     with pytest.raises(InvalidValue, match="expected 0 or more"):
-        Restarts(**{name: -1})
+        Restarts(**{name: -1})  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("activated")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -16,7 +16,7 @@ import pytest
 from fedlora_flwr.clients.local_round import LocalRound
 from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.errors import BudgetExhausted
-from fedlora_flwr.privacy import ledger as ledger_module
+from fedlora_flwr.privacy import account
 from fedlora_flwr.privacy.budget import Segment
 from fedlora_flwr.privacy.ledger import Ledger
 from fedlora_flwr.wire.order import Order
@@ -100,20 +100,20 @@ def test_two_that_ask_at_once_for_the_same_bits_pay_once(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While one works out ε, which takes long, the other writes its row."""
-    admit, meanwhile = ledger_module.admit, iter((lambda: Ledger(ledger.path).record(*ROW),))
+    admit = account.admit
+    others: list[Callable[[], Any]] = [lambda: Ledger(ledger.path).record(*ROW)]
 
     def slow(*arguments: Any) -> Any:
         found = admit(*arguments)
-        for other in meanwhile:
-            other()
+        while others:
+            others.pop()()
         return found
 
-    monkeypatch.setattr(ledger_module, "admit", slow)
+    monkeypatch.setattr("fedlora_flwr.privacy.ledger.admit", slow)
     first = ledger.record(*ROW)
     assert count(ledger.path) == 1
-    meanwhile = iter(())
     assert ledger.vouch(*ROW, "x") == first
-    meanwhile = iter((lambda: Ledger(ledger.path).vouch(*ROW, "y"),))
+    others.append(lambda: Ledger(ledger.path).vouch(*ROW, "y"))
     assert ledger.vouch(*ROW, "y").steps == 2
     assert count(ledger.path) == 2
 

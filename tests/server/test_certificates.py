@@ -32,7 +32,7 @@ def warned(
 
 
 def row(number: int, seconds: float) -> RoundRow:
-    return {"round": number, "seconds": seconds}  # type: ignore[typeddict-item]
+    return {"round": number, "seconds": seconds}
 
 
 def test_one_that_ends_within_a_week_is_named_at_the_start(
