@@ -12,8 +12,9 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import require
 from fedlora_flwr.files import SERVER_STATE, data_folder
 from fedlora_flwr.processes import uncollected
+from fedlora_flwr.server.certificates import Certificates
 from fedlora_flwr.server.endings import recorded
-from fedlora_flwr.server.run_dir import CLAIM, NOISE, RunDirectory
+from fedlora_flwr.server.run_dir import CLAIM, NOISE, RunDirectory, has_begun
 from fedlora_flwr.server.watched_grid import WatchedGrid
 from fedlora_flwr.tasks.registry import extras_of
 
@@ -31,17 +32,31 @@ def main(grid: Grid, context: Context) -> None:
     require(*extras_of(config.task))
     from fedlora_flwr.server.serve import run_federation
 
-    claim = os.environ.get(CLAIM, "")
-    if config.resume:
-        run_dir = RunDirectory(Path(config.resume), claim, resume=True)
-    elif config.run_dir:
-        run_dir = RunDirectory(Path(config.run_dir), claim)
-    else:
-        run_dir = RunDirectory.new(data_folder() / "runs", config)
+    run_dir = folder_of(config)
     print(f"Results: {run_dir.path}", flush=True)
     # A simulation has no such folder: its nodes have no keys, and it chooses their names itself.
     state = os.environ.get(SERVER_STATE)
     identities = Path(state) / "identities.json" if state else None
+    certificates = Certificates(Path(state), config.num_rounds) if state else None
+    if certificates:
+        certificates.at_start()
     with recorded(run_dir, config):
         noise = float(os.environ[NOISE]) if NOISE in os.environ else None
-        run_federation(WatchedGrid(grid, identities), config, run_dir, largest_noise=noise)
+        run_federation(
+            WatchedGrid(grid, identities),
+            config,
+            run_dir,
+            certificates.after_round if certificates else None,
+            largest_noise=noise,
+        )
+
+
+def folder_of(config: RunConfig) -> RunDirectory:
+    """Return the folder of a run's results: one that it continues in, or one that it begins in."""
+    claim, begun = os.environ.get(CLAIM, ""), has_begun(Path(config.resume))
+    # An operator who starts a run again cannot know whether it had begun on the server.
+    if config.resume and (begun or config.resume != config.run_dir):
+        return RunDirectory(Path(config.resume), claim, resume=True)
+    if config.run_dir:
+        return RunDirectory(Path(config.run_dir), claim)
+    return RunDirectory.new(data_folder() / "runs", config)

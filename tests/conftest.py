@@ -43,6 +43,7 @@ LONGEST = (
     "test_docs.py",
     "test_faults.py",
     "test_secure_sum.py",
+    "test_survives.py",
     "test_flwr_run.py",
     "test_recipes.py",
     "test_resume.py",

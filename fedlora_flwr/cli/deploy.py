@@ -108,6 +108,39 @@ def renew(
     show_line(console, f"Carry     server.pem and server.key of {server} there, run start.sh again")
 
 
+@app.command()
+def run(
+    folder: Folder,
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="The run; its run-dir is a folder on the server.", autocompletion=complete_recipe
+        ),
+    ],
+    overrides: Overrides = None,
+    resume: Annotated[
+        str, typer.Option(help="Folder on the server of a run to continue after its last round.")
+    ] = "",
+    server: Annotated[
+        bool, typer.Option("--server", help="Also start the fleet's server here, and end it.")
+    ] = False,
+    restarts: Annotated[int, typer.Option(help="Restarts that are allowed.")] = 10,
+    within: Annotated[float, typer.Option(help="In so many minutes.")] = 60.0,
+    pause: Annotated[
+        float, typer.Option(help="Seconds before a restart; each one doubles them, up to 300.")
+    ] = 5.0,
+) -> None:
+    """Run a recipe on a fleet to its end: what dies meanwhile is started again and resumed."""
+    from fedlora_flwr.deploy.supervise import Restarts, supervise
+
+    config = read_recipe(recipe, [*(overrides or []), *([f"resume={resume}"] if resume else [])])
+    console = Console()
+    limits = Restarts(restarts, within * 60, pause)
+    supervise(folder, config, limits, lambda line: show_line(console, line), server=server)
+    where = config.resume or config.run_dir
+    show_line(console, f"The run is completed. Its results are on the server, in {where}")
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def start(context: typer.Context) -> None:
     """Start a SuperNode that runs installed code only; a device's start.sh does it."""

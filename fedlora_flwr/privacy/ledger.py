@@ -171,9 +171,11 @@ class Ledger:
         """
         _check_request(server_round, segment, planned)
         repeated = (account, server_round, segment, planned, inputs)
-        if inputs and (row := next(iter(self._rows(*repeated)), None)):
-            return self._as_of(row, account, planned, segment.steps)
-        return self._append(*repeated, trust)
+        while True:
+            if inputs and (row := next(iter(self._rows(*repeated)), None)):
+                return self._as_of(row, account, planned, segment.steps)
+            if (summary := self._append(*repeated, trust)) is not None:
+                return summary
 
     def vouch(
         self,
@@ -215,7 +217,8 @@ class Ledger:
                     writer.settle(row, outputs)
             if row is not None:
                 return self._as_of(row, account, planned, segment.steps)
-            self._append(*repeated, trust)
+            if (summary := self._append(*repeated, trust, outputs)) is not None:
+                return summary
 
     def _append(
         self,
@@ -225,10 +228,15 @@ class Ledger:
         planned: Segment,
         inputs: str,
         trust: str,
-    ) -> LedgerSummary:
+        outputs: str = "",
+    ) -> LedgerSummary | None:
+        """Write a row; return None if another process has written one that pays as well."""
         while True:
             with self._file.glancing() as db:
                 tallies = db.tallies(account)
+                rows = _repeats(db, account, server_round, segment, planned, inputs)
+            if inputs and any(not outputs or paid in (outputs, "") for paid in rows.values()):
+                return None
             # To work out ε may take seconds, so no lock is held. The result is used only if no
             # other process has written to the account meanwhile.
             summary, order = admit(account, tallies, planned, segment.steps, self.lapse)
@@ -248,6 +256,8 @@ class Ledger:
             with self._file.writing() as writer:
                 if _same(writer.db.tallies(account), tallies):
                     writer.append(values)
+                    if outputs:
+                        writer.settle(writer.head.rows, outputs)
             if writer.appended:
                 return summary
 

@@ -168,6 +168,10 @@ class Checkpoints:
         for number in self._rounds()[:-_KEPT]:
             self._file(number).unlink(missing_ok=True)
 
+    def any(self) -> bool:
+        """Tell whether there is a checkpoint, whole or not."""
+        return bool(self._rounds())
+
     def last(self) -> tuple[Checkpoint, list[str]]:
         """Return the newest checkpoint that is whole, and a sentence on each newer file.
 

@@ -88,14 +88,21 @@ def resumable(config: RunConfig) -> tuple[Checkpoint, list[str]]:
     return checkpoint, damaged
 
 
-def read_checkpoint(config: RunConfig, run_dir: RunDirectory) -> Checkpoint:
+def read_checkpoint(config: RunConfig, run_dir: RunDirectory) -> Checkpoint | None:
     """Return what a run continues from, and put its folder back to that state.
+
+    A run whose ``run-dir`` is the same folder begins there again, if it ended before its first
+    checkpoint: nothing has been asked of a client then. The result is ``None``.
 
     Raises
     ------
     InvalidValue, ConfigurationChanged
         See `resumable`, or the files of rows are not those that the run has written.
     """
+    begun = Checkpoints(run_dir.path).any() or len(run_dir.rounds()) > 1
+    if config.resume == config.run_dir and not begun:
+        run_dir.clear()
+        return None
     checkpoint, damaged = resumable(config)
     for sentence in damaged:
         log(WARNING, "%s", sentence)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -24,6 +25,8 @@ CLAIM = "FEDLORA_CLAIM"
 """Environment variable with the claim of the run that this process works for."""
 ROWS = ("rounds", "clients")
 _CLAIM = ".claim"
+AT_REST = "a run that no process is at work on"
+"""What a folder must hold where a run is to continue, in the words of the refusal."""
 NOISE = "FEDLORA_LARGEST_NOISE"
 """Environment variable with the most noise of a client, from the start of a simulation."""
 _RESULTS = (
@@ -59,7 +62,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: Path, claim: str = "", *, resume: bool = False) -> None:
-        if resume and not (path / _CLAIM).exists():
+        if resume and not has_begun(path):
             raise InvalidValue("resume", str(path), "the folder of a run that has begun")
         self.path = private_folder(path)
         self.claim = claim or secrets.token_hex(16)
@@ -134,7 +137,7 @@ class RunDirectory:
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     raise FileTrouble.of(error, self.path / _CLAIM) from error
-                allowed = "a run that no process is at work on. End that process first"
+                allowed = f"{AT_REST}. End that process first"
                 raise InvalidValue("resume", str(self.path), allowed) from error
             yield
 
@@ -191,6 +194,11 @@ class RunDirectory:
             self._rows[name].cut(size)
         self.summary_file.unlink(missing_ok=True)
 
+    def clear(self) -> None:
+        """Forget the rows and the summary of a run that ended before its first checkpoint."""
+        nothing = {name: (0, hashlib.sha256().hexdigest()) for name in ROWS}
+        self.rewind(nothing)
+
     def rows(self, name: str) -> list[dict[str, Any]]:
         """Return the complete rows of ``<name>.jsonl``; none if there is no such file yet."""
         path = self.path / f"{name}.jsonl"
@@ -212,6 +220,11 @@ class RunDirectory:
             return None
         found: dict[str, Any] = json.loads(self.summary_file.read_text(encoding="utf-8"))
         return found
+
+
+def has_begun(folder: Path) -> bool:
+    """Tell whether a run has taken a folder."""
+    return (folder / _CLAIM).exists()
 
 
 def check_unused(folder: Path) -> None:

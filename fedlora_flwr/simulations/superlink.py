@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -11,13 +10,13 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from fedlora_flwr.errors import FedLoRAError
 from fedlora_flwr.files import replace_file
 from fedlora_flwr.processes.lifeline import Lifeline
+from fedlora_flwr.simulations.connection import Connection, SuperLinkError
 from fedlora_flwr.terminal import uninterrupted
 
 CONNECTION = "fedlora"
@@ -38,10 +37,6 @@ LOOPBACK = {
     # this setting it expects no other machines and listens on loopback only.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
-
-
-class SuperLinkError(FedLoRAError):
-    """Flower's SuperLink or its command line failed or did not answer."""
 
 
 class SimulationSuperLink:
@@ -87,8 +82,7 @@ class SimulationSuperLink:
             path = (os.environ.get("PYTHONPATH"), str(modules))
             self._env["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         self._process: subprocess.Popen[bytes] | None = None
-        self._stream: subprocess.Popen[bytes] | None = None
-        self._run_id: str | None = None
+        self._run_id = ""
 
     def __enter__(self) -> SimulationSuperLink:
         """Start the SuperLink without waiting for it."""
@@ -102,18 +96,14 @@ class SimulationSuperLink:
         return self
 
     def _begin(self) -> None:
-        (self._home / "flwr").mkdir()
-        (self._home / "cwd").mkdir()
-        self._env["FLWR_HOME"] = str(self._home / "flwr")
         self._port = free_port()
-        self.file(
-            "flwr/config.toml",
-            f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
-            f'address = "127.0.0.1:{self._port}"\ninsecure = true\n',
+        address = f'address = "127.0.0.1:{self._port}"\ninsecure = true\n'
+        self._connection = Connection(
+            CONNECTION, address, self._home, self._lifeline, self._env, self._log
         )
-        address = ("--host", "127.0.0.1", "--port", str(self._port))
-        command = ("flower-superlink", "--insecure", "--simulation", *address)
-        self._process = self._start(command, clear=self._home)
+        listen = ("--host", "127.0.0.1", "--port", str(self._port))
+        command = ("flower-superlink", "--insecure", "--simulation", *listen)
+        self._process = self._connection.start(command, clear=self._home)
 
     def __exit__(self, *_: object) -> None:
         """End every process, including those of an unfinished run, and remove the folder."""
@@ -145,25 +135,14 @@ class SimulationSuperLink:
             The SuperLink did not start, or it refused the run.
         """
         self._wait_until_healthy(60.0)
-        answer = self._flwr(
-            "run",
-            str(app),
-            CONNECTION,
-            "--run-config",
-            str(run_config),
-            "--federation-config",
-            federation,
-        )
-        self._run_id = str(answer.get("run-id") or "")
-        if not answer.get("success") or not self._run_id:
-            raise SuperLinkError(f"flwr run refused the app: {answer}")
-        # ServerApp and workers print only to the SuperLink; this copies their output to the log.
-        self._stream = self._start(("flwr", "log", self._run_id, CONNECTION, "--stream"))
+        more = ("--federation-config", federation)
+        self._run_id = self._connection.submit(app, run_config, *more)
+        self._connection.follow(self._run_id)
 
     @property
     def log_ended(self) -> bool:
         """Whether Flower has closed the run's log, which it does when the run is over."""
-        return self._stream is None or self._stream.poll() is not None
+        return self._connection.log_ended
 
     def status(self) -> str:
         """Return Flower's own status of the run, e.g. ``"finished:completed"``.
@@ -171,20 +150,14 @@ class SimulationSuperLink:
         Raises
         ------
         SuperLinkError
-            The SuperLink has ended or does not answer.
+            The SuperLink has ended.
         """
         if not self._alive():
             raise SuperLinkError("The SuperLink has ended.")
-        answer = self._flwr("list", CONNECTION, "--run-id", str(self._run_id))
-        runs = answer.get("runs") or [{}]
-        return str(runs[0].get("status", "unknown"))
-
-    def _start(
-        self, command: Sequence[str], *, clear: Path | None = None, **output: Any
-    ) -> subprocess.Popen[Any]:
-        settings = {"stdout": self._log, "stderr": subprocess.STDOUT, **output}
-        folder = self._home / "cwd"
-        return self._lifeline.start(command, clear=clear, cwd=folder, env=self._env, **settings)
+        try:
+            return self._connection.status(self._run_id)[0]
+        except SuperLinkError:  # It is alive, and may be too busy to answer in time.
+            return "unknown"
 
     def _alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -201,18 +174,6 @@ class SimulationSuperLink:
             except OSError:
                 time.sleep(0.2)
         raise SuperLinkError(f"The SuperLink did not answer within {timeout:g} s.")
-
-    def _flwr(self, *arguments: str) -> dict[str, Any]:
-        command = ("flwr", *arguments, "--format", "json")
-        pipe = subprocess.PIPE
-        asked = self._start(command, stdout=pipe, stderr=pipe, text=True)
-        output, errors = asked.communicate()
-        try:
-            answer: dict[str, Any] = json.loads(output[output.index("{") :])
-        except ValueError:
-            text = (errors or output).strip()
-            raise SuperLinkError(f"flwr {arguments[0]} failed: {text}") from None
-        return answer
 
 
 def free_port() -> int:

@@ -180,7 +180,7 @@ def test_values_without_a_range_are_refused_by_file(
         pq.write_table(pa.table({"image": rows}), tmp_path / "table" / "train.parquet")
     source = tmp_path / ("set" if form == "folder" else "table")
     where = r"2\.tif" if form == "folder" else r"record 1, counted from 0, of .*train\.parquet"
-    with pytest.raises(InvalidValue, match=rf"{where}' cannot be used.*save it with 8 or 16 bits"):
+    with pytest.raises(InvalidValue, match=rf"{where}' cannot be used.*Save it with 8 or 16 bits"):
         pixels(load_split(str(source), "train"), "image", SIZE)
 
 

@@ -33,6 +33,7 @@ REASONS = {
     "the tutorial's records have no such column": 1,
     "tests/deploy/test_docs.py does": 11,
     "tests/deploy/test_fleet.py does": 1,
+    "tests/deploy/test_survives.py does": 2,
     "tests/examples/test_message_api.py does": 1,
     "tests/examples/test_private_loop.py does": 2,
     "tests/simulations/test_flwr_run.py does": 1,

@@ -323,6 +323,6 @@ def test_a_damaged_identity_is_not_replaced(tmp_path: Path) -> None:
     assert key.stat().st_mode & 0o77 == 0
     key.write_text("nonsense")
 
-    with pytest.raises(Exception, match="Restore it from a backup"):
+    with pytest.raises(Exception, match="Restore the file from a backup"):
         store.identity()
     assert key.read_text() == "nonsense"

@@ -17,6 +17,7 @@ from fedlora_flwr.files import FileTrouble, replace_file
 from fedlora_flwr.server import checkpoint
 from fedlora_flwr.server.checkpoint import Checkpoints
 from fedlora_flwr.server.run_dir import RunDirectory
+from fedlora_flwr.server_app import folder_of
 from fedlora_flwr.strategies import STRATEGIES
 from tests.server.resuming import (
     Deadly,
@@ -75,6 +76,29 @@ def test_each_write_of_a_round_may_be_the_last_of_its_process(tmp_path: Path) ->
         kills += 1
     assert kills > 20
     assert_same(whole, broken)
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_again_in_its_folder(
+    tmp_path: Path,
+) -> None:
+    config, whole, broken = tiny(tmp_path), tmp_path / "whole", tmp_path / "broken"
+    begin(config, whole)
+    again = replace(config, resume=str(broken), run_dir=str(broken))
+    assert not folder_of(again).resume  # It is not there yet.
+    writes = iter(range(10, 40))
+    while not (broken / "rounds.jsonl").exists():  # With the row of round 0, and nothing more.
+        shutil.rmtree(broken, ignore_errors=True)
+        assert killed(begin, config, broken, next(writes))
+    assert not has_begun(broken)
+    assert folder_of(again).resume
+    with pytest.raises(InvalidValue, match="a run with a checkpoint"):
+        resume(config, broken)  # Its name alone asks for what the run has done.
+    begin(again, broken)
+    assert_same(whole, broken)
+    # Rounds whose checkpoints were lost are not forgotten.
+    shutil.rmtree(broken / "checkpoints")
+    with pytest.raises(InvalidValue, match="a run with a checkpoint"):
+        begin(again, broken)
 
 
 def test_a_damaged_checkpoint_costs_a_round_and_nothing_else(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`fedlora simulate` on digits, ended by SIGKILL and resumed, against a run that was left alone."""
+"""Runs on digits, ended by SIGKILL and resumed, against a run that was left alone."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ import sys
 import time
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
+import pytest
 from typer.testing import CliRunner
 
 from fedlora_flwr.cli import app
+from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.server.checkpoint import Checkpoints
 from fedlora_flwr.server.endings import UNTOLD
 from fedlora_flwr.server.run_dir import RunDirectory
+from fedlora_flwr.simulations.app import write_app
 from fedlora_flwr.simulations.runner import prepare_run, run_in_process
+from fedlora_flwr.simulations.superlink import SimulationSuperLink
 from tests.conftest import QUICK
+from tests.processes.processes import MARK, marked
 from tests.server.resuming import assert_same
 
 COMMAND = (sys.executable, "-m", "fedlora_flwr.cli", "simulate")
@@ -55,3 +61,33 @@ def test_a_killed_command_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert f"after round {last.round}" in told
     assert f"round {last.round + 1}/3" in told
     assert_same(whole.path, run)
+
+
+@pytest.mark.flower
+def test_a_run_of_flowers_command_goes_on_by_the_key(tmp_path: Path) -> None:
+    whole, run = RunDirectory(tmp_path / "whole"), tmp_path / "run"
+    config = load_recipe("digits", OVERRIDES)
+    run_in_process(prepare_run(config), whole, lambda _: None)
+
+    own = {"run-dir": str(run), "state-dir": str(run), "min-clients": config.num_clients}
+    write_app(tmp_path / "app")
+    log = (tmp_path / "log").open("w")
+    with log, SimulationSuperLink(log, environment={MARK: str(tmp_path)}) as superlink:
+        workers = "num-supernodes=3 client-resources-num-cpus=1 init-args-num-cpus=1"
+        for resume in ("", str(run)):
+            keys = RunConfig.of(config.items(), {**own, "resume": resume}).to_toml()
+            superlink.submit(tmp_path / "app", superlink.file("run.toml", keys), workers)
+            if not resume:
+                while not (run / "checkpoints" / "round-0000001").exists():
+                    time.sleep(0.05)
+                engine(str(tmp_path)).kill()
+        while not superlink.log_ended:
+            time.sleep(0.2)
+    assert_same(whole.path, run)
+
+
+def engine(mark: str) -> psutil.Process:
+    """Return the process that is Flower's engine and the run's server."""
+    found = [psutil.Process(pid) for pid in marked(mark)]
+    (one,) = [p for p in found if any(Path(w).name == "flwr-simulation" for w in p.cmdline()[:2])]
+    return one
