@@ -159,4 +159,4 @@ def test_an_upload_of_both_kinds_is_refused(by_sum: bool) -> None:
     strategy._read("one", reply(**both), found)
 
     assert not found.uploads
-    assert "has it" in found.failures[0]
+    assert "as the run has trust-model" in found.failures[0]
