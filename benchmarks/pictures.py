@@ -21,6 +21,7 @@ OF = {
     "accuracy.png": ("digits", "Handwritten digits"),
     "cifar10.png": ("cifar10-small-swin", "CIFAR-10, small Swin"),
     "sst2.png": ("sst2-minilm", "SST-2, MiniLM"),
+    "secure-sum.png": ("secure-sum", "Handwritten digits, both trust models"),
 }
 """Comparisons to draw: the folder of each one's rows, and the name of its data."""
 MODES = "modes.png"
@@ -38,7 +39,8 @@ def pictures(folder: Path) -> Iterator[Path]:
     """Draw all pictures into a folder."""
     for name, (rows, data) in OF.items():
         runs = runs_of(rows)
-        order = list(STRATEGIES).index  # A method has the same color in all pictures.
+        # A method has the same color in all pictures. Rows with other names keep their order.
+        order = {name: number for number, name in enumerate(STRATEGIES)}
         runs = runs.sort_values("row", key=lambda names: names.map(order), kind="stable")
         plot_accuracy(runs, folder / name, "accuracy", data)
         yield folder / name

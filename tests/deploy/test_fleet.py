@@ -136,7 +136,7 @@ def test_a_renewed_certificate_serves_devices_that_have_the_old_ca(fleet: Path) 
         ["fedlora", "deploy", "renew", fleet, "--days", "30"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert "holds until" in done.stdout
+    assert "is valid until" in done.stdout
     assert (server / "server.pem").read_bytes() != before
     assert stat.S_IMODE((server / "server.key").stat().st_mode) == 0o600
     signed = str(server / "server.pem")

@@ -140,7 +140,7 @@ class Scene:
         self.wait_for_hanging(SEEDED)
         self.serials.append(self.serial())
         renewed = self.fleet.operator("fedlora", "deploy", "renew", self.fleet.folder)
-        assert "holds until" in renewed
+        assert "is valid until" in renewed
         self.process("flower-superlink").kill()
         self.untell(SEEDED, faulty.HANG)
         self.until(lambda: self.said.count("The SuperLink is started.") == 2)

@@ -105,7 +105,7 @@ def test_a_class_that_the_test_split_alone_has_is_found_by_a_plan(
     checkpoints.write_split(folder, "validation", [{"text": "fine", "label": 7}])
     config = RunConfig.of(reviewed.items(), {"dataset": str(folder)})
     for prepare in (forecast, prepare_run):
-        with pytest.raises(InvalidValue, match=r"num-classes = 2 .* at least 8: a record"):
+        with pytest.raises(InvalidValue, match=r"num-classes = 2 .* at least 8, as a record"):
             prepare(config)
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError
+from fedlora_flwr.processes.workers import THREADS
 from tests.server.resuming import Deadly, assert_same, begin, has_begun, ledger, resume, rows, tiny
 
 _NEW_USER, _NEW_MOUNTS = 0x10000000, 0x00020000
@@ -94,16 +95,18 @@ def fill_and_go_on(config: RunConfig, whole: Path, disk: Path, writes: int, to: 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux has file systems of one process")
-def test_a_disk_that_is_full_at_any_write_ends_the_run_with_one_sentence(tmp_path: Path) -> None:
+def test_a_disk_that_is_full_at_any_write_ends_the_run_with_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in THREADS:  # Only a process with one thread can have a file system of its own.
+        monkeypatch.setenv(name, "1")
     config = tiny(tmp_path, strategy="fedsa-lora", num_rounds=2, num_clients=2)
     whole, disk, counted = tmp_path / "whole", tmp_path / "disk", Deadly()
     disk.mkdir()
     begin(config, whole, counted)
-    ours, theirs = get_context("fork").Pipe()
-    # Forked, as this process has threads and cannot have a file system of its own.
-    work = get_context("fork").Process(
-        target=fill_and_go_on, args=(config, whole, disk, counted.seen, theirs)
-    )
+    fresh = get_context("spawn")
+    ours, theirs = fresh.Pipe()
+    work = fresh.Process(target=fill_and_go_on, args=(config, whole, disk, counted.seen, theirs))
     work.start()
     theirs.close()
     problem = ours.recv()

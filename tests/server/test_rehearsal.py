@@ -154,9 +154,7 @@ def test_a_tokenizer_of_another_model_is_refused_when_it_is_planned(
     words: Any, tmp_path: Path
 ) -> None:
     model = families.save("Bert", tmp_path / "model", words, vocab_size=20)
-    with pytest.raises(
-        InvalidValue, match=r"tokens 0 to 19 only\. Save the model after"
-    ):
+    with pytest.raises(InvalidValue, match=r"tokens 0 to 19 only\. Save the model after"):
         forecast(planned(model), records=900)
 
 

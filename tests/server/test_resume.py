@@ -85,7 +85,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again_in_its_folder
     begin(config, whole)
     again = replace(config, resume=str(broken), run_dir=str(broken))
     assert not folder_of(again).resume  # It is not there yet.
-    writes = iter(range(10, 40))
+    writes = iter(range(10, 100))
     while not (broken / "rounds.jsonl").exists():  # With the row of round 0, and nothing more.
         shutil.rmtree(broken, ignore_errors=True)
         assert killed(begin, config, broken, next(writes))

@@ -27,7 +27,7 @@ from tests.processes.processes import MARK, marked
 from tests.server.resuming import assert_same
 
 COMMAND = (sys.executable, "-m", "fedlora_flwr.cli", "simulate")
-SETTINGS = {**QUICK, "num-rounds": 3, "strategy": "la-lora"}
+SETTINGS = {**QUICK, "num-rounds": 3, "strategy": "la-lora", "robust": "none"}
 OVERRIDES = [f"{key}={str(value).lower()}" for key, value in SETTINGS.items()]
 
 
