@@ -29,7 +29,7 @@ REASONS = {
     "it needs a GPU": 2,
     "it needs one file of your own": 1,
     "it needs several machines": 1,
-    "it takes hours": 11,
+    "it takes hours": 12,
     "the tutorial's records have no such column": 1,
     "tests/deploy/test_docs.py does": 11,
     "tests/deploy/test_fleet.py does": 1,
