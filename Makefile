@@ -37,7 +37,7 @@ test-deploy: setup
 	$(BIN)/python -m pytest -n 2 -m "deploy or flower"
 
 # Every paper recipe for one private round on random weights of its full architecture: about 75
-# minutes of CPU. Two at a time need 10 GB of memory.
+# minutes of CPU. Two at a time need 12 GB of memory.
 recipes: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist load -m recipes tests/simulations/test_recipes.py
 
