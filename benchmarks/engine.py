@@ -8,20 +8,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from benchmarks import ROOT
 from benchmarks.figures import Figure
 from benchmarks.rounds import time_rounds
 from benchmarks.step import Shape
-from benchmarks.tasks import ShapeTask
+from benchmarks.tasks import ShapeTask, layers
 from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.plan import BOTH, ComponentPlan
@@ -38,22 +36,7 @@ class Stack(ShapeTask):
 
     def shape(self) -> Shape:
         """Return the model and its input."""
-        return Shape("stack", _build, _batch, _losses, {"all": r"body\.\d+"}, "head")
-
-
-def _build() -> nn.Module:
-    body = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH)))
-    return nn.ModuleDict({"body": body, "head": nn.Linear(WIDTH, 2)})
-
-
-def _batch(count: int) -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    return {"x": torch.randn(count, WIDTH, generator=draw), "label": torch.arange(count) % 2}
-
-
-def _losses(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    scores = model.head(model.body(batch["x"]))
-    return F.cross_entropy(scores, batch["label"], reduction="none")
+        return layers("stack", WIDTH, DEPTH)
 
 
 @dataclass(frozen=True)

@@ -10,26 +10,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from benchmarks import ROOT
 from benchmarks.engine import stack_config
 from benchmarks.figures import Figure
 from benchmarks.step import Shape
-from benchmarks.tasks import ShapeTask
+from benchmarks.tasks import ShapeTask, layers
 from fedlora_flwr.processes.workers import log_to_file
 from fedlora_flwr.server.rounds import RoundRow
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 
-WIDTH, FIRST = 16, 20
+WIDTH, DEPTH, FIRST = 16, 2, 20
 BAR = 1.05
 
 
@@ -38,22 +36,7 @@ class Small(ShapeTask):
 
     def shape(self) -> Shape:
         """Return the model and its input."""
-        return Shape("small", _build, _batch, _losses, {"all": r"body\.\d+"}, "head")
-
-
-def _build() -> nn.Module:
-    body = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
-    return nn.ModuleDict({"body": body, "head": nn.Linear(WIDTH, 2)})
-
-
-def _batch(count: int) -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    return {"x": torch.randn(count, WIDTH, generator=draw), "label": torch.arange(count) % 2}
-
-
-def _losses(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    scores = model.head(model.body(batch["x"]))
-    return F.cross_entropy(scores, batch["label"], reduction="none")
+        return layers("small", WIDTH, DEPTH)
 
 
 @dataclass(frozen=True)

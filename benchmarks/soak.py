@@ -26,21 +26,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped,unused-ignore]
 from rich.console import Console
 
+from benchmarks.marked import MARK, command_of, marked
 from fedlora_flwr.environment import machine, versions
 from fedlora_flwr.files import replace_file, to_json
+from fedlora_flwr.privacy.ledger import LEDGER
 from fedlora_flwr.server.checkpoint import Checkpoints
 from fedlora_flwr.server.endings import COMPLETED
-from fedlora_flwr.server.run_dir import RunDirectory
+from fedlora_flwr.server.run_dir import ROWS, RunDirectory
 from fedlora_flwr.simulations.superlink import QUIET
 from fedlora_flwr.terminal import guard, show_lines
 
 RESULT = Path(__file__).parent / "results" / "soak.json"
 COMMAND = (sys.executable, "-m", "fedlora_flwr.cli")
-MARK = "FEDLORA_SOAK"
-"""Environment variable that all processes of a run inherit, by which they are found."""
 SHARED_MEMORY = Path("/dev/shm")
 CACHE = "torchinductor_"
 """Start of the name of torch's own cache, which it keeps for all processes of a user."""
@@ -59,7 +58,7 @@ KINDS = {
 }
 """What a process is, by a word of its command line."""
 SPARED = ("Ray",)
-"""A run without a Ray worker goes on without its clients, so it is another run by right."""
+"""If one of these dies, the run continues without some clients, and its results differ rightly."""
 
 
 @dataclass
@@ -126,7 +125,7 @@ class Soak:
 
     def left_over(self) -> list[str]:
         """Name processes and temporary files that are still there."""
-        processes = [" ".join(process.cmdline())[:200] for process in self._alive()]
+        processes = [command_of(process)[:200] for process in marked(self._mark)]
         files = [path for path in (self.folder / "tmp").glob("*") if CACHE not in path.name]
         return [*processes, *(str(path) for path in files)]
 
@@ -153,37 +152,24 @@ class Soak:
             if draw.random() < 0.8:  # At work; otherwise, perhaps before its first round.
                 _wait_for_rounds(process, run, draw.randint(1, 4))
             _wait(process, draw.random() * 2)
-            found = [(p, kind) for p in self._alive() if (kind := _kind(p)) not in SPARED]
+            found = [(kind, p) for p in marked(self._mark) if (kind := _kind(p)) not in SPARED]
             if not found:
                 return
-            victim, kind = draw.choice(sorted(found, key=lambda pair: (pair[1], pair[0].pid)))
+            kind, victim = draw.choice(sorted(found))
             try:
-                victim.send_signal(signal.SIGKILL)
-            except psutil.NoSuchProcess:
+                os.kill(victim, signal.SIGKILL)
+            except ProcessLookupError:
                 continue
             self.killed[kind] += 1
             _wait(process, PATIENCE if kind in ("command", "worker") else 1.0)
         process.wait(PATIENCE * 10)
         deadline = time.monotonic() + 60.0
-        while self._alive() and time.monotonic() < deadline:  # Keepers clear up.
+        while marked(self._mark) and time.monotonic() < deadline:  # Keepers clear up.
             time.sleep(0.1)
 
-    def _alive(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == self._mark:
-                    found.append(process)
-            except psutil.Error:  # Gone, a zombie, or another user's.
-                continue
-        return found
 
-
-def _kind(process: psutil.Process) -> str:
-    try:
-        words = " ".join(process.cmdline())
-    except psutil.Error:
-        return "gone"
+def _kind(process: int) -> str:
+    words = command_of(process)
     return next((kind for word, kind in KINDS.items() if word in words), "other")
 
 
@@ -204,8 +190,7 @@ def _wait_for_rounds(process: subprocess.Popen[bytes], run: Path, rounds: int) -
 
 def _round(run: Path) -> int | None:
     """Return the round of the newest checkpoint; None if there is none."""
-    found = sorted((run / "checkpoints").glob("round-*"))
-    return int(found[-1].name.removeprefix("round-")) if found else None
+    return max(Checkpoints(run).rounds(), default=None)
 
 
 def _complete(run: Path) -> bool:
@@ -215,26 +200,33 @@ def _complete(run: Path) -> bool:
 
 def outcome(run: Path) -> dict[str, Any]:
     """Return what two equal runs have in common: all results but for times and memory."""
-    whole = RunDirectory(run)
-    summary = {k: v for k, v in (whole.summary() or {}).items() if k != "seconds"}
-    rows = {name: [_timeless(row) for row in whole.rows(name)] for name in ("rounds", "clients")}
-    with closing(sqlite3.connect(run / "ledger.sqlite")) as db:
-        columns = "client, round, noise_multiplier, sample_rate, steps"
-        releases = sorted(db.execute(f"SELECT {columns} FROM releases"))
+    summary = {k: v for k, v in (RunDirectory(run).summary() or {}).items() if k != "seconds"}
     last, damaged = Checkpoints(run).last()
     arrays = {name: _digest(array.tobytes()) for name, array in sorted(last.arrays.items())}
     return {
         "summary": summary,
-        **rows,
-        "ledger": releases,
+        **{name: timeless_rows(run, name) for name in ROWS},
+        "ledger": releases(run),
         "arrays": arrays,
         "damaged checkpoints": damaged,
         "adapter": _digest((run / "adapter" / "adapter_model.safetensors").read_bytes()),
     }
 
 
-def _timeless(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key not in ("seconds", "peak-memory-mb")}
+def timeless_rows(run: Path, name: str) -> list[dict[str, Any]]:
+    """Return a run's rows without what a clock or the machine says."""
+    clocks = ("seconds", "peak-memory-mb")
+    return [
+        {key: value for key, value in row.items() if key not in clocks}
+        for row in RunDirectory(run).rows(name)
+    ]
+
+
+def releases(run: Path) -> list[tuple[Any, ...]]:
+    """Return the rows of a run's ledger, apart from names of runs and times."""
+    with closing(sqlite3.connect(run / LEDGER)) as db:
+        columns = "client, round, noise_multiplier, sample_rate, steps"
+        return sorted(db.execute(f"SELECT {columns} FROM releases"))
 
 
 def _digest(content: bytes) -> str:

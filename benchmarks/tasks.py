@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.step import Shape
 from fedlora_flwr.data.records import TensorRecords
+from fedlora_flwr.lora.seeded import seeded
 
 
 class ShapeTask(ABC):
@@ -37,8 +39,7 @@ class ShapeTask(ABC):
 
     def build_model(self) -> nn.Module:
         """Return the model with random weights, the same in every process."""
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
+        with seeded(0):
             return self._shape.build()
 
     def client_records(self, partition_id: int, num_partitions: int) -> TensorRecords:
@@ -59,3 +60,21 @@ class ShapeTask(ABC):
         batch = {name: t.to(device) for name, t in records.batch(torch.arange(1)).items()}
         with torch.inference_mode():
             return {"loss": float(self._shape.losses(model, batch).mean())}
+
+
+def layers(name: str, width: int, depth: int) -> Shape:
+    """Return a classifier of two classes whose body is a number of square linear layers."""
+
+    def build() -> nn.Module:
+        body = nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
+        return nn.ModuleDict({"body": body, "head": nn.Linear(width, 2)})
+
+    def batch(count: int) -> dict[str, Tensor]:
+        draw = torch.Generator().manual_seed(0)
+        return {"x": torch.randn(count, width, generator=draw), "label": torch.arange(count) % 2}
+
+    def losses(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        scores = model.head(model.body(batch["x"]))
+        return F.cross_entropy(scores, batch["label"], reduction="none")
+
+    return Shape(name, build, batch, losses, {"all": r"body\.\d+"}, "head")

@@ -52,7 +52,7 @@ def make_client(context: Context) -> LoRAClient:
         from fedlora_flwr.clients.local_store import LocalStore
         from fedlora_flwr.clients.numpy_client import LoRAClient
         from fedlora_flwr.clients.trainer import process_trainer
-        from fedlora_flwr.privacy.ledger import Ledger
+        from fedlora_flwr.privacy.ledger import LEDGER, Ledger
     with untold():
         trainer = process_trainer(config)
     folder = state_folder(config)
@@ -64,7 +64,7 @@ def make_client(context: Context) -> LoRAClient:
         partial(_private_records, trainer.task)
         if device
         else partial(trainer.task.client_records, partition, partitions),
-        Ledger(folder / "ledger.sqlite"),
+        Ledger(folder / LEDGER),
         identity,
         str(context.run_id),
         store=LocalStore(folder / "local"),

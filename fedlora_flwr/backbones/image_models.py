@@ -18,6 +18,7 @@ from fedlora_flwr.data.hub import hub_answers, own_copies_only
 from fedlora_flwr.errors import InvalidValue, one_line
 from fedlora_flwr.files import cache_folder
 from fedlora_flwr.lora.fused_layers import SplitLinear, split_fused
+from fedlora_flwr.lora.seeded import seeded_on_cpu
 
 SMALL_SWIN = "small-swin"
 # Patterns of layers to adapt. `_LAYERS` begins with queries, keys, values and the projection, as in
@@ -54,9 +55,7 @@ def build(settings: TaskSection, num_classes: int, seed: int) -> nn.Module:
     file = settings.weights
     if file == "pretrained" and (folder := _folder(settings.model)) is not None:
         file = _weights_in(folder)
-    with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would also seed the accelerators, which the fork does not restore.
-        torch.default_generator.manual_seed(seed)
+    with seeded_on_cpu(seed):
         model = _create(settings, num_classes, pretrained=file == "pretrained")
     if file not in ("pretrained", "random"):
         _load(model, file)
@@ -150,7 +149,7 @@ def _create(settings: TaskSection, num_classes: int, *, pretrained: bool) -> nn.
         model = f"local-dir:{folder}"
     elif ":" not in model and not timm.is_model(model):
         raise _unknown(model)
-    # Without an answer from the hub, timm may still have its own copy.
+    # If the hub does not answer, timm may still find the model in its own cache.
     remote = folder is None and (pretrained or ":" in model)
     away = remote and not hub_answers()
     try:

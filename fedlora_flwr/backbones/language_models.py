@@ -16,6 +16,7 @@ from fedlora_flwr.config.sections import TaskSection
 from fedlora_flwr.data.hub import hub_answers, own_copies_only
 from fedlora_flwr.errors import InvalidValue, one_line, require
 from fedlora_flwr.lora.exported import DRAWN
+from fedlora_flwr.lora.seeded import seeded_on_cpu
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -253,9 +254,7 @@ def build(auto: Any, settings: TaskSection, config: PretrainedConfig, seed: int)
     bare = skeleton(auto, config)
     check_length(settings.max_length, bare)
     options = quantized(settings.quantization, head_modules(bare))
-    with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would also seed the accelerators, which the fork does not restore.
-        torch.default_generator.manual_seed(seed)
+    with seeded_on_cpu(seed):
         if settings.weights == "random":
             model: nn.Module = skeleton(auto, config, "cpu")
             setattr(model, DRAWN, _beside(bare))

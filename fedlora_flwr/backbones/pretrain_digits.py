@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fedlora_flwr.backbones.printed_digits import CLASSES, render
 from fedlora_flwr.data.cached_file import read_or_build
 from fedlora_flwr.files import cache_folder
+from fedlora_flwr.lora.seeded import seeded_on_cpu
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,7 @@ def build_vit(seed: int = 0) -> nn.Module:
     """
     from timm.models.vision_transformer import VisionTransformer
 
-    with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would also seed the accelerators, which the fork does not restore.
-        torch.default_generator.manual_seed(seed)
+    with seeded_on_cpu(seed):
         model: nn.Module = VisionTransformer(
             img_size=8,
             patch_size=2,

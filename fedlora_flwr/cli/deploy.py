@@ -59,7 +59,9 @@ def init(
 
 @app.command()
 def check(
-    folder: Annotated[Path, typer.Argument(help="Folder of the fleet, or of a device on it.")],
+    folder: Annotated[
+        Path, typer.Argument(help="The fleet's folder, or on a device the device's own.")
+    ],
     recipe: Annotated[
         str,
         typer.Option(

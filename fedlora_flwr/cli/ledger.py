@@ -19,8 +19,6 @@ from fedlora_flwr.terminal import Table, show, show_json, show_lines
 if TYPE_CHECKING:
     from fedlora_flwr.privacy.spent import Spent
 
-_FILE, _SETTINGS = "ledger.sqlite", "device.toml"
-
 
 def ledger(
     place: Annotated[
@@ -50,21 +48,24 @@ def ledger(
     show(console, _table(found))
     lines = [("δ", f"{at:g}"), ("Ledger", str(file))]
     if "epsilon" in settings:
-        lines.insert(0, ("Budget", f"ε ≤ {float(settings['epsilon']):g}, says {_SETTINGS}"))
+        lines.insert(0, ("Budget", f"ε ≤ {float(settings['epsilon']):g}, says device.toml"))
     show_lines(console, lines)
 
 
 def _found(place: Path) -> tuple[Path, Mapping[str, Any]]:
     """Return the ledger's file, and a device's own settings where its folder was named."""
+    from fedlora_flwr.deploy.fleet import SETTINGS
+    from fedlora_flwr.privacy.ledger import LEDGER
+
     settings: Mapping[str, Any] = {}
-    folder = place.parent if place.name == _SETTINGS else place
-    if (folder / _SETTINGS).is_file():
+    folder = place.parent if place.name == SETTINGS else place
+    if (folder / SETTINGS).is_file():
         from fedlora_flwr.clients.device import Device
 
-        settings = Device.read(folder / _SETTINGS).settings
+        settings = Device.read(folder / SETTINGS).settings
         place = folder / Path(str(settings.get("state-dir") or data_folder())).expanduser()
     if place.is_dir():
-        place = place / _FILE
+        place = place / LEDGER
     if not place.exists():
         allowed = "a ledger's file, or a folder with one: nothing is spent where there is none"
         raise InvalidValue("ledger", str(place), allowed)

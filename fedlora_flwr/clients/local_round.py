@@ -153,7 +153,7 @@ class LocalRound:
         -------
         Released
             Everything that leaves the client. If the budget does not allow the round, the status is
-            ``"budget-exhausted"`` and there are no arrays.
+            ``"budget-exhausted"``, and the arrays are empty.
 
         Raises
         ------

@@ -215,7 +215,7 @@ class LocalTrainer:
         self.load(arrays)
         settings = OptimizerSettings.in_round(self.config, server_round)
         settings = replace(settings, proximal_mu=proximal_mu)
-        with _one_client(self.config.client_threads, self._seed("dropout", stream)):
+        with one_client(self.config.client_threads, self._seed("dropout", stream)):
             self.engine.start_round(
                 mechanism,
                 settings,
@@ -268,7 +268,7 @@ def process_trainer(config: RunConfig) -> LocalTrainer:
 
 
 @contextmanager
-def _one_client(threads: int, seed: int) -> Iterator[None]:
+def one_client(threads: int, seed: int) -> Iterator[None]:
     """Set a client's own thread count and dropout stream, and restore the old ones afterward."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -87,7 +87,7 @@ class Labels:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Names of the classes in the order of their numbers; a number where there is no name.
+        """Names of the classes in the order of their numbers. A number stands for a missing name.
 
         Raises
         ------

@@ -100,7 +100,7 @@ def read(pictures: Sequence[Image.Image], data: Mapping[str, Any]) -> NDArray[np
     """
     from timm.data import create_transform
 
-    # With use_prefetcher, timm leaves scaling and normalizing to the device.
+    # With use_prefetcher, timm's transform does not scale or normalize pictures.
     transform = create_transform(**data, is_training=False, use_prefetcher=True)
     mode = "L" if data["input_size"][0] == 1 else "RGB"
     return np.stack([transform(eight_bits(picture, mode)) for picture in pictures])

@@ -204,13 +204,13 @@ def _budget(
     from fedlora_flwr.privacy.account import UNBOUND
     from fedlora_flwr.privacy.budget import Segment
     from fedlora_flwr.privacy.calibration import calibrated_mechanism
-    from fedlora_flwr.privacy.ledger import Account, Ledger
+    from fedlora_flwr.privacy.ledger import LEDGER, Account, Ledger
 
     account = Account(
         client, "", config.epsilon, config.delta, config.ledger_scope, config.run_epsilon
     )
     ledger = None
-    if state is not None and Ledger.exists(path := state / "ledger.sqlite"):
+    if state is not None and Ledger.exists(path := state / LEDGER):
         ledger = tried(name, lambda: Ledger(path, patience=_PATIENCE), "follow this advice")
         if isinstance(ledger, Finding):
             yield ledger

@@ -134,7 +134,7 @@ def check_script(script: Path) -> None:
     Raises
     ------
     NotSealed
-        It does not, or there is no script.
+        The script does not do that, or there is no script.
     """
     lines = script.read_text(encoding="utf-8").splitlines() if script.exists() else []
     words = [Path(word).name for line in lines for word in line.partition("#")[0].split()]

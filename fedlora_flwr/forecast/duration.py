@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedlora_flwr.clients.trainer import one_client
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.records import Records, TensorRecords
 from fedlora_flwr.errors import FedLoRAError, explained
-from fedlora_flwr.forecast.forecast import skeleton
+from fedlora_flwr.forecast.forecast import active_per_step, skeleton
 from fedlora_flwr.forecast.participation import participation
-from fedlora_flwr.layout import Layout
 from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.lora.build import resolve_device
 from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
@@ -25,6 +25,7 @@ from fedlora_flwr.privacy.noise import NoiseSource, SecureNoise, SeededNoise
 from fedlora_flwr.privacy.postprocessing.filters import make_filter
 from fedlora_flwr.server.rehearsal import build_unread, is_large
 from fedlora_flwr.server.strategy import build_strategy
+from fedlora_flwr.strategies.base import FedLoRA
 from fedlora_flwr.tasks.registry import Task, optional
 
 # Seconds that a measurement may take. A batch that takes longer is measured by a part of it.
@@ -114,13 +115,16 @@ def _measured(config: RunConfig, task: Task, records: int | None) -> Duration:
     messages = round(rounds.mean * config.num_clients)
     private = _private(config, task, records)
     evaluation, due = None, 1 + math.ceil(rounds.last_round / config.eval_every)
-    if build_strategy(config).personal:  # Its clients measure, after each of their rounds.
+    strategy = build_strategy(config)
+    if strategy.personal:  # Its clients measure, after each of their rounds.
         due = 1 + messages
     if records is None:
         evaluation = _evaluation(task, adapted)
     return Duration(
         steps=messages * (1 if config.secure_sum else config.local_steps),
-        step=_step(config, task, adapted, private, len(private) if records is None else records),
+        step=_step(
+            config, task, strategy, adapted, private, len(private) if records is None else records
+        ),
         evaluations=due,
         evaluation=evaluation,
     )
@@ -135,15 +139,17 @@ def _private(config: RunConfig, task: Task, records: int | None) -> Records:
 
 
 def _step(
-    config: RunConfig, task: Task, adapted: AdaptedModel, records: Records, size: int
+    config: RunConfig,
+    task: Task,
+    strategy: FedLoRA,
+    adapted: AdaptedModel,
+    records: Records,
+    size: int,
 ) -> float:
     """Return the seconds of one step with the expected batch."""
     expected = config.sample_rate * size if config.secure_sum else config.batch_size
     batch = max(1, min(round(expected), size))
-    layout = Layout.of(adapted.parameters, config.block_pattern)
-    strategy = build_strategy(config)
-    strategy.num_rounds = config.num_rounds
-    names = layout.active(strategy.plan(1, layout), 1)
+    names = next(active_per_step(config, strategy, adapted))
     engine = PrivateEngine(adapted, task.losses, config.microbatch_size or None)
     noise: NoiseSource = SecureNoise() if config.secure_noise else SeededNoise(0)
     # More noise takes no more time.
@@ -154,13 +160,8 @@ def _step(
     def work(count: int) -> None:
         engine.step(records, torch.arange(count) % len(records), names)
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(config.client_threads)
-    try:
-        with engine.training():
-            return _seconds(work, batch, adapted)
-    finally:
-        torch.set_num_threads(before)
+    with one_client(config.client_threads, 0), engine.training():
+        return _seconds(work, batch, adapted)
 
 
 def _evaluation(task: Task, adapted: AdaptedModel) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -171,8 +171,10 @@ def forecast(config: RunConfig, records: int | None = None, task: Task | None = 
     return found
 
 
-def numbers_per_step(config: RunConfig, strategy: FedLoRA, model: AdaptedModel) -> list[int]:
-    """Return how many numbers each local step of the first two rounds trains.
+def active_per_step(
+    config: RunConfig, strategy: FedLoRA, model: AdaptedModel
+) -> Iterator[Sequence[str]]:
+    """Yield the names of the arrays that each local step of the first two rounds trains.
 
     Raises
     ------
@@ -182,7 +184,20 @@ def numbers_per_step(config: RunConfig, strategy: FedLoRA, model: AdaptedModel) 
     layout = Layout.of(model.parameters, config.block_pattern)
     strategy.num_rounds = config.num_rounds
     plans = [strategy.plan(number, layout) for number in (1, 2)]
-    active = (layout.active(plan, step + 1) for plan in plans for step in range(config.local_steps))
+    for plan in plans:
+        for step in range(config.local_steps):
+            yield layout.active(plan, step + 1)
+
+
+def numbers_per_step(config: RunConfig, strategy: FedLoRA, model: AdaptedModel) -> list[int]:
+    """Return how many numbers each local step of the first two rounds trains.
+
+    Raises
+    ------
+    InvalidValue
+        As `active_per_step`.
+    """
+    active = active_per_step(config, strategy, model)
     return [sum(model.parameters[name].numel() for name in names) for names in active]
 
 

@@ -26,7 +26,7 @@ from fedlora_flwr.integrations.trainer_arguments import check_arguments, check_t
 from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.privacy.budget import Segment, calibrate, check_budget
 from fedlora_flwr.privacy.engine import LossFunction, OptimizerSettings, PrivateEngine
-from fedlora_flwr.privacy.ledger import Account, Ledger, LedgerSummary
+from fedlora_flwr.privacy.ledger import LEDGER, Account, Ledger, LedgerSummary
 from fedlora_flwr.privacy.masks import own_randomness
 from fedlora_flwr.privacy.mechanism import Mechanism, poisson_batches
 from fedlora_flwr.privacy.noise import SecureNoise, SeededNoise
@@ -126,7 +126,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         check_budget(epsilon, delta, size, len(self.train_dataset))
         self._epsilon, self._delta = epsilon, delta
         self._noise = SecureNoise() if secure_noise else SeededNoise(stream_seed(None, "noise"))
-        self._ledger_path = ledger or Path(self.args.output_dir) / "ledger.sqlite"
+        self._ledger_path = ledger or Path(self.args.output_dir) / LEDGER
         self._run = uuid4().hex
         self.privacy: LedgerSummary | None = None
         """What the planned training spends. None before `create_optimizer` plans it."""

@@ -20,11 +20,26 @@ def seeded(seed: int) -> Iterator[None]:
     seed : int
         From -2**63 to 2**64 - 1.
     """
-    if torch.accelerator.is_available():
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+    if not torch.accelerator.is_available():
+        with seeded_on_cpu(seed):
             yield
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def seeded_on_cpu(seed: int) -> Iterator[None]:
+    """Seed the CPU's generator alone, and restore its state afterwards.
+
+    ``torch.manual_seed`` would also seed the accelerators, whose states are not restored here.
+
+    Parameters
+    ----------
+    seed : int
+        From -2**63 to 2**64 - 1.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

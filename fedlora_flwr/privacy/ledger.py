@@ -32,6 +32,8 @@ LAPSE = 86_400.0
 
 _PATIENCE = 60.0
 _MAX_ROUND = 10**9
+LEDGER = "ledger.sqlite"
+"""Usual name of a ledger's file."""
 Repeated: TypeAlias = tuple[Account, int, Segment, Segment, str]
 """A release that may be asked again: account, round, segment, plan and the inputs' digest."""
 
@@ -237,7 +239,7 @@ class Ledger:
                 rows = _repeats(db, account, server_round, segment, planned, inputs)
             if inputs and any(not outputs or paid in (outputs, "") for paid in rows.values()):
                 return None
-            # To work out ε may take seconds, so no lock is held. The result is used only if no
+            # Computing ε may take seconds, so no lock is held. The result is used only if no
             # other process has written to the account meanwhile.
             summary, order = admit(account, tallies, planned, segment.steps, self.lapse)
             values = (

@@ -104,7 +104,7 @@ def spent(path: Path, delta: float) -> list[Spent]:
         raise InvalidValue("ledger", str(path), "the file of a ledger, such as ledger.sqlite")
     with Ledger(path).reading() as db:
         read = [_read(db, client, run, delta) for client, run in _accounts(db)]
-    # To work out ε may take seconds, so no lock is held.
+    # Computing ε may take seconds, so no lock is held.
     return [_spent(*one) for one in read]
 
 

@@ -92,7 +92,9 @@ class Best:
 
     @property
     def why(self) -> str:
-        """Why the run ends early, in words."""
+        """Why the run ends early, in words; empty if it does not."""
+        if not self.stops:
+            return ""
         better = f"by more than {self._threshold:g} " if self._threshold else ""
         times = f"{self.waited} evaluation{'s' * (self.waited != 1)}"
         return f"{self.metric} has not improved {better}for {times}"

@@ -165,12 +165,12 @@ class Checkpoints:
             sync_folder(folder)
         except OSError as error:
             raise FileTrouble.of(error, folder) from error
-        for number in self._rounds()[:-_KEPT]:
+        for number in self.rounds()[:-_KEPT]:
             self._file(number).unlink(missing_ok=True)
 
     def any(self) -> bool:
         """Tell whether there is a checkpoint, whole or not."""
-        return bool(self._rounds())
+        return bool(self.rounds())
 
     def last(self) -> tuple[Checkpoint, list[str]]:
         """Return the newest checkpoint that is whole, and a sentence on each newer file.
@@ -181,7 +181,7 @@ class Checkpoints:
             No checkpoint is whole.
         """
         damaged: list[str] = []
-        for number in reversed(self._rounds()):
+        for number in reversed(self.rounds()):
             path = self._file(number)
             try:
                 return Checkpoint.from_bytes(path.read_bytes()), damaged
@@ -194,14 +194,15 @@ class Checkpoints:
 
     def forget_after(self, number: int) -> None:
         """Remove files of later rounds, which are damaged."""
-        for later in self._rounds():
+        for later in self.rounds():
             if later > number:
                 self._file(later).unlink(missing_ok=True)
 
     def _file(self, number: int) -> Path:
         return self.folder / f"round-{number:07d}"
 
-    def _rounds(self) -> list[int]:
+    def rounds(self) -> list[int]:
+        """Return the rounds that have a checkpoint, whole or not, in ascending order."""
         found = (path.name.removeprefix("round-") for path in self.folder.glob("round-*"))
         return sorted(int(name) for name in found if name.isdecimal())
 

@@ -165,7 +165,7 @@ class _Session:
         """Why the run ended, in words."""
         if len(self.rows) > self.config.num_rounds:
             return ALL_ROUNDS
-        return self.best.why if self.best.stops else BUDGETS_SPENT
+        return self.best.why or BUDGETS_SPENT
 
     def run(self, grid: Grid, checkpoint: Checkpoint | None) -> None:
         # A federation has the nodes that it has; num-clients only says how many a run makes.
@@ -184,7 +184,7 @@ class _Session:
             train_config=ConfigRecord({FINGERPRINT: self.adapted.fingerprint}),
             evaluate_config=ConfigRecord({FINGERPRINT: self.adapted.fingerprint}),
             evaluate_fn=self._after_round,
-            stop_fn=lambda: self.best.why if self.best.stops else "",
+            stop_fn=lambda: self.best.why,
             **({"done": checkpoint.round} if checkpoint else {}),
         )
         if self.task.metric not in by_name(self.rows[-1]):

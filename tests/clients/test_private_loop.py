@@ -100,7 +100,7 @@ def test_streams_of_a_real_run_follow_128_bits_of_the_operating_system(
             batches = poisson_batches(SPARSE, 9, secret._seed("batches", ("c", 1)))
             found.append([batch.tolist() for batch in batches])
         else:
-            with trainer_module._one_client(1, secret._seed("dropout", ("c", 1))):
+            with trainer_module.one_client(1, secret._seed("dropout", ("c", 1))):
                 found.append(torch.rand(20).tolist())
     assert found[0] != found[1]
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import socket
 import ssl
 import zipfile
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from threading import Thread
+from typing import Any
+
+import pytest
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy.check import check_fleet
@@ -18,6 +21,7 @@ from fedlora_flwr.deploy.fleet import Fleet, make_fleet, stated
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.superlink import free_port
 from tests.backbones.checkpoints import write_split
+from tests.deploy import faulty
 from tests.tasks.texts import make_checkpoint, reviews, text_config
 
 
@@ -87,6 +91,35 @@ def planned(base: Path, model: Path) -> RunConfig:
         num_rounds=2, weighting="inverse-noise", delta=1e-3, seed=7,
         reproducible=True, exact_passes=True,
     )  # fmt: skip
+
+
+def prepare_faulty(base: Path, names: Sequence[str], records: int, **changes: Any) -> RunConfig:
+    """Make a fleet whose devices, which share the records, have a folder each for their faults."""
+    model, rows = make_checkpoint("bert", base / "model"), reviews(records)
+    for split in ("train", "validation"):
+        write_split(base / "public", split, rows[:20])
+    config = text_config(
+        model, base / "public", task=faulty.NAME, input_columns="text", num_classes=2, batch_size=8,
+        num_rounds=4, num_clients=len(names), min_completion=0.25, delta=1e-3, epsilon=50.0,
+        run_dir=str(base / "run"), **changes,
+    )  # fmt: skip
+    make_fleet(base / "fleet", Fleet(len(names), port=free_port()), config)
+    for number, name in enumerate(names):
+        device = base / "fleet" / "devices" / name
+        write_split(device / "data", "train", rows[number :: len(names)])
+        settings = (device / "device.toml").read_text().replace("1e-5", "1e-3")
+        (device / "device.toml").write_text(settings)
+        (base / name).mkdir()
+    return config
+
+
+@contextmanager
+def own_cache(base: Path) -> Iterator[None]:
+    """Give all processes a cache of their own below a folder, and this checkout's modules."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(base / "cache"))
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+        yield
 
 
 def set_up_devices(base: Path, reproducible: bool) -> None:

@@ -19,13 +19,11 @@ from typing import Any
 import pytest
 
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.deploy.fleet import CONNECTION, Fleet, make_fleet
+from fedlora_flwr.deploy.fleet import CONNECTION
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.simulations.superlink import free_port
-from tests.backbones.checkpoints import write_split
 from tests.deploy import faulty
 from tests.deploy.running import RunningFleet, running
-from tests.tasks.texts import make_checkpoint, reviews, text_config
+from tests.deploy.support import own_cache, prepare_faulty
 
 pytestmark = pytest.mark.deploy
 
@@ -58,34 +56,22 @@ class Story:
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     base = tmp_path_factory.mktemp("faults")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(base / "cache"))
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    with own_cache(base):
         config = prepare(base)
         with running(base / "fleet", base / "operator", []) as fleet:
             yield Scene(base, fleet, RunDirectory(base / "run")).play(config)
 
 
 def prepare(base: Path) -> RunConfig:
-    model, rows = make_checkpoint("bert", base / "model"), reviews(30 * len(NAMES))
-    for split in ("train", "validation"):
-        write_split(base / "public", split, rows[:20])
-    config = text_config(
-        model, base / "public", task=faulty.NAME, input_columns="text", num_classes=2, batch_size=8,
-        local_steps=STEPS, num_rounds=4, num_clients=4, min_clients=3, min_completion=0.25,
-        round_timeout=TIMEOUT, delta=1e-3, epsilon=50.0, run_dir=str(base / "run"),
+    config = prepare_faulty(
+        base, NAMES, 30 * len(NAMES), local_steps=STEPS, min_clients=3, round_timeout=TIMEOUT,
         reproducible=False,
     )  # fmt: skip
-    make_fleet(base / "fleet", Fleet(len(NAMES), port=free_port()), config)
-    for number, name in enumerate(NAMES):
-        device = base / "fleet" / "devices" / name
-        write_split(device / "data", "train", rows[number::4])
-        settings = (device / "device.toml").read_text().replace("1e-5", "1e-3")
-        if name == FAILING:  # Flower's own process is what is killed there.
-            settings = settings.replace("keep-warm = 600", "keep-warm = 0")
-            assert "keep-warm = 0" in settings
-        (device / "device.toml").write_text(settings)
-        (base / name).mkdir()
+    file = base / "fleet" / "devices" / FAILING / "device.toml"
+    # Flower's own process is what is killed there.
+    settings = file.read_text().replace("keep-warm = 600", "keep-warm = 0")
+    assert "keep-warm = 0" in settings
+    file.write_text(settings)
     return config
 
 

@@ -18,42 +18,30 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.deploy.fleet import Fleet, make_fleet, read_fleet
+from fedlora_flwr.deploy.fleet import read_fleet
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.simulations.superlink import free_port
-from tests.backbones.checkpoints import write_split
 from tests.deploy import faulty
 from tests.deploy.running import RunningFleet
+from tests.deploy.support import own_cache, prepare_faulty
 from tests.processes.processes import MARK, left_of, marked
-from tests.tasks.texts import make_checkpoint, reviews, text_config
 
 pytestmark = pytest.mark.deploy
 
 SEEDED, FRESH = NAMES = ["device-01", "device-02"]
 """One repeats its noise where a round is asked again, since its owner says so; one never does."""
-ROUNDS = 4
+WARM, ROUNDS = {SEEDED: 600, FRESH: 0}, 4
 CONTINUES = "The run continues after the last finished round in 0 s"
 
 
 def prepare(base: Path) -> RunConfig:
-    model, rows = make_checkpoint("bert", base / "model"), reviews(80)
-    for split in ("train", "validation"):
-        write_split(base / "public", split, rows[:20])
-    config = text_config(
-        model, base / "public", task=faulty.NAME, input_columns="text", num_classes=2, batch_size=8,
-        local_steps=2, num_rounds=ROUNDS, num_clients=2, min_clients=2, min_completion=0.25,
-        round_timeout=200.0, delta=1e-3, epsilon=50.0, run_dir=str(base / "run"), seed=5,
+    config = prepare_faulty(
+        base, NAMES, 80, local_steps=2, min_clients=2, round_timeout=200.0, seed=5,
         reproducible=True,
     )  # fmt: skip
-    make_fleet(base / "fleet", Fleet(2, port=free_port()), config)
-    for number, name in enumerate(NAMES):
-        device = base / "fleet" / "devices" / name
-        write_split(device / "data", "train", rows[number::2])
-        settings = (device / "device.toml").read_text().replace("1e-5", "1e-3")
-        settings = settings.replace("keep-warm = 600", f"keep-warm = {600 * (name == SEEDED)}")
-        own = "reproducible = true\n" if name == SEEDED else ""
-        (device / "device.toml").write_text(own + settings)
-        (base / name).mkdir()
+    for name in NAMES:
+        file = base / "fleet" / "devices" / name / "device.toml"
+        settings = file.read_text().replace("keep-warm = 600", f"keep-warm = {WARM[name]}")
+        file.write_text("reproducible = true\n" * (name == SEEDED) + settings)
     return config
 
 
@@ -219,9 +207,7 @@ class Scene:
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     base = tmp_path_factory.mktemp("survives")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(base / "cache"))
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    with own_cache(base):
         config = prepare(base)
         (base / "home").mkdir()
         fleet = RunningFleet(base / "fleet", base / "home")

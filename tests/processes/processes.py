@@ -8,19 +8,11 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-MARK = "FEDLORA_TEST_MARK"
+from benchmarks.marked import MARK, command_of, marked
+
+__all__ = ["LOOPBACK", "MARK", "gathered", "left_of", "listening", "marked"]
+
 _LISTENS = "0A"
-
-
-def marked(mark: str) -> list[int]:
-    """Return the processes that were started with a mark, by whatever way."""
-    wanted, found = f"{MARK}={mark}".encode(), []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):  # It has ended meanwhile.
-                if wanted in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
-    return found
 
 
 def gathered(mark: str, count: int, patience: float = 60.0) -> list[int]:
@@ -39,8 +31,7 @@ def left_of(mark: str, patience: float = 60.0) -> list[str]:
     lines = []
     for process in found:
         with suppress(OSError):
-            line = Path(f"/proc/{process}/cmdline").read_bytes()
-            lines.append(line.replace(b"\0", b" ").decode())
+            lines.append(command_of(process))
             os.kill(process, signal.SIGKILL)
     return lines
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from unittest import mock
 import numpy as np
 from safetensors.numpy import load_file
 
+from benchmarks.soak import releases, timeless_rows
 from fedlora_flwr import files
 from fedlora_flwr.client_app import app
 from fedlora_flwr.config import RunConfig
@@ -36,6 +36,9 @@ WRITES: tuple[tuple[Any, str], ...] = (
     (Path, "rename"), (Path, "unlink"), (Path, "write_bytes"), (files, "_exchange"),
     (rows_file, "append"), (Writer, "append"), (Writer, "settle"),
 )  # fmt: skip
+
+
+ledger, rows = releases, timeless_rows
 
 
 class Killed(BaseException):
@@ -112,22 +115,7 @@ def killed(work: Callable[..., Any], config: RunConfig, folder: Path, at: int) -
 
 def has_begun(folder: Path) -> bool:
     """Tell whether there is a checkpoint; without one nothing has been asked of a client."""
-    return any((folder / "checkpoints").glob("round-*"))
-
-
-def ledger(folder: Path) -> list[tuple[Any, ...]]:
-    """Return the rows of a run's ledger, apart from names of runs and times."""
-    with closing(sqlite3.connect(folder / "ledger.sqlite")) as db:
-        columns = "client, round, noise_multiplier, sample_rate, steps"
-        return sorted(db.execute(f"SELECT {columns} FROM releases"))
-
-
-def rows(folder: Path, name: str) -> list[dict[str, Any]]:
-    """Return rows without what a clock or the machine says."""
-    found = RunDirectory(folder).rows(name)
-    return [
-        {k: v for k, v in row.items() if k not in ("seconds", "peak-memory-mb")} for row in found
-    ]
+    return Checkpoints(folder).any()
 
 
 def state(folder: Path) -> Any:
