@@ -19,7 +19,7 @@ RESULTS = FOLDER / "results"
 def test_these_are_the_commands() -> None:
     assert COMMANDS == [
         "aggregation", "as_lora_scores", "attacks", "clients", "engine", "learning", "long_runs",
-        "pictures", "soak", "started", "tiny_llm", "workers",
+        "pictures", "soak", "started", "stock_faults", "tiny_llm", "workers",
     ]  # fmt: skip
 
 
