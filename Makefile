@@ -32,9 +32,10 @@ test: style
 	$(BIN)/python -m pytest; failed=$$?; \
 	wait $$types || failed=1; echo "mypy:"; cat $(VENV)/mypy.log; exit $$failed
 
-# Real Flower processes. Two files at a time: more of them slow a fleet beyond its timeouts.
+# Real Flower processes. Two files at a time: more of them slow a fleet beyond its timeouts. The
+# other tests may run at the same time, so these keep another cache.
 test-deploy: setup
-	$(BIN)/python -m pytest -n 2 -m "deploy or flower"
+	$(BIN)/python -m pytest -n 2 -m "deploy or flower" -o cache_dir=.pytest_cache/deploy
 
 # Every paper recipe for one private round on random weights of its full architecture: about 75
 # minutes of CPU. Two at a time need 12 GB of memory.
