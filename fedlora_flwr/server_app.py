@@ -18,9 +18,6 @@ from fedlora_flwr.server.run_dir import CLAIM, NOISE, RunDirectory, has_begun
 from fedlora_flwr.server.watched_grid import WatchedGrid
 from fedlora_flwr.tasks.registry import extras_of
 
-with uncollected():
-    pass
-
 app = ServerApp()
 
 
@@ -30,7 +27,8 @@ def main(grid: Grid, context: Context) -> None:
     config = RunConfig.of(context.run_config)
     # The server builds the model to evaluate it, so torch must be there; it is imported only now.
     require(*extras_of(config.task))
-    from fedlora_flwr.server.serve import run_federation
+    with uncollected():
+        from fedlora_flwr.server.serve import run_federation
 
     run_dir = folder_of(config)
     print(f"Results: {run_dir.path}", flush=True)

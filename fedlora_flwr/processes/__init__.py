@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 
 @contextmanager
@@ -12,9 +14,11 @@ def uncollected() -> Iterator[None]:
     """Import without the garbage collector.
 
     Imported objects stay, so looking through a million of them again and again is wasted work: it
-    takes a tenth to a fifth of a process's start. Flower starts a process for each message, and Ray
-    starts one for each worker.
+    takes a tenth to a fifth of a process's start. Python would look through them once more at its
+    end, which takes as long. Flower starts a process for each message, and Ray starts one for each
+    worker.
     """
+    _freeze_at_end()
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -22,3 +26,9 @@ def uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@cache
+def _freeze_at_end() -> None:
+    """Let this process end without a last search for garbage."""
+    atexit.register(gc.freeze)
