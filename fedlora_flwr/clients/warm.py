@@ -113,7 +113,15 @@ class WarmProcess:
             connection.close()
         return None
 
+    def _clear(self) -> None:
+        """Remove the socket of a process that was killed, which could not do it itself."""
+        with contextlib.suppress(OSError):
+            socket = Path(self.address.read_text())
+            socket.unlink(missing_ok=True)
+            socket.parent.rmdir()
+
     def _start(self) -> Connection:
+        self._clear()
         # Pass on the import path, which may hold the app that Flower has installed for this run.
         paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
         process = subprocess.Popen(

@@ -79,10 +79,12 @@ def test_a_process_that_is_killed_is_an_error_and_the_next_call_gets_another(
     make_process: MakeProcess,
 ) -> None:
     process = make_process()
-    killed = process.call(who)
+    killed, socket = process.call(who), Path(process.address.read_text())
     with pytest.raises(ClientFailed, match="ended before it answered"):
         process.call(die)
+    assert socket.exists()
     assert process.call(who) != killed
+    assert not socket.parent.exists()
 
 
 def test_calls_at_once_start_one_process_and_wait_for_each_other(

@@ -17,10 +17,10 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 
+from benchmarks.running_fleet import BIN, RunningFleet
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.superlink import QUIET, free_port
 from tests.backbones.checkpoints import write_split
-from tests.deploy.running import BIN, RunningFleet
 from tests.tasks.texts import make_checkpoint, reviews
 
 pytestmark = pytest.mark.deploy

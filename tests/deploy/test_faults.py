@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.running_fleet import RunningFleet, running
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy.fleet import CONNECTION
 from fedlora_flwr.server.run_dir import RunDirectory
 from tests.deploy import faulty
-from tests.deploy.running import RunningFleet, running
 from tests.deploy.support import own_cache, prepare_faulty
 
 pytestmark = pytest.mark.deploy

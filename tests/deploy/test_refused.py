@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.running_fleet import RunningFleet, running
 from fedlora_flwr.deploy import identities
 from fedlora_flwr.deploy.check import check_device
 from fedlora_flwr.deploy.fleet import CONNECTION, Fleet, make_fleet, read_fleet
 from fedlora_flwr.simulations.superlink import free_port
-from tests.deploy.running import RunningFleet, running
 from tests.deploy.support import texts
 
 pytestmark = pytest.mark.deploy

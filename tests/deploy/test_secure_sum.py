@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.running_fleet import RunningFleet, running
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy.fleet import Fleet, make_fleet
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.superlink import free_port
 from tests.backbones.checkpoints import write_split
-from tests.deploy.running import RunningFleet, running
 from tests.tasks.texts import make_checkpoint, reviews, text_config
 
 pytestmark = pytest.mark.deploy

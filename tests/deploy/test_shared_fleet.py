@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load
 
+from benchmarks.running_fleet import RunningFleet, running
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy.fleet import CONNECTION
 from fedlora_flwr.deploy.supernode import START
@@ -22,7 +23,6 @@ from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from tests.deploy import hostile
 from tests.deploy.hostile import write_hostile
-from tests.deploy.running import RunningFleet, running
 from tests.deploy.support import NAMES, WARM, adapter, of, prepare, set_up_devices
 
 pytestmark = pytest.mark.deploy

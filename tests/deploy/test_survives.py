@@ -17,11 +17,11 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 
+from benchmarks.running_fleet import RunningFleet
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy.fleet import read_fleet
 from fedlora_flwr.server.run_dir import RunDirectory
 from tests.deploy import faulty
-from tests.deploy.running import RunningFleet
 from tests.deploy.support import own_cache, prepare_faulty
 from tests.processes.processes import MARK, left_of, marked
 

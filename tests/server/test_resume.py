@@ -14,6 +14,7 @@ import pytest
 
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import FileTrouble, replace_file
+from fedlora_flwr.places import FLOWERS
 from fedlora_flwr.server import checkpoint
 from fedlora_flwr.server.checkpoint import Checkpoints
 from fedlora_flwr.server.run_dir import RunDirectory
@@ -35,7 +36,7 @@ SUM = {
     "trust_model": "secure-sum", "sample_rate": 0.25, "local_steps": 1, "strategy": "rolora",
 }  # fmt: skip
 RUNS: dict[str, dict[str, Any]] = {
-    **{name: {"strategy": name} for name in STRATEGIES},
+    **{name: {"strategy": name} for name in (*STRATEGIES, *FLOWERS)},
     "flexlora": {"strategy": "flexlora", "client_ranks": "1,2,1"},
     "fedavgm": {"strategy": "fedavgm", "fedavgm.server-momentum": 0.9},
     "own heads, average": {"strategy": "ffa-lora", "filter": "doppler", "average_decay": 0.5},
