@@ -139,8 +139,8 @@ class Layout:
             raise InvalidValue(
                 "array names",
                 list(layout.names)[:5],
-                "LoRA factors called '<layer>.lora_A.weight' and '<layer>.lora_B.weight', as "
-                "peft.get_peft_model_state_dict calls them",
+                "LoRA factors with the names that peft.get_peft_model_state_dict gives them: "
+                "'<layer>.lora_A.weight' and '<layer>.lora_B.weight'",
             )
         return layout
 
@@ -170,7 +170,8 @@ class Layout:
         """
         pair = f"{layer}.lora_B.weight", f"{layer}.lora_A.weight"
         if missing := set(pair) - set(self.names):
-            raise InvalidValue("array names", sorted(self.names)[:5], f"also {sorted(missing)}")
+            allowed = f"both factors of each layer; {sorted(missing)} is missing"
+            raise InvalidValue("array names", sorted(self.names)[:5], allowed)
         return pair
 
     def check_blocks(self) -> None:
@@ -187,9 +188,8 @@ class Layout:
                 raise InvalidValue(
                     "layer",
                     layer,
-                    "a layer inside a named block: set blocks = '<regular expression>' to one that "
-                    "matches each layer's name from its start to the end of its block's name, "
-                    r"e.g. '.*\.stages\.\d+'",
+                    "a layer inside a named block. Set blocks to a regular expression that matches "
+                    r"each layer's name up to the end of its block's name, e.g. '.*\.stages\.\d+'",
                 )
 
     def check_plan(self, plan: ComponentPlan) -> None:
@@ -203,8 +203,8 @@ class Layout:
         plan.check(len(self.blocks))
         for step, modes in enumerate(plan.steps, start=1):
             if not self.active(plan, step):
-                allowed = f"steps that train something: in {modes!r} no factor trains, and the "
-                allowed += "exchanged arrays have no head (train-head, share-head)"
+                allowed = f"a plan that trains something in every step. In step {step} ({modes!r}) "
+                allowed += "no factor trains, and no head is shared (train-head, share-head)"
                 raise InvalidValue("plan", str(plan), allowed)
 
     def active(self, plan: ComponentPlan, step: int) -> tuple[str, ...]:

@@ -57,7 +57,7 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 1 to N are reported.")] = 5,
     trials: Annotated[
         int,
-        typer.Option(min=0, help="Learning rates tried per row and ε; 0 = the row's own."),
+        typer.Option(min=0, help="Learning rates tried per row and ε; 0 keeps the row's own rate."),
     ] = 6,
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
     output: Annotated[
@@ -86,7 +86,7 @@ def compare(
         with CompareScreen(console) as screen:
             summary = run_comparison(comparison, folder, screen.row, workers, console)
     except KeyboardInterrupt:
-        kept = f"finished runs, in {folder}; the same command continues with the others"
+        kept = f"the finished runs, in {folder}; the same command continues with the others"
         show_lines(console, [("Kept", kept)])
         raise
     metric = build_task(config.task, config).metric
@@ -132,6 +132,6 @@ def _shared(overrides: list[str], strategy: list[str], epsilon: float) -> list[s
     """Return overrides for all runs of a comparison, with values for the keys that it sets."""
     own = {"strategy": "", "epsilon": epsilon, "seed": 0, "run-dir": "", "state-dir": ""}
     for key in parse_overrides(overrides).keys() & own.keys():
-        raise InvalidValue("-c", key, "a key that all runs of a comparison share")
+        raise InvalidValue("-c", key, "a key that compare itself does not set")
     own["strategy"] = strategy[0] if strategy else ""
     return [*overrides, *(f"{key}={value}" for key, value in own.items())]

@@ -17,7 +17,7 @@ from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.processes import uncollected
 from fedlora_flwr.terminal import Commands, show_json, show_line
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, help="Real clients on real devices.")
+app = typer.Typer(cls=Commands, no_args_is_help=True, help="Train on real devices.")
 Folder = Annotated[Path, typer.Argument(help="The fleet's folder.")]
 
 
@@ -33,12 +33,12 @@ def init(
     recipe: Annotated[
         str,
         typer.Option(
-            help="A run: device.toml takes its task, model, classes and columns.",
+            help="A recipe whose task, model, classes and columns go into each device.toml.",
             autocompletion=complete_recipe,
         ),
     ] = "",
 ) -> None:
-    """Write certificates, keys, start scripts, units and settings of a small fleet."""
+    """Write certificates, keys, start scripts, systemd units and settings of a small fleet."""
     from fedlora_flwr.deploy.fleet import CONNECTION, Fleet, make_fleet
 
     run = read_recipe(recipe, None) if recipe else None
@@ -46,8 +46,8 @@ def init(
     app_folder = folder / "operator" / "app"
     lines = [
         ("Fleet", f"{folder}: a server and {devices} devices; private keys have mode 600"),
-        ("Server", "carry server/ there, run start.sh; keep ca/ca.key in a safe place"),
-        ("Devices", "carry devices/NAME/ there, fill in device.toml, run start.sh"),
+        ("Server", "carry server/ to the server, run start.sh; keep ca/ca.key in a safe place"),
+        ("Devices", "carry devices/NAME/ to each device, fill in device.toml, run start.sh"),
         ("Operator", "add operator/connection.toml to ~/.flwr/config.toml, run register.sh,"),
         ("", f"then: {own_program('flwr')} run {app_folder} {CONNECTION} --run-config RECIPE.toml"),
         ("Check", f"{own_program('fedlora')} deploy check {folder} --recipe RECIPE.toml"),
@@ -60,19 +60,19 @@ def init(
 @app.command()
 def check(
     folder: Annotated[
-        Path, typer.Argument(help="The fleet's folder, or on a device the device's own.")
+        Path, typer.Argument(help="The fleet's folder or, on a device, the device's folder.")
     ],
     recipe: Annotated[
         str,
         typer.Option(
-            help="The planned run, for checks of records, budgets and models.",
+            help="The planned run. With it, records, budgets and models are checked, too.",
             autocompletion=complete_recipe,
         ),
     ] = "",
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Look at everything that can be known before a fleet, or a device, starts; one line each."""
+    """Check everything that can be known before a fleet or a device starts, one line each."""
     with uncollected():
         from fedlora_flwr.deploy.check import check_device, check_fleet
     from fedlora_flwr.deploy.fleet import SETTINGS
@@ -96,9 +96,9 @@ def check(
 @app.command()
 def renew(
     folder: Folder,
-    days: Annotated[int, typer.Option(help="Days for which it is valid.")] = 365,
+    days: Annotated[int, typer.Option(help="Days for which the certificate is valid.")] = 365,
 ) -> None:
-    """Sign a new certificate for the server of a fleet. Devices keep what they have."""
+    """Sign a new certificate for a fleet's server. Nothing changes on devices."""
     from fedlora_flwr.deploy.fleet import read_fleet
     from fedlora_flwr.deploy.identities import renew_server
 
@@ -106,8 +106,8 @@ def renew(
     server = folder / "server"
     end = renew_server(server, folder / "ca", fleet.host, days)
     console = Console()
-    show_line(console, f"Server    its new certificate is valid until {end:%Y-%m-%d}")
-    show_line(console, f"Carry     server.pem and server.key of {server} there, run start.sh again")
+    show_line(console, f"Server    the new certificate is valid until {end:%Y-%m-%d}")
+    show_line(console, f"Carry     server.pem and server.key of {server} to the server; restart it")
 
 
 @app.command()
@@ -121,18 +121,20 @@ def run(
     ],
     overrides: Overrides = None,
     resume: Annotated[
-        str, typer.Option(help="Folder on the server of a run to continue after its last round.")
+        str, typer.Option(help="The server's folder of a run, to continue after its last round.")
     ] = "",
     server: Annotated[
-        bool, typer.Option("--server", help="Also start the fleet's server here, and end it.")
+        bool, typer.Option("--server", help="Also start the fleet's server here, and end it after.")
     ] = False,
-    restarts: Annotated[int, typer.Option(help="Restarts that are allowed.")] = 10,
-    within: Annotated[float, typer.Option(help="In so many minutes.")] = 60.0,
+    restarts: Annotated[
+        int, typer.Option(help="Restarts that are allowed within --within minutes.")
+    ] = 10,
+    within: Annotated[float, typer.Option(help="Minutes in which restarts are counted.")] = 60.0,
     pause: Annotated[
-        float, typer.Option(help="Seconds before a restart; each one doubles them, up to 300.")
+        float, typer.Option(help="Seconds before the first restart; they double, up to 300.")
     ] = 5.0,
 ) -> None:
-    """Run a recipe on a fleet to its end: what dies meanwhile is started again and resumed."""
+    """Run a recipe on a fleet to its end; a run or server that dies is started again."""
     from fedlora_flwr.deploy.supervise import Restarts, supervise
 
     config = read_recipe(recipe, [*(overrides or []), *([f"resume={resume}"] if resume else [])])
@@ -140,12 +142,12 @@ def run(
     limits = Restarts(restarts, within * 60, pause)
     supervise(folder, config, limits, lambda line: show_line(console, line), server=server)
     where = config.resume or config.run_dir
-    show_line(console, f"The run is completed. Its results are on the server, in {where}")
+    show_line(console, f"The run has completed. Its results are on the server, in {where}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def start(context: typer.Context) -> None:
-    """Start a SuperNode that runs installed code only; a device's start.sh does it."""
+    """Start a SuperNode that runs installed code only; a device's start.sh calls this."""
     from fedlora_flwr.clients.device import Device
     from fedlora_flwr.deploy.device_check import require_in_place
     from fedlora_flwr.deploy.fleet import SETTINGS
@@ -164,7 +166,7 @@ def start(context: typer.Context) -> None:
 def identity(
     device: Annotated[Path, typer.Argument(help="A device's file, device.toml.")],
 ) -> None:
-    """Print the identity by which other devices know this one in a secure sum."""
+    """Print the identity by which other devices know this device in a secure sum."""
     from fedlora_flwr.client_app import state_folder
     from fedlora_flwr.clients.device import Device
     from fedlora_flwr.clients.sum_store import SUMS, SumStore

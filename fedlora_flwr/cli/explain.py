@@ -41,7 +41,7 @@ def keys(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Keys or sections to explain in full; without, a short list of all keys.",
+            help="Keys or sections to explain in full; by default, all keys are listed in short.",
             autocompletion=complete_key,
         ),
     ] = None,

@@ -25,7 +25,7 @@ def budget(
     steps: Annotated[int, typer.Option(help="Private steps T·K over the whole run.")],
     as_json: AsJson = False,
 ) -> None:
-    """Print the noise multiplier σ for a budget, and what each accountant says of it."""
+    """Print the noise multiplier σ for a budget, and the ε that each accountant gives for it."""
     require("client")
     from fedlora_flwr.privacy.accountants import ACCOUNTANTS
     from fedlora_flwr.privacy.budget import Segment, calibrate, check_budget, epsilon_spent
@@ -85,7 +85,7 @@ def inspect_split(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show which client of a simulation gets how many records of which class; trains nothing."""
+    """Show how many records of each class each simulated client gets; trains nothing."""
     config = read_recipe(recipe, overrides)
     path = png_file(output or Path(f"split-{Path(recipe).stem}.png"))
     require(*extras_of(config.task), "plots", "flwr_datasets")
@@ -107,6 +107,6 @@ def inspect_split(
     console = Console()
     show(console, split_table(counts, config))
     if counts.shape[1] > MAX_COLUMNS:
-        text = f"{counts.shape[1]}: how many each client has; the plot and --json show them all"
+        text = f"{counts.shape[1]}; the table shows how many each client has, the plot shows all"
         show_lines(console, [("Classes", text)])
     show_lines(console, [*(("Records", line) for line in read), ("Plot", str(path))])

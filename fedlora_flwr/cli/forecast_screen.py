@@ -38,7 +38,7 @@ def _clients(found: Forecast) -> Table:
             str(number),
             f"{client.records:,}",
             f"{client.mechanism.sample_rate:.5f}" if client.mechanism else "–",
-            f"{client.mechanism.noise_multiplier:.3f}" if client.mechanism else "cannot",
+            f"{client.mechanism.noise_multiplier:.3f}" if client.mechanism else "impossible",
             str(found.config.planned_steps),
         )
         for number, client in rows
@@ -54,7 +54,7 @@ def _lines(found: Forecast) -> list[tuple[str, str]]:
         else "none: epsilon = inf adds no noise"
     )
     ratio = found.noise_to_signal
-    noise = "none" if ratio is None else f"{ratio:.2f} × the most its signal can be"
+    noise = "none" if ratio is None else f"{ratio:.2f} × the largest possible signal"
     kept = "not known" if memory.activations is None else megabytes(memory.activations)
     rounds = participation(config)
     messages = round(rounds.mean * config.num_clients)
@@ -63,21 +63,20 @@ def _lines(found: Forecast) -> list[tuple[str, str]]:
         ("Rounds", str(rounds)),
         (
             "Trains",
-            f"{found.coordinates:,} of {found.trained:,} numbers in each step, of "
-            f"{found.layers} layers in {found.blocks} blocks",
+            f"{found.coordinates:,} of {found.trained:,} parameters in each step, in "
+            f"{found.layers} layers of {found.blocks} blocks",
         ),
-        ("Noise", f"of a round, averaged: {noise}"),
+        ("Noise", f"in the mean of a round's uploads: {noise}"),
         (
             "Memory",
-            f"{megabytes(memory.total)} a client: frozen weights "
-            f"{megabytes(memory.backbone)}, activations {kept}, gradients by record "
-            f"{megabytes(memory.per_record)}, what trains {megabytes(memory.trained)}",
+            f"{megabytes(memory.total)} per client: frozen weights "
+            f"{megabytes(memory.backbone)}, activations {kept}, per-record gradients "
+            f"{megabytes(memory.per_record)}, trained parameters {megabytes(memory.trained)}",
         ),
         (
             "Bytes",
-            f"{megabytes(found.bytes_up)} up and {megabytes(found.bytes_down)} down for a "
-            f"client and round; {megabytes(messages * (found.bytes_up + found.bytes_down))} "
-            "for the run",
+            f"{megabytes(found.bytes_up)} up and {megabytes(found.bytes_down)} down per client and "
+            f"round; {megabytes(messages * (found.bytes_up + found.bytes_down))} for the run",
         ),
     ]
 

@@ -58,7 +58,7 @@ def simulate(
     ] = 1,
     resume: Resume = None,
 ) -> None:
-    """Run a recipe without Ray or a server: same seed, same arrays."""
+    """Run a recipe without Ray and without a server; the same seed gives the same arrays."""
     config = _read(recipe, overrides, resume)
     require(*extras_of(config.task), "flwr_datasets")
     with uncollected():
@@ -72,7 +72,7 @@ def _read(recipe: str, overrides: list[str] | None, resume: Path | None) -> RunC
     if resume is None:
         return read_recipe(recipe, overrides)
     if recipe != RECIPE:
-        raise InvalidValue("recipe", recipe, "left out with --resume, which reads the run's own")
+        raise InvalidValue("recipe", recipe, "no recipe with --resume, which reads the run's own")
     found = resume.resolve() / CONFIG
     if not found.exists():
         raise InvalidValue("resume", str(resume), "the folder of a run that has begun")

@@ -83,7 +83,7 @@ def describe_plan(prepared: PreparedRun) -> list[tuple[str, str]]:
         lines.append(("Rounds", str(participation(config))))
     lines += [("" if n else "Privacy", text) for n, text in enumerate(_promise(prepared))]
     if config.reproducible and config.private:
-        lines.append(("", "noise follows the seed: a reproducible simulation, not a release"))
+        lines.append(("", "the noise follows the seed: this is a simulation, not a release"))
     if config.report_unprotected_metrics:
         lines.append(("", UNPROTECTED))
     return lines
@@ -105,7 +105,7 @@ def _promise(prepared: PreparedRun) -> list[str]:
         return [
             f"{promise}noise multiplier {grid.noise_multiplier:.2f} in a sum of {grid.shares} "
             f"shares or more, clip norm {config.clip_norm:g}",
-            f"{SIMULATED}: nothing masks an upload, which has one share of the noise",
+            f"{SIMULATED}: uploads are not masked, and each has only one share of the noise",
         ]
     if config.private:
         return [
@@ -161,7 +161,11 @@ def closing_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     early = "" if done == planned else f": {summary['end']}"
     rows += [
         ("Time", f"{summary['seconds']:.0f} s for {rounds}{early}"),
-        ("Failures", f"{summary['failures']} replies, {summary['declined']} out of budget"),
+        (
+            "Failures",
+            f"{summary['failures']} failed replies, {summary['declined']} declined for lack of "
+            "budget",
+        ),
     ]
     if named := summary.get("suspects"):
         times = [f"{name} in {n} round{'s' * (n > 1)}" for name, n in named.items()]
@@ -185,8 +189,8 @@ def _best(summary: dict[str, Any]) -> list[tuple[str, str]]:
             "Best",
             f"{_words(name)} {figure} after round {best['round']}, kept in best/",
         ),
-        ("", "adapter/ is the last round's"),
-        ("", "chosen by the records that it is measured on, so it is optimistic"),
+        ("", "adapter/ holds the model of the last round"),
+        ("", "the records that measure it also chose the round, so the figure is optimistic"),
     ]
 
 
@@ -215,11 +219,11 @@ def what_is_kept(command: str, run_dir: RunDirectory) -> list[tuple[str, str]]:
     """
     again, checkpoint = how_to_continue(command, run_dir), _last_checkpoint(run_dir)
     if checkpoint is None or not again:
-        return [("Kept", "no round to continue from, as none was over")]
+        return [("Kept", "nothing to continue from, because no round was finished")]
     done, planned = checkpoint.round, checkpoint.config["num-rounds"]
     kept = f"{done} of {planned} rounds in {run_dir.path}, with the adapter and the ledgers"
     if checkpoint.config["epsilon"] != math.inf:
-        kept += "; what a round that was cut off has taken counts as spent"
+        kept += "; the ε of an interrupted round counts as spent"
     return [("Kept", kept), ("Resume", again)]
 
 

@@ -127,7 +127,7 @@ def check_method(config: RunConfig) -> None:
             f"0 where strategy = {config.strategy!r}: {reason}",
         )
     if (key := config.asks_for_best) and method_of(config.strategy).personal:
-        allowed = f"left out where strategy = {config.strategy!r}: {PERSONAL}"
+        allowed = f"no value with strategy = {config.strategy!r}: {PERSONAL}"
         raise InvalidValue(key, config.items()[key], allowed)
     if config.secure_sum and (reason := _no_sum(method_of(config.strategy))):
         allowed = (

@@ -123,7 +123,7 @@ class RunConfig(
             raise InvalidValue("average-decay", self.average_decay, allowed)
         if not self.share_head and (key := self.asks_for_best):
             raise InvalidValue(
-                key, self.items()[key], f"left out where share-head = false: {PERSONAL}"
+                key, self.items()[key], f"no value with share-head = false: {PERSONAL}"
             )
         if self.early_stopping_threshold and not self.early_stopping_patience:
             allowed = "0, or early-stopping-patience above 0"

@@ -128,7 +128,7 @@ class Caller:
                     flower.ActivateNodeRequest(public_key=content, heartbeat_interval=_NO_HEARTBEAT)
                 )
         except ImportError as error:
-            what = f"flwr {version('flwr')} calls its server in another way"
+            what = f"flwr {version('flwr')} calls its server in a way that is not known here"
             raise NotAdmitted(what, "install flwr 1.42 on this device") from error
         except httpx.HTTPStatusError as error:
             self._answered(error.response)
@@ -170,8 +170,8 @@ class Caller:
             public = self.key.with_suffix(".pub").name
             raise NotAdmitted(
                 f"the server at {self.address} does not know this device's key",
-                f"let its operator register {public} with `flwr supernode register` (the fleet's "
-                f"register.sh registers the keys in operator/keys)",
+                f"ask the operator to put {public} into operator/keys and to run register.sh (or "
+                "`flwr supernode register`)",
             )
 
     def _unsigned(self, response: httpx.Response) -> NotAdmitted:
@@ -201,12 +201,12 @@ class Caller:
                 return self._distrusted(cause)
         if any(isinstance(cause, ssl.SSLError) for cause in causes):
             return NotAdmitted(
-                f"{self.address} answers, but not with TLS as a SuperLink does", _SEE_SCRIPT
+                f"{self.address} answers, but does not speak TLS as a SuperLink does", _SEE_SCRIPT
             )
         if isinstance(error, httpx.TimeoutException):
             return NoAnswer(
-                f"{self.address} does not answer within {_PATIENCE:g} seconds",
-                f"let this device through to that port, or {_SEE_SCRIPT}",
+                f"{self.address} did not answer within {_PATIENCE:g} seconds",
+                f"open that port to this device, or {_SEE_SCRIPT}",
             )
         if isinstance(error, httpx.ConnectError):
             text = one_line(next((c for c in causes if isinstance(c, OSError)), error))
@@ -230,22 +230,23 @@ class Caller:
             state = "has expired" if error.verify_code == _OVER else "is not valid yet"
             return NotAdmitted(
                 f"the certificate of the server at {self.address} {state} by this device's clock "
-                f"({datetime.now(UTC):%Y-%m-%d %H:%M} UTC; it holds {self._dates()})",
-                "set this clock if it is wrong; if not, make new certificates with "
-                "`fedlora deploy init`, and carry its ca.pem to every device",
+                f"({datetime.now(UTC):%Y-%m-%d %H:%M} UTC; it is valid {self._dates()})",
+                "set this clock if it is wrong; if not, ask the operator to run "
+                "`fedlora deploy renew FLEET` and to restart the server",
             )
         if error.verify_code in _OTHER_NAME:
             return NotAdmitted(
                 f"the certificate of the server at {self.address} is for another name "
                 f"({error.verify_message.rstrip('.')})",
-                f"write a name that it holds for after --superlink in {SCRIPT}, or make the fleet "
-                "with another --host",
+                f"write a name from the certificate after --superlink in {SCRIPT}, or make the "
+                "fleet again with the right --host",
             )
         own = self.authority.name if self.authority else "the system's certificates"
         return NotAdmitted(
             f"the certificate of the server at {self.address} is not signed by the authority of "
             f"{own} ({error.verify_message})",
-            f"take the ca.pem of this fleet from its operator; if it is that one, {_SEE_SCRIPT}",
+            "copy the fleet's ca.pem from its operator again; if that does not help, "
+            f"{_SEE_SCRIPT}",
         )
 
     def _dates(self) -> str:

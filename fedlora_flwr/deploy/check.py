@@ -159,13 +159,13 @@ def _certificates(folder: Path, fleet: Fleet) -> Iterator[Finding]:
     yield Finding(
         "server certificate",
         fleet.host in known,
-        f"holds for {', '.join(sorted(known))}",
-        f"devices call the server {fleet.host!r}: {fix}",
+        f"valid for {', '.join(sorted(known))}",
+        f"it lacks {fleet.host!r}, the name that devices call: {fix}",
     )
     copies = [folder / "devices" / name / "ca.pem" for name in fleet.names]
     own = (folder / "server" / "ca.pem").read_bytes()
     other = [c.parent.name for c in copies if not c.exists() or c.read_bytes() != own]
-    text = f"of another CA, or none, on {', '.join(other)}" if other else "the same on all devices"
+    text = f"missing or of another CA on {', '.join(other)}" if other else "the same on all devices"
     yield Finding("ca.pem", not other, text, "copy server/ca.pem there")
 
 
@@ -177,7 +177,7 @@ def _dates(subject: str, certificate: x509.Certificate, fix: str) -> Finding:
     )
     text = f"valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}"
     if end - now < SOON:
-        text += ", soon over" if end > now else ", over"
+        text += ", about to expire" if end > now else ", expired"
     return Finding(subject, begin <= now <= end - SOON, text, fix)
 
 
@@ -191,15 +191,15 @@ def _private_keys(folder: Path, keys: Sequence[Path]) -> Iterator[Finding]:
         if (mode := key.stat().st_mode & 0o777) != PRIVATE:
             yield Finding(name, False, f"mode {mode:o}: others can read it", f"chmod 600 {key}")
         elif problem := _mismatch(key):
-            yield Finding(name, False, problem, "put the right one back")
+            yield Finding(name, False, problem, "put the right key back")
         else:
             good += 1
     if good:
-        yield Finding("private keys", True, f"{good} of mode 600, each fits its public key")
+        yield Finding("private keys", True, f"{good} with mode 600; each matches its public key")
 
 
 def _mismatch(key: Path) -> str:
-    """Say why a private key is not the partner of the public one beside it; empty if it is."""
+    """Say why a private key does not match the public one beside it; empty if it does."""
     content = key.read_bytes()
     try:
         if key.name == "device.key":
@@ -211,7 +211,7 @@ def _mismatch(key: Path) -> str:
             public = x509.load_pem_x509_certificate(certificate).public_key()
     except Exception as error:  # A passphrase is a TypeError; other kinds of keys have their own.
         return f"cannot be read: {error}"
-    return "" if private.public_key() == public else "not the partner of the public key beside it"
+    return "" if private.public_key() == public else "does not match the public key beside it"
 
 
 def _port(fleet: Fleet) -> Finding:
@@ -221,6 +221,6 @@ def _port(fleet: Fleet) -> Finding:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((fleet.listen, fleet.port))
     except OSError as error:
-        fix = "end what listens there, or make the fleet with another --port"
-        return Finding(subject, False, f"cannot be listened on: {error.strerror}", fix)
+        fix = "end the program that uses it, or make the fleet with another --port"
+        return Finding(subject, False, f"cannot be used: {error.strerror}", fix)
     return Finding(subject, True, f"free on {fleet.listen}")

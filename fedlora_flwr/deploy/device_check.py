@@ -69,8 +69,8 @@ def device_findings(
         return
     yield Finding(name, True, f"settings of {settings.client!r} can be read")
     for key, why in settings.undone():
-        text = f"{key} = {settings.settings[key]!r} undoes the promise: {why}"
-        fix = f"take the line out of {file}, unless the server may know these records"
+        text = f"{key} = {settings.settings[key]!r} breaks the promise: {why}"
+        fix = f"remove the line from {file}, unless the server may know these records"
         yield Finding(name, False, text, fix)
     if run is None and not here:
         return
@@ -120,7 +120,7 @@ def _for_run(
     else:
         yield from _promise(name, settings.client, config, file, state)
     if backbone is not None and _absent("model", settings.settings, file.parent):
-        yield Finding(name, True, "its model is not in this folder, either")
+        yield Finding(name, True, "its model is not in this folder either: check it on the device")
         return
     known = backbone or Backbone(run)
     own = tried(name, lambda: known.of(config), f"see model in {file}")
@@ -128,7 +128,7 @@ def _for_run(
         yield own
         return
     if backbone is None:
-        yield Finding(name, True, f"backbone {own}; the server refuses any other than its own")
+        yield Finding(name, True, f"backbone {own}, which must be the same as the server's")
         return
     same = own == backbone.of(run)
     text = f"backbone {own}" + ("" if same else f", the server's is {backbone.of(run)}")
@@ -143,9 +143,9 @@ def _in_place(name: str, settings: Mapping[str, Any], file: Path) -> Iterator[Fi
         if place.exists():
             yield Finding(name, True, f"{key} is at {place}")
         elif not _absent(key, settings, file.parent):
-            yield Finding(name, True, f"{key} {value!r} is not on this device: a hub's name")
+            yield Finding(name, True, f"{key} {value!r} is not a path here, but a name on the hub")
         else:
-            fix = f"put it there, or correct {key} in {file}; a hub's name is owner/name"
+            fix = f"put it there, or correct {key} in {file}; a name on the hub is owner/name"
             yield Finding(name, False, f"{key} = {value!r}, but {place} does not exist", fix)
     if "dataset" in needed:
         own = {"train-split": RunConfig.train_split, "dataset-subset": "", **settings}
@@ -184,8 +184,8 @@ def _promise(
 
     def records() -> tuple[int, list[str]]:
         if found := unstated_classes(task):
-            allowed = f"the names {found} in the order that all devices share"
-            raise InvalidValue("class-names", "", f"{allowed}: num-classes alone does not tell it")
+            allowed = f"the names {found} in the same order as on all other devices"
+            raise InvalidValue("class-names", "", f"{allowed}; num-classes does not tell the order")
         return len(task.client_records(0, 1)), private_reading(task)
 
     opened = tried(name, records, f"see dataset and class-names in {file}")
@@ -211,7 +211,7 @@ def _budget(
     )
     ledger = None
     if state is not None and Ledger.exists(path := state / LEDGER):
-        ledger = tried(name, lambda: Ledger(path, patience=_PATIENCE), "follow this advice")
+        ledger = tried(name, lambda: Ledger(path, patience=_PATIENCE), "do as this message says")
         if isinstance(ledger, Finding):
             yield ledger
             return
@@ -231,7 +231,7 @@ def _budget(
         f"{mechanism.noise_multiplier:.3g}",
     )
     if not ledger:
-        elsewhere = "its ledger is on the device: its file names no state-dir"
+        elsewhere = "its ledger is on the device, since its device.toml has no state-dir"
         yield Finding(name, True, "nothing spent yet" if state else elsewhere)
         return
     planned = Segment(mechanism.noise_multiplier, mechanism.sample_rate, config.planned_steps)

@@ -36,8 +36,8 @@ def whole(subject: str, findings: Iterator[Finding]) -> Iterator[Finding]:
     try:
         yield from findings
     except Exception as error:
-        text = f"cannot be looked at further ({type(error).__name__}: {one_line(error)})"
-        yield Finding(subject, False, text, "correct or restore the file that it names")
+        text = f"could not be checked further ({type(error).__name__}: {one_line(error)})"
+        yield Finding(subject, False, text, "correct or restore the file in this message")
 
 
 def tried(subject: str, work: Callable[[], Any], fix: str) -> Any:

@@ -27,11 +27,11 @@ _QUIET = "export " + " ".join(f"{k}={v}" for k, v in QUIET.items() if k.startswi
 _SUPERLINK = f"""#!/bin/sh
 # Starts Flower's SuperLink on $listen:$port. Runs, replies and registered keys are in state.sqlite.
 set -eu
-# What is written here is for this user alone, uploads and the database among it.
+# Only this user may read the files that are written here, such as uploads and the database.
 umask 077
 cd "$$(dirname "$$0")"
 {_QUIET}
-# Which device has which key is kept here, for this fleet alone.
+# The record of which device has which key is kept here, for this fleet alone.
 export {SERVER_STATE}="$$PWD"
 exec flower-superlink --host $listen --port $port \\
     --ssl-ca-certfile ca.pem --ssl-certfile server.pem --ssl-keyfile server.key \\
@@ -41,7 +41,7 @@ _SUPERNODE = f"""#!/bin/sh
 # Starts this device's SuperNode, which connects to $host:$port and listens on loopback alone.
 # Without `fedlora deploy start`, Flower would run the code that a server ships.
 set -eu
-# What is written here is for this user alone.
+# Only this user may read the files that are written here.
 umask 077
 cd "$$(dirname "$$0")"
 {_QUIET}
@@ -55,12 +55,12 @@ After=network-online.target
 Wants=network-online.target
 
 [Service]
-# Where this folder is on the machine, and who runs it.
+# The place of this folder on the machine, and the user who runs it.
 WorkingDirectory=/opt/fedlora
 Environment=PATH=/opt/fedlora/venv/bin:/usr/bin:/bin
 ExecStart=/opt/fedlora/start.sh
 User=fedlora
-# A SuperNode whose server stops admitting it ends as if all were well.
+# A SuperNode exits with code 0 when its server no longer admits it.
 Restart=always
 RestartSec=10
 NoNewPrivileges=true
@@ -74,31 +74,31 @@ _DEVICE = """# What this device says about itself. A run says the rest, within l
 # `fedlora keys --who-decides` lists who decides what, and `fedlora deploy check` what is in force.
 client-id = "$name"
 
-# What it takes part in. Task, model, classes and columns never come from a run.
+# The task that it takes part in. Task, model, classes and columns never come from a run.
 $stated
 # Its records: parquet, CSV, JSON lines or pictures.
 dataset = "data"
 $trust
-# What may be spent on them, over all runs together. delta is below 1/n. One run may plan for all of
-# epsilon, unless run-epsilon says how much.
+# The budget of these n records, for all runs together. delta must be below 1/n. One run may plan
+# for all of epsilon, unless run-epsilon sets a smaller share.
 epsilon = 3.0
 delta = 1e-5
 ledger-scope = "lifetime"
 state-dir = "state"
 # run-epsilon = 1.0
 
-# Flower starts a process for each message. One that stays for so many seconds serves the next, with
-# the model and records that it holds in memory; 0 keeps nothing.
+# A process keeps the model and the records in memory for so many seconds after a message, so that
+# it can serve the next one at once. 0 keeps nothing.
 keep-warm = 600
 
 # device = "auto"
 # client-threads = 1
 # A run may evaluate on this device only if a split of public records is named here.
 # test-split = "validation"
-# A run may weigh this device by its number of records only if this says so: it tells that number.
+# With this line a run may weigh this device by its number of records, which the server then knows.
 # weighting = "size"
 
-# What this device accepts of a run, where that is less than the package does.
+# Limits on what a run may ask of this device, if they should be narrower than the package's own.
 # [limits]
 # clip-norm = 10.0
 # local-steps = [1, 100]
@@ -108,12 +108,13 @@ _STATED = (
     "task", "model", "weights", "num-classes", "class-names", "input-columns", "label-column",
 )  # fmt: skip
 _TRUST = """
-# The noise is shared over a secure sum (docs/trust_models.md), and this device uploads in no other
-# way. It takes part with the devices in peers.txt alone, and if at least so many share the noise.
+# The devices share the noise over a secure sum (docs/trust_models.md), and this device uploads in
+# no other way. It takes part only with devices in peers.txt, and only if at least so many of them
+# share the noise.
 trust-model = "secure-sum"
 peers = "peers.txt"
 least-shares = 2
-# So many of them may tell the server what they know, in this owner's judgment.
+# The owner's estimate of how many of them may pass what they know to the server.
 colluding = {colluding}
 """
 _EXAMPLES = """# model = "model"
@@ -139,7 +140,7 @@ for key in keys/*.pub; do
         echo "$$told"
         echo "$$name: $$told" >> registered.txt
     elif echo "$$told" | grep -q "already in use"; then
-        echo "$$name: its key is registered already, or was and has been taken out"
+        echo "$$name: its key is registered already, or was registered once and then removed"
     else
         echo "$$name: $$told" >&2
         failed=1

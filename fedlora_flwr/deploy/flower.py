@@ -94,7 +94,7 @@ def started_by_superexec() -> set[str]:
         finally:
             executor.subprocess = real
     except Exception as error:
-        raise OtherFlower(f"its SuperExec is another ({error})") from error
+        raise OtherFlower(f"its SuperExec works in another way ({error})") from error
     names = {command[0] for command in commands}
     if len(commands) != len(kinds) or CLIENT not in names or any("/" in name for name in names):
         raise OtherFlower(f"its SuperExec starts {', '.join(sorted(names)) or 'nothing'}")
@@ -163,7 +163,7 @@ class _Loading:
     def look_at(self, bundle: object, *_: object, **__: object) -> None:
         """Replace the function that unpacks a bundle."""
         if not isinstance(bundle, bytes):
-            raise OtherFlower("it hands over something else than a bundle's bytes")
+            raise OtherFlower("it hands over something other than the bytes of a bundle")
         self._app = self._load(bundle)
 
     def loader(self, *_: object, **__: object) -> Callable[..., ClientAppCallable]:
@@ -171,14 +171,14 @@ class _Loading:
 
         def load(*_: object, **__: object) -> ClientAppCallable:
             if self._app is None:
-                raise OtherFlower("it loads an app before the bundle has been looked at")
+                raise OtherFlower("it loads an app before this package has checked the bundle")
             return self._app
 
         return load
 
 
 def _never(*_: object, **__: object) -> NoReturn:
-    raise OtherFlower("it wants to import or install something of a bundle")
+    raise OtherFlower("it imports or installs parts of a bundle")
 
 
 def _module(name: str) -> Any:

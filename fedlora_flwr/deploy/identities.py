@@ -71,10 +71,11 @@ def renew_server(folder: Path, authority: Path, host: str, days: int) -> datetim
         allowed = f"a folder with the fleet's ca.pem and ca.key ({error})"
         raise InvalidValue("ca", str(authority), allowed) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != signer.public_key():
-        raise InvalidValue("ca", str(authority), "the ca.key that ca.pem was made with")
+        raise InvalidValue("ca", str(authority), "a folder whose ca.key and ca.pem match")
     left = (signer.not_valid_after_utc - datetime.now(UTC)).days
     if not 1 <= days <= left:
-        allowed = f"from 1 to {max(left, 0)}: then the CA's own certificate ends. Make a new fleet"
+        most = max(left, 0)
+        allowed = f"from 1 to {most}, since the CA's own certificate ends then. Make a new fleet"
         raise InvalidValue("days", days, allowed)
     return _sign_server(folder, signer, key, host, days)
 

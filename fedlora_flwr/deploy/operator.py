@@ -169,8 +169,8 @@ class Operator:
         said = details.partition(_OWN_WORDS)[2]
         # A server process that lost its SuperLink may still be on its way out.
         if said and AT_REST not in said:
-            return RunEnded(f"The run failed, and is not started again: {said}")
-        return RunDied(f"The run ended without a word ({details or status}).")
+            return RunEnded(f"The run failed and was not started again: {said}")
+        return RunDied(f"The run ended without saying why ({details or status}).")
 
     @property
     def _address(self) -> str:

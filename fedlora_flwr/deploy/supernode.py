@@ -60,7 +60,7 @@ def start_supernode(folder: Path, arguments: Sequence[str]) -> NoReturn:
     except OSError as error:
         raise flower.NotSealed(
             f"{folder / BIN} cannot be written ({error.strerror})",
-            "start this device as the user whose folder it is",
+            "start this device as the user who owns the folder",
         ) from error
     env = sealed(os.environ, folder / BIN)
     _ask_server(folder, arguments)
@@ -124,7 +124,7 @@ def arguments_of(script: Path) -> list[str]:
     except ValueError as error:
         raise flower.NotSealed(
             f"the arguments of `{START}` in {script.name} cannot be read",
-            f"take the {script.name} of a device that `fedlora deploy init` makes today",
+            f"replace {script.name} with one that `fedlora deploy init` writes now",
         ) from error
 
 
@@ -142,7 +142,7 @@ def check_script(script: Path) -> None:
     if not starts or not flower.programs().keys().isdisjoint(words):
         raise flower.NotSealed(
             f"{script.name} does not start the SuperNode by `{START}`: a server's code would run",
-            f"take the {script.name} of a device that `fedlora deploy init` makes today",
+            f"replace {script.name} with one that `fedlora deploy init` writes now",
         )
 
 
@@ -173,7 +173,7 @@ def check_flower(env: Mapping[str, str]) -> None:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise flower.NotSealed(
             f"a client's process does not start ({lines[-1] if lines else 'no reason given'})",
-            "make that right, or install flwr 1.42 on this device",
+            "correct that, or install flwr 1.42 on this device",
         )
 
 
@@ -228,8 +228,8 @@ def sealed(env: Mapping[str, str], own: Path) -> dict[str, str]:
         if seen != str(own.resolve() / name):
             raise flower.NotSealed(
                 f"{name} would be {seen or 'missing'} instead of {own / name}",
-                f"put this device's folder on a disk that may hold programs, without "
-                f"{os.pathsep!r} in its name",
+                f"move this device's folder to a disk that is not mounted noexec, and to a path "
+                f"without {os.pathsep!r}",
             )
     quiet = {key: value for key, value in QUIET.items() if key.startswith("FLWR_")}
     return {**env, **quiet, "PATH": path, "PYTHONSAFEPATH": "1"}

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 NAME = "README.md"
 _DIGITS = "the digits of scikit-learn"
-_INSTALL = "It needs `peft` and `transformers`, or where it imports it, `fedlora-flwr[client]`.\n\n"
+_INSTALL = (
+    "Install `peft` and `transformers`. Where the code imports it, `fedlora-flwr[client]`.\n\n"
+)
 _HUB_TASKS = {
     "digits": "image-classification",
     "image-classification": "image-classification",
@@ -166,7 +168,7 @@ class ModelCard:
         if config.reproducible and config.private:
             text += (
                 "\n**This is the result of a simulation, not a release.** Its noise follows a seed "
-                "that the configuration names, so whoever knows the seed can take the noise off.\n"
+                "that the configuration names, so anyone who knows the seed can remove the noise.\n"
             )
         return text
 
@@ -182,12 +184,12 @@ class ModelCard:
         yield "unit", f"one training record of {whose}"
         yield "adjacency", "zero-out: the gradient of one record is replaced by zero in every step"
         yield "accountant", summary["accountant"] or "none: no private step was taken"
-        once = "one run; all runs of a device whose own file says so"
+        once = "one run; on a device whose own file says so, all its runs"
         yield "budget covers", once if config.ledger_scope == "run" else "all runs of a client"
         yield "clip norm", f"{config.clip_norm:g}, over all trained tensors of a record together"
         local = "`local`: each client adds its own noise before anything leaves it"
         # The remark says whether the clients masked their uploads.
-        summed = f"`secure-sum`, {summary['remarks'].get('secure sum', 'of no round')}"
+        summed = f"`secure-sum`, {summary['remarks'].get('secure sum', 'but no round was summed')}"
         yield "trust model", summed if config.secure_sum else local
         if summary["unprotected_metrics"]:
             yield "not protected", "losses on private records were reported without noise"
@@ -238,7 +240,7 @@ class ModelCard:
             return ""
         return (
             "\n**The round was chosen by the records that it is measured on, so this figure is "
-            "optimistic.** Measure this model on records that chose nothing.\n"
+            "optimistic.** Measure this model again on records that played no part in the choice.\n"
         )
 
     def _citation(self) -> str:

@@ -21,7 +21,7 @@ _FILES = {
     "server.pem": (
         "server's certificate",
         "Run `fedlora deploy renew FLEET` on the operator's machine, carry server.pem and "
-        "server.key to the server, and start the server again. The run then continues with resume.",
+        "server.key to the server, and start the server again. Then continue the run with resume.",
     ),
     "ca.pem": (
         "certificate of the fleet's CA",
@@ -52,7 +52,7 @@ class Certificates:
         now = datetime.now(UTC)
         for name, end in list(self._ends.items()):
             if end < now + SOON:
-                self._warn(name, "which is soon" if end > now else "and is over")
+                self._warn(name, "is about to end" if end > now else "has ended", "")
 
     def after_round(self, row: RoundRow) -> None:
         """Warn, once, of each certificate that ends before the rounds that are left would."""
@@ -64,12 +64,13 @@ class Certificates:
         now = datetime.now(UTC)
         for name, end in list(self._ends.items()):
             if left * each > (end - now).total_seconds() and left:
-                self._warn(name, f"before this run: {left} rounds are left, of about {each:.0f} s")
+                rest = f" before this run does: {left} rounds are left, of about {each:.0f} s each"
+                self._warn(name, "will end", rest)
 
-    def _warn(self, name: str, when: str) -> None:
+    def _warn(self, name: str, what: str, rest: str) -> None:
         subject, fix = _FILES[name]
         end = f"{self._ends.pop(name):%Y-%m-%d}"
-        log(WARNING, "The %s ends on %s, %s. %s", subject, end, when, fix)
+        log(WARNING, "The %s %s (%s)%s. %s", subject, what, end, rest, fix)
 
 
 def _end_of(file: Path) -> datetime | None:

@@ -101,7 +101,7 @@ class Checkpoint:
         """
         line, _, content = content.partition(b"\n")
         if line.decode("ascii", "replace") != f"{_MAGIC} {hashlib.sha256(content).hexdigest()}":
-            raise ValueError("its content is not what was written")
+            raise ValueError("its content has changed since it was written")
         arrays = load(content)
         return cls(**_whole(json.loads(arrays[_TEXT].tobytes()), arrays))
 
@@ -122,19 +122,21 @@ class Checkpoint:
         if wrong:
             each = "; ".join(f"{k} = {now.get(k)!r}, was {before.get(k)!r}" for k in wrong)
             raise ConfigurationChanged(
-                f"The run cannot continue another configuration: {each}. Set what it was, or "
-                "begin a new run."
+                f"The run cannot continue with another configuration: {each}. Set the old values, "
+                "or begin a new run."
             )
         rounds = config.num_rounds
         if rounds < self.round:
-            raise InvalidValue("num-rounds", rounds, f"at least {self.round}, which are done")
+            allowed = f"at least {self.round}, the number of rounds that are done"
+            raise InvalidValue("num-rounds", rounds, allowed)
         if "num-rounds" in differ and config.private and not config.max_rounds:
             was = before["num-rounds"]
             raise InvalidValue(
                 "num-rounds", rounds,
-                f"{was}, as before: the noise was made for {was} rounds, which spend all of ε. "
-                "max-rounds, set when a run begins, caps each client's rounds and leaves their "
-                "number open; or begin a new run with start = ADAPTER",
+                f"{was}, as before: the noise was set for {was} rounds, which spend all of ε. To "
+                "train longer, begin a new run with start = ADAPTER. If a run begins with "
+                "max-rounds, its noise is set for that many rounds per client, and num-rounds may "
+                "change later",
             )  # fmt: skip
 
 
@@ -186,10 +188,12 @@ class Checkpoints:
             try:
                 return Checkpoint.from_bytes(path.read_bytes()), damaged
             except (ValueError, TypeError, KeyError, OSError) as error:
-                damaged.append(f"{path} cannot be used ({error}); the one before it is.")
-        allowed = "the folder of a run with a checkpoint, which is written before its first round"
+                damaged.append(
+                    f"{path} cannot be used ({error}). The checkpoint before it is used instead."
+                )
+        allowed = "the folder of a run with a checkpoint; a run writes its first before round 1"
         if damaged:
-            allowed = f"a run with a checkpoint that is whole; all of {self.folder} are damaged"
+            allowed = f"a run with an undamaged checkpoint; all those in {self.folder} are damaged"
         raise InvalidValue("resume", str(self._run), f"{allowed}. Begin a new run")
 
     def forget_after(self, number: int) -> None:

@@ -15,7 +15,7 @@ from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.terminal import uninterrupted
 
 COMPLETED, FAILED, INTERRUPTED = "completed", "failed", "interrupted"
-UNTOLD = "The process ended without a word, as one does that is killed."
+UNTOLD = "The process ended without recording a reason. It was probably killed."
 """Error of a summary that another process had to write."""
 
 

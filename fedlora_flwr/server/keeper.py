@@ -71,7 +71,7 @@ class Keeper:
     def check(self, checkpoint: Checkpoint) -> None:
         """Refuse a checkpoint of another backbone."""
         if checkpoint.fingerprint != self._fingerprint:
-            allowed = f"{checkpoint.fingerprint}, with which the run began. Put that model back"
+            allowed = f"{checkpoint.fingerprint}, as when the run began. Put that model back"
             raise InvalidValue("backbone", self._fingerprint, allowed)
 
 

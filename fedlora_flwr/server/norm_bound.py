@@ -76,9 +76,9 @@ class NormBound:
         found = self.measured(order, current, upload.arrays, self.noise_of(upload.weight))
         for part, (norm, most) in found.items():
             if not norm <= most:
-                hint = "; if its noise is larger than others', raise largest-noise"
+                hint = ". If this client rightly adds more noise than others, raise largest-noise"
                 raise SuspectReply(
-                    f"its update of {part} has norm {norm:.4g}, and an honest one is at most "
+                    f"its update of {part} has norm {norm:.4g}, and an honest update has at most "
                     f"{most:.4g}{hint if self._private else ''}"
                 )
 
@@ -201,18 +201,18 @@ class NormBound:
 def unknown(config: RunConfig) -> str:
     """Say why no bound follows from public numbers; empty where one does."""
     if config.secure_sum:
-        return "under a secure sum the server sees no single upload"
+        return "the server sees only the sum of uploads under trust-model = 'secure-sum'"
     if config.local_steps > _MOST_STEPS:
         return f"local-steps is above {_MOST_STEPS}"
     if config.optimizer != "sgd":
         return ""
     if math.isinf(config.clip_norm):
-        return "clip-norm = inf, so no gradient is bounded"
+        return "clip-norm = inf leaves gradients unbounded"
     if config.precondition and not config.ridge:
-        return "ridge = 0, so preconditioning has no bound"
+        return "ridge = 0 leaves preconditioning unbounded"
     pulled = any(key.endswith(".proximal-mu") and value for key, value in config.own)
     if config.precondition and pulled:
-        return "precondition = true, together with a proximal term"
+        return "precondition = true is combined with a proximal term"
     if math.isinf(config.largest_noise) and config.weighting != "inverse-noise":
         return (
             "the server does not know how much noise an honest client adds. Set largest-noise, or "
@@ -230,8 +230,8 @@ def check_known(config: RunConfig) -> None:
         No bound follows. The message says why.
     """
     if config.robust == "norm-bound" and (reason := unknown(config)):
-        allowed = f"another rule, or 'none': no norm bound follows from public numbers, as {reason}"
-        raise InvalidValue("robust", config.robust, allowed)
+        allowed = "another rule, or 'none'. The server cannot compute a norm bound, because"
+        raise InvalidValue("robust", config.robust, f"{allowed} {reason}")
 
 
 @lru_cache(maxsize=256)

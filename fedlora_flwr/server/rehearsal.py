@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 _LARGEST, _SMALL = 200_000_000, 2_000_000
 
 _ADVICE = (
-    "No client could train. Set another model, pooling, lora-targets or max-length; where memory "
-    "ran out, a smaller max-length or image-size."
+    "No client could train this model. Set another model, pooling, lora-targets or max-length. If "
+    "memory ran out, set a smaller max-length or image-size."
 )
 
 

@@ -55,7 +55,7 @@ class RowsFile:
         """
         content = self.path.read_bytes()[:size] if self.path.exists() else b""
         if len(content) != size or hashlib.sha256(content).hexdigest() != digest:
-            allowed = "the file that the run has written. Restore it, or begin a new run"
+            allowed = "this file as the run wrote it. Restore it, or begin a new run"
             raise InvalidValue("file of rows", str(self.path), allowed)
 
     def cut(self, size: int) -> None:

@@ -25,7 +25,7 @@ CLAIM = "FEDLORA_CLAIM"
 """Environment variable with the claim of the run that this process works for."""
 ROWS = ("rounds", "clients")
 _CLAIM = ".claim"
-AT_REST = "a run that no process is at work on"
+AT_REST = "a run that no other process is working on"
 """What a folder must hold where a run is to continue, in the words of the refusal."""
 NOISE = "FEDLORA_LARGEST_NOISE"
 """Environment variable with the most noise of a client, from the start of a simulation."""

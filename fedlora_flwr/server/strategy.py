@@ -48,7 +48,7 @@ def build_strategy(config: RunConfig) -> FedLoRA:
     made = chosen(**arguments)
     made.by_sum = config.secure_sum
     if config.start and made.shared:
-        allowed = "left out where a factor or the head stays with each client, and starts there"
+        allowed = "no value with a strategy that leaves a factor or the head with each client"
         raise InvalidValue("start", config.start, allowed)
     made.robust = _robust(config)
     return made

@@ -64,7 +64,7 @@ class SumStep:
         """What the run's summary says of the sum."""
         alone = f"one client's uploads would spend ε = {unmasked(self._config, self._grid):.3g}"
         if self._sum.simulated:
-            return f"simulated: this process sees every upload. Unmasked, {alone}"
+            return f"simulated: this process sees every upload, and {alone}"
         return f"masked by the clients. If masking failed, {alone}"
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,9 +105,7 @@ class SumStep:
         found = {name: opened(array) for name, array in self._sum.total(ask, uploads).items()}
         count = int(found[NUM_EXAMPLES][0])
         if not 1 <= count <= self._records:
-            allowed = (
-                f"from 1 to {self._records} (sum-records): a client's upload was not what it said"
-            )
+            allowed = f"from 1 to {self._records} (sum-records). A client uploaded a false number"
             raise InvalidValue("records of all clients", count, allowed)
         return found
 
@@ -191,7 +189,7 @@ def sum_grid(config: RunConfig, records: int, coordinates: int) -> Grid:
     asked = cohort_size(config.num_clients, config.fraction_train)
     shares = honest_shares(asked, config.dropouts, config.colluding)
     if shares < config.least_shares:
-        allowed = f"at most the {shares} that {asked} clients asked, dropouts and colluding leave"
+        allowed = f"at most {shares}: of {asked} clients asked, dropouts and colluding do not count"
         raise InvalidValue("least-shares", config.least_shares, allowed)
     sigma = sum_noise(config)
     norm = fitting_norm(sigma, shares, asked, config.sample_rate * records, coordinates)

@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from fedlora_flwr.flower_internals import Run
 from fedlora_flwr.strategies.identities import KnownNode
 
-RESTARTED = "the device was restarted in this round, and what it was asked is lost"
+RESTARTED = "the device was restarted during this round and lost its task"
 _NODE_UNAVAILABLE = 5
 _REPLY_UNAVAILABLE = 4
 _LEEWAY = 1.0  # seconds; a message must still be valid at the last poll
@@ -166,7 +166,7 @@ def _of_its_node(reply: Message, asked: Message) -> Message:
     if about.src_node_id != expected.dst_node_id:
         return _unusable(asked, "its reply says that it comes from another node")
     if about.message_type != expected.message_type:
-        return _unusable(asked, "its reply is of another type than the message")
+        return _unusable(asked, "its reply does not have the type of the message")
     return Message(reply.content, reply_to=asked)
 
 

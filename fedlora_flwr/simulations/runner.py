@@ -207,7 +207,7 @@ def run_on_flower(
     prepared.take_model()  # Free its memory: the server, in another process, has its own model.
     cluster = os.environ.get("RAY_ADDRESS", LOCAL) != LOCAL
     if workers is not None and cluster:
-        raise InvalidValue("workers", workers, "left out where RAY_ADDRESS names a cluster")
+        raise InvalidValue("workers", workers, "no value while RAY_ADDRESS names a cluster")
     config, placement = _placed(prepared.config, run_dir), place(prepared.config, workers)
     if cluster:  # Ray accepts no number of CPUs for a cluster that already runs.
         placement = replace(placement, workers=None)

@@ -57,20 +57,23 @@ class Task(Protocol):
 
 
 OPTIONAL: Mapping[str, str] = {
-    "skeleton": "the model without its weights, on a device named as torch names it, by default "
-    '"meta": a plan then builds no weights',
-    "largest_batch": "a batch of a given number of records of the largest shapes: a plan then "
-    "forecasts memory without a record",
-    "made_up_batch": "a batch of a given number of made-up records: a rehearsal then reads no "
+    "skeleton": "returns the model without its weights on a torch device, by default 'meta', so "
+    "that a forecast builds no weights",
+    "largest_batch": "returns a batch of so many records of the largest shapes, so that a forecast "
+    "of memory needs no records",
+    "made_up_batch": "returns a batch of so many made-up records, so that a rehearsal reads no "
     "public record",
-    "reading": "per split, which records are read and left out, by number of clients",
-    "private_reading": "the same of a device's private split",
-    "class_names": "names of the classes in the order of their numbers, which tables and a model "
-    "card show in place of numbers",
-    "model_notes": "sentences on the model that a plan and the start of a run show as warnings",
-    "unstated_classes": "names of the private classes where only their number is configured",
-    "check_splits_apart": "raises an error if a public record is private: a device evaluates only "
-    "with it",
+    "reading": "tells for each split which records are read and which are left out, given the "
+    "number of clients",
+    "private_reading": "tells the same about a device's private split",
+    "class_names": "returns the names of the classes in the order of their numbers, for tables and "
+    "model cards",
+    "model_notes": "returns sentences about the model, which a forecast and the start of a run "
+    "show as warnings",
+    "unstated_classes": "returns the names of the private classes if only their number is "
+    "configured",
+    "check_splits_apart": "raises an error if a public record is also private; a device evaluates "
+    "only with a task that has this member",
 }
 """Members that a task may have beside those of `Task`, and the purpose of each."""
 TaskFactory = Callable[..., Task]
@@ -142,8 +145,8 @@ def build_task(name: str, settings: Any) -> Task:
     known = TASKS.get(name)
     task = _made(name, _factory(known.place if known else name), settings)
     if missing := [member for member in _METHODS if not hasattr(task, member)]:
-        allowed = f"module:function of a task, but it returns a {type(task).__name__} without"
-        allowed = f"{allowed} {missing}"
+        found = f"a {type(task).__name__} without {', '.join(missing)}"
+        allowed = f"module:function that returns a task. This one returns {found}"
         raise InvalidValue("task", name, allowed)
     return task
 
@@ -172,8 +175,8 @@ def check_splits_apart(task: Task) -> None:
     check = optional(task, "check_splits_apart")
     if check is None:
         allowed = (
-            "a task with a method check_splits_apart, which refuses public records that are "
-            "private: without it, a device does not evaluate"
+            "a task with the method check_splits_apart, which refuses public records that are also "
+            "private. A device does not evaluate without it"
         )
         raise InvalidValue("task", task.name, allowed)
     check()
@@ -249,13 +252,13 @@ def _made(name: str, factory: TaskFactory, settings: Any) -> Task:
         except TypeError:
             continue
         return factory(*given)
-    allowed = f"a class or function that takes the settings or nothing, but it takes {parameters}"
+    allowed = f"a function or class that takes the settings or nothing. This one takes {parameters}"
     raise InvalidValue("task", name, allowed)
 
 
 def _factory(place: str) -> TaskFactory:
     """Import ``module:function`` (see `fedlora_flwr.places`)."""
-    found = load("task", place, "function of a task")
+    found = load("task", place, "function that returns a task")
     if not callable(found):
-        raise InvalidValue("task", place, "module:function, a class or function that makes a task")
+        raise InvalidValue("task", place, "module:function, where calling it returns a task")
     return cast(TaskFactory, found)

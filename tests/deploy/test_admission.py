@@ -78,7 +78,9 @@ def test_a_port_of_another_service_is_named(fleet: Path) -> None:
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         Thread(target=greet, daemon=True).start()
-        with pytest.raises(NotAdmitted, match="answers, but not with TLS as a SuperLink does"):
+        with pytest.raises(
+            NotAdmitted, match="answers, but does not speak TLS as a SuperLink does"
+        ):
             caller(fleet, at(listener.getsockname())).ask()
     # It has the fleet's certificate, and speaks something else.
     with pytest.raises(NotAdmitted, match="is not a SuperLink of this version"):
@@ -100,8 +102,11 @@ def from_tomorrow(fleet: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (another, r"is not signed by the authority of ca\.pem \(.*take the ca\.pem of this fleet"),
-        (from_tomorrow, r"is not valid yet by this device's clock \(.* it holds from .*set this"),
+        (another, r"is not signed by the authority of ca\.pem \(.*copy the fleet's ca\.pem from"),
+        (
+            from_tomorrow,
+            r"is not valid yet by this device's clock \(.* it is valid from .*set this.*renew",
+        ),
     ],
 )
 def test_a_certificate_that_cannot_be_trusted_says_why(

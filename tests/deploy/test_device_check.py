@@ -45,7 +45,7 @@ def test_a_device_is_looked_at_where_it_is(
     server = f"server 127.0.0.1:{read_fleet(fleet)[0].port}"
     assert texts(found, good=False).keys() == {server}
     good = texts(found, good=True)
-    assert good["private keys"] == ["1 of mode 600, each fits its public key"]
+    assert good["private keys"] == ["1 with mode 600; each matches its public key"]
     assert [text.split(" in ")[0] for text in good["start.sh"]] == [
         "runs only the code that is installed"
     ]
@@ -74,7 +74,7 @@ def test_a_ledger_in_the_users_data_folder_is_asked(
     away = [f.text for f in findings(fleet, planned)[True] if f.subject == "device-01"]
 
     assert any(re.match(r"ε = 0\.\d+ spent, ", text) for text in here), here
-    assert "its ledger is on the device: its file names no state-dir" in away
+    assert "its ledger is on the device, since its device.toml has no state-dir" in away
 
 
 def test_settings_that_undo_the_promise_are_found(fleet: Path) -> None:

@@ -95,15 +95,15 @@ def script_that_is_no_text(fleet: Path) -> None:
     ("fault", "subject", "text"),
     [
         (key_with_a_passphrase, "devices/device-01/device.key", "cannot be read: .*assword"),
-        (key_of_another_kind, "devices/device-01/device.key", "not the partner"),
+        (key_of_another_kind, "devices/device-01/device.key", "does not match"),
         (folder_for_a_certificate, "server certificate", "IsADirectoryError"),
         (script_that_is_no_text, "device-01", "UnicodeDecodeError"),
         (world_readable, "devices/device-02/device.key", "mode 644"),
-        (swapped_keys, "devices/device-01/device.key", "not the partner"),
+        (swapped_keys, "devices/device-01/device.key", "does not match"),
         (other_ca, "ca.pem", "on device-01"),
         (other_server, "server certificate", "not signed by the CA"),
         (broken_certificate, "server certificate", "cannot be read"),
-        (other_host, "server certificate", "holds for 127.0.0.1"),
+        (other_host, "server certificate", "valid for 127.0.0.1"),
         (other_version, "versions", "flwr .* here, 1.0.0 in the fleet"),
         (old_script, "device-01", "a server's code would run"),
         (unreadable_settings, "device-02", "readable TOML file"),
@@ -125,7 +125,7 @@ def test_certificates_that_end_soon_are_found(fleet: Path, monkeypatch: pytest.M
     monkeypatch.setattr(checks, "SOON", timedelta(days=400))
     bad = findings(fleet)[False]
     assert [f.subject for f in bad] == ["server certificate"]
-    assert all("soon over" in f.text and "fedlora deploy renew" in f.fix for f in bad)
+    assert all("about to expire" in f.text and "fedlora deploy renew" in f.fix for f in bad)
     monkeypatch.setattr(checks, "SOON", timedelta(days=4000))
     assert [f.subject for f in findings(fleet)[False]] == ["CA certificate", "server certificate"]
 

@@ -88,9 +88,14 @@ BEHIND = AHEAD.replace("ahead of", "behind")
             unregistered,
             0,
             "does not know this device's key",
-            "let its operator register device.pub",
+            "ask the operator to put device.pub into operator/keys",
         ),
-        (of_another_authority, 0, "is not signed by the authority of ca.pem", "take the ca.pem of"),
+        (
+            of_another_authority,
+            0,
+            "is not signed by the authority of ca.pem",
+            "copy the fleet's ca.pem",
+        ),
         (in_plain_text, 0, "does not answer without TLS", "instead of --insecure into start.sh"),
         # The server may start later: the device waits for it.
         (at_another_port, 0, "Nothing answers at 127.0.0.1:", "This device keeps trying."),

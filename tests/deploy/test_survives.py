@@ -233,7 +233,7 @@ def test_the_run_goes_on_to_its_end_with_every_round_once(scene: Scene) -> None:
 
 def test_each_death_is_one_sentence(scene: Scene) -> None:
     assert scene.said.count(CONTINUES) == 2
-    assert "The run ended without a word" in scene.said
+    assert "The run ended without saying why" in scene.said
     assert "The SuperLink has ended." in scene.said
     assert f"in {scene.base / 'run'}" in scene.said.splitlines()[-1]
     # A device that is gone costs its part of a round, and no restart.

@@ -42,7 +42,7 @@ def test_one_that_ends_within_a_week_is_named_at_the_start(
     Certificates(tmp_path, 10).at_start()
     (said,) = warned()
     end = datetime.now(UTC) + timedelta(days=6)
-    assert said.startswith(f"The server's certificate ends on {end:%Y-%m-%d}, which is soon. ")
+    assert said.startswith(f"The server's certificate is about to end ({end:%Y-%m-%d}). ")
     assert "`fedlora deploy renew FLEET`" in said
     renew_server(tmp_path, tmp_path, "localhost", days=8)
     Certificates(tmp_path, 10).at_start()
@@ -61,7 +61,7 @@ def test_one_that_ends_before_the_rounds_that_are_left_is_named_once(
     watched.after_round(row(2, 9 * DAY))  # 9 rounds of 5.95 days each.
     watched.after_round(row(3, 9 * DAY))
     (said,) = warned()
-    assert "before this run: 9 rounds are left, of about 514080 s" in said
+    assert " before this run does: 9 rounds are left, of about 514080 s each. " in said
 
 
 def test_the_authoritys_cannot_be_renewed(tmp_path: Path, warned: Callable[[], list[str]]) -> None:
@@ -70,7 +70,7 @@ def test_the_authoritys_cannot_be_renewed(tmp_path: Path, warned: Callable[[], l
     watched.after_round(row(1, 3_700 * DAY))  # Its own ten years are shorter.
     server, authority = warned()
     assert "fedlora deploy renew" in server
-    assert "The certificate of the fleet's CA ends on" in authority
+    assert "The certificate of the fleet's CA will end (" in authority
     assert "fedlora deploy init" in authority
 
 

@@ -43,7 +43,7 @@ def test_any_damage_is_noticed() -> None:
         damaged = bytearray(content)
         damaged[place] ^= 1 << draw.randrange(8)
         for broken in (bytes(damaged), content[:place], content + b"x"):
-            with pytest.raises(ValueError, match="not what was written"):
+            with pytest.raises(ValueError, match="changed since it was written"):
                 Checkpoint.from_bytes(broken)
 
 
@@ -86,5 +86,7 @@ def test_more_rounds_may_follow_where_the_plan_of_a_client_stays() -> None:
     )
     with pytest.raises(InvalidValue, match=r"num-rounds = 9 .* spend all of ε"):
         made(config=RunConfig(num_rounds=5)).check(RunConfig(num_rounds=9))
-    with pytest.raises(InvalidValue, match=r"num-rounds = 2 .* at least 3, which are done"):
+    with pytest.raises(
+        InvalidValue, match=r"num-rounds = 2 .* at least 3, the number of rounds that are done"
+    ):
         made(config=RunConfig(num_rounds=5, **capped)).check(RunConfig(num_rounds=2, **capped))

@@ -277,5 +277,7 @@ def test_an_interrupted_run_says_what_is_kept_and_how_to_continue(
     assert lines["Kept"].startswith(rounds)
     assert lines["Kept"].endswith("counts as spent")
     empty = RunDirectory(tmp_path / "empty")
-    assert what_is_kept("run", empty) == [("Kept", "no round to continue from, as none was over")]
+    assert what_is_kept("run", empty) == [
+        ("Kept", "nothing to continue from, because no round was finished")
+    ]
     assert how_to_continue("run", empty) == ""

@@ -184,7 +184,7 @@ def test_a_stated_noise_counts_where_it_lowers_the_weight() -> None:
                 "strategy": "fedprox",
                 "fedprox.proximal-mu": 0.1,
             },
-            "together with a proximal term",
+            "combined with a proximal term",
         ),
     ],
 )

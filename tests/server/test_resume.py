@@ -110,7 +110,8 @@ def test_a_damaged_checkpoint_costs_a_round_and_nothing_else(tmp_path: Path) -> 
     last.write_bytes(last.read_bytes()[:-1])
     _, damaged = Checkpoints(broken).last()
     assert damaged == [
-        f"{last} cannot be used (its content is not what was written); the one before it is."
+        f"{last} cannot be used (its content has changed since it was written). The checkpoint "
+        "before it is used instead."
     ]
     resume(config, broken)
     assert_same(whole, broken)
@@ -179,7 +180,7 @@ def test_a_run_that_a_process_is_at_work_on_is_left_alone(tmp_path: Path) -> Non
     begin(config, run)
     with (
         RunDirectory(run, resume=True).working(),
-        pytest.raises(InvalidValue, match="a run that no process is at work on"),
+        pytest.raises(InvalidValue, match="a run that no other process is working on"),
     ):
         resume(config, run)
 

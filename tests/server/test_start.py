@@ -69,7 +69,11 @@ def of_another_backbone(folder: Path) -> None:
         (lambda folder: (folder / WEIGHTS).write_bytes(b"x"), {}, "a PEFT adapter's folder"),
         (shutil.rmtree, {}, "a PEFT adapter's folder"),
         (lambda _: None, {"rank": 3, "lora_alpha": 12.0}, "has the shape"),
-        (lambda _: None, {"strategy": "fedsa-lora"}, "left out where a factor or the head stays"),
+        (
+            lambda _: None,
+            {"strategy": "fedsa-lora"},
+            "no value with a strategy that leaves a factor or the head",
+        ),
     ],
 )
 def test_an_adapter_of_another_model_is_refused_before_the_run(

@@ -94,7 +94,7 @@ def test_screen_summary_and_rows_say_that_the_sum_was_simulated(
     assert summary["trust_model"] == "secure-sum"
     assert summary["remarks"]["secure sum"].startswith("simulated")
     card = (run_dir.adapter / "README.md").read_text("utf-8")
-    assert "| trust model | `secure-sum`, simulated: this process sees every upload." in card
+    assert "| trust model | `secure-sum`, simulated: this process sees every upload, and" in card
     assert [(row["shares"], row["opened"]) for row in run_dir.rows("rounds")[1:]] == [(3, True)] * 2
     assert 0 < summary["epsilon_max"] <= 8
     assert any(name == "Secure sum" for name, _ in closing_rows(summary))

@@ -173,7 +173,7 @@ def forged(forge: Forge | None = None, broken: Exception | None = None) -> Itera
 
 @pytest.mark.parametrize(
     ("forge", "reason"),
-    [(as_another, "it comes from another node"), (as_other_type, "of another type")],
+    [(as_another, "it comes from another node"), (as_other_type, "the type of the message")],
 )
 def test_a_reply_is_of_the_node_that_was_asked_whatever_it_says(forge: Forge, reason: str) -> None:
     with forged(forge) as grid:

@@ -297,7 +297,10 @@ def test_the_mean_is_exact_in_every_block_for_any_modes(
 
 def test_layers_in_no_named_block_are_refused_with_the_way_to_name_them() -> None:
     strange = {name.replace("blocks.", "stages_"): array for name, array in start_arrays().items()}
-    with Tiny(2).grid() as grid, pytest.raises(InvalidValue, match="set blocks = "):
+    with (
+        Tiny(2).grid() as grid,
+        pytest.raises(InvalidValue, match="Set blocks to a regular expression"),
+    ):
         ASLoRA().start(grid, record_of(strange), num_rounds=1)
 
     tiny = Tiny(2, lambda asked: reply_of(asked.trained(), asked.partition))

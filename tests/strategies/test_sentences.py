@@ -26,9 +26,9 @@ def sentence(strategy: FedLoRA, tiny: Tiny, start: Arrays | None = None) -> str:
 def test_arrays_that_do_not_look_like_lora() -> None:
     arrays = {"conv.weight": np.zeros((3, 3), np.float32)}
     assert sentence(RoLoRA(), Tiny(2), arrays) == (
-        "array names = ['conv.weight'] cannot be used: expected LoRA factors called "
-        "'<layer>.lora_A.weight' and '<layer>.lora_B.weight', as "
-        "peft.get_peft_model_state_dict calls them."
+        "array names = ['conv.weight'] cannot be used: expected LoRA factors with the "
+        "names that peft.get_peft_model_state_dict gives them: '<layer>.lora_A.weight' and "
+        "'<layer>.lora_B.weight'."
     )
 
 
@@ -50,9 +50,9 @@ def test_a_client_that_ignores_the_plan() -> None:
 def test_a_model_without_named_blocks() -> None:
     start = {name.replace("blocks.", "stage"): array for name, array in start_arrays().items()}
     assert sentence(ASLoRA(), Tiny(2), start) == (
-        "layer = 'stage0.fc' cannot be used: expected a layer inside a named block: set blocks = "
-        "'<regular expression>' to one that matches each layer's name from its start to the end of "
-        r"its block's name, e.g. '.*\.stages\.\d+'."
+        "layer = 'stage0.fc' cannot be used: expected a layer inside a named block. Set blocks to "
+        "a regular expression that matches each layer's name up to the end of its block's name, "
+        r"e.g. '.*\.stages\.\d+'."
     )
 
 
