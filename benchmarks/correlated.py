@@ -34,7 +34,7 @@ class Setting:
     delta: float
 
 
-SETTINGS = (Setting("digits", 100, 0.14, 5e-4), Setting("SST-2", 112, 0.0152, 1e-5))
+SETTINGS = (Setting("digits", 100, 0.14, 5e-4), Setting("SST-2", 56, 0.0304, 1e-5))
 EPSILONS = (0.5, 1.0, 3.0, 8.0)
 
 
