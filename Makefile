@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test test-deploy recipes style lint docs bench bench-gpu
+.PHONY: setup run test test-deploy recipes style lint docs bench bench-gpu soak load
 
 setup: $(STAMP)
 
@@ -51,6 +51,14 @@ bench: setup
 
 bench-gpu: setup
 	@$(BIN)/python -m benchmarks gpu --output benchmarks/results/bench-gpu.json
+
+# Kills processes of a simulation and of a fleet again and again: half an hour on two idle cores.
+soak: setup
+	@$(BIN)/python -m benchmarks.soak
+
+# More and more SuperNodes at one SuperLink, on this machine.
+load: setup
+	@$(BIN)/python -m benchmarks.load
 
 style: setup
 	$(BIN)/ruff check .

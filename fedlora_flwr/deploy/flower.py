@@ -141,11 +141,11 @@ def handle_with(load: Loader) -> Callable[[], object]:
     # Each is replaced in the module that defines it. The runtime is imported afterwards, so it gets
     # the replacement.
     for module, name, stand_in in stand_ins:
-        owner = _module(module)
+        owner = module_of(module)
         if not callable(getattr(owner, name, None)):
             raise OtherFlower(f"{module} has no {name}")
         setattr(owner, name, stand_in)
-    runtime = _module(_RUNTIME)
+    runtime = module_of(_RUNTIME)
     for _, name, stand_in in stand_ins:
         if name != "load_app" and getattr(runtime, name, None) != stand_in:
             raise OtherFlower(f"{_RUNTIME} does not use {name}")
@@ -181,7 +181,14 @@ def _never(*_: object, **__: object) -> NoReturn:
     raise OtherFlower("it imports or installs parts of a bundle")
 
 
-def _module(name: str) -> Any:
+def module_of(name: str) -> Any:
+    """Return a module of Flower's.
+
+    Raises
+    ------
+    OtherFlower
+        There is none of this name.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:

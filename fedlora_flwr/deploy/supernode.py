@@ -24,6 +24,11 @@ SCRIPT = "start.sh"
 """A device's script, which names its server and hands over to `START`."""
 BIN = "bin"
 CLIENT_PROCESS = "fedlora_flwr.deploy.client_process"
+PROCESSES = {
+    flower.SUPERNODE: "fedlora_flwr.deploy.node_process",
+    flower.CLIENT: CLIENT_PROCESS,
+}
+"""The package's own modules in place of Flower's programs."""
 # Argparse also accepts abbreviations of these options.
 _UNSAFE = ("--isolation", "--allow-runtime-dependency-installation")
 _REFUSAL = (
@@ -187,13 +192,11 @@ def write_programs(folder: Path) -> None:
     """
     folder.mkdir(mode=0o700, exist_ok=True)
     for name, point in flower.programs().items():
-        if name in (flower.SUPERNODE, flower.SUPEREXEC):
+        if name == flower.SUPEREXEC:
             code = f"import sys; sys.argv[0] = {name!r}; from {point.module} import {point.attr}"
-            lines = _python("-c", f"{code}; sys.exit({point.attr}())")
-            if name == flower.SUPEREXEC:
-                lines += " --executor subprocess"
-        elif name == flower.CLIENT:
-            lines = _python("-m", CLIENT_PROCESS)
+            lines = _python("-c", f"{code}; sys.exit({point.attr}())") + " --executor subprocess"
+        elif name in PROCESSES:
+            lines = _python("-m", PROCESSES[name])
         else:
             lines = f"echo {shlex.quote(_REFUSAL.format(name=name))} >&2\nexit 1"
         with replacing(folder / name) as draft:

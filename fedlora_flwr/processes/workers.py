@@ -6,12 +6,15 @@ import importlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -20,6 +23,7 @@ from fedlora_flwr.terminal import held
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+_GRACE = 2.0  # seconds in which a pool notices by itself that a worker was killed
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -77,7 +81,7 @@ def executor(workers: int, log: Path) -> Iterator[Execute]:
         yield one_by_one
         return
     with _processes(workers, log) as pool:
-        yield partial(_side_by_side, pool)
+        yield partial(_side_by_side, pool, _Watch(pool))
 
 
 def one_by_one(function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
@@ -85,11 +89,54 @@ def one_by_one(function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterat
     return map(function, jobs)
 
 
+class _Watch:
+    """Ends a pool of which a worker was killed while it was sending a result.
+
+    The pool waits for the rest of the result, and the other workers wait for their turn to send.
+    The rest only counts as lost once no process can send it any more.
+
+    Parameters
+    ----------
+    pool : ProcessPoolExecutor
+        The pool. It has no workers yet.
+    """
+
+    def __init__(self, pool: ProcessPoolExecutor) -> None:
+        self._pool, self._others = pool, set(active_children())
+        self._thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """Watch the workers that the pool has started."""
+        if self._thread is None:
+            workers = set(active_children()) - self._others
+            # This process holds an end of the pipe for results as well, which it never uses.
+            pipe: Connection = self._pool._result_queue._writer  # type: ignore[attr-defined]
+            self._thread = threading.Thread(target=_watch, args=(workers, pipe), daemon=True)
+            self._thread.start()
+
+
+def _watch(workers: set[BaseProcess], pipe: Connection) -> None:
+    while workers:
+        wait([worker.sentinel for worker in workers])
+        ended = {worker for worker in workers if not worker.is_alive()}
+        if any(worker.exitcode for worker in ended):
+            time.sleep(_GRACE)
+            for worker in workers:
+                worker.kill()
+            pipe.close()
+            return
+        workers -= ended
+
+
 def _side_by_side(
-    pool: ProcessPoolExecutor, function: Callable[[Job], Result], jobs: Sequence[Job]
+    pool: ProcessPoolExecutor,
+    watch: _Watch,
+    function: Callable[[Job], Result],
+    jobs: Sequence[Job],
 ) -> Iterator[Result]:
     with held():  # The first jobs start the processes.
         futures = [pool.submit(function, job) for job in jobs]
+        watch.begin()
     return (future.result() for future in as_completed(futures))
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
+from multiprocessing.connection import Connection
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
@@ -15,3 +18,17 @@ def count(message: Message, context: Context) -> Message:
     seen["count"] = int(str(seen["count"])) + 1
     answer = ConfigRecord({"count": seen["count"], "process": os.getpid()})
     return Message(RecordDict({"config": answer}), reply_to=message)
+
+
+def send_half(number: int) -> bytes:
+    """Have the first worker die in the middle of its result, while the other one works."""
+    if number:
+        time.sleep(1.0)
+        return b""
+
+    def half(self: Connection, content: bytes, write: object = None) -> None:
+        os.write(self.fileno(), content[: len(content) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Connection._send = half  # type: ignore[attr-defined]
+    return bytes(1000)

@@ -20,7 +20,7 @@ from fedlora_flwr.simulations import runner
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from tests.conftest import MakeConfig
-from tests.processes.counting import count
+from tests.processes.counting import count, send_half
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +101,12 @@ def test_a_killed_worker_is_an_error_at_once(tmp_path: Path) -> None:
 
     with pytest.raises(WorkerDied, match=r"killed; see .*workers\.log"):
         work()
+
+
+def test_a_worker_killed_while_it_sends_is_an_error_too(tmp_path: Path) -> None:
+    """The other worker waits for its turn to send, which would never come."""
+    with (
+        pytest.raises(WorkerDied, match=r"killed; see .*workers\.log"),
+        executor(2, tmp_path / "workers.log") as execute,
+    ):
+        list(execute(send_half, range(4)))

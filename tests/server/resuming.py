@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 from safetensors.numpy import load_file
 
-from benchmarks.soak import releases, timeless_rows
+from benchmarks.soak_simulation import releases, timeless_rows
 from fedlora_flwr import files
 from fedlora_flwr.client_app import app
 from fedlora_flwr.config import RunConfig

@@ -1,0 +1,226 @@
+"""``python -m benchmarks.load``: how many SuperNodes one SuperLink of this package holds.
+
+The server is the one that `fedlora deploy run --server` starts, with TLS and a database on disk,
+and the run is this package's. The nodes are light: each speaks Flower's own protocol over a
+connection of its own, and answers at once (`benchmarks.light_nodes`). They register themselves,
+since the operator's command takes seconds for each key. All is on one machine, and the nodes share
+its cores with the server, so CPU seconds tell more than the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks import ROOT
+from benchmarks.light_nodes import CONNECTED, PAUSE
+from benchmarks.marked import MARK, by_kind, marked
+from benchmarks.running_fleet import RunningFleet
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.deploy.fleet import Fleet, make_fleet, read_fleet
+from fedlora_flwr.environment import machine, versions
+from fedlora_flwr.files import replace_file, to_json
+from fedlora_flwr.server.run_dir import RunDirectory
+from fedlora_flwr.simulations.superlink import QUIET, free_port
+from fedlora_flwr.terminal import show_lines
+
+RESULT = Path(__file__).parent / "results" / "load.json"
+NODES = (10, 30, 100, 300, 1000)
+RANK = 64
+"""An adapter of 98,000 parameters, as many as rank 5 has in the 12 layers of a MiniLM."""
+PER_PROCESS = 100
+ASKING = 20.0  # seconds in which the nodes only ask for messages
+WATCHED = ("SuperLink", "ServerApp")
+TICK = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass
+class Load:
+    """A server with so many nodes.
+
+    Parameters
+    ----------
+    folder : Path
+        An empty folder.
+    nodes : int
+        Number of nodes.
+    rounds : int
+        Rounds of the run, each with all nodes.
+    patience : float
+        Seconds in which a round must end.
+    """
+
+    folder: Path
+    nodes: int
+    rounds: int
+    patience: float
+    _mark: str = field(default_factory=lambda: secrets.token_hex(8))
+    _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def result(self) -> dict[str, Any]:
+        """Do the run; return what was measured."""
+        fleet = self._made()
+        run = RunDirectory(self.folder / "run")
+        try:
+            self._start(fleet, "fedlora", "deploy", "run", fleet.folder,
+                        self.folder / "recipe.toml", "--server", "--restarts", "0")  # fmt: skip
+            self._wait_for("SuperLink", 120.0)
+            # The run waits for the last node, while the others only ask for messages.
+            connecting = self._start_nodes(fleet, 0, self.nodes - 1)
+            asking = self._asking()
+            self._start_nodes(fleet, self.nodes - 1, 1)
+            return {
+                "nodes": self.nodes,
+                "seconds until connected": connecting,
+                "SuperLink's CPU share while nodes ask": asking,
+                **self._watched(run),
+            }
+        except RuntimeError as error:  # This is where it fails.
+            return {"nodes": self.nodes, "completed": False, "error": str(error)[:300]}
+        finally:
+            for process in self._processes:
+                process.send_signal(signal.SIGINT)
+            deadline = time.monotonic() + 60.0
+            while (left := marked(self._mark)) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            for one in left:
+                os.kill(one, signal.SIGKILL)
+
+    def _made(self) -> RunningFleet:
+        run = RunConfig.of({
+            "task": "digits", "strategy": "dp-lora", "rank": RANK, "num-rounds": self.rounds,
+            "num-clients": self.nodes, "min-clients": self.nodes, "min-completion": 0.0,
+            "round-timeout": self.patience, "local-steps": 1, "eval-every": self.rounds,
+            "device": "cpu", "robust": "none", "run-dir": str(self.folder / "run"),
+        })  # fmt: skip
+        make_fleet(self.folder / "fleet", Fleet(1, port=free_port()), run)
+        script = self.folder / "fleet" / "server" / "start.sh"
+        script.write_text(script.read_text().replace("--enable-supernode-auth ", ""))
+        (self.folder / "home").mkdir()
+        (self.folder / "recipe.toml").write_text(run.to_toml())
+        return RunningFleet(self.folder / "fleet", self.folder / "home")
+
+    def _start(self, fleet: RunningFleet, *command: str | Path) -> None:
+        env = {**fleet.env, **QUIET, MARK: self._mark, "PYTHONPATH": str(ROOT)}
+        with (self.folder / "said").open("ab") as log:
+            self._processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=env))
+
+    def _start_nodes(self, fleet: RunningFleet, first: int, count: int) -> float:
+        """Start nodes, and wait until they are connected; return the seconds that this took."""
+        made, started = read_fleet(fleet.folder)[0], time.monotonic()
+        authority = fleet.folder / "operator" / "ca.pem"
+        for number in range(first, first + count, PER_PROCESS):
+            these = min(PER_PROCESS, first + count - number)
+            numbers = (f"{made.host}:{made.port}", authority, str(number), str(these))
+            self._start(fleet, sys.executable, "-m", "benchmarks.light_nodes", *numbers)
+        said = self.folder / "said"
+        while said.read_text().count(CONNECTED) < first + count:
+            if time.monotonic() > started + self.patience:
+                raise RuntimeError(f"Not all nodes are connected: {said.read_text()[-2000:]}")
+            time.sleep(0.2)
+        return round(time.monotonic() - started, 1)
+
+    def _asking(self) -> float:
+        """Return how much of a core the SuperLink needs while nodes only ask for messages."""
+        process = self._wait_for("SuperLink", 1.0)
+        time.sleep(PAUSE)
+        before, started = _cpu_seconds(process), time.monotonic()
+        time.sleep(ASKING)
+        return round((_cpu_seconds(process) - before) / (time.monotonic() - started), 3)
+
+    def _wait_for(self, kind: str, patience: float) -> int:
+        deadline = time.monotonic() + patience
+        while not (found := by_kind(self._mark).get(kind)):
+            if time.monotonic() > deadline or self._processes[0].poll() is not None:
+                said = (self.folder / "said").read_text()
+                raise RuntimeError(f"There is no {kind}: {said[-2000:]}")
+            time.sleep(0.2)
+        return found[0]
+
+    def _watched(self, run: RunDirectory) -> dict[str, Any]:
+        """Watch the server's two processes, round by round."""
+        processes = {kind: self._wait_for(kind, 120.0) for kind in WATCHED}
+        seen: list[dict[str, float]] = []
+        memory = dict.fromkeys(WATCHED, 0.0)
+        started = last = time.monotonic()
+        while self._processes[0].poll() is None and time.monotonic() - last < self.patience + 700:
+            if len(run.rows("rounds")) > len(seen):
+                seen.append({kind: _cpu_seconds(process) for kind, process in processes.items()})
+                last = time.monotonic()
+            for kind, process in processes.items():
+                memory[kind] = max(memory[kind], _peak_megabytes(process))
+            time.sleep(0.1)
+        rows = run.rows("rounds")[1:]
+        spent = {kind: [b[kind] - a[kind] for a, b in pairwise(seen[1:])] for kind in WATCHED}
+        return {
+            "completed": (run.summary() or {}).get("status") == "completed",
+            "error": (run.summary() or {}).get("error", "")[:300],
+            "seconds": round(last - started, 1),
+            "seconds per round": [round(row["seconds"], 2) for row in rows],
+            "clients used": [row["clients_used"] for row in rows],
+            "failures": [len(row["failures"]) for row in rows],
+            "first failures": sorted({f.partition(": ")[2] for r in rows for f in r["failures"]})[
+                :3
+            ],
+            "MB down and up per round": [
+                round((row["bytes_down"] + row["bytes_up"]) / 1e6, 1) for row in rows
+            ],
+            "CPU seconds per later round": {
+                kind: round(statistics.median(each), 2) if each else None
+                for kind, each in spent.items()
+            },
+            "peak MB": {kind: round(peak) for kind, peak in memory.items()},
+        }
+
+
+def _cpu_seconds(process: int) -> float:
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / TICK
+
+
+def _peak_megabytes(process: int) -> float:
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM")), 0.0)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure a round with more and more nodes."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.load", description=main.__doc__)
+    parser.add_argument("--nodes", type=int, nargs="+", default=NODES, help="numbers of nodes")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds of each run")
+    parser.add_argument("--patience", type=float, default=600.0, help="seconds for a round")
+    parser.add_argument("--output", type=Path, default=RESULT, help="JSON file of the result")
+    options = parser.parse_args(argv)
+    results: list[dict[str, Any]] = []
+    for nodes in options.nodes:
+        with tempfile.TemporaryDirectory(prefix="fedlora-load-") as scratch:
+            load = Load(Path(scratch), nodes, options.rounds, options.patience)
+            results.append(load.result())
+        found = {"runs": results, "machine": machine(), "versions": versions()}
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(options.output, (to_json(found, indent=2) + "\n").encode())
+        show_lines(Console(), [(f"{nodes} nodes", str(results[-1]))])
+
+
+if __name__ == "__main__":
+    main()
