@@ -31,7 +31,8 @@ from tests.installed import OWNERS, PROJECT, ROOT, absent_with, distributions, n
 SOURCES = sorted((ROOT / "fedlora_flwr").rglob("*.py"))
 # Rooms and modules that train, or build a model. Everything else belongs to the core.
 NEED_MORE = re.compile(
-    r"backbones\.|lora\.|privacy\.|forecast\.|studies\.|tasks\.|data\.(arrow_records|pictures|records)$"
+    r"audit\.|backbones\.|lora\.|privacy\.|forecast\.|studies\.|tasks\."
+    r"|data\.(arrow_records|pictures|records)$"
     r"|clients\.(handler|local_round|local_store|numpy_client|sharing|trainer)$"
     r"|integrations\.(hf_trainer|planned_loop|trainer_arguments)$"
     r"|secure_sum\.(accounting|rounding)$|server\.(checkpoint|keeper|noise|norm_bound|rehearsal|serve|strategy|sum_step)$"
@@ -124,6 +125,7 @@ COMMANDS = {
     "plan sst2-minilm": "client,text,simulation",
     "inspect-split digits": "client,vision,plots,simulation",
     "compare": "client,vision,plots,simulation",
+    "audit digits": "client,vision,simulation",
     "budget --epsilon 3 --delta 1e-5 --records 1000 --batch-size 10 --steps 5": "client",
     "plan digits -c task=nothing": "task = 'nothing' cannot be used",
     "plot run": "plots",

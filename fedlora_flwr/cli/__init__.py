@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fedlora_flwr.cli import (
+    audit,
     compare,
     convert,
     deploy,
@@ -48,6 +49,7 @@ def fedlora(
 app.command()(run.run)
 app.command()(run.simulate)
 app.command()(compare.compare)
+app.command()(audit.audit)
 app.command()(forecast.budget)
 app.command()(forecast.plan)
 app.command("inspect-split")(forecast.inspect_split)

@@ -1,0 +1,1 @@
+"""Audits: how much an attacker learns from what really runs, as a lower bound on ε."""

@@ -1,0 +1,255 @@
+"""Lower bounds on ε from the guesses of an attacker.
+
+Each bound is a statement about a claim: if the claim of ε were true, guesses as good as these would
+be seen with a probability of at most one minus the confidence. `clopper_pearson` assumes nothing
+about the mechanism. `gaussian` and `one_run_gaussian` assume that its trade-off curve is that of a
+Gaussian mechanism, and say how much privacy such a mechanism would have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import brentq  # type: ignore[import-untyped]
+from scipy.stats import beta, binom, norm  # type: ignore[import-untyped]
+
+from fedlora_flwr.errors import InvalidValue
+
+Scores = NDArray[np.float64]
+LARGEST = 100.0
+"""No bound is above this ε: so much would be no privacy at all."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A lower bound on ε.
+
+    Parameters
+    ----------
+    epsilon : float
+        The bound, at least 0.
+    statistic : str
+        Name of the statistic.
+    assumes : str
+        What the bound assumes about the mechanism; empty for nothing.
+    """
+
+    epsilon: float
+    statistic: str
+    assumes: str = ""
+
+
+def rates_at(absent: Scores, present: Scores, threshold: float) -> tuple[int, int]:
+    """Return false alarms and misses of an attacker who says "present" above a threshold."""
+    return int((absent > threshold).sum()), int((present <= threshold).sum())
+
+
+def at_most(hits: int, trials: int, error: float) -> float:
+    """Bound a probability from above, by Clopper and Pearson (1934).
+
+    Parameters
+    ----------
+    hits, trials : int
+        How often something happened, and in how many independent trials.
+    error : float
+        Probability with which the bound may be wrong.
+    """
+    return 1.0 if hits == trials else float(beta.ppf(1 - error, hits + 1, trials - hits))
+
+
+def epsilon_of_rates(false_alarms: float, misses: float, delta: float) -> float:
+    """Return the smallest ε that allows an attacker with these rates (arXiv 1311.0776, eq. 2)."""
+    bounds = [
+        math.log((1 - delta - first) / second)
+        for first, second in ((false_alarms, misses), (misses, false_alarms))
+        if second > 0 and 1 - delta - first > 0
+    ]
+    return min(max([0.0, *bounds]), LARGEST)
+
+
+def delta_of_mu(mu: float, epsilon: float) -> float:
+    """Return δ(ε) of a Gaussian mechanism with sensitivity over deviation ``mu`` (1905.02383)."""
+    if mu <= 0:
+        return 0.0
+    above, below = norm.logcdf(-epsilon / mu + mu / 2), norm.logcdf(-epsilon / mu - mu / 2)
+    return float(math.exp(above) - math.exp(epsilon + below))
+
+
+def epsilon_of_mu(mu: float, delta: float) -> float:
+    """Return ε of a Gaussian mechanism with sensitivity over deviation ``mu`` at ``delta``."""
+    if delta_of_mu(mu, 0.0) <= delta:
+        return 0.0
+    if delta_of_mu(mu, LARGEST) > delta:
+        return LARGEST
+    return float(brentq(lambda epsilon: delta_of_mu(mu, epsilon) - delta, 0.0, LARGEST))
+
+
+def clopper_pearson(absent: Scores, present: Scores, delta: float, confidence: float) -> Bound:
+    """Bound ε by the two rates of a threshold (Jagielski et al., arXiv 2006.07709).
+
+    The threshold is chosen on a third of the trials and counted on the others, so that the choice
+    costs no confidence.
+
+    Parameters
+    ----------
+    absent, present : ndarray
+        The attacker's scores in independent trials without and with the canary, shape (trials,).
+        A larger score means "present".
+    delta : float
+        δ of the claim.
+    confidence : float
+        E.g. 0.95. Half of what is left is the error of each rate.
+
+    Raises
+    ------
+    InvalidValue
+        There are fewer than 10 trials of a kind, or a score is not finite.
+    """
+
+    def bound(counts: tuple[int, int], trials: tuple[int, int]) -> float:
+        return epsilon_of_rates(*_rates(counts, trials, confidence), delta)
+
+    return Bound(_split(absent, present, bound), "Clopper-Pearson")
+
+
+def gaussian(absent: Scores, present: Scores, delta: float, confidence: float) -> Bound:
+    """Bound μ by the two rates of a threshold, and read it as an ε at ``delta`` (1905.02383).
+
+    The rates of a μ-GDP mechanism obey ``misses >= Φ(Φ⁻¹(1 - false alarms) - μ)``.
+
+    Parameters
+    ----------
+    absent, present, delta, confidence
+        As for `clopper_pearson`.
+
+    Raises
+    ------
+    InvalidValue
+        As `clopper_pearson`.
+    """
+
+    def bound(counts: tuple[int, int], trials: tuple[int, int]) -> float:
+        return mu_of_rates(*_rates(counts, trials, confidence))
+
+    mu = _split(absent, present, bound)
+    return Bound(epsilon_of_mu(mu, delta), "Gaussian fit", "the curve of a Gaussian mechanism")
+
+
+def mu_of_rates(false_alarms: float, misses: float) -> float:
+    """Return the smallest μ that allows an attacker with these rates, at least 0."""
+    return max(0.0, float(norm.isf(false_alarms) - norm.ppf(misses)))
+
+
+def one_run(correct: int, guesses: int, canaries: int, delta: float, confidence: float) -> Bound:
+    """Bound ε by the correct guesses about many canaries of one run (2305.08846, theorem 5.2).
+
+    Parameters
+    ----------
+    correct, guesses : int
+        Guesses that were right, and all guesses; the attacker may abstain.
+    canaries : int
+        Canaries, each in or out by a fair coin of its own.
+    delta, confidence : float
+        As for `clopper_pearson`.
+
+    Raises
+    ------
+    InvalidValue
+        The counts do not fit together.
+    """
+    _check_guesses(correct, guesses, canaries)
+    error = 1 - confidence
+
+    def chance(epsilon: float) -> float:
+        """Return how likely it is to be so often right under a true claim."""
+        right = 1 / (1 + math.exp(-epsilon))
+        steps = np.arange(1, correct + 1)
+        below = binom.cdf(correct - 1, guesses, right)
+        # P[correct > Binomial >= correct - i], for each i.
+        shares = below - binom.cdf(correct - 1 - steps, guesses, right)
+        slack = 2 * float(np.max(shares / steps)) if correct else 0.0
+        return float(binom.sf(correct - 1, guesses, right)) + slack * canaries * delta
+
+    return Bound(_largest(lambda epsilon: chance(epsilon) < error), "one run")
+
+
+def one_run_gaussian(
+    correct: int, guesses: int, canaries: int, delta: float, confidence: float
+) -> Bound:
+    """Bound μ by the correct guesses of one run, and read it as an ε (2410.22235, theorem 9).
+
+    Parameters
+    ----------
+    correct, guesses, canaries, delta, confidence
+        As for `one_run`.
+
+    Raises
+    ------
+    InvalidValue
+        The counts do not fit together.
+    """
+    _check_guesses(correct, guesses, canaries)
+    error = (1 - confidence) * guesses / canaries
+
+    def refuted(mu: float) -> bool:
+        """Whether a μ-GDP mechanism allows so many right guesses with too small a probability."""
+        right, wrong = error * correct / guesses, error * (guesses - correct) / guesses
+        for number in range(correct - 1, -1, -1):
+            more = max(wrong, float(norm.cdf(norm.ppf(right) - mu)))
+            right += number / (guesses - number) * (more - wrong)
+            wrong = more
+        return right + wrong > guesses / canaries
+
+    mu = _largest(refuted)
+    return Bound(epsilon_of_mu(mu, delta), "one run, Gaussian", "the curve of a Gaussian mechanism")
+
+
+def _rates(
+    counts: tuple[int, int], trials: tuple[int, int], confidence: float
+) -> tuple[float, float]:
+    error = (1 - confidence) / 2
+    return at_most(counts[0], trials[0], error), at_most(counts[1], trials[1], error)
+
+
+def _split(
+    absent: Scores,
+    present: Scores,
+    bound: Callable[[tuple[int, int], tuple[int, int]], float],
+) -> float:
+    """Choose a threshold on a third of the trials, and return the bound that the others give."""
+    for name, scores in (("absent", absent), ("present", present)):
+        if len(scores) < 10 or not np.isfinite(scores).all():
+            raise InvalidValue(name, scores, "at least 10 scores, each a finite number")
+    third = len(absent) // 3, len(present) // 3
+    chosen_on = absent[: third[0]], present[: third[1]]
+    counted_on = absent[third[0] :], present[third[1] :]
+    quantiles = np.quantile(np.concatenate(chosen_on), np.linspace(0.01, 0.99, 99))
+
+    def value(scores: tuple[Scores, Scores], threshold: float) -> float:
+        return bound(rates_at(*scores, threshold), (len(scores[0]), len(scores[1])))
+
+    best = max(np.unique(quantiles), key=lambda threshold: value(chosen_on, threshold))
+    return value(counted_on, float(best))
+
+
+def _largest(refuted: Callable[[float], bool]) -> float:
+    """Return the largest parameter that is refuted; refuting gets harder as it grows."""
+    if not refuted(0.0):
+        return 0.0
+    low, high = 0.0, 1.0
+    while refuted(high) and high < LARGEST:
+        low, high = high, 2 * high
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if refuted(middle) else (low, middle)
+    return low
+
+
+def _check_guesses(correct: int, guesses: int, canaries: int) -> None:
+    if not 0 <= correct <= guesses <= canaries or not canaries:
+        allowed = "0 <= correct <= guesses <= canaries"
+        raise InvalidValue("guesses", (correct, guesses, canaries), allowed)
