@@ -10,7 +10,9 @@ its cores with the server, so CPU seconds tell more than the clock.
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import secrets
 import signal
 import statistics
@@ -27,7 +29,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import ROOT
-from benchmarks.light_nodes import CONNECTED, PAUSE
+from benchmarks.light_nodes import ASKED, CONNECTED, PAUSE
 from benchmarks.marked import MARK, by_kind, marked
 from benchmarks.running_fleet import RunningFleet
 from fedlora_flwr.config import RunConfig
@@ -81,16 +83,19 @@ class Load:
             self._wait_for("SuperLink", 120.0)
             # The run waits for the last node, while the others only ask for messages.
             connecting = self._start_nodes(fleet, 0, self.nodes - 1)
-            asking = self._asking()
-            self._start_nodes(fleet, self.nodes - 1, 1)
-            return {
+            asked = {
                 "nodes": self.nodes,
+                "rounds": self.rounds,
                 "seconds until connected": connecting,
-                "SuperLink's CPU share while nodes ask": asking,
-                **self._watched(run),
+                "while nodes ask": self._asking(),
+                "connected again": self._connected() - (self.nodes - 1),
             }
+            if not self.rounds:
+                return asked
+            self._start_nodes(fleet, self.nodes - 1, 1)
+            return {**asked, **self._watched(run)}
         except RuntimeError as error:  # This is where it fails.
-            return {"nodes": self.nodes, "completed": False, "error": str(error)[:300]}
+            return {"nodes": self.nodes, "rounds": self.rounds, "error": str(error)[:300]}
         finally:
             for process in self._processes:
                 process.send_signal(signal.SIGINT)
@@ -102,10 +107,11 @@ class Load:
 
     def _made(self) -> RunningFleet:
         run = RunConfig.of({
-            "task": "digits", "strategy": "dp-lora", "rank": RANK, "num-rounds": self.rounds,
-            "num-clients": self.nodes, "min-clients": self.nodes, "min-completion": 0.0,
-            "round-timeout": self.patience, "local-steps": 1, "eval-every": self.rounds,
-            "device": "cpu", "robust": "none", "run-dir": str(self.folder / "run"),
+            "task": "digits", "strategy": "dp-lora", "rank": RANK,
+            "num-rounds": max(self.rounds, 1), "num-clients": self.nodes, "min-clients": self.nodes,
+            "min-completion": 0.0, "round-timeout": self.patience, "local-steps": 1,
+            "eval-every": max(self.rounds, 1), "device": "cpu", "robust": "none",
+            "run-dir": str(self.folder / "run"),
         })  # fmt: skip
         make_fleet(self.folder / "fleet", Fleet(1, port=free_port()), run)
         script = self.folder / "fleet" / "server" / "start.sh"
@@ -127,20 +133,32 @@ class Load:
             these = min(PER_PROCESS, first + count - number)
             numbers = (f"{made.host}:{made.port}", authority, str(number), str(these))
             self._start(fleet, sys.executable, "-m", "benchmarks.light_nodes", *numbers)
-        said = self.folder / "said"
-        while said.read_text().count(CONNECTED) < first + count:
+        while self._connected() < first + count:
             if time.monotonic() > started + self.patience:
-                raise RuntimeError(f"Not all nodes are connected: {said.read_text()[-2000:]}")
+                raise RuntimeError(f"{self._connected()} nodes connected in {self.patience:g} s.")
             time.sleep(0.2)
         return round(time.monotonic() - started, 1)
 
-    def _asking(self) -> float:
-        """Return how much of a core the SuperLink needs while nodes only ask for messages."""
+    def _connected(self) -> int:
+        return (self.folder / "said").read_text().count(CONNECTED)
+
+    def _asking(self) -> dict[str, float]:
+        """Watch the SuperLink while nodes only ask for messages."""
         process = self._wait_for("SuperLink", 1.0)
         time.sleep(PAUSE)
-        before, started = _cpu_seconds(process), time.monotonic()
+        before, asked, started = _cpu_seconds(process), self._asked(), time.monotonic()
         time.sleep(ASKING)
-        return round((_cpu_seconds(process) - before) / (time.monotonic() - started), 3)
+        spent, questions = _cpu_seconds(process) - before, self._asked() - asked
+        seconds = time.monotonic() - started
+        return {
+            "questions per second": round(questions / seconds, 1),
+            "CPU ms per question": round(1e3 * spent / max(questions, 1), 1),
+            "share of a core": round(spent / seconds, 3),
+        }
+
+    def _asked(self) -> int:
+        lines = re.findall(rf"(\d+) {ASKED} (\d+)", (self.folder / "said").read_text())
+        return sum({first: int(count) for count, first in lines}.values())
 
     def _wait_for(self, kind: str, patience: float) -> int:
         deadline = time.monotonic() + patience
@@ -207,19 +225,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure a round with more and more nodes."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.load", description=main.__doc__)
     parser.add_argument("--nodes", type=int, nargs="+", default=NODES, help="numbers of nodes")
-    parser.add_argument("--rounds", type=int, default=4, help="rounds of each run")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=2,
+        help="rounds of each run; with 0 nodes only ask for messages",
+    )
     parser.add_argument("--patience", type=float, default=600.0, help="seconds for a round")
     parser.add_argument("--output", type=Path, default=RESULT, help="JSON file of the result")
     options = parser.parse_args(argv)
-    results: list[dict[str, Any]] = []
     for nodes in options.nodes:
         with tempfile.TemporaryDirectory(prefix="fedlora-load-") as scratch:
-            load = Load(Path(scratch), nodes, options.rounds, options.patience)
-            results.append(load.result())
-        found = {"runs": results, "machine": machine(), "versions": versions()}
+            result = Load(Path(scratch), nodes, options.rounds, options.patience).result()
+        output = options.output
+        earlier = json.loads(output.read_text())["runs"] if output.exists() else []
+        same = (nodes, options.rounds)
+        kept = [run for run in earlier if (run["nodes"], run["rounds"]) != same]
+        runs = sorted([*kept, result], key=lambda run: (run["rounds"], run["nodes"]))
+        found = {"runs": runs, "machine": machine(), "versions": versions()}
         options.output.parent.mkdir(parents=True, exist_ok=True)
         replace_file(options.output, (to_json(found, indent=2) + "\n").encode())
-        show_lines(Console(), [(f"{nodes} nodes", str(results[-1]))])
+        show_lines(Console(), [(f"{nodes} nodes", str(result))])
 
 
 if __name__ == "__main__":

@@ -132,8 +132,9 @@ class FleetChaos:
         operator = self._operator = self._typed()
         for name in DEVICES:
             self._start(name)
-        goal, delay, since = draw.randint(1, 2), 3 * draw.random(), time.monotonic()
+        goal, delay = draw.randint(1, 2), 3 * draw.random()
         reached: float | None = None
+        last, since = 0, time.monotonic()
         while operator.poll() != 0:
             if operator.poll() is not None:
                 if self.typed > self.kills + 3:
@@ -146,7 +147,9 @@ class FleetChaos:
                 self._kill(draw)
                 furthest = max(self.rounds // max(self.kills, 1), 1)
                 goal, delay = self._round() + draw.randint(0, furthest), 8 * draw.random()
-                reached, since = None, time.monotonic()
+                reached = None
+            if self._round() > last:
+                last, since = self._round(), time.monotonic()
             if time.monotonic() - since > PATIENCE:
                 raise RuntimeError(f"No round has ended in {PATIENCE:g} s; see {self._said}.")
             time.sleep(0.1)

@@ -95,6 +95,11 @@ class Operator:
             return "the server's log (`journalctl -u fedlora-superlink` there)"
         return str(self._server / LOG)
 
+    @property
+    def may_go_on(self) -> bool:
+        """Whether a run may still be at work: its server belongs to another, or is alive."""
+        return self.attached or self._alive()
+
     def find_server(self) -> None:
         """See that the server answers; start it if that is asked for.
 

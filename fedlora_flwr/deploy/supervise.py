@@ -106,8 +106,8 @@ def supervise(
                 except RunDied as death:
                     why, run = str(death), None
                 except SuperLinkError as error:
-                    # Another's server tells, once it answers again, what the run became.
-                    why, run = str(error), run if operator.attached else None
+                    # A server that lives tells, once it answers again, what the run became.
+                    why, run = str(error), run if operator.may_go_on else None
                 time.sleep(_pause(restarts, why, where, operator.logs, say))
         except KeyboardInterrupt:
             operator.stop(run)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Self
 
 import pytest
 
-from fedlora_flwr.deploy.supervise import Restarts
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.deploy.operator import Operator
+from fedlora_flwr.deploy.supervise import Restarts, supervise
 from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.simulations.connection import SuperLinkError
 
 RECIPE = '[run]\nrun-dir = "/srv/run"\n'
 
@@ -49,6 +53,45 @@ def test_what_is_long_ago_does_not_count(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_limits_below_zero_are_refused(name: str) -> None:
     with pytest.raises(InvalidValue, match="expected 0 or more"):
         Restarts(**{name: -1})  # type: ignore[arg-type]
+
+
+class Scripted(Operator):
+    """An operator that loses touch with a run once. Real ones do so after minutes."""
+
+    def __init__(self, lives: bool) -> None:
+        self.attached, self.lives, self.submitted, self.followed = False, lives, 0, 0
+        self._server = Path()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def _alive(self) -> bool:
+        return self.lives
+
+    def find_server(self) -> None:
+        pass
+
+    def submit(self, config: RunConfig) -> str:
+        self.submitted += 1
+        return str(self.submitted)
+
+    def follow(self, run: str) -> None:
+        self.followed += 1
+        if self.followed == 1:
+            raise SuperLinkError("flwr list failed: it was killed")
+
+
+@pytest.mark.parametrize(("lives", "submitted"), [(True, 1), (False, 2)])
+def test_a_run_is_submitted_again_only_if_its_server_has_died(
+    lives: bool, submitted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operator = Scripted(lives)
+    monkeypatch.setattr("fedlora_flwr.deploy.supervise.Operator", lambda *_: operator)
+    supervise(Path(), RunConfig(run_dir="/srv/run"), Restarts(pause=0.0), str, server=True)
+    assert (operator.submitted, operator.followed) == (submitted, 2)
 
 
 @pytest.mark.usefixtures("activated")

@@ -1,0 +1,82 @@
+"""`fedlora deploy run` at a server that somebody else starts, and that dies in the run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.running_fleet import RunningFleet
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.deploy.fleet import SETTINGS, Fleet, make_fleet
+from fedlora_flwr.server.run_dir import RunDirectory
+from fedlora_flwr.simulations.superlink import free_port
+from tests.processes.processes import MARK, left_of
+
+pytestmark = pytest.mark.deploy
+
+ROUNDS = 3
+
+
+def until(done: Callable[[], object], patience: float = 300.0) -> None:
+    deadline = time.monotonic() + patience
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def prepare(base: Path) -> tuple[RunningFleet, RunDirectory]:
+    """Make a fleet of one device, and a recipe."""
+    run = RunDirectory(base / "run")
+    config = RunConfig.of({
+        "task": "digits", "strategy": "la-lora", "num-rounds": ROUNDS, "num-clients": 1,
+        "min-clients": 1, "local-steps": 1, "batch-size": 8, "delta": 1e-5, "device": "cpu",
+        "run-dir": str(run.path),
+    })  # fmt: skip
+    make_fleet(base / "fleet", Fleet(1, port=free_port()), config)
+    settings = base / "fleet" / "devices" / "device-01" / SETTINGS
+    text = settings.read_text().replace('dataset = "data"\n', "")
+    settings.write_text("reproducible = true\n" + text)
+    (base / "home").mkdir()
+    shutil.copy(base / "fleet" / "operator" / "connection.toml", base / "home" / "config.toml")
+    (base / "recipe.toml").write_text(config.to_toml())
+    return RunningFleet(base / "fleet", base / "home"), run
+
+
+def operate(fleet: RunningFleet, base: Path, *more: str) -> subprocess.Popen[bytes]:
+    """Type the operator's command; what it says is in ``said``."""
+    command = ("fedlora", "deploy", "run", str(fleet.folder), str(base / "recipe.toml"), *more)
+    env = {**fleet.env, MARK: str(base)}
+    with (base / "said").open("w") as said:
+        return subprocess.Popen(command, stdout=said, stderr=said, env=env)
+
+
+def test_a_run_goes_on_once_its_server_is_there_again(tmp_path: Path) -> None:
+    fleet, run = prepare(tmp_path)
+    try:
+        fleet.start("server")
+        fleet.wait_for_server()
+        fleet.operator(fleet.folder / "operator" / "register.sh")
+        fleet.start("device-01")
+        operator = operate(fleet, tmp_path, "--pause", "2")
+        until(lambda: len(run.rows("rounds")) > 1)
+        os.kill(fleet.processes["server"].pid, signal.SIGKILL)
+        fleet.stop(["server"])
+        until(lambda: "No SuperLink answers" in (tmp_path / "said").read_text())
+        assert operator.poll() is None
+        fleet.start("server")
+        operator.wait(400)
+    finally:
+        fleet.stop([name for name in list(fleet.processes) if name != "server"])
+        fleet.stop(list(fleet.processes))
+    said, summary = (tmp_path / "said").read_text(), run.summary() or {}
+    assert (summary["status"], summary["rounds_done"]) == ("completed", ROUNDS), said
+    assert [row["round"] for row in run.rows("rounds")] == list(range(ROUNDS + 1))
+    assert "The SuperLink is started." not in said
+    assert left_of(str(tmp_path), patience=10.0) == []
