@@ -191,11 +191,18 @@ def _private_keys(folder: Path, keys: Sequence[Path]) -> Iterator[Finding]:
         if (mode := key.stat().st_mode & 0o777) != PRIVATE:
             yield Finding(name, False, f"mode {mode:o}: others can read it", f"chmod 600 {key}")
         elif problem := _mismatch(key):
-            yield Finding(name, False, problem, "put the right key back")
+            yield Finding(name, False, problem, _fix_of(key))
         else:
             good += 1
     if good:
         yield Finding("private keys", True, f"{good} with mode 600; each matches its public key")
+
+
+def _fix_of(key: Path) -> str:
+    if key.name != "device.key":
+        return "put the right key back"
+    made = f"ssh-keygen -y -f {key} > {key.with_suffix('.pub')}"
+    return f"put the right key back; if only the public one is wrong or missing, run {made}"
 
 
 def _mismatch(key: Path) -> str:

@@ -17,15 +17,13 @@ from fedlora_flwr.data.sources import is_hub_name
 from fedlora_flwr.files import replace_file
 from fedlora_flwr.server.card_code import CardCode
 from fedlora_flwr.strategies import strategy_class
+from fedlora_flwr.tasks.registry import extras_of
 
 if TYPE_CHECKING:
     from fedlora_flwr.lora.adapters import AdaptedModel
 
 NAME = "README.md"
 _DIGITS = "the digits of scikit-learn"
-_INSTALL = (
-    "Install `peft` and `transformers`. Where the code imports it, `fedlora-flwr[client]`.\n\n"
-)
 _HUB_TASKS = {
     "digits": "image-classification",
     "image-classification": "image-classification",
@@ -82,7 +80,7 @@ class ModelCard:
     def __str__(self) -> str:
         """Return the card, as the hub reads it."""
         base: Any = self.adapted.model.get_base_model()
-        code = CardCode(self.config, base, self.classes)
+        code = str(CardCode(self.config, base, self.classes))
         parts = [
             f"---\n{self._metadata()}\n---\n",
             f"# {self._name}\n",
@@ -90,7 +88,7 @@ class ModelCard:
             f"## Privacy\n\n{_table(self._privacy())}\n",
             f"## Training\n\n{_table(self._training())}\n",
             f"## Evaluation\n\n{self._evaluation()}",
-            f"## How to use it\n\n{_INSTALL}```python\n{code}```\n",
+            f"## How to use it\n\n{self._install(code)}\n\n```python\n{code}```\n",
             f"## How to cite\n\n{self._citation()}",
         ]
         return "\n".join(parts)
@@ -149,6 +147,12 @@ class ModelCard:
             model_name=self._name if results else None,
         )
         return str(data.to_yaml())
+
+    def _install(self, code: str) -> str:
+        """Say what the card's code needs: a task of the package checks for all its extras."""
+        extras = ",".join(extras_of(self.config.task))
+        needs = f"'fedlora-flwr[{extras}]'" if "fedlora_flwr" in code else "peft transformers"
+        return f"Run `pip install {needs}` first."
 
     def _about(self) -> str:
         summary, config = self.summary, self.config

@@ -16,6 +16,7 @@ from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.files import replacing
 
 _NODE = re.compile(r"node \d+")
+_LAST_COMMA = re.compile(r",\s*}\s*$")
 
 
 @dataclass(frozen=True)
@@ -160,13 +161,15 @@ def _read(file: Path) -> dict[str, str]:
     if not file.exists():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        # Whoever removes the last line by hand leaves the comma of the line before it.
+        content = json.loads(_LAST_COMMA.sub("}", text))
         if not all(isinstance(key, str) for key in content.values()):
             raise ValueError("a key is not text")
         return dict(content)
     except (OSError, ValueError, AttributeError) as error:
         allowed = f"a JSON object of identities and keys ({error}). Restore it from a backup, or "
-        allowed += "remove it: then each identity is bound again on first contact"
+        allowed += "remove it. Each identity is then bound again on first contact"
         raise InvalidValue("file of identities", str(file), allowed) from error
 
 

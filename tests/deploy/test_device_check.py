@@ -99,6 +99,11 @@ def test_what_is_not_fit_on_a_device_is_found_there(
     fleet: Path, on_device: Path, planned: RunConfig, tmp_path: Path
 ) -> None:
     server = f"server 127.0.0.1:{read_fleet(fleet)[0].port}"
+    (on_device / "device.pub").rename(on_device / "device.key.pub")
+    (bad_key,) = (f for f in check_device(on_device) if f.subject == "device.key")
+    assert "device.pub" in bad_key.text
+    assert "ssh-keygen -y" in bad_key.fix
+    (on_device / "device.key.pub").rename(on_device / "device.pub")
     (on_device / "device.key").chmod(0o644)
     bad = texts(check_device(on_device), good=False)
     assert bad["device.key"] == ["mode 644: others can read it"]

@@ -25,6 +25,7 @@ REASONS = {
     "docs/index.md does": 1,
     "it installs packages": 3,
     "it takes minutes": 1,
+    "it needs a device": 1,
     "it needs a fleet": 1,
     "it needs a GPU": 2,
     "it needs one file of your own": 1,

@@ -115,6 +115,8 @@ def test_a_text_model_is_loaded_by_the_cards_code(
     assert "classes = ['bad', 'good']" in card.text
     plain = "from transformers import AutoModelForSequenceClassification" in card.text
     assert plain is (pooling == "model")
+    needs = "peft transformers" if plain else "'fedlora-flwr[client,text]'"
+    assert f"`pip install {needs}`" in card.text
     # A folder of this machine is not the name of a data set or a model for others.
     for file in run_dir.adapter.iterdir():
         assert str(tmp_path).encode() not in file.read_bytes(), file.name

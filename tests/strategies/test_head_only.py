@@ -29,7 +29,7 @@ def test_a_saved_run_goes_on_bit_for_bit() -> None:
 @pytest.mark.parametrize("plan", ["-", "B/-", "--", "B-/--"])
 def test_a_step_that_trains_nothing_is_refused(plan: str) -> None:
     factors = Layout(tuple(name for name in NAMES if "lora" in name))
-    with pytest.raises(InvalidValue, match=r"no head \(train-head, share-head\)"):
+    with pytest.raises(InvalidValue, match=r"no head is shared \(train-head, share-head\)"):
         factors.check_plan(ComponentPlan.parse(plan))
     Layout(NAMES).check_plan(ComponentPlan.parse(plan))
 

@@ -116,6 +116,19 @@ def test_keys_for_one_start_are_not_kept(file: Path) -> None:
     assert not file.exists()
 
 
+@pytest.mark.parametrize("gone", ["ward-3", "ward-4"])
+def test_a_line_that_was_removed_by_hand_frees_that_name_alone(file: Path, gone: str) -> None:
+    identities(Fleet(file, {1: "k1"})).claim(1, "ward-3")
+    identities(Fleet(file, {2: "k2"})).claim(2, "ward-4")
+    lines = file.read_text().splitlines(keepends=True)
+    # The comma of the line before the last one stays behind.
+    file.write_text("".join(line for line in lines if gone not in line))
+    assert identities(Fleet(file, {3: "k3"})).claim(3, gone) == gone
+    kept = json.loads(file.read_text())
+    assert sorted(kept) == ["ward-3", "ward-4"]
+    assert kept[gone] == "k3"
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"ward-3": 7}', "\xff"])
 def test_a_damaged_file_is_refused_and_never_taken_for_an_empty_one(
     file: Path, content: str
