@@ -19,7 +19,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.privacy import clipping, noise
-from tests.cli.test_commands import fields
+from tests.cli.documented import fields
 
 RUNS, RECORDS = 60, 4
 
@@ -49,7 +49,9 @@ def a_tenth_of_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def without_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clipping, "clip_factors", lambda norms, *_: torch.ones_like(norms))
+    monkeypatch.setattr(
+        clipping, "clip_factors", lambda norms, _, kind: torch.ones_like(norms, dtype=kind)
+    )
 
 
 @pytest.mark.parametrize("fault", [without_noise, a_tenth_of_the_noise, without_clipping])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,8 +25,8 @@ from fedlora_flwr.config.names import full_name
 from fedlora_flwr.config.recipes import recipe_names
 from fedlora_flwr.places import FLOWERS
 from fedlora_flwr.strategies import STRATEGIES, strategy_class
+from tests.cli.documented import fields
 
-PAGE = Path(__file__).parents[2] / "docs" / "commands.md"
 DEFAULTS = RunConfig().items()
 CLI: Any = get_command(app)
 
@@ -177,12 +176,6 @@ def test_json_of_keys_recipes_and_a_budget() -> None:
     found = json.loads(fedlora("budget", *numbers, "--json"))
     assert set(found) == fields("budget")
     assert found["epsilon"]["prv"] <= 3
-
-
-def fields(command: str) -> set[str]:
-    """Return the field names that the page promises for a command, in its own document."""
-    (line,) = re.findall(rf"^\| `{command}`.* \| (.*) \|$", PAGE.read_text(encoding="utf-8"), re.M)
-    return set(re.findall(r"`([\w-]+)`", re.sub(r"\(each .*?\)", "", line)))
 
 
 def test_json_of_a_plan_and_of_a_split(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def answered(server: Path, authority: Path) -> bool:
         (
             lambda ca: shutil.copy(ca.parent / "server" / "server.key", ca / "ca.key"),
             30,
-            "the ca.key",
+            "ca.key and ca.pem match",
         ),
         (lambda ca: None, 4_000, "days = 4000.*Make a new fleet"),
         (lambda ca: None, 0, "days = 0"),
