@@ -52,7 +52,7 @@ bench: setup
 bench-gpu: setup
 	@$(BIN)/python -m benchmarks gpu --output benchmarks/results/bench-gpu.json
 
-# Kills processes of a simulation and of a fleet again and again: half an hour on two idle cores.
+# Kills processes of a simulation and of a fleet again and again, and looks at what is left.
 soak: setup
 	@$(BIN)/python -m benchmarks.soak
 

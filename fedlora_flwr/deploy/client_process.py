@@ -6,7 +6,10 @@ package's app. For any other bundle the server gets the refusal as an error repl
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
+import time
 from logging import ERROR
 
 from flwr.app import Context, Error, Message
@@ -17,6 +20,8 @@ from fedlora_flwr.deploy.bundles import BundleRefused, check_bundle
 from fedlora_flwr.deploy.flower import handle_with
 from fedlora_flwr.flower_internals import ErrorCode
 
+PARENT = "--parent-pid"
+"""SuperExec's own process, which it names on the command line."""
 TRY = "--try"
 """With this argument no message is served; the exit code says whether this Flower can be used."""
 
@@ -46,8 +51,22 @@ def _refusing(reason: str) -> ClientAppCallable:
     return refuse
 
 
+def end_with(parent: int, grace: float = 10.0) -> None:
+    """End this process when its parent is gone and some seconds have passed.
+
+    Flower's own way to end it then waits forever: it wants to tell a SuperNode that is gone, too.
+    """
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    time.sleep(grace)
+    os._exit(1)
+
+
 def main() -> None:
     """Answer the one message that SuperExec names on the command line."""
+    if PARENT in sys.argv:
+        parent = int(sys.argv[sys.argv.index(PARENT) + 1])
+        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     handle = handle_with(app_for)
     if sys.argv[1:] != [TRY]:
         handle()

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from fedlora_flwr.deploy.client_process import app_for
 from fedlora_flwr.simulations.app import write_app
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from tests.deploy.support import packed
+from tests.processes.processes import MARK, left_of, marked
 
 
 def test_the_fleets_app_is_answered_by_the_installed_package(tmp_path: Path) -> None:
@@ -30,3 +35,30 @@ def test_every_message_of_another_app_is_answered_with_the_refusal(kind: str) ->
         "that is installed on it and no other: ship the folder operator/app that "
         "`fedlora deploy init` writes."
     )
+
+
+# One that waits forever, as Flower's does when it wants to tell a SuperNode that is gone, too.
+STUCK = """
+import threading
+from fedlora_flwr.deploy import client_process
+client_process.handle_with = lambda load: lambda: threading.Event().wait()
+print("ready", flush=True)
+client_process.main()
+"""
+SUPEREXEC = """
+import os, subprocess, sys
+subprocess.Popen([sys.executable, "-c", sys.argv[1], "--parent-pid", str(os.getpid())])
+input()
+"""
+
+
+def test_it_ends_with_superexec_even_if_it_is_stuck(tmp_path: Path) -> None:
+    mark, pipe = str(tmp_path), subprocess.PIPE
+    command, env = [sys.executable, "-c", SUPEREXEC, STUCK], {**os.environ, MARK: mark}
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(2.0)
+        assert len(marked(mark)) == 2
+        process.kill()
+    assert left_of(mark, patience=30.0) == []
