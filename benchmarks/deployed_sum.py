@@ -18,7 +18,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.deploy.fleet import Fleet, make_fleet
 from fedlora_flwr.environment import machine, versions
-from fedlora_flwr.files import replace_file, to_json
+from fedlora_flwr.files import write_json
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.superlink import free_port
 
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = {
         "devices": given.devices, "seconds": found, "machine": machine(), "versions": versions(),
     }  # fmt: skip
-    replace_file(given.output, (to_json(result, indent=2) + "\n").encode())
+    write_json(given.output, result)
 
 
 if __name__ == "__main__":

@@ -30,12 +30,13 @@ from rich.console import Console
 
 from benchmarks import ROOT
 from benchmarks.light_nodes import ASKED, CONNECTED, PAUSE
-from benchmarks.marked import MARK, by_kind, marked
+from benchmarks.marked import MARK, by_kind, left_of
 from benchmarks.running_fleet import RunningFleet
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy.fleet import Fleet, make_fleet, read_fleet
 from fedlora_flwr.environment import machine, versions
-from fedlora_flwr.files import replace_file, to_json
+from fedlora_flwr.files import write_json
+from fedlora_flwr.server.endings import COMPLETED
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.superlink import QUIET, free_port
 from fedlora_flwr.terminal import show_lines
@@ -99,10 +100,7 @@ class Load:
         finally:
             for process in self._processes:
                 process.send_signal(signal.SIGINT)
-            deadline = time.monotonic() + 60.0
-            while (left := marked(self._mark)) and time.monotonic() < deadline:
-                time.sleep(0.1)
-            for one in left:
+            for one in left_of(self._mark):
                 os.kill(one, signal.SIGKILL)
 
     def _made(self) -> RunningFleet:
@@ -185,7 +183,7 @@ class Load:
         rows = run.rows("rounds")[1:]
         spent = {kind: [b[kind] - a[kind] for a, b in pairwise(seen[1:])] for kind in WATCHED}
         return {
-            "completed": (run.summary() or {}).get("status") == "completed",
+            "completed": (run.summary() or {}).get("status") == COMPLETED,
             "error": (run.summary() or {}).get("error", "")[:300],
             "seconds": round(last - started, 1),
             "seconds per round": [round(row["seconds"], 2) for row in rows],
@@ -244,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = sorted([*kept, result], key=lambda run: (run["rounds"], run["nodes"]))
         found = {"runs": runs, "machine": machine(), "versions": versions()}
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(options.output, (to_json(found, indent=2) + "\n").encode())
+        write_json(options.output, found)
         show_lines(Console(), [(f"{nodes} nodes", str(result))])
 
 

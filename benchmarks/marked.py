@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,6 +42,14 @@ def marked(mark: str) -> list[int]:
                 if wanted in (entry / "environ").read_bytes().split(b"\0"):
                     found.append(int(entry.name))
     return sorted(found)
+
+
+def left_of(mark: str, patience: float = 60.0) -> list[int]:
+    """Wait until no process has a mark; return those that have not ended in so many seconds."""
+    deadline = time.monotonic() + patience
+    while (found := marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
 
 
 def command_of(process: int) -> str:

@@ -23,9 +23,9 @@ from rich.console import Console
 
 from benchmarks.marked import command_of, holders, marked
 from benchmarks.soak_fleet import FleetChaos
-from benchmarks.soak_simulation import Chaos
+from benchmarks.soak_simulation import SimulationChaos
 from fedlora_flwr.environment import machine, versions
-from fedlora_flwr.files import replace_file, to_json
+from fedlora_flwr.files import write_json
 from fedlora_flwr.terminal import show_lines
 
 RESULT = Path(__file__).parent / "results" / "soak.json"
@@ -60,8 +60,8 @@ def parts(options: argparse.Namespace) -> dict[str, Part]:
     """Return the parts by name."""
 
     def simulation(folder: Path, mark: str, say: Say) -> dict[str, Any]:
-        return Chaos(
-            folder, mark, options.rounds, options.clients, options.kills, options.seed, say
+        return SimulationChaos(
+            folder, mark, options.rounds, options.kills, options.seed, say, options.clients
         ).result()
 
     def fleet(folder: Path, mark: str, say: Say) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 **result, "seed": options.seed, "machine": machine(), "versions": versions(),
             }  # fmt: skip
             output.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(output, (to_json(results, indent=2) + "\n").encode())
+            write_json(output, results)
             show_lines(console, list(verdict(name, result)))
             failed |= not all(result["checks"].values()) or any(result["left over"].values())
     sys.exit(failed)

@@ -7,21 +7,19 @@ ledger has to count all that the device has sent.
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import signal
 import sqlite3
 import subprocess
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from benchmarks.marked import MARK, by_kind, marked
+from benchmarks.chaos import Chaos
+from benchmarks.marked import MARK, left_of
 from benchmarks.running_fleet import RunningFleet
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy.fleet import SETTINGS, Fleet, make_fleet
@@ -41,46 +39,27 @@ CONTINUES = "The run continues after the last finished round"
 DECLINED = "budget exhausted"
 ANSWERS_FOR = ("ClientApp", "warm process")
 """Processes of a device whose death the device answers with an error."""
-SPARED = ("SuperExec",)
-"""The server's. Flower does not notice that it has died, and nothing starts it again."""
 
 
 @dataclass
-class FleetChaos:
-    """A fleet that is killed and continued.
+class FleetChaos(Chaos):
+    """A fleet of devices, and the command that sees its run through.
 
     Parameters
     ----------
-    folder : Path
-        An empty folder.
-    mark : str
-        What all its processes have in their environment.
-    rounds : int
-        Rounds of the run.
-    kills : int
-        The most kills. After them the fleet is left alone.
-    seed : int
-        Decides who is killed, and when.
-    say : callable
-        Shows one sentence.
+    folder, mark, rounds, kills, seed, say
+        As for `Chaos`.
 
     Attributes
     ----------
-    killed : Counter
-        Kills by kind of process.
     typed : int
         How often the operator's command was typed.
     """
 
-    folder: Path
-    mark: str
-    rounds: int
-    kills: int
-    seed: int
-    say: Callable[[str], object]
-    killed: Counter[str] = field(default_factory=Counter)
-    typed: int = 0
-    _ended: dict[str, float] = field(default_factory=dict)
+    # The server's. Flower does not notice that it has died, and nothing starts it again.
+    spared = ("SuperExec",)
+    typed: int = field(default=0, init=False)
+    _ended: dict[str, float] = field(default_factory=dict, init=False)
 
     def result(self) -> dict[str, Any]:
         """Let the fleet do its run; return what the soak's file has of it."""
@@ -93,7 +72,7 @@ class FleetChaos:
         finally:
             self._operator.send_signal(signal.SIGINT)  # Where this part itself has failed.
             self._fleet.stop(list(self._fleet.processes))
-            self._wait_for_the_last()
+            left_of(self.mark)
         ledgers = {name: self._account(name) for name in DEVICES}
         return {
             "rounds": self.rounds,
@@ -101,9 +80,7 @@ class FleetChaos:
             "kills": self.killed.total(),
             "killed": dict(self.killed),
             "commands typed": self.typed,
-            "continued by the command": self._said.read_text().count(
-                "The run continues after the last finished"
-            ),
+            "continued by the command": self._said.read_text().count(CONTINUES),
             "failures in the rounds": sum(len(r["failures"]) for r in self._run.rows("rounds")[1:]),
             "ledgers": ledgers,
             "checks": {name: bool(holds) for name, holds in self._checks(ledgers)},
@@ -143,10 +120,11 @@ class FleetChaos:
             self._start_again()
             if reached is None and self._round() >= goal:
                 reached = time.monotonic()
-            if reached and time.monotonic() > reached + delay and self.killed.total() < self.kills:
-                self._kill(draw)
-                furthest = max(self.rounds // max(self.kills, 1), 1)
-                goal, delay = self._round() + draw.randint(0, furthest), 8 * draw.random()
+            if reached and time.monotonic() > reached + delay and not self.over:
+                if kind := self.kill_one(draw):
+                    total = self.killed.total()
+                    self.say(f"round {self._round()}, {total} kills so far, now: {kind}")
+                goal, delay = self._round() + draw.randint(0, self.stride), 8 * draw.random()
                 reached = None
             if self._round() > last:
                 last, since = self._round(), time.monotonic()
@@ -179,21 +157,6 @@ class FleetChaos:
             if time.monotonic() > ended + PAUSE:
                 del self._ended[name]
                 self._start(name)
-
-    def _kill(self, draw: random.Random) -> None:
-        found = {kind: all_ for kind, all_ in by_kind(self.mark).items() if kind not in SPARED}
-        kind = draw.choice(sorted(found))
-        try:
-            os.kill(draw.choice(found[kind]), signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        self.killed[kind] += 1
-        self.say(f"round {self._round()}, {self.killed.total()} kills so far, now: {kind}")
-
-    def _wait_for_the_last(self) -> None:
-        deadline = time.monotonic() + 60.0
-        while marked(self.mark) and time.monotonic() < deadline:
-            time.sleep(0.1)
 
     def _round(self) -> int:
         return max((row["round"] for row in self._run.rows("rounds")), default=0)

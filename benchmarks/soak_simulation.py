@@ -10,19 +10,18 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import signal
 import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.marked import MARK, by_kind, handles, marked
+from benchmarks.chaos import Chaos
+from benchmarks.marked import MARK, handles, left_of
 from fedlora_flwr.privacy.ledger import LEDGER
 from fedlora_flwr.server.checkpoint import Checkpoints
 from fedlora_flwr.server.endings import COMPLETED
@@ -31,53 +30,33 @@ from fedlora_flwr.simulations.superlink import QUIET
 
 COMMAND = (sys.executable, "-m", "fedlora_flwr.cli")
 PATIENCE = 600.0  # seconds in which a run must do something
-SPARED = ("Ray",)
-"""If one of these dies, the run continues without some clients, and its results differ rightly."""
 STARTS = {"simulate": 0.65, "simulate --workers 2": 0.25, "run": 0.1}
 """How a run is continued, and how often: in the command's process, in workers, on Ray."""
 
 
 @dataclass
-class Chaos:
-    """A run that is killed and continued.
+class SimulationChaos(Chaos):
+    """A run on this machine.
 
     Parameters
     ----------
-    folder : Path
-        An empty folder.
-    mark : str
-        What all its processes have in their environment.
-    rounds : int
-        Rounds of the run.
+    folder, mark, rounds, kills, seed, say
+        As for `Chaos`.
     clients : int
         Clients of each round.
-    kills : int
-        The most kills. After them the run is left alone.
-    seed : int
-        Decides who is killed, and when.
-    say : callable
-        Shows one sentence.
 
     Attributes
     ----------
-    killed : Counter
-        Kills by kind of process.
     starts : Counter
         Starts by command.
     open : dict
         Most handles that the undisturbed run had open at one time, by tenth of its rounds.
     """
 
-    folder: Path
-    mark: str
-    rounds: int
+    spared = ("Ray",)  # If it dies, the run continues without some clients, and differs rightly.
     clients: int
-    kills: int
-    seed: int
-    say: Callable[[str], object]
-    killed: Counter[str] = field(default_factory=Counter)
-    starts: Counter[str] = field(default_factory=Counter)
-    open: dict[int, int] = field(default_factory=dict)
+    starts: Counter[str] = field(default_factory=Counter, init=False)
+    open: dict[int, int] = field(default_factory=dict, init=False)
 
     def result(self) -> dict[str, Any]:
         """Do both runs; return what the soak's file has of them."""
@@ -123,7 +102,7 @@ class Chaos:
                     self._disturb(process, run, draw)
                 finally:
                     process.kill()
-            if process.returncode and self.killed.total() >= self.kills:
+            if process.returncode and self.over:
                 raise RuntimeError(f"The run failed by itself; see {run / 'run.log'}.")
             self.say(f"round {_round(run)}, {self.killed.total()} kills so far")
         return run
@@ -151,25 +130,14 @@ class Chaos:
 
     def _disturb(self, process: subprocess.Popen[bytes], run: Path, draw: random.Random) -> None:
         """Kill processes at drawn times, until the command ends."""
-        furthest = max(self.rounds // max(self.kills, 1), 1)
-        while self.killed.total() < self.kills and process.poll() is None:
+        while not self.over and process.poll() is None:
             if draw.random() < 0.8:  # At work; otherwise, perhaps before its first round.
-                _wait_for_rounds(process, run, draw.randint(1, furthest))
+                _wait_for_rounds(process, run, draw.randint(1, self.stride))
             _wait(process, draw.random())
-            found = {kind: all_ for kind, all_ in by_kind(self.mark).items() if kind not in SPARED}
-            if not found or process.poll() is not None:
-                break
-            kind = draw.choice(sorted(found))
-            try:
-                os.kill(draw.choice(found[kind]), signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-            self.killed[kind] += 1
-            _wait(process, PATIENCE if kind in ("command", "worker") else 1.0)
+            if process.poll() is None and (kind := self.kill_one(draw)):
+                _wait(process, PATIENCE if kind in ("command", "worker") else 1.0)
         process.wait(PATIENCE * 10)
-        deadline = time.monotonic() + 60.0
-        while marked(self.mark) and time.monotonic() < deadline:  # Keepers clear up.
-            time.sleep(0.1)
+        left_of(self.mark)  # Keepers clear up.
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:

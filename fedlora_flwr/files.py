@@ -273,6 +273,11 @@ def to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as a JSON file, atomically (see `replace_file` and `to_json`)."""
+    replace_file(path, (to_json(value, indent=2) + "\n").encode())
+
+
 def _finite(value: Any) -> Any:
     """Replace numbers that are not finite by None, since JSON has no infinity and no NaN."""
     if isinstance(value, Mapping):

@@ -66,31 +66,29 @@ class Attacker:
 
     def score(self, upload: Upload) -> float:
         """Return how much an upload speaks for the canary: a log likelihood ratio."""
-        steps = [
-            self.trainer.layout.active(upload.plan, step)
-            for step in range(1, self.trainer.config.local_steps + 1)
-        ]
-        self.trainer.load({**self.trainer.start, **upload.start})
-        settings = OptimizerSettings.in_round(self.trainer.config, upload.server_round)
-        unit, deviation = self.mechanism, self.mechanism.noise_multiplier
-        expected: Counter[str] = Counter()
-        moved: dict[str, Any] = {}
-        for active in steps:
+        trainer, mechanism = self.trainer, self.mechanism
+        steps = Counter(
+            trainer.layout.active(upload.plan, step)
+            for step in range(1, trainer.config.local_steps + 1)
+        )
+        trainer.load({**trainer.start, **upload.start})
+        rates = OptimizerSettings.in_round(trainer.config, upload.server_round).rates
+        signal: dict[str, Any] = {}
+        noises: Counter[str] = Counter()  # How often an array got noise.
+        for active, times in steps.items():
             for name, part in self._direction(active).items():
-                moved[name] = moved.get(name, 0.0) + part
-            expected.update(active)
+                signal[name] = signal.get(name, 0.0) + times * part
+                noises[name] += times
         ratio = 0.0
-        for name in moved.keys() & upload.sent.keys():
-            rate = settings.rates[factor_of(name)]
-            if not rate:
-                continue
-            change = np.float64(upload.start[name]) - np.float64(upload.sent[name])
-            seen = change * unit.batch_size / (rate * unit.clip_norm)
-            likely = float((seen * moved[name]).sum() - (moved[name] ** 2).sum() / 2)
-            ratio += likely / (deviation**2 * expected[name])
-        rate = self.mechanism.sample_rate
-        if len(steps) == 1 and rate < 1:
-            return float(np.logaddexp(math.log1p(-rate), math.log(rate) + ratio))
+        for name in signal.keys() & upload.sent.keys():
+            if rate := rates[factor_of(name)]:
+                change = np.float64(upload.start[name]) - np.float64(upload.sent[name])
+                seen = change * mechanism.batch_size / (rate * mechanism.clip_norm)
+                likely = float((seen * signal[name]).sum() - (signal[name] ** 2).sum() / 2)
+                ratio += likely / (mechanism.noise_multiplier**2 * noises[name])
+        joins = mechanism.sample_rate
+        if steps.total() == 1 and joins < 1:
+            return float(np.logaddexp(math.log1p(-joins), math.log(joins) + ratio))
         return ratio
 
     def _direction(self, active: tuple[str, ...]) -> dict[str, NDArray[np.float64]]:

@@ -16,10 +16,9 @@ from typing import Any, cast
 
 import numpy as np
 from flwr.app import Context, Message, MessageType
-from numpy.typing import NDArray
 
 from fedlora_flwr.audit.attacker import Attacker, Upload
-from fedlora_flwr.audit.bounds import clopper_pearson, gaussian
+from fedlora_flwr.audit.bounds import Scores, clopper_pearson, gaussian
 from fedlora_flwr.audit.canaries import WeightedTask, with_canary
 from fedlora_flwr.audit.record import AuditRecord
 from fedlora_flwr.clients.handler import answer_message
@@ -38,8 +37,6 @@ from fedlora_flwr.tasks.registry import Task, build_task
 from fedlora_flwr.wire import ARRAYS, partition_name
 from fedlora_flwr.wire.records import read_order
 
-Scores = NDArray[np.float64]
-
 SHORT: dict[str, Any] = {
     "num-clients": 4, "min-clients": 4, "num-rounds": 2, "local-steps": 1, "batch-size": 8,
     "fraction-train": 1.0, "max-rounds": 0, "weighting": "uniform", "client-ranks": "",
@@ -49,6 +46,7 @@ SHORT: dict[str, Any] = {
 """What a short run is: two rounds of one step, in which every record takes part."""
 BATCH = 10
 """Runs of one job."""
+BOUNDS = (clopper_pearson, gaussian)
 
 
 def short(config: RunConfig, records: int, keep: Collection[str] = ()) -> RunConfig:
@@ -231,7 +229,7 @@ def record_of(config: RunConfig, played: Played, confidence: float, seconds: flo
     played : Played
         The scores.
     confidence : float
-        Of both bounds together (Bonferroni).
+        Of all bounds together (Bonferroni).
     seconds : float
         How long they took.
 
@@ -240,7 +238,7 @@ def record_of(config: RunConfig, played: Played, confidence: float, seconds: flo
     InvalidValue
         There are too few trials (see `clopper_pearson`).
     """
-    each, steps = 1 - (1 - confidence) / 2, config.num_rounds * config.local_steps
+    each, steps = 1 - (1 - confidence) / len(BOUNDS), config.num_rounds * config.local_steps
     return AuditRecord(
         settings=config.items(),
         attack=f"{config.strategy}: the server sees each upload of {steps} steps, and the "
@@ -251,10 +249,7 @@ def record_of(config: RunConfig, played: Played, confidence: float, seconds: flo
         claim=played.epsilon,
         delta=config.delta,
         confidence=confidence,
-        bounds=[
-            bound(played.absent, played.present, config.delta, each)
-            for bound in (clopper_pearson, gaussian)
-        ],
+        bounds=[bound(played.absent, played.present, config.delta, each) for bound in BOUNDS],
         seconds=round(seconds, 1),
     )
 

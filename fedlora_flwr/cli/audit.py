@@ -13,8 +13,9 @@ from rich.console import Console
 from fedlora_flwr.cli.arguments import AsJson, Overrides, Recipe
 from fedlora_flwr.cli.convert import read_recipe
 from fedlora_flwr.config.names import short_name
+from fedlora_flwr.config.overrides import parse_overrides
 from fedlora_flwr.errors import InvalidValue, require
-from fedlora_flwr.files import replace_file, to_json
+from fedlora_flwr.files import write_json
 from fedlora_flwr.processes import uncollected
 from fedlora_flwr.tasks.registry import extras_of
 from fedlora_flwr.terminal import Bar, show_json, show_lines
@@ -52,7 +53,7 @@ def audit(
         from fedlora_flwr.audit.record import VIOLATED
         from fedlora_flwr.processes.workers import executor
 
-    given = {short_name(text.partition("=")[0]) for text in overrides or []}
+    given = {short_name(key) for key in parse_overrides(overrides or [])}
     console, started = Console(stderr=as_json), time.perf_counter()
     attacked, bar = short(config, records, keep=given), Bar(console, "run", remaining=True)
 
@@ -66,7 +67,7 @@ def audit(
     finally:
         bar.stop()
     found = record_of(attacked, played, confidence, time.perf_counter() - started)
-    replace_file(output, (to_json(found.as_json(), indent=2) + "\n").encode())
+    write_json(output, found.as_json())
     if as_json:
         show_json(found.as_json())
     else:

@@ -95,7 +95,7 @@ keep-warm = 600
 # client-threads = 1
 # A run may evaluate on this device only if a split of public records is named here.
 # test-split = "validation"
-# With this line a run may weigh this device by its number of records, which the server then knows.
+# This line lets a run weigh this device by its number of records. It tells the server that number.
 # weighting = "size"
 
 # Limits on what a run may ask of this device, if they should be narrower than the package's own.

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.files import FileTrouble, private_folder, replace_file, to_json
+from fedlora_flwr.files import FileTrouble, private_folder, replace_file, to_json, write_json
 from fedlora_flwr.server.rounds import RoundRow
 from fedlora_flwr.server.rows_file import RowsFile
 
@@ -211,8 +211,7 @@ class RunDirectory:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``; a reader sees all of it or nothing."""
-        content = to_json(summary, indent=2) + "\n"
-        replace_file(self.summary_file, content.encode())
+        write_json(self.summary_file, summary)
 
     def summary(self) -> dict[str, Any] | None:
         """Return the summary, or None while the run has not ended."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import socket
 import ssl
+import time
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
@@ -58,6 +59,16 @@ def texts(found: Iterable[Finding], good: bool) -> dict[str, list[str]]:
         if one.good is good:
             by_subject.setdefault(one.subject, []).append(one.text)
     return by_subject
+
+
+def until(
+    done: Callable[[], object], said: Callable[[], str] = str, patience: float = 300.0
+) -> None:
+    """Wait for something; if it does not come, show the end of what was said."""
+    deadline = time.monotonic() + patience
+    while not done():
+        assert time.monotonic() < deadline, said()[-3000:]
+        time.sleep(0.2)
 
 
 NAMES = ["device-01", "device-02"]

@@ -8,7 +8,6 @@ import re
 import signal
 import sqlite3
 import stat
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy.fleet import CONNECTION
 from fedlora_flwr.server.run_dir import RunDirectory
 from tests.deploy import faulty
-from tests.deploy.support import own_cache, prepare_faulty
+from tests.deploy.support import own_cache, prepare_faulty, until
 
 pytestmark = pytest.mark.deploy
 
@@ -145,11 +144,8 @@ class Scene:
     def wait_for(self, path: Path) -> None:
         self.until(path.exists)
 
-    def until(self, done: Callable[[], bool], patience: float = 300.0) -> None:
-        deadline = time.monotonic() + patience
-        while not done():
-            assert time.monotonic() < deadline, self.fleet.log("server").read_text()[-3000:]
-            time.sleep(0.2)
+    def until(self, done: Callable[[], bool]) -> None:
+        until(done, self.fleet.log("server").read_text)
 
     def online(self) -> int:
         said = self.fleet.operator("flwr", "supernode", "list", CONNECTION, "--format", "json")

@@ -6,8 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,18 +15,12 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy.fleet import SETTINGS, Fleet, make_fleet
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.superlink import free_port
+from tests.deploy.support import until
 from tests.processes.processes import MARK, left_of
 
 pytestmark = pytest.mark.deploy
 
 ROUNDS = 3
-
-
-def until(done: Callable[[], object], patience: float = 300.0) -> None:
-    deadline = time.monotonic() + patience
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 def prepare(base: Path) -> tuple[RunningFleet, RunDirectory]:

@@ -7,7 +7,6 @@ it, since its processes take long to start.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from tests.deploy import hostile
 from tests.deploy.hostile import write_hostile
-from tests.deploy.support import NAMES, WARM, adapter, of, prepare, set_up_devices
+from tests.deploy.support import NAMES, WARM, adapter, of, prepare, set_up_devices, until
 
 pytestmark = pytest.mark.deploy
 ROOT = Path(__file__).parents[2]
@@ -93,11 +92,8 @@ def play(base: Path, fleet: RunningFleet, config: RunConfig) -> Story:
     return Story(base, answers, repository, honest, alive, fleet.log(OWN).read_text())
 
 
-def answer(told: Path, fleet: RunningFleet, patience: float = 90.0) -> list[str]:
-    deadline = time.monotonic() + patience
-    while not told.exists():
-        assert time.monotonic() < deadline, fleet.log(OWN).read_text()[-3000:]
-        time.sleep(0.2)
+def answer(told: Path, fleet: RunningFleet) -> list[str]:
+    until(told.exists, fleet.log(OWN).read_text, patience=90.0)
     found: list[str] = json.loads(told.read_text())
     return found
 

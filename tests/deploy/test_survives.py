@@ -7,7 +7,6 @@ import signal
 import sqlite3
 import ssl
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy.fleet import read_fleet
 from fedlora_flwr.server.run_dir import RunDirectory
 from tests.deploy import faulty
-from tests.deploy.support import own_cache, prepare_faulty
+from tests.deploy.support import own_cache, prepare_faulty, until
 from tests.processes.processes import MARK, left_of, marked
 
 pytestmark = pytest.mark.deploy
@@ -185,11 +184,8 @@ class Scene:
     def after_round(self, number: int) -> None:
         self.until(lambda: len(self.run_dir.rows("rounds")) > number)
 
-    def until(self, done: Callable[[], bool], patience: float = 300.0) -> None:
-        deadline = time.monotonic() + patience
-        while not done():
-            assert time.monotonic() < deadline, self.said[-3000:]
-            time.sleep(0.2)
+    def until(self, done: Callable[[], bool]) -> None:
+        until(done, lambda: self.said)
 
     def serial(self) -> int:
         """Return the serial number of the certificate that the server shows."""

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.marked import MARK, command_of, marked
+from benchmarks.marked import left_of as marked_and_left
 
 __all__ = ["LOOPBACK", "MARK", "gathered", "left_of", "listening", "marked"]
 
@@ -25,11 +26,8 @@ def gathered(mark: str, count: int, patience: float = 60.0) -> list[int]:
 
 def left_of(mark: str, patience: float = 60.0) -> list[str]:
     """Return the command lines of those that do not end, and end them."""
-    deadline = time.monotonic() + patience
-    while (found := marked(mark)) and time.monotonic() < deadline:
-        time.sleep(0.05)
     lines = []
-    for process in found:
+    for process in marked_and_left(mark, patience):
         with suppress(OSError):
             lines.append(command_of(process))
             os.kill(process, signal.SIGKILL)

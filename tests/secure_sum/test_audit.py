@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from scipy.stats import beta, norm  # type: ignore[import-untyped]
 
+from fedlora_flwr.audit.bounds import clopper_pearson, epsilon_of_mu
 from fedlora_flwr.secure_sum.grid import Grid, add_shares, opened, residues
 from fedlora_flwr.secure_sum.rounding import rounded
 from fedlora_flwr.secure_sum.terms import Terms
@@ -33,34 +33,11 @@ def views(there: bool, shares: int) -> NDArray[np.float64]:
 
 
 def epsilon_at_least(absent: NDArray[np.float64], there: NDArray[np.float64]) -> float:
-    """Bound ε from below at 99 % by the best of some thresholds, each tried on its own half."""
-    half = len(absent) // 2
-    candidates = np.quantile(
-        np.concatenate([absent[:half], there[:half]]), np.linspace(0.02, 0.98, 49)
-    )
-
-    def bound(first: NDArray[np.float64], second: NDArray[np.float64], threshold: float) -> float:
-        hits, alarms = int((second > threshold).sum()), int((first > threshold).sum())
-        low = beta.ppf(0.005, hits, len(second) - hits + 1) if hits else 0.0
-        high = beta.ppf(0.995, alarms + 1, len(first) - alarms)
-        return math.log(max(low - DELTA, 1e-12) / high)
-
-    best = max(candidates, key=lambda t: bound(absent[:half], there[:half], t))
-    return bound(absent[half:], there[half:], best)
+    return clopper_pearson(absent, there, DELTA, 0.99).epsilon
 
 
 def claimed(sigma: float) -> float:
-    """Return ε of one Gaussian mechanism without sampling (Balle and Wang, 2018, theorem 8)."""
-
-    def delta(epsilon: float) -> float:
-        a, b = 1 / (2 * sigma) - epsilon * sigma, -1 / (2 * sigma) - epsilon * sigma
-        return float(norm.cdf(a) - math.exp(epsilon) * norm.cdf(b))
-
-    low, high = 0.0, 100.0
-    while high - low > 1e-9:
-        middle = (low + high) / 2
-        low, high = (middle, high) if delta(middle) > DELTA else (low, middle)
-    return high
+    return epsilon_of_mu(1 / sigma, DELTA)
 
 
 @pytest.mark.parametrize("shares", [3, 5])
