@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq  # type: ignore[import-untyped]
-from scipy.stats import beta, binom, norm  # type: ignore[import-untyped]
+from scipy.special import log_ndtr, ndtr, ndtri  # type: ignore[import-untyped]
+from scipy.stats import beta, binom  # type: ignore[import-untyped]
 
 from fedlora_flwr.errors import InvalidValue
 
@@ -75,7 +76,7 @@ def delta_of_mu(mu: float, epsilon: float) -> float:
     """Return δ(ε) of a Gaussian mechanism with sensitivity over deviation ``mu`` (1905.02383)."""
     if mu <= 0:
         return 0.0
-    above, below = norm.logcdf(-epsilon / mu + mu / 2), norm.logcdf(-epsilon / mu - mu / 2)
+    above, below = log_ndtr(-epsilon / mu + mu / 2), log_ndtr(-epsilon / mu - mu / 2)
     return float(math.exp(above) - math.exp(epsilon + below))
 
 
@@ -109,17 +110,23 @@ def clopper_pearson(absent: Scores, present: Scores, delta: float, confidence: f
     InvalidValue
         There are fewer than 10 trials of a kind, or a score is not finite.
     """
+    first, rest = _parts(absent, present, 3)
 
-    def bound(counts: tuple[int, int], trials: tuple[int, int]) -> float:
-        return epsilon_of_rates(*_rates(counts, trials, confidence), delta)
+    def value(scores: tuple[Scores, Scores], threshold: float) -> float:
+        trials = len(scores[0]), len(scores[1])
+        return epsilon_of_rates(*_rates(rates_at(*scores, threshold), trials, confidence), delta)
 
-    return Bound(_split(absent, present, bound), "Clopper-Pearson")
+    quantiles = np.unique(np.quantile(np.concatenate(first), np.linspace(0.01, 0.99, 99)))
+    best = max(quantiles, key=lambda threshold: value(first, threshold))
+    return Bound(value(rest, float(best)), "Clopper-Pearson")
 
 
 def gaussian(absent: Scores, present: Scores, delta: float, confidence: float) -> Bound:
     """Bound μ by the two rates of a threshold, and read it as an ε at ``delta`` (1905.02383).
 
-    The rates of a μ-GDP mechanism obey ``misses >= Φ(Φ⁻¹(1 - false alarms) - μ)``.
+    The rates of a μ-GDP mechanism obey ``misses >= Φ(Φ⁻¹(1 - false alarms) - μ)``. The threshold
+    lies halfway between the medians of a tenth of the trials, where both errors are about as
+    likely. The other trials are counted.
 
     Parameters
     ----------
@@ -131,17 +138,16 @@ def gaussian(absent: Scores, present: Scores, delta: float, confidence: float) -
     InvalidValue
         As `clopper_pearson`.
     """
-
-    def bound(counts: tuple[int, int], trials: tuple[int, int]) -> float:
-        return mu_of_rates(*_rates(counts, trials, confidence))
-
-    mu = _split(absent, present, bound)
+    first, rest = _parts(absent, present, 10)
+    threshold = float(np.median(first[0]) + np.median(first[1])) / 2
+    trials = len(rest[0]), len(rest[1])
+    mu = mu_of_rates(*_rates(rates_at(*rest, threshold), trials, confidence))
     return Bound(epsilon_of_mu(mu, delta), "Gaussian fit", "the curve of a Gaussian mechanism")
 
 
 def mu_of_rates(false_alarms: float, misses: float) -> float:
     """Return the smallest μ that allows an attacker with these rates, at least 0."""
-    return max(0.0, float(norm.isf(false_alarms) - norm.ppf(misses)))
+    return max(0.0, float(-ndtri(false_alarms) - ndtri(misses)))
 
 
 def one_run(correct: int, guesses: int, canaries: int, delta: float, confidence: float) -> Bound:
@@ -199,7 +205,7 @@ def one_run_gaussian(
         """Whether a μ-GDP mechanism allows so many right guesses with too small a probability."""
         right, wrong = error * correct / guesses, error * (guesses - correct) / guesses
         for number in range(correct - 1, -1, -1):
-            more = max(wrong, float(norm.cdf(norm.ppf(right) - mu)))
+            more = max(wrong, float(ndtr(ndtri(right) - mu)))
             right += number / (guesses - number) * (more - wrong)
             wrong = more
         return right + wrong > guesses / canaries
@@ -215,25 +221,15 @@ def _rates(
     return at_most(counts[0], trials[0], error), at_most(counts[1], trials[1], error)
 
 
-def _split(
-    absent: Scores,
-    present: Scores,
-    bound: Callable[[tuple[int, int], tuple[int, int]], float],
-) -> float:
-    """Choose a threshold on a third of the trials, and return the bound that the others give."""
+def _parts(
+    absent: Scores, present: Scores, share: int
+) -> tuple[tuple[Scores, Scores], tuple[Scores, Scores]]:
+    """Return one in so many trials, to choose a threshold by, and the others, to count."""
     for name, scores in (("absent", absent), ("present", present)):
         if len(scores) < 10 or not np.isfinite(scores).all():
             raise InvalidValue(name, scores, "at least 10 scores, each a finite number")
-    third = len(absent) // 3, len(present) // 3
-    chosen_on = absent[: third[0]], present[: third[1]]
-    counted_on = absent[third[0] :], present[third[1] :]
-    quantiles = np.quantile(np.concatenate(chosen_on), np.linspace(0.01, 0.99, 99))
-
-    def value(scores: tuple[Scores, Scores], threshold: float) -> float:
-        return bound(rates_at(*scores, threshold), (len(scores[0]), len(scores[1])))
-
-    best = max(np.unique(quantiles), key=lambda threshold: value(chosen_on, threshold))
-    return value(counted_on, float(best))
+    few = len(absent) // share, len(present) // share
+    return (absent[: few[0]], present[: few[1]]), (absent[few[0] :], present[few[1] :])
 
 
 def _largest(refuted: Callable[[float], bool]) -> float:
