@@ -124,6 +124,20 @@ def test_a_tag_that_is_not_the_released_version_stops_the_release(
     assert (done.returncode == 0) == good
 
 
+@pytest.mark.parametrize("shell", [["bash"], []], ids=["by bash", "by itself"])
+def test_the_script_of_all_tests_starts_by_either_way(tmp_path: Path, shell: list[str]) -> None:
+    interpreter = tmp_path / "python3"
+    interpreter.write_text('#!/bin/sh\necho "started $1"\n')
+    interpreter.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    said = subprocess.run(
+        [*shell, str(ROOT / ".ci/run")], env={"PATH": path}, capture_output=True, text=True
+    )
+    started = Path(said.stdout.removeprefix("started ").strip())
+    assert (said.stderr, said.returncode) == ("", 0)
+    compile(started.read_text("utf-8"), str(started), "exec")
+
+
 def test_updates_are_asked_for_what_the_repository_has() -> None:
     updates = read(HOST / "dependabot.yml")
     assert updates["version"] == 2
