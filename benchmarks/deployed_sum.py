@@ -38,7 +38,8 @@ def seconds(folder: Path, devices: int, rounds: int, model: str) -> list[float]:
         {
             "strategy": "ffa-lora", "num-clients": devices, "min-clients": devices,
             "num-rounds": rounds, "local-steps": 1, "eval-every": rounds, "reproducible": False,
-            "partitioner": "iid", "delta": 1e-4, "run-dir": str(folder / "run"), "device": "cpu",
+            "partitioner": "iid", "epsilon": 1.0, "delta": 1e-4, "device": "cpu",
+            "run-dir": str(folder / "run"),
         },
         MODELS[model],
     )  # fmt: skip
