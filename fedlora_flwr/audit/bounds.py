@@ -89,6 +89,11 @@ def epsilon_of_mu(mu: float, delta: float) -> float:
     return float(brentq(lambda epsilon: delta_of_mu(mu, epsilon) - delta, 0.0, LARGEST))
 
 
+def mu_of_epsilon(epsilon: float, delta: float) -> float:
+    """Return μ of the Gaussian mechanism that has ε at ``delta`` (see `epsilon_of_mu`)."""
+    return float(brentq(lambda mu: delta_of_mu(mu, epsilon) - delta, 0.0, 2 * LARGEST))
+
+
 def clopper_pearson(absent: Scores, present: Scores, delta: float, confidence: float) -> Bound:
     """Bound ε by the two rates of a threshold (Jagielski et al., arXiv 2006.07709).
 

@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fedlora_flwr.audit.bounds import Bound
+import numpy as np
+
+from fedlora_flwr.audit.bounds import Bound, Scores
+from fedlora_flwr.config.trust import SECURE_SUM
 
 HOLDS, VIOLATED, WEAK = "holds", "violated", "too weak to say"
 TELLING = 0.25
 """An attack that finds less than this share of the claim says little about it."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the bounds were counted from.
+
+    Parameters
+    ----------
+    runs : int
+        Number of runs.
+    absent, present : int
+        Canaries that did not and that did take part, over all runs.
+    guesses, correct : Sequence[int]
+        Guesses for each bound, and how many were right, if one run was attacked; otherwise empty.
+    """
+
+    runs: int
+    absent: int
+    present: int
+    guesses: Sequence[int] = ()
+    correct: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -21,30 +45,34 @@ class AuditRecord:
     ----------
     settings : Mapping[str, Any]
         The configuration of the attacked runs, by key.
-    attack : str
-        What the attacker does, in words.
-    runs, absent, present : int
-        Number of runs, and of trials without and with the canary.
+    mode : str
+        ``"paired"``, ``"one run"`` or ``"black box"``.
+    canary : str
+        Kind of the canaries (see `fedlora_flwr.audit.canaries.KINDS`).
+    counts : Counts
+        What the bounds were counted from.
+    curve : Sequence[tuple[float, float]]
+        The attacker's false alarms and misses by threshold.
     claim, delta : float
         The largest ε that a client's ledger claimed, at δ.
     confidence : float
         Of all bounds together: the chance that each of them is below the true ε.
     bounds : Sequence[Bound]
         The lower bounds.
-    seconds : float
+    seconds : float (default: 0.0)
         How long the audit took.
     """
 
     settings: Mapping[str, Any]
-    attack: str
-    runs: int
-    absent: int
-    present: int
+    mode: str
+    canary: str
+    counts: Counts
+    curve: Sequence[tuple[float, float]]
     claim: float
     delta: float
     confidence: float
     bounds: Sequence[Bound]
-    seconds: float
+    seconds: float = 0.0
 
     @property
     def best(self) -> float:
@@ -63,6 +91,28 @@ class AuditRecord:
             return VIOLATED
         return HOLDS if self.ratio >= TELLING else WEAK
 
+    @property
+    def attack(self) -> str:
+        """What the attacker sees, in words."""
+        steps = int(self.settings["num-rounds"]) * int(self.settings["local-steps"])
+        sees = "each upload"
+        if self.settings["trust-model"] == SECURE_SUM:
+            sees = "each opened sum"
+        if self.mode == "black box":
+            return f"a stranger who has only the final model, after {steps} steps"
+        return f"the server, which sees {sees} of {steps} steps"
+
+    def timed(self, seconds: float) -> AuditRecord:
+        """Return the record with the time that the audit took."""
+        return replace(self, seconds=round(seconds, 1))
+
     def as_json(self) -> dict[str, Any]:
         """Return the record as the file has it."""
-        return {**asdict(self), "ratio": self.ratio, "verdict": self.verdict}
+        return {**asdict(self), "attack": self.attack, "ratio": self.ratio, "verdict": self.verdict}
+
+
+def curve_of(absent: Scores, present: Scores) -> list[tuple[float, float]]:
+    """Return up to 101 pairs of false alarms and misses, from the highest threshold down."""
+    levels = np.quantile(np.concatenate([absent, present]), np.linspace(1, 0, 101))
+    rates = [(float((absent > at).mean()), float((present <= at).mean())) for at in levels]
+    return [(round(alarm, 5), round(miss, 5)) for alarm, miss in dict.fromkeys(rates)]

@@ -37,6 +37,7 @@ _RESULTS = (
     "run.log",
     "adapter",
     "best",
+    "audit.json",
 )
 
 

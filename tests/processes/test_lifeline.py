@@ -112,7 +112,8 @@ def test_nothing_outlives_a_process_that_a_signal_ends(
     assert code is None or process.returncode == code
     if signs[0] != signal.SIGKILL:
         assert (tmp_path / "errors").read_text() == "Interrupted.\n"
-        assert process.returncode > 128
+        # A last signal may come when the command has done its work and handles none any more.
+        assert process.returncode > 128 or -process.returncode in signs[2:]
     check_gone(tmp_path, mark)
 
 

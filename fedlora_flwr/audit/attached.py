@@ -1,0 +1,82 @@
+"""An audit's record beside a run: ``audit.json`` in its folder, and a section of its card."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedlora_flwr.audit.record import AuditRecord
+from fedlora_flwr.config.recipes import load_recipe
+from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.files import replace_file, write_json
+
+NAME = "audit.json"
+SAME = ("task", "strategy", "trust-model", "epsilon", "delta", "clip-norm")
+"""Keys that an audit and a run must share: they make the promise that was attacked."""
+_CARDS = ("adapter/README.md", "best/README.md")
+_SECTION = re.compile(r"## Audit\n.*?(?=^## )", re.DOTALL | re.MULTILINE)
+_BEFORE = "## Training\n"
+
+
+def check_attachable(settings: Mapping[str, object], run: Path) -> None:
+    """Refuse to attach an audit of other settings than the run's.
+
+    Parameters
+    ----------
+    settings : Mapping
+        The audit's settings, by key.
+    run : Path
+        The run's folder.
+
+    Raises
+    ------
+    InvalidValue
+        The folder holds no run, or its run has other values for a key in `SAME`.
+    """
+    file = run / "config.toml"
+    if not file.is_file():
+        raise InvalidValue("attach", str(run), "the folder of a run, with config.toml")
+    own = load_recipe(str(file)).items()
+    for key in SAME:
+        if own[key] != settings[key]:
+            allowed = f"a run with {key} = {settings[key]!r}; this one has {own[key]!r}"
+            raise InvalidValue("attach", str(run), allowed)
+
+
+def attach(record: AuditRecord, run: Path) -> list[Path]:
+    """Write a record into a run's folder and its cards; return the files.
+
+    Parameters
+    ----------
+    record : AuditRecord
+        The record. One that was attached before is replaced.
+    run : Path
+        The run's folder.
+
+    Raises
+    ------
+    InvalidValue
+        As `check_attachable`.
+    """
+    check_attachable(record.settings, run)
+    written = [run / NAME]
+    write_json(run / NAME, record.as_json())
+    for card in (run / name for name in _CARDS):
+        if card.is_file():
+            text = _SECTION.sub("", card.read_text("utf-8"))
+            replace_file(card, text.replace(_BEFORE, section(record) + _BEFORE, 1).encode())
+            written.append(card)
+    return written
+
+
+def section(record: AuditRecord) -> str:
+    """Return a card's section on an audit."""
+    best = max(record.bounds, key=lambda bound: bound.epsilon)
+    assumes = f"assumes {best.assumes}" if best.assumes else "assumes nothing"
+    return (
+        f"## Audit\n\nThe promise was attacked in {record.counts.runs:,} short runs with these "
+        f"settings, by {record.attack}. At {100 * record.confidence:g} % confidence the attack "
+        f"shows ε ≥ {best.epsilon:.2f} ({best.statistic}, which {assumes}). The claim of those "
+        f"runs was ε = {record.claim:.2f}. Verdict: {record.verdict}.\n\n"
+    )

@@ -1,0 +1,40 @@
+"""Short attacks on the digits, for the tests of the audit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedlora_flwr.audit import one_run, trials
+from fedlora_flwr.audit.canaries import GRADIENT
+from fedlora_flwr.audit.game import short
+from fedlora_flwr.audit.record import AuditRecord
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.recipes import load_recipe
+
+RECORDS = 4
+# With so many trials chance turns the verdict of honest clients once in some thousand times.
+CONFIDENCE = 0.995
+
+
+def settings(recipe: str = "digits", records: int = RECORDS, **changes: Any) -> RunConfig:
+    own = {key.replace("_", "-"): value for key, value in changes.items()}
+    whole = RunConfig.of(load_recipe(recipe).items(), {"epsilon": 4.0, "device": "cpu"}, own)
+    return short(whole, records, own)
+
+
+def attacked(
+    runs: int,
+    recipe: str = "digits",
+    mode: str = trials.PAIRED,
+    kind: str = GRADIENT,
+    confidence: float = CONFIDENCE,
+    **changes: Any,
+) -> AuditRecord:
+    config = settings(recipe, **changes)
+    setting = trials.trials_setting(config, RECORDS, kind, mode)
+    return trials.record_of(setting, mode, trials.play(setting, mode, runs), confidence)
+
+
+def attacked_once(canaries: int, confidence: float = CONFIDENCE, **changes: Any) -> AuditRecord:
+    config = settings(records=canaries, **changes)
+    return one_run.attack(one_run.one_run_setting(config, canaries, GRADIENT), confidence)

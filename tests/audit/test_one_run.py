@@ -1,0 +1,42 @@
+"""One run with many canaries: the attack tells them apart, and finds a run without noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fedlora_flwr.audit.attacker import Evidence
+from fedlora_flwr.audit.one_run import correct
+from fedlora_flwr.audit.record import HOLDS, VIOLATED
+from fedlora_flwr.privacy import noise
+from tests.audit.attacks import attacked_once
+
+
+def test_hundreds_of_canaries_in_one_run_hold_the_claim() -> None:
+    found = attacked_once(80, strategy="rolora", num_clients=10)
+    assert found.counts.absent + found.counts.present == 800
+    assert found.counts.runs == 1
+    # By simulation, an attack on a mechanism of exactly this ε reaches 1.9, give or take 0.2.
+    assert found.verdict == HOLDS, found
+
+
+def test_a_run_without_noise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = noise.SeededNoise.normal_like
+    monkeypatch.setattr(noise.SeededNoise, "normal_like", lambda *a: 1e-3 * drawn(*a))
+    assert attacked_once(50, strategy="ffa-lora", epsilon=1.0).verdict == VIOLATED
+
+
+def test_only_the_highest_and_the_lowest_scores_are_guessed() -> None:
+    scores, truth = np.arange(8.0), np.array([0, 1, 0, 0, 1, 1, 0, 1], bool)
+    assert [correct(scores, truth, guesses) for guesses in (2, 4, 8)] == [2, 2, 6]
+
+
+def test_the_scores_take_away_what_other_canaries_add() -> None:
+    """Two canaries of nearly the same gradient: only their difference tells which one is there."""
+    gradients = np.array([[1.0, 0.0], [0.96, 0.28]])
+    seen, variance = gradients[1], 1e-4
+    evidence = Evidence(gradients @ seen / variance, gradients @ gradients.T / variance)
+    first, second = evidence.scores
+    assert first < -0.4 < 0.4 < second
+    halves = [Evidence(evidence.towards / 2, evidence.overlap / 2)] * 2
+    assert (halves[0] + halves[1]).scores == pytest.approx(evidence.scores)
