@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import os
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,6 +26,7 @@ from scipy.special import log_ndtr  # type: ignore[import-untyped]
 
 from benchmarks import ROOT
 from benchmarks.figures import write_content
+from fedlora_flwr.environment import peak_memory
 from fedlora_flwr.privacy import loss_grid
 from fedlora_flwr.privacy.accountants import ACCOUNTANTS, Segment
 from fedlora_flwr.privacy.budget import epsilon_spent
@@ -34,6 +35,7 @@ RESULT = ROOT / "benchmarks" / "results" / "accounting.json"
 RATES, SIGMAS = (0.001, 0.01, 0.1, 1.0), (0.6, 1.0, 2.0, 8.0)
 STEPS, DELTAS = (100, 1000, 10_000), (1e-5, 1e-8)
 EXTREMES = list(product((1e-6, 1.0), (0.3, 100.0), (1, 10**6), (1e-12, 1e-3)))
+END = "<!-- end of the table -->"
 Row: TypeAlias = dict[str, Any]
 
 
@@ -81,13 +83,13 @@ def extreme(rate: float, sigma: float, steps: int, delta: float, accountant: str
     from dp_accounting import pld
 
     assert pld
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, began = peak_memory(), time.perf_counter()
     spent = epsilon_spent([Segment(sigma, rate, steps)], delta, accountant)
     seconds = time.perf_counter() - began
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    grown = peak_memory() - before
     row = {"q": rate, "sigma": sigma, "steps": steps, "delta": delta, "asked": accountant}
     told = {"epsilon": spent.epsilon, "answered": spent.accountant}
-    return {**row, **told, "seconds": round(seconds, 3), "megabytes": round(grown / 1024, 1)}
+    return {**row, **told, "seconds": round(seconds, 3), "megabytes": round(grown / 2**20, 1)}
 
 
 def extremes() -> Iterator[Row]:
@@ -110,8 +112,8 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
     found["exact"] = _table(
         ["σ", "steps", "exact", "PRV", "PLD", "RDP"],
         [
-            [f"{row['sigma']:g}", f"{row['steps']:,}", f"{row['exact']:.4g}"]
-            + [_shown(row[name], 4) for name in ACCOUNTANTS]
+            [f"{row['sigma']:g}", f"{row['steps']:,}"]
+            + [_shown(row[name], 4) for name in ("exact", *ACCOUNTANTS)]
             for row in exact
         ],
     )
@@ -156,14 +158,24 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def filled(page: str, found: Mapping[str, str]) -> str:
+    """Return the page with its tables replaced, each between a comment with its name and an end."""
+
+    def put(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{found[match[2]]}\n{END}"
+
+    return re.sub(rf"(<!-- table: (.*?) -->)\n.*?{END}", put, page, flags=re.S)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Compute ε over a grid and at the extremes, in minutes, and print it as Markdown tables."""
+    """Compute ε over a grid and at the extremes, in minutes; print Markdown tables."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.accounting", description=main.__doc__
     )
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     parser.add_argument("--read", type=Path, help="print the tables of this file, and compute none")
     parser.add_argument("--one", help="an extreme setting and its accountant as JSON, to ask here")
+    parser.add_argument("--page", type=Path, help="page to write the tables into")
     given = parser.parse_args(argv)
     if given.one:
         print(json.dumps(extreme(*json.loads(given.one))))
@@ -176,6 +188,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_content(given.output, "python -m benchmarks.accounting", result)
     for name, table in tables(result).items():
         print(f"{name}\n\n{table}\n")
+    if given.page:
+        text = filled(given.page.read_text(encoding="utf-8"), tables(result))
+        given.page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

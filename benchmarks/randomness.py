@@ -129,7 +129,8 @@ def costs(count: int, repetitions: int) -> Iterator[Figure]:
     for name, found in seconds.items():
         what = f"{name}: drawing {count:,} numbers"
         yield Figure(what, 1e3 * found, 1e3 * seconds["default"], "ms", "default")
-    steps = take_turns({str(secure): _step(secure) for secure in (False, True)}, repetitions)
+    calls = {str(secure): _step(secure) for secure in (False, True)}
+    steps = take_turns(calls, 10 * repetitions)  # Milliseconds each.
     what = "secure-noise: a step of the digits recipe"
     yield Figure(what, 1e3 * steps["True"], 1e3 * steps["False"], "ms", "default")
 

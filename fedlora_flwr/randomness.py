@@ -52,7 +52,7 @@ class RandomStream:
     Parameters
     ----------
     seed : int or None
-        With ``None``, the operating system seeds the generator at its first draw, and anew in each
+        With ``None``, the operating system seeds the generator at its first draw, and again in each
         forked process, each copy and each pickle. A number gives the same stream everywhere.
 
     Examples
@@ -69,7 +69,7 @@ class RandomStream:
 
     @property
     def generator(self) -> np.random.Generator:
-        """The generator, to be asked for anew at each draw."""
+        """The generator, to be asked for at each draw."""
         forked = self._seed is None and self._forks != _forks
         if self._generator is None or forked:
             self._generator = np.random.default_rng(

@@ -33,7 +33,7 @@ def own_randomness(seed: int | None) -> Iterator[None]:
     Notes
     -----
     A forked process draws its parent's masks. The promise holds for any masks, as long as noise and
-    batches are drawn anew (see `RandomStream`).
+    batches are not its parent's (see `RandomStream`).
     """
     if seed is None:
         seed = stream_seed(None)

@@ -103,7 +103,7 @@ def poisson_batches(mechanism: Mechanism, num_steps: int, seed: int | None) -> I
     num_steps : int
         Number of steps.
     seed : int or None
-        Seed of the draws. ``None`` has them seeded by the operating system, and anew in a forked
+        Seed of the draws. ``None`` has them seeded by the operating system, and again in a forked
         process.
 
     Yields

@@ -30,7 +30,7 @@ class SeededNoise:
     ----------
     seed : int or None
         For a private release it must be ``None``. The operating system then seeds the generator,
-        and seeds it anew in a process that is forked from this one, and in a copy. A number gives
+        and seeds it again in a process that is forked from this one, and in a copy. A number gives
         the same noise everywhere.
 
     Examples
