@@ -1,7 +1,8 @@
 """Measurements behind the claims about speed, memory and learning.
 
-`python -m benchmarks` runs those with a bar. `aggregation`, `as_lora_scores` and `learning` are
-separate commands, `python -m benchmarks.NAME`; each writes a file only if ``--output`` names one.
+`python -m benchmarks` runs those with a bar. `accounting`, `aggregation`, `as_lora_scores`,
+`learning` and `randomness` are separate commands, `python -m benchmarks.NAME`; each writes a file
+only if ``--output`` names one.
 The benchmarks start `clients`, `engine`, `started` and `workers` as separate processes. All other
 modules are libraries. The installed package contains none of this.
 """

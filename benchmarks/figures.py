@@ -149,6 +149,12 @@ def table(figures: Sequence[Figure]) -> Table:
 
 def write(path: Path, command: str, found: Mapping[str, Sequence[Figure]], seconds: float) -> None:
     """Write all figures with command, machine and versions."""
+    figures = {name: [f.as_dict() for f in figures] for name, figures in found.items()}
+    write_content(path, command, {"seconds": round(seconds, 1), "figures": figures})
+
+
+def write_content(path: Path, command: str, found: Mapping[str, Any]) -> None:
+    """Write a benchmark's own content with command, machine and versions."""
     content = {
         "command": command,
         "machine": machine()
@@ -157,8 +163,7 @@ def write(path: Path, command: str, found: Mapping[str, Sequence[Figure]], secon
             "load_average": round(os.getloadavg()[0], 2),
         },
         "versions": versions(),
-        "seconds": round(seconds, 1),
-        "figures": {name: [f.as_dict() for f in figures] for name, figures in found.items()},
+        **found,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())

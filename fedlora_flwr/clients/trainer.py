@@ -243,9 +243,11 @@ class LocalTrainer:
             self.adapted.resize(rank)
         self.adapted.write(arrays)
 
-    def _seed(self, purpose: str, stream: tuple[object, ...]) -> int:
-        seed = self.config.seed if self.config.reproducible else None
-        return stream_seed(seed, purpose, *stream)
+    def _seed(self, purpose: str, stream: tuple[object, ...]) -> int | None:
+        """Return the seed of a stream; ``None`` where the operating system is to draw it."""
+        if not self.config.reproducible:
+            return None
+        return stream_seed(self.config.seed, purpose, *stream)
 
     def _noise(self, stream: tuple[object, ...]) -> NoiseSource:
         if self.config.secure_noise:
@@ -253,9 +255,8 @@ class LocalTrainer:
         return SeededNoise(self._seed("noise", stream))
 
     def _words(self, stream: tuple[object, ...]) -> Words:
-        if not self.config.reproducible:
-            return system_words
-        return seeded_words(self._seed("noise", stream))
+        seed = self._seed("noise", stream)
+        return system_words if seed is None else seeded_words(seed)
 
 
 @lru_cache(maxsize=1)
@@ -268,7 +269,7 @@ def process_trainer(config: RunConfig) -> LocalTrainer:
 
 
 @contextmanager
-def one_client(threads: int, seed: int) -> Iterator[None]:
+def one_client(threads: int, seed: int | None) -> Iterator[None]:
     """Set a client's own thread count and dropout stream, and restore the old ones afterward."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

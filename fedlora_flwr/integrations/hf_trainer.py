@@ -30,7 +30,6 @@ from fedlora_flwr.privacy.ledger import LEDGER, Account, Ledger, LedgerSummary
 from fedlora_flwr.privacy.masks import own_randomness
 from fedlora_flwr.privacy.mechanism import Mechanism, poisson_batches
 from fedlora_flwr.privacy.noise import SecureNoise, SeededNoise
-from fedlora_flwr.randomness import stream_seed
 
 _PRIVATE_FIGURES = ("loss", "grad_norm", "train_loss")
 
@@ -125,7 +124,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         size = int(self.args.train_batch_size)
         check_budget(epsilon, delta, size, len(self.train_dataset))
         self._epsilon, self._delta = epsilon, delta
-        self._noise = SecureNoise() if secure_noise else SeededNoise(stream_seed(None, "noise"))
+        self._noise = SecureNoise() if secure_noise else SeededNoise(None)
         self._ledger_path = ledger or Path(self.args.output_dir) / LEDGER
         self._run = uuid4().hex
         self.privacy: LedgerSummary | None = None
@@ -196,7 +195,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
             raise PrivacyViolation("The Trainer asked for more steps than the noise is made for.")
         self._left -= 1
         # Dropout needs a secret seed: the Trainer's own is usually its public default, 42.
-        with own_randomness(stream_seed(None, "dropout")):
+        with own_randomness(None):
             self._engine.step(
                 self._records, inputs["positions"], tuple(self._engine.adapted.parameters)
             )
@@ -259,8 +258,7 @@ class _PoissonBatches(IterableDataset[dict[str, Tensor]]):
         return math.ceil(self._mechanism.num_records / self._mechanism.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        seed = stream_seed(None, "batches")
-        for positions in poisson_batches(self._mechanism, len(self), seed):
+        for positions in poisson_batches(self._mechanism, len(self), None):
             yield {"positions": positions}
 
 

@@ -262,8 +262,9 @@ def _cross_check(segment: Segment, delta: float, prv: float) -> None:
     rdp = rdp_epsilon([segment], delta)
     # PRV adds this much for its own error, which is not small where ε is small.
     slack = 0.01 if prv >= 1 else 0.001
-    if pld > 1.02 * prv + slack or rdp < 0.99 * prv - slack:
-        raise AccountantsDisagree(prv, pld, rdp)
+    above = pld is not None and pld > 1.02 * prv + slack
+    if above or rdp < 0.99 * prv - slack:
+        raise AccountantsDisagree(prv, math.nan if pld is None else pld, rdp)
 
 
 def _stored(inputs: list[object], compute: Callable[[], tuple[float, str]]) -> tuple[float, str]:

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 
 from fedlora_flwr.lora.seeded import seeded
+from fedlora_flwr.randomness import stream_seed
 
 _STATE_AT = 24  # Bytes before the 624 words of torch's Mersenne twister, each in 8 bytes.
 _WORDS = 624
 
 
 @contextmanager
-def own_randomness(seed: int) -> Iterator[None]:
+def own_randomness(seed: int | None) -> Iterator[None]:
     """Seed torch's generators from all bits of a seed, and restore their states afterwards.
 
     Torch draws the dropout masks. On a CPU, ``torch.manual_seed`` uses only 32 bits of its seed, so
@@ -25,9 +26,17 @@ def own_randomness(seed: int) -> Iterator[None]:
 
     Parameters
     ----------
-    seed : int
-        At least 0. For private records it must be secret, as `stream_seed` makes it from ``None``.
+    seed : int or None
+        At least 0. For private records it must be secret: ``None`` draws it from the operating
+        system's random generator.
+
+    Notes
+    -----
+    A forked process draws its parent's masks. The promise holds for any masks, as long as noise and
+    batches are not its parent's (see `RandomStream`).
     """
+    if seed is None:
+        seed = stream_seed(None)
     # Generators of other accelerators get 63 bits of the seed.
     with seeded(seed % 2**63):
         torch.set_rng_state(_twister_state(seed))

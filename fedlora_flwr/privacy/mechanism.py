@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.randomness import RandomStream
 
 # Clipped sums are fp32 numbers near 1. Much smaller noise would be lost to rounding, and under much
 # larger noise the records would be lost to rounding.
@@ -92,7 +93,7 @@ class Mechanism:
         return deviation * deviation
 
 
-def poisson_batches(mechanism: Mechanism, num_steps: int, seed: int) -> Iterator[Tensor]:
+def poisson_batches(mechanism: Mechanism, num_steps: int, seed: int | None) -> Iterator[Tensor]:
     """Draw the records of each step: every record joins with probability q, independently.
 
     Parameters
@@ -101,8 +102,9 @@ def poisson_batches(mechanism: Mechanism, num_steps: int, seed: int) -> Iterator
         Gives n and q.
     num_steps : int
         Number of steps.
-    seed : int
-        Seed of the draws.
+    seed : int or None
+        Seed of the draws. ``None`` has them seeded by the operating system, and again in a forked
+        process.
 
     Yields
     ------
@@ -110,7 +112,7 @@ def poisson_batches(mechanism: Mechanism, num_steps: int, seed: int) -> Iterator
         Positions of the records that joined, int64, shape (k,); k may be 0.
     """
     # NumPy's generator for the reason given in `SeededNoise`.
-    generator = np.random.default_rng(seed)
+    stream = RandomStream(seed)
     for _ in range(num_steps):
-        joins = generator.random(mechanism.num_records) < mechanism.sample_rate
+        joins = stream.generator.random(mechanism.num_records) < mechanism.sample_rate
         yield torch.from_numpy(np.flatnonzero(joins))

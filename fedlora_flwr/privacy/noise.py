@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedlora_flwr.randomness import RandomStream
+
 
 class NoiseSource(Protocol):
     """Draws independent standard normal noise."""
@@ -26,8 +28,10 @@ class SeededNoise:
 
     Parameters
     ----------
-    seed : int
-        Seed; for a private release it must come from the operating system's random generator.
+    seed : int or None
+        For a private release it must be ``None``. The operating system then seeds the generator,
+        and seeds it again in a process that is forked from this one, and in a copy. A number gives
+        the same noise everywhere.
 
     Examples
     --------
@@ -36,12 +40,12 @@ class SeededNoise:
     True
     """
 
-    def __init__(self, seed: int) -> None:
-        self._generator = np.random.default_rng(seed)
+    def __init__(self, seed: int | None) -> None:
+        self._stream = RandomStream(seed)
 
     def normal_like(self, reference: Tensor) -> Tensor:
         """Return noise shaped like ``reference``."""
-        draws = self._generator.standard_normal(reference.numel())
+        draws = self._stream.generator.standard_normal(reference.numel())
         return torch.from_numpy(draws).reshape(reference.shape).to(reference)
 
 

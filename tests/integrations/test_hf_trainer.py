@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import (
 from fedlora_flwr import PrivateTrainer
 from fedlora_flwr.errors import BudgetExhausted, InvalidValue, PrivacyViolation
 from fedlora_flwr.privacy.engine import PrivateEngine
+from tests.support.forks import forked
 
 COUNT = 24
 Record = dict[str, Any]
@@ -328,6 +330,17 @@ def test_a_loss_of_ones_own_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(InvalidValue, match=r"compute_loss = 'Own'.*pass losses"):
         Own(build_model(), arguments(tmp_path), train_dataset=records(), epsilon=1.0, delta=1e-3)
+
+
+def test_a_trainer_that_was_forked_draws_noise_of_its_own(tmp_path: Path) -> None:
+    trainer = private(tmp_path, budget=8.0, max_steps=1)
+
+    def after() -> bytes:
+        trainer._ledger_path = tmp_path / str(os.getpid())
+        trainer.train()
+        return b"".join(value.numpy().tobytes() for value in trained(trainer.model).values())
+
+    assert len({forked(after), forked(after), after()}) == 3
 
 
 def test_resuming_is_refused(tmp_path: Path) -> None:

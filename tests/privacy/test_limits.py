@@ -106,6 +106,9 @@ EXTREMES = [
     "epsilon_spent([Segment(1e200, 0.1, 10**9)], 1e-5).epsilon",
     "epsilon_spent([Segment(1.0, 0.3, 1000)], 0.999999).epsilon",
     "epsilon_spent([Segment(1.0, 0.1, 1)] * 3, 1e-300).epsilon",
+    "epsilon_spent([Segment(0.3, 1e-6, 10**6)], 1e-3, 'pld').epsilon",
+    "epsilon_spent([Segment(0.3, 1e-6, 10**9)], 1e-3, 'pld').epsilon",
+    "epsilon_spent([Segment(100.0, 1.0, 10**6)], 1e-12, 'pld').epsilon",
 ]
 ASKED = """
 import json, resource, sys

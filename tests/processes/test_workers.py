@@ -21,6 +21,7 @@ from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from tests.conftest import MakeConfig
 from tests.processes.counting import count, send_half
+from tests.processes.uploading import upload
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,18 @@ def test_workers_give_the_arrays_and_rows_of_one_process(
     assert found[1] == found[2]
     # Only workers have weights to share.
     assert len(list((cache_folder() / "frozen").glob("*.pt"))) == 1
+
+
+@pytest.mark.parametrize("changes", [{}, {"secure_noise": True}, {"reproducible": True}])
+def test_each_process_draws_its_own_noise_for_the_same_client_and_round(
+    changes: dict[str, bool], make_config: MakeConfig, pool: Execute, tmp_path: Path
+) -> None:
+    """Each begins with the configuration alone, as a process that is started again does."""
+    config, meeting = make_config(**{"reproducible": False, **changes}), tmp_path / "meeting"
+    meeting.mkdir()
+    made = [*pool(upload, [(config, meeting)] * 2), upload((config, meeting))]
+    assert len({process for process, _ in made}) == 3
+    assert len({arrays for _, arrays in made}) == (1 if config.reproducible else 3)
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from tests.server.resuming import (
     ledger,
     resume,
     rows,
+    state,
     tiny,
 )
 
@@ -141,6 +142,23 @@ def test_fresh_noise_is_counted_again(tmp_path: Path, monkeypatch: pytest.Monkey
     spent = rows(run, "rounds")
     assert [row["clients_used"] for row in spent[1:]] == [3, 3, 0]
     assert spent[2]["epsilon_max"] <= config.epsilon
+
+
+def test_two_processes_that_continue_one_run_draw_other_noise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(tmp_path, reproducible=False)
+    first, second = tmp_path / "first", tmp_path / "second"
+    save = checkpoint.Checkpoints.save
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", _interrupting(save))
+    with pytest.raises(KeyboardInterrupt):
+        begin(config, first)
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", save)
+    shutil.copytree(first, second)
+    assert state(first) == state(second)
+    for run in (first, second):
+        resume(config, run)
+    assert state(first) != state(second)
 
 
 def _interrupting(save: Any) -> Any:
