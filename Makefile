@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test test-deploy recipes style lint docs bench bench-gpu soak load
+.PHONY: setup run test test-deploy recipes style lint docs bench bench-gpu soak audit load
 
 setup: $(STAMP)
 
@@ -55,6 +55,10 @@ bench-gpu: setup
 # Kills processes of a simulation and of a fleet again and again, and looks at what is left.
 soak: setup
 	@$(BIN)/python -m benchmarks.soak
+
+# Attacks on real runs of each method, and what they find of the claimed ε.
+audit: setup
+	@$(BIN)/python -m benchmarks.audit
 
 # More and more SuperNodes at one SuperLink, on this machine.
 load: setup

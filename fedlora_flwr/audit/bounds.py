@@ -127,11 +127,12 @@ def clopper_pearson(absent: Scores, present: Scores, delta: float, confidence: f
 
 
 def gaussian(absent: Scores, present: Scores, delta: float, confidence: float) -> Bound:
-    """Bound μ by the two rates of a threshold, and read it as an ε at ``delta`` (1905.02383).
+    """Bound μ by the share of right guesses, and read it as an ε at ``delta`` (1905.02383).
 
-    The rates of a μ-GDP mechanism obey ``misses >= Φ(Φ⁻¹(1 - false alarms) - μ)``. The threshold
-    lies halfway between the medians of a tenth of the trials, where both errors are about as
-    likely. The other trials are counted.
+    No attacker on a μ-GDP mechanism is right with a larger probability than `most_right`. The
+    number of right guesses has the tail of a binomial distribution with that mean at most
+    (Hoeffding, 1956), also where the two kinds of errors differ. The threshold lies halfway between
+    the medians of a tenth of the trials. The other trials are counted.
 
     Parameters
     ----------
@@ -145,14 +146,27 @@ def gaussian(absent: Scores, present: Scores, delta: float, confidence: float) -
     """
     first, rest = _parts(absent, present, 10)
     threshold = float(np.median(first[0]) + np.median(first[1])) / 2
-    trials = len(rest[0]), len(rest[1])
-    mu = mu_of_rates(*_rates(rates_at(*rest, threshold), trials, confidence))
+    wrong, trials = sum(rates_at(*rest, threshold)), sum(map(len, rest))
+    least = 1 - at_most(wrong, trials, 1 - confidence)
+    share = len(rest[1]) / trials
+    mu = _largest(lambda mu: most_right(mu, share) < least)
     return Bound(epsilon_of_mu(mu, delta), "Gaussian fit", "the curve of a Gaussian mechanism")
 
 
-def mu_of_rates(false_alarms: float, misses: float) -> float:
-    """Return the smallest μ that allows an attacker with these rates, at least 0."""
-    return max(0.0, float(-ndtri(false_alarms) - ndtri(misses)))
+def most_right(mu: float, share: float) -> float:
+    """Return the largest probability of a right guess on a μ-GDP mechanism.
+
+    Parameters
+    ----------
+    mu : float
+        μ.
+    share : float
+        Share of the trials in which the canary is present.
+    """
+    if mu <= 0:
+        return max(share, 1 - share)
+    shift = math.log(share / (1 - share)) / mu
+    return float(share * ndtr(mu / 2 + shift) + (1 - share) * ndtr(mu / 2 - shift))
 
 
 def one_run(correct: int, guesses: int, canaries: int, delta: float, confidence: float) -> Bound:

@@ -18,8 +18,7 @@ CONFIDENCE = 0.995
 
 def settings(recipe: str = "digits", records: int = RECORDS, **changes: Any) -> RunConfig:
     own = {key.replace("_", "-"): value for key, value in changes.items()}
-    whole = RunConfig.of(load_recipe(recipe).items(), {"epsilon": 4.0, "device": "cpu"}, own)
-    return short(whole, records, own)
+    return short(load_recipe(recipe), records, {"epsilon": 4.0, "device": "cpu", **own})
 
 
 def attacked(

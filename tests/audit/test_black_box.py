@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tiny(folder: Path) -> dict[str, object]:
+def tiny(folder: Path) -> dict[str, Any]:
     return {
         "strategy": "dp-lora", "model": str(folder / "model"), "dataset": str(folder / "data"),
         "dataset_subset": "", "test_split": "validation", "max_length": 64, "precision": "fp32",

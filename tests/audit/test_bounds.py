@@ -15,6 +15,7 @@ from fedlora_flwr.audit.bounds import (
     clopper_pearson,
     epsilon_of_mu,
     gaussian,
+    most_right,
     one_run,
     one_run_gaussian,
 )
@@ -114,3 +115,22 @@ def test_counts_that_do_not_fit_are_refused() -> None:
     for counts in ((5, 4, 10), (4, 11, 10), (-1, 4, 10), (0, 0, 0)):
         with pytest.raises(InvalidValue, match="guesses"):
             one_run(*counts, DELTA, CONFIDENCE)
+
+
+def test_nobody_is_right_more_often_than_the_best_threshold() -> None:
+    mu, share = 1.2, 0.3
+    at = np.linspace(-6, 8, 200_001)
+    right = (1 - share) * norm.cdf(at) + share * norm.sf(at - mu)
+    assert most_right(mu, share) == pytest.approx(right.max(), abs=1e-9)
+    assert most_right(0.0, share) == 0.7
+
+
+def test_uneven_errors_and_kinds_do_not_lift_the_bound() -> None:
+    """A threshold far from the best one, and three times as many trials without the canary."""
+    mu, above = 1.2, 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        absent, present = rng.standard_normal(450), rng.standard_normal(150) + mu
+        moved = np.where(absent < 1.1, absent - 5, absent), np.where(present < 1.1, -5.0, present)
+        above += gaussian(*moved, DELTA, CONFIDENCE).epsilon > epsilon_of_mu(mu, DELTA)
+    assert above < 20

@@ -15,7 +15,7 @@ from fedlora_flwr.secure_sum import grid
 from tests.audit.attacks import attacked
 
 ONE_SUM: dict[str, Any] = {
-    "num_clients": 2, "min_clients": 2, "num_rounds": 1, "dropouts": 0, "colluding": 0,
+    "num_clients": 2, "min_clients": 2, "num_rounds": 1,
 }  # fmt: skip
 
 

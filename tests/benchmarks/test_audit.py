@@ -1,0 +1,35 @@
+"""The table of audits, in its short form: two methods, each attacked in hundreds of runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import audit
+
+
+def test_the_short_form_finds_most_of_what_two_methods_claim(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        audit.main(["--quick", "--workers", "2", "--output", str(tmp_path)])
+    assert ended.value.code == 0
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [row["strategy"] for row in rows] == ["ffa-lora", "rolora"]
+    assert all(row["canaries"] == 400 and row["verdict"] == "holds" for row in rows)
+    # An attack on a mechanism of exactly this ε finds .7 of it on average, and .35 nearly always.
+    assert all(0.35 < row["ratio"] <= 1 for row in rows)
+    table = (tmp_path / "table.md").read_text("utf-8")
+    assert table.count("\n| digits |") == 2
+    assert (tmp_path / "digits-rolora.png").stat().st_size > 10_000
+
+
+def test_the_whole_table_has_each_method_mode_and_trust_model(tmp_path: Path) -> None:
+    every = list(audit.cells(Path("llm-benchmark")))
+    paired = [cell.config for cell in every if cell.mode == "paired"]
+    assert [c.strategy for c in paired if not c.secure_sum] == list(audit.METHODS)
+    assert {cell.mode for cell in every} == {"paired", "one run", "black box"}
+    assert {cell.config.trust_model for cell in every} == {"local", "secure-sum"}
+    assert all(cell.config.epsilon == 4.0 for cell in every)
+    one = [cell for cell in every if cell.mode == "one run"]
+    assert all(cell.records * cell.config.num_clients >= 400 for cell in one)
