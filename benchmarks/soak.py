@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import secrets
+import shutil
 import sys
 import tempfile
 import time
@@ -39,21 +40,26 @@ Part = Callable[[Path, str, Say], dict[str, Any]]
 def soaked(part: Part, say: Say) -> dict[str, Any]:
     """Do one part in a folder of its own; add what it took and what it left."""
     before, started, mark = _shared_memory(), time.monotonic(), secrets.token_hex(8)
-    with tempfile.TemporaryDirectory(prefix="fedlora-soak-") as scratch:
-        folder = Path(scratch).resolve()
+    folder = Path(tempfile.mkdtemp(prefix="fedlora-soak-")).resolve()
+    try:
         result = part(folder, mark, say)
-        temporary = [p for p in (folder / "tmp").glob("*") if not p.name.startswith(KEPT)]
-        result["left over"] = {
-            "processes": [command_of(process)[:200] for process in marked(mark)],
-            "open files": [command_of(process)[:200] for process in holders(folder)],
-            "temporary files": sorted(path.name for path in temporary),
-            "shared memory": sorted(_shared_memory() - before),
-        }
+    except BaseException:
+        say(f"the logs are in {folder}")
+        raise
+    temporary = [p for p in (folder / "tmp").glob("*") if not p.name.startswith(KEPT)]
+    result["left over"] = {
+        "processes": [command_of(process)[:200] for process in marked(mark)],
+        "open files": [command_of(process)[:200] for process in holders(folder)],
+        "temporary files": sorted(path.name for path in temporary),
+        "shared memory": sorted(_shared_memory() - before),
+    }
+    shutil.rmtree(folder)
     return {**result, "seconds": round(time.monotonic() - started)}
 
 
 def _shared_memory() -> set[str]:
-    return {path.name for path in SHARED_MEMORY.glob("*")}
+    # Folders are those of other programs: what processes share are files.
+    return {path.name for path in SHARED_MEMORY.glob("*") if path.is_file()}
 
 
 def parts(options: argparse.Namespace) -> dict[str, Part]:

@@ -97,12 +97,13 @@ class SimulationChaos(Chaos):
             begun = _round(run) is not None
             way = draw.choices(list(STARTS), list(STARTS.values()))[0] if begun else "simulate"
             arguments = ("--resume", str(run)) if begun else self._first(run)
+            kills = self.killed.total()
             with self._started(way, *arguments) as process:
                 try:
                     self._disturb(process, run, draw)
                 finally:
                     process.kill()
-            if process.returncode and self.over:
+            if process.returncode and self.killed.total() == kills:
                 raise RuntimeError(f"The run failed by itself; see {run / 'run.log'}.")
             self.say(f"round {_round(run)}, {self.killed.total()} kills so far")
         return run
