@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedlora_flwr.clients.trainer import LocalTrainer
-from fedlora_flwr.privacy import clipping
+from fedlora_flwr.privacy import clipping, masks
 from fedlora_flwr.privacy.clipping import NoisyOptimizer
 from fedlora_flwr.privacy.engine import PrivateEngine
 from fedlora_flwr.privacy.noise import SecureNoise, SeededNoise
@@ -225,6 +225,13 @@ def noise_by_32_bits_of_its_seed(patch: Patch) -> None:
     """The noise follows 32 bits of its seed, and all of them can be tried on a release."""
     made = SeededNoise.__init__
     patch.setattr(SeededNoise, "__init__", lambda self, seed: made(self, seed % 2**32))
+
+
+@caught_by("tests/privacy/test_masks.py::test_masks_follow_every_bit_of_a_seed[127]")
+def dropout_by_32_bits_of_its_seed(patch: Patch) -> None:
+    """Dropout's masks follow 32 bits of their seed, and all of them can be tried on a release."""
+    honest = masks.own_randomness
+    everywhere(patch, honest, lambda seed: honest(seed % 2**32))
 
 
 # --- what reads gradients ---
