@@ -243,10 +243,11 @@ def empty_steps_are_not_counted(patch: Patch) -> None:
 Train = Callable[[Any], Any]
 
 
-def uncounted(made: LocalRound, row: Any) -> Any:
-    """Return the account as it would be with a row that is not there."""
-    held = made._ledger.summary(row[0])
-    return replace(held, steps=held.steps + row[2].steps)
+def admitted(made: LocalRound, row: Any) -> Any:
+    """Ask for a row's steps as `Ledger.record` does, and write nothing."""
+    own, _, segment, planned, *_ = row
+    held = made._ledger._read(own)
+    return account.admit(own, held, planned, segment.steps, made._ledger.lapse)[0]
 
 
 @caught_by("tests/hostile/test_ten_rows.py::test_8_a_failure_after_the_first_batch_is_in_the_ledger[failing-1]")  # fmt: skip # noqa: E501
@@ -254,21 +255,20 @@ def failures_are_forgotten(patch: Patch) -> None:
     """A row is written once training has succeeded, so a failure is a free query."""
 
     def counted(self: LocalRound, row: Any, train: Train) -> Any:
-        made = train(uncounted(self, row))
+        made = train(admitted(self, row))
         return made, self._ledger.record(*row)
 
     patch.setattr(LocalRound, "_counted", counted)
 
 
-@caught_by("tests/clients/test_local_round.py::test_the_row_is_on_the_disk_when_the_first_batch_is_read")  # fmt: skip # noqa: E501
+@caught_by("tests/hostile/test_ten_rows.py::test_8_a_failure_after_the_first_batch_is_in_the_ledger[failing_later-1]")  # fmt: skip # noqa: E501
 def rows_after_training(patch: Patch) -> None:
     """A row is written after training, also after a failure, and a kill in between loses it."""
 
     def counted(self: LocalRound, row: Any, train: Train) -> Any:
-        made = None
-        self._ledger.check(row[0], row[3])
+        made, before = None, admitted(self, row)
         try:
-            made = train(uncounted(self, row))
+            made = train(before)
         finally:
             summary = self._ledger.record(*row)
         return made, summary

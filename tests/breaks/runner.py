@@ -250,7 +250,7 @@ def run(breaks: Sequence[Break], workers: int, told: Callable[[str], Any] = prin
         for one, ran in _each(bench, work, workers):
             assert one is not None
             why = "its test fails without the break, too" if one.test not in good else ""
-            yield _row(one, ran, why or _not_caught(ran))
+            yield _row(one, ran, why or not_caught(ran))
 
 
 def _each(
@@ -273,7 +273,7 @@ def _row(one: Break, ran: Ran, why: str) -> Row:
     return Row(one.name, one.fault, one.test, MISSED if why else CAUGHT, why, round(ran.seconds, 1))
 
 
-def _not_caught(ran: Ran) -> str:
+def not_caught(ran: Ran) -> str:
     """Say why a break was not caught; return nothing if its test failed as it has to."""
     wrong = [r for r in ran.reports if r.outcome != "passed"]
     if ran.status < 0:

@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 from fedlora_flwr.clients.local_round import LocalRound
 from fedlora_flwr.clients.trainer import LocalTrainer
-from fedlora_flwr.data.records import Batch, Records
+from fedlora_flwr.data.records import Batch
 from fedlora_flwr.environment import simulating
 from fedlora_flwr.errors import InvalidValue, OrderRefused, PrivacyViolation
 from fedlora_flwr.privacy.engine import PrivateEngine
@@ -121,40 +121,6 @@ def test_records_of_another_kind_are_refused_before_a_row_is_written(
         late.run(Order(server_round=1, plan="B"), dict(late.start))
     with closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as db:
         assert db.execute("SELECT COUNT(*) FROM releases").fetchone() == (0,)
-
-
-class Watched:
-    """Records that note how many rows the ledger has whenever some of them are read."""
-
-    alike = True
-
-    def __init__(self, records: Records, ledger: Path) -> None:
-        self._records, self._ledger = records, ledger
-        self.rows: list[int] = []
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def batch(self, indices: torch.Tensor) -> Batch:
-        if len(indices):
-            with closing(sqlite3.connect(self._ledger)) as db:
-                self.rows += db.execute("SELECT COUNT(*) FROM releases").fetchone()
-        return self._records.batch(indices)
-
-
-def test_the_row_is_on_the_disk_when_the_first_batch_is_read(
-    make_config: MakeConfig, tmp_path: Path
-) -> None:
-    """So the round is counted wherever the process is killed."""
-    trainer, path = LocalTrainer.build(make_config()), tmp_path / "ledger.sqlite"
-    records = Watched(trainer.task.client_records(0, 3), path)
-    local_round = LocalRound(trainer, records, Ledger(path), "one", "run")
-
-    for number in (1, 2):
-        local_round.run(Order(server_round=number, plan="B"), dict(local_round.start))
-        assert records.rows
-        assert set(records.rows) == {number}
-        records.rows.clear()
 
 
 @pytest.mark.parametrize("device", [True, False])
