@@ -30,16 +30,17 @@ from fedlora_flwr.privacy.accountants import Segment
 from fedlora_flwr.privacy.ledger import Ledger
 from fedlora_flwr.privacy.ledger_connection import Connection
 from fedlora_flwr.privacy.ledger_file import LedgerFile
+from fedlora_flwr.privacy.lifetime import choose_order
 from fedlora_flwr.privacy.mechanism import Mechanism
 from tests.breaks.breaks import caught_by, everywhere
 
 Patch = pytest.MonkeyPatch
-LEDGER = "tests/privacy/test_ledger.py::"
-LIFETIME = "tests/privacy/test_lifetime.py::"
-REPEATS = "tests/privacy/test_repeats.py::"
-TRAINER = "tests/clients/test_trainer.py::"
-REFUSED = TRAINER + "test_a_client_that_cannot_keep_the_promise_is_refused_by_name"
-FIXED = LEDGER + "test_the_first_record_fixes_the_settings_of_a_run"
+LEDGER = "tests/privacy/test_ledger.py"
+LIFETIME = "tests/privacy/test_lifetime.py"
+REPEATS = "tests/privacy/test_repeats.py"
+TRAINER = "tests/clients/test_trainer.py"
+REFUSED = "test_a_client_that_cannot_keep_the_promise_is_refused_by_name"
+FIXED = "test_the_first_record_fixes_the_settings_of_a_run"
 
 
 def fresh_figures(patch: Patch) -> None:
@@ -52,7 +53,9 @@ def fresh_figures(patch: Patch) -> None:
 # --- the sampling of records ---
 
 
-@caught_by("tests/privacy/test_mechanism.py::test_poisson_batches_are_independent_draws_of_every_record")  # fmt: skip # noqa: E501
+@caught_by(
+    "tests/privacy/test_mechanism.py", "test_poisson_batches_are_independent_draws_of_every_record"
+)
 def batches_of_a_fixed_size(patch: Patch) -> None:
     """Each step takes exactly b records, and is accounted as a Poisson sample."""
 
@@ -64,7 +67,7 @@ def batches_of_a_fixed_size(patch: Patch) -> None:
     everywhere(patch, mechanism.poisson_batches, batches)
 
 
-@caught_by(TRAINER + "test_every_client_gets_the_noise_that_its_size_needs")
+@caught_by(TRAINER, "test_every_client_gets_the_noise_that_its_size_needs")
 def rate_of_all_clients_records(patch: Patch) -> None:
     """σ is worked out for the records of all clients together, and not for the client's own."""
     honest = calibration.calibrated_mechanism
@@ -76,7 +79,9 @@ def rate_of_all_clients_records(patch: Patch) -> None:
     everywhere(patch, honest, calibrated)
 
 
-@caught_by("tests/privacy/test_limits.py::test_noise_is_for_all_rounds_that_a_client_may_join[0-0.1]")  # fmt: skip # noqa: E501
+@caught_by(
+    "tests/privacy/test_limits.py", "test_noise_is_for_all_rounds_that_a_client_may_join[0-0.1]"
+)
 def noise_for_expected_participation(patch: Patch) -> None:
     """σ is worked out for the rounds that a client may expect, and not for all that may happen."""
     planned = RunConfig.planned_steps.fget  # type: ignore[attr-defined]
@@ -87,7 +92,7 @@ def noise_for_expected_participation(patch: Patch) -> None:
     )
 
 
-@caught_by("tests/privacy/test_budget.py::test_calibration_is_safe_and_tight[8-0.001-0.3-100]")
+@caught_by("tests/privacy/test_budget.py", "test_calibration_is_safe_and_tight[8-0.001-0.3-100]")
 def noise_just_below_the_safe_one(patch: Patch) -> None:
     """Calibration returns a σ that is one percent below the one that it has found safe."""
     fresh_figures(patch)
@@ -100,7 +105,7 @@ def noise_just_below_the_safe_one(patch: Patch) -> None:
     patch.setattr(budget, "_search", less)
 
 
-@caught_by(REFUSED + "[1000-delta-below 1/n = 0.001]")
+@caught_by(TRAINER, REFUSED + "[1000-delta-below 1/n = 0.001]")
 def any_delta(patch: Patch) -> None:
     """A δ of 1/n is accepted, with which one record may be told whole."""
     patch.setattr(calibration, "check_budget", lambda *given: None)
@@ -119,19 +124,19 @@ def one_direction(patch: Patch, counted: str) -> None:
     )
 
 
-@caught_by("tests/privacy/test_limits.py::test_prv_covers_each_direction[segment0-0.001]")
+@caught_by("tests/privacy/test_limits.py", "test_prv_covers_each_direction[segment0-0.001]")
 def only_records_that_are_added(patch: Patch) -> None:
     """PRV covers one direction only, and not the one in which a record is taken away."""
     one_direction(patch, "add")
 
 
-@caught_by("tests/privacy/test_limits.py::test_prv_covers_each_direction[segment1-1e-05]")
+@caught_by("tests/privacy/test_limits.py", "test_prv_covers_each_direction[segment1-1e-05]")
 def only_records_that_are_taken_away(patch: Patch) -> None:
     """PRV covers one direction only, and not the one in which a record is added."""
     one_direction(patch, "remove")
 
 
-@caught_by("tests/privacy/test_budget.py::test_different_segments_compose")
+@caught_by("tests/privacy/test_budget.py", "test_different_segments_compose")
 def later_settings_are_free(patch: Patch) -> None:
     """The ε of a history is that of its first settings, and steps with others are free."""
     fresh_figures(patch)
@@ -139,7 +144,7 @@ def later_settings_are_free(patch: Patch) -> None:
     everywhere(patch, honest, lambda history: honest(history)[:1])
 
 
-@caught_by(LEDGER + "test_a_long_run_reports_an_upper_bound_and_ends_with_the_exact_number")
+@caught_by(LEDGER, "test_a_long_run_reports_an_upper_bound_and_ends_with_the_exact_number")
 def reported_steps_rounded_down(patch: Patch) -> None:
     """A long run's steps are rounded down before ε is worked out for a report."""
 
@@ -149,7 +154,7 @@ def reported_steps_rounded_down(patch: Patch) -> None:
     patch.setattr(account, "_rounded", rounded)
 
 
-@caught_by(LIFETIME + "test_the_order_is_stored_with_the_first_row_and_never_changes")
+@caught_by(LIFETIME, "test_the_order_is_stored_with_the_first_row_and_never_changes")
 def a_filter_reports_less(patch: Patch) -> None:
     """Under a filter the reported ε leaves out what the conversion to δ costs."""
     patch.setattr(account, "filtered_epsilon", lambda divergence, delta, order: divergence)
@@ -158,13 +163,13 @@ def a_filter_reports_less(patch: Patch) -> None:
 # --- what the budget allows ---
 
 
-@caught_by(LEDGER + "test_a_plan_past_the_budget_is_refused_at_its_start")
+@caught_by(LEDGER, "test_a_plan_past_the_budget_is_refused_at_its_start")
 def plans_past_the_budget(patch: Patch) -> None:
     """A plan whose ε is above the budget is admitted."""
     patch.setattr(account, "_check_fixed", lambda *given: None)
 
 
-@caught_by(LEDGER + "test_a_release_past_the_plan_is_refused_and_not_written")
+@caught_by(LEDGER, "test_a_release_past_the_plan_is_refused_and_not_written")
 def steps_past_the_plan(patch: Patch) -> None:
     """A run may take more steps than σ was worked out for."""
     honest = account.admit
@@ -178,13 +183,13 @@ def steps_past_the_plan(patch: Patch) -> None:
     everywhere(patch, honest, admitted)
 
 
-@caught_by(FIXED + "[other0-noise-multiplier]")
+@caught_by(LEDGER, FIXED + "[other0-noise-multiplier]")
 def settings_change_within_a_run(patch: Patch) -> None:
     """A server may change σ after it has read the first rounds."""
     patch.setattr(account, "_check_settings", lambda *given: None)
 
 
-@caught_by(LEDGER + "test_scope_run_starts_from_zero_and_scope_lifetime_does_not")
+@caught_by(LEDGER, "test_scope_run_starts_from_zero_and_scope_lifetime_does_not")
 def a_new_name_is_a_new_budget(patch: Patch) -> None:
     """A budget for life counts the rows of the run that asks, so a new run starts from zero."""
     tallies = Connection.tallies
@@ -195,7 +200,7 @@ def a_new_name_is_a_new_budget(patch: Patch) -> None:
     )
 
 
-@caught_by(LIFETIME + "test_runs_chosen_after_the_fact_do_not_get_past_the_ledger[1.0]")
+@caught_by(LIFETIME, "test_runs_chosen_after_the_fact_do_not_get_past_the_ledger[1.0]")
 def no_filter(patch: Patch) -> None:
     """Runs that were chosen after earlier results are composed as if they had been planned."""
     patch.setattr(account, "_filtered", lambda *given: False)
@@ -207,20 +212,20 @@ def _each(tallies: Sequence[Tally]) -> tuple[Segment, ...]:
     return accountants.merge([t.mechanism for t in tallies])
 
 
-@caught_by(LIFETIME + "test_runs_chosen_after_the_fact_do_not_get_past_the_ledger[0.0]")
+@caught_by(LIFETIME, "test_runs_chosen_after_the_fact_do_not_get_past_the_ledger[0.0]")
 def settings_of_a_later_run_are_free(patch: Patch) -> None:
     """A later run may have less noise than the first one, under the rule of fixed settings."""
     patch.setattr(account, "_bounded", lambda *given: True)
     patch.setattr(account, "_counted", lambda own, tallies: _each(tallies))
 
 
-@caught_by(LIFETIME + "test_the_order_is_stored_with_the_first_row_and_never_changes")
+@caught_by(LIFETIME, "test_the_order_is_stored_with_the_first_row_and_never_changes")
 def the_best_order_afterwards(patch: Patch) -> None:
     """The filter's order is chosen again for each run, once earlier releases are known."""
 
     def order(own: Account, tallies: Any, first: Segment) -> float:
         last = tallies[-1].mechanism if tallies else first
-        return account.choose_order(own.epsilon, own.delta, last)
+        return choose_order(own.epsilon, own.delta, last)
 
     patch.setattr(account, "_order", order)
 
@@ -228,7 +233,7 @@ def the_best_order_afterwards(patch: Patch) -> None:
 # --- the ledger's rows ---
 
 
-@caught_by("tests/clients/test_numpy_client.py::test_every_release_is_in_the_ledger")
+@caught_by("tests/clients/test_numpy_client.py", "test_every_release_is_in_the_ledger")
 def empty_steps_are_not_counted(patch: Patch) -> None:
     """A row leaves out a step that no record joined."""
     row = LocalRound._row
@@ -250,7 +255,10 @@ def admitted(made: LocalRound, row: Any) -> Any:
     return account.admit(own, held, planned, segment.steps, made._ledger.lapse)[0]
 
 
-@caught_by("tests/hostile/test_ten_rows.py::test_8_a_failure_after_the_first_batch_is_in_the_ledger[failing-1]")  # fmt: skip # noqa: E501
+@caught_by(
+    "tests/hostile/test_ten_rows.py",
+    "test_8_a_failure_after_the_first_batch_is_in_the_ledger[failing-1]",
+)
 def failures_are_forgotten(patch: Patch) -> None:
     """A row is written once training has succeeded, so a failure is a free query."""
 
@@ -261,7 +269,10 @@ def failures_are_forgotten(patch: Patch) -> None:
     patch.setattr(LocalRound, "_counted", counted)
 
 
-@caught_by("tests/hostile/test_ten_rows.py::test_8_a_failure_after_the_first_batch_is_in_the_ledger[failing_later-1]")  # fmt: skip # noqa: E501
+@caught_by(
+    "tests/hostile/test_ten_rows.py",
+    "test_8_a_failure_after_the_first_batch_is_in_the_ledger[failing_later-1]",
+)
 def rows_after_training(patch: Patch) -> None:
     """A row is written after training, also after a failure, and a kill in between loses it."""
 
@@ -276,7 +287,7 @@ def rows_after_training(patch: Patch) -> None:
     patch.setattr(LocalRound, "_counted", counted)
 
 
-@caught_by("tests/privacy/test_released.py::test_an_exhausted_client_declines_with_no_arrays")
+@caught_by("tests/privacy/test_released.py", "test_an_exhausted_client_declines_with_no_arrays")
 def exhausted_clients_train(patch: Patch) -> None:
     """A client whose budget is spent trains and answers without a row."""
 
@@ -292,7 +303,7 @@ def exhausted_clients_train(patch: Patch) -> None:
         patch.setattr(Ledger, name, whatever(getattr(Ledger, name)))
 
 
-@caught_by(REPEATS + "test_fresh_noise_and_rounds_without_a_number_always_count[False-1]")
+@caught_by(REPEATS, "test_fresh_noise_and_rounds_without_a_number_always_count[False-1]")
 def a_repeated_round_counts_once(patch: Patch) -> None:
     """A round that is asked again gets no row, though its noise is another."""
     record = Ledger.record
@@ -308,13 +319,16 @@ def a_repeated_round_counts_once(patch: Patch) -> None:
     patch.setattr(Ledger, "record", recorded)
 
 
-@caught_by(REPEATS + "test_records_that_changed_meanwhile_are_another_release")
+@caught_by(REPEATS, "test_records_that_changed_meanwhile_are_another_release")
 def other_answers_to_one_question(patch: Patch) -> None:
     """A row pays for every answer to its question, though the records have changed."""
     patch.setattr(local_round, "digest_of", lambda arrays: "the same")
 
 
-@caught_by("tests/clients/test_numpy_client.py::test_a_server_that_names_no_round_does_not_get_the_same_noise_twice")  # fmt: skip # noqa: E501
+@caught_by(
+    "tests/clients/test_numpy_client.py",
+    "test_a_server_that_names_no_round_does_not_get_the_same_noise_twice",
+)
 def rounds_without_a_number_repeat(patch: Patch) -> None:
     """A server that names no round gets the noise of the first round each time."""
     manner = LocalRound._manner
@@ -325,20 +339,23 @@ def rounds_without_a_number_repeat(patch: Patch) -> None:
     patch.setattr(LocalRound, "_manner", made)
 
 
-@caught_by("tests/privacy/test_ledger_file.py::test_a_damaged_ledger_is_named_and_refused[last row deleted]")  # fmt: skip # noqa: E501
+@caught_by(
+    "tests/privacy/test_ledger_file.py",
+    "test_a_damaged_ledger_is_named_and_refused[last row deleted]",
+)
 def lost_rows_are_not_missed(patch: Patch) -> None:
     """A ledger is not compared with its witness, so a row that is gone gives its budget back."""
     follow = LedgerFile._follow
     patch.setattr(LedgerFile, "_follow", lambda self, db, head, seen: follow(self, db, head, None))
 
 
-@caught_by(LEDGER + "test_a_row_that_came_while_epsilon_was_worked_out_counts")
+@caught_by(LEDGER, "test_a_row_that_came_while_epsilon_was_worked_out_counts")
 def rows_are_not_compared_again(patch: Patch) -> None:
     """A row is written although another one has come since the budget was looked at."""
     patch.setattr(ledger, "_same", lambda now, before: True)
 
 
-@caught_by("tests/privacy/test_ledger_file.py::test_the_ledger_is_its_owners_alone")
+@caught_by("tests/privacy/test_ledger_file.py", "test_the_ledger_is_its_owners_alone")
 def a_ledger_in_an_open_folder(patch: Patch) -> None:
     """Every user of the machine may look into the ledger's folder."""
     patch.setattr(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from fedlora_flwr.privacy.clipping import NoisyOptimizer
@@ -44,18 +45,18 @@ BREAKS: list[Break] = []
 """All breaks, in the order of their definition."""
 
 
-def caught_by(test: str) -> Callable[[Fault], Fault]:
+def caught_by(file: str, test: str) -> Callable[[Fault], Fault]:
     """Register a function as a break, with its docstring as the sentence.
 
     Parameters
     ----------
-    test : str
-        Id of the test that fails, as pytest takes it.
+    file, test : str
+        The test's file, from the root, and its name, with its parameters if it has any.
     """
 
     def register(apply: Fault) -> Fault:
         fault = inspect.getdoc(apply) or ""
-        BREAKS.append(Break(apply.__name__, fault, test, apply))
+        BREAKS.append(Break(apply.__name__, fault, f"{file}::{test}", apply))
         return apply
 
     return register
@@ -77,4 +78,4 @@ def everywhere(patch: pytest.MonkeyPatch, original: Any, broken: Any) -> None:
 
 def by_tensor(made: NoisyOptimizer, columns: Tensor) -> list[Tensor]:
     """Cut rows, or a sum of rows, into the columns of each tensor."""
-    return list(columns.split([p.numel() for p in made.params], dim=-1))
+    return list(torch.split(columns, [p.numel() for p in made.params], dim=-1))

@@ -210,7 +210,7 @@ def _child(tests: Sequence[str], fault: Fault | None, own: Path, cache: Path) ->
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         plugin = _Plugin(fault)
         options = ["-n", "0", "-q", "--durations=0", "--rootdir", str(ROOT), "-m", ""]
-        options += ["-o", f"cache_dir={cache}", "-o", "tmp_path_retention_policy=none"]
+        options += ["-o", f"cache_dir={cache}", "--basetemp", str(own / "files")]
         status = int(pytest.main([*options, *tests], plugins=[plugin]))
         (own / "reports.json").write_text(json.dumps([asdict(r) for r in plugin.reports]))
     finally:

@@ -17,19 +17,20 @@ from fedlora_flwr.privacy.mechanism import Mechanism
 from tests.breaks.breaks import by_tensor, caught_by, everywhere
 
 Patch = pytest.MonkeyPatch
-ENGINE = "tests/privacy/test_engine.py::"
-CLIPPING = "tests/privacy/test_clipping.py::"
-LOOP = "tests/clients/test_private_loop.py::"
-CHECKS = "tests/privacy/test_engine_checks.py::"
-BOUND = ENGINE + "test_one_record_moves_the_sum_by_at_most_c_over_all_tensors_together"
-SUM = ENGINE + "test_a_step_is_the_sum_of_clipped_gradients_over_the_expected_batch_size"
+ENGINE = "tests/privacy/test_engine.py"
+CLIPPING = "tests/privacy/test_clipping.py"
+LOOP = "tests/clients/test_private_loop.py"
+CHECKS = "tests/privacy/test_engine_checks.py"
+BOUND = "test_one_record_moves_the_sum_by_at_most_c_over_all_tensors_together"
+SUM = "test_a_step_is_the_sum_of_clipped_gradients_over_the_expected_batch_size"
 
 
 # --- clipping ---
 
 
 def clipped_by(made: NoisyOptimizer, rows: Tensor, norms: Tensor) -> Tensor:
-    factors = clipping.clip_factors(norms, made.max_grad_norm, rows.dtype)
+    """Return the sum of rows that are clipped by these norms."""
+    factors: Tensor = clipping.clip_factors(norms, made.max_grad_norm, rows.dtype)
     return factors @ rows.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
@@ -43,13 +44,13 @@ def summing(patch: Patch, sums: Any) -> None:
     patch.setattr(NoisyOptimizer, "clip_and_accumulate", accumulate)
 
 
-@caught_by(BOUND + "[A-vit]")
+@caught_by(ENGINE, BOUND + "[A-vit]")
 def no_clipping(patch: Patch) -> None:
     """Gradients are divided by the clip norm, and long ones are not cut."""
     summing(patch, lambda made, rows: rows.sum(0) / made.unit)
 
 
-@caught_by(BOUND + "[B-vit]")
+@caught_by(ENGINE, BOUND + "[B-vit]")
 def clip_by_tensor(patch: Patch) -> None:
     """Each tensor of a record is clipped on its own, so all together are longer than C."""
 
@@ -60,18 +61,19 @@ def clip_by_tensor(patch: Patch) -> None:
     summing(patch, sums)
 
 
-@caught_by(SUM + "[*]")
+@caught_by(ENGINE, SUM + "[*]")
 def clip_the_batch_mean(patch: Patch) -> None:
     """The mean gradient of a batch is clipped, and not the gradient of each record."""
 
     def sums(made: NoisyOptimizer, rows: Tensor) -> Tensor:
         mean = rows.sum(0, keepdim=True) / made.expected_batch_size
-        return clipped_by(made, mean, clipping.row_norms(mean)) * made.expected_batch_size
+        clipped = clipped_by(made, mean, clipping.row_norms(mean))
+        return torch.mul(clipped, made.expected_batch_size)
 
     summing(patch, sums)
 
 
-@caught_by(SUM + "[B]")
+@caught_by(ENGINE, SUM + "[B]")
 def microbatch_mean_as_a_record(patch: Patch) -> None:
     """The mean gradient of a pass counts as the gradient of one record."""
 
@@ -91,13 +93,11 @@ def norm_without(patch: Patch, factor: str | None) -> None:
     def activate(self: PrivateEngine, active: Any) -> None:
         began(self, active)
         if self._optimizer is not None:
-            found = zip(
-                self._optimizer.param_groups, self._groups.items(), strict=True
-            )  # Empty groups have no tensor in the sum.
-            self._optimizer.counted = [k != factor for g, (k, _) in found for _ in g["params"]]  # type: ignore[attr-defined]
+            found = zip(self._groups, self._optimizer.param_groups, strict=True)
+            self._optimizer.counted = [k != factor for k, g in found for _ in g["params"]]
 
     def sums(made: NoisyOptimizer, rows: Tensor) -> Tensor:
-        counted = made.counted  # type: ignore[attr-defined]
+        counted = made.counted
         parts = [p for p, counts in zip(by_tensor(made, rows), counted, strict=True) if counts]
         return clipped_by(made, rows, clipping.row_norms(torch.cat(parts, dim=1)))
 
@@ -105,25 +105,25 @@ def norm_without(patch: Patch, factor: str | None) -> None:
     summing(patch, sums)
 
 
-@caught_by(BOUND + "[B-roberta]")
+@caught_by(ENGINE, BOUND + "[B-roberta]")
 def norm_without_the_head(patch: Patch) -> None:
     """A record's norm leaves out the head, whose gradient is then as long as it likes."""
     norm_without(patch, None)
 
 
-@caught_by(BOUND + "[*-vit]")
+@caught_by(ENGINE, BOUND + "[*-vit]")
 def norm_without_a(patch: Patch) -> None:
     """A record's norm leaves out A where both factors train."""
     norm_without(patch, A)
 
 
-@caught_by(BOUND + "[*-swin]")
+@caught_by(ENGINE, BOUND + "[*-swin]")
 def norm_without_b(patch: Patch) -> None:
     """A record's norm leaves out B where both factors train."""
     norm_without(patch, B)
 
 
-@caught_by(CLIPPING + "test_norms_of_long_rows_are_right_to_the_last_digits")
+@caught_by(CLIPPING, "test_norms_of_long_rows_are_right_to_the_last_digits")
 def norms_in_single_precision(patch: Patch) -> None:
     """Norms are added up in fp32, so the norm of a long gradient is too small."""
     everywhere(
@@ -133,7 +133,7 @@ def norms_in_single_precision(patch: Patch) -> None:
     )
 
 
-@caught_by(CLIPPING + "test_gradients_in_half_precision_are_clipped_and_summed_in_fp32")
+@caught_by(CLIPPING, "test_gradients_in_half_precision_are_clipped_and_summed_in_fp32")
 def sums_in_half_precision(patch: Patch) -> None:
     """Gradients in bf16 are clipped and added up in bf16, whose rounding takes them past C."""
     patch.setattr(
@@ -143,7 +143,7 @@ def sums_in_half_precision(patch: Patch) -> None:
     )
 
 
-@caught_by(CLIPPING + "test_no_factor_is_rounded_up_past_its_norm")
+@caught_by(CLIPPING, "test_no_factor_is_rounded_up_past_its_norm")
 def factors_rounded_up(patch: Patch) -> None:
     """A factor is rounded to the nearest number, so a clipped gradient may be longer than C."""
 
@@ -154,7 +154,7 @@ def factors_rounded_up(patch: Patch) -> None:
     everywhere(patch, clipping.clip_factors, factors)
 
 
-@caught_by(CLIPPING + "test_a_record_with_one_broken_entry_counts_as_zero_as_a_whole[nan]")
+@caught_by(CLIPPING, "test_a_record_with_one_broken_entry_counts_as_zero_as_a_whole[nan]")
 def broken_gradients_pass(patch: Patch) -> None:
     """A gradient with an entry that is not finite is added as it is, and ruins the release."""
 
@@ -166,7 +166,7 @@ def broken_gradients_pass(patch: Patch) -> None:
     summing(patch, sums)
 
 
-@caught_by(CLIPPING + "test_a_record_with_one_broken_entry_counts_as_zero_as_a_whole[inf]")
+@caught_by(CLIPPING, "test_a_record_with_one_broken_entry_counts_as_zero_as_a_whole[inf]")
 def broken_entries_alone_are_left_out(patch: Patch) -> None:
     """Of a gradient that is not finite only the broken entries are left out, and nothing is cut."""
     factors = clipping.clip_factors
@@ -179,13 +179,16 @@ def broken_entries_alone_are_left_out(patch: Patch) -> None:
     patch.setattr(clipping, "clip_factors", kept)
 
 
-@caught_by("tests/privacy/test_mechanism.py::test_a_mechanism_that_means_nothing_is_refused_by_name[clip-norm-changes4]")  # fmt: skip # noqa: E501
+@caught_by(
+    "tests/privacy/test_mechanism.py",
+    "test_a_mechanism_that_means_nothing_is_refused_by_name[clip-norm-changes4]",
+)
 def noise_without_a_clip_norm(patch: Patch) -> None:
     """An infinite clip norm is accepted with a finite ε, so nothing bounds a record."""
     patch.setattr(Mechanism, "__post_init__", lambda self: None)
 
 
-@caught_by(CLIPPING + "test_noise_that_fp32_cannot_carry_is_refused[1e-45]")
+@caught_by(CLIPPING, "test_noise_that_fp32_cannot_carry_is_refused[1e-45]")
 def noise_below_what_floats_carry(patch: Patch) -> None:
     """A noise multiplier that is lost to rounding is accepted."""
     patch.setattr(mechanism, "SMALLEST", 0.0)
@@ -194,13 +197,16 @@ def noise_below_what_floats_carry(patch: Patch) -> None:
 # --- which rows are one record's ---
 
 
-@caught_by("tests/privacy/test_grad_sample.py::test_windows_of_a_record_are_folded_together")
+@caught_by("tests/privacy/test_grad_sample.py", "test_windows_of_a_record_are_folded_together")
 def windows_as_records(patch: Patch) -> None:
     """The first axis is taken for the records, so each window of a picture is clipped alone."""
     patch.setattr(GradSampler, "rows", lambda self, tensor, name: tensor)
 
 
-@caught_by("tests/privacy/test_padding.py::test_in_exact_passes_a_gradient_follows_from_its_record_bit_for_bit[1000.0-bert]")  # fmt: skip # noqa: E501
+@caught_by(
+    "tests/privacy/test_padding.py",
+    "test_in_exact_passes_a_gradient_follows_from_its_record_bit_for_bit[1000.0-bert]",
+)
 def padded_to_the_longest(patch: Patch) -> None:
     """Texts of a batch are padded to the longest of them, which so decides how others are read."""
 
@@ -210,20 +216,23 @@ def padded_to_the_longest(patch: Patch) -> None:
     patch.setattr(microbatches, "_passes", one_pass)
 
 
-@caught_by("tests/privacy/test_padding.py::test_in_exact_passes_a_gradient_follows_from_its_record_bit_for_bit[1.0-llama]")  # fmt: skip # noqa: E501
+@caught_by(
+    "tests/privacy/test_padding.py",
+    "test_in_exact_passes_a_gradient_follows_from_its_record_bit_for_bit[1.0-llama]",
+)
 def copies_count(patch: Patch) -> None:
     """Copies of a record that fill a pass are added to the sum."""
     fill = PrivateEngine._fill
     patch.setattr(PrivateEngine, "_fill", lambda self, *given: fill(self, *given[:3]))
 
 
-@caught_by(CHECKS + "test_a_model_that_mixes_records_is_refused_with_the_layers_name[normalized]")
+@caught_by(CHECKS, "test_a_model_that_mixes_records_is_refused_with_the_layers_name[normalized]")
 def mixing_models_pass(patch: Patch) -> None:
     """A model that normalizes over the batch, as BatchNorm does, is not refused."""
     patch.setattr(engine, "check_apart", lambda *given: True)
 
 
-@caught_by(CHECKS + "test_batch_norm_runs_on_its_stored_statistics_and_keeps_them")
+@caught_by(CHECKS, "test_batch_norm_runs_on_its_stored_statistics_and_keeps_them")
 def batch_norm_trains(patch: Patch) -> None:
     """BatchNorm runs in training mode, and its statistics keep private records."""
     patch.setattr(PrivateEngine, "_train_mode", lambda self: self.adapted.train())
@@ -231,14 +240,17 @@ def batch_norm_trains(patch: Patch) -> None:
     buffers_may_change(patch)
 
 
-@caught_by("tests/privacy/test_record_independence.py::test_a_buffer_that_changes_later_is_noticed_in_its_step")  # fmt: skip # noqa: E501
+@caught_by(
+    "tests/privacy/test_record_independence.py",
+    "test_a_buffer_that_changes_later_is_noticed_in_its_step",
+)
 def buffers_may_change(patch: Patch) -> None:
     """A model may keep what it has seen of records in its buffers."""
     patch.setattr(engine, "check_buffers", lambda *given: None)
     patch.setattr(record_independence, "check_buffers", lambda *given: None)
 
 
-@caught_by(LOOP + "test_arrays_of_a_server_that_is_not_trusted_are_looked_at_each_time")
+@caught_by(LOOP, "test_arrays_of_a_server_that_is_not_trusted_are_looked_at_each_time")
 def structure_is_checked_once(patch: Patch) -> None:
     """A process checks the model once, and not again at the arrays that a server has chosen."""
     patch.setattr(PrivateEngine, "verify", lambda self, records: None)

@@ -16,6 +16,7 @@ import pytest
 
 from fedlora_flwr.errors import BudgetExhausted, InvalidValue
 from fedlora_flwr.privacy import ledger as ledger_module
+from fedlora_flwr.privacy.account import admit
 from fedlora_flwr.privacy.budget import Segment, epsilon_spent
 from fedlora_flwr.privacy.ledger import Account, Ledger
 
@@ -268,7 +269,7 @@ def test_a_row_that_came_while_epsilon_was_worked_out_counts(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ε is worked out without a lock; what it was worked out for is compared under one."""
-    admit, second, came = ledger_module.admit, replace(LIFETIME, run="run-2"), list[str]()
+    second, came = replace(LIFETIME, run="run-2"), list[str]()
 
     def meanwhile(account: Account, *given: Any) -> Any:
         found = admit(account, *given)
