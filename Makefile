@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test test-deploy recipes style lint docs bench bench-gpu soak audit load
+.PHONY: setup run test test-deploy recipes style lint docs bench bench-gpu soak audit load breaks
 
 setup: $(STAMP)
 
@@ -36,6 +36,10 @@ test: style
 # other tests may run at the same time, so these keep another cache.
 test-deploy: setup
 	$(BIN)/python -m pytest -n 2 -m "deploy or flower" -o cache_dir=.pytest_cache/deploy
+
+# Breaks the promise on purpose, in each known way, and sees that a test notices.
+breaks: setup
+	@$(BIN)/python -m tests.breaks
 
 # Every paper recipe for one private round on random weights of its full architecture: about 75
 # minutes of CPU. Two at a time need 12 GB of memory.

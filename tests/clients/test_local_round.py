@@ -3,17 +3,22 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from fedlora_flwr.clients.local_round import LocalRound
 from fedlora_flwr.clients.trainer import LocalTrainer
-from fedlora_flwr.errors import InvalidValue, OrderRefused
+from fedlora_flwr.data.records import Batch
+from fedlora_flwr.environment import simulating
+from fedlora_flwr.errors import InvalidValue, OrderRefused, PrivacyViolation
+from fedlora_flwr.privacy.engine import PrivateEngine
 from fedlora_flwr.privacy.ledger import Ledger
 from fedlora_flwr.wire.order import Order
 from tests.conftest import MakeConfig
@@ -116,3 +121,25 @@ def test_records_of_another_kind_are_refused_before_a_row_is_written(
         late.run(Order(server_round=1, plan="B"), dict(late.start))
     with closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as db:
         assert db.execute("SELECT COUNT(*) FROM releases").fetchone() == (0,)
+
+
+@pytest.mark.parametrize("device", [True, False])
+def test_a_device_looks_at_the_model_in_each_round_and_a_simulation_does_not(
+    make_config: MakeConfig, tmp_path: Path, device: bool
+) -> None:
+    """Arrays of a server may let a model mix records that was sound at those of the last round."""
+    trainer = LocalTrainer.build(make_config())
+    mixes: list[bool] = []
+
+    def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
+        found = trainer.task.losses(model, batch)
+        return found + found.detach().mean() * found if mixes else found
+
+    watched = replace(trainer, engine=PrivateEngine(trainer.adapted, losses))
+    records, ledger = trainer.task.client_records(0, 3), Ledger(tmp_path / "ledger.sqlite")
+    local_round = LocalRound(watched, records, ledger, "one", "run")
+    with nullcontext() if device else simulating():
+        local_round.run(Order(server_round=1, plan="B"), dict(trainer.start))
+        mixes.append(True)
+        with pytest.raises(PrivacyViolation, match="other records") if device else nullcontext():
+            local_round.run(Order(server_round=2, plan="B"), dict(trainer.start))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +111,12 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(InvalidValue, match="local arrays"):
         store.recall("client", "run")
+
+
+def test_what_is_kept_is_its_owners_alone(tmp_path: Path) -> None:
+    folder, umask = tmp_path / "local", os.umask(0)
+    try:
+        LocalStore(folder).keep("client", "run", ARRAYS)
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700

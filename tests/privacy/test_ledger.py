@@ -10,10 +10,13 @@ import threading
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedlora_flwr.errors import BudgetExhausted, InvalidValue
+from fedlora_flwr.privacy import ledger as ledger_module
+from fedlora_flwr.privacy.account import admit
 from fedlora_flwr.privacy.budget import Segment, epsilon_spent
 from fedlora_flwr.privacy.ledger import Account, Ledger
 
@@ -260,6 +263,25 @@ def test_threads_write_to_one_ledger(ledger: Ledger) -> None:
         thread.join()
     assert len(rows(ledger.path)) == 30
     assert {Ledger(ledger.path).summary(account(f"ward-{n}")).steps for n in range(6)} == {50}
+
+
+def test_a_row_that_came_while_epsilon_was_worked_out_counts(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ε is worked out without a lock; what it was worked out for is compared under one."""
+    second, came = replace(LIFETIME, run="run-2"), list[str]()
+
+    def meanwhile(account: Account, *given: Any) -> Any:
+        found = admit(account, *given)
+        if account.run == "run-1" and not came:
+            came.append(second.run)
+            ledger.record(second, 1, ROUND, plan(3))
+        return found
+
+    monkeypatch.setattr(ledger_module, "admit", meanwhile)
+    with pytest.raises(BudgetExhausted, match="30 more steps after 10"):
+        ledger.record(LIFETIME, 1, ROUND, plan(3))
+    assert [row[1] for row in rows(ledger.path)] == ["run-2"]
 
 
 RECORDER = """

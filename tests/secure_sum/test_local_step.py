@@ -140,3 +140,18 @@ def test_noise_follows_the_seed_only_where_the_run_is_reproducible(
     assert made() == made()
     assert made() != made(stream="another")
     assert made(secret) != made(secret)
+
+
+def test_noise_is_fresh_where_the_run_is_not_reproducible(make_config: MakeConfig) -> None:
+    """All records join here, so two uploads to the same round differ in their noise alone."""
+    trainer = LocalTrainer.build(make_config(local_steps=1, reproducible=False))
+    records, plan = trainer.task.client_records(0, 3), ComponentPlan.parse("B")
+    mechanism = Mechanism(1.0, 1.0, len(records), len(records))
+    grid = Grid.of(1.0, 2, 2**16)
+
+    one, other = (
+        trainer.share(trainer.start, plan, records, mechanism, grid, ("one", 1)) for _ in range(2)
+    )
+
+    differing = np.concatenate([(one[name] != other[name]).ravel() for name in one])
+    assert differing.mean() > 0.99

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 from dataclasses import replace
 from itertools import combinations
 
@@ -10,7 +11,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.secure_sum.masks import mask
+from fedlora_flwr.secure_sum.masks import agreed_key, mask
 from fedlora_flwr.secure_sum.party import Advertised
 from fedlora_flwr.secure_sum.shamir import SHARE_BYTES, combine, split
 from tests.secure_sum.rounds import TERMS, Round, same, total
@@ -170,6 +171,37 @@ def test_any_shares_as_many_as_the_threshold_give_a_secret_back(secret: bytes) -
     for pair in combinations(range(5), 2):
         with pytest.raises(InvalidValue):  # Wrong with a probability of 1 - 2⁻²⁶⁵.
             combine({i: shares[i] for i in pair})
+
+
+def test_each_round_has_keys_and_seeds_of_its_own() -> None:
+    """Else two uploads have the same masks, and a server that saw one round knows the next."""
+    people = [Ed25519PrivateKey.generate() for _ in range(6)]
+    secrets: dict[str, list[bytes]] = {"mask": [], "seal": [], "seed": []}
+    for _ in range(2):
+        clients = [Advertised.begin(TERMS, person) for person in people]
+        cards = [client.card for client in clients]
+        for client in clients:
+            shared, _sealed = client.share(TERMS, cards, None)
+            secrets["mask"].append(client.mask_private)
+            secrets["seal"].append(client.seal_private)
+            secrets["seed"].append(shared.seed)
+
+    for drawn in secrets.values():
+        assert len(set(drawn)) == 12
+        # And no byte of them is always the same.
+        assert all(len(set(column)) > 1 for column in zip(*drawn, strict=True))
+
+
+def test_the_key_of_two_clients_is_x25519s() -> None:
+    """RFC 7748, section 6.1, then HKDF by RFC 5869: public values alone give it to nobody."""
+    private = bytes.fromhex("5dab087e624a8a4b79e17f8b83800ee66f3bb1292618b6fd1c2f8b27ff88e0eb")
+    public = bytes.fromhex("8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eba4a98eaa9b4e6a")
+    secret = bytes.fromhex("4a5d9d5ba4ce2de1728e3bf480350f25e07e21c947d19e3376f09b3c1e161742")
+
+    extracted = hmac.digest(bytes(32), secret, "sha256")
+    for context in (b"mask of a round", b"seal of a round"):
+        expected = hmac.digest(extracted, context + b"\1", "sha256")
+        assert agreed_key(private, public, context) == expected
 
 
 def test_masks_are_chacha20s() -> None:
