@@ -78,16 +78,16 @@ class Cell:
 def cells(language_model: Path) -> Iterator[Cell]:
     """Yield all attacks of the table."""
     for method in METHODS:
-        yield Cell("digits", trials.PAIRED, GRADIENT, 0.8, 1200, changes={"strategy": method})
-    yield Cell("digits-secure-sum", trials.PAIRED, GRADIENT, 0.8, 4800, changes=ONE_SUM)
+        yield Cell("digits", trials.PAIRED, GRADIENT, 0.8, 1000, changes={"strategy": method})
+    yield Cell("digits-secure-sum", trials.PAIRED, GRADIENT, 0.8, 4000, changes=ONE_SUM)
     for method in ("ffa-lora", "rolora", "as-lora"):
         changes = {"strategy": method, "num-clients": 10}
         yield Cell("digits", ONE_RUN, GRADIENT, 0.4, 1, 200, changes)
-    yield Cell("digits", trials.BLACK_BOX, LABEL, 0.25, 1600, changes=SMALL)
+    yield Cell("digits", trials.BLACK_BOX, LABEL, 0.25, 1200, changes=SMALL)
     changes = {**SMALL, "strategy": "ffa-lora", "partitioner": "iid", "partition-column": ""}
     changes |= {"min-records": 1, "lr-schedule": "constant", "optimizer": "sgd"}
     changes |= {"lr-a": 0.05, "lr-b": 0.05}
-    yield Cell(str(language_model), trials.BLACK_BOX, TOKENS, 0.25, 1600, changes=changes)
+    yield Cell(str(language_model), trials.BLACK_BOX, TOKENS, 0.25, 1000, changes=changes)
 
 
 def quick() -> Iterator[Cell]:
