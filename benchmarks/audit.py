@@ -23,12 +23,12 @@ from fedlora_flwr.audit import trials
 from fedlora_flwr.audit.canaries import GRADIENT, LABEL, TOKENS
 from fedlora_flwr.audit.game import short
 from fedlora_flwr.audit.one_run import ONE_RUN, attack, one_run_setting
+from fedlora_flwr.audit.picture import plot_audit
 from fedlora_flwr.audit.record import VIOLATED, AuditRecord
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.environment import machine, versions
 from fedlora_flwr.files import replace_file, write_json
-from fedlora_flwr.plots.audit import plot_audit
 from fedlora_flwr.processes.workers import executor
 
 RESULTS = Path(__file__).parent / "results" / "audit"

@@ -18,6 +18,7 @@ KINDS = {
     "'flower-superexec'": "device's SuperExec",
     "flower-superexec": "SuperExec",
     "flower-superlink": "SuperLink",
+    "deploy serve": "SuperLink",
     "flower-supernode": "SuperNode",
     "deploy.node_process": "SuperNode",
     "deploy start": "SuperNode",

@@ -56,8 +56,6 @@ class FleetChaos(Chaos):
         How often the operator's command was typed.
     """
 
-    # The server's. Flower does not notice that it has died, and nothing starts it again.
-    spared = ("SuperExec",)
     typed: int = field(default=0, init=False)
     _ended: dict[str, float] = field(default_factory=dict, init=False)
 

@@ -129,7 +129,7 @@ def _picture(found: AuditRecord, output: Path) -> list[Path]:
         require("plots")
     except NotInstalled:
         return []
-    from fedlora_flwr.plots.audit import plot_audit
+    from fedlora_flwr.audit.picture import plot_audit
 
     picture = output.with_suffix(".png")
     plot_audit(found, picture)

@@ -162,6 +162,14 @@ def start(context: typer.Context) -> None:
     start_supernode(Path.cwd(), context.args)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(context: typer.Context) -> None:
+    """Start a fleet's SuperLink; the server's start.sh calls this."""
+    from fedlora_flwr.deploy import server_process
+
+    server_process.serve(context.args)
+
+
 @app.command()
 def identity(
     device: Annotated[Path, typer.Argument(help="A device's file, device.toml.")],

@@ -13,6 +13,7 @@ from fedlora_flwr.clients.sum_store import SUMS, SumStore
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.toml import toml_value
 from fedlora_flwr.deploy.identities import make_certificates, make_device_key
+from fedlora_flwr.deploy.server_process import SERVE
 from fedlora_flwr.deploy.supernode import SCRIPT, START
 from fedlora_flwr.environment import versions
 from fedlora_flwr.errors import InvalidValue
@@ -33,7 +34,7 @@ cd "$$(dirname "$$0")"
 {_QUIET}
 # The record of which device has which key is kept here, for this fleet alone.
 export {SERVER_STATE}="$$PWD"
-exec flower-superlink --host $listen --port $port \\
+exec {SERVE} --host $listen --port $port \\
     --ssl-ca-certfile ca.pem --ssl-certfile server.pem --ssl-keyfile server.key \\
     --enable-supernode-auth --database state.sqlite
 """

@@ -14,20 +14,15 @@ Source: flwr 1.42, ``supernode/start_client_internal.py``.
 from __future__ import annotations
 
 import inspect
-import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import Callable
-from logging import ERROR
 from typing import Any
 
+from fedlora_flwr.deploy.children import end_with_children
 from fedlora_flwr.deploy.flower import SUPERNODE, OtherFlower, module_of, programs
 
 _LOOP = "flwr.supernode.start_client_internal"
 _RECEIVE, _SEND = "_pull_and_store_message", "_push_messages"
-_INTERVAL = 1.0  # seconds; what is seen twice did not end by itself a moment ago
 
 
 class InOrder:
@@ -96,31 +91,12 @@ def answer_in_order() -> None:
     setattr(loop, _SEND, order.send)
 
 
-def end_without_children() -> None:
-    """End this process when a child of it has ended, as a signal from outside would."""
-    before = 0
-    while True:
-        time.sleep(_INTERVAL)
-        try:
-            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
-            ended = None  # No child was started yet.
-        if ended is not None and ended.si_pid == before:
-            from flwr.common.logger import log
-
-            log(ERROR, "This device's SuperExec has ended, so its SuperNode ends too.")
-            os.kill(os.getpid(), signal.SIGTERM)
-            return
-        before = ended.si_pid if ended is not None else 0
-
-
 def main() -> None:
     """Be a SuperNode."""
     sys.argv[0] = SUPERNODE
     run: Callable[[], object] = programs()[SUPERNODE].load()
     answer_in_order()
-    if hasattr(os, "waitid"):
-        threading.Thread(target=end_without_children, daemon=True).start()
+    end_with_children("This device's SuperExec has ended, so its SuperNode ends too.")
     sys.exit(run())  # type: ignore[arg-type]
 
 

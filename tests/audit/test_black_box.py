@@ -21,7 +21,7 @@ from tests.tasks.conversations import TEXTS, chat
 from tests.tasks.tiny_tasks import WORDS
 
 # Small steps, so that the loss is nearly a linear function of what was learned.
-RATES = {"lr_a": 0.01, "lr_b": 0.01, "lr_head": 0.01}
+RATES: dict[str, Any] = {"lr_a": 0.01, "lr_b": 0.01, "lr_head": 0.01}
 
 
 def test_a_wrong_label_is_found_in_a_model_without_noise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from fedlora_flwr.privacy.engine import PrivateEngine
 from fedlora_flwr.privacy.noise import SecureNoise, SeededNoise
 from fedlora_flwr.privacy.postprocessing import optimizer as postprocessing
 from fedlora_flwr.privacy.postprocessing.precondition import precondition
+from fedlora_flwr.randomness import stream_seed
 from fedlora_flwr.strategies.as_lora import ASLoRA
 from tests.breaks.breaks import by_tensor, caught_by, everywhere
 
@@ -201,9 +202,10 @@ def generator_reused_in_each_round(patch: Patch) -> None:
     """A process draws one secret seed, and begins each round's generator with it."""
     honest, drawn = LocalTrainer._seed, dict[str, int]()
 
-    def seed(self: LocalTrainer, purpose: str, stream: tuple[object, ...]) -> int:
-        fresh = honest(self, purpose, stream)
-        return fresh if self.config.reproducible else drawn.setdefault(purpose, fresh)
+    def seed(self: LocalTrainer, purpose: str, stream: tuple[object, ...]) -> int | None:
+        if self.config.reproducible:
+            return honest(self, purpose, stream)
+        return drawn.setdefault(purpose, stream_seed(None))
 
     patch.setattr(LocalTrainer, "_seed", seed)
 
@@ -213,7 +215,7 @@ def batches_by_the_runs_seed(patch: Patch) -> None:
     """The records of each step follow the run's seed, which the server knows."""
     honest = LocalTrainer._seed
 
-    def seed(self: LocalTrainer, purpose: str, stream: tuple[object, ...]) -> int:
+    def seed(self: LocalTrainer, purpose: str, stream: tuple[object, ...]) -> int | None:
         known = replace(self.config, reproducible=True, secure_noise=False)
         return honest(
             replace(self, config=known) if purpose == "batches" else self, purpose, stream

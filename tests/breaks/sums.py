@@ -32,7 +32,6 @@ from fedlora_flwr.secure_sum import (
     shamir,
     terms,
 )
-from fedlora_flwr.secure_sum.discrete_gaussian import seeded_words
 from fedlora_flwr.secure_sum.grid import Grid
 from fedlora_flwr.secure_sum.party import Advertised
 from fedlora_flwr.secure_sum.terms import Card
@@ -93,10 +92,11 @@ def noise_of_floats(patch: Patch) -> None:
 @caught_by(LOCAL_STEP, "test_noise_is_fresh_where_the_run_is_not_reproducible")
 def noise_by_the_runs_seed(patch: Patch) -> None:
     """A share's noise follows the run's seed, which the server knows."""
+    honest = LocalTrainer._words
 
     def words(self: LocalTrainer, stream: tuple[object, ...]) -> Any:
         known = replace(self, config=replace(self.config, reproducible=True))
-        return seeded_words(known._seed("noise", stream))
+        return honest(known, stream)
 
     patch.setattr(LocalTrainer, "_words", words)
 

@@ -38,7 +38,7 @@ def test_private_keys_are_private_whatever_the_umask(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "program"),
-    [("server", "flower-superlink"), ("devices/device-01", "fedlora")],
+    [("server", "fedlora"), ("devices/device-01", "fedlora")],
 )
 def test_what_a_script_starts_writes_for_its_user_alone(
     fleet: Path, tmp_path: Path, folder: str, program: str

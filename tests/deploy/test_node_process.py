@@ -125,9 +125,9 @@ def test_another_flower_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_process_ends_with_its_child() -> None:
     parent = """
-import subprocess, sys, threading, time
-from fedlora_flwr.deploy.node_process import end_without_children
-threading.Thread(target=end_without_children, daemon=True).start()
+import subprocess, sys, time
+from fedlora_flwr.deploy.children import end_with_children
+end_with_children("A child has ended.")
 child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
 time.sleep(3)
 print("both live", flush=True)
@@ -139,4 +139,4 @@ time.sleep(600)
     )
     assert done.returncode == -15
     assert "both live" in done.stdout
-    assert "SuperExec has ended" in done.stdout + done.stderr
+    assert "A child has ended." in done.stdout + done.stderr

@@ -128,7 +128,7 @@ class Scene:
         self.serials.append(self.serial())
         renewed = self.fleet.operator("fedlora", "deploy", "renew", self.fleet.folder)
         assert "is valid until" in renewed
-        self.process("flower-superlink").kill()
+        self.process("serve").kill()
         self.untell(SEEDED, faulty.HANG)
         self.until(lambda: self.said.count("The SuperLink is started.") == 2)
         self.serials.append(self.serial())
@@ -168,7 +168,7 @@ class Scene:
     def process(self, program: str) -> Any:
         """Return the operator's own process of a program."""
         found = [psutil.Process(pid) for pid in marked(str(self.base))]
-        (one,) = [p for p in found if any(Path(word).name == program for word in p.cmdline()[:2])]
+        (one,) = [p for p in found if any(Path(word).name == program for word in p.cmdline()[:4])]
         return one
 
     def tell(self, name: str, fault: str) -> None:

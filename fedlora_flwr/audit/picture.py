@@ -9,12 +9,11 @@ import numpy as np
 from scipy.special import ndtr, ndtri  # type: ignore[import-untyped]
 
 from fedlora_flwr.audit.bounds import mu_of_epsilon
+from fedlora_flwr.audit.record import AuditRecord
 from fedlora_flwr.plots.figures import MODES, save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from fedlora_flwr.audit.record import AuditRecord
 
 
 def plot_audit(record: AuditRecord, path: Path) -> None:

@@ -1,0 +1,61 @@
+"""The program of a fleet's server: Flower's SuperLink, with two of its gaps closed.
+
+Flower's SuperLink does not notice that its SuperExec has died, without which no run begins. Here it
+ends as well, so that the server's unit, or `fedlora deploy run --server`, starts both again.
+
+Many processes write to the SuperLink's database. One that waits for more than five seconds gives up
+with "database is locked", which ends a run. Here it waits for a minute.
+
+Source: flwr 1.42, ``superlink/cli/flower_superlink.py`` and ``supercore/sql_mixin.py``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from fedlora_flwr.deploy.children import end_with_children
+from fedlora_flwr.deploy.flower import OtherFlower, module_of, programs
+
+SUPERLINK = "flower-superlink"
+SERVE = "fedlora deploy serve"
+_DATABASE, _PRAGMAS, _WAIT = "flwr.supercore.sql_mixin", "SQLITE_PRAGMAS", "busy_timeout"
+_PATIENCE = 60_000  # milliseconds
+
+
+def wait_longer_for_the_database() -> None:
+    """Let each connection to the SuperLink's database wait longer for others.
+
+    Raises
+    ------
+    OtherFlower
+        Flower sets the time to wait in another way.
+    """
+    module = module_of(_DATABASE)
+    pragmas = dict(getattr(module, _PRAGMAS, ()))
+    if _WAIT not in pragmas:
+        raise OtherFlower(f"{_DATABASE} has no {_WAIT}")
+    setattr(module, _PRAGMAS, tuple({**pragmas, _WAIT: str(_PATIENCE)}.items()))
+
+
+def serve(arguments: Sequence[str]) -> None:
+    """Be a SuperLink, until a signal or the end of its SuperExec.
+
+    Parameters
+    ----------
+    arguments : Sequence[str]
+        The arguments for ``flower-superlink``.
+
+    Raises
+    ------
+    OtherFlower
+        The installed version of Flower is not known to work this way.
+    """
+    sys.argv = [SUPERLINK, *arguments]
+    found = programs()
+    if SUPERLINK not in found:
+        raise OtherFlower(f"it has no program {SUPERLINK}")
+    run: Callable[[], object] = found[SUPERLINK].load()
+    wait_longer_for_the_database()
+    end_with_children("The server's SuperExec has ended, so its SuperLink ends too.")
+    run()
