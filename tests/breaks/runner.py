@@ -208,8 +208,11 @@ def _child(tests: Sequence[str], fault: Fault | None, own: Path, cache: Path) ->
             for stream in (1, 2):
                 os.dup2(file.fileno(), stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        # An example that broken code has failed on is of no use to others.
+        os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(own / "hypothesis")
         plugin = _Plugin(fault)
         options = ["-n", "0", "-q", "--durations=0", "--rootdir", str(ROOT), "-m", ""]
+        options += ["--hypothesis-seed", "0"]
         options += ["-o", f"cache_dir={cache}", "--basetemp", str(own / "files")]
         status = int(pytest.main([*options, *tests], plugins=[plugin]))
         (own / "reports.json").write_text(json.dumps([asdict(r) for r in plugin.reports]))
