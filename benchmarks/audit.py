@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +18,9 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.tiny_llm import make
-from fedlora_flwr.audit import trials
 from fedlora_flwr.audit.canaries import GRADIENT, LABEL, TOKENS
 from fedlora_flwr.audit.game import short
-from fedlora_flwr.audit.one_run import ONE_RUN, attack, one_run_setting
+from fedlora_flwr.audit.modes import BLACK_BOX, ONE_RUN, PAIRED, attack
 from fedlora_flwr.audit.picture import plot_audit
 from fedlora_flwr.audit.record import VIOLATED, AuditRecord
 from fedlora_flwr.config import RunConfig
@@ -78,35 +76,29 @@ class Cell:
 def cells(language_model: Path) -> Iterator[Cell]:
     """Yield all attacks of the table."""
     for method in METHODS:
-        yield Cell("digits", trials.PAIRED, GRADIENT, 0.8, 1000, changes={"strategy": method})
-    yield Cell("digits-secure-sum", trials.PAIRED, GRADIENT, 0.8, 4000, changes=ONE_SUM)
+        yield Cell("digits", PAIRED, GRADIENT, 0.8, 800, changes={"strategy": method})
+    yield Cell("digits-secure-sum", PAIRED, GRADIENT, 0.8, 3200, changes=ONE_SUM)
     for method in ("ffa-lora", "rolora", "as-lora"):
         changes = {"strategy": method, "num-clients": 10}
         yield Cell("digits", ONE_RUN, GRADIENT, 0.4, 1, 200, changes)
-    yield Cell("digits", trials.BLACK_BOX, LABEL, 0.25, 1200, changes=SMALL)
+    yield Cell("digits", BLACK_BOX, LABEL, 0.25, 1200, changes=SMALL)
     changes = {**SMALL, "strategy": "ffa-lora", "partitioner": "iid", "partition-column": ""}
     changes |= {"min-records": 1, "lr-schedule": "constant", "optimizer": "sgd"}
     changes |= {"lr-a": 0.05, "lr-b": 0.05}
-    yield Cell(str(language_model), trials.BLACK_BOX, TOKENS, 0.25, 1000, changes=changes)
+    yield Cell(str(language_model), BLACK_BOX, TOKENS, 0.25, 1000, changes=changes)
 
 
 def quick() -> Iterator[Cell]:
     """Yield the attacks of the short form."""
     for method in ("ffa-lora", "rolora"):
-        yield Cell("digits", trials.PAIRED, GRADIENT, 0.5, 100, changes={"strategy": method})
+        yield Cell("digits", PAIRED, GRADIENT, 0.5, 100, changes={"strategy": method})
 
 
 def attacked(cell: Cell, confidence: float, workers: int, log: Path) -> AuditRecord:
     """Attack, and return the record."""
-    started = time.perf_counter()
-    if cell.mode == ONE_RUN:
-        found = attack(one_run_setting(cell.config, cell.records, cell.kind), confidence)
-    else:
-        setting = trials.trials_setting(cell.config, cell.records, cell.kind, cell.mode)
-        with executor(workers, log) as execute:
-            played = trials.play(setting, cell.mode, cell.runs, execute)
-        found = trials.record_of(setting, cell.mode, played, confidence)
-    return found.timed(time.perf_counter() - started)
+    about = (cell.config, cell.mode, cell.kind, cell.records, cell.runs, confidence)
+    with executor(workers, log) as execute:
+        return attack(*about, execute)
 
 
 def row_of(cell: Cell, found: AuditRecord) -> dict[str, Any]:
@@ -158,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found = attacked(cell, confidence, given.workers, Path(scratch) / "log")
             rows.append(row_of(cell, found))
             say(f"{len(rows)} of {len(every)}: {rows[-1]}")
-            if output and found.settings["strategy"] == "rolora" and cell.mode == trials.PAIRED:
+            if output and found.settings["strategy"] == "rolora" and cell.mode == PAIRED:
                 output.mkdir(parents=True, exist_ok=True)
                 write_json(output / "digits-rolora.json", found.as_json())
                 plot_audit(found, output / "digits-rolora.png")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.privacy.postprocessing.optimizer import OptimizerSettings
 
 Arrays = Mapping[str, NDArray[np.floating[Any]]]
+Gradients = NDArray[np.float64]
 _PRIOR = 0.25
 """Variance of a fair coin."""
 
@@ -67,7 +68,7 @@ class Evidence:
         """How much speaks for each canary, shape (k,).
 
         For one canary it is the logarithm of the likelihood with it over that without it. For more
-        it is the best linear estimate of whether each takes part, whatever the others do.
+        it is the best linear estimate of whether each takes part, also where others do.
         """
         rest: Scores = self.towards - self.overlap.sum(axis=1) / 2
         if len(rest) == 1:
@@ -99,6 +100,8 @@ class Attacker:
     noise_multiplier: float
     clip_norm: float
     sample_rate: float
+    # Directions that do not depend on the model.
+    _known: dict[object, Mapping[str, Gradients]] = field(default_factory=dict)
 
     def upload(
         self, server_round: int, plan: ComponentPlan, start: Arrays, sent: Arrays, batch: float
@@ -130,11 +133,10 @@ class Attacker:
 
     def evidence(self, view: View) -> Evidence:
         """Return what a view says of the canaries."""
-        self.trainer.load({**self.trainer.start, **view.start})
         signal: dict[str, NDArray[np.float64]] = {}
         noises: Counter[str] = Counter()  # How often an array got noise.
         for active, times in view.steps.items():
-            for name, part in self._directions(active).items():
+            for name, part in self._directions(active, view.start).items():
                 signal[name] = signal.get(name, 0.0) + times * part
                 noises[name] += times
         count = sum(len(unit) for unit in self.units)
@@ -161,9 +163,18 @@ class Attacker:
             batch = self.units[0].batch(torch.zeros(1, dtype=torch.int64))
             return float(trainer.task.losses(trainer.adapted.model, batch)[0])
 
-    def _directions(self, active: tuple[str, ...]) -> dict[str, NDArray[np.float64]]:
+    def _directions(self, active: tuple[str, ...], start: Arrays) -> Mapping[str, Gradients]:
         """Return the canaries' clipped gradients over C, by array, shape (k, …)."""
-        rows: dict[str, list[NDArray[np.float64]]] = {name: [] for name in active}
+        if not all(unit.directed for unit in self.units):
+            return self._computed(active, start)
+        shapes = tuple(start[name].shape for name in active if name in start)
+        if (active, shapes) not in self._known:
+            self._known[active, shapes] = self._computed(active, start)
+        return self._known[active, shapes]
+
+    def _computed(self, active: tuple[str, ...], start: Arrays) -> Mapping[str, Gradients]:
+        self.trainer.load({**self.trainer.start, **start})
+        rows: dict[str, list[Gradients]] = {name: [] for name in active}
         for unit in self.units:
             if len(unit):
                 every = torch.arange(len(unit))

@@ -153,6 +153,11 @@ class AuditRecords:
         return self._count
 
     @property
+    def directed(self) -> bool:
+        """Whether the canaries' gradients depend on nothing but their numbers."""
+        return self._canaries.kind == GRADIENT
+
+    @property
     def lengths(self) -> NDArray[Any] | None:
         """Number of tokens of each record, where the records have one."""
         lengths: NDArray[Any] | None = getattr(self._records, "lengths", None)

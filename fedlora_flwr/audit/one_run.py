@@ -39,7 +39,7 @@ def one_run_setting(config: RunConfig, canaries: int, kind: str) -> Setting:
     return Setting(config, canaries, kind, (canaries,) * config.num_clients)
 
 
-def attack(setting: Setting, confidence: float) -> AuditRecord:
+def attack_once(setting: Setting, confidence: float) -> AuditRecord:
     """Run once, guess for each canary whether it took part, and return the record.
 
     Parameters

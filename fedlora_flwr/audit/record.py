@@ -95,12 +95,13 @@ class AuditRecord:
     def attack(self) -> str:
         """What the attacker sees, in words."""
         steps = int(self.settings["num-rounds"]) * int(self.settings["local-steps"])
+        length = "one step" if steps == 1 else f"{steps} steps"
         sees = "each upload"
         if self.settings["trust-model"] == SECURE_SUM:
             sees = "each opened sum"
         if self.mode == "black box":
-            return f"a stranger who has only the final model, after {steps} steps"
-        return f"the server, which sees {sees} of {steps} steps"
+            return f"a stranger who has only the final model, after {length}"
+        return f"the server, which sees {sees} of {length}"
 
     def timed(self, seconds: float) -> AuditRecord:
         """Return the record with the time that the audit took."""

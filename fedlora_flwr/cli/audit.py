@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,39 +22,52 @@ from fedlora_flwr.terminal import Bar, show_json, show_lines
 
 if TYPE_CHECKING:
     from fedlora_flwr.audit.record import AuditRecord
+    from fedlora_flwr.config import RunConfig
 
 _TRIALS, _ONE_RUN = 8, 100
 """Records of each client by default: in many short runs, and in one run."""
 
 
+_Paired = Annotated[
+    bool, typer.Option("--paired", help="Many short runs, the server attacks (default).")
+]
+_OneRun = Annotated[
+    bool, typer.Option("--one-run", help="One run in which each record is a canary.")
+]
+_BlackBox = Annotated[
+    bool, typer.Option("--black-box", help="Many short runs; only the final model is seen.")
+]
+_Canary = Annotated[
+    str, typer.Option(help="gradient, scaled, label or tokens; chosen by the mode if empty.")
+]
+_Runs = Annotated[int, typer.Option(min=20, help="Short runs to attack.")]
+_Records = Annotated[
+    int, typer.Option(min=0, help="Records of each client; 0 = 8, or 100 in one run.")
+]
+_Confidence = Annotated[
+    float, typer.Option(min=0.5, max=0.9999, help="Confidence of all bounds together.")
+]
+_Workers = Annotated[int, typer.Option(min=1, help="Processes that attack.")]
+_Output = Annotated[Path, typer.Option(help="JSON file of the record.")]
+_Attach = Annotated[
+    Path | None,
+    typer.Option("--attach", help="Folder of a run that gets the record, and its card too."),
+]
+
+
 def audit(
     recipe: Recipe = "digits",
     overrides: Overrides = None,
-    paired: Annotated[
-        bool, typer.Option("--paired", help="Many short runs, the server attacks (default).")
-    ] = False,
-    one_run: Annotated[
-        bool, typer.Option("--one-run", help="One run in which each record is a canary.")
-    ] = False,
-    black_box: Annotated[
-        bool, typer.Option("--black-box", help="Many short runs; only the final model is seen.")
-    ] = False,
-    canary: Annotated[
-        str, typer.Option(help="gradient, scaled, label or tokens; chosen by the mode if empty.")
-    ] = "",
-    runs: Annotated[int, typer.Option(min=20, help="Short runs to attack.")] = 300,
-    records: Annotated[
-        int, typer.Option(min=0, help="Records of each client; 0 = 8, or 100 in one run.")
-    ] = 0,
-    confidence: Annotated[
-        float, typer.Option(min=0.5, max=0.9999, help="Confidence of all bounds together.")
-    ] = 0.95,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that attack.")] = 1,
-    output: Annotated[Path, typer.Option(help="JSON file of the record.")] = Path("audit.json"),
-    attach_to: Annotated[
-        Path | None,
-        typer.Option("--attach", help="Folder of a run that gets the record, and its card too."),
-    ] = None,
+    paired: _Paired = False,
+    one_run: _OneRun = False,
+    black_box: _BlackBox = False,
+    canary: _Canary = "",
+    runs: _Runs = 300,
+    records: _Records = 0,
+    confidence: _Confidence = 0.95,
+    workers: _Workers = 1,
+    output: _Output = Path("audit.json"),
+    attach_to: _Attach = None,
     as_json: AsJson = False,
 ) -> None:
     """Attack what a recipe runs, and show what ε the attack finds beside the claim.
@@ -70,38 +82,43 @@ def audit(
     if output.is_dir():
         raise InvalidValue("output", str(output), "a file")
     with uncollected():
-        from fedlora_flwr.audit import trials
+        from fedlora_flwr.audit import modes
         from fedlora_flwr.audit.attached import attach, check_attachable
         from fedlora_flwr.audit.canaries import default_kind
-        from fedlora_flwr.audit.game import short
-        from fedlora_flwr.audit.one_run import attack, one_run_setting
-        from fedlora_flwr.audit.record import VIOLATED
         from fedlora_flwr.processes.workers import executor
 
-    given = {short_name(k): v for k, v in parse_overrides(overrides or []).items()}
-    console, started = Console(stderr=as_json), time.perf_counter()
-    mode = trials.BLACK_BOX if black_box else trials.PAIRED
-    count, kind = records or (_ONE_RUN if one_run else _TRIALS), canary
-    kind = kind or default_kind(config.task, black_box=black_box)
-    clients = {"num-clients": 10} if one_run else {}
-    attacked = short(config, count, {**clients, **{k: config.items()[k] for k in given}})
+    mode = modes.BLACK_BOX if black_box else modes.ONE_RUN if one_run else modes.PAIRED
+    count = records or (_ONE_RUN if one_run else _TRIALS)
+    kind = canary or default_kind(config.task, black_box=black_box)
+    attacked = _short(config, overrides, count, one_run=one_run)
     if attach_to:
         check_attachable(attacked.items(), attach_to)
-    if one_run:
-        found = attack(one_run_setting(attacked, count, kind), confidence)
-    else:
-        setting = trials.trials_setting(attacked, count, kind, mode)
-        with executor(workers, output.with_suffix(".log")) as execute, _bar(console, runs) as told:
-            played = trials.play(setting, mode, runs, execute, told)
-        found = trials.record_of(setting, mode, played, confidence)
-    found = found.timed(time.perf_counter() - started)
+    console = Console(stderr=as_json)
+    log = output.with_suffix(".log")
+    with executor(workers, log) as execute, _bar(console, runs) as told:
+        found = modes.attack(attacked, mode, kind, count, runs, confidence, execute, told)
     write_json(output, found.as_json())
-    files = [output, *_picture(found, output)]
-    files += attach(found, attach_to) if attach_to else []
+    files = [output, *_picture(found, output), *(attach(found, attach_to) if attach_to else [])]
+    _show(console, found, files, as_json=as_json)
+
+
+def _short(config: RunConfig, overrides: Overrides, records: int, *, one_run: bool) -> RunConfig:
+    """Return the settings of the attacked runs: a short run's, and what was asked for."""
+    from fedlora_flwr.audit.game import short
+
+    given = {short_name(key) for key in parse_overrides(overrides or [])}
+    clients = {"num-clients": 10} if one_run else {}
+    return short(config, records, {**clients, **{key: config.items()[key] for key in given}})
+
+
+def _show(console: Console, found: AuditRecord, files: Sequence[Path], *, as_json: bool) -> None:
+    """Show a record; a claim that is violated ends the command with code 1."""
+    from fedlora_flwr.audit.record import VIOLATED
+
     if as_json:
         show_json(found.as_json())
     else:
-        names = {output: "Record", output.with_suffix(".png"): "Picture"}
+        names = {files[0]: "Record", files[0].with_suffix(".png"): "Picture"}
         written = [(names.get(path, "Attached"), str(path)) for path in files]
         show_lines(console, [*_lines(found), *written])
     if found.verdict == VIOLATED:

@@ -36,4 +36,4 @@ def attacked(
 
 def attacked_once(canaries: int, confidence: float = CONFIDENCE, **changes: Any) -> AuditRecord:
     config = settings(records=canaries, **changes)
-    return one_run.attack(one_run.one_run_setting(config, canaries, GRADIENT), confidence)
+    return one_run.attack_once(one_run.one_run_setting(config, canaries, GRADIENT), confidence)
