@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -12,9 +13,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import active_children, get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import SemLock
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -187,4 +189,16 @@ def _end_with_parent() -> None:
     """End this process when its parent is gone. A pool's own workers do not do so."""
     if (parent := parent_process()) is not None:
         parent.join()
+        _remember_semaphores()
         os._exit(1)
+
+
+def _remember_semaphores() -> None:
+    """Name the pool's semaphores to Python's resource tracker, which removes them in the end.
+
+    The parent has named them already. If its tracker was killed before it, a new one starts here.
+    """
+    for thing in gc.get_objects():
+        if isinstance(thing, SemLock):
+            # The names have no public attribute.
+            resource_tracker.register(thing._semlock.name, "semaphore")

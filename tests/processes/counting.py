@@ -32,3 +32,7 @@ def send_half(number: int) -> bytes:
 
     Connection._send = half  # type: ignore[attr-defined]
     return bytes(1000)
+
+
+def slow(seconds: float) -> None:
+    time.sleep(seconds)
