@@ -54,10 +54,10 @@ def audit_figure(record: AuditRecord) -> Figure:
     axes.set_aspect("equal")
     axes.legend(loc="upper right", frameon=False)
     settings, counts = record.settings, record.counts
-    trials = f"{counts.absent + counts.present:,} canaries, {counts.runs:,} runs"
+    trials = f"{counts.absent + counts.present:,} canaries, {counts.runs_in_words}"
     axes.set_title(
         f"{settings['task']}, {settings['strategy']}, {record.mode}: {trials}\n"
-        f"ε ≥ {record.best:.2f} of {epsilon:.2f} at {100 * record.confidence:g} % confidence",
+        f"ε ≥ {record.best:.2f} of {epsilon:.2f} at {100 * record.confidence:.4g} % confidence",
         fontsize=10,
     )
     return figure

@@ -36,6 +36,11 @@ class Counts:
     guesses: Sequence[int] = ()
     correct: Sequence[int] = ()
 
+    @property
+    def runs_in_words(self) -> str:
+        """The number of runs, for a sentence."""
+        return "one run" if self.runs == 1 else f"{self.runs:,} runs"
+
 
 @dataclass(frozen=True)
 class AuditRecord:
