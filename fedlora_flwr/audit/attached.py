@@ -75,8 +75,8 @@ def section(record: AuditRecord) -> str:
     best = max(record.bounds, key=lambda bound: bound.epsilon)
     assumes = f"assumes {best.assumes}" if best.assumes else "assumes nothing"
     return (
-        f"## Audit\n\nThe promise was attacked in {record.counts.runs_in_words} with these settings, "
-        f"by {record.attack}. At {100 * record.confidence:g} % confidence the attack "
-        f"shows ε ≥ {best.epsilon:.2f} ({best.statistic}, which {assumes}). The claim of those "
-        f"runs was ε = {record.claim:.2f}. Verdict: {record.verdict}.\n\n"
+        f"## Audit\n\nThe promise was attacked in {record.counts.runs_in_words} with these "
+        f"settings, by {record.attack}. At {100 * record.confidence:g} % confidence the attack "
+        f"shows ε ≥ {best.epsilon:.2f} ({best.statistic}, which {assumes}). The claim of "
+        f"what was attacked was ε = {record.claim:.2f}. Verdict: {record.verdict}.\n\n"
     )

@@ -162,8 +162,8 @@ def _lines(found: AuditRecord) -> Iterator[tuple[str, str]]:
     yield "Canary", KINDS[found.canary]
     yield (
         "Coins",
-        f"{counts.absent + counts.present:,} in {counts.runs_in_words}: {counts.present:,} with the "
-        f"canary, {counts.absent:,} without",
+        f"{counts.absent + counts.present:,} in {counts.runs_in_words}: {counts.present:,} with "
+        f"the canary, {counts.absent:,} without",
     )
     yield "Claim", f"ε = {found.claim:.3f} at δ = {found.delta:g}, by the clients' ledgers"
     for bound in found.bounds:
