@@ -6,8 +6,8 @@ own. With one it sees opened sums, and one attacker looks at the canaries of all
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +26,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.lora.build import build_adapted
 from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.privacy.ledger import LEDGER, Ledger
+from fedlora_flwr.processes.lifeline import scratch
 from fedlora_flwr.server.strategy import build_strategy
 from fedlora_flwr.server.sum_step import SumStep, sum_grid, sum_noise
 from fedlora_flwr.simulations.local_grid import LocalGrid
@@ -126,9 +127,10 @@ class Game:
         config = setting.config
         self._setting, self._run = setting, 0
         # The ledgers end with the game. In memory, a row costs no wait for a disk.
-        self._folder = tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None)
-        self._ledger = Ledger(Path(self._folder.name) / LEDGER)
-        self._store = LocalStore(Path(self._folder.name))
+        self._stack = ExitStack()
+        memory = _MEMORY if _MEMORY.is_dir() else None
+        folder = self._stack.enter_context(scratch("fedlora-audit-", memory))
+        self._ledger, self._store = Ledger(folder / LEDGER), LocalStore(folder)
         self._task = cast("Task", AuditTask(build_task(config.task, config)))
         self._trainer, own = self._build(), self._build()
         kinds = Canaries.of(setting.kind, self._task, own.adapted.model)

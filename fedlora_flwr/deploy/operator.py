@@ -79,6 +79,7 @@ class Operator:
         with ExitStack() as stack:
             self._home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedlora-")))
             self._lifeline = stack.enter_context(Lifeline())
+            self._lifeline.start(clear=self._home)
             self._connection = Connection(CONNECTION, lines, self._home, self._lifeline, self._env)
             self._stack = stack.pop_all()
         return self

@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,22 @@ from fedlora_flwr.terminal import uninterrupted
 
 KEEPER = Path(__file__).with_name("keeper.py")
 _PATIENCE = 60.0
+
+
+@contextmanager
+def scratch(prefix: str = "fedlora-", where: Path | None = None) -> Iterator[Path]:
+    """Make a temporary folder that goes with this process, also if it is killed.
+
+    Parameters
+    ----------
+    prefix : str (default: "fedlora-")
+        How its name begins.
+    where : Path, optional
+        The folder to make it in; by default that of temporary files.
+    """
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=where) as folder, Lifeline() as lifeline:
+        lifeline.start(clear=Path(folder))
+        yield Path(folder)
 
 
 class Lifeline:

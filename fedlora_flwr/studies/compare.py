@@ -18,6 +18,7 @@ from rich.console import Console
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.files import replace_file
 from fedlora_flwr.plots.accuracy import plot_accuracy
+from fedlora_flwr.processes.lifeline import scratch
 from fedlora_flwr.processes.workers import Execute, executor
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.studies.compare_methods import RATES, Method, settings_of
@@ -250,10 +251,10 @@ def compare(
     check_settings(folder, document)
     comparison.check(console)
     metric = build_task(comparison.config.task, comparison.config).metric
-    with claim(folder, document), tempfile.TemporaryDirectory(prefix="fedlora-compare-") as scratch:
+    with claim(folder, document), scratch("fedlora-compare-") as working:
         journal = Journal(folder / "rows.csv")
         with executor(workers, folder / "compare.log") as execute:
-            chosen = _run_all(comparison, journal, execute, partial(_run, scratch), on_row)
+            chosen = _run_all(comparison, journal, execute, partial(_run, working), on_row)
         rows = [journal.rows[job.key] for job in comparison.report_jobs(chosen)]
         summary = summarize(rows, chosen, comparison.seeds)
         parts = document_of(summary, comparison.config, metric, comparison.trials)
@@ -287,7 +288,7 @@ def _run_all(
     return chosen
 
 
-def _run(scratch: str, job: Job) -> Row:
+def _run(working: Path, job: Job) -> Row:
     """Run one job. An error becomes the job's result."""
     from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 
@@ -299,7 +300,7 @@ def _run(scratch: str, job: Job) -> Row:
     started = time.perf_counter()
     try:
         metric = build_task(job.config.task, job.config).metric
-        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        with tempfile.TemporaryDirectory(dir=working) as folder:
             run_dir = RunDirectory(Path(folder))
             summary = run_in_process(prepare_run(job.config), run_dir, lambda _: None)
     except Exception as error:  # The other runs continue in any case.

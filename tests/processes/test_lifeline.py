@@ -125,6 +125,39 @@ def test_nothing_outlives_a_process_that_ends_itself(how: str, code: int, tmp_pa
     check_gone(tmp_path, mark)
 
 
+# Who makes a temporary folder, and works until it is killed.
+MAKERS = {
+    "scratch": "from fedlora_flwr.processes.lifeline import scratch\nmade = scratch()",
+    "operator": """
+from pathlib import Path
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.deploy.fleet import Fleet, make_fleet
+from fedlora_flwr.deploy.operator import Operator
+make_fleet(Path(sys.argv[1]) / "fleet", Fleet(1, port=1), RunConfig(task="digits"))
+made = Operator(Path(sys.argv[1]) / "fleet", False, print)
+""",
+}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_no_temporary_folder_outlives_a_killed_process(tmp_path: Path, maker: str) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    code = f"import sys, time\n{MAKERS[maker]}\nwith made:\n    print('in')\n    time.sleep(600)"
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", code, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(temporary), MARK: str(tmp_path)},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"in\n"
+    assert len(list(temporary.iterdir())) == 1
+    process.kill()
+    process.wait()
+    assert left_of(str(tmp_path), patience=30) == []
+    assert list(temporary.iterdir()) == []
+
+
 def test_a_keeper_takes_its_command_with_it(tmp_path: Path) -> None:
     process, mark = start(tmp_path)
     (keeper,) = (p for p in children(process.pid) if children(p))
