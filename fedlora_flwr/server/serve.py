@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
+from fedlora_flwr import wire
 from fedlora_flwr.algebra.means import MovingAverage
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.environment import versions
@@ -147,6 +148,7 @@ class _Session:
     rows: list[RoundRow] = field(default_factory=list)
     accountants: set[str] = field(default_factory=set)
     budgets: dict[str, tuple[float, float]] = field(default_factory=dict)
+    unprotected: bool = False
     nodes: set[int] = field(default_factory=set)
     connected: Callable[[], Iterable[int]] = tuple
     _mark: float = field(default_factory=time.perf_counter)
@@ -310,6 +312,7 @@ class _Session:
     def _hear(self, client: str, told: Mapping[str, Any]) -> None:
         """Note what a client tells of its account."""
         self.accountants.add(str(told.get(ACCOUNTANT, "")))
+        self.unprotected |= any(word.startswith(wire.UNPROTECTED) for word in told)
         if {EPSILON_BUDGET, DELTA} <= told.keys():
             self.budgets[client] = told[EPSILON_BUDGET], told[DELTA]
 
@@ -384,6 +387,8 @@ def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dic
         "trust_model": config.trust_model,
         "blocks": list(session.layout.blocks) if session else [],
         "remarks": _remarks(session.strategy) if session else {},
-        "unprotected_metrics": config.report_unprotected_metrics,
+        # A device's own file may ask for them where the run's settings do not.
+        "unprotected_metrics": config.report_unprotected_metrics
+        or (session is not None and session.unprotected),
         "versions": versions(),
     }

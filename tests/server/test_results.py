@@ -208,3 +208,14 @@ def test_unprotected_metrics_are_marked(make_config: MakeConfig, tmp_path: Path)
     run_dir, summary = run(config, tmp_path / "run")
     assert summary["unprotected_metrics"] is True
     assert all("unprotected-accuracy" in row for row in run_dir.rows("clients"))
+
+
+def test_unprotected_metrics_that_only_a_device_asks_for_are_marked(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config, run_dir = make_config(num_rounds=1), RunDirectory(tmp_path / "run")
+    clients = {**config.items(), "report-unprotected-metrics": True}
+    with LocalGrid(app, config.num_clients, clients).running() as grid:
+        summary = run_federation(grid, config, run_dir)
+    assert config.report_unprotected_metrics is False
+    assert summary["unprotected_metrics"] is True
