@@ -43,7 +43,8 @@ def group_of(leader: int) -> list[int]:
 
 def remote_ends(process: int) -> set[tuple[str, int]]:
     """Return the other ends of a process's TCP and UDP sockets, as the kernel has them (Linux)."""
-    own, found = set(), set()
+    own: set[str] = set()
+    found: set[tuple[str, int]] = set()
     try:
         for entry in Path(f"/proc/{process}/fd").iterdir():
             target = str(entry.readlink()) if entry.is_symlink() else ""

@@ -14,8 +14,10 @@ from hashlib import sha256
 from typing import Any
 
 from flwr.proto import fab_pb2, fleet_pb2, heartbeat_pb2, message_pb2, recorddict_pb2, run_pb2
-from google.protobuf.message import Message
-from google.protobuf.unknown_fields import UnknownFieldSet
+from google.protobuf.message import Message  # type: ignore[import-untyped]
+from google.protobuf.unknown_fields import (  # type: ignore[import-untyped]
+    UnknownFieldSet,
+)
 
 from fedlora_flwr.wire import UNPROTECTED
 from tests.deploy.wire_tap import Call
@@ -160,7 +162,7 @@ def objects_of(calls: list[Call], name: str) -> dict[str, Packed]:
         if call.name == name:
             carries = call.request if name == PUSH else call.answer
             if carries is not None:
-                content = CALLS[name][name == PULL].FromString(carries.body).object_content  # type: ignore[attr-defined]
+                content = CALLS[name][name == PULL].FromString(carries.body).object_content
                 if content:
                     found[Packed(content).id] = Packed(content)
     return found

@@ -50,6 +50,10 @@ def told(value: Any, heard: Heard, call: Call) -> bool:
     return value in heard.told
 
 
+def _message(value: Any, heard: Heard, call: Call) -> bool:
+    return value in heard.told or value in heard.pulled
+
+
 def _is(*values: Any) -> Fits:
     return lambda value, heard, call: value in values
 
@@ -97,7 +101,7 @@ def _pushed(value: Any, heard: Heard, call: Call) -> bool:
 def _object(value: Packed, heard: Heard, call: Call) -> bool:
     sent = CALLS[PUSH][0].FromString(call.request.body)
     return (
-        value.id == sent.object_id  # type: ignore[attr-defined]
+        value.id == sent.object_id
         and value.head[2] == len(value.body)
         and all(part in heard.pushed for part in value.parts)
     )
@@ -140,7 +144,7 @@ _METADATA = {
     "run_id": _RUN,
     "src_node_id": _NODE,
     "dst_node_id": Row(PUBLIC, "The server's number.", told),
-    "reply_to_message_id": Row(PUBLIC, "The server's message.", told),
+    "reply_to_message_id": Row(PUBLIC, "The server's message.", _message),
     "message_type": Row(PUBLIC, "The type of the server's message.", told),
     "dst_task_id": Row(PUBLIC, "The server's number.", told),
     "created_at": Row(SIDE, "The time of the answer.", _when),
@@ -269,7 +273,7 @@ def account(heard: Heard, seen: Counter[str]) -> list[str]:
 def tells(value: Any, number: int) -> bool:
     """Tell whether a value is a number, or a text or a collection that holds it."""
     if isinstance(value, str):
-        return re.search(rf"(?<![\w.]){number}(?![\w.])", value) is not None
+        return re.search(rf"(?<!\w)(?<!\d\.){number}(?!\w|\.\d)", value) is not None
     if isinstance(value, list | tuple):
         return any(tells(one, number) for one in value)
     return isinstance(value, int | float) and value == number
