@@ -1,7 +1,7 @@
 """The program of a fleet's server: Flower's SuperLink, with two of its gaps closed.
 
-Flower's SuperLink does not notice that its SuperExec has died, without which no run begins. Here it
-ends as well, so that the server's unit, or `fedlora deploy run --server`, starts both again.
+Flower's SuperLink does not notice that its SuperExec was killed, without which no run begins. Here
+it ends as well, so that the server's unit, or `fedlora deploy run --server`, starts both again.
 
 Many processes write to the SuperLink's database. One that waits for more than five seconds gives up
 with "database is locked", which ends a run. Here it waits for a minute.
@@ -57,5 +57,6 @@ def serve(arguments: Sequence[str]) -> None:
         raise OtherFlower(f"it has no program {SUPERLINK}")
     run: Callable[[], object] = found[SUPERLINK].load()
     wait_longer_for_the_database()
-    end_with_children("The server's SuperExec has ended, so its SuperLink ends too.")
+    # With an expired certificate SuperExec ends by itself. The server stays, and tells devices why.
+    end_with_children("The server's SuperExec was killed, so its SuperLink ends too.", killed=True)
     run()

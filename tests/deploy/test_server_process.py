@@ -42,7 +42,7 @@ def test_a_server_whose_superexec_is_killed_ends_and_says_so(tmp_path: Path) -> 
         os.kill(superexec.pid, signal.SIGKILL)
         assert server.wait(60) is not None
         said = fleet.log("server").read_text()
-        assert "The server's SuperExec has ended, so its SuperLink ends too." in said
+        assert "The server's SuperExec was killed, so its SuperLink ends too." in said
 
 
 def test_a_writer_waits_longer_than_five_seconds_for_another(tmp_path: Path) -> None:
