@@ -205,8 +205,8 @@ def test_a_container_runs_what_the_fleets_scripts_run(tmp_path: Path) -> None:
         own = tmp_path / "fleet" / folder / script
         assert os.access(own, os.X_OK)
         (program,) = [line.split()[1] for line in own.read_text().splitlines() if "exec " in line]
-        # A device's goes through this package, so that no server's code runs on it.
-        assert program == ("fedlora" if part == "supernode" else f"flower-{part}")
+        # Both go through this package, which closes gaps of Flower's programs.
+        assert program == "fedlora"
         assert program in {point.name for point in entry_points(group="console_scripts")}
         run = documented(f":/srv{':ro' if part == 'supernode' else ''} fedlora-{part}")
         assert f"/{Path(folder).name}:{mounted}" in run

@@ -22,7 +22,7 @@ from fedlora_flwr.layout import is_shared
 from fedlora_flwr.privacy.engine import PrivateEngine
 from fedlora_flwr.randomness import stream_seed
 from fedlora_flwr.tasks.chats import IGNORED
-from fedlora_flwr.tasks.registry import Task
+from fedlora_flwr.tasks.registry import Task, class_names
 
 GRADIENT, SCALED, LABEL, TOKENS = "gradient", "scaled", "label", "tokens"
 KINDS: Mapping[str, str] = {
@@ -71,8 +71,7 @@ class Canaries:
         if kind not in KINDS:
             raise InvalidValue("canary", kind, f"one of {', '.join(KINDS)}")
         if kind == LABEL:
-            named: tuple[str, ...] = getattr(task, "class_names", tuple)()
-            choices = len(named) or int(getattr(task, "num_classes", 0))
+            choices = len(class_names(task))
             if choices < 2:
                 raise InvalidValue("canary", kind, f"a kind other than {kind!r} for this task")
             return cls(kind, choices)

@@ -61,7 +61,7 @@ def test_the_version_is_that_of_the_package() -> None:
     ("arguments", "incomplete", "expected"),
     [
         ([], "comp", ["compare"]),
-        (["deploy"], "", ["init", "check", "renew", "run", "start", "identity"]),
+        (["deploy"], "", ["init", "check", "renew", "run", "start", "serve", "identity"]),
         (["run"], "dig", ["digits", "digits-secure-sum"]),
         (["simulate"], "paper/ffa-lora-s", ["paper/ffa-lora-sst2"]),
         (["compare", "--task"], "cif", ["cifar10-small-swin", "cifar10-swin-secure-sum"]),
