@@ -20,12 +20,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
-from scipy.optimize import brentq  # type: ignore[import-untyped]
-from scipy.special import log_ndtr  # type: ignore[import-untyped]
-
 from benchmarks import ROOT
 from benchmarks.figures import write_content
+from fedlora_flwr.audit.bounds import gaussian_epsilon
 from fedlora_flwr.environment import peak_memory
 from fedlora_flwr.privacy import loss_grid
 from fedlora_flwr.privacy.accountants import ACCOUNTANTS, Segment
@@ -37,26 +34,6 @@ STEPS, DELTAS = (100, 1000, 10_000), (1e-5, 1e-8)
 EXTREMES = list(product((1e-6, 1.0), (0.3, 100.0), (1, 10**6), (1e-12, 1e-3)))
 END = "<!-- end of the table -->"
 Row: TypeAlias = dict[str, Any]
-
-
-def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Return the exact ε of the Gaussian mechanism with sensitivity ÷ deviation μ.
-
-    References
-    ----------
-    arXiv 1805.06530, theorem 8. The two terms are subtracted as logarithms, so that no ε overflows.
-    """
-
-    def excess(epsilon: float) -> float:
-        first = log_ndtr(mu / 2 - epsilon / mu)
-        second = epsilon + log_ndtr(-mu / 2 - epsilon / mu)
-        if second >= first:
-            return -math.inf
-        return float(first + np.log(-np.expm1(second - first)) - math.log(delta))
-
-    if excess(0.0) <= 0:
-        return 0.0
-    return float(brentq(lambda e: max(excess(e), -1e3), 0, mu * mu / 2 + 50 * mu + 1, xtol=1e-14))
 
 
 def cell(rate: float, sigma: float, steps: int, delta: float) -> Row:

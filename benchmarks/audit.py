@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.figures import write_content
 from benchmarks.tiny_llm import make
 from fedlora_flwr.audit.canaries import GRADIENT, LABEL, TOKENS
 from fedlora_flwr.audit.game import short
@@ -25,7 +26,6 @@ from fedlora_flwr.audit.picture import plot_audit
 from fedlora_flwr.audit.record import VIOLATED, AuditRecord
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.recipes import load_recipe
-from fedlora_flwr.environment import machine, versions
 from fedlora_flwr.files import replace_file, write_json
 from fedlora_flwr.processes.workers import executor
 
@@ -141,6 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help=f"folder of the results ({RESULTS.name})")
     given = parser.parse_args(arguments)
     output: Path | None = given.output or (None if given.quick else RESULTS)
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     say: Callable[[str], object] = Console().print
     with tempfile.TemporaryDirectory() as scratch:
@@ -151,12 +153,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows.append(row_of(cell, found))
             say(f"{len(rows)} of {len(every)}: {rows[-1]}")
             if output and found.settings["strategy"] == "rolora" and cell.mode == PAIRED:
-                output.mkdir(parents=True, exist_ok=True)
                 write_json(output / "digits-rolora.json", found.as_json())
                 plot_audit(found, output / "digits-rolora.png")
     if output:
-        about = {"confidence": CONFIDENCE, "machine": machine(), "versions": versions()}
-        write_json(output / "table.json", {**about, "rows": rows})
+        content = {"confidence": CONFIDENCE, "rows": rows}
+        write_content(output / "table.json", "python -m benchmarks.audit", content)
         replace_file(output / "table.md", table_of(rows).encode())
     failed = [row for row in rows if row["verdict"] == VIOLATED]
     raise SystemExit(1 if failed else 0)

@@ -13,12 +13,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.figures import write_content
 from benchmarks.running_fleet import running
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.deploy.fleet import Fleet, make_fleet
-from fedlora_flwr.environment import machine, versions
-from fedlora_flwr.files import write_json
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.superlink import free_port
 
@@ -69,10 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             found[model] = seconds(Path(folder), given.devices, given.rounds, model)
         print(f"{model}: {median(found[model]):.1f} s per round, {found[model]}", flush=True)
-    result = {
-        "devices": given.devices, "seconds": found, "machine": machine(), "versions": versions(),
-    }  # fmt: skip
-    write_json(given.output, result)
+    content = {"devices": given.devices, "seconds": found}
+    write_content(given.output, "python -m benchmarks.deployed_sum", content)
 
 
 if __name__ == "__main__":

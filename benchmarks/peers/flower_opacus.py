@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
-import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,9 +24,9 @@ import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 from torch.utils.data import DataLoader
 
-from fedlora_flwr.audit.bounds import Bound, Scores, clopper_pearson, gaussian
-from fedlora_flwr.environment import machine, versions
-from fedlora_flwr.files import write_json
+from benchmarks.figures import write_content
+from fedlora_flwr.audit.bounds import bounds_of
+from fedlora_flwr.audit.trials import tosses
 from fedlora_flwr.simulations.local_grid import LocalGrid
 
 RESULT = Path(__file__).parents[1] / "results" / "audit" / "flower-opacus.json"
@@ -90,17 +89,14 @@ class Peer:
 
 def attacked(peer: Peer, rounds: int, trials: int) -> dict[str, Any]:
     """Return what so many runs of so many rounds show."""
-    coins = [True, False] * (trials // 2)
-    secrets.SystemRandom().shuffle(coins)
+    coins = tosses(trials)
     scores: dict[bool, list[float]] = {False: [], True: []}
     reported = 0.0
     for coin in coins:
         score, said = peer.play(rounds, present=coin)
         scores[coin].append(score)
         reported = max(reported, said)
-    both: tuple[Scores, Scores] = np.array(scores[False]), np.array(scores[True])
-    each = 1 - (1 - CONFIDENCE) / 2
-    bounds: list[Bound] = [bound(*both, DELTA, each) for bound in (clopper_pearson, gaussian)]
+    bounds = bounds_of(np.array(scores[False]), np.array(scores[True]), DELTA, CONFIDENCE)
     return {
         "rounds": rounds, "trials": len(coins), "reported": round(reported, 3),
         "bounds": {bound.statistic: round(bound.epsilon, 3) for bound in bounds},
@@ -123,7 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for rounds in given.rounds:
         rows.append(attacked(peer, rounds, given.trials))
         print(rows[-1], file=sys.stderr, flush=True)
-    write_json(given.output, {"rows": rows, "machine": machine(), "versions": versions()})
+    command = "python -m benchmarks.peers.flower_opacus"
+    write_content(given.output, command, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -80,13 +80,29 @@ def delta_of_mu(mu: float, epsilon: float) -> float:
     return float(math.exp(above) - math.exp(epsilon + below))
 
 
-def epsilon_of_mu(mu: float, delta: float) -> float:
-    """Return ε of a Gaussian mechanism with sensitivity over deviation ``mu`` at ``delta``."""
-    if delta_of_mu(mu, 0.0) <= delta:
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """Return the exact ε of the Gaussian mechanism with sensitivity over deviation ``mu``.
+
+    References
+    ----------
+    arXiv 1805.06530, theorem 8. The two terms are subtracted as logarithms, so that no ε overflows.
+    """
+
+    def excess(epsilon: float) -> float:
+        first = log_ndtr(mu / 2 - epsilon / mu)
+        second = epsilon + log_ndtr(-mu / 2 - epsilon / mu)
+        if second >= first:
+            return -math.inf
+        return float(first + np.log(-np.expm1(second - first)) - math.log(delta))
+
+    if mu <= 0 or excess(0.0) <= 0:
         return 0.0
-    if delta_of_mu(mu, LARGEST) > delta:
-        return LARGEST
-    return float(brentq(lambda epsilon: delta_of_mu(mu, epsilon) - delta, 0.0, LARGEST))
+    return float(brentq(lambda e: max(excess(e), -1e3), 0, mu * mu / 2 + 50 * mu + 1, xtol=1e-14))
+
+
+def epsilon_of_mu(mu: float, delta: float) -> float:
+    """Return ε of a Gaussian mechanism as a bound states it: at most `LARGEST`."""
+    return min(gaussian_epsilon(mu, delta), LARGEST)
 
 
 def mu_of_epsilon(epsilon: float, delta: float) -> float:
@@ -151,6 +167,25 @@ def gaussian(absent: Scores, present: Scores, delta: float, confidence: float) -
     share = len(rest[1]) / trials
     mu = _largest(lambda mu: most_right(mu, share) < least)
     return Bound(epsilon_of_mu(mu, delta), "Gaussian fit", "the curve of a Gaussian mechanism")
+
+
+def bounds_of(absent: Scores, present: Scores, delta: float, confidence: float) -> list[Bound]:
+    """Return `clopper_pearson` and `gaussian` of the same trials, which hold together (Bonferroni).
+
+    Parameters
+    ----------
+    absent, present, delta
+        As for `clopper_pearson`.
+    confidence : float
+        Of both bounds together.
+
+    Raises
+    ------
+    InvalidValue
+        As `clopper_pearson`.
+    """
+    each = 1 - (1 - confidence) / 2
+    return [bound(absent, present, delta, each) for bound in (clopper_pearson, gaussian)]
 
 
 def most_right(mu: float, share: float) -> float:

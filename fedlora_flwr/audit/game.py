@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,10 +24,12 @@ from fedlora_flwr.clients.local_round import LocalRound
 from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.lora.build import build_adapted
 from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.privacy.ledger import LEDGER, Ledger
 from fedlora_flwr.processes.lifeline import scratch
+from fedlora_flwr.secure_sum.grid import Grid
 from fedlora_flwr.server.strategy import build_strategy
 from fedlora_flwr.server.sum_step import SumStep, sum_grid, sum_noise
 from fedlora_flwr.simulations.local_grid import LocalGrid
@@ -133,28 +136,26 @@ class Game:
         self._ledger, self._store = Ledger(folder / LEDGER), LocalStore(folder)
         self._task = cast("Task", AuditTask(build_task(config.task, config)))
         self._trainer, own = self._build(), self._build()
-        kinds = Canaries.of(setting.kind, self._task, own.adapted.model)
-        self._records = [
-            self._task.client_records(client, config.num_clients)
-            for client in range(config.num_clients)
+        self._kinds = Canaries.of(setting.kind, self._task, own.adapted.model)
+        ends = list(accumulate(setting.canaries))
+        self._clients = [
+            (self._task.client_records(client, config.num_clients), end - count)
+            for client, (end, count) in enumerate(zip(ends, setting.canaries, strict=True))
         ]
-        counts = setting.canaries
-        firsts = [sum(counts[:client]) for client in range(len(counts))]
-        self._clients = list(zip(self._records, firsts, strict=True))
-        self._kinds = kinds
         there = [
-            AuditRecords(found, count, kinds, [True] * count, first)
-            for (found, first), count in zip(self._clients, counts, strict=True)
+            AuditRecords(found, count, self._kinds, [True] * count, first)
+            for (found, first), count in zip(self._clients, setting.canaries, strict=True)
         ]
-        q = config.sample_rate
-        noise, batch = sum_noise(config) if config.secure_sum else 0.0, 0.0
-        if not config.secure_sum:
+        about: tuple[float, float, float]
+        if config.secure_sum:
+            self._server = self._built_server()
+            units, self._batch = [there], 0.0
+            about = sum_noise(config), config.clip_norm, config.sample_rate
+        else:
             mechanism = calibrated_mechanism(config, setting.records)
-            noise, batch = mechanism.noise_multiplier, mechanism.batch_size
-            q = mechanism.sample_rate
-        self._batch = batch
-        units = [there] if config.secure_sum else [[one] for one in there]
-        self.attackers = [Attacker(own, unit, noise, config.clip_norm, q) for unit in units]
+            units, self._batch = [[one] for one in there], mechanism.batch_size
+            about = mechanism.noise_multiplier, config.clip_norm, mechanism.sample_rate
+        self.attackers = [Attacker(own, unit, *about) for unit in units]
 
     def run(self, coins: Sequence[Sequence[bool]], watch: Watch | None = None) -> Ending:
         """Run once.
@@ -175,7 +176,7 @@ class Game:
         ]
         strategy = build_strategy(config)
         if config.secure_sum:
-            strategy.opener = self._opener(watch)
+            strategy.opener = WatchedStep(config, *self._server, watch)
 
         def respond(message: Message, context: Context) -> Message:
             client = int(context.node_config["partition-id"])
@@ -210,13 +211,12 @@ class Game:
             return trainer
         return directed(trainer, build_strategy(config).shared)
 
-    def _opener(self, watch: Watch | None) -> SumStep:
-        """Return the server's step under a secure sum, which shows each opened sum."""
-        config, records = self._setting.config, self._setting.records * len(self._records)
+    def _built_server(self) -> tuple[AdaptedModel, Grid, int]:
+        """Return what the server's step under a secure sum needs, the same in each run."""
+        config, records = self._setting.config, self._setting.records * len(self._clients)
         adapted = build_adapted(config, self._task)
         size = sum(parameter.numel() for parameter in adapted.parameters.values())
-        grid = sum_grid(config, records, size)
-        return WatchedStep(config, adapted, grid, records, watch)
+        return adapted, sum_grid(config, records, size), records
 
 
 def _values(record: ArrayRecord) -> Arrays:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from fedlora_flwr.audit.one_run import ONE_RUN, attack_once, one_run_setting
-from fedlora_flwr.audit.record import AuditRecord
-from fedlora_flwr.audit.trials import BLACK_BOX, PAIRED, play, record_of, trials_setting
+from fedlora_flwr.audit.one_run import attack_once, one_run_setting
+from fedlora_flwr.audit.record import BLACK_BOX, ONE_RUN, PAIRED, AuditRecord
+from fedlora_flwr.audit.trials import play, record_of, trials_setting
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.processes.workers import Execute, one_by_one
 

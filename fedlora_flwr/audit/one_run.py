@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from fedlora_flwr.audit.attacker import Evidence, View
 from fedlora_flwr.audit.bounds import Scores, one_run, one_run_gaussian
 from fedlora_flwr.audit.game import Game, Setting
-from fedlora_flwr.audit.record import AuditRecord, Counts, curve_of
+from fedlora_flwr.audit.record import ONE_RUN, AuditRecord, Counts, curve_of
 from fedlora_flwr.config import RunConfig
 
-ONE_RUN = "one run"
 BOUNDS = (one_run, one_run_gaussian)
 GUESSED = (0.5, 0.2)
 """Share of the canaries that are guessed, for the bound that assumes nothing and for the other.

@@ -11,6 +11,7 @@ import numpy as np
 from fedlora_flwr.audit.bounds import Bound, Scores
 from fedlora_flwr.config.trust import SECURE_SUM
 
+PAIRED, ONE_RUN, BLACK_BOX = "paired", "one run", "black box"
 HOLDS, VIOLATED, WEAK = "holds", "violated", "too weak to say"
 TELLING = 0.25
 """An attack that finds less than this share of the claim says little about it."""
@@ -51,7 +52,7 @@ class AuditRecord:
     settings : Mapping[str, Any]
         The configuration of the attacked runs, by key.
     mode : str
-        ``"paired"``, ``"one run"`` or ``"black box"``.
+        `PAIRED`, `ONE_RUN` or `BLACK_BOX`.
     canary : str
         Kind of the canaries (see `fedlora_flwr.audit.canaries.KINDS`).
     counts : Counts
@@ -104,7 +105,7 @@ class AuditRecord:
         sees = "each upload"
         if self.settings["trust-model"] == SECURE_SUM:
             sees = "each opened sum"
-        if self.mode == "black box":
+        if self.mode == BLACK_BOX:
             return f"a stranger who has only the final model, after {length}"
         return f"the server, which sees {sees} of {length}"
 

@@ -14,16 +14,14 @@ from functools import lru_cache
 import numpy as np
 
 from fedlora_flwr.audit.attacker import View
-from fedlora_flwr.audit.bounds import Scores, clopper_pearson, gaussian
+from fedlora_flwr.audit.bounds import Scores, bounds_of
 from fedlora_flwr.audit.game import Game, Setting
-from fedlora_flwr.audit.record import AuditRecord, Counts, curve_of
+from fedlora_flwr.audit.record import BLACK_BOX, AuditRecord, Counts, curve_of
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.processes.workers import Execute, one_by_one
 
-PAIRED, BLACK_BOX = "paired", "black box"
 BATCH = 10
 """Runs of one job."""
-BOUNDS = (clopper_pearson, gaussian)
 
 
 @dataclass(frozen=True)
@@ -125,8 +123,7 @@ def record_of(setting: Setting, mode: str, trials: Trials, confidence: float) ->
     InvalidValue
         There are too few trials (see `clopper_pearson`).
     """
-    config, each = setting.config, 1 - (1 - confidence) / len(BOUNDS)
-    scores = trials.absent, trials.present
+    config, scores = setting.config, (trials.absent, trials.present)
     return AuditRecord(
         settings=config.items(),
         mode=mode,
@@ -136,7 +133,7 @@ def record_of(setting: Setting, mode: str, trials: Trials, confidence: float) ->
         claim=trials.claim,
         delta=config.delta,
         confidence=confidence,
-        bounds=[bound(*scores, config.delta, each) for bound in BOUNDS],
+        bounds=bounds_of(*scores, config.delta, confidence),
     )
 
 
@@ -148,9 +145,9 @@ def _part(job: tuple[Setting, str, int]) -> Trials:
     game = _game(setting)
     scores: dict[bool, list[float]] = {False: [], True: []}
     claim = 0.0
-    tosses = [[_tosses(runs) for _ in range(count)] for count in setting.canaries]
+    coins_of = [[tosses(runs) for _ in range(count)] for count in setting.canaries]
     for run in range(runs):
-        coins = [[toss[run] for toss in client] for client in tosses]
+        coins = [[toss[run] for toss in client] for client in coins_of]
         found, claimed = _black_box(game, coins) if mode == BLACK_BOX else _paired(game, coins)
         claim = max(claim, claimed)
         for coin, score in zip((c for client in coins for c in client), found, strict=True):
@@ -158,7 +155,7 @@ def _part(job: tuple[Setting, str, int]) -> Trials:
     return Trials(np.array(scores[False]), np.array(scores[True]), claim, runs)
 
 
-def _tosses(runs: int) -> list[bool]:
+def tosses(runs: int) -> list[bool]:
     """Return whether a canary takes part in each run: in half of them, in random order."""
     found = [True, False] * (runs // 2) + [bool(secrets.randbits(1))] * (runs % 2)
     secrets.SystemRandom().shuffle(found)

@@ -6,7 +6,6 @@ import os
 import ssl
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -18,7 +17,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy.fleet import CONNECTION, read_fleet
 from fedlora_flwr.deploy.supernode import SCRIPT
 from fedlora_flwr.errors import FedLoRAError
-from fedlora_flwr.processes.lifeline import Lifeline
+from fedlora_flwr.processes.lifeline import Lifeline, scratch
 from fedlora_flwr.server.run_dir import AT_REST
 from fedlora_flwr.simulations.app import write_app
 from fedlora_flwr.simulations.connection import COMPLETED, FINISHED, Connection, SuperLinkError
@@ -77,9 +76,8 @@ class Operator:
         address, authority = self._address, self._folder / "operator" / "ca.pem"
         lines = f'address = "{address}"\nroot-certificates = "{authority}"\n'
         with ExitStack() as stack:
-            self._home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedlora-")))
+            self._home = stack.enter_context(scratch())
             self._lifeline = stack.enter_context(Lifeline())
-            self._lifeline.start(clear=self._home)
             self._connection = Connection(CONNECTION, lines, self._home, self._lifeline, self._env)
             self._stack = stack.pop_all()
         return self

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from fedlora_flwr.audit import one_run, trials
 from fedlora_flwr.audit.canaries import GRADIENT
 from fedlora_flwr.audit.game import short
-from fedlora_flwr.audit.record import AuditRecord
+from fedlora_flwr.audit.record import PAIRED, AuditRecord
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.recipes import load_recipe
+from fedlora_flwr.privacy import noise
 
 RECORDS = 4
-# With so many trials chance turns the verdict of honest clients once in some thousand times.
+# At this confidence an honest client gets the verdict of a broken one once in hundreds of times.
 CONFIDENCE = 0.995
 
 
@@ -24,7 +27,7 @@ def settings(recipe: str = "digits", records: int = RECORDS, **changes: Any) -> 
 def attacked(
     runs: int,
     recipe: str = "digits",
-    mode: str = trials.PAIRED,
+    mode: str = PAIRED,
     kind: str = GRADIENT,
     confidence: float = CONFIDENCE,
     **changes: Any,
@@ -37,3 +40,8 @@ def attacked(
 def attacked_once(canaries: int, confidence: float = CONFIDENCE, **changes: Any) -> AuditRecord:
     config = settings(records=canaries, **changes)
     return one_run.attack_once(one_run.one_run_setting(config, canaries, GRADIENT), confidence)
+
+
+def without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = noise.SeededNoise.normal_like
+    monkeypatch.setattr(noise.SeededNoise, "normal_like", lambda *a: 1e-3 * drawn(*a))

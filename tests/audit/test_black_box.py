@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora_flwr.audit import trials
 from fedlora_flwr.audit.canaries import LABEL, TOKENS, AuditRecords, Canaries
-from fedlora_flwr.audit.record import VIOLATED
+from fedlora_flwr.audit.record import BLACK_BOX, VIOLATED
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.lora.build import build_adapted
-from fedlora_flwr.privacy import noise
 from fedlora_flwr.tasks.registry import build_task
-from tests.audit.attacks import RECORDS, attacked, settings
+from tests.audit.attacks import RECORDS, attacked, settings, without_noise
 from tests.backbones import checkpoints
 from tests.tasks.conversations import TEXTS, chat
 from tests.tasks.tiny_tasks import WORDS
@@ -25,12 +23,11 @@ RATES: dict[str, Any] = {"lr_a": 0.01, "lr_b": 0.01, "lr_head": 0.01}
 
 
 def test_a_wrong_label_is_found_in_a_model_without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = attacked(100, mode=trials.BLACK_BOX, kind=LABEL, num_clients=2, **RATES)
+    honest = attacked(100, mode=BLACK_BOX, kind=LABEL, num_clients=2, **RATES)
     assert honest.verdict != VIOLATED
     assert honest.counts.absent + honest.counts.present == 100
-    drawn = noise.SeededNoise.normal_like
-    monkeypatch.setattr(noise.SeededNoise, "normal_like", lambda *a: 1e-3 * drawn(*a))
-    broken = attacked(100, mode=trials.BLACK_BOX, kind=LABEL, num_clients=2, **RATES)
+    without_noise(monkeypatch)
+    broken = attacked(100, mode=BLACK_BOX, kind=LABEL, num_clients=2, **RATES)
     assert broken.verdict == VIOLATED
 
 

@@ -8,8 +8,7 @@ import pytest
 from fedlora_flwr.audit.attacker import Evidence
 from fedlora_flwr.audit.one_run import correct
 from fedlora_flwr.audit.record import HOLDS, VIOLATED
-from fedlora_flwr.privacy import noise
-from tests.audit.attacks import attacked_once
+from tests.audit.attacks import attacked_once, without_noise
 
 
 def test_hundreds_of_canaries_in_one_run_hold_the_claim() -> None:
@@ -21,8 +20,7 @@ def test_hundreds_of_canaries_in_one_run_hold_the_claim() -> None:
 
 
 def test_a_run_without_noise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = noise.SeededNoise.normal_like
-    monkeypatch.setattr(noise.SeededNoise, "normal_like", lambda *a: 1e-3 * drawn(*a))
+    without_noise(monkeypatch)
     assert attacked_once(50, strategy="ffa-lora", epsilon=1.0).verdict == VIOLATED
 
 

@@ -12,7 +12,7 @@ from fedlora_flwr.audit.canaries import GRADIENT, SCALED
 from fedlora_flwr.audit.record import HOLDS, VIOLATED, WEAK
 from fedlora_flwr.privacy import clipping, noise
 from fedlora_flwr.secure_sum import grid
-from tests.audit.attacks import attacked
+from tests.audit.attacks import attacked, without_noise
 
 ONE_SUM: dict[str, Any] = {
     "num_clients": 2, "min_clients": 2, "num_rounds": 1,
@@ -38,11 +38,6 @@ def test_the_opened_sum_of_a_secure_sum_holds_its_claim() -> None:
     # One mechanism, so each run has one coin.
     assert found.counts.absent + found.counts.present == 100
     assert found.verdict in (HOLDS, WEAK), found
-
-
-def without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = noise.SeededNoise.normal_like
-    monkeypatch.setattr(noise.SeededNoise, "normal_like", lambda *a: 1e-3 * drawn(*a))
 
 
 def a_tenth_of_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:

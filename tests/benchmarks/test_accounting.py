@@ -20,9 +20,9 @@ from benchmarks.accounting import (
     cell,
     extreme,
     filled,
-    gaussian_epsilon,
     tables,
 )
+from fedlora_flwr.audit.bounds import gaussian_epsilon
 from fedlora_flwr.privacy.accountants import ACCOUNTANTS
 
 FOUND: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import audit
+from benchmarks import ROOT, audit
 
 
 def test_the_short_form_finds_most_of_what_two_methods_claim(tmp_path: Path) -> None:
@@ -22,6 +22,13 @@ def test_the_short_form_finds_most_of_what_two_methods_claim(tmp_path: Path) -> 
     table = (tmp_path / "table.md").read_text("utf-8")
     assert table.count("\n| digits |") == 2
     assert (tmp_path / "digits-rolora.png").stat().st_size > 10_000
+
+
+def test_the_page_has_the_committed_rows() -> None:
+    rows = json.loads((audit.RESULTS / "table.json").read_text("utf-8"))["rows"]
+    table = (audit.RESULTS / "table.md").read_text("utf-8")
+    assert table == audit.table_of(rows)
+    assert table in (ROOT / "docs/privacy.md").read_text("utf-8")
 
 
 def test_the_whole_table_has_each_method_mode_and_trust_model(tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ def rows_after_training(patch: Patch) -> None:
 def exhausted_clients_train(patch: Patch) -> None:
     """A client whose budget is spent trains and answers without a row."""
 
-    def whatever(pays: Any) -> Any:
+    def unlimited(pays: Any) -> Any:
         def paid(self: Ledger, own: Account, *rest: Any) -> Any:
             with suppress(FedLoRAError):
                 return pays(self, own, *rest)
@@ -300,7 +300,7 @@ def exhausted_clients_train(patch: Patch) -> None:
         return paid
 
     for name in ("record", "vouch"):
-        patch.setattr(Ledger, name, whatever(getattr(Ledger, name)))
+        patch.setattr(Ledger, name, unlimited(getattr(Ledger, name)))
 
 
 @caught_by(REPEATS, "test_fresh_noise_and_rounds_without_a_number_always_count[False-1]")

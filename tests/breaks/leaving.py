@@ -65,7 +65,7 @@ def weights_by_size(patch: Patch) -> None:
     "test_the_device_says_whether_its_size_or_noise_is_told[uniform]",
 )
 def a_message_chooses_the_weighting(patch: Patch) -> None:
-    """A message that asks for weights by size gets them, whatever the device's file says."""
+    """A message that asks for weights by size gets them where the device forbids it, too."""
     patch.setattr(LocalRound, "_permit", lambda self, order: None)
 
 

@@ -20,7 +20,7 @@ from tests.deploy.wire_fields import PULL, PUSH, Packed, objects_of, told_by_ser
 from tests.deploy.wire_tap import Call
 
 SIZE, UNPROTECTED, EVALUATES = "weighting by size", "unprotected metrics", "a test split"
-# Of 64 normal draws the root mean square is below this with a chance under one in a million.
+# The root mean square of 64 normal draws is below this less than once in a million times.
 _LEAST, _ENOUGH = 0.6, 64
 Arrays = dict[str, NDArray[np.float32]]
 

@@ -19,6 +19,7 @@ from tests.backbones.checkpoints import write_split
 from tests.deploy import device_watch
 from tests.deploy.wire_heard import EVALUATES, SIZE, UNPROTECTED, Heard, read_key
 from tests.deploy.wire_tap import Tap
+from tests.processes.processes import group_of, remote_ends
 from tests.tasks.texts import make_checkpoint, reviews, text_config
 
 PLAIN, OPEN = NAMES = ["device-01", "device-02"]
@@ -118,8 +119,8 @@ class _Taps:
     def look(self, alive: RunningFleet) -> None:
         """Ask the kernel where the devices' processes are connected to."""
         for name in NAMES:
-            for process in device_watch.group_of(alive.processes[name].pid):
-                self.ends[name] |= device_watch.remote_ends(process)
+            for process in group_of(alive.processes[name].pid):
+                self.ends[name] |= remote_ends(process)
 
     def heard(self, name: str) -> Heard:
         tap, device = self.taps[name], self.base / "fleet" / "devices" / name

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.accounting import gaussian_epsilon
+from fedlora_flwr.audit.bounds import gaussian_epsilon
 from fedlora_flwr.privacy.accountants import ACCOUNTANTS, Segment, pld_epsilon
 
 every_accountant = pytest.mark.parametrize("accountant", ACCOUNTANTS)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.marked import MARK, command_of, marked
 from benchmarks.marked import left_of as marked_and_left
 
-__all__ = ["LOOPBACK", "MARK", "gathered", "left_of", "listening", "marked"]
+__all__ = [
+    "LOOPBACK", "MARK", "gathered", "group_of", "left_of", "listening", "marked", "remote_ends",
+]  # fmt: skip
 
 _LISTENS = "0A"
 
@@ -34,21 +37,42 @@ def left_of(mark: str, patience: float = 60.0) -> list[str]:
     return lines
 
 
+def group_of(leader: int) -> list[int]:
+    """Return the processes of a session."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # It has ended meanwhile.
+            if os.getsid(int(entry.name)) == leader:
+                found.append(int(entry.name))
+    return found
+
+
 def listening(processes: list[int]) -> set[str]:
     """Return the addresses that processes listen on, in the kernel's hexadecimal form."""
-    sockets = set()
+    rows = sockets_of(processes, ("tcp", "tcp6"))
+    return {row[1].split(":")[0] for row in rows if row[3] == _LISTENS}
+
+
+def remote_ends(process: int) -> set[tuple[str, int]]:
+    """Return host and port of the other ends of a process's TCP and UDP sockets."""
+    ends = [row[2].split(":") for row in sockets_of([process], ("tcp", "tcp6", "udp", "udp6"))]
+    return {(host, int(port, 16)) for host, port in ends if int(port, 16)}
+
+
+def sockets_of(processes: Iterable[int], kinds: Iterable[str]) -> list[list[str]]:
+    """Return the rows of the kernel's tables that belong to sockets of processes (Linux)."""
+    own = set()
     for process in processes:
         with suppress(OSError):
             for entry in os.scandir(f"/proc/{process}/fd"):
                 with suppress(OSError):
-                    sockets.add(str(Path(entry.path).readlink()))
-    found = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            _, local, _, state, *_rest = fields = line.split()
-            if state == _LISTENS and f"socket:[{fields[9]}]" in sockets:
-                found.add(local.split(":")[0])
-    return found
+                    own.add(str(Path(entry.path).readlink()))
+    rows = [
+        line.split()
+        for kind in kinds
+        for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]
+    ]
+    return [row for row in rows if f"socket:[{row[9]}]" in own]
 
 
 # As /proc/net writes 127.0.0.1, ::ffff:127.0.0.1 and ::1.

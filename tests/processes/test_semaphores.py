@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.marked import command_of
 from tests.processes.processes import MARK, left_of, marked
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -48,7 +49,7 @@ def test_no_semaphore_outlives_a_killed_command(tmp_path: Path, tracker_too: boo
     held = semaphores_of(command.pid)
     assert held
     if tracker_too:
-        (tracker,) = (p for p in marked(mark) if b"resource_tracker" in words(p))
+        (tracker,) = (p for p in marked(mark) if "resource_tracker" in command_of(p))
         os.kill(tracker, signal.SIGKILL)
     os.kill(command.pid, signal.SIGKILL)
     command.wait()
@@ -57,7 +58,3 @@ def test_no_semaphore_outlives_a_killed_command(tmp_path: Path, tracker_too: boo
     while any(file.exists() for file in held) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert [file for file in held if file.exists()] == []
-
-
-def words(process: int) -> bytes:
-    return Path(f"/proc/{process}/cmdline").read_bytes()
