@@ -12,6 +12,7 @@ from hypothesis import settings
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.processes import uncollected
+from tests.support.forks import ALONE
 
 # A first call that warms torch up takes longer than Hypothesis waits; time is not what is tested.
 settings.register_profile("patient", deadline=None)
@@ -77,6 +78,8 @@ if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ENOUGH:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep caches of tests out of the user's; noise and backbones serve the next run, too."""
+    if os.environ.get(ALONE):  # The process that began this one has set up the cache.
+        return
     assert config.cache is not None
     cache = config.cache.mkdir("home")
     os.environ["XDG_CACHE_HOME"] = str(cache)

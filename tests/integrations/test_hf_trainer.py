@@ -24,7 +24,7 @@ from transformers import (
 from fedlora_flwr import PrivateTrainer
 from fedlora_flwr.errors import BudgetExhausted, InvalidValue, PrivacyViolation
 from fedlora_flwr.privacy.engine import PrivateEngine
-from tests.support.forks import forked
+from tests.support.forks import forked, trains_in_forks
 
 COUNT = 24
 Record = dict[str, Any]
@@ -332,6 +332,7 @@ def test_a_loss_of_ones_own_is_refused(tmp_path: Path) -> None:
         Own(build_model(), arguments(tmp_path), train_dataset=records(), epsilon=1.0, delta=1e-3)
 
 
+@trains_in_forks
 def test_a_trainer_that_was_forked_draws_noise_of_its_own(tmp_path: Path) -> None:
     trainer = private(tmp_path, budget=8.0, max_steps=1)
 

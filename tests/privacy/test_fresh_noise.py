@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -27,13 +24,11 @@ from fedlora_flwr.secure_sum.grid import Grid
 from tests.conftest import MakeConfig
 from tests.models import PLAIN_SGD, VIT, active, engine_of, values
 from tests.server.resuming import begin, tiny
-from tests.support.forks import forked
+from tests.support.forks import forked, trains_in_forks
 
 NOTHING = torch.tensor([], dtype=torch.int64)
 LIKE = torch.zeros(50, dtype=torch.float64)
 HALF = Mechanism(1.0, 1.0, 50, 100)
-
-FRESH = "FEDLORA_TEST_IN_A_FRESH_PROCESS"
 
 
 def drawn(source: NoiseSource) -> bytes:
@@ -95,6 +90,7 @@ def test_batches_with_a_seed_go_on_in_a_fork() -> None:
 
 
 @fresh
+@trains_in_forks
 def test_an_engine_that_was_forked_between_two_steps_takes_its_own(
     make: Callable[[], NoiseSource],
 ) -> None:
@@ -111,22 +107,12 @@ def test_an_engine_that_was_forked_between_two_steps_takes_its_own(
 
 
 @pytest.mark.parametrize("changes", [{}, {"secure_noise": True}, {"lora_dropout": 0.1}])
+@trains_in_forks
 def test_a_client_that_was_forked_in_its_round_makes_its_own_upload(
     make_config: MakeConfig,
     monkeypatch: pytest.MonkeyPatch,
     changes: dict[str, Any],
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
 ) -> None:
-    if os.environ.get(FRESH) is None:
-        # Torch does not train in a fork of a process in which another test made it start threads.
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-o", f"cache_dir={tmp_path}"]
-        test = f"{__file__}::{request.node.name}"
-        done = subprocess.run(
-            [*command, test], env={**os.environ, FRESH: "1"}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout
-        return
     trainer = LocalTrainer.build(make_config(reproducible=False, local_steps=3, **changes))
     records, step = trainer.task.client_records(0, 3), trainer.engine.step
     uploads: list[bytes] = []
