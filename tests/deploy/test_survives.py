@@ -234,7 +234,8 @@ def test_each_death_is_one_sentence(scene: Scene) -> None:
     assert f"in {scene.base / 'run'}" in scene.said.splitlines()[-1]
     # A device that is gone costs its part of a round, and no restart.
     (lost,) = scene.run_dir.rows("rounds")[1]["failures"]
-    assert "Node Unavailable" in lost
+    # The server sees either that the device is gone, or that it is back without its task.
+    assert "Node Unavailable" in lost or "was restarted during this round" in lost
 
 
 def test_ledgers_count_every_release(scene: Scene) -> None:
