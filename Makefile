@@ -8,6 +8,8 @@ Write make setup CPU=1 TORCH="OPTIONS")
 endif
 VENV := .venv
 BIN := $(VENV)/bin
+# More options of pytest for `make test` and `make test-deploy`.
+PYTEST :=
 STAMP := $(VENV)/.installed
 
 .PHONY: setup run test test-deploy recipes style lint docs bench bench-gpu soak audit load breaks
@@ -29,13 +31,13 @@ run: setup
 # Types are checked beside the tests, some of which wait. What mypy says comes last.
 test: style
 	@$(BIN)/mypy > $(VENV)/mypy.log 2>&1 & types=$$!; \
-	$(BIN)/python -m pytest; failed=$$?; \
+	$(BIN)/python -m pytest $(PYTEST); failed=$$?; \
 	wait $$types || failed=1; echo "mypy:"; cat $(VENV)/mypy.log; exit $$failed
 
 # Real Flower processes. Two files at a time: more of them slow a fleet beyond its timeouts. The
 # other tests may run at the same time, so these keep another cache.
 test-deploy: setup
-	$(BIN)/python -m pytest -n 2 -m "deploy or flower" -o cache_dir=.pytest_cache/deploy
+	$(BIN)/python -m pytest -n 2 -m "deploy or flower" -o cache_dir=.pytest_cache/deploy $(PYTEST)
 
 # Breaks the promise on purpose, in each known way, and sees that a test notices.
 breaks: setup

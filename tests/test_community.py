@@ -138,6 +138,49 @@ def test_the_script_of_all_tests_starts_by_either_way(tmp_path: Path, shell: lis
     compile(started.read_text("utf-8"), str(started), "exec")
 
 
+FAILS_AT_FIRST = """
+from pathlib import Path
+def test_a_deadline():
+    seen = Path("seen")
+    try:
+        assert seen.exists()
+    finally:
+        seen.touch()
+"""
+FAILS_ALWAYS = "def test_that_finds_something(): assert False"
+TARGETS = """
+PYTEST :=
+docs:
+test:
+\t@{python} -m pytest -q tests -o cache_dir=.pytest_cache $(PYTEST); failed=$$?; \\
+\t{types} || failed=1; exit $$failed
+test-deploy:
+"""
+
+
+@pytest.mark.parametrize(
+    ("tests", "types", "passes"),
+    [
+        (FAILS_AT_FIRST, "true", True),
+        (FAILS_AT_FIRST + FAILS_ALWAYS, "true", False),
+        (FAILS_AT_FIRST, "false", False),
+    ],
+    ids=["fails at first", "one fails always", "types fail, too"],
+)
+def test_only_a_test_that_fails_again_alone_fails_the_script_of_all_tests(
+    tmp_path: Path, tests: str, types: str, passes: bool
+) -> None:
+    shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_it.py").write_text(tests)
+    made = TARGETS.format(python=sys.executable, types=types)
+    (tmp_path / "Makefile").write_text(made)
+    script = [sys.executable, str(tmp_path / ".ci" / "all_tests.py")]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == passes, done.stdout + done.stderr
+    assert "now run again alone: tests/test_it.py::test_a_deadline" in done.stdout
+
+
 def test_updates_are_asked_for_what_the_repository_has() -> None:
     updates = read(HOST / "dependabot.yml")
     assert updates["version"] == 2
