@@ -58,6 +58,7 @@ BLOCKS: Mapping[str, str] = {
     "attach": "lora.adapters",
     "TensorRecords": "data.records",
     "Mechanism": "privacy.mechanism",
+    "ClipWeights": "privacy.clip_weights",
     "OptimizerSettings": "privacy.postprocessing.optimizer",
     "SecureNoise": "privacy.noise",
     "SeededNoise": "privacy.noise",

@@ -36,6 +36,7 @@ from fedlora_flwr.lora.adapters import LoRASpec as LoRASpec
 from fedlora_flwr.lora.adapters import attach as attach
 from fedlora_flwr.data.records import TensorRecords as TensorRecords
 from fedlora_flwr.privacy.mechanism import Mechanism as Mechanism
+from fedlora_flwr.privacy.clip_weights import ClipWeights as ClipWeights
 from fedlora_flwr.privacy.postprocessing.optimizer import OptimizerSettings as OptimizerSettings
 from fedlora_flwr.privacy.noise import SecureNoise as SecureNoise
 from fedlora_flwr.privacy.noise import SeededNoise as SeededNoise

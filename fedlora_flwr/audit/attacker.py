@@ -17,6 +17,7 @@ from fedlora_flwr.audit.canaries import AuditRecords
 from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.layout import factor_of
 from fedlora_flwr.plan import ComponentPlan
+from fedlora_flwr.privacy.clip_weights import EVEN, ClipWeights
 from fedlora_flwr.privacy.postprocessing.optimizer import OptimizerSettings
 
 Arrays = Mapping[str, NDArray[np.floating[Any]]]
@@ -34,7 +35,8 @@ class View:
     start : Mapping[str, ndarray]
         The arrays that the server sent.
     seen : Mapping[str, ndarray]
-        For each array that came back: the sum of clipped gradients and noise, over the clip norm.
+        For each array that came back: the sum of clipped gradients and noise, over the clip norm,
+        as it was before the weights were divided out.
     steps : Mapping[tuple of str, int]
         How often each set of arrays trained.
     """
@@ -93,6 +95,8 @@ class Attacker:
         The canaries of each client whose mechanism this is, all present.
     noise_multiplier, clip_norm, sample_rate : float
         σ, C and q of the mechanism, which are public.
+    weights : ClipWeights
+        The weights of the parts in the clip, which are public as well.
     """
 
     trainer: LocalTrainer
@@ -100,6 +104,7 @@ class Attacker:
     noise_multiplier: float
     clip_norm: float
     sample_rate: float
+    weights: ClipWeights = EVEN
     # Directions that do not depend on the model.
     _known: dict[object, Mapping[str, Gradients]] = field(default_factory=dict)
 
@@ -125,7 +130,7 @@ class Attacker:
         for name, array in sent.items():
             if name in start and (rate := rates[factor_of(name)]):
                 change = start[name].astype(np.float64) - array
-                seen[name] = change * (batch / (rate * self.clip_norm))
+                seen[name] = change * (batch * self.weights.of(name) / (rate * self.clip_norm))
         steps = Counter(
             trainer.layout.active(plan, step) for step in range(1, trainer.config.local_steps + 1)
         )
@@ -164,7 +169,7 @@ class Attacker:
             return float(trainer.task.losses(trainer.adapted.model, batch)[0])
 
     def _directions(self, active: tuple[str, ...], start: Arrays) -> Mapping[str, Gradients]:
-        """Return the canaries' clipped gradients over C, by array, shape (k, …)."""
+        """Return the canaries' weighted, clipped gradients over C, by array, shape (k, …)."""
         if not all(unit.directed for unit in self.units):
             return self._computed(active, start)
         shapes = tuple(start[name].shape for name in active if name in start)
@@ -181,7 +186,7 @@ class Attacker:
                 made = self.trainer.engine.gradients_by_record(unit, every, active)
                 for name, row in made.items():
                     rows[name].append(row.detach().cpu().double().numpy())
-        found = {name: np.concatenate(parts) for name, parts in rows.items()}
+        found = {n: self.weights.of(n) * np.concatenate(parts) for n, parts in rows.items()}
         squares = sum((part**2).reshape(len(part), -1).sum(axis=1) for part in found.values())
         length = np.maximum(np.sqrt(squares), self.clip_norm)
         return {

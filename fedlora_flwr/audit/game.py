@@ -27,6 +27,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.lora.build import build_adapted
 from fedlora_flwr.privacy.calibration import calibrated_mechanism
+from fedlora_flwr.privacy.clip_weights import ClipWeights
 from fedlora_flwr.privacy.ledger import LEDGER, Ledger
 from fedlora_flwr.processes.lifeline import scratch
 from fedlora_flwr.secure_sum.grid import Grid
@@ -155,7 +156,8 @@ class Game:
             mechanism = calibrated_mechanism(config, setting.records)
             units, self._batch = [[one] for one in there], mechanism.batch_size
             about = mechanism.noise_multiplier, config.clip_norm, mechanism.sample_rate
-        self.attackers = [Attacker(own, unit, *about) for unit in units]
+        weights = ClipWeights.configured(config)
+        self.attackers = [Attacker(own, unit, *about, weights) for unit in units]
 
     def run(self, coins: Sequence[Sequence[bool]], watch: Watch | None = None) -> Ending:
         """Run once.

@@ -19,6 +19,7 @@ from fedlora_flwr.forecast.forecast import active_per_step, skeleton
 from fedlora_flwr.forecast.participation import participation
 from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.lora.build import resolve_device
+from fedlora_flwr.privacy.clip_weights import ClipWeights
 from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.noise import NoiseSource, SecureNoise, SeededNoise
@@ -153,7 +154,8 @@ def _step(
     engine = PrivateEngine(adapted, task.losses, config.microbatch_size or None)
     noise: NoiseSource = SecureNoise() if config.secure_noise else SeededNoise(0)
     # More noise takes no more time.
-    mechanism = Mechanism(1.0, config.clip_norm, batch, max(size, batch))
+    weights = ClipWeights.configured(config)
+    mechanism = Mechanism(1.0, config.clip_norm, batch, max(size, batch), weights=weights)
     settings = OptimizerSettings.in_round(config, 1)
     engine.start_round(mechanism, settings, noise, make_filter(config.filter))
 

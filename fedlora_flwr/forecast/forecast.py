@@ -19,6 +19,7 @@ from fedlora_flwr.lora.adapters import AdaptedModel, attach
 from fedlora_flwr.lora.build import lora_spec
 from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.privacy.calibration import calibrated_mechanism
+from fedlora_flwr.privacy.clip_weights import ClipWeights
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.server.noise import noise_to_signal, noisy_coordinates
 from fedlora_flwr.server.rehearsal import check_folding, rehearse_unbuilt
@@ -249,7 +250,8 @@ def _together(config: RunConfig, numbers: Sequence[int], coordinates: int) -> Me
     asked = cohort_size(config.num_clients, config.fraction_train) / config.num_clients
     records = max(1, round(sum(numbers) * asked))
     q = config.sample_rate
-    return Mechanism(grid.noise_multiplier, config.clip_norm, q * records, records, q)
+    weights = ClipWeights.configured(config)
+    return Mechanism(grid.noise_multiplier, config.clip_norm, q * records, records, q, weights)
 
 
 def _sizes(config: RunConfig, task: Task, records: int | None) -> list[int]:

@@ -25,6 +25,7 @@ from fedlora_flwr.errors import InvalidValue, PrivacyViolation
 from fedlora_flwr.integrations.trainer_arguments import check_arguments, check_trainer
 from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.privacy.budget import Segment, calibrate, check_budget
+from fedlora_flwr.privacy.clip_weights import EVEN, ClipWeights
 from fedlora_flwr.privacy.engine import LossFunction, OptimizerSettings, PrivateEngine
 from fedlora_flwr.privacy.ledger import LEDGER, Account, Ledger, LedgerSummary
 from fedlora_flwr.privacy.masks import own_randomness
@@ -66,6 +67,9 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         SQLite file of the spent budget; ``ledger.sqlite`` in ``args.output_dir`` by default.
     secure_noise : bool (default: False)
         Draw noise from the operating system's cryptographic generator.
+    clip_weights : ClipWeights
+        What the gradients of A, B and the head are multiplied by before the clip, and divided by
+        after the noise; by default 1. It costs no budget.
     eval_is_public : bool (default: False)
         State that the records you evaluate and predict on are public. Their figures are not
         protected.
@@ -104,6 +108,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         microbatch_size: int | None = None,
         ledger: Path | None = None,
         secure_noise: bool = False,
+        clip_weights: ClipWeights = EVEN,
         eval_is_public: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -123,7 +128,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
             self._check_public(self.eval_dataset)
         size = int(self.args.train_batch_size)
         check_budget(epsilon, delta, size, len(self.train_dataset))
-        self._epsilon, self._delta = epsilon, delta
+        self._epsilon, self._delta, self._weights = epsilon, delta, clip_weights
         self._noise = SecureNoise() if secure_noise else SeededNoise(None)
         self._ledger_path = ledger or Path(self.args.output_dir) / LEDGER
         self._run = uuid4().hex
@@ -173,7 +178,8 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         steps, size = self._planned_steps(), int(self.args.train_batch_size)
         rate = size / len(self._records)
         sigma = calibrate(self._epsilon, self._delta, rate, steps)
-        self.mechanism = Mechanism(sigma, float(self.args.max_grad_norm), size, len(self._records))
+        norm, count = float(self.args.max_grad_norm), len(self._records)
+        self.mechanism = Mechanism(sigma, norm, size, count, weights=self._weights)
         account = Account("train_dataset", self._run, self._epsilon, self._delta)
         plan = Segment(sigma, rate, steps)
         self.privacy = Ledger(self._ledger_path).record(account, 0, plan, plan)

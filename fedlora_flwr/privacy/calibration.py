@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.privacy.account import UNBOUND, Terms
 from fedlora_flwr.privacy.budget import calibrate, check_budget
+from fedlora_flwr.privacy.clip_weights import ClipWeights
 from fedlora_flwr.privacy.lifetime import calibrate_run
 from fedlora_flwr.privacy.mechanism import Mechanism
 
@@ -23,9 +24,9 @@ def calibrated_mechanism(
     Parameters
     ----------
     config : RunConfig
-        Budget, ledger scope, clip norm, batch size and planned steps. All planned steps count, even
-        if a round asks only some of the clients: the server chooses the rounds of a client, and may
-        choose all of them.
+        Budget, ledger scope, clip norm and weights, batch size and planned steps. All planned steps
+        count, even if a round asks only some of the clients: the server chooses the rounds of a
+        client, and may choose all of them.
     num_records : int
         The client's number of records n.
     terms : Terms
@@ -37,10 +38,11 @@ def calibrated_mechanism(
         The client cannot keep the promise: δ ≥ 1/n, the batch size is larger than n, or no noise is
         enough for the budget.
     """
+    weights = ClipWeights.configured(config)
     if not config.private:
         # Gradients are still clipped, so a run with and a run without privacy differ in noise only.
         batch_size = min(config.batch_size, num_records)
-        return Mechanism(0.0, config.clip_norm, batch_size, num_records)
+        return Mechanism(0.0, config.clip_norm, batch_size, num_records, weights=weights)
     common = config.sample_rate if config.secure_sum else None
     check_budget(config.epsilon, config.delta, 1 if common else config.batch_size, num_records)
     expected = common * num_records if common else config.batch_size
@@ -58,4 +60,4 @@ def calibrated_mechanism(
         sigma = calibrate(config.epsilon, config.delta, rate, steps)
     # Where the first run has fixed σ, the ledger would refuse a smaller one.
     sigma = max(sigma, terms.noise_multiplier)
-    return Mechanism(sigma, config.clip_norm, expected, num_records, common)
+    return Mechanism(sigma, config.clip_norm, expected, num_records, common, weights)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -33,15 +34,33 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
     Opacus loops over the tensors several times. With a hundred adapters on a GPU, these loops are
     most of the extra time of a private step over an ordinary one.
 
+    Parameters
+    ----------
+    *args, **kwargs
+        As for Opacus' ``DPOptimizer``.
+    source : NoiseSource
+        Where the noise comes from.
+    weights : Sequence[float], optional
+        For each parameter group, what its gradients are multiplied by before they are clipped, and
+        divided by after the noise; by default 1 (see `ClipWeights`).
+
     Attributes
     ----------
     summed : Tensor or None
-        Sum of the clipped gradients so far, in units of the clip norm, fp32 or wider. Shape (D,):
-        the coordinates of all active tensors, in the optimizer's order. None before the first.
+        Sum of the clipped weighted gradients so far, in units of the clip norm, fp32 or wider,
+        shape (D,): the coordinates of all active tensors, in the optimizer's order. None before the
+        first.
     """
 
-    def __init__(self, *args: object, source: NoiseSource, **kwargs: object) -> None:
+    def __init__(
+        self,
+        *args: object,
+        source: NoiseSource,
+        weights: Sequence[float] | None = None,
+        **kwargs: object,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self._weights = weights
         self._source = source
         self.summed: Tensor | None = None
 
@@ -68,11 +87,17 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         self.summed = clipped if self.summed is None else self.summed + clipped
 
     def rows(self) -> Tensor:
-        """Return the gradients of the current pass, one row per record: (records, D)."""
+        """Return the weighted gradients of the current pass, one row per record: (records, D).
+
+        Whoever clips these rows bounds the sensitivity under any weights.
+        """
         like = self.params[0]
         wide = torch.promote_types(like.dtype, torch.float32)
         parts = [p.grad_sample.flatten(1).to(like.device, wide) for p in self.params]
-        return torch.cat(parts, dim=1)
+        rows = torch.cat(parts, dim=1)
+        for columns, weight in self._by_group(rows):
+            columns.mul_(weight)
+        return rows
 
     def add_noise(self) -> None:
         """Add noise of deviation σ to the sum, which is in units of the clip norm."""
@@ -81,7 +106,7 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
             self.summed = self.summed + self.noise_multiplier * noise
 
     def scale_grad(self) -> None:
-        """Multiply the sum by C, divide it by the expected batch size, and write it to ``grad``.
+        """Multiply the sum by C, divide it by b and by the weights, and write it to ``grad``.
 
         Raises
         ------
@@ -91,9 +116,18 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         if self.summed is None:
             raise RuntimeError("There are no clipped gradients: backward must run before a step.")
         mean, self.summed = self.summed * self.unit / self.expected_batch_size, None
+        for columns, weight in self._by_group(mean):
+            columns.div_(weight)
         parts = mean.split([p.numel() for p in self.params])
         for p, part in zip(self.params, parts, strict=True):
             p.grad = part.view_as(p).to(p)
+
+    def _by_group(self, tensor: Tensor) -> Iterator[tuple[Tensor, float]]:
+        """Yield the columns of each parameter group that has a weight, and the weight."""
+        if self._weights is None or set(self._weights) == {1.0}:
+            return
+        widths = [sum(p.numel() for p in group["params"]) for group in self.param_groups]
+        yield from zip(tensor.split(widths, dim=-1), self._weights, strict=True)
 
 
 def row_norms(rows: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedlora_flwr.errors import PrivacyViolation
 from fedlora_flwr.lora.adapters import AdaptedModel
+from fedlora_flwr.plan import HEAD
 from fedlora_flwr.privacy.clipping import NoisyOptimizer
 from fedlora_flwr.privacy.grad_sample import GradSampler
 from fedlora_flwr.privacy.mechanism import Mechanism
@@ -137,6 +138,7 @@ class PrivateEngine:
             max_grad_norm=mechanism.clip_norm,
             expected_batch_size=mechanism.batch_size,
             source=noise,
+            weights=[mechanism.weights.of_part(f or HEAD) for f in self._groups],
         )
         self._filter = gradient_filter or NoFilter()
         self._optimizer.attach_step_hook(lambda _: self._post_process())
@@ -165,9 +167,9 @@ class PrivateEngine:
 
         Guarantees
         ----------
-        *What holds.* The active arrays move by a function of one noisy sum: each record's gradient,
-        joint over all active arrays, is clipped to C, and noise of deviation σC is added once. An
-        empty batch is a step as well. Frozen arrays and buffers do not move.
+        *What holds.* The active arrays move by a function of one noisy sum: each record's weighted
+        gradient, joint over all active arrays, is clipped to C, and noise of deviation σC is added
+        once. An empty batch is a step as well. Frozen arrays and buffers do not move.
         *Under which assumptions.* ``indices`` come from `poisson_batches`, and the loss of a record
         reads that record alone, which `verify` tests and cannot prove for every input.
         *What does not hold.* Time and memory of a step depend on the number and length of records.
@@ -308,7 +310,7 @@ class PrivateEngine:
 
     def _post_process(self) -> None:
         original = self._optimizer.original_optimizer if self._optimizer else None
-        self._post(self._settings, self._filter, original, self._mechanism.noise_variance)
+        self._post(self._settings, self._filter, original, self._mechanism.noise_variance_of)
 
     def _fill_grad_samples(
         self, records: Records, indices: Tensor, active: Sequence[str], of: slice = slice(None)

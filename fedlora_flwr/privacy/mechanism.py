@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.privacy.clip_weights import EVEN, ClipWeights
 from fedlora_flwr.randomness import RandomStream
 
 # Clipped sums are fp32 numbers near 1. Much smaller noise would be lost to rounding, and under much
@@ -37,6 +38,9 @@ class Mechanism:
     rate : float, optional
         q, where b = q·n follows from it; by default q is b/n. A given q is the same number for all
         clients, to the last bit.
+    weights : ClipWeights
+        What gradients are multiplied by before they are clipped, by part; by default nothing. The
+        norm C then bounds the weighted gradient.
 
     Raises
     ------
@@ -48,7 +52,7 @@ class Mechanism:
     *What holds.* T steps with these numbers are the Poisson-subsampled Gaussian mechanism with σ
     and q = b/n, for one record whose gradient is replaced by zero (zero-out adjacency).
     *Under which assumptions.* Each record joins each step by a draw of its own (`poisson_batches`),
-    each record's gradient has norm C at most, and the noise is drawn fresh for each step.
+    each record's weighted gradient is cut to norm C, and the noise is drawn fresh for each step.
     *What does not hold.* There is no promise for n itself, which q, b and σ reveal, or for several
     records of one person together.
 
@@ -63,6 +67,7 @@ class Mechanism:
     batch_size: float
     num_records: int
     rate: float | None = None
+    weights: ClipWeights = EVEN
 
     def __post_init__(self) -> None:
         if self.noise_multiplier != 0 and not SMALLEST <= self.noise_multiplier <= LARGEST:
@@ -85,12 +90,24 @@ class Mechanism:
 
     @property
     def noise_variance(self) -> float:
-        """Variance (σC/b)² of the noise in each coordinate of the privatized mean gradient."""
+        """Variance (σC/b)² of the noise in each coordinate of the mean of weighted gradients."""
         if self.noise_multiplier == 0:
             return 0.0
         deviation = self.noise_multiplier * self.clip_norm / self.batch_size
         # Not ``deviation ** 2``: on overflow it raises an error, while a product is infinite.
         return deviation * deviation
+
+    def noise_variance_of(self, name: str) -> float:
+        """Return the variance of the noise in each coordinate of an array's released gradient.
+
+        It is (σC/(b w))² where w is the weight of the array's part.
+
+        Parameters
+        ----------
+        name : str
+            The array.
+        """
+        return self.noise_variance / self.weights.of(name) ** 2
 
 
 def poisson_batches(mechanism: Mechanism, num_steps: int, seed: int | None) -> Iterator[Tensor]:

@@ -51,6 +51,8 @@ class Terms:
         q.
     clip_norm : float
         C.
+    clip_weight_a, clip_weight_b, clip_weight_head : float
+        Weights of the parts in the joint clip.
 
     Raises
     ------
@@ -67,6 +69,9 @@ class Terms:
     grid_norm: int
     sample_rate: float
     clip_norm: float
+    clip_weight_a: float = 1.0
+    clip_weight_b: float = 1.0
+    clip_weight_head: float = 1.0
 
     def __post_init__(self) -> None:
         check_dropouts(self.cohort, self.dropouts, self.colluding)
@@ -83,6 +88,7 @@ class Terms:
         return cls(
             order.server_round, order.plan, order.cohort, config.dropouts, config.colluding,
             order.sum_noise, order.grid_norm, config.sample_rate, config.clip_norm,
+            config.clip_weight_a, config.clip_weight_b, config.clip_weight_head,
         )  # fmt: skip
 
     @property

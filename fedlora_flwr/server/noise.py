@@ -14,6 +14,7 @@ from fedlora_flwr.algebra.means import normalize
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.layout import Layout, part_of
 from fedlora_flwr.plan import PARTS, ComponentPlan
+from fedlora_flwr.privacy.clip_weights import ClipWeights
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.postprocessing.filters import make_filter
 from fedlora_flwr.strategies.cohort import cohort_size
@@ -66,7 +67,7 @@ def noise_of_mean(
     Parameters
     ----------
     config : RunConfig
-        Optimizer, rates, filter and steps.
+        Optimizer, rates, filter, weights of the clip, and steps.
     server_round : int
         The round, which rates may depend on.
     plan : ComponentPlan
@@ -76,7 +77,7 @@ def noise_of_mean(
     shapes : Mapping[str, tuple[int, ...]]
         Shape of each array.
     clients : Sequence[tuple[float, float]]
-        Weight and noise variance (σC/b)² of each client of the mean.
+        Weight in the mean, and noise variance (σC/b)², of each client of the mean.
 
     Returns
     -------
@@ -87,9 +88,12 @@ def noise_of_mean(
     plain = config.optimizer == "sgd" and not (config.momentum or config.precondition)
     if not plain or not clients:
         return {}
+    clip_weights = ClipWeights.configured(config)
     weights, variances = (np.array(column) for column in zip(*clients, strict=True))
     scale = float((normalize(weights.tolist()) ** 2 * variances).sum())
     rates = dict(zip(PARTS, config.learning_rates(server_round), strict=True))
+    # The noise of a part is divided by its weight.
+    rates = {part: rate / clip_weights.of_part(part) for part, rate in rates.items()}
     squares: dict[str, float] = {}
     found = _by_array(plan, layout, shapes, config.local_steps, config.filter)
     for name, coordinates in found.items():
@@ -119,6 +123,8 @@ def noise_to_signal(
     A step adds noise of standard deviation σ_i C/b to each of D coordinates. Over K steps, averaged
     over a cohort with weights w_i, its norm is about ``(C/b) √(D K Σ w_i² σ_i²)``; clipped
     gradients that all agree have norm ``K C``. Real gradients agree less, so this is the best case.
+    Noise and gradients are compared as they are clipped, before the weights are divided out, so the
+    ratio is the same under any weights.
 
     Parameters
     ----------

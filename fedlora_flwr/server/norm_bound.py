@@ -30,6 +30,7 @@ from fedlora_flwr.layout import (
     rank_axis,
 )
 from fedlora_flwr.plan import HEAD, A, ComponentPlan
+from fedlora_flwr.privacy.clip_weights import ClipWeights
 from fedlora_flwr.privacy.postprocessing.adam import relative_error
 from fedlora_flwr.privacy.postprocessing.filters import make_filter
 from fedlora_flwr.privacy.postprocessing.optimizer import OptimizerSettings
@@ -60,6 +61,7 @@ class NormBound:
         self._chance = chance
         alpha, rank = config.lora_alpha, config.rank
         self._scaling = alpha / (math.sqrt(rank) if config.rslora else rank)
+        self._weights = ClipWeights.configured(config)
         self._private = config.optimizer == "sgd"
 
     def check(self, order: Order, current: Arrays, upload: Upload) -> None:
@@ -119,6 +121,7 @@ class NormBound:
             if config.optimizer == "sgd":
                 gains = self._gains(names, layout, plan, order, current, start)
                 kept, most = self._of_sgd(names, start, when, gains, settings, rate, sigma, tail)
+                most /= self._weights.of_part(part)
             else:
                 kept, most = _of_adam(names, start, when, settings, rate)
             moved, size = 0.0, 0.0
@@ -141,7 +144,7 @@ class NormBound:
         sigma: float,
         tail: float,
     ) -> tuple[dict[str, float], float]:
-        """Return what is left of each array's start, and the bound on the rest."""
+        """Return what is left of each array's start, and the bound on the rest for weight 1."""
         config = self._config
         counts = Counter(name for active in when for name in active)
         largest = np.zeros(len(when))  # of what a step's gradient comes to, over the names

@@ -14,6 +14,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.privacy.budget import Segment, calibrate
+from fedlora_flwr.privacy.clip_weights import ClipWeights
 from fedlora_flwr.privacy.postprocessing.filters import make_filter
 from fedlora_flwr.privacy.postprocessing.optimizer import OptimizerSettings, PostProcessing
 from fedlora_flwr.secure_sum.accounting import epsilon_unmasked
@@ -37,7 +38,7 @@ class SumStep:
     Parameters
     ----------
     config : RunConfig
-        Rates, optimizer, filter, q, C, and the dropouts and colluding clients.
+        Rates, optimizer, filter, q, C and its weights, the dropouts and colluding clients.
     adapted : AdaptedModel
         The server's model, on which the steps are taken.
     grid : Grid
@@ -58,6 +59,7 @@ class SumStep:
         self._filter = make_filter(config.filter)
         self._optimizer = self._post.optimizer(OptimizerSettings.in_round(config, 1))
         self._deviation = grid.noise_multiplier * config.clip_norm
+        self._weights = ClipWeights.configured(config)
 
     @property
     def remark(self) -> str:
@@ -112,7 +114,7 @@ class SumStep:
     def step(
         self, server_round: int, current: Arrays, total: Mapping[str, NDArray[np.int64]], count: int
     ) -> dict[str, NDArray[np.floating]]:
-        """Divide the sum by the expected number of records, and take one step.
+        """Divide the sum by the expected number of records and by the weights, and take one step.
 
         Parameters
         ----------
@@ -140,9 +142,15 @@ class SumStep:
             parameter.requires_grad_(name in total)
             parameter.grad = None
             if name in total:
-                parameter.grad = torch.from_numpy(total[name] * scale).to(parameter)
+                mean = total[name] * (scale / self._weights.of(name))
+                parameter.grad = torch.from_numpy(mean).to(parameter)
         deviation = self._deviation / (config.sample_rate * count)
-        self._post(settings, self._filter, self._optimizer, deviation * deviation)
+        self._post(
+            settings,
+            self._filter,
+            self._optimizer,
+            lambda name: (deviation / self._weights.of(name)) ** 2,
+        )
         factors = self._post.groups(settings)
         for group, factor in zip(self._optimizer.param_groups, factors, strict=True):
             group["lr"] = settings.rates[factor]

@@ -30,7 +30,8 @@ ROW_KEYS = (
     *fields_by_key(ASLoRASection),
     *fields_by_key(LoRASection),
     *fields_by_key(TrainingSection),
-    *("clip-norm", "max-rounds", "split-qkv"),
+    *("clip-norm", "clip-weight-a", "clip-weight-b", "clip-weight-head"),
+    *("max-rounds", "split-qkv"),
 )
 """Keys that a row may set: how a method trains. Data, clients, rounds and budget are shared."""
 _OPTION = "--row"

@@ -50,6 +50,25 @@ def no_clipping(patch: Patch) -> None:
     summing(patch, lambda made, rows: rows.sum(0) / made.unit)
 
 
+@caught_by(
+    "tests/privacy/test_clip_weights.py",
+    "test_a_record_moves_the_noisy_sum_by_c_at_most_under_any_weights",
+)
+def weights_after_the_clip(patch: Patch) -> None:
+    """Parts are clipped without their weights and multiplied by them afterward."""
+
+    def sums(made: NoisyOptimizer, rows: Tensor) -> Tensor:
+        plain = rows.clone()
+        for columns, weight in made._by_group(plain):
+            columns.div_(weight)
+        found = clipped_by(made, plain, clipping.row_norms(plain))
+        for columns, weight in made._by_group(found):
+            columns.mul_(weight)
+        return found
+
+    summing(patch, sums)
+
+
 @caught_by(ENGINE, BOUND + "[B-vit]")
 def clip_by_tensor(patch: Patch) -> None:
     """Each tensor of a record is clipped on its own, so all together are longer than C."""

@@ -29,6 +29,7 @@ TRAINED: list[dict[str, Any]] = [{key: value} for key in _ENDS for value in _END
     {"lr-a": 1e4, "lr-b": 1e4, "lr-head": 1e4, "momentum": 0.999, "weight-decay": 1e3},
     {"optimizer": "adamw", "lr-a": 1e4, "lr-b": 1e4, "weight-decay": 1e3},
     {"clip-norm": 1e6, "lora-alpha": 1e5, "rank": 1, "lr-a": 1e4, "lr-b": 1e4},
+    {"clip-weight-a": 1e3, "clip-weight-b": 1e-3}, {"clip-weight-head": 1e-3, "lr-head": 1e4},
 ]  # fmt: skip
 
 

@@ -80,7 +80,12 @@ def test_training_tells_nothing_but_noise_whatever_the_records_are(make_device: 
     for number, config in enumerate(
         [{"plan": "*"}, {"plan": "B"}, {"plan": "A/B"}, {}, {"share": "A"}]
     ):
-        for changes in ({}, {"clip-norm": 1e-6, "lora-alpha": 1e5}, {"optimizer": "adamw"}):
+        for changes in (
+            {},
+            {"clip-norm": 1e-6, "lora-alpha": 1e5},
+            {"optimizer": "adamw"},
+            {"clip-weight-head": 1e-3, "clip-weight-a": 1e3},
+        ):
             content = records(start(4), {**config, "server-round": number})
             answers = [device.ask("train", content, {**RUN, **changes}) for device in devices]
             assert len({str(seen(answer)) for answer in answers}) == 1

@@ -96,7 +96,8 @@ def test_a_client_reveals_one_secret_of_each_other_and_none_for_a_smaller_sum() 
     [
         {"cohort": 7}, {"noise_multiplier": 2.0}, {"grid_norm": 2048}, {"dropouts": 0},
         {"colluding": 0}, {"server_round": 4}, {"plan": "A"},
-        {"sample_rate": 0.2}, {"clip_norm": 2.0},
+        {"sample_rate": 0.2}, {"clip_norm": 2.0}, {"clip_weight_a": 2.0},
+        {"clip_weight_b": 2.0}, {"clip_weight_head": 2.0},
     ],
     ids=str,
 )  # fmt: skip

@@ -18,6 +18,7 @@ from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FederationAborted, InvalidValue, SuspectReply
 from fedlora_flwr.plan import ComponentPlan
+from fedlora_flwr.privacy.clip_weights import ClipWeights
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.postprocessing.filters import FILTERS, make_filter
 from fedlora_flwr.server.norm_bound import CHANCE, NormBound, adam_steps, answers, unknown
@@ -38,6 +39,7 @@ CASES: Mapping[str, tuple[dict[str, Any], str, float]] = {
     "sgd on A": ({}, "A", 3.0),
     "sgd by step": ({}, "B/A", 3.0),
     "momentum": ({"momentum": 0.9}, "B/A", 3.0),
+    "weights": ({"clip-weight-head": 0.1, "clip-weight-a": 3.0}, "*", 3.0),
     "weight decay": ({"weight-decay": 0.3}, "*", 3.0),
     **{f"filter {name}": ({"filter": name}, "*", 3.0) for name in FILTERS if name != "none"},
     "preconditioned, A frozen": ({"precondition": True}, "B", 3.0),
@@ -73,7 +75,8 @@ def test_honest_uploads_are_within_the_bound_and_not_far_below(
     own, text, most = CASES[name]
     config = RunConfig.of(trainer.config.items(), own)
     records = trainer.task.client_records(0, 10)
-    mechanism = Mechanism(SIGMA, config.clip_norm, BATCH, len(records))
+    weights = ClipWeights.configured(config)
+    mechanism = Mechanism(SIGMA, config.clip_norm, BATCH, len(records), weights=weights)
     start, order, bound = moved_start(trainer), Order(1, text), NormBound(config)
     sent: Arrays = {}
     for seed in range(3):

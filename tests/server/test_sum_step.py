@@ -46,11 +46,13 @@ def run(
         return run_dir, run_federation(grid, config, run_dir)
 
 
+@pytest.mark.parametrize("head", [1.0, 0.125])
 def test_a_round_is_a_step_of_dp_sgd_on_the_union(
-    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: float
 ) -> None:
     """Every record joins, so that only the noise is left between both."""
-    config = make_config(**{**SUM, "sample_rate": 1.0, "num_rounds": 1, "eval_every": 1})
+    one_round = {"sample_rate": 1.0, "num_rounds": 1, "eval_every": 1, "clip_weight_head": head}
+    config = make_config(**{**SUM, **one_round})
     after: dict[str, Any] = {}
     step = SumStep.step
 
@@ -68,6 +70,8 @@ def test_a_round_is_a_step_of_dp_sgd_on_the_union(
         records = trainer.task.client_records(client, 3)
         everything = torch.arange(len(records))
         gradients = trainer.engine.gradients_by_record(records, everything, list(after))
+        for name in gradients:
+            gradients[name] = gradients[name] * (head if name.startswith("head") else 1.0)
         lengths = torch.cat([g.flatten(1) for g in gradients.values()], dim=1).norm(dim=1)
         factors = (config.clip_norm / lengths).clamp(max=1)
         for name, gradient in gradients.items():
@@ -75,7 +79,12 @@ def test_a_round_is_a_step_of_dp_sgd_on_the_union(
         count += len(records)
     sigma = calibrate(config.epsilon, config.delta, 1.0, 1)
     noise = np.concatenate(
-        [((trainer.start[n] - after[n]) / config.lr_b * count - total[n]).ravel() for n in after]
+        [
+            (moved * (head if name.startswith("head") else 1.0) - total[name]).ravel()
+            for name, moved in (
+                (n, (trainer.start[n] - after[n]) / config.lr_b * count) for n in after
+            )
+        ]
     )
 
     # Shares for two of the three clients, who all answered.

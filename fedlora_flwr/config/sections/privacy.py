@@ -17,6 +17,9 @@ from fedlora_flwr.config.keys import (
 )
 
 _DEVICE, _LIMITED, _PACKAGE = Decider.DEVICE, Decider.LIMITED, Decider.PACKAGE
+_WEIGHT = "A record moves the weighted sum by C at most, under any weights."
+SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-3, 1e3
+"""Limits of the weights with which parts enter the joint clip."""
 _PROMISE = "It is the promise that the device makes to its records."
 
 
@@ -76,6 +79,19 @@ class PrivacySection:
         "C: largest norm of one record's gradient; inf = no clipping, only with epsilon = inf",
         _LIMITED, "Noise is drawn in units of C; the range keeps the product exact.",
         device_check=between(1e-6, 1e6),
+    )  # fmt: skip
+    clip_weight_a: float = key(
+        1.0, between(SMALLEST_WEIGHT, LARGEST_WEIGHT),
+        "what A's gradients are multiplied by before the joint clip, and divided by after the "
+        "noise",
+        _LIMITED, _WEIGHT,
+    )  # fmt: skip
+    clip_weight_b: float = key(
+        1.0, between(SMALLEST_WEIGHT, LARGEST_WEIGHT), "the same for B", _LIMITED, _WEIGHT
+    )
+    clip_weight_head: float = key(
+        1.0, between(SMALLEST_WEIGHT, LARGEST_WEIGHT),
+        "the same for the head; below 1 leaves more of C to the adapters", _LIMITED, _WEIGHT,
     )  # fmt: skip
     max_rounds: int = key(
         0, between(0, 1_000_000), "most rounds that a client may join; 0 = num-rounds",

@@ -6,7 +6,7 @@ over all clients. Both use this code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -144,7 +144,7 @@ class PostProcessing:
         settings: OptimizerSettings,
         gradient_filter: GradientFilter,
         optimizer: torch.optim.Optimizer | None,
-        noise_variance: float,
+        noise_variance: Callable[[str], float],
     ) -> None:
         """Replace each active parameter's gradient by the one that the optimizer uses.
 
@@ -156,8 +156,9 @@ class PostProcessing:
             The filter, with its state.
         optimizer : Optimizer
             If it is a `NoiseAwareAdamW`, it is given the variance of the noise after the filter.
-        noise_variance : float
-            Variance of the noise in each coordinate of a gradient, before the filter.
+        noise_variance : callable
+            Maps an array's name to the variance of the noise in each coordinate of its gradient,
+            before the filter.
         """
         for name, p in self._parameters.items():
             if not p.requires_grad or p.grad is None:
@@ -169,4 +170,5 @@ class PostProcessing:
                 layer, factor, other = self._partners[name]
                 p.grad = precondition(p.grad, other, factor, layer.scaling, settings.ridge)
             if isinstance(optimizer, NoiseAwareAdamW):
-                optimizer.noise_variance[p] = noise_variance * gradient_filter.noise_gain(name)
+                gain = gradient_filter.noise_gain(name)
+                optimizer.noise_variance[p] = noise_variance(name) * gain
