@@ -6,7 +6,7 @@ All else is as in a run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from fedlora_flwr.privacy.engine import PrivateEngine
 from fedlora_flwr.randomness import stream_seed
 from fedlora_flwr.tasks.chats import IGNORED
 from fedlora_flwr.tasks.registry import Task, class_names
+from fedlora_flwr.tasks.views import training_losses
 
 GRADIENT, SCALED, LABEL, TOKENS = "gradient", "scaled", "label", "tokens"
 KINDS: Mapping[str, str] = {
@@ -250,5 +251,5 @@ def directed(trainer: LocalTrainer, shared: str) -> LocalTrainer:
         Factors that leave a client; empty for all.
     """
     size = trainer.config.microbatch_size or None
-    losses: Callable[[nn.Module, Batch], Tensor] = trainer.task.losses
+    losses = training_losses(trainer.config, trainer.task)
     return replace(trainer, engine=DirectedEngine(trainer.adapted, losses, size, shared=shared))

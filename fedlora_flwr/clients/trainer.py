@@ -30,6 +30,7 @@ from fedlora_flwr.secure_sum.discrete_gaussian import Words, seeded_words, syste
 from fedlora_flwr.secure_sum.grid import Grid, residues
 from fedlora_flwr.secure_sum.rounding import rounded
 from fedlora_flwr.tasks.registry import Task, build_task
+from fedlora_flwr.tasks.views import training_losses
 from fedlora_flwr.wire.limits import Residues
 
 
@@ -85,7 +86,8 @@ class LocalTrainer:
         """Build everything that a process needs to train."""
         task = task or build_task(config.task, config)
         adapted = build_adapted(config, task)
-        engine = PrivateEngine(adapted, task.losses, config.microbatch_size or None)
+        losses = training_losses(config, task)
+        engine = PrivateEngine(adapted, losses, config.microbatch_size or None)
         if config.compile != "none":
             compile_backbone(adapted, config.compile)
         return cls(config, task, adapted, engine, adapted.read())

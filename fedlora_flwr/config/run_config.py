@@ -114,6 +114,9 @@ class RunConfig(
                 "'none', or optimizer = 'sgd' with momentum = 0, filter = 'none' and precondition "
                 "= false: with others, the gradient cannot be read off an update",
             )
+        if self.views > 1 and self.augmentation == "none":
+            allowed = "1 where augmentation = 'none', since all views would be the same"
+            raise InvalidValue("views", self.views, allowed)
         if self.groups == "layer" and self.blocks:
             raise InvalidValue("groups", self.groups, "'block' or 'tied' where blocks is set")
         if not self.share_head and not self.train_head:

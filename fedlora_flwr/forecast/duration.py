@@ -28,6 +28,7 @@ from fedlora_flwr.server.rehearsal import build_unread, is_large
 from fedlora_flwr.server.strategy import build_strategy
 from fedlora_flwr.strategies.base import FedLoRA
 from fedlora_flwr.tasks.registry import Task, optional
+from fedlora_flwr.tasks.views import training_losses
 
 # Seconds that a measurement may take. A batch that takes longer is measured by a part of it.
 _PATIENCE = 3.0
@@ -151,7 +152,8 @@ def _step(
     expected = config.sample_rate * size if config.secure_sum else config.batch_size
     batch = max(1, min(round(expected), size))
     names = next(active_per_step(config, strategy, adapted))
-    engine = PrivateEngine(adapted, task.losses, config.microbatch_size or None)
+    losses = training_losses(config, task)
+    engine = PrivateEngine(adapted, losses, config.microbatch_size or None)
     noise: NoiseSource = SecureNoise() if config.secure_noise else SeededNoise(0)
     # More noise takes no more time.
     weights = ClipWeights.configured(config)

@@ -70,7 +70,8 @@ def step_memory(
     copies = 2 + (2 if config.optimizer.startswith("adamw") else int(config.momentum > 0))
     batch = math.ceil(config.sample_rate * most) if config.secure_sum else config.batch_size
     records = min(batch, config.microbatch_size or batch)
-    activations = activation_bytes(task, model, _example(task, records))
+    # Each view of a picture passes through the model.
+    activations = activation_bytes(task, model, _example(task, records * config.views))
     return Memory(
         backbone=everything - FLOAT_BYTES * trained,
         trained=FLOAT_BYTES * trained * copies,

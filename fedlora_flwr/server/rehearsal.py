@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.sections.training import TrainingSection
 from fedlora_flwr.data.records import Records, TensorRecords
 from fedlora_flwr.errors import PrivacyViolation, explained
 from fedlora_flwr.lora.adapters import AdaptedModel, attach
@@ -19,6 +20,7 @@ from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.noise import SeededNoise
 from fedlora_flwr.tasks.registry import Task, optional
+from fedlora_flwr.tasks.views import training_losses
 
 if TYPE_CHECKING:
     from fedlora_flwr.strategies import FedLoRA
@@ -44,7 +46,9 @@ def check_folding(strategy: FedLoRA, adapted: AdaptedModel) -> None:
         adapted.folded.check_weights()
 
 
-def rehearse(task: Task, adapted: AdaptedModel, *, whole: bool = True) -> None:
+def rehearse(
+    config: TrainingSection, task: Task, adapted: AdaptedModel, *, whole: bool = True
+) -> None:
     """Check that clients can train and measure a model; it is left as it was.
 
     Two records pass through it, are told apart, and take one step without noise. They are made up,
@@ -52,6 +56,8 @@ def rehearse(task: Task, adapted: AdaptedModel, *, whole: bool = True) -> None:
 
     Parameters
     ----------
+    config : TrainingSection
+        Whether pictures are augmented.
     task : Task
         Whose loss is taken.
     adapted : AdaptedModel
@@ -70,7 +76,7 @@ def rehearse(task: Task, adapted: AdaptedModel, *, whole: bool = True) -> None:
     """
     with explained("A private step on two made-up records", _ADVICE), _as_it_was(adapted):
         records = _records(task)
-        engine = PrivateEngine(adapted, task.losses)
+        engine = PrivateEngine(adapted, training_losses(config, task))
         count, names = min(len(records), 2), list(adapted.parameters)
         mechanism = Mechanism(0.0, 1.0, count, count)
         still = OptimizerSettings("sgd", lr_a=0.0, lr_b=0.0, lr_head=0.0)
@@ -105,7 +111,7 @@ def rehearse_unbuilt(config: RunConfig, task: Task, skeleton: AdaptedModel) -> N
         As `rehearse`.
     """
     if not is_large(skeleton):
-        rehearse(task, build_unread(config, task), whole=_size(skeleton) <= _SMALL)
+        rehearse(config, task, build_unread(config, task), whole=_size(skeleton) <= _SMALL)
 
 
 def build_unread(config: RunConfig, task: Task) -> AdaptedModel:

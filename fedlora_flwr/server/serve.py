@@ -115,7 +115,7 @@ def _federation(
         if adapted is None:
             adapted = build_adapted(config, task)
             check_folding(strategy, adapted)
-            rehearse(task, adapted)
+            rehearse(config, task, adapted)
         if config.secure_sum:
             strategy.opener = sum_step(config, task, adapted)
         session = _Session(config, task, adapted, strategy, run_dir, on_round, started)

@@ -132,7 +132,7 @@ def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRu
     if config.start and not large and not config.resume:
         read_adapter(Path(config.start), adapted)
     if not large:
-        rehearse(task, adapted)
+        rehearse(config, task, adapted)
     sizes = [
         len(task.client_records(client, config.num_clients)) for client in range(config.num_clients)
     ]

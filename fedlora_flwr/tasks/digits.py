@@ -80,6 +80,10 @@ class DigitsTask:
         """Return the digits from 0 to 9."""
         return tuple("0123456789")
 
+    def picture_field(self) -> str:
+        """Return the field of a batch that holds pictures."""
+        return "image"
+
     def check_splits_apart(self) -> None:
         """Do nothing: both sets come from one fixed draw without replacement."""
 

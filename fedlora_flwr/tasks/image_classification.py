@@ -84,6 +84,10 @@ class ImageClassification(ClassifierTask):
         pixels = torch.randint(256, batch["image"].shape, generator=generator, dtype=torch.uint8)
         return {**batch, "image": pixels}
 
+    def picture_field(self) -> str:
+        """Return the field of a batch that holds pictures."""
+        return "image"
+
     def inputs(self, images: Sequence[Image.Image]) -> Tensor:
         """Return pictures as the model reads them, shape (n, channels, h, w), fp32.
 

@@ -57,6 +57,8 @@ class Task(Protocol):
 
 
 OPTIONAL: Mapping[str, str] = {
+    "picture_field": "returns the name of the field of a batch that holds pictures of shape (n, "
+    "channels, h, w), so that augmentation can make views of them",
     "skeleton": "returns the model without its weights on a torch device, by default 'meta', so "
     "that a forecast builds no weights",
     "largest_batch": "returns a batch of so many records of the largest shapes, so that a forecast "

@@ -60,6 +60,8 @@ GOOD: dict[str, list[Any]] = {
     "local-steps": [1],
     "batch-size": [1],
     "microbatch-size": [0, 8],
+    "augmentation": ["none", "shift", "shift-mirror"],
+    "views": [1],
     "optimizer": ["sgd", "adamw", "adamw-plain"],
     "lr-schedule": ["constant", "exponential:0.99", "warmup:5 cosine:0", "linear:1", "warmup:3"],
     "lr-schedule-a": ["", "linear:0.1"],
@@ -140,6 +142,8 @@ BAD: dict[str, list[Any]] = {
     "lora-dropout": [-0.1, 1.0],
     "local-steps": [0],
     "batch-size": [0],
+    "augmentation": ["", "flip"],
+    "views": [0, -1, 65],
     "microbatch-size": [-1],
     "optimizer": ["adam"],
     "lr-schedule": [

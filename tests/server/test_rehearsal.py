@@ -238,7 +238,7 @@ def test_a_rehearsal_leaves_the_model_as_it_was(precision: str, make_config: Mak
     task = build_task(config.task, config)
     adapted, untouched = build_adapted(config, task), build_adapted(config, task)
     random = torch.get_rng_state()
-    rehearse(task, adapted)
+    rehearse(config, task, adapted)
 
     assert torch.equal(random, torch.get_rng_state())
     for (name, mine), (_, others) in zip(

@@ -32,6 +32,17 @@ class TrainingSection:
         0, at_least(0), "records in one forward pass; 0 = all",
         _DEVICE, "It depends on the device's memory.",
     )  # fmt: skip
+    augmentation: str = key(
+        "none", choice("none", "shift", "shift-mirror"),
+        "pictures: train on views that are shifted by up to an eighth of the side, or also "
+        "mirrored left to right",
+        _RUN, "A view is made from one record alone, before the clip.",
+    )  # fmt: skip
+    views: int = key(
+        1, between(1, 64),
+        "augmentation: views K of each picture, whose gradients are averaged before the clip",
+        _LIMITED, "The mean over views is clipped to C; it costs K times the memory and time.",
+    )  # fmt: skip
     optimizer: str = key(
         "sgd", choice("sgd", "adamw", "adamw-plain"),
         "local optimizer; adamw corrects its second moment for the noise, adamw-plain does not",
