@@ -95,11 +95,21 @@ class RunConfig(
             raise InvalidValue("local-steps", self.local_steps, allowed)
         if self.run_epsilon > self.epsilon:
             raise InvalidValue("run-epsilon", self.run_epsilon, f"at most epsilon = {self.epsilon}")
+        self._check_beginning()
         self._check_methods()
         check_trust(self)
         for key in ("run_dir", "state_dir", "resume", "start"):
             if (folder := getattr(self, key)) and not Path(folder).is_absolute():
                 raise InvalidValue(dashed(key), folder, "an absolute path")
+
+    def _check_beginning(self) -> None:
+        if self.views > 1 and self.augmentation == "none":
+            allowed = "1 where augmentation = 'none', since all views would be the same"
+            raise InvalidValue("views", self.views, allowed)
+        if self.lora_init != "random" and (self.start or self.client_ranks):
+            other = "start" if self.start else "client-ranks"
+            allowed = f"'random' where {other} is set, which brings other factors"
+            raise InvalidValue("lora-init", self.lora_init, allowed)
 
     def _check_methods(self) -> None:
         plain_sgd = self.optimizer == "sgd" and self.momentum == 0
@@ -114,9 +124,6 @@ class RunConfig(
                 "'none', or optimizer = 'sgd' with momentum = 0, filter = 'none' and precondition "
                 "= false: with others, the gradient cannot be read off an update",
             )
-        if self.views > 1 and self.augmentation == "none":
-            allowed = "1 where augmentation = 'none', since all views would be the same"
-            raise InvalidValue("views", self.views, allowed)
         if self.groups == "layer" and self.blocks:
             raise InvalidValue("groups", self.groups, "'block' or 'tied' where blocks is set")
         if not self.share_head and not self.train_head:

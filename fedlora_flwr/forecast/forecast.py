@@ -14,9 +14,10 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue, explained
 from fedlora_flwr.forecast.memory import FLOAT_BYTES, Memory, step_memory
 from fedlora_flwr.forecast.participation import participation
-from fedlora_flwr.layout import Layout, is_shared
+from fedlora_flwr.layout import Layout, factor_of, is_shared
 from fedlora_flwr.lora.adapters import AdaptedModel, attach
 from fedlora_flwr.lora.build import lora_spec
+from fedlora_flwr.lora.weight_starts import RANDOM
 from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.privacy.clip_weights import ClipWeights
@@ -137,7 +138,7 @@ def forecast(config: RunConfig, records: int | None = None, task: Task | None = 
     task = task or build_task(config.task, config)
     strategy = build_strategy(config)
     model = skeleton(config, task)
-    check_folding(strategy, model)
+    check_folding(config, strategy, model)
     read, tests = ([], None) if records is not None else open_splits(task, config.num_clients)
     rehearse_unbuilt(config, task, model)
     layout = Layout.of(model.parameters, config.block_pattern)
@@ -163,7 +164,7 @@ def forecast(config: RunConfig, records: int | None = None, task: Task | None = 
         blocks=len(layout.blocks),
         memory=step_memory(config, task, model, max(coordinates), max(numbers)),
         bytes_up=round(_uploads(strategy, plans, layout, sent, config.local_steps)),
-        bytes_down=sum(sent.values()),
+        bytes_down=sum(sent.values()) + _folded_at_start(config, sent),
         noise_to_signal=ratio,
         read=read,
         test_records=tests,
@@ -281,6 +282,13 @@ def _uploads(
             ]
         )
     )
+
+
+def _folded_at_start(config: RunConfig, sent: Mapping[str, int]) -> int:
+    """Return the bytes of the folded pairs of a start, which are as large as the factors."""
+    if config.lora_init == RANDOM:
+        return 0
+    return sum(size for name, size in sent.items() if factor_of(name))
 
 
 def _warnings(found: Forecast) -> list[str]:

@@ -75,6 +75,12 @@ class FoldedWeights:
         for layer in self._layers.values():
             self._check_weight(layer)
 
+    def own_weight(self, name: str) -> Tensor:
+        """Return the original weight W0 of a layer, shape (m, n), without any folded pair."""
+        layer = self._layers[name]
+        own = self._own.get(name, _weight(layer)) if name in self.pairs else _weight(layer)
+        return own.T if _transposed(layer) else own
+
     def _check_weight(self, layer: AdaptedLinear) -> None:
         weight, (m, n) = _weight(layer), (layer.B.shape[0], layer.A.shape[1])
         own = weight.T if _transposed(layer) else weight

@@ -1,4 +1,4 @@
-"""Reading a PEFT adapter folder as the start of a run."""
+"""The arrays from which a run starts: fresh, made from the weights, or a PEFT adapter's."""
 
 from __future__ import annotations
 
@@ -11,11 +11,44 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
+from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.layout import is_folded
 from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.lora.exported import BACKBONE, plain_name
+from fedlora_flwr.lora.weight_starts import RANDOM, weight_start
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def start_of(config: RunConfig, adapted: AdaptedModel) -> dict[str, NDArray[np.float32]]:
+    """Write a run's start into its model, and return all arrays of it.
+
+    Parameters
+    ----------
+    config : RunConfig
+        Its ``start`` and ``lora-init``.
+    adapted : AdaptedModel
+        The run's model, before any training.
+
+    Returns
+    -------
+    dict[str, ndarray]
+        Factors and head arrays by name, and the folded pairs if the start has some, fp32.
+
+    Raises
+    ------
+    InvalidValue
+        See `read_adapter` and `fedlora_flwr.lora.weight_starts.check_start`.
+    """
+    made: dict[str, NDArray[np.float32]] = {}
+    if config.start:
+        made = read_adapter(Path(config.start), adapted)
+    elif config.lora_init != RANDOM:
+        made = weight_start(adapted, config.lora_init)
+    if made:
+        adapted.write(made)
+    return {**adapted.read(), **{name: array for name, array in made.items() if is_folded(name)}}
 
 
 def read_adapter(folder: Path, adapted: AdaptedModel) -> dict[str, NDArray[np.float32]]:

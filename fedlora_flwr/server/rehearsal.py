@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.sections.lora import LoRASection
 from fedlora_flwr.config.sections.training import TrainingSection
 from fedlora_flwr.data.records import Records, TensorRecords
 from fedlora_flwr.errors import PrivacyViolation, explained
@@ -16,6 +17,7 @@ from fedlora_flwr.lora.adapters import AdaptedModel, attach
 from fedlora_flwr.lora.build import lora_spec
 from fedlora_flwr.lora.precision import run_in_bf16
 from fedlora_flwr.lora.seeded import seeded
+from fedlora_flwr.lora.weight_starts import check_start
 from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.noise import SeededNoise
@@ -34,14 +36,25 @@ _ADVICE = (
 )
 
 
-def check_folding(strategy: FedLoRA, adapted: AdaptedModel) -> None:
-    """Refuse a method that changes frozen weights where they cannot change.
+def check_folding(config: LoRASection, strategy: FedLoRA, adapted: AdaptedModel) -> None:
+    """Refuse a method or a start that changes frozen weights where they cannot change.
+
+    Parameters
+    ----------
+    config : LoRASection
+        Its ``lora-init``.
+    strategy : FedLoRA
+        The method.
+    adapted : AdaptedModel
+        The model, which may be on the meta device.
 
     Raises
     ------
     InvalidValue
-        The method folds updates into weights, and a layer's weight is quantized or another's too.
+        The method or the start folds into weights, and a layer's weight is quantized or another's
+        too; or the start needs a lower rank.
     """
+    check_start(adapted, config.lora_init)
     if strategy.folds:
         adapted.folded.check_weights()
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from logging import WARNING
-from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
@@ -24,7 +23,7 @@ from fedlora_flwr.files import replacing
 from fedlora_flwr.layout import Layout
 from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.lora.build import build_adapted
-from fedlora_flwr.lora.started import read_adapter
+from fedlora_flwr.lora.started import start_of
 from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.server.best import Best
 from fedlora_flwr.server.card import ModelCard
@@ -114,7 +113,7 @@ def _federation(
         strategy = build_strategy(known)
         if adapted is None:
             adapted = build_adapted(config, task)
-            check_folding(strategy, adapted)
+            check_folding(config, strategy, adapted)
             rehearse(config, task, adapted)
         if config.secure_sum:
             strategy.opener = sum_step(config, task, adapted)
@@ -176,11 +175,10 @@ class _Session:
         self._keeper.run = checkpoint.run if checkpoint else str(grid.run.run_id)
         if checkpoint:
             self._take_up(checkpoint)
-        elif self.config.start:
-            self.adapted.write(read_adapter(Path(self.config.start), self.adapted))
+        arrays = checkpoint.arrays if checkpoint else start_of(self.config, self.adapted)
         self.strategy.start(
             grid,
-            initial_arrays=to_record(checkpoint.arrays if checkpoint else self.adapted.read()),
+            initial_arrays=to_record(arrays),
             num_rounds=self.config.num_rounds,
             timeout=self.config.round_timeout,
             train_config=ConfigRecord({FINGERPRINT: self.adapted.fingerprint}),

@@ -50,6 +50,9 @@ def build_strategy(config: RunConfig) -> FedLoRA:
     if config.start and made.shared:
         allowed = "no value with a strategy that leaves a factor or the head with each client"
         raise InvalidValue("start", config.start, allowed)
+    if config.lora_init != "random" and made.shared:
+        allowed = "'random' with a strategy that leaves a factor or the head with each client"
+        raise InvalidValue("lora-init", config.lora_init, allowed)
     made.robust = _robust(config)
     return made
 

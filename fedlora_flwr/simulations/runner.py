@@ -128,7 +128,7 @@ def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRu
     adapted = bare if bare is not None and large else build_adapted(config, task)
     # A method may refuse a model, e.g. one whose blocks have no name.
     per_step = numbers_per_step(config, strategy, adapted)
-    check_folding(strategy, adapted)
+    check_folding(config, strategy, adapted)
     if config.start and not large and not config.resume:
         read_adapter(Path(config.start), adapted)
     if not large:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.means import Arrays
 from fedlora_flwr.config.keys import above, between
+from fedlora_flwr.layout import is_folded
 from fedlora_flwr.strategies.base import FedLoRA
 from fedlora_flwr.strategies.declared import setting
 from fedlora_flwr.strategies.replies import Upload, to_record
@@ -58,7 +59,9 @@ class FlowersStrategy(FedLoRA):
         if hasattr(self._inner, "current_arrays"):
             # FedAvgM would keep its own arrays between rounds, which are not rounded to fp32.
             self._inner.current_arrays = None
-        self._inner.configure_train(server_round, arrays, self._asks, grid)
+        # Folded pairs travel, but do not train. Flower's classes expect all arrays in an upload.
+        training = ArrayRecord({n: array for n, array in arrays.items() if not is_folded(n)})
+        self._inner.configure_train(server_round, training, self._asks, grid)
         return super().configure_train(server_round, arrays, config, grid)
 
     def order(self, server_round: int, plan: str = "") -> Order:
@@ -86,7 +89,7 @@ class FlowersStrategy(FedLoRA):
             for upload in uploads
         ]
         arrays, _ = self._inner.aggregate_train(server_round, replies)
-        return {name: to_numpy(array) for name, array in (arrays or {}).items()}
+        return {**current, **{name: to_numpy(array) for name, array in (arrays or {}).items()}}
 
     def state_dict(self) -> dict[str, Any]:
         """Add what Flower's class carries."""

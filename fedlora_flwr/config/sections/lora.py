@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedlora_flwr.config.keys import ANY, FLAG, QUICK_PATTERN, Decider, between, key
+from fedlora_flwr.config.keys import ANY, FLAG, QUICK_PATTERN, Decider, between, choice, key
 
 _LIMITED, _RUN, _PACKAGE = Decider.LIMITED, Decider.RUN, Decider.PACKAGE
 
@@ -33,6 +33,12 @@ class LoRASection:
     backbone_dropout: bool = key(
         True, FLAG, "whether the backbone's own dropout is on in training",
         _RUN, "Its masks come from the device's own secret generator.",
+    )  # fmt: skip
+    lora_init: str = key(
+        "random", choice("random", "pissa", "olora"),
+        "start of the adapters: a random A and B = 0; or factors of each frozen weight, by its "
+        "largest singular values (pissa) or its QR decomposition (olora)",
+        _RUN, "Only the server reads it, and sends its arrays.",
     )  # fmt: skip
     lora_targets: str = key(
         "", ANY, "pattern of adapted module names; empty = the task's",
