@@ -127,7 +127,7 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         if self._weights is None or set(self._weights) == {1.0}:
             return
         widths = [sum(p.numel() for p in group["params"]) for group in self.param_groups]
-        yield from zip(tensor.split(widths, dim=-1), self._weights, strict=True)
+        yield from zip(torch.split(tensor, widths, dim=-1), self._weights, strict=True)
 
 
 def row_norms(rows: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.sources import is_hub_name
 from fedlora_flwr.files import replace_file
+from fedlora_flwr.plan import PARTS
+from fedlora_flwr.privacy.clip_weights import EVEN, ClipWeights
 from fedlora_flwr.server.card_code import CardCode
 from fedlora_flwr.strategies import strategy_class
 from fedlora_flwr.tasks.registry import extras_of
@@ -191,6 +193,10 @@ class ModelCard:
         once = "one run; on a device whose own file says so, all its runs"
         yield "budget covers", once if config.ledger_scope == "run" else "all runs of a client"
         yield "clip norm", f"{config.clip_norm:g}, over all trained tensors of a record together"
+        weights = ClipWeights.configured(config)
+        if weights != EVEN:
+            parts = ", ".join(f"{part} {weights.of_part(part):g}" for part in PARTS)
+            yield "weights in the clip", f"{parts}; divided out after the noise"
         local = "`local`: each client adds its own noise before anything leaves it"
         # The remark says whether the clients masked their uploads.
         summed = f"`secure-sum`, {summary['remarks'].get('secure sum', 'but no round was summed')}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -30,9 +32,9 @@ def test_an_upload_without_noise_shows_the_canarys_clipped_gradient(
     kind: str, weights: ClipWeights
 ) -> None:
     config = settings(lr_a=0.5, lr_b=0.25, lr_head=0.125)
-    task = AuditTask(build_task(config.task, config))
-    trainer = LocalTrainer.build(config, task)  # type: ignore[arg-type]
-    canaries = Canaries.of(kind, task, trainer.adapted.model)  # type: ignore[arg-type]
+    task: Any = AuditTask(build_task(config.task, config))
+    trainer = LocalTrainer.build(config, task)
+    canaries = Canaries.of(kind, task, trainer.adapted.model)
     if kind == GRADIENT:
         trainer = directed(trainer, "")
     records = AuditRecords(task.client_records(0, 4), COUNT, canaries, [True])

@@ -167,7 +167,7 @@ def test_weights_share_the_clip_norm_between_adapters_and_head(tmp_path: Path) -
     # C bounds what is clipped: the head's part times its weight.
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
-    parts = dict(zip(names, weighted.split(sizes), strict=True))
+    parts = dict(zip(names, torch.split(weighted, sizes), strict=True))
     squares = [
         float((part * (1.0 if "lora_" in name else 0.01)).square().sum())
         for name, part in parts.items()

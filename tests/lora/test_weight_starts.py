@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,14 +99,16 @@ def test_a_start_reads_the_original_weight_whatever_is_folded_in(how: str) -> No
     adapted.write(adapted.read())
     state = VIT.model().state_dict()
     for layer in adapted.layers:
-        assert torch.equal(layer.base.weight, state[f"{layer.name}.weight"])
+        weight: Any = layer.base.weight
+        assert torch.equal(weight, state[f"{layer.name}.weight"])
 
 
 def test_pissa_takes_the_largest_singular_values_and_olora_orthonormal_columns() -> None:
     adapted = attach(VIT.model(), VIT.spec(), seed=1)
     largest, columns = weight_start(adapted, PISSA), weight_start(adapted, OLORA)
     for layer in adapted.layers:
-        weight = layer.base.weight.detach().numpy()
+        base: Any = layer.base
+        weight = base.weight.detach().numpy()
         b, a = (largest[f"{layer.name}.lora_{f}.weight"].astype(float) for f in "BA")
         left = weight - layer.scaling * b @ a
         values = np.linalg.svd(weight, compute_uv=False)
@@ -130,6 +133,7 @@ def test_what_cannot_have_such_a_start_is_refused_by_name() -> None:
         check_start(adapted, PISSA)
     with pytest.raises(InvalidValue, match="lora-init = 'eva'"):
         check_start(adapted, "eva")
-    for other in ({"start": "/somewhere"}, {"strategy": "flexlora", "client_ranks": "2,4"}):
+    others = ({"start": "/somewhere"}, {"strategy": "flexlora", "client-ranks": "2,4"})
+    for other in others:
         with pytest.raises(InvalidValue, match=r"lora-init = 'olora' .*brings other factors"):
-            RunConfig(lora_init="olora", **other)
+            RunConfig.of({"lora-init": "olora", **other})

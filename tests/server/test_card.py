@@ -167,6 +167,11 @@ def test_a_card_says_what_was_promised_and_names_what_the_hub_has(
     assert "simulation" not in card(reproducible=False).text
     summed = card(trust_model="secure-sum", sample_rate=0.1, local_steps=1)
     assert "one training record of all clients together" in summed.text
+    assert "weights in the clip" not in summed.text
+    weighted = card(clip_weight_head=0.1)
+    assert "| weights in the clip | A 1, B 1, head 0.1; divided out after the noise |" in (
+        weighted.text
+    )
     assert "all runs of a client" in card(ledger_scope="lifetime").text
 
 

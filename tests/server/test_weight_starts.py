@@ -68,7 +68,8 @@ def test_clients_train_from_the_factors_that_the_server_made(tmp_path: Path) -> 
     adapted = build_adapted(config, build_task(config.task, config))
     weight = dict(adapted.folded._layers)
     for name, layer in weight.items():
-        values = torch.linalg.svdvals(layer.base.weight.detach())
+        base: Any = layer.base
+        values = torch.linalg.svdvals(base.weight.detach())
         b = torch.from_numpy(kept[f"{name}.lora_B.weight"]).double()
         a = torch.from_numpy(kept[f"{name}.lora_A.weight"]).double()
         products = torch.linalg.svdvals(layer.scaling * b @ a)[: adapted.rank]
