@@ -38,7 +38,7 @@ class ClipWeights:
     Guarantees
     ----------
     *What holds.* The weights are public and fixed for a round. One record moves the clipped sum by
-    C at most, whatever they are.
+    C at most, under any weights.
     *Under which assumptions.* They are chosen without reading private records.
     *What does not hold.* They do not make noise smaller. With W the diagonal matrix of the weights,
     the noise in a part is σC/(b w), and a record's share of that part has norm C/w at most.

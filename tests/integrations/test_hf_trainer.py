@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from fedlora_flwr import ClipWeights, PrivateTrainer
+from fedlora_flwr import PrivateTrainer
 from fedlora_flwr.errors import BudgetExhausted, InvalidValue, PrivacyViolation
 from fedlora_flwr.privacy.engine import PrivateEngine
 from tests.support.forks import forked, trains_in_forks
@@ -97,7 +97,7 @@ def private(
         key: changes.pop(key)
         for key in tuple(changes)
         if key in ("losses", "microbatch_size", "callbacks", "eval_dataset", "eval_is_public")
-        or key in ("compute_loss_func", "optimizers", "model_init", "ledger", "clip_weights")
+        or key in ("compute_loss_func", "optimizers", "model_init", "ledger")
     }
     return PrivateTrainer(
         model or build_model(),
@@ -154,26 +154,6 @@ def test_max_grad_norm_bounds_each_record_over_all_tensors(tmp_path: Path) -> No
     private(tmp_path, model, data, max_steps=1, learning_rate=1.0, max_grad_norm=1e-3).train()
     # One step of rate 1 moves by the mean of clipped gradients, here all the same, of norm C.
     assert moved(start, model).norm() == pytest.approx(1e-3, rel=1e-3)
-
-
-def test_weights_share_the_clip_norm_between_adapters_and_head(tmp_path: Path) -> None:
-    model = build_model()
-    start = trained(model)
-    weights = ClipWeights(head=0.01)
-    data = COUNT * records(1)
-    options = {"max_steps": 1, "learning_rate": 1.0, "max_grad_norm": 1e-3}
-    private(tmp_path, model, data, clip_weights=weights, **options).train()
-    weighted = moved(start, model)
-    # C bounds what is clipped: the head's part times its weight.
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
-    parts = dict(zip(names, torch.split(weighted, sizes), strict=True))
-    squares = [
-        float((part * (1.0 if "lora_" in name else 0.01)).square().sum())
-        for name, part in parts.items()
-    ]
-    assert math.sqrt(sum(squares)) == pytest.approx(1e-3, rel=1e-3)
-    assert weighted.norm() > 2e-3
 
 
 def test_the_noise_is_that_of_the_calibrated_mechanism(tmp_path: Path) -> None:
