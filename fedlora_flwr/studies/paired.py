@@ -19,7 +19,8 @@ LEVEL = 0.95
 _ROUNDING = 1e-12
 Finals = Mapping[int, float]
 """A figure by seed."""
-Key, Value = TypeVar("Key"), TypeVar("Value")
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
