@@ -48,7 +48,8 @@ class Chosen:
         """Yield sentences for a screen."""
         if self.names:
             share = f"{self.added / self.named:.0%}"
-            yield f"{', '.join(self.names)}: {self.added:,} more beside {self.named:,} runs (+{share})"
+            names = ", ".join(self.names)
+            yield f"{names}: {self.added:,} more beside {self.named:,} runs (+{share})"
         for name, reason in self.left_out.items():
             yield f"{name} is left out: {reason}"
 
