@@ -9,8 +9,8 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.server.noise import noise_shares, noise_to_signal
 
-# A client that brings more of the noise than all others together decides the mean's noise.
-_DECIDES = 0.5
+# Without a client that decides, the mean has less than two thirds of its noise.
+_DECIDES = 1.5
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,9 @@ class WorstClient:
     share: float
     without: float | None
 
-    @property
-    def decides(self) -> bool:
-        """Whether it brings more of the mean's noise than all others together."""
-        return self.without is not None and self.share > _DECIDES
+    def decides(self, ratio: float) -> bool:
+        """Tell whether the noise of the mean, which is ``ratio``, is mostly that of this client."""
+        return self.without is not None and ratio > _DECIDES * self.without
 
     def __str__(self) -> str:
         """Say it in a few words."""

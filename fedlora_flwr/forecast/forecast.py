@@ -297,7 +297,7 @@ def _warnings(found: Forecast) -> list[str]:
     if len(broken) > 3:
         lines.append(f"{len(broken) - 3} more clients cannot keep it.")
     ratio, worst = found.noise_to_signal, found.worst
-    if ratio is not None and worst is not None and worst.decides:
+    if ratio is not None and worst is not None and worst.decides(ratio):
         lines.append(worst.warning(ratio))
         # One tiny client must not speak for the run: what follows is about the others.
         ratio = worst.without

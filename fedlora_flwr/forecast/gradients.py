@@ -25,7 +25,7 @@ from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.lora.build import build_adapted, resolve_device
 from fedlora_flwr.lora.seeded import seeded
 from fedlora_flwr.lora.started import read_adapter
-from fedlora_flwr.plan import PARTS, A, ComponentPlan
+from fedlora_flwr.plan import HEAD, PARTS, A, ComponentPlan
 from fedlora_flwr.privacy.engine import PrivateEngine
 from fedlora_flwr.privacy.stand_ins import stand_ins
 from fedlora_flwr.server.noise import noisy_coordinates
@@ -37,7 +37,8 @@ LEAST = 0.1
 """The share of the clip norm below which a part of the model gets a warning."""
 _MOST_RECORDS, _FEWEST_RECORDS = 64, 4
 # Records times parameters: a pass takes some seconds on one core.
-_WORK = 200_000_000
+_WORK = 500_000_000
+_APART = "rolora"
 _LOOK = "The run itself does not need this figure."
 Squares = Mapping[str, Tensor]
 """Squared norms of each record's gradient by array, fp64, shape (records,)."""
@@ -231,7 +232,7 @@ def squared_norms(task: Task, adapted: AdaptedModel, records: Records) -> dict[s
     engine, names = PrivateEngine(adapted, task.losses), list(adapted.parameters)
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
     with engine.training():
-        for positions in torch.arange(len(records)).split(_FEWEST_RECORDS):
+        for positions in torch.split(torch.arange(len(records)), _FEWEST_RECORDS):
             for name, sample in engine.gradients_by_record(records, positions, names).items():
                 norms = sample.flatten(1).double().square().sum(dim=1)
                 parts[name].append(norms.detach().cpu())
@@ -326,39 +327,32 @@ def _noise_of_parts(
 
 def _warnings(config: RunConfig, mode: Mode) -> Iterator[str]:
     """Yield a warning for each part that gets little of the clip norm, and what to change."""
-    if mode.joint < LEAST * config.clip_norm:
-        if math.isfinite(config.clip_norm):
-            yield (
-                f"A record's gradient has norm {mode.joint:.2g} at the start in steps of "
-                f"{mode.name}, and the noise is made for clip-norm = {config.clip_norm:g}. Lower "
-                f"clip-norm to about {mode.joint:.2g}."
-            )
-        return
     for group in mode.groups:
         # While B is 0, A has no gradient in any setting.
-        if group.share is None or group.share >= LEAST or (group.part == A and not group.norm):
-            continue
-        others = max((o for o in mode.groups if o is not group), key=lambda o: o.norm, default=None)
-        if others is None:
-            continue
-        yield (
-            f"{group.part} gets {group.share:.0%} of the clip norm in steps of {mode.name} at the "
-            f"start: a record's gradient has norm {group.norm:.2g} there, and {others.norm:.2g} in "
-            f"{others.part}, with which it is clipped. {_advice(config, group, others)}"
-        )
+        none = group.part == A and not group.norm
+        if group.share is not None and group.share < LEAST and not none:
+            yield (
+                f"{group.part} gets {group.share:.0%} of the clip norm in steps of {mode.name} at "
+                f"the start: a record's gradient has norm {group.norm:.2g} there, and "
+                f"{mode.joint:.2g} in all parts that are clipped with it, where clip-norm = "
+                f"{config.clip_norm:g}. {_advice(config, group, mode)}"
+            )
 
 
-def _advice(config: RunConfig, group: Group, other: Group) -> str:
-    if group.part == "head":
+def _advice(config: RunConfig, group: Group, mode: Mode) -> str:
+    longest = max(mode.groups, key=lambda other: other.norm)
+    if group.norm >= LEAST * mode.joint:
+        return f"The noise is made for the clip norm, so lower it towards {mode.joint:.2g}."
+    if group.part == HEAD:
         return (
             f"Lower lora-alpha (now {config.lora_alpha:g}), which makes the adapters' gradients "
-            "shorter, and raise lr-b and lr-a."
+            "shorter, and raise lr-a and lr-b."
         )
-    if other.part != "head":
-        return f"Train {group.part} and {other.part} in steps of their own (strategy = 'rolora')."
-    alpha = config.lora_alpha * other.norm / group.norm
+    if longest.part != HEAD:
+        return f"Train A and B in steps of their own, as strategy = {_APART!r} does."
+    alpha = config.lora_alpha * longest.norm / group.norm
     return (
-        f"Raise lora-alpha, now {config.lora_alpha:g} (about {alpha:.2g} would make both equally "
-        "long), with lower lr-a and lr-b; or set train-head = false; or compare with strategy = "
-        "'head-only', which has less noise."
+        f"Raise lora-alpha, now {config.lora_alpha:g} (about {alpha:.2g} would make {group.part} "
+        "and head equally long), with lower lr-a and lr-b; or set train-head = false; or compare "
+        "with strategy = 'head-only', which adds noise to the head alone."
     )
