@@ -55,7 +55,8 @@ def _lines(found: Forecast) -> list[tuple[str, str]]:
     )
     ratio = found.noise_to_signal
     noise = "none" if ratio is None else f"{ratio:.2f} × the largest possible signal"
-    worst = f"; {found.worst}" if found.worst and len(found.clients) > 1 else ""
+    stands_out = found.worst and found.worst.stands_out(len(found.clients))
+    worst = f"; {found.worst}" if stands_out else ""
     norms = found.gradients.lines() if found.gradients else ()
     kept = "not known" if memory.activations is None else megabytes(memory.activations)
     rounds = participation(config)

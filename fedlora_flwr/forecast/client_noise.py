@@ -11,6 +11,7 @@ from fedlora_flwr.server.noise import noise_shares, noise_to_signal
 
 # Without a client that decides, the mean has less than two thirds of its noise.
 _DECIDES = 1.5
+_EQUAL = 1.1
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class WorstClient:
     alone: float
     share: float
     without: float | None
+
+    def stands_out(self, clients: int) -> bool:
+        """Tell whether it brings more noise than an equal part of that of all clients."""
+        return self.share * clients > _EQUAL
 
     def decides(self, ratio: float) -> bool:
         """Tell whether the noise of the mean, which is ``ratio``, is mostly that of this client."""

@@ -55,6 +55,7 @@ def test_there_is_none_without_noise_or_where_a_sum_shares_it() -> None:
     assert worst_client(RunConfig(), [None, None], 10) is None
     lonely = worst_client(RunConfig(), MADE[:1], 10)
     assert lonely is not None
+    assert not lonely.stands_out(1)
     assert (lonely.share, lonely.without, lonely.decides(9.0)) == (1.0, None, False)
 
 
@@ -75,6 +76,7 @@ def test_one_tiny_client_does_not_set_the_whole_forecast(make_config: MakeConfig
     assert worst.without is not None
     assert (worst.client, worst.records) == (0, 17)
     assert worst.decides(ratio)
+    assert worst.stands_out(6)
     assert worst.without < MOST_THAT_GAINED < ratio < worst.alone
     # The general warning speaks of the others, which have no more noise than runs that gained.
     (warning,) = found.warnings
