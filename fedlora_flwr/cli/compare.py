@@ -47,35 +47,37 @@ Rows = Annotated[
         autocompletion=complete_row,
     ),
 ]
+Budgets = Annotated[str, typer.Option(help="Privacy budgets joined by commas; none = no privacy.")]
+Baselines = Annotated[
+    str,
+    typer.Option(
+        help="What is added to compare with: all, none, names joined by commas, or auto, which "
+        "adds at most half as many runs again.",
+        autocompletion=complete_baselines,
+    ),
+]
+Reference = Annotated[
+    str, typer.Option(help="The row from which differences are taken; head-only if not given.")
+]
+Output = Annotated[
+    Path | None, typer.Option(help="Folder of the results; runs/compare-TASK if not given.")
+]
 
 
 def compare(
     task: Shared = "digits",
     strategies: Strategies = None,
     rows: Rows = None,
-    epsilon: Annotated[
-        str, typer.Option(help="Privacy budgets joined by commas; none = no privacy.")
-    ] = "1,3,8,none",
+    epsilon: Budgets = "1,3,8,none",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 1 to N are reported.")] = 5,
     trials: Annotated[
         int,
         typer.Option(min=0, help="Learning rates tried per row and ε; 0 keeps the row's own rate."),
     ] = 6,
-    baselines: Annotated[
-        str,
-        typer.Option(
-            help="What is added to compare with: all, none, names joined by commas, or auto, which "
-            "adds at most half as many runs again.",
-            autocompletion=complete_baselines,
-        ),
-    ] = "auto",
-    reference: Annotated[
-        str, typer.Option(help="The row from which differences are taken; head-only if not given.")
-    ] = "",
+    baselines: Baselines = "auto",
+    reference: Reference = "",
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder of the results; runs/compare-TASK if not given.")
-    ] = None,
+    output: Output = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -88,7 +90,6 @@ def compare(
         from fedlora_flwr.studies.baselines import with_baselines
         from fedlora_flwr.studies.compare import compare as run_comparison
         from fedlora_flwr.studies.compare_methods import read_methods
-        from fedlora_flwr.studies.compare_results import read_rows
         from fedlora_flwr.studies.compare_tables import as_json as in_json
         from fedlora_flwr.studies.compare_tables import document_of
         from fedlora_flwr.studies.comparison import Comparison
@@ -107,11 +108,17 @@ def compare(
         raise
     metric = build_task(config.task, config).metric
     if as_json:
-        told = {"names": chosen.names, "runs": chosen.added, "left_out": chosen.left_out}
         content = in_json(summary, comparison.rows, metric, found)
-        show_json({"folder": str(folder), "baselines": told, **content})
+        show_json({"folder": str(folder), "baselines": chosen.as_json(), **content})
     else:
         screen.document(document_of(summary, config, metric, trials, found), folder)
+    _check_failures(folder)
+
+
+def _check_failures(folder: Path) -> None:
+    """Report runs that failed, so that the command's exit code tells of them."""
+    from fedlora_flwr.studies.compare_results import read_rows
+
     if failed := int((read_rows(folder / "rows.csv")["error"] != "").sum()):
         raise FedLoRAError(
             f"{failed} runs failed. rows.csv says why; the same command tries them again."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.studies.baseline_names import (
@@ -52,6 +53,10 @@ class Chosen:
             yield f"{names}: {self.added:,} more beside {self.named:,} runs (+{share})"
         for name, reason in self.left_out.items():
             yield f"{name} is left out: {reason}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it in JSON types."""
+        return {"names": [*self.names], "runs": self.added, "left_out": self.left_out}
 
 
 def with_baselines(comparison: Comparison, text: str) -> tuple[Comparison, Chosen]:
