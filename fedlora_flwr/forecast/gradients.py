@@ -1,7 +1,7 @@
 """What joint clipping leaves of the gradients of A, B and head, before a run starts.
 
-Norms of private gradients are not protected, so no private record is read here: only public ones,
-or random inputs.
+Whoever reads a plan may learn what these norms tell, and the norms of private gradients would be
+outside every promise. So no private record is read here: only public ones, or random inputs.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ def _intervals_note(found: Findings) -> str:
     text = (
         f"Mean of the differences by seed, with its {LEVEL:.0%} interval by Student's t. ≈: the "
         "seeds do not tell the two apart, because the interval holds zero or one seed gives none. "
-        "A seed changes partition, adapters, batches and noise, and leaves the test records."
+        "A seed changes partition, adapters, batches and noise, but not the test records."
     )
     if chance := round(count * (1 - LEVEL)):
         text += (
