@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from fedlora_flwr.cli import app
 from fedlora_flwr.strategies import STRATEGIES
 from fedlora_flwr.studies.compare_results import Journal, read_rows
+from tests.cli.documented import fields
 
 ONE = ("--epsilon", "none", "--seeds", "1", "--trials", "0")
 SOME = ("--epsilon", "8")  # In place of none.
@@ -156,6 +157,7 @@ def test_each_documented_layout_is_one_command(title: str, tmp_path: Path) -> No
     for row in found["rows"]:
         assert row["mean"] == rows.loc[row["row"], "final"]
         assert table[row["row"]][0].strip("*") == f"{100 * row['mean']:.1f}"
+    assert set(found) == fields("compare")
     assert found["reference"] == "head-only"
     assert found["baselines"] == {
         "names": ["no-training", "head-only", "no-privacy", "no-noise"], "runs": 1, "left_out": {}
