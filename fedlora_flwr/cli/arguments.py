@@ -16,6 +16,7 @@ from fedlora_flwr.config.names import full_name, short_name
 from fedlora_flwr.config.recipes import recipe_names
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.places import TASKS, strategy_names
+from fedlora_flwr.studies.baseline_names import BASELINES, CHOICES
 
 
 def complete_recipe(incomplete: str) -> list[str]:
@@ -45,6 +46,12 @@ def complete_strategies(incomplete: str) -> list[str]:
     before, comma, last = incomplete.rpartition(",")
     names = names_of("strategy")
     return [before + comma + name for name in _beginning((*names, "all"), last)]
+
+
+def complete_baselines(incomplete: str) -> list[str]:
+    """Return completions of a comparison's list of baselines with commas."""
+    before, comma, last = incomplete.rpartition(",")
+    return [before + comma + name for name in _beginning(BASELINES if comma else CHOICES, last)]
 
 
 def complete_row(incomplete: str) -> list[str]:

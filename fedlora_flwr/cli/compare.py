@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from fedlora_flwr.cli.arguments import (
     AsJson,
     Overrides,
+    complete_baselines,
     complete_recipe,
     complete_row,
     complete_strategies,
@@ -45,24 +47,37 @@ Rows = Annotated[
         autocompletion=complete_row,
     ),
 ]
+Budgets = Annotated[str, typer.Option(help="Privacy budgets joined by commas; none = no privacy.")]
+Baselines = Annotated[
+    str,
+    typer.Option(
+        help="What is added to compare with: all, none, names joined by commas, or auto, which "
+        "adds at most half as many runs again.",
+        autocompletion=complete_baselines,
+    ),
+]
+Reference = Annotated[
+    str, typer.Option(help="The row from which differences are taken; head-only if not given.")
+]
+Output = Annotated[
+    Path | None, typer.Option(help="Folder of the results; runs/compare-TASK if not given.")
+]
 
 
 def compare(
     task: Shared = "digits",
     strategies: Strategies = None,
     rows: Rows = None,
-    epsilon: Annotated[
-        str, typer.Option(help="Privacy budgets joined by commas; none = no privacy.")
-    ] = "1,3,8,none",
+    epsilon: Budgets = "1,3,8,none",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 1 to N are reported.")] = 5,
     trials: Annotated[
         int,
         typer.Option(min=0, help="Learning rates tried per row and ε; 0 keeps the row's own rate."),
     ] = 6,
+    baselines: Baselines = "auto",
+    reference: Reference = "",
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder of the results; runs/compare-TASK if not given.")
-    ] = None,
+    output: Output = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -72,28 +87,38 @@ def compare(
     require(*extras_of(config.task), "plots", "flwr_datasets")
     with uncollected():
         from fedlora_flwr.cli.compare_screen import CompareScreen
-        from fedlora_flwr.studies.compare import Comparison
+        from fedlora_flwr.studies.baselines import with_baselines
         from fedlora_flwr.studies.compare import compare as run_comparison
         from fedlora_flwr.studies.compare_methods import read_methods
-        from fedlora_flwr.studies.compare_results import as_json as in_json
-        from fedlora_flwr.studies.compare_results import document_of, read_rows
+        from fedlora_flwr.studies.compare_tables import as_json as in_json
+        from fedlora_flwr.studies.compare_tables import document_of
+        from fedlora_flwr.studies.comparison import Comparison
         from fedlora_flwr.tasks.registry import build_task
 
     comparison = Comparison(config, read_methods(texts, config), budgets, seeds, trials)
+    comparison, chosen = with_baselines(replace(comparison, reference=reference), baselines)
     folder = (output or Path("runs") / f"compare-{Path(task).stem}").resolve()
     console = Console(stderr=as_json)
     try:
-        with CompareScreen(console) as screen:
-            summary = run_comparison(comparison, folder, screen.row, workers, console)
+        with CompareScreen(console, chosen.lines()) as screen:
+            summary, found = run_comparison(comparison, folder, screen.row, workers, console)
     except KeyboardInterrupt:
         kept = f"the finished runs, in {folder}; the same command continues with the others"
         show_lines(console, [("Kept", kept)])
         raise
     metric = build_task(config.task, config).metric
     if as_json:
-        show_json({"folder": str(folder), **in_json(summary, comparison.methods, metric)})
+        content = in_json(summary, comparison.rows, metric, found)
+        show_json({"folder": str(folder), "baselines": chosen.as_json(), **content})
     else:
-        screen.document(document_of(summary, config, metric, trials), folder)
+        screen.document(document_of(summary, config, metric, trials, found), folder)
+    _check_failures(folder)
+
+
+def _check_failures(folder: Path) -> None:
+    """Report runs that failed, so that the command's exit code tells of them."""
+    from fedlora_flwr.studies.compare_results import read_rows
+
     if failed := int((read_rows(folder / "rows.csv")["error"] != "").sum()):
         raise FedLoRAError(
             f"{failed} runs failed. rows.csv says why; the same command tries them again."

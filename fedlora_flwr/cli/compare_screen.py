@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from fedlora_flwr.studies.compare_results import Part, Row, budget_name
+from fedlora_flwr.studies.compare_results import Row, budget_name
+from fedlora_flwr.studies.compare_tables import Part
+from fedlora_flwr.studies.comparison import TUNE
 from fedlora_flwr.terminal import Bar, Table, show, show_line, show_lines
 
 
@@ -18,10 +20,13 @@ class CompareScreen:
     ----------
     console : Console
         The console to write to.
+    baselines : Iterable[str] (default: ())
+        Sentences on the baselines, which are shown before the first run.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, baselines: Iterable[str] = ()) -> None:
         self._console = console
+        self._baselines = list(baselines)
         self._bar = Bar(console, "run", remaining=True)
 
     def __enter__(self) -> CompareScreen:
@@ -34,6 +39,8 @@ class CompareScreen:
 
     def row(self, row: Row | None, done: int, total: int) -> None:
         """Show a finished run. None says that the runs begin."""
+        show_lines(self._console, [("Baselines", line) for line in self._baselines])
+        self._baselines.clear()
         state = "starting" if row is None else describe_row(row)
         if self._console.is_terminal:
             self._bar.to(done, total, state)
@@ -56,7 +63,7 @@ def describe_row(row: Row) -> str:
     what = f"{row['phase']} {row['row']} ε {budget_name(row['epsilon'])}"
     how = (
         f"{row['lr-a']:g} / {row['lr-b']:g} / {row['lr-head']:g}"
-        if row["phase"] == "tune"
+        if row["phase"] == TUNE
         else f"seed {row['seed']}"
     )
     result = "failed" if row["error"] else f"{row['final']:.1%}"

@@ -61,13 +61,16 @@ def plan(
     require(*extras_of(config.task), *(["flwr_datasets"] if records is None else []))
     with uncollected():
         from fedlora_flwr.cli.forecast_screen import show_forecast
-        from fedlora_flwr.forecast import forecast
+        from fedlora_flwr.forecast import forecast, gradients
         from fedlora_flwr.forecast.duration import measure
         from fedlora_flwr.tasks.registry import build_task
 
     task = build_task(config.task, config)
     found = forecast.forecast(config, records, task)
     if not found.broken:
+        norms = gradients.measure(config, task, found, opened=records is None)
+        warnings = [*found.warnings, *norms.warnings]
+        found = replace(found, gradients=norms, warnings=warnings)
         found = replace(found, duration=measure(config, task, records))
     if as_json:
         show_json(forecast.as_json(found))

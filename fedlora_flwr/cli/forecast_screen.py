@@ -55,6 +55,9 @@ def _lines(found: Forecast) -> list[tuple[str, str]]:
     )
     ratio = found.noise_to_signal
     noise = "none" if ratio is None else f"{ratio:.2f} × the largest possible signal"
+    stands_out = found.worst and found.worst.stands_out(len(found.clients))
+    worst = f"; {found.worst}" if stands_out else ""
+    norms = found.gradients.lines() if found.gradients else ()
     kept = "not known" if memory.activations is None else megabytes(memory.activations)
     rounds = participation(config)
     messages = round(rounds.mean * config.num_clients)
@@ -66,7 +69,8 @@ def _lines(found: Forecast) -> list[tuple[str, str]]:
             f"{found.coordinates:,} of {found.trained:,} parameters in each step, in "
             f"{found.layers} layers of {found.blocks} blocks",
         ),
-        ("Noise", f"in the mean of a round's uploads: {noise}"),
+        ("Noise", f"in the mean of a round's uploads: {noise}{worst}"),
+        *(("Gradient", line) for line in norms),
         (
             "Memory",
             f"{megabytes(memory.total)} per client: frozen weights "

@@ -12,6 +12,7 @@ from torch import nn
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue, explained
+from fedlora_flwr.forecast.client_noise import WorstClient, worst_client
 from fedlora_flwr.forecast.memory import FLOAT_BYTES, Memory, step_memory
 from fedlora_flwr.forecast.participation import participation
 from fedlora_flwr.layout import Layout, factor_of, is_shared
@@ -32,6 +33,7 @@ from fedlora_flwr.tasks.registry import Task, build_task, model_notes, optional,
 
 if TYPE_CHECKING:
     from fedlora_flwr.forecast.duration import Duration
+    from fedlora_flwr.forecast.gradients import Gradients
 
 # None of our measured runs with more noise ended above its start; see docs/results.md and
 # `benchmarks.learning`, which measures it. Other data and models may differ.
@@ -84,6 +86,8 @@ class Forecast:
         Norm of a round's averaged noise, less what a filter removes, over the largest norm that
         its averaged gradients can have (see `noise_to_signal`); ``None`` without privacy, or where
         no client can train.
+    worst : WorstClient or None
+        The client with the most noise, apart from that mean.
     read : list[str]
         Sentences on the records that are read and left out; none where no data is opened.
     test_records : int or None
@@ -92,6 +96,8 @@ class Forecast:
         What will not work, or ends early, or has more noise than any run that gained.
     duration : Duration or None
         How long the run will take, where it was measured.
+    gradients : Gradients or None
+        What clipping leaves of each part's gradient, where it was measured.
     """
 
     config: RunConfig
@@ -104,10 +110,12 @@ class Forecast:
     bytes_up: int
     bytes_down: int
     noise_to_signal: float | None
+    worst: WorstClient | None = None
     read: list[str] = field(default_factory=list)
     test_records: int | None = None
     warnings: list[str] = field(default_factory=list)
     duration: Duration | None = None
+    gradients: Gradients | None = None
 
     @property
     def broken(self) -> int:
@@ -166,6 +174,7 @@ def forecast(config: RunConfig, records: int | None = None, task: Task | None = 
         bytes_up=round(_uploads(strategy, plans, layout, sent, config.local_steps)),
         bytes_down=sum(sent.values()) + _folded_at_start(config, sent),
         noise_to_signal=ratio,
+        worst=worst_client(config, [client.mechanism for client in clients], noisy),
         read=read,
         test_records=tests,
     )
@@ -297,7 +306,11 @@ def _warnings(found: Forecast) -> list[str]:
     lines += [f"Client {n} cannot keep the promise: {problem}" for n, problem in broken[:3]]
     if len(broken) > 3:
         lines.append(f"{len(broken) - 3} more clients cannot keep it.")
-    ratio = found.noise_to_signal
+    ratio, worst = found.noise_to_signal, found.worst
+    if ratio is not None and worst is not None and worst.decides(ratio):
+        lines.append(worst.warning(ratio))
+        # One tiny client must not speak for the run: what follows is about the others.
+        ratio = worst.without
     if ratio is not None and ratio > MOST_THAT_GAINED:
         lines.append(
             f"A round's noise is {ratio:.1f} times the most that its signal can be. Of the runs "
@@ -338,6 +351,8 @@ def as_json(found: Forecast) -> dict[str, Any]:
         "layers": found.layers,
         "blocks": found.blocks,
         "noise_to_signal": found.noise_to_signal,
+        "worst_client": asdict(found.worst) if found.worst else None,
+        "gradients": found.gradients.as_json() if found.gradients else None,
         "memory_bytes": {
             "backbone": found.memory.backbone,
             "trained": found.memory.trained,

@@ -19,6 +19,9 @@ class Participation:
         Clients per round.
     num_rounds : int
         Number of configured rounds.
+    first_spent : int or None
+        The round after which the first client has no budget left; ``None`` if none runs out before
+        the last configured round.
     last_round : int
         The round after which no client has budget left, or the last configured one.
     least, most : int or None
@@ -29,6 +32,7 @@ class Participation:
 
     cohort: int
     num_rounds: int
+    first_spent: int | None
     last_round: int
     least: int | None
     most: int | None
@@ -47,12 +51,13 @@ class Participation:
             joins = f"{self.most}"
         else:
             joins = f"{self.least} or {self.most}"
-        end = f"; no client has budget left after round {self.last_round}"
         clients = "client" if self.cohort == 1 else "clients"
-        return (
-            f"{self.num_rounds} of {self.cohort} {clients}; each client joins {joins}"
-            f"{end if self.ends_early else ''}"
-        )
+        text = f"{self.num_rounds} of {self.cohort} {clients}; each client joins {joins}"
+        if self.ends_early:
+            text += f"; no client has budget left after round {self.last_round}"
+        if self.first_spent and self.first_spent < self.last_round:
+            text += f"; the first clients have none left after round {self.first_spent}"
+        return text
 
 
 def participation(config: RunConfig) -> Participation:
@@ -68,11 +73,15 @@ def participation(config: RunConfig) -> Participation:
     cap = config.max_rounds or rounds
     places = min(rounds * cohort, clients * cap)
     last = min(rounds, math.ceil(clients * cap / cohort))
+    # Who had the fewest turns comes first, so no client has its last turn before all have had the
+    # turn before it.
+    first = clients * (cap - 1) // cohort + 1
     by_chance = not config.max_rounds and cohort < clients
     least, most = places // clients, math.ceil(places / clients)
     return Participation(
         cohort=cohort,
         num_rounds=rounds,
+        first_spent=first if first < rounds else None,
         last_round=last,
         least=None if by_chance else least,
         most=None if by_chance else most,

@@ -9,6 +9,7 @@ from functools import cache, lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.means import normalize
 from fedlora_flwr.config import RunConfig
@@ -142,14 +143,35 @@ def noise_to_signal(
     """
     if not config.private:
         return None
+    # A cohort of a share f has fewer clients, each with 1/f times the weight.
+    cohort = cohort_size(len(mechanisms), config.fraction_train)
+    variance = float(_variances(config, mechanisms).sum()) * len(mechanisms) / cohort
+    return math.sqrt(coordinates * variance / config.local_steps) / mechanisms[0].batch_size
+
+
+def noise_shares(config: RunConfig, mechanisms: Sequence[Mechanism]) -> NDArray[np.float64]:
+    """Return each client's share of the noise variance of a round's mean, shape (clients,).
+
+    Parameters
+    ----------
+    config : RunConfig
+        Weights.
+    mechanisms : Sequence[Mechanism]
+        The mechanisms of all clients, at least one, each with noise.
+    """
+    variances = _variances(config, mechanisms)
+    shares: NDArray[np.float64] = variances / variances.sum()
+    return shares
+
+
+def _variances(config: RunConfig, mechanisms: Sequence[Mechanism]) -> NDArray[np.float64]:
+    """Return ``w_i² σ_i²`` of each client, where the weights of all clients add up to 1."""
     sigma = np.array([m.noise_multiplier for m in mechanisms])
     sizes = np.array([m.num_records for m in mechanisms], dtype=float)
     weights = {"uniform": np.ones_like(sigma), "size": sizes, "inverse-noise": sigma**-2.0}
     chosen = weights[config.weighting] / weights[config.weighting].sum()
-    # A cohort of a share f has fewer clients, each with 1/f times the weight.
-    cohort = cohort_size(len(mechanisms), config.fraction_train)
-    variance = float((chosen**2 * sigma**2).sum()) * len(mechanisms) / cohort
-    return math.sqrt(coordinates * variance / config.local_steps) / mechanisms[0].batch_size
+    found: NDArray[np.float64] = chosen**2 * sigma**2
+    return found
 
 
 @lru_cache(maxsize=4096)

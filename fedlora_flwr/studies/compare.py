@@ -2,214 +2,37 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from fedlora_flwr.config import RunConfig
 from fedlora_flwr.files import replace_file
 from fedlora_flwr.plots.accuracy import plot_accuracy
 from fedlora_flwr.processes.lifeline import scratch
 from fedlora_flwr.processes.workers import Execute, executor
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.studies.compare_methods import RATES, Method, settings_of
 from fedlora_flwr.studies.compare_results import (
     COLUMNS,
     Journal,
     Pair,
     Rates,
     Row,
-    RowKey,
     check_settings,
     claim,
     data_name,
-    document_of,
-    markdown,
     summarize,
 )
+from fedlora_flwr.studies.compare_tables import document_of, markdown
+from fedlora_flwr.studies.comparison import Comparison, Job
+from fedlora_flwr.studies.paired import Findings, findings
 from fedlora_flwr.tasks.registry import build_task
 
-# Reported seeds start at 1, so rates are chosen on another partition, noise and cohort.
-TUNING_SEED = 0
-# The smallest and largest multiple of the recipe's rate that are tried.
-RANGES = {"lr-a": (0.04, 4.0), "lr-b": (0.1, 4.0), "lr-head": (0.1, 2.0)}
-
 OnRow = Callable[[Row | None, int, int], None]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of a comparison.
-
-    Parameters
-    ----------
-    phase : str
-        ``"tune"`` or ``"report"``.
-    row : str
-        Name of the method's row.
-    config : RunConfig
-        The run.
-    """
-
-    phase: str
-    row: str
-    config: RunConfig
-
-    @property
-    def pair(self) -> Pair:
-        """Row and ε."""
-        return self.row, self.config.epsilon
-
-    @property
-    def rates(self) -> Rates:
-        """Learning rates of A, B and head."""
-        return self.config.lr_a, self.config.lr_b, self.config.lr_head
-
-    @property
-    def key(self) -> RowKey:
-        """The job's row in the journal."""
-        return (self.phase, *self.pair, self.config.seed, *self.rates)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What is compared.
-
-    Parameters
-    ----------
-    config : RunConfig
-        The settings that all runs share. Strategy, epsilon, seed and learning rates are replaced.
-    methods : tuple[Method, ...]
-        Rows of the table.
-    epsilons : tuple[float, ...]
-        Privacy budgets; infinity means no privacy.
-    seeds : int
-        Reported seeds are 1 to ``seeds``.
-    trials : int
-        How many settings of the learning rates are tried per row and ε; 0 takes those of the
-        configuration. A rate that a row sets itself is never changed.
-    """
-
-    config: RunConfig
-    methods: tuple[Method, ...]
-    epsilons: tuple[float, ...]
-    seeds: int
-    trials: int
-
-    @property
-    def pairs(self) -> list[Pair]:
-        """Every row at every ε, ordered by ε so that consecutive runs share calibrations."""
-        return [(method.name, epsilon) for epsilon in self.epsilons for method in self.methods]
-
-    def candidates(self, row: str) -> list[Rates]:
-        """Return a row's candidate rates: its own, then multiples of them within `RANGES`.
-
-        The multiples are points of a Halton sequence on a logarithmic scale. It is not scrambled,
-        so it is the same in every version of SciPy. A longer list begins with the shorter one.
-        """
-        from scipy.stats import qmc  # type: ignore[import-untyped,unused-ignore]
-
-        method = self._method(row)
-        config = method.of(self.config)
-        own = (config.lr_a, config.lr_b, config.lr_head)
-        points = qmc.Halton(d=len(RANGES), scramble=False)
-        points.fast_forward(1)  # Its first point is the corner of the smallest rates.
-        spread = (_spread(point, own) for point in points.random(max(self.trials - 1, 0)))
-        kept = [name in method.settings for name in RATES]
-        fixed = [tuple(np.where(kept, own, rates).tolist()) for rates in spread]
-        return list(dict.fromkeys([own, *fixed]))  # A row that sets every rate has one candidate.
-
-    def tune_jobs(self) -> list[Job]:
-        """Return the runs by which rates are chosen."""
-        if not self.trials:
-            return []
-        candidates = {method.name: self.candidates(method.name) for method in self.methods}
-        return [
-            self._job("tune", pair, TUNING_SEED, rates)
-            for pair in self.pairs
-            for rates in candidates[pair[0]]
-        ]
-
-    def choose(self, rows: Mapping[RowKey, Row]) -> dict[Pair, Rates | None]:
-        """Return the rates with which each pair ended best, the first ones if several are equal.
-
-        A pair has None if every trial failed.
-        """
-        if not self.trials:
-            return self._own()
-        chosen: dict[Pair, Rates | None] = dict.fromkeys(self.pairs)
-        best: dict[Pair, float] = {}
-        for job in self.tune_jobs():
-            row = rows[job.key]
-            if not row["error"] and row["final"] > best.get(job.pair, -math.inf):
-                best[job.pair], chosen[job.pair] = row["final"], job.rates
-        return chosen
-
-    def report_jobs(self, chosen: Mapping[Pair, Rates | None]) -> list[Job]:
-        """Return the runs that are reported. A pair without rates has none."""
-        return [
-            self._job("report", pair, seed, rates)
-            for seed in range(1, self.seeds + 1)
-            for pair, rates in chosen.items()
-            if rates is not None
-        ]
-
-    def check(self, console: Console | None = None) -> None:
-        """Refuse settings that cannot run, before anything runs.
-
-        Raises
-        ------
-        InvalidValue
-            A setting cannot be used, or a client could not keep its promise.
-        """
-        from fedlora_flwr.privacy.budget import check_budget
-        from fedlora_flwr.simulations.runner import prepare_run
-
-        jobs = [*self.tune_jobs(), *self.report_jobs(self._own())]
-        batches = {(j.config.epsilon, j.config.batch_size, j.config.seed): j.config for j in jobs}
-        for config in batches.values():
-            task = build_task(config.task, config)
-            for client in range(config.num_clients):
-                records = task.client_records(client, config.num_clients)
-                if config.private:
-                    batch = 1 if config.secure_sum else config.batch_size
-                    check_budget(config.epsilon, config.delta, batch, len(records))
-        # The runs use the cached calibrations of these checks.
-        for config in {job.row: job.config for job in reversed(jobs)}.values():
-            prepare_run(config, console)
-
-    def document(self) -> dict[str, Any]:
-        """Return the settings for ``settings.json``. ε is text, because JSON has no infinity."""
-        replaced = ("strategy", "epsilon", "seed")
-        return {
-            **{key: value for key, value in self.config.items().items() if key not in replaced},
-            "rows": settings_of(self.methods),
-            "epsilons": [str(epsilon) for epsilon in self.epsilons],
-            "seeds": self.seeds,
-            "trials": self.trials,
-        }
-
-    def _method(self, row: str) -> Method:
-        return next(method for method in self.methods if method.name == row)
-
-    def _own(self) -> dict[Pair, Rates | None]:
-        """Return every pair with the rates of its row, without tuning."""
-        return {pair: self.candidates(pair[0])[0] for pair in self.pairs}
-
-    def _job(self, phase: str, pair: Pair, seed: int, rates: Rates) -> Job:
-        row, epsilon = pair
-        config = self._method(row).of(replace(self.config, epsilon=epsilon, seed=seed))
-        a, b, head = rates
-        return Job(phase, row, replace(config, lr_a=a, lr_b=b, lr_head=head))
 
 
 def compare(
@@ -218,7 +41,7 @@ def compare(
     on_row: OnRow,
     workers: int = 1,
     console: Console | None = None,
-) -> pd.DataFrame:
+) -> tuple[pd.DataFrame, Findings]:
     """Run the unfinished runs, and write ``rows.csv``, ``table.md`` and ``accuracy.png``.
 
     Parameters
@@ -237,8 +60,9 @@ def compare(
 
     Returns
     -------
-    pandas.DataFrame
-        See `fedlora_flwr.studies.compare_results.summarize`.
+    tuple[pandas.DataFrame, Findings]
+        The summary (see `fedlora_flwr.studies.compare_results.summarize`), and what the runs say
+        beside it.
 
     Raises
     ------
@@ -248,6 +72,7 @@ def compare(
         Another process works in the folder, or a worker was killed; finished runs are kept.
     """
     document = comparison.document()
+    _ = comparison.compared_with  # An unknown reference is an error before any work.
     check_settings(folder, document)
     comparison.check(console)
     metric = build_task(comparison.config.task, comparison.config).metric
@@ -257,11 +82,12 @@ def compare(
             chosen = _run_all(comparison, journal, execute, partial(_run, working), on_row)
         rows = [journal.rows[job.key] for job in comparison.report_jobs(chosen)]
         summary = summarize(rows, chosen, comparison.seeds)
-        parts = document_of(summary, comparison.config, metric, comparison.trials)
+        found = findings(comparison, journal.rows, chosen)
+        parts = document_of(summary, comparison.config, metric, comparison.trials, found)
         replace_file(folder / "table.md", markdown(parts).encode())
         runs = pd.DataFrame(rows, columns=list(COLUMNS)).astype({"final": float})
         plot_accuracy(runs, folder / "accuracy.png", metric, data_name(comparison.config))
-    return summary
+    return summary, found
 
 
 def _run_all(
@@ -272,9 +98,8 @@ def _run_all(
     on_row: OnRow,
 ) -> dict[Pair, Rates | None]:
     tune = comparison.tune_jobs()
-    total = len(tune) + len(comparison.pairs) * comparison.seeds
 
-    def work(jobs: Sequence[Job], before: int) -> None:
+    def work(jobs: Sequence[Job], before: int, total: int) -> None:
         waiting = [job for job in jobs if job.key not in journal.rows]
         done = before + len(jobs) - len(waiting)
         on_row(None, done, total)
@@ -282,9 +107,10 @@ def _run_all(
             journal.append(row)
             on_row(row, count, total)
 
-    work(tune, 0)
+    work(tune, 0, comparison.most_runs)
     chosen = comparison.choose(journal.rows)
-    work(comparison.report_jobs(chosen), len(tune))
+    jobs = [*comparison.report_jobs(chosen), *comparison.control_jobs(chosen)]
+    work(jobs, len(tune), len(tune) + len(jobs))
     return chosen
 
 
@@ -317,10 +143,3 @@ def _run(working: Path, job: Job) -> Row:
         "seconds": time.perf_counter() - started,
         "error": "",
     }
-
-
-def _spread(point: Sequence[float], own: Rates) -> Rates:
-    """Place a point of the unit cube in `RANGES` around the own rates, to three digits."""
-    places = zip(own, point, RANGES.values(), strict=True)
-    a, b, head = (float(f"{rate * low * (high / low) ** u:.3g}") for rate, u, (low, high) in places)
-    return a, b, head

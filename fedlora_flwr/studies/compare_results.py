@@ -1,4 +1,4 @@
-"""The results of a comparison: its rows, their summary, and the table of the summary."""
+"""The results of a comparison: its rows, the file that keeps them, and their summary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.files import append, private_folder, replace_file
-from fedlora_flwr.studies.compare_methods import RATES, Method, settings_of
+from fedlora_flwr.studies.compare_methods import RATES
 
 SETTINGS = "settings.json"
 KEY = ("phase", "row", "epsilon", "seed", *RATES)
@@ -178,108 +178,3 @@ def budget_name(epsilon: float) -> str:
 def data_name(config: RunConfig) -> str:
     """Name the task of a comparison, and the trust model if it is not the default."""
     return f"{config.task}, secure sum simulated" if config.secure_sum else config.task
-
-
-Part = str | list[list[str]]
-"""A sentence, or a table with its head as the first row."""
-
-
-def document_of(summary: pd.DataFrame, config: RunConfig, metric: str, trials: int) -> list[Part]:
-    """Return the report of a comparison: a title, two tables and their explanations.
-
-    Parameters
-    ----------
-    summary : pandas.DataFrame
-        See `summarize`.
-    config : RunConfig
-        The configuration that all runs share.
-    metric : str
-        Name of the figure.
-    trials : int
-        How many settings of the rates were tried for each pair.
-    """
-    budgets = list(dict.fromkeys(summary["epsilon"]))
-    names = [f"ε = {budget_name(e)}" if math.isfinite(e) else "no privacy" for e in budgets]
-    best = summary[summary["failed"] == 0].groupby("epsilon")["mean"].max()
-    head = ["method", *names]
-    figures, rates = [[*head, "kB up", "kB down"]], [head]
-    for name, group in summary.groupby("row", sort=False):
-        rows = group.to_dict("records")
-        sent = [group[column].mean() / 1e3 for column in ("bytes_up", "bytes_down")]
-        cells = [_figure(row, best.get(row["epsilon"])) for row in rows]
-        kilobytes = ["–" if math.isnan(count) else f"{count:,.1f}" for count in sent]
-        figures.append([str(name), *cells, *kilobytes])
-        rates.append([str(name), *(_rates(row) for row in rows)])
-    return [
-        f"# {data_name(config)}: {metric} in % after round {config.num_rounds}",
-        figures,
-        "Mean ± sample standard deviation over the seeds, final round; bold: best of its "
-        "column. Bytes: mean of a whole run, all clients together.",
-        f"Learning rates ({' / '.join(RATES)})",
-        rates,
-        _rates_note(trials),
-    ]
-
-
-def markdown(parts: Sequence[Part]) -> str:
-    """Return ``table.md``."""
-    lines: list[str] = []
-    for part in parts:
-        lines += [part] if isinstance(part, str) else _table(part)
-        lines.append("")
-    return "\n".join(lines)
-
-
-def as_json(summary: pd.DataFrame, methods: Sequence[Method], metric: str) -> dict[str, Any]:
-    """Return a comparison in JSON types: an entry per row and ε."""
-    known = settings_of(methods)
-    rows = [
-        {
-            "row": row["row"],
-            **{"strategy": known[row["row"]]["strategy"]},
-            "settings": {k: v for k, v in known[row["row"]].items() if k != "strategy"},
-            "epsilon": row["epsilon"],
-            "rates": {name: row[name] for name in RATES},
-            **{name: row[name] for name in ("mean", "std", "failed", "bytes_up", "bytes_down")},
-        }
-        for row in summary.to_dict("records")
-    ]
-    return {"metric": metric, "rows": rows}
-
-
-def _figure(row: Mapping[Any, Any], best: float | None) -> str:
-    if math.isnan(row["mean"]):
-        return "failed"
-    text = f"{row['mean']:.1%}".rstrip("%")
-    if not math.isnan(row["std"]):
-        text += f" ± {row['std']:.1%}".rstrip("%")
-    if row["failed"]:
-        return f"{text} ({row['failed']} failed)"
-    return f"**{text}**" if row["mean"] == best else text
-
-
-def _rates(row: Mapping[Any, Any]) -> str:
-    values = [row[name] for name in RATES]
-    return "–" if any(map(math.isnan, values)) else " / ".join(f"{value:g}" for value in values)
-
-
-def _rates_note(trials: int) -> str:
-    if trials == 0:
-        return "The configuration's own, without tuning."
-    return (
-        f"The best of {trials} settings, the same for every method and ε but for rates that a row "
-        "sets itself, by the final round on the public test set with a seed that is not reported: "
-        "somewhat optimistic."
-    )
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a Markdown table whose columns also align as plain text."""
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return [lines[0], rule, *lines[1:]]

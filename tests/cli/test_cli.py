@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from fedlora_flwr.cli import app
 from fedlora_flwr.strategies import STRATEGIES
 from fedlora_flwr.studies.compare_results import Journal, read_rows
+from tests.cli.documented import fields
 
 ONE = ("--epsilon", "none", "--seeds", "1", "--trials", "0")
 SOME = ("--epsilon", "8")  # In place of none.
@@ -64,6 +65,8 @@ def cells(text: str) -> dict[str, list[str]]:
         (["--strategies", "ffa-lora,roloro"], "strategy = 'roloro'"),
         (["--strategies", ""], "strategy = ''"),
         (["--epsilon", "1,two"], "epsilon = 'two'"),
+        (["--baselines", "heads-only", *ONE], "did you mean 'head-only'?"),
+        (["--strategies", "dp-lora", "--reference", "rolora", *ONE], "reference = 'rolora'"),
         (["--epsilon", "0"], "epsilon = '0'"),
         (["--epsilon", "nan"], "epsilon = 'nan'"),
         (["--epsilon", "1,,3"], "epsilon = ''"),
@@ -97,6 +100,7 @@ def test_counts_that_make_no_sense_are_usage_errors(option: str, tmp_path: Path)
 def test_a_comparison_prints_each_run_and_the_table(tmp_path: Path) -> None:
     folder = tmp_path / "cmp"
     arguments = ["--strategies", "rolora,ffa-lora,rolora", "--epsilon", "none", "--seeds", "1"]
+    arguments += ["--baselines", "none"]
     code, output = compare(folder, *arguments, "--trials", "0")
     assert code == 0
     lines = [line for line in output.splitlines() if line.startswith("run ")]
@@ -132,7 +136,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("title", LAYOUTS)
 def test_each_documented_layout_is_one_command(title: str, tmp_path: Path) -> None:
-    names = LAYOUTS[title]
+    names = [*LAYOUTS[title], "head-only"]
     small = [*ONE, "--json"]
     folder = tmp_path / "layout"
     settings = [part for pair in (*QUICK, "local-steps=3") for part in ("-c", pair)]
@@ -140,7 +144,8 @@ def test_each_documented_layout_is_one_command(title: str, tmp_path: Path) -> No
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
-    assert "run 4/4" in result.stderr
+    assert "run 5/5" in result.stderr
+    assert "1 more beside 4 runs (+25%)" in result.stderr
     assert (found["metric"], found["folder"]) == ("accuracy", str(folder))
     assert [row["row"] for row in found["rows"]] == names
     assert [row["strategy"] for row in found["rows"]] == [name.split(",")[0] for name in names]
@@ -152,11 +157,25 @@ def test_each_documented_layout_is_one_command(title: str, tmp_path: Path) -> No
     for row in found["rows"]:
         assert row["mean"] == rows.loc[row["row"], "final"]
         assert table[row["row"]][0].strip("*") == f"{100 * row['mean']:.1f}"
+    assert set(found) == fields("compare")
+    assert found["reference"] == "head-only"
+    assert found["baselines"] == {
+        "names": ["no-training", "head-only", "no-privacy", "no-noise"], "runs": 1, "left_out": {}
+    }  # fmt: skip
+    *methods, head = found["rows"]
+    for row in methods:
+        gap = row["mean"] - head["mean"]
+        assert row["difference"] == {
+            "mean": gap, "low": None, "high": None, "seeds": 1, "told_apart": False
+        }  # fmt: skip
+    assert head["difference"] is None
+    assert found["no_training"][0]["mean"] == rows["initial"].iloc[0]
     assert (folder / "accuracy.png").exists()
 
 
 def test_failed_runs_end_in_exit_code_1(tmp_path: Path) -> None:
     arguments = ["--strategies", "ffa-lora", "--epsilon", "8", "--seeds", "1", "--trials", "0"]
+    arguments += ["--baselines", "none"]
     loud = ("-c", "clip-norm=1e6", "-c", "lr-head=100")  # With noise of that size no upload fits.
     code, output = compare(tmp_path / "cmp", *arguments, *loud)
     assert code == 1

@@ -76,6 +76,8 @@ def test_the_version_is_that_of_the_package() -> None:
         (["compare", "--strategies"], "dp-lora,ffa", ["dp-lora,ffa-lora"]),
         (["compare", "--row"], "la-lora fil", ["la-lora filter="]),
         (["compare", "--row"], "la", ["la-lora"]),
+        (["compare", "--baselines"], "al", ["all"]),
+        (["compare", "--baselines"], "head-only,no-p", ["head-only,no-privacy"]),
         (["keys"], "lr-h", ["lr-head"]),
     ],
 )

@@ -203,7 +203,8 @@ def test_a_cap_below_the_mean_number_of_rounds_is_a_warning(make_config: MakeCon
     assert "The run ends after round 6 of 10" in found.warnings[0]
     assert "may join 3 (max-rounds)" in found.warnings[0]
     assert as_json(found)["rounds"] == {
-        "cohort": 2, "num_rounds": 10, "last_round": 6, "least": 3, "most": 3, "mean": 3.0
+        "cohort": 2, "num_rounds": 10, "first_spent": 5, "last_round": 6, "least": 3, "most": 3,
+        "mean": 3.0,
     }  # fmt: skip
 
 
@@ -261,7 +262,8 @@ def test_the_command_prints_the_forecast_and_fails_for_a_broken_promise() -> Non
     lines = good.output.splitlines()
     assert lines[0].split() == ["client", "records", "q", "=", "b/n", "σ", "steps"]
     assert len([line for line in lines if line.split()[0].isdigit()]) == 3
-    starts = ("Privacy", "Rounds", "Trains", "Noise", "Memory", "Bytes", "Time")
+    gradients = ["Gradient"] * 3  # What was measured, and each kind of steps.
+    starts = ("Privacy", "Rounds", "Trains", "Noise", *gradients, "Memory", "Bytes", "Time")
     assert [line.split()[0] for line in lines[4:]] == [*starts]
     bad = CliRunner().invoke(app, ["plan", "digits", "--records", "20"])
     assert bad.exit_code == 1

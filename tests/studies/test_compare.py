@@ -20,16 +20,12 @@ from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import prepare_run, run_in_process
-from fedlora_flwr.studies.compare import RANGES, TUNING_SEED, Comparison, compare
+from fedlora_flwr.studies.compare import compare
 from fedlora_flwr.studies.compare_methods import RATES, read_methods
-from fedlora_flwr.studies.compare_results import (
-    COLUMNS,
-    KEY,
-    document_of,
-    markdown,
-    read_rows,
-    summarize,
-)
+from fedlora_flwr.studies.compare_results import COLUMNS, KEY, read_rows, summarize
+from fedlora_flwr.studies.compare_tables import document_of, markdown
+from fedlora_flwr.studies.comparison import RANGES, TUNING_SEED, Comparison
+from fedlora_flwr.studies.paired import Findings
 
 STRATEGIES = ("ffa-lora", "la-lora")
 EPSILONS = (8.0, math.inf)
@@ -54,7 +50,7 @@ def comparison(**changes: Any) -> Comparison:
 
 def run(what: Comparison, folder: Path, workers: int = 1) -> tuple[pd.DataFrame, Told]:
     told: Told = []
-    summary = compare(
+    summary, _ = compare(
         what, folder, lambda row, *count: told.append((row and row["phase"], *count)), workers
     )
     return summary, told
@@ -162,7 +158,10 @@ def test_the_files(original: tuple[Path, pd.DataFrame, Told]) -> None:
 
 def test_the_title_names_a_simulated_sum(original: tuple[Path, pd.DataFrame, Told]) -> None:
     by_sum = load_recipe("digits-secure-sum", ["num-rounds=3"])
-    titles = [document_of(original[1], config, "accuracy", 2)[0] for config in (by_sum, SHARED)]
+    titles = [
+        document_of(original[1], config, "accuracy", 2, Findings("ffa-lora"))[0]
+        for config in (by_sum, SHARED)
+    ]
     assert titles == [
         "# digits, secure sum simulated: accuracy in % after round 3",
         "# digits: accuracy in % after round 1",
@@ -271,7 +270,8 @@ def test_a_pair_whose_every_trial_failed_is_not_reported() -> None:
     chosen = what.choose(rows)
     assert chosen == {("rolora", 1.0): None, ("rolora", 2.0): what.candidates("rolora")[0]}
     assert {job.pair for job in what.report_jobs(chosen)} == {("rolora", 2.0)}
-    table = markdown(document_of(summarize([], chosen, 2), what.config, "accuracy", 2))
+    summary, found = summarize([], chosen, 2), Findings("rolora")
+    table = markdown(document_of(summary, what.config, "accuracy", 2, found))
     line = next(line for line in table.splitlines() if line.startswith("| rolora"))
     assert [cell.strip() for cell in line.split("|")[2:4]] == ["failed", "failed"]
 

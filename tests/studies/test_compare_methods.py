@@ -7,8 +7,8 @@ import pytest
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.keys import fields_by_key
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.studies.compare import Comparison
 from fedlora_flwr.studies.compare_methods import ROW_KEYS, read_methods
+from fedlora_flwr.studies.comparison import Comparison
 
 SHARED = RunConfig.of({"num-rounds": 40, "rank": 8, "lora-alpha": 16})
 
@@ -78,7 +78,7 @@ def test_a_rate_that_a_row_sets_is_kept_and_the_others_are_tuned() -> None:
 
 
 def test_a_pipe_in_a_name_does_not_break_the_table() -> None:
-    from fedlora_flwr.studies.compare_results import markdown
+    from fedlora_flwr.studies.compare_tables import markdown
 
     table = markdown([[["method", "x"], ["as-lora, blocks a|b", "1"]]])
     assert "| as-lora, blocks a\\|b | 1 |" in table

@@ -8,14 +8,9 @@ from typing import Any
 import pytest
 
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.studies.compare_results import (
-    COLUMNS,
-    Journal,
-    document_of,
-    markdown,
-    read_rows,
-    summarize,
-)
+from fedlora_flwr.studies.compare_results import COLUMNS, Journal, read_rows, summarize
+from fedlora_flwr.studies.compare_tables import document_of, markdown
+from fedlora_flwr.studies.paired import Findings
 
 
 def table_of(finals: Sequence[float | None], seeds: int) -> str:
@@ -28,7 +23,7 @@ def table_of(finals: Sequence[float | None], seeds: int) -> str:
         for final in finals
     ]
     summary = summarize(rows, {("rolora", 1.0): (0.1, 0.02, 1.0)}, seeds)
-    return markdown(document_of(summary, RunConfig(), "accuracy", 0))
+    return markdown(document_of(summary, RunConfig(), "accuracy", 0, Findings("rolora")))
 
 
 @pytest.mark.parametrize(
