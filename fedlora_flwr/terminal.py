@@ -199,6 +199,36 @@ class Bar(Progress):
         self.update(self.tasks[0].id, completed=done, refresh=True)
 
 
+@contextmanager
+def counted(
+    what: str, total: int, progress: bool | None = None, console: Console | None = None
+) -> Iterator[Callable[[int, str], None]]:
+    """Show a bar in a terminal or a notebook; yield a function that moves it.
+
+    Parameters
+    ----------
+    what : str
+        Name of the counted steps, e.g. ``"round"``.
+    total : int
+        Number of steps.
+    progress : bool, optional
+        Whether the bar is shown; by default if the console is a terminal or a notebook.
+    console : Console, optional
+        The console; by default that of stderr.
+    """
+    shown = console or Console(stderr=True)
+    bar = Bar(shown, what, remaining=True)
+
+    def to(done: int, state: str = "") -> None:
+        if shown.is_terminal if progress is None else progress:
+            bar.to(done, total, state)
+
+    try:
+        yield to
+    finally:
+        bar.stop()
+
+
 class Commands(TyperGroup):
     """A group of commands that all run under `guard`."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedlora_flwr.config import RunConfig, parse_overrides, read_toml
-from fedlora_flwr.errors import unknown
+from fedlora_flwr.config.keys import dashed
+from fedlora_flwr.errors import InvalidValue, unknown
 
 RECIPES = Path(__file__).with_name("recipes")
 _PATHS = ("model", "weights", "dataset")
@@ -64,6 +66,48 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> RunConfig:
     config = RunConfig.of(read_toml(path), parse_overrides(overrides or []))
     located: dict[str, Any] = {key: _located(getattr(config, key)) for key in _PATHS}
     return replace(config, **located)
+
+
+def config_of(recipe: str | Path | RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """Return a recipe's configuration with changes, as functions in Python take them.
+
+    Parameters
+    ----------
+    recipe : str, Path or RunConfig
+        A recipe's name, a TOML file, or a configuration.
+    changes : Mapping[str, Any]
+        Values by key. In a key without a dot, underscores stand for dashes. A `Path` becomes an
+        absolute path.
+
+    Raises
+    ------
+    InvalidValue
+        There is no such recipe, or a key or a value cannot be used.
+    """
+    config = recipe if isinstance(recipe, RunConfig) else load_recipe(str(recipe))
+    if not changes:
+        return config
+    values = {key if "." in key else dashed(key): value for key, value in changes.items()}
+    for key, value in values.items():
+        if isinstance(value, Path):
+            values[key] = str(value.expanduser().resolve())
+        elif key in _PATHS and isinstance(value, str):
+            values[key] = _located(value)
+    return RunConfig.of(config.items(), values)
+
+
+def config_file(run: Path) -> Path:
+    """Return the absolute path of the configuration in a run's folder.
+
+    Raises
+    ------
+    InvalidValue
+        No run has begun in the folder.
+    """
+    found = run.expanduser().resolve() / "config.toml"
+    if not found.exists():
+        raise InvalidValue("resume", str(run), "the folder of a run that has begun")
+    return found
 
 
 def _located(text: str) -> str:
