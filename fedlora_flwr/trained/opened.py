@@ -23,7 +23,7 @@ from fedlora_flwr.trained.saved_task import read_task
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_SPLIT = "data"
+_SPLIT, NO_DATA = "data", "no-data"
 # An export is for the checkpoint's own layers, and for its full precision.
 _WHOLE = {"split-qkv": False, "quantization": "none", "run-dir": "", "resume": "", "start": ""}
 
@@ -125,7 +125,7 @@ def opened(
             raise InvalidValue("dataset", found.dataset, allowed)
         elif not found.dataset and values.get("task", found.task) in TASKS:
             # A task only needs a name to build its model.
-            values["dataset"] = "no-data"
+            values["dataset"] = NO_DATA
         config = RunConfig.of(found.items(), values)
         yield OpenAdapter(folder, config, build_task(config.task, config), records, whole)
 
