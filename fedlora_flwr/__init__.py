@@ -1,8 +1,8 @@
 """Differentially private federated fine-tuning with LoRA, on Flower.
 
 The public API has four tiers: whole runs; strategies for a server; client and engine for private
-training; and the building blocks of both. A name is imported when it is first used, so a server that needs only
-strategies never loads torch.
+training; and the building blocks of both. A name is imported when it is first used, so a server
+that needs only strategies never loads torch.
 
 Examples
 --------
@@ -27,8 +27,8 @@ RUNS: Mapping[str, str] = {
     "RunResult": "server.run_result",
     "load_runs": "server.run_result",
     "plan_run": "forecast.plan_run",
-    "compare": "studies.compare",
-    "Compared": "studies.compare",
+    "compare": "studies.comparing",
+    "Compared": "studies.comparing",
     "audit_run": "audit.audit_run",
     "evaluate": "trained.evaluate",
     "Evaluation": "trained.evaluate",

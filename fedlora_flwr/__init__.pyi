@@ -5,8 +5,8 @@ from fedlora_flwr.simulations.simulate import simulate as simulate
 from fedlora_flwr.server.run_result import RunResult as RunResult
 from fedlora_flwr.server.run_result import load_runs as load_runs
 from fedlora_flwr.forecast.plan_run import plan_run as plan_run
-from fedlora_flwr.studies.compare import compare as compare
-from fedlora_flwr.studies.compare import Compared as Compared
+from fedlora_flwr.studies.comparing import compare as compare
+from fedlora_flwr.studies.comparing import Compared as Compared
 from fedlora_flwr.audit.audit_run import audit_run as audit_run
 from fedlora_flwr.trained.evaluate import evaluate as evaluate
 from fedlora_flwr.trained.evaluate import Evaluation as Evaluation

@@ -14,7 +14,7 @@ from fedlora_flwr.cli.arguments import AsJson, Overrides
 from fedlora_flwr.config.overrides import parse_overrides
 from fedlora_flwr.errors import require
 from fedlora_flwr.processes import uncollected
-from fedlora_flwr.terminal import Table, show, show_json, show_lines
+from fedlora_flwr.terminal import Table, show, show_json, show_line, show_lines
 
 if TYPE_CHECKING:
     from fedlora_flwr.trained.evaluate import Evaluation
@@ -102,15 +102,15 @@ def _show_classes(console: Console, found: Evaluation) -> None:
         )
         for row in found.as_json()["classes"]
     ]
-    show(console, Table((), [("",)], "<"))
+    show_line(console, "")
     show(console, Table(heads, rows, "<>>>>"))
     if len(found.classes) <= _MOST_CLASSES:
         matrix = [
             (name, *map(str, row)) for name, row in zip(found.classes, found.counts, strict=True)
         ]
-        show(console, Table((), [("",)], "<"))
-        heads = ("class ↓, taken for →", *found.classes)
-        show(console, Table(heads, matrix, "<" + ">" * len(found.classes)))
+        show_line(console, "")
+        taken = ("class ↓, taken for →", *found.classes)
+        show(console, Table(taken, matrix, "<" + ">" * len(found.classes)))
 
 
 def _share(value: float) -> str:

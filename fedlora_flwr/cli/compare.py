@@ -67,41 +67,48 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare strategies over privacy budgets; the same command continues where it stopped."""
-    texts, budgets = _rows(strategies, rows or []), _budgets(epsilon)
+    names, budgets = _names(strategies, rows or []), _budgets(epsilon)
+    texts = [*names, *(rows or [])]
+    # Bad input is told before the slow imports.
     config = read_recipe(task, _shared(overrides or [], texts[0].split(), budgets[0]))
     require(*extras_of(config.task), "plots", "flwr_datasets")
     with uncollected():
         from fedlora_flwr.cli.compare_screen import CompareScreen
-        from fedlora_flwr.studies.compare import Comparison
-        from fedlora_flwr.studies.compare import compare as run_comparison
-        from fedlora_flwr.studies.compare_methods import read_methods
-        from fedlora_flwr.studies.compare_results import as_json as in_json
-        from fedlora_flwr.studies.compare_results import document_of, read_rows
-        from fedlora_flwr.tasks.registry import build_task
+        from fedlora_flwr.studies.comparing import compare as run_comparison
+        from fedlora_flwr.studies.comparing import comparison_folder
 
-    comparison = Comparison(config, read_methods(texts, config), budgets, seeds, trials)
-    folder = (output or Path("runs") / f"compare-{Path(task).stem}").resolve()
+    folder = comparison_folder(task, output)
     console = Console(stderr=as_json)
     try:
         with CompareScreen(console) as screen:
-            summary = run_comparison(comparison, folder, screen.row, workers, console)
+            found = run_comparison(
+                task,
+                names,
+                rows=rows or [],
+                epsilons=budgets,
+                seeds=seeds,
+                trials=trials,
+                workers=workers,
+                output=folder,
+                on_row=screen.row,
+                **parse_overrides(overrides or []),
+            )
     except KeyboardInterrupt:
         kept = f"the finished runs, in {folder}; the same command continues with the others"
         show_lines(console, [("Kept", kept)])
         raise
-    metric = build_task(config.task, config).metric
     if as_json:
-        show_json({"folder": str(folder), **in_json(summary, comparison.methods, metric)})
+        show_json(found.as_json())
     else:
-        screen.document(document_of(summary, config, metric, trials), folder)
-    if failed := int((read_rows(folder / "rows.csv")["error"] != "").sum()):
+        screen.document(found.document(), folder)
+    if found.failed:
         raise FedLoRAError(
-            f"{failed} runs failed. rows.csv says why; the same command tries them again."
+            f"{found.failed} runs failed. rows.csv says why; the same command tries them again."
         )
 
 
-def _rows(strategies: str | None, rows: list[str]) -> list[str]:
-    """Return the text of every row: first the strategies without settings of their own."""
+def _names(strategies: str | None, rows: list[str]) -> list[str]:
+    """Return the strategies without settings of their own."""
     from fedlora_flwr.strategies import STRATEGIES, strategy_class
 
     if strategies is None:
@@ -111,7 +118,7 @@ def _rows(strategies: str | None, rows: list[str]) -> list[str]:
     names = [name.strip() for name in plain]
     for name in names:
         strategy_class(name)
-    return [*names, *rows]
+    return names
 
 
 def _budgets(text: str) -> tuple[float, ...]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedlora_flwr.studies.compare_results import Part, Row, budget_name
+from fedlora_flwr.studies.compare_results import Part, Row, describe_row
 from fedlora_flwr.terminal import Bar, Table, show, show_line, show_lines
 
 
@@ -49,15 +49,3 @@ class CompareScreen:
                 show(self._console, Table(part[0], part[1:], "<" * len(part[0])))
             show_line(self._console, "")
         show_lines(self._console, [("Results", str(folder))])
-
-
-def describe_row(row: Row) -> str:
-    """Return the result of one run in one line."""
-    what = f"{row['phase']} {row['row']} ε {budget_name(row['epsilon'])}"
-    how = (
-        f"{row['lr-a']:g} / {row['lr-b']:g} / {row['lr-head']:g}"
-        if row["phase"] == "tune"
-        else f"seed {row['seed']}"
-    )
-    result = "failed" if row["error"] else f"{row['final']:.1%}"
-    return f"{what}, {how}: {result} in {row['seconds']:.0f} s"

@@ -228,6 +228,5 @@ def _last_checkpoint(run_dir: RunDirectory) -> Checkpoint | None:
         return None
 
 
-
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"

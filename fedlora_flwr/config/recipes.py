@@ -9,6 +9,7 @@ from typing import Any
 
 from fedlora_flwr.config import RunConfig, parse_overrides, read_toml
 from fedlora_flwr.config.keys import dashed
+from fedlora_flwr.config.names import short_name
 from fedlora_flwr.errors import InvalidValue, unknown
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -59,11 +60,15 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> RunConfig:
     InvalidValue
         There is no such recipe, or a value of the recipe or an override cannot be used.
     """
+    return _with_changes(name, parse_overrides(overrides or []))
+
+
+def _with_changes(name: str, changes: Mapping[str, Any]) -> RunConfig:
     names = recipe_names()
     if not name.endswith(".toml") and name not in names:
         raise unknown("recipe", name, names, after=", or a path that ends in .toml")
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
-    config = RunConfig.of(read_toml(path), parse_overrides(overrides or []))
+    config = RunConfig.of(read_toml(path), changes)
     located: dict[str, Any] = {key: _located(getattr(config, key)) for key in _PATHS}
     return replace(config, **located)
 
@@ -84,16 +89,15 @@ def config_of(recipe: str | Path | RunConfig, changes: Mapping[str, Any]) -> Run
     InvalidValue
         There is no such recipe, or a key or a value cannot be used.
     """
-    config = recipe if isinstance(recipe, RunConfig) else load_recipe(str(recipe))
-    if not changes:
-        return config
     values = {key if "." in key else dashed(key): value for key, value in changes.items()}
     for key, value in values.items():
         if isinstance(value, Path):
             values[key] = str(value.expanduser().resolve())
-        elif key in _PATHS and isinstance(value, str):
+        elif short_name(key) in _PATHS and isinstance(value, str):
             values[key] = _located(value)
-    return RunConfig.of(config.items(), values)
+    if isinstance(recipe, RunConfig):
+        return RunConfig.of(recipe.items(), values) if values else recipe
+    return _with_changes(str(recipe), values)
 
 
 def config_file(run: Path) -> Path:

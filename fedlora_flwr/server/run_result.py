@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-_FILES = ("config.toml", "rounds.jsonl")
+_CONFIG, _ROUNDS = "config.toml", "rounds.jsonl"
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +53,8 @@ class RunResult:
     task: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not all((self.path / name).is_file() for name in _FILES):
-            raise InvalidValue("path", str(self.path), f"a run's folder, with {_FILES[0]}")
+        if not (self.path / _ROUNDS).is_file():
+            raise InvalidValue("path", str(self.path), f"the folder of a run, with {_ROUNDS}")
 
     @classmethod
     def load(cls, path: str | Path, task: Any = None) -> RunResult:
@@ -77,7 +77,7 @@ class RunResult:
     @property
     def config(self) -> RunConfig:
         """The run's configuration, with all keys."""
-        return load_recipe(str(self.path / _FILES[0]))
+        return load_recipe(str(self.path / _CONFIG))
 
     @cached_property
     def summary(self) -> dict[str, Any]:
@@ -157,8 +157,9 @@ class RunResult:
         from fedlora_flwr.plots.figures import run_name, save
         from fedlora_flwr.plots.rounds import rounds_figure
 
-        named = [self.summary.get(key) for key in ("task", "strategy", "epsilon_budget", "seed")]
-        run = run_name(*named) if self.summary.keys() >= {"task", "seed"} else ""
+        told = self.summary
+        named = ("task", "strategy", "epsilon_budget", "seed")
+        run = run_name(*(told[key] for key in named)) if told.keys() >= {*named} else ""
         metric = self.summary.get("metric", "accuracy")
         figure = rounds_figure(self._folder.rounds(), metric, run)
         if output is not None:
@@ -209,7 +210,7 @@ def load_runs(folder: str | Path = "runs") -> pd.DataFrame:
     runs = [
         RunResult.load(path)
         for path in paths
-        if not path.is_symlink() and all((path / name).is_file() for name in _FILES)
+        if not path.is_symlink() and all((path / name).is_file() for name in (_CONFIG, _ROUNDS))
     ]
     if not runs:
         raise InvalidValue("folder", str(folder), "a folder with the folders of runs")

@@ -12,10 +12,10 @@ from rich.console import Console
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.places import is_held
 from fedlora_flwr.processes.workers import kept_log, log_to_file
 from fedlora_flwr.server.checkpoint import Checkpoint
 from fedlora_flwr.server.endings import recorded
+from fedlora_flwr.server.given import check_alone
 from fedlora_flwr.server.keeper import read_checkpoint, resumable
 from fedlora_flwr.server.rounds import OnRound
 from fedlora_flwr.server.run_dir import RunDirectory, check_unused
@@ -29,7 +29,6 @@ from fedlora_flwr.simulations.runner import (
 PROCESS, FLOWER = "process", "flower"
 ENGINES = (PROCESS, FLOWER)
 """What may serve the clients: processes of this package, or Flower's simulation engine."""
-_OBJECTS = ("task", "strategy", "dataset")
 
 
 @dataclass(frozen=True)
@@ -131,17 +130,8 @@ def check_engine(config: RunConfig, engine: str, workers: int | None) -> None:
     """
     if engine not in ENGINES:
         raise InvalidValue("engine", engine, f"one of {list(ENGINES)}")
-    alone = engine == PROCESS and (workers or 1) == 1
-    objects = [key for key in _OBJECTS if is_held(str(config.items()[key]))]
-    if objects and not alone:
-        named = " and ".join(objects)
-        key, value = ("engine", engine) if engine == FLOWER else ("workers", workers)
-        allowed = (
-            f"engine = 'process' with workers = 1, because {named} was given as an object, and an "
-            "object cannot travel to another process. Put it in a module and name it "
-            "module:name, or save the records as a file"
-        )
-        raise InvalidValue(key, value, allowed)
+    key, value = ("engine", engine) if engine == FLOWER else ("workers", workers)
+    check_alone(config, key, value, alone=engine == PROCESS and (workers or 1) == 1)
 
 
 def _folder(config: RunConfig, output: Path) -> RunDirectory:

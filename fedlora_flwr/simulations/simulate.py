@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.recipes import config_file, config_of
 from fedlora_flwr.errors import InvalidValue, require
+from fedlora_flwr.server.given import given
 from fedlora_flwr.server.rounds import RoundRow, describe_round
 from fedlora_flwr.server.run_result import RunResult
-from fedlora_flwr.simulations.given import given
 from fedlora_flwr.simulations.launch import FLOWER, PROCESS, open_run
 from fedlora_flwr.tasks.registry import extras_of
 from fedlora_flwr.terminal import counted

@@ -212,7 +212,7 @@ class Comparison:
         return Job(phase, row, replace(config, lr_a=a, lr_b=b, lr_head=head))
 
 
-def compare(
+def run_comparison(
     comparison: Comparison,
     folder: Path,
     on_row: OnRow,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +139,7 @@ class QuestionAnswering(LanguageTask):
         question, target, loss, *found = measured(model, records, size, measure).numpy()
         contexts = self._test.select_columns("context")
         may_be_none = not all(self._golds)
-        questions, predictions = _answers(question.astype(np.int64), *found, contexts, may_be_none)
+        questions, predictions = _answers(question.astype(np.int64), found, contexts, may_be_none)
         golds = [self._golds[question] for question in questions]
         pairs = list(zip(predictions, golds, strict=True))
         return {
@@ -174,8 +175,8 @@ class QuestionAnswering(LanguageTask):
                 raise unknown("data", name, dataset.features, before="a column that is there: ")
         given = ANSWERS in dataset.features
         if not given:
-            nothing = [{"text": [], "answer_start": []}] * len(dataset)
-            dataset = dataset.add_column(ANSWERS, nothing)
+            nothing: dict[str, list[Any]] = {"text": [], "answer_start": []}
+            dataset = dataset.add_column(ANSWERS, [nothing] * len(dataset))
         windows = self._windows(dataset, training=False)
 
         def measure(batch: Batch) -> Tensor:
@@ -185,7 +186,7 @@ class QuestionAnswering(LanguageTask):
         question, _, _, *found = measured(model, windows, size, measure).numpy()
         contexts = dataset.select_columns("context")
         may_be_none = given and not all(map(gold_answers, dataset[ANSWERS]))
-        return {"answer": _answers(question.astype(np.int64), *found, contexts, may_be_none)[1]}
+        return {"answer": _answers(question.astype(np.int64), found, contexts, may_be_none)[1]}
 
     @cached_property
     def _golds(self) -> list[list[str]]:
@@ -240,14 +241,12 @@ class QuestionAnswering(LanguageTask):
 
 def _answers(
     question: NDArray[np.int64],
-    none: NDArray[np.float64],
-    score: NDArray[np.float64],
-    begin: NDArray[np.float64],
-    end: NDArray[np.float64],
+    found: Sequence[NDArray[np.float64]],
     texts: Dataset,
     may_be_none: bool,
 ) -> tuple[list[int], list[str]]:
     """Return the questions that windows belong to, and the model's answer to each."""
+    none, score, begin, end = found
     order = np.lexsort((-score, question))
     questions, first = np.unique(question[order], return_index=True)
     best = order[first]
@@ -257,8 +256,8 @@ def _answers(
         answered &= ~(lowest > score[best])
     contexts = texts[questions]["context"]
     spans = zip(contexts, begin[best].astype(int), end[best].astype(int), answered, strict=True)
-    found = [context[begin:end] if said else "" for context, begin, end, said in spans]
-    return questions.tolist(), found
+    said = [context[begin:end] if some else "" for context, begin, end, some in spans]
+    return questions.tolist(), said
 
 
 def _losses(starts: Tensor, ends: Tensor, batch: Batch) -> Tensor:

@@ -93,11 +93,13 @@ def test_predictions_are_in_the_order_of_the_file(
     done = fedlora("predict", folder, tmp_path / "new.csv", "-o", output, "-c", f"model={base}")
 
     assert done.exit_code == 0, done.output
-    read = {".parquet": pd.read_parquet, ".csv": pd.read_csv}
+    read: dict[str, Any] = {".parquet": pd.read_parquet, ".csv": pd.read_csv}
     found = read[ending](output) if ending in read else pd.read_json(output, lines=True)
     assert found.columns.tolist() == ["text", "number", "prediction", "probability"]
     assert found["number"].tolist() == list(range(30))
-    assert found["prediction"].tolist() == [("bad", "good")[n] for n in said_by(task, adapted, frame)]
+    assert found["prediction"].tolist() == [
+        ("bad", "good")[n] for n in said_by(task, adapted, frame)
+    ]
     assert found["probability"].between(0.5, 1).all()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 

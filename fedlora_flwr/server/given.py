@@ -6,12 +6,14 @@ from contextlib import ExitStack
 from typing import Any
 
 from fedlora_flwr import places
+from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.given import as_dataset
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.places import holding
+from fedlora_flwr.places import holding, is_held
 from fedlora_flwr.strategies.base import FedLoRA
 
 TRAIN, TEST = "train", "test"
+_OBJECTS = ("task", "strategy", "dataset")
 
 
 def given(
@@ -44,6 +46,34 @@ def given(
         found["dataset"] = stack.enter_context(holding(tables, "data"))
         found |= {"train-split": TRAIN, "test-split": TEST, "dataset-subset": ""}
     return found
+
+
+def check_alone(config: RunConfig, key: str, value: object, *, alone: bool) -> None:
+    """Refuse objects of this process that other processes would need.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run.
+    key, value
+        What asks for other processes, for the error.
+    alone : bool
+        Whether this process does all the work.
+
+    Raises
+    ------
+    InvalidValue
+        An object would have to travel.
+    """
+    objects = [name for name in _OBJECTS if is_held(str(config.items()[name]))]
+    if objects and not alone:
+        named = f"{' and '.join(objects)} {'was' if len(objects) == 1 else 'were'}"
+        allowed = (
+            f"this process alone (workers = 1), because {named} given as an object, and an object "
+            "cannot travel to another process. Put it in a module and name it module:name, or "
+            "save the records as a file"
+        )
+        raise InvalidValue(key, value, allowed)
 
 
 def _strategy(stack: ExitStack, strategy: Any) -> str:
