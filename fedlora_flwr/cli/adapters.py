@@ -72,7 +72,8 @@ def merge(
     overrides: Overrides = None,
 ) -> None:
     """Write a plain transformers or timm model with the adapter merged into its weights."""
-    changes = _changes(overrides)
+    changes = parse_overrides(overrides or [])
+    require("client")
     with uncollected():
         from fedlora_flwr.trained.merge import merge as write
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -22,6 +22,10 @@ from fedlora_flwr.errors import FedLoRAError, InvalidValue, require
 from fedlora_flwr.processes import uncollected
 from fedlora_flwr.tasks.registry import extras_of
 from fedlora_flwr.terminal import show_json, show_lines
+
+if TYPE_CHECKING:
+    from fedlora_flwr.cli.compare_screen import CompareScreen
+    from fedlora_flwr.studies.comparing import Compared
 
 Shared = Annotated[
     str,
@@ -97,10 +101,14 @@ def compare(
         kept = f"the finished runs, in {folder}; the same command continues with the others"
         show_lines(console, [("Kept", kept)])
         raise
+    _show(found, screen, as_json=as_json)
+
+
+def _show(found: Compared, screen: CompareScreen, *, as_json: bool) -> None:
     if as_json:
         show_json(found.as_json())
     else:
-        screen.document(found.document(), folder)
+        screen.document(found.document(), found.folder)
     if found.failed:
         raise FedLoRAError(
             f"{found.failed} runs failed. rows.csv says why; the same command tries them again."

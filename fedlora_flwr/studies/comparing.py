@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from rich.console import Console
 
 from fedlora_flwr.config import RunConfig
@@ -34,6 +33,8 @@ from fedlora_flwr.tasks.registry import build_task, extras_of
 from fedlora_flwr.terminal import Bar
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from fedlora_flwr.data.given import Table
     from fedlora_flwr.tasks.registry import Task, TaskFactory
 

@@ -123,9 +123,8 @@ def opened(
         elif is_held(found.dataset):
             allowed = "no object of another process. Give the records as data"
             raise InvalidValue("dataset", found.dataset, allowed)
-        elif not found.dataset and values.get("task", found.task) in TASKS:
-            # A task only needs a name to build its model.
-            values["dataset"] = NO_DATA
+        elif not found.dataset and _reads_files(values.get("task", found.task)):
+            values["dataset"] = NO_DATA  # A task only needs a name to build its model.
         config = RunConfig.of(found.items(), values)
         yield OpenAdapter(folder, config, build_task(config.task, config), records, whole)
 
@@ -144,6 +143,10 @@ def adapter_folder(adapter: Adapter) -> Path:
         if (folder / "adapter_config.json").is_file():
             return folder
     raise InvalidValue("adapter", str(path), "the folder of a run, or of an adapter")
+
+
+def _reads_files(task: str) -> bool:
+    return task in TASKS and ("dataset",) in TASKS[task].on_device
 
 
 def _records(data: Any, settings: Mapping[str, Any], changes: Mapping[str, Any]) -> Dataset:

@@ -60,9 +60,10 @@ def predict(
     >>> import pandas as pd, torch
     >>> from fedlora_flwr import TableTask, simulate
     >>> frame = pd.DataFrame({"x": [0.0, 1.0] * 40, "label": ["a", "b"] * 40})
-    >>> task = TableTask(torch.nn.Linear(1, 2), train=frame, test=frame, lora_targets="")
-    >>> small = {"num_clients": 1, "num_rounds": 1, "delta": 1e-3, "output": tempfile.mkdtemp()}
-    >>> result = simulate(task=task, epsilon=float("inf"), **small)
+    >>> net = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.Linear(4, 2))
+    >>> task = TableTask(net, train=frame, test=frame, lora_targets="0", head=("1",))
+    >>> small = {"num_clients": 1, "num_rounds": 1, "partitioner": "iid"}
+    >>> result = simulate(task=task, output=tempfile.mkdtemp(), **small)
     >>> predict(result, frame[["x"]]).columns.tolist()
     ['x', 'prediction', 'probability']
     """
