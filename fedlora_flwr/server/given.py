@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from typing import Any
 
@@ -91,6 +92,8 @@ def _strategy(stack: ExitStack, strategy: Any) -> str:
     for name, known in places.STRATEGIES.items():
         if known == place:
             return name
-    if strategy.__module__ != "__main__" and places.is_place(place):
+    there = getattr(sys.modules.get(strategy.__module__), strategy.__name__, None)
+    # Another process has a main module of its own.
+    if there is strategy and strategy.__module__ != "__main__" and places.is_place(place):
         return place
     return stack.enter_context(holding(strategy))
