@@ -119,7 +119,7 @@ class Checkpoint:
         """
         now, before = config.items(), dict(self.config)
         differ = [key for key in {**before, **now} if now.get(key) != before.get(key)]
-        # An object has a new name in each call. The fingerprint tells whether the model is the same.
+        # An object has a new name in each call. The fingerprint tells whether the model differs.
         given = {
             key for key in differ if is_held(str(now.get(key))) and is_held(str(before.get(key)))
         }

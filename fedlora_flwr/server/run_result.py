@@ -30,8 +30,8 @@ class RunResult:
     ----------
     path : Path
         The run's folder.
-    task : Task, optional
-        The task's object, if the run was given one.
+    task : str, Task or callable, optional
+        The task's object, or the name of one with code of its own. `model` needs it.
 
     Raises
     ------
@@ -64,8 +64,9 @@ class RunResult:
         ----------
         path : str or Path
             The run's folder, e.g. ``"runs/latest"``.
-        task : Task, optional
-            The task's object, if the run was given one. `model` needs it.
+        task : str, Task or callable, optional
+            The task's object if the run was given one, or its name ``"module:name"`` if it has code
+            of its own. `model` needs it.
 
         Raises
         ------

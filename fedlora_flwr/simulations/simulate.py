@@ -103,8 +103,7 @@ def simulate(
         except Exception as error:
             error.add_note(f"The run's folder is {opened.run_dir.path}; its log is run.log.")
             raise
-    own = None if task is None or isinstance(task, str) else task
-    return RunResult(opened.run_dir.path.resolve(), own)
+    return RunResult(opened.run_dir.path.resolve(), task)
 
 
 def _config(

@@ -16,7 +16,7 @@ from fedlora_flwr.data.sources import load_split, split_names
 from fedlora_flwr.errors import InvalidValue, explained
 from fedlora_flwr.lora.build import resolve_device
 from fedlora_flwr.lora.loaded import load_adapter
-from fedlora_flwr.places import TASKS, holding, is_held
+from fedlora_flwr.places import TASKS, holding, is_held, is_place
 from fedlora_flwr.tasks.registry import Task, build_task
 from fedlora_flwr.trained.saved_task import read_task
 
@@ -99,7 +99,8 @@ def opened(
     Raises
     ------
     InvalidValue
-        The folder holds no adapter, a setting cannot be used, or the records cannot be read.
+        The folder holds no adapter, a setting cannot be used, the records cannot be read, or the
+        folder names a task with code of its own that the caller has not named.
     """
     folder = adapter_folder(adapter)
     own = task if task is not None else getattr(adapter, "task", None)
@@ -114,6 +115,12 @@ def opened(
             values["task"] = own
         elif is_held(found.task):
             allowed = "a name. The run was given its task as an object; give it again as task"
+            raise InvalidValue("task", found.task, allowed)
+        elif is_place(found.task):
+            allowed = (
+                "a task of this package. The folder names code of its own, which runs only if you "
+                f"name it, too: task = {found.task}"
+            )
             raise InvalidValue("task", found.task, allowed)
         records = None
         if data is not None:

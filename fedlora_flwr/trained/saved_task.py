@@ -1,6 +1,8 @@
 """``fedlora.toml`` in an adapter's folder: what it takes to build its task again.
 
-A run's ``config.toml`` says this too, and more, but an adapter's folder travels without it.
+A run's ``config.toml`` says this too, and more, but an adapter's folder travels without it. Both
+may come from somebody else, so of both only the keys of a task and its records are read, and no
+strategy's code is loaded.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from typing import Any
 
 from fedlora_flwr.config import RunConfig, read_toml
 from fedlora_flwr.config.names import by_section, by_short_name
-from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.config.toml import toml_value
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import replace_file
@@ -25,6 +26,11 @@ KEYS = (
 )
 """Keys on which a task's model depends, and those that say how a record is read."""
 _FILES = ("model", "weights")
+_RECORDS = (
+    *("dataset", "dataset-subset", "train-split", "test-split", "train-limit", "test-limit"),
+    *("eval-batch-size", "partition-column", "device"),
+)
+"""Keys that a run's configuration has beside those."""
 
 
 def write_task(folder: Path, config: RunConfig, classes: Sequence[str]) -> None:
@@ -65,12 +71,16 @@ def read_task(folder: Path) -> RunConfig:
         There are no such settings.
     """
     run, own = folder.resolve().parent / "config.toml", folder / NAME
-    written: dict[str, Any] = by_short_name(read_toml(own)) if own.exists() else {}
-    if run.exists():
-        kept = ("num-classes", "class-names")
-        classes = {key: written[key] for key in kept if key in written}
-        return RunConfig.of(load_recipe(str(run)).items(), classes)
-    if not written:
+    written, of_run = _values(own, KEYS), _values(run, (*KEYS, *_RECORDS))
+    if not written and not of_run:
         allowed = f"the folder of a run, or of an adapter with {NAME}"
         raise InvalidValue("adapter", str(folder), allowed)
-    return RunConfig.of(written)
+    if of_run:
+        kept = ("num-classes", "class-names")
+        written = {key: written[key] for key in kept if key in written}
+    return RunConfig.received(of_run, written)
+
+
+def _values(file: Path, keys: Sequence[str]) -> dict[str, Any]:
+    found = by_short_name(read_toml(file)) if file.is_file() else {}
+    return {key: value for key, value in found.items() if key in keys}

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from fedlora_flwr import Evaluation, evaluate, predict
 from fedlora_flwr.cli import app
+from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import to_json
 from tests.cli.documented import fields
@@ -205,3 +206,32 @@ def test_questions_are_answered_with_and_without_known_answers(tmp_path: Path) -
     assert all(a in c for a, c in zip(said["answer"], said["context"], strict=True))
     with pytest.raises(InvalidValue, match="'context'"):
         predict(tmp_path / "adapter", pd.DataFrame({"question": ["who"]}), model=model)
+
+
+def test_code_that_a_folder_names_does_not_run_unless_the_caller_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attacker is who made the folder: all its files, and a module where the command runs."""
+    exported(RunConfig(device="cpu"), tmp_path / "adapter")
+    (tmp_path / "evil.py").write_text("open('ran', 'w').close()\nfrom own import Task\n")
+    (tmp_path / "own.py").write_text("from fedlora_flwr.tasks.digits import DigitsTask as Task\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for file, text in (
+        ("adapter/fedlora.toml", '[task]\ntask = "evil:Task"\n'),
+        ("config.toml", '[task]\ntask = "evil:Task"\n[federation]\nstrategy = "evil:Strategy"\n'),
+        (
+            "config.toml",
+            '[task]\ntask = "digits"\n[federation]\nstrategy = "evil:Strategy"\n[evil]\nshare = 1\n',
+        ),
+    ):
+        (tmp_path / file).write_text(text)
+        if "evil:Task" in text:
+            with pytest.raises(InvalidValue, match="runs only if you name it, too: task = evil:T"):
+                evaluate(tmp_path / "adapter")
+        else:
+            assert evaluate(tmp_path / "adapter").task == "digits"
+        assert not (tmp_path / "ran").exists()
+    assert evaluate(tmp_path / "adapter", task="own:Task").records == 360
+    done = fedlora("evaluate", tmp_path / "adapter", "-c", "task=own:Task")
+    assert "Records   360" in done.stdout
