@@ -62,7 +62,7 @@ def test_figures_by_class_are_those_of_scikit_learn(
     texts: tuple[Path, Path, Any, Any], tmp_path: Path
 ) -> None:
     folder, base, task, adapted = texts
-    frame = table()
+    frame = table(151, seed=6)
     frame.to_parquet(tmp_path / "new.parquet")
     said = said_by(task, adapted, frame)
     assert 0.1 < sum(said) / len(said) < 0.9
@@ -222,7 +222,7 @@ def test_code_that_a_folder_names_does_not_run_unless_the_caller_names_it(
         ("config.toml", '[task]\ntask = "evil:Task"\n[federation]\nstrategy = "evil:Strategy"\n'),
         (
             "config.toml",
-            '[task]\ntask = "digits"\n[federation]\nstrategy = "evil:Strategy"\n[evil]\nshare = 1\n',
+            '[task]\ntask = "digits"\n[federation]\nstrategy = "evil:One"\n[evil]\nshare = 1\n',
         ),
     ):
         (tmp_path / file).write_text(text)
