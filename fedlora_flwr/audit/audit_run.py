@@ -109,9 +109,16 @@ def audit_run(
         log = file or stack.enter_context(scratch()) / "audit"
         stack.enter_context(kept_log())
         execute = stack.enter_context(executor(workers, log.with_suffix(".log")))
-        tell = stack.enter_context(counted("run", runs, progress))
+        tell = stack.enter_context(counted("run", progress))
         found = modes.attack(
-            attacked, mode, kind, count, runs, confidence, execute, lambda done: tell(done, "")
+            attacked,
+            mode,
+            kind,
+            count,
+            runs,
+            confidence,
+            execute,
+            lambda done: tell(done, runs, ""),
         )
     if file is not None:
         write_json(file, found.as_json())

@@ -60,7 +60,7 @@ def simulate(
     workers : int, optional
         Processes that serve clients: by default this one alone, and with Ray one per core.
     progress : bool, optional
-        Whether a progress bar is shown; by default in a terminal and in a notebook.
+        Whether progress is shown; by default in a terminal and in a notebook.
     **changes : Any
         Keys of the configuration, such as ``epsilon=3`` or ``num_rounds=20``.
 
@@ -92,11 +92,11 @@ def simulate(
         extra = "simulation" if engine == FLOWER else "flwr_datasets"
         require(*extras_of(config.task), extra, "pandas")
         opened = open_run(config, Path(output), engine, workers)
-        last, metric = config.num_rounds, opened.prepared.metric
-        tell = stack.enter_context(counted("round", last, progress))
+        tell = stack.enter_context(counted("round", progress))
 
         def on_round(row: RoundRow) -> None:
-            tell(row["round"], describe_round(row, metric))
+            state = describe_round(row, opened.prepared.metric)
+            tell(row["round"], config.num_rounds, state)
 
         try:
             opened.play(on_round)

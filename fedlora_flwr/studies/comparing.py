@@ -23,14 +23,13 @@ from fedlora_flwr.studies.compare import Comparison, OnRow, run_comparison
 from fedlora_flwr.studies.compare_methods import Method, read_methods
 from fedlora_flwr.studies.compare_results import (
     Part,
-    Row,
     as_json,
     describe_row,
     document_of,
     read_rows,
 )
 from fedlora_flwr.tasks.registry import build_task, extras_of
-from fedlora_flwr.terminal import Bar
+from fedlora_flwr.terminal import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -174,7 +173,7 @@ def compare(
         folder = comparison_folder(recipe, output)
         stack.enter_context(kept_log())
         console = Console(stderr=True)
-        tell = on_row or _shown(stack, console, progress)
+        tell = on_row or _shown(stack, progress)
         summary = run_comparison(what, folder, tell, workers, console)
         metric = build_task(config.task, config).metric
     return Compared(what, folder, summary, metric)
@@ -208,14 +207,9 @@ def _check_shared(changes: Mapping[str, Any]) -> None:
             raise InvalidValue("-c", key, "a key that compare itself does not set")
 
 
-def _shown(stack: ExitStack, console: Console, progress: bool | None) -> OnRow:
-    """Return what shows a bar in a terminal or a notebook."""
-    bar = Bar(console, "run", remaining=True)
-    stack.callback(bar.stop)
-    shown = console.is_terminal if progress is None else progress
-
-    def tell(row: Row | None, done: int, total: int) -> None:
-        if shown:
-            bar.to(done, total, "starting" if row is None else describe_row(row))
-
-    return tell
+def _shown(stack: ExitStack, progress: bool | None) -> OnRow:
+    """Return what shows the finished runs in a terminal or a notebook."""
+    show = stack.enter_context(counted("run", progress))
+    return lambda row, done, total: show(
+        done, total, "starting" if row is None else describe_row(row)
+    )
