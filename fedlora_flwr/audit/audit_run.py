@@ -120,11 +120,7 @@ def audit_run(
             execute,
             lambda done: tell(done, runs, ""),
         )
-    if file is not None:
-        write_json(file, found.as_json())
-        _draw(found, file.with_suffix(".png"))
-    if attach_to:
-        attach(found, Path(attach_to))
+    _write(found, file, Path(attach_to) if attach_to else None)
     return found
 
 
@@ -133,6 +129,15 @@ def _short(config: RunConfig, given: Iterable[str], records: int, *, once: bool)
     named = {short_name(key if "." in key else dashed(key)) for key in given}
     clients = {"num-clients": 10} if once else {}
     return short(config, records, {**clients, **{key: config.items()[key] for key in named}})
+
+
+def _write(found: AuditRecord, file: Path | None, run: Path | None) -> None:
+    """Write the record and its picture, and attach it to a run."""
+    if file is not None:
+        write_json(file, found.as_json())
+        _draw(found, file.with_suffix(".png"))
+    if run is not None:
+        attach(found, run)
 
 
 def _draw(found: AuditRecord, picture: Path) -> None:
