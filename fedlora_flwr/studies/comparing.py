@@ -115,7 +115,8 @@ def compare(
 ) -> Compared:
     """Compare strategies over privacy budgets, as ``fedlora compare`` does.
 
-    The same call continues where an earlier one stopped.
+    The same call continues where an earlier one stopped. An object has another name in each call,
+    so a comparison on one needs a new folder.
 
     Parameters
     ----------
@@ -204,7 +205,10 @@ def _budgets(epsilons: Iterable[float]) -> tuple[float, ...]:
 def _check_shared(changes: Mapping[str, Any]) -> None:
     for key in changes:
         if short_name(key if "." in key else dashed(key)) in (*_OWN, "strategy"):
-            raise InvalidValue("-c", key, "a key that compare itself does not set")
+            allowed = (
+                "a key that compare itself does not set. It has strategies, epsilons and seeds"
+            )
+            raise InvalidValue("changes", key, allowed)
 
 
 def _shown(stack: ExitStack, progress: bool | None) -> OnRow:

@@ -23,6 +23,7 @@ from fedlora_flwr.cli import app
 from fedlora_flwr.config.recipes import config_of
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.registry import build_task
+from tests.simulations.tables import table
 from tests.tasks.texts import make_checkpoint, reviews
 
 SMALL: dict[str, Any] = {
@@ -39,12 +40,6 @@ def made() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-
-
-def table(count: int = 160) -> pd.DataFrame:
-    values = np.random.default_rng(3).normal(size=(count, 4))
-    frame = pd.DataFrame(values, columns=list("abcd"))
-    return frame.assign(label=np.where(frame["a"] > 0, "up", "down"))
 
 
 def task_of(**changes: Any) -> TableTask:
