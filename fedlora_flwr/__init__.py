@@ -1,8 +1,8 @@
 """Differentially private federated fine-tuning with LoRA, on Flower.
 
-The public API has three tiers: strategies for a server; client and engine for private training; and
-the building blocks of both. A name is imported when it is first used, so a server that needs only
-strategies never loads torch.
+The public API has four tiers: whole runs; strategies for a server; client and engine for private
+training; and the building blocks of both. A name is imported when it is first used, so a server
+that needs only strategies never loads torch.
 
 Examples
 --------
@@ -22,6 +22,20 @@ from fedlora_flwr.errors import NotInstalled
 
 # Public names are listed only here. `__init__.pyi`, for editors and type checkers, is generated
 # from these tables by `_stub`.
+RUNS: Mapping[str, str] = {
+    "simulate": "simulations.simulate",
+    "RunResult": "server.run_result",
+    "load_runs": "server.run_result",
+    "plan_run": "forecast.plan_run",
+    "compare": "studies.comparing",
+    "Compared": "studies.comparing",
+    "audit_run": "audit.audit_run",
+    "evaluate": "trained.evaluate",
+    "Evaluation": "trained.evaluate",
+    "predict": "trained.predict",
+    "merge": "trained.merge",
+    "TableTask": "tasks.table_task",
+}
 STRATEGIES: Mapping[str, str] = {
     "FedLoRA": "strategies.base",
     "DPLoRA": "strategies.dp_lora",
@@ -70,7 +84,7 @@ BLOCKS: Mapping[str, str] = {
     "Spent": "privacy.spent",
     "spent": "privacy.spent",
 }
-_HOMES = {**STRATEGIES, **CLIENT_AND_ENGINE, **BLOCKS}
+_HOMES = {**RUNS, **STRATEGIES, **CLIENT_AND_ENGINE, **BLOCKS}
 
 try:
     __version__ = version("fedlora-flwr")
@@ -97,7 +111,12 @@ def __dir__() -> list[str]:
 
 def _stub() -> str:
     """Return the text of ``__init__.pyi``."""
-    tiers = {"Strategies": STRATEGIES, "Client and engine": CLIENT_AND_ENGINE, "Blocks": BLOCKS}
+    tiers = {
+        "Whole runs": RUNS,
+        "Strategies": STRATEGIES,
+        "Client and engine": CLIENT_AND_ENGINE,
+        "Blocks": BLOCKS,
+    }
     command = "python -c 'import fedlora_flwr; print(fedlora_flwr._stub())'"
     lines = [f"# Made of `__init__.py` by {command}"]
     for title, names in tiers.items():

@@ -1,5 +1,19 @@
 # Made of `__init__.py` by python -c 'import fedlora_flwr; print(fedlora_flwr._stub())'
 
+# Whole runs.
+from fedlora_flwr.simulations.simulate import simulate as simulate
+from fedlora_flwr.server.run_result import RunResult as RunResult
+from fedlora_flwr.server.run_result import load_runs as load_runs
+from fedlora_flwr.forecast.plan_run import plan_run as plan_run
+from fedlora_flwr.studies.comparing import compare as compare
+from fedlora_flwr.studies.comparing import Compared as Compared
+from fedlora_flwr.audit.audit_run import audit_run as audit_run
+from fedlora_flwr.trained.evaluate import evaluate as evaluate
+from fedlora_flwr.trained.evaluate import Evaluation as Evaluation
+from fedlora_flwr.trained.predict import predict as predict
+from fedlora_flwr.trained.merge import merge as merge
+from fedlora_flwr.tasks.table_task import TableTask as TableTask
+
 # Strategies.
 from fedlora_flwr.strategies.base import FedLoRA as FedLoRA
 from fedlora_flwr.strategies.dp_lora import DPLoRA as DPLoRA

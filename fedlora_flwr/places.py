@@ -1,7 +1,8 @@
 """The code behind a name: built-in names, names of installed packages, and ``module:name``.
 
 Code is loaded only when its name is used. Basic modules can therefore use strategies and tasks
-without an import of higher-level modules, and code that is not used is not loaded.
+without an import of higher-level modules, and code that is not used is not loaded. An object that
+only this process has gets a name of the same form for as long as it is needed (`holding`).
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import entry_points
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,11 +109,57 @@ TASKS: Mapping[str, KnownTask] = {
 }
 
 _PLACE = re.compile(r"[^:.\s][^:\s]*:\w+")
+_HERE = "this-process"
+_held: dict[str, Any] = {}
+_numbers = count(1)
 
 
 def is_place(name: str) -> bool:
     """Tell whether a name has the form ``module:name``."""
     return bool(_PLACE.fullmatch(name))
+
+
+@contextmanager
+def holding(thing: object, kind: str = "") -> Iterator[str]:
+    """Give an object of this process a name that a configuration can hold, until the block ends.
+
+    Parameters
+    ----------
+    thing : object
+        A task, a strategy's class or a data set.
+    kind : str (default: the name of its type)
+        The first part of the name.
+    """
+    kind = kind or getattr(thing, "__name__", type(thing).__name__)
+    name = f"{_HERE}:{re.sub(r'[^0-9A-Za-z_]', '_', kind)}_{next(_numbers)}"
+    _held[name] = thing
+    try:
+        yield name
+    finally:
+        del _held[name]
+
+
+def is_held(name: str) -> bool:
+    """Tell whether a name stands, or stood, for an object of one process."""
+    return name.partition(":")[0] == _HERE
+
+
+def held(key: str, name: str) -> Any:
+    """Return the object behind a name that `holding` gave.
+
+    Raises
+    ------
+    InvalidValue
+        The object is in another process, or was given to a function that has ended.
+    """
+    if name not in _held:
+        raise InvalidValue(
+            key,
+            name,
+            "an object that this process has. It was given as an object to a function in Python, "
+            "which a file or another process cannot hold. Give the object again",
+        )
+    return _held[name]
 
 
 def strategy_names() -> tuple[str, ...]:
@@ -188,6 +237,8 @@ def load(key: str, place: str, what: str) -> Any:
     InvalidValue
         There is no such module, or no such name in it.
     """
+    if is_held(place):
+        return held(key, place)
     module, _, attribute = place.partition(":")
     beside = not sys.flags.safe_path
     if beside and not module.startswith("fedlora_flwr.") and str(Path.cwd()) not in sys.path:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -197,6 +198,41 @@ class Bar(Progress):
             self.add_task("", total=total, completed=done)
             self.start()
         self.update(self.tasks[0].id, completed=done, refresh=True)
+
+
+@contextmanager
+def counted(
+    what: str, progress: bool | None = None, console: Console | None = None
+) -> Iterator[Callable[[int, int, str], None]]:
+    """Show how far work is; yield a function of the steps done, all steps, and the last result.
+
+    It is a bar in a terminal, and in a notebook that has ipywidgets. Elsewhere it is a line per
+    step.
+
+    Parameters
+    ----------
+    what : str
+        Name of the counted steps, e.g. ``"round"``.
+    progress : bool, optional
+        Whether it is shown; by default in a terminal and in a notebook.
+    console : Console, optional
+        The console; by default that of stderr.
+    """
+    shown = console or Console(stderr=True)
+    moves = shown.is_terminal or (shown.is_jupyter and find_spec("ipywidgets") is not None)
+    wanted = shown.is_terminal or shown.is_jupyter if progress is None else progress
+    bar = Bar(shown, what, remaining=True)
+
+    def tell(done: int, total: int, state: str) -> None:
+        if wanted and moves:
+            bar.to(done, total, state)
+        elif wanted:
+            show_line(shown, f"{what} {done}/{total}: {state}")
+
+    try:
+        yield tell
+    finally:
+        bar.stop()
 
 
 class Commands(TyperGroup):

@@ -31,19 +31,21 @@ from tests.installed import OWNERS, PROJECT, ROOT, absent_with, distributions, n
 SOURCES = sorted((ROOT / "fedlora_flwr").rglob("*.py"))
 # Rooms and modules that train, or build a model. Everything else belongs to the core.
 NEED_MORE = re.compile(
-    r"audit\.|backbones\.|lora\.|privacy\.|forecast\.|studies\.|tasks\."
+    r"audit\.|backbones\.|lora\.|privacy\.|forecast\.|studies\.|tasks\.|trained\."
     r"|data\.(arrow_records|pictures|records)$"
     r"|clients\.(handler|local_round|local_store|numpy_client|sharing|trainer)$"
     r"|integrations\.(hf_trainer|planned_loop|trainer_arguments)$"
     r"|secure_sum\.(accounting|rounding)$|server\.(checkpoint|keeper|noise|norm_bound|rehearsal|serve|strategy|sum_step)$"
-    r"|cli\.\w+_screen$|simulations\.runner$"
+    r"|cli\.\w+_screen$|simulations\.(launch|runner|simulate)$"
 )
 NEED_CLIENT = {
     "AdaptedModel", "LoRAClient", "LoRASpec", "Ledger", "LocalRound", "LocalTrainer", "Mechanism",
     "PrivateEngine", "PrivateTrainer", "TensorRecords", "answer_message", "attach", "calibrate",
     "epsilon_spent", "follow_fit", "follow_plan", "OptimizerSettings", "SecureNoise", "SeededNoise",
-    "Account", "Segment", "Spent", "spent",
+    "Account", "Segment", "Spent", "spent", "simulate", "plan_run", "audit_run", "evaluate",
+    "Evaluation", "predict", "merge", "TableTask",
 }  # fmt: skip
+NEED_PLOTS = {"compare", "Compared"}
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -110,10 +112,11 @@ def test_the_core_imports_without_any_extra(tmp_path: Path) -> None:
     assert [name for name in failed if not NEED_MORE.match(name)] == []
     assert failed["privacy.engine"] == "torch"
     assert loaded == []
-    assert missing.keys() == NEED_CLIENT
-    for sentence in missing.values():
+    assert missing.keys() == NEED_CLIENT | NEED_PLOTS
+    for name, sentence in missing.items():
+        extra = "plots" if name in NEED_PLOTS else "client"
         assert re.fullmatch(
-            r"\w+ is not installed\. Run pip install 'fedlora-flwr\[client\]'\.", sentence
+            rf"\w+ is not installed\. Run pip install 'fedlora-flwr\[{extra}\]'\.", sentence
         )
 
 
@@ -129,6 +132,9 @@ COMMANDS = {
     "budget --epsilon 3 --delta 1e-5 --records 1000 --batch-size 10 --steps 5": "client",
     "plan digits -c task=nothing": "task = 'nothing' cannot be used",
     "plot run": "plots",
+    "evaluate run": "client,plots",
+    "predict run records.csv": "client,plots",
+    "merge run -o model": "client",
     "pretrain tiny-imagenet": "client,vision",
     "-h": "",
     "--version": "",

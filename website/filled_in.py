@@ -127,6 +127,7 @@ def _table(header: tuple[str, ...], rows: list[Any]) -> str:
 LISTS: Mapping[str, Callable[[], str]] = {
     "<!-- every key -->": configuration,
     "<!-- every command -->": commands,
+    "<!-- every run -->": lambda: names("RUNS"),
     "<!-- every strategy -->": lambda: names("STRATEGIES"),
     "<!-- every client and engine -->": lambda: names("CLIENT_AND_ENGINE"),
     "<!-- every block -->": lambda: names("BLOCKS"),

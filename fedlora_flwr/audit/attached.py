@@ -60,14 +60,17 @@ def attach(record: AuditRecord, run: Path) -> list[Path]:
         As `check_attachable`.
     """
     check_attachable(record.settings, run)
-    written = [run / NAME]
     write_json(run / NAME, record.as_json())
-    for card in (run / name for name in _CARDS):
-        if card.is_file():
-            text = _SECTION.sub("", card.read_text("utf-8"))
-            replace_file(card, text.replace(_BEFORE, section(record) + _BEFORE, 1).encode())
-            written.append(card)
-    return written
+    record_file, *cards = files_of(run)
+    for card in cards:
+        text = _SECTION.sub("", card.read_text("utf-8"))
+        replace_file(card, text.replace(_BEFORE, section(record) + _BEFORE, 1).encode())
+    return [record_file, *cards]
+
+
+def files_of(run: Path) -> list[Path]:
+    """Return the files of a run that hold an attached record: the record, and the cards."""
+    return [run / NAME, *(run / name for name in _CARDS if (run / name).is_file())]
 
 
 def section(record: AuditRecord) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _Found = TypeVar("_Found")
+HEAD_FILE = "classifier.safetensors"
 
 
 def load_config(settings: TaskSection, **changes: Any) -> PretrainedConfig:
@@ -274,6 +275,34 @@ def build(auto: Any, settings: TaskSection, config: PretrainedConfig, seed: int)
     _check_weights(settings.model, missing, _beside(bare))
     setattr(model, DRAWN, tuple(sorted({name.rpartition(".")[0] for name in missing})))
     return model
+
+
+def save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a model and its tokenizer, as transformers' ``from_pretrained`` reads them.
+
+    For a `MeanPooledClassifier`, the folder holds the backbone, which ``AutoModel`` reads, and
+    ``classifier.safetensors``, the layer that reads the mean of its last hidden states.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    tokenizer : PreTrainedTokenizerBase
+        The model's tokenizer.
+    folder : Path
+        The folder; it is made if missing.
+    """
+    plain = model
+    if isinstance(model, MeanPooledClassifier):
+        from safetensors.torch import save_file
+
+        plain = model.backbone
+        folder.mkdir(parents=True, exist_ok=True)
+        layer = {name: t.detach().cpu() for name, t in model.classifier.state_dict().items()}
+        save_file(layer, folder / HEAD_FILE)
+    with _quiet():
+        plain.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
 
 
 def _drawn_weights(report: Mapping[str, Any]) -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fedlora_flwr.cli import (
+    adapters,
     audit,
     compare,
     convert,
@@ -55,6 +56,9 @@ app.command()(forecast.plan)
 app.command("inspect-split")(forecast.inspect_split)
 app.command()(ledger.ledger)
 app.command()(plot.plot)
+app.command()(adapters.evaluate)
+app.command()(adapters.predict)
+app.command()(adapters.merge)
 app.command()(explain.recipes)
 app.command()(explain.keys)
 app.command()(convert.convert)

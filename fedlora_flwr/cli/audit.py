@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,21 +11,14 @@ from rich.console import Console
 
 from fedlora_flwr.cli.arguments import AsJson, Overrides, Recipe
 from fedlora_flwr.cli.convert import read_recipe
-from fedlora_flwr.config.names import short_name
 from fedlora_flwr.config.overrides import parse_overrides
-from fedlora_flwr.errors import InvalidValue, NotInstalled, require
-from fedlora_flwr.files import write_json
+from fedlora_flwr.errors import InvalidValue, require
 from fedlora_flwr.processes import uncollected
 from fedlora_flwr.tasks.registry import extras_of
-from fedlora_flwr.terminal import Bar, show_json, show_lines
+from fedlora_flwr.terminal import show_json, show_lines
 
 if TYPE_CHECKING:
     from fedlora_flwr.audit.record import AuditRecord
-    from fedlora_flwr.config import RunConfig
-
-_TRIALS, _ONE_RUN = 8, 100
-"""Records of each client by default: in many short runs, and in one run."""
-
 
 _Paired = Annotated[
     bool, typer.Option("--paired", help="Many short runs, the server attacks (default).")
@@ -77,38 +69,28 @@ def audit(
     """
     if paired + one_run + black_box > 1:
         raise InvalidValue("mode", "several", "one of --paired, --one-run and --black-box")
-    config = read_recipe(recipe, overrides)
+    config = read_recipe(recipe, overrides)  # Bad input is told before the slow imports.
     require(*extras_of(config.task), "flwr_datasets")
-    if output.is_dir():
-        raise InvalidValue("output", str(output), "a file")
     with uncollected():
-        from fedlora_flwr.audit import modes
-        from fedlora_flwr.audit.attached import attach, check_attachable
-        from fedlora_flwr.audit.canaries import default_kind
-        from fedlora_flwr.processes.workers import executor
+        from fedlora_flwr.audit.attached import files_of
+        from fedlora_flwr.audit.audit_run import audit_run
 
-    mode = modes.BLACK_BOX if black_box else modes.ONE_RUN if one_run else modes.PAIRED
-    count = records or (_ONE_RUN if one_run else _TRIALS)
-    kind = canary or default_kind(config.task, black_box=black_box)
-    attacked = _short(config, overrides, count, one_run=one_run)
-    if attach_to:
-        check_attachable(attacked.items(), attach_to)
-    console = Console(stderr=as_json)
-    log = output.with_suffix(".log")
-    with executor(workers, log) as execute, _bar(console, runs) as told:
-        found = modes.attack(attacked, mode, kind, count, runs, confidence, execute, told)
-    write_json(output, found.as_json())
-    files = [output, *_picture(found, output), *(attach(found, attach_to) if attach_to else [])]
-    _show(console, found, files, as_json=as_json)
-
-
-def _short(config: RunConfig, overrides: Overrides, records: int, *, one_run: bool) -> RunConfig:
-    """Return the settings of the attacked runs: a short run's, and what was asked for."""
-    from fedlora_flwr.audit.game import short
-
-    given = {short_name(key) for key in parse_overrides(overrides or [])}
-    clients = {"num-clients": 10} if one_run else {}
-    return short(config, records, {**clients, **{key: config.items()[key] for key in given}})
+    found = audit_run(
+        recipe,
+        mode="black-box" if black_box else "one-run" if one_run else "paired",
+        canary=canary,
+        runs=runs,
+        records=records,
+        confidence=confidence,
+        workers=workers,
+        output=output,
+        attach_to=attach_to,
+        **parse_overrides(overrides or []),
+    )
+    picture = output.with_suffix(".png")
+    files = [output, *([picture] if picture.exists() else [])]
+    files += files_of(attach_to) if attach_to else []
+    _show(Console(stderr=as_json), found, files, as_json=as_json)
 
 
 def _show(console: Console, found: AuditRecord, files: Sequence[Path], *, as_json: bool) -> None:
@@ -123,34 +105,6 @@ def _show(console: Console, found: AuditRecord, files: Sequence[Path], *, as_jso
         show_lines(console, [*_lines(found), *written])
     if found.verdict == VIOLATED:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _bar(console: Console, runs: int) -> Iterator[Callable[[int], None]]:
-    """Show how many runs are over, where there is a terminal."""
-    bar = Bar(console, "run", remaining=True)
-
-    def told(done: int) -> None:
-        if console.is_terminal:
-            bar.to(done, runs, "")
-
-    try:
-        yield told
-    finally:
-        bar.stop()
-
-
-def _picture(found: AuditRecord, output: Path) -> list[Path]:
-    """Draw the record beside its file if the extra for plots is installed."""
-    try:
-        require("plots")
-    except NotInstalled:
-        return []
-    from fedlora_flwr.audit.picture import plot_audit
-
-    picture = output.with_suffix(".png")
-    plot_audit(found, picture)
-    return [picture]
 
 
 def _lines(found: AuditRecord) -> Iterator[tuple[str, str]]:

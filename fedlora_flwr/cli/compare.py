@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -24,6 +23,10 @@ from fedlora_flwr.errors import FedLoRAError, InvalidValue, require
 from fedlora_flwr.processes import uncollected
 from fedlora_flwr.tasks.registry import extras_of
 from fedlora_flwr.terminal import show_json, show_lines
+
+if TYPE_CHECKING:
+    from fedlora_flwr.cli.compare_screen import CompareScreen
+    from fedlora_flwr.studies.comparing import Compared
 
 Shared = Annotated[
     str,
@@ -82,51 +85,55 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare strategies over privacy budgets; the same command continues where it stopped."""
-    texts, budgets = _rows(strategies, rows or []), _budgets(epsilon)
+    names, budgets = _names(strategies, rows or []), _budgets(epsilon)
+    texts = [*names, *(rows or [])]
+    # Bad input is told before the slow imports.
     config = read_recipe(task, _shared(overrides or [], texts[0].split(), budgets[0]))
     require(*extras_of(config.task), "plots", "flwr_datasets")
     with uncollected():
         from fedlora_flwr.cli.compare_screen import CompareScreen
-        from fedlora_flwr.studies.baselines import with_baselines
-        from fedlora_flwr.studies.compare import compare as run_comparison
-        from fedlora_flwr.studies.compare_methods import read_methods
-        from fedlora_flwr.studies.compare_tables import as_json as in_json
-        from fedlora_flwr.studies.compare_tables import document_of
-        from fedlora_flwr.studies.comparison import Comparison
-        from fedlora_flwr.tasks.registry import build_task
+        from fedlora_flwr.studies.comparing import compare as run_comparison
+        from fedlora_flwr.studies.comparing import comparison_folder
 
-    comparison = Comparison(config, read_methods(texts, config), budgets, seeds, trials)
-    comparison, chosen = with_baselines(replace(comparison, reference=reference), baselines)
-    folder = (output or Path("runs") / f"compare-{Path(task).stem}").resolve()
+    folder = comparison_folder(task, output)
     console = Console(stderr=as_json)
     try:
-        with CompareScreen(console, chosen.lines()) as screen:
-            summary, found = run_comparison(comparison, folder, screen.row, workers, console)
+        with CompareScreen(console) as screen:
+            found = run_comparison(
+                task,
+                names,
+                rows=rows or [],
+                epsilons=budgets,
+                seeds=seeds,
+                trials=trials,
+                baselines=baselines,
+                reference=reference,
+                workers=workers,
+                output=folder,
+                on_row=screen.row,
+                on_baselines=screen.baselines,
+                **parse_overrides(overrides or []),
+            )
     except KeyboardInterrupt:
         kept = f"the finished runs, in {folder}; the same command continues with the others"
         show_lines(console, [("Kept", kept)])
         raise
-    metric = build_task(config.task, config).metric
+    _show(found, screen, as_json=as_json)
+
+
+def _show(found: Compared, screen: CompareScreen, *, as_json: bool) -> None:
     if as_json:
-        content = in_json(summary, comparison.rows, metric, found)
-        show_json({"folder": str(folder), "baselines": chosen.as_json(), **content})
+        show_json(found.as_json())
     else:
-        screen.document(document_of(summary, config, metric, trials, found), folder)
-    _check_failures(folder)
-
-
-def _check_failures(folder: Path) -> None:
-    """Report runs that failed, so that the command's exit code tells of them."""
-    from fedlora_flwr.studies.compare_results import read_rows
-
-    if failed := int((read_rows(folder / "rows.csv")["error"] != "").sum()):
+        screen.document(found.document(), found.folder)
+    if found.failed:
         raise FedLoRAError(
-            f"{failed} runs failed. rows.csv says why; the same command tries them again."
+            f"{found.failed} runs failed. rows.csv says why; the same command tries them again."
         )
 
 
-def _rows(strategies: str | None, rows: list[str]) -> list[str]:
-    """Return the text of every row: first the strategies without settings of their own."""
+def _names(strategies: str | None, rows: list[str]) -> list[str]:
+    """Return the strategies without settings of their own."""
     from fedlora_flwr.strategies import STRATEGIES, strategy_class
 
     if strategies is None:
@@ -136,7 +143,7 @@ def _rows(strategies: str | None, rows: list[str]) -> list[str]:
     names = [name.strip() for name in plain]
     for name in names:
         strategy_class(name)
-    return [*names, *rows]
+    return names
 
 
 def _budgets(text: str) -> tuple[float, ...]:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedlora_flwr.studies.compare_results import Row, budget_name
+from fedlora_flwr.studies.compare_results import Row, describe_row
 from fedlora_flwr.studies.compare_tables import Part
-from fedlora_flwr.studies.comparison import TUNE
 from fedlora_flwr.terminal import Bar, Table, show, show_line, show_lines
 
 
@@ -20,13 +19,11 @@ class CompareScreen:
     ----------
     console : Console
         The console to write to.
-    baselines : Iterable[str] (default: ())
-        Sentences on the baselines, which are shown before the first run.
     """
 
-    def __init__(self, console: Console, baselines: Iterable[str] = ()) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
-        self._baselines = list(baselines)
+        self._baselines: list[str] = []
         self._bar = Bar(console, "run", remaining=True)
 
     def __enter__(self) -> CompareScreen:
@@ -36,6 +33,10 @@ class CompareScreen:
     def __exit__(self, *_: object) -> None:
         """Leave the console as it was."""
         self._bar.stop()
+
+    def baselines(self, lines: Iterable[str]) -> None:
+        """Take sentences on the baselines, to be shown before the first run."""
+        self._baselines = list(lines)
 
     def row(self, row: Row | None, done: int, total: int) -> None:
         """Show a finished run. None says that the runs begin."""
@@ -56,15 +57,3 @@ class CompareScreen:
                 show(self._console, Table(part[0], part[1:], "<" * len(part[0])))
             show_line(self._console, "")
         show_lines(self._console, [("Results", str(folder))])
-
-
-def describe_row(row: Row) -> str:
-    """Return the result of one run in one line."""
-    what = f"{row['phase']} {row['row']} ε {budget_name(row['epsilon'])}"
-    how = (
-        f"{row['lr-a']:g} / {row['lr-b']:g} / {row['lr-head']:g}"
-        if row["phase"] == TUNE
-        else f"seed {row['seed']}"
-    )
-    result = "failed" if row["error"] else f"{row['final']:.1%}"
-    return f"{what}, {how}: {result} in {row['seconds']:.0f} s"

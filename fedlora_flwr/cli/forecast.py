@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -57,23 +56,15 @@ def plan(
 
     Exits with code 1 if a client cannot keep its promise.
     """
-    config = read_recipe(recipe, overrides)
+    config = read_recipe(recipe, overrides)  # Bad input is told before the slow imports.
     require(*extras_of(config.task), *(["flwr_datasets"] if records is None else []))
     with uncollected():
         from fedlora_flwr.cli.forecast_screen import show_forecast
-        from fedlora_flwr.forecast import forecast, gradients
-        from fedlora_flwr.forecast.duration import measure
-        from fedlora_flwr.tasks.registry import build_task
+        from fedlora_flwr.forecast.plan_run import plan_run
 
-    task = build_task(config.task, config)
-    found = forecast.forecast(config, records, task)
-    if not found.broken:
-        norms = gradients.measure(config, task, found, opened=records is None)
-        warnings = [*found.warnings, *norms.warnings]
-        found = replace(found, gradients=norms, warnings=warnings)
-        found = replace(found, duration=measure(config, task, records))
+    found = plan_run(config, records=records)
     if as_json:
-        show_json(forecast.as_json(found))
+        show_json(found.as_json())
     else:
         show_forecast(found, Console())
     if found.broken:

@@ -25,13 +25,7 @@ def plot(
         raise InvalidValue("RUN_DIR", str(run_dir), "the folder of a run, with rounds.jsonl")
     path = png_file(output or run_dir / "rounds.png")
     require("plots")
-    from fedlora_flwr.plots.figures import run_name
-    from fedlora_flwr.plots.rounds import plot_rounds
-    from fedlora_flwr.server.run_dir import RunDirectory
+    from fedlora_flwr.server.run_result import RunResult
 
-    found = RunDirectory(run_dir)
-    summary = found.summary() or {}
-    named = ("task", "strategy", "epsilon_budget", "seed")
-    run = run_name(*(summary[key] for key in named)) if summary.keys() >= set(named) else ""
-    plot_rounds(found.rounds(), path, summary.get("metric", "accuracy"), run)
+    RunResult.load(run_dir).plot(path)
     show_lines(Console(), [("Plot", str(path))])

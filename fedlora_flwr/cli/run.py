@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,15 +13,16 @@ from rich.console import Console
 from fedlora_flwr.cli.arguments import AsJson, Output, Overrides, Recipe
 from fedlora_flwr.cli.convert import read_recipe
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.recipes import config_file
 from fedlora_flwr.errors import FedLoRAError, InvalidValue, require
 from fedlora_flwr.processes import uncollected
 from fedlora_flwr.tasks.registry import extras_of
 from fedlora_flwr.terminal import show_json, show_lines, told
 
 if TYPE_CHECKING:
-    from fedlora_flwr.server.run_dir import RunDirectory
+    from fedlora_flwr.server.checkpoint import Checkpoint
 
-RECIPE, CONFIG = "digits", "config.toml"
+RECIPE = "digits"
 Resume = Annotated[
     Path | None,
     typer.Option(help="Folder of a run to continue after its last round; leave RECIPE out."),
@@ -42,10 +42,7 @@ def run(
     """Run a recipe with `flwr run` on Flower's simulation engine."""
     config = _read(recipe, overrides, resume)  # Bad input is told before the slow imports.
     require(*extras_of(config.task), "simulation")
-    with uncollected():
-        from fedlora_flwr.simulations.runner import run_on_flower
-
-    _launch("run", partial(run_on_flower, workers=workers), config, as_json, output)
+    _launch("run", "flower", config, as_json, output, workers)
 
 
 def simulate(
@@ -61,10 +58,7 @@ def simulate(
     """Run a recipe without Ray and without a server; the same seed gives the same arrays."""
     config = _read(recipe, overrides, resume)
     require(*extras_of(config.task), "flwr_datasets")
-    with uncollected():
-        from fedlora_flwr.simulations.runner import run_in_process
-
-    _launch("simulate", partial(run_in_process, workers=workers), config, as_json, output)
+    _launch("simulate", "process", config, as_json, output, workers)
 
 
 def _read(recipe: str, overrides: list[str] | None, resume: Path | None) -> RunConfig:
@@ -73,46 +67,29 @@ def _read(recipe: str, overrides: list[str] | None, resume: Path | None) -> RunC
         return read_recipe(recipe, overrides)
     if recipe != RECIPE:
         raise InvalidValue("recipe", recipe, "no recipe with --resume, which reads the run's own")
-    found = resume.resolve() / CONFIG
-    if not found.exists():
-        raise InvalidValue("resume", str(resume), "the folder of a run that has begun")
-    return replace(read_recipe(str(found), overrides), resume=str(resume.resolve()))
+    found = config_file(resume)
+    return replace(read_recipe(str(found), overrides), resume=str(found.parent))
 
 
 def _launch(
-    command: str,
-    launch: Callable[..., dict[str, Any]],
-    config: RunConfig,
-    as_json: bool,
-    output: Path,
+    command: str, engine: str, config: RunConfig, as_json: bool, output: Path, workers: int | None
 ) -> None:
-    from fedlora_flwr.cli.run_screen import (
-        Screen,
-        closing_rows,
-        how_to_continue,
-        next_steps,
-        what_is_kept,
-    )
-    from fedlora_flwr.processes.workers import log_to_file
-    from fedlora_flwr.server.endings import recorded
-    from fedlora_flwr.server.keeper import read_checkpoint, resumable
-    from fedlora_flwr.server.run_dir import check_unused
-    from fedlora_flwr.simulations.runner import prepare_run
+    with uncollected():
+        from fedlora_flwr.cli.run_screen import (
+            Screen,
+            closing_rows,
+            how_to_continue,
+            next_steps,
+            what_is_kept,
+        )
+        from fedlora_flwr.simulations.launch import open_run
 
     console = Console(stderr=as_json)
-    if config.resume:
-        checkpoint, damaged = resumable(config)
-        show_lines(console, [("Resumed", f"after round {checkpoint.round}"), *_warned(damaged)])
-    elif config.run_dir:
-        check_unused(Path(config.run_dir))
-    prepared = prepare_run(config, console)
-    run_dir = _folder(config, output)
+    opened = open_run(config, output, engine, workers, console, partial(_resumed, console))
+    run_dir = opened.run_dir
     try:
-        with recorded(run_dir, config), Screen(console, prepared) as screen:
-            log_to_file(run_dir.log, [*prepared.records, *prepared.notes])
-            if config.resume:  # Before the rounds are followed.
-                read_checkpoint(config, run_dir)
-            summary = launch(prepared, run_dir, screen.round)
+        with Screen(console, opened.prepared) as screen:
+            summary = opened.play(screen.round)
     except BrokenPipeError:
         raise
     except Exception as error:
@@ -128,16 +105,6 @@ def _launch(
         show_json(run_dir.summary())
 
 
-def _folder(config: RunConfig, output: Path) -> RunDirectory:
-    """Open the folder of the run to continue, the one that is named, or a new one."""
-    from fedlora_flwr.server.run_dir import RunDirectory
-
-    if config.resume:
-        return RunDirectory(Path(config.resume), resume=True)
-    if config.run_dir:
-        return RunDirectory(Path(config.run_dir))
-    return RunDirectory.new(output.resolve(), config)
-
-
-def _warned(damaged: list[str]) -> list[tuple[str, str]]:
-    return [("Warning", sentence) for sentence in damaged]
+def _resumed(console: Console, checkpoint: Checkpoint, damaged: list[str]) -> None:
+    lines = [("Warning", sentence) for sentence in damaged]
+    show_lines(console, [("Resumed", f"after round {checkpoint.round}"), *lines])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedlora_flwr.config import RunConfig, parse_overrides, read_toml
-from fedlora_flwr.errors import unknown
+from fedlora_flwr.config.keys import dashed
+from fedlora_flwr.config.names import short_name
+from fedlora_flwr.errors import InvalidValue, unknown
 
 RECIPES = Path(__file__).with_name("recipes")
 _PATHS = ("model", "weights", "dataset")
@@ -57,13 +60,58 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> RunConfig:
     InvalidValue
         There is no such recipe, or a value of the recipe or an override cannot be used.
     """
+    return _with_changes(name, parse_overrides(overrides or []))
+
+
+def _with_changes(name: str, changes: Mapping[str, Any]) -> RunConfig:
     names = recipe_names()
     if not name.endswith(".toml") and name not in names:
         raise unknown("recipe", name, names, after=", or a path that ends in .toml")
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
-    config = RunConfig.of(read_toml(path), parse_overrides(overrides or []))
+    config = RunConfig.of(read_toml(path), changes)
     located: dict[str, Any] = {key: _located(getattr(config, key)) for key in _PATHS}
     return replace(config, **located)
+
+
+def config_of(recipe: str | Path | RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """Return a recipe's configuration with changes, as functions in Python take them.
+
+    Parameters
+    ----------
+    recipe : str, Path or RunConfig
+        A recipe's name, a TOML file, or a configuration.
+    changes : Mapping[str, Any]
+        Values by key. In a key without a dot, underscores stand for dashes. A `Path` becomes an
+        absolute path.
+
+    Raises
+    ------
+    InvalidValue
+        There is no such recipe, or a key or a value cannot be used.
+    """
+    values = {key if "." in key else dashed(key): value for key, value in changes.items()}
+    for key, value in values.items():
+        if isinstance(value, Path):
+            values[key] = str(value.expanduser().resolve())
+        elif short_name(key) in _PATHS and isinstance(value, str):
+            values[key] = _located(value)
+    if isinstance(recipe, RunConfig):
+        return RunConfig.of(recipe.items(), values) if values else recipe
+    return _with_changes(str(recipe), values)
+
+
+def config_file(run: Path) -> Path:
+    """Return the absolute path of the configuration in a run's folder.
+
+    Raises
+    ------
+    InvalidValue
+        No run has begun in the folder.
+    """
+    found = run.expanduser().resolve() / "config.toml"
+    if not found.exists():
+        raise InvalidValue("resume", str(run), "the folder of a run that has begun")
+    return found
 
 
 def _located(text: str) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from fedlora_flwr.data.csv_files import csv_tables
 from fedlora_flwr.data.fingerprint import files_digest
+from fedlora_flwr.data.given import given_split
 from fedlora_flwr.data.hub import hub_answers
 from fedlora_flwr.data.json_files import json_tables
 from fedlora_flwr.data.local_files import (
@@ -32,6 +33,7 @@ from fedlora_flwr.data.prepared import kept
 from fedlora_flwr.data.source_folder import SourceFolder
 from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.files import cache_folder
+from fedlora_flwr.places import held, is_held
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,7 +82,9 @@ def load_split(source: str, split: str, *, subset: str = "") -> Dataset:
         link leads out of the source.
     """
     path = _existing(source)
-    if path is not None:
+    if is_held(source):
+        dataset = given_split(held("dataset", source), split)
+    elif path is not None:
         dataset = _read(_found(path, source, split, subset), split)
     elif is_hub_name(source):
         dataset = _from_hub(source, split, subset)
@@ -89,6 +93,21 @@ def load_split(source: str, split: str, *, subset: str = "") -> Dataset:
     if len(dataset) == 0:
         raise InvalidValue("split", split, f"a split of {source!r} with records")
     return dataset
+
+
+def split_names(source: str) -> list[str]:
+    """Return the names of the splits of a local file or folder.
+
+    Raises
+    ------
+    InvalidValue
+        There is no such file or folder, or no records are in it.
+    """
+    path = _existing(source)
+    splits = {} if path is None else find_splits(path, SourceFolder.of(path))
+    if not splits:
+        raise InvalidValue("data", source, f"{_LOCAL} that exists")
+    return list(splits)
 
 
 def split_files(source: str, split: str, *, subset: str = "") -> tuple[Path, ...]:

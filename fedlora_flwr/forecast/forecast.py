@@ -32,6 +32,8 @@ from fedlora_flwr.strategies.cohort import cohort_size
 from fedlora_flwr.tasks.registry import Task, build_task, model_notes, optional, reading
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from fedlora_flwr.forecast.duration import Duration
     from fedlora_flwr.forecast.gradients import Gradients
 
@@ -121,6 +123,17 @@ class Forecast:
     def broken(self) -> int:
         """Clients whose promise cannot be kept."""
         return sum(client.mechanism is None for client in self.clients)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per client: records, sampling rate, noise multiplier and problem."""
+        import pandas as pd
+
+        return pd.DataFrame(as_json(self)["clients"])
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what ``fedlora plan --json`` prints."""
+        return as_json(self)
 
 
 def forecast(config: RunConfig, records: int | None = None, task: Task | None = None) -> Forecast:

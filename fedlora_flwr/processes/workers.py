@@ -60,6 +60,17 @@ def log_to_file(path: Path, first: Sequence[str] = ()) -> None:
 
 
 @contextmanager
+def kept_log() -> Iterator[None]:
+    """Let Flower's lines go where they went before, once the block has ended."""
+    logger = logging.getLogger("flwr")
+    handlers, propagate = list(logger.handlers), logger.propagate
+    try:
+        yield
+    finally:
+        logger.handlers[:], logger.propagate = handlers, propagate
+
+
+@contextmanager
 def executor(workers: int, log: Path) -> Iterator[Execute]:
     """Return a function that runs jobs.
 

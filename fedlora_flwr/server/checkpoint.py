@@ -27,6 +27,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.keys import Value
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.files import FileTrouble, private_folder, replace_file, sync_folder
+from fedlora_flwr.places import is_held
 
 FOLDER = "checkpoints"
 _KEPT = 2
@@ -118,7 +119,11 @@ class Checkpoint:
         """
         now, before = config.items(), dict(self.config)
         differ = [key for key in {**before, **now} if now.get(key) != before.get(key)]
-        wrong = sorted(key for key in differ if key not in (*_MAY_DIFFER, "num-rounds"))
+        # An object has a new name in each call. The fingerprint tells whether the model differs.
+        given = {
+            key for key in differ if is_held(str(now.get(key))) and is_held(str(before.get(key)))
+        }
+        wrong = sorted(set(differ) - given - {*_MAY_DIFFER, "num-rounds"})
         if wrong:
             each = "; ".join(f"{k} = {now.get(k)!r}, was {before.get(k)!r}" for k in wrong)
             raise ConfigurationChanged(

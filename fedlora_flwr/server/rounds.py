@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypedDict, cast
 
@@ -68,3 +69,25 @@ OnRound = Callable[[RoundRow], None]
 def by_name(row: RoundRow) -> dict[str, Any]:
     """Return the same row, for metrics whose names only the task knows."""
     return cast("dict[str, Any]", row)
+
+
+def describe_round(row: RoundRow, metric: str = "accuracy") -> str:
+    """Return the result of one round in one line."""
+    parts = []
+    if metric in row:
+        parts.append(f"{in_words(metric)} {by_name(row)[metric]:.1%}")
+    elif "loss" in row:
+        parts.append(f"loss {row['loss']:.4f}")
+    spent = row.get("epsilon_max")
+    if spent is not None and math.isfinite(spent):
+        parts.append(f"ε {spent:.2f}")
+    if row.get("failures"):
+        parts.append(f"{len(row['failures'])} failed")
+    if row.get("suspects"):
+        parts.append(f"suspects: {', '.join(row['suspects'])}")
+    return "  ".join(parts) or "not evaluated"
+
+
+def in_words(metric: str) -> str:
+    """Return the name of a metric without underscores."""
+    return metric.replace("_", " ")

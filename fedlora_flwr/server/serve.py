@@ -41,6 +41,7 @@ from fedlora_flwr.strategies import FedLoRA
 from fedlora_flwr.strategies.replies import RoundReport, to_record
 from fedlora_flwr.tasks.registry import Task, build_task, class_names
 from fedlora_flwr.terminal import uninterrupted
+from fedlora_flwr.trained.saved_task import write_task
 from fedlora_flwr.wire import ACCOUNTANT, CLIENT, DELTA, EPSILON_BUDGET, FINGERPRINT, WEIGHT
 from fedlora_flwr.wire.arrays import to_numpy
 
@@ -237,8 +238,10 @@ class _Session:
             classes = class_names(self.task)
             card = ModelCard(self.config, summary, self.adapted, personal, records, classes)
             card.write(self.run_dir.adapter)
+            write_task(self.run_dir.adapter, self.config, classes)
             if self.run_dir.best.is_dir():
                 card.of_best().write(self.run_dir.best)
+                write_task(self.run_dir.best, self.config, classes)
         except Exception as error:  # A missing card must not fail the run: PEFT's own card remains.
             log(WARNING, "The model card could not be written.", exc_info=error)
 

@@ -35,7 +35,7 @@ from fedlora_flwr.tasks.registry import build_task
 OnRow = Callable[[Row | None, int, int], None]
 
 
-def compare(
+def run_comparison(
     comparison: Comparison,
     folder: Path,
     on_row: OnRow,

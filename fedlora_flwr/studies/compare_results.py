@@ -175,6 +175,18 @@ def budget_name(epsilon: float) -> str:
     return "none" if math.isinf(epsilon) else f"{epsilon:g}"
 
 
+def describe_row(row: Row) -> str:
+    """Return the result of one run in one line."""
+    what = f"{row['phase']} {row['row']} ε {budget_name(row['epsilon'])}"
+    how = (
+        f"{row['lr-a']:g} / {row['lr-b']:g} / {row['lr-head']:g}"
+        if row["phase"] == "tune"
+        else f"seed {row['seed']}"
+    )
+    result = "failed" if row["error"] else f"{row['final']:.1%}"
+    return f"{what}, {how}: {result} in {row['seconds']:.0f} s"
+
+
 def data_name(config: RunConfig) -> str:
     """Name the task of a comparison, and the trust model if it is not the default."""
     return f"{config.task}, secure sum simulated" if config.secure_sum else config.task

@@ -46,6 +46,45 @@ def chat_columns(dataset: Dataset, chosen: str) -> list[str]:
     return found
 
 
+def prompt_columns(dataset: Dataset, chosen: str) -> list[str]:
+    """Return the column of conversations, or that of prompts; answers are not needed.
+
+    Parameters and errors are those of `chat_columns`.
+    """
+    usual = "messages" if "messages" in dataset.features else "prompt"
+    found = (list(names(chosen)) or [usual])[:1]
+    if found[0] not in dataset.features:
+        raise unknown("input-columns", found[0], dataset.features, value=chosen or None)
+    return found
+
+
+def prompt_of(
+    values: tuple[Any, ...], columns: list[str], tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """Return a conversation as a model reads it before it answers.
+
+    Parameters
+    ----------
+    values : tuple
+        A conversation, or a prompt as text.
+    columns : list[str]
+        The column that `prompt_columns` returned.
+    tokenizer : PreTrainedTokenizerBase
+        A tokenizer with a chat template.
+
+    Raises
+    ------
+    InvalidValue
+        The record is not a conversation, or the chat template refuses it.
+    """
+    if isinstance(values[0], str):
+        chat = [{"role": "user", "content": values[0]}]
+    else:
+        chat = _chat(values, columns)
+    asked = chat[:-1] if chat and chat[-1]["role"] == "assistant" else chat
+    return _template(asked, tokenizer, add_generation_prompt=True)
+
+
 def chat_tokens(
     rows: dict[str, list[Any]],
     *,

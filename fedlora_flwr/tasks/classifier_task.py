@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.data.arrow_records import ArrowRecords
 from fedlora_flwr.data.labels import Labels, near_names, without_class
 from fedlora_flwr.data.names import names
 from fedlora_flwr.data.reading import Reading
@@ -19,7 +21,7 @@ from fedlora_flwr.data.records import Batch, Records
 from fedlora_flwr.data.unusable import naming
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.dataset_task import DatasetTask
-from fedlora_flwr.tasks.evaluation import evaluate_classifier
+from fedlora_flwr.tasks.evaluation import class_predictions, evaluate_classifier, scores_of
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -101,6 +103,27 @@ class ClassifierTask(DatasetTask):
             self._settings.eval_batch_size,
             self.test_splits,
         )
+
+    def scores(self, model: nn.Module, records: Records) -> Tensor:
+        """Return each record's scores, shape (n, classes), fp64."""
+        size = self._settings.eval_batch_size
+        return scores_of(model, records, partial(self._logits, model), size)
+
+    def predictions(self, model: nn.Module, dataset: Dataset) -> Mapping[str, Sequence[Any]]:
+        """Return the class of each record with its probability.
+
+        Raises
+        ------
+        InvalidValue
+            A column is missing, or a record cannot be read.
+        """
+        with naming(dataset):
+            records = self._unlabeled(dataset)
+        return class_predictions(self.scores(model, records), self.class_names())
+
+    @abstractmethod
+    def _unlabeled(self, dataset: Dataset) -> ArrowRecords:
+        """Turn a data set into records without their classes."""
 
     def _private_columns(self) -> Features | None:
         private = self._private_source()

@@ -20,7 +20,7 @@ from fedlora_flwr.data.partition import partition_records
 from fedlora_flwr.data.records import Batch, Records, TensorRecords
 from fedlora_flwr.data.splits import Split
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.tasks.evaluation import evaluate_classifier
+from fedlora_flwr.tasks.evaluation import evaluate_classifier, scores_of
 
 _TEST_SHARE = 0.2
 # Not the run's seed: different runs must be measured on the same test set.
@@ -94,6 +94,10 @@ class DigitsTask:
     def evaluate(self, model: nn.Module, records: Records) -> dict[str, float]:
         """Return mean ``loss`` and ``accuracy``, without changing the model's mode."""
         return evaluate_classifier(model, records, lambda batch: model(batch["image"]))
+
+    def scores(self, model: nn.Module, records: Records) -> Tensor:
+        """Return each record's scores, shape (n, 10), fp64."""
+        return scores_of(model, records, lambda batch: model(batch["image"]))
 
 
 @cache

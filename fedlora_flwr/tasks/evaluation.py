@@ -103,6 +103,55 @@ def evaluate_classifier(
     return metrics
 
 
+def scores_of(
+    model: nn.Module, records: Records, logits: Callable[[Batch], Tensor], batch_size: int = 512
+) -> Tensor:
+    """Return a classifier's scores of all records, without changing the model.
+
+    Parameters
+    ----------
+    model, records, logits, batch_size
+        As for `evaluate_classifier`; the records need no ``label``.
+
+    Returns
+    -------
+    Tensor
+        fp64, shape (n, classes), in the order of the records.
+
+    Raises
+    ------
+    InvalidValue
+        There are no records.
+    """
+    found = measured(model, records, batch_size, lambda batch: logits(batch).double().T).T
+    ordered = torch.empty_like(found)
+    ordered[in_order_of_length(records)] = found
+    return ordered
+
+
+def class_predictions(scores: Tensor, classes: Sequence[str]) -> dict[str, list[object]]:
+    """Return what a classifier says of each record.
+
+    Parameters
+    ----------
+    scores : Tensor
+        Scores of the classes, shape (n, classes).
+    classes : Sequence[str]
+        Names of the classes in the order of the scores.
+
+    Returns
+    -------
+    dict[str, list]
+        ``prediction``, the name of the class with the highest score, and ``probability``, its
+        probability by softmax, in [0, 1].
+    """
+    probabilities, best = scores.softmax(dim=1).max(dim=1)
+    return {
+        "prediction": [classes[number] for number in best.tolist()],
+        "probability": list(probabilities.tolist()),
+    }
+
+
 def in_order_of_length(records: Records) -> Tensor:
     """Return all positions, int64, ordered by the records' lengths where these are known."""
     everything = torch.arange(len(records))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from fedlora_flwr.data.pictures import (
     without_picture,
 )
 from fedlora_flwr.data.records import Batch
+from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.tasks.classifier_task import ClassifierTask
 
 if TYPE_CHECKING:
@@ -117,3 +119,25 @@ class ImageClassification(ClassifierTask):
         (column,) = self._input_columns(dataset)
         prepared = pixels(dataset, column, self._data)
         return ArrowRecords(self._with_classes(prepared, dataset, training=training), collate)
+
+    def _unlabeled(self, dataset: Dataset) -> ArrowRecords:
+        (column,) = self._input_columns(dataset)
+        for reason, rows in without_picture(dataset, column).items():
+            allowed = f"a picture in each record, but record {rows[0]} has {reason}. Take it out"
+            raise InvalidValue("input-columns", column, allowed)
+        return ArrowRecords(pixels(dataset, column, self._data), collate)
+
+    def save_model(self, model: nn.Module, folder: Path) -> None:
+        """Write a plain model as timm's ``local-dir:`` reads it.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The model of `build_model`, with other weights.
+        folder : Path
+            The folder; it is made if missing.
+        """
+        from timm.models import save_for_hf
+
+        config = {"num_classes": self.num_classes, "label_names": list(self.class_names())}
+        save_for_hf(model, str(folder), model_config=config, safe_serialization=True)

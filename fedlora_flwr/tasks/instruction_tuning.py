@@ -18,8 +18,14 @@ from fedlora_flwr.data.prepared import prepare
 from fedlora_flwr.data.records import Batch, Records
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.lora.exported import DRAWN
-from fedlora_flwr.tasks.chats import IGNORED, chat_columns, chat_tokens
-from fedlora_flwr.tasks.evaluation import measured
+from fedlora_flwr.tasks.chats import (
+    IGNORED,
+    chat_columns,
+    chat_tokens,
+    prompt_columns,
+    prompt_of,
+)
+from fedlora_flwr.tasks.evaluation import evaluating, measured
 from fedlora_flwr.tasks.language_task import LanguageTask
 from fedlora_flwr.tasks.tokens import check_ids, made_up_texts
 
@@ -28,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _LOGGER = logging.getLogger(__name__)
+_READ = ("input_ids", "attention_mask")
 
 
 class InstructionTuning(LanguageTask):
@@ -137,6 +144,42 @@ class InstructionTuning(LanguageTask):
             "perplexity": (loss / tokens).exp().item(),
             "token_accuracy": (hits / tokens).item(),
         }
+
+    def predictions(self, model: nn.Module, dataset: Dataset) -> dict[str, list[str]]:
+        """Return the model's answer to each conversation: the likeliest token, one after another.
+
+        A conversation ends before its last answer, if it ends with one. An answer has at most
+        ``max-length`` tokens.
+
+        Raises
+        ------
+        InvalidValue
+            A column is missing, or the chat template refuses a conversation.
+        """
+        columns = prompt_columns(dataset, self._settings.input_columns)
+        rows = zip(*(dataset[name][:] for name in columns), strict=True)
+        chatting: Any = model
+        answers = []
+        with evaluating(model), torch.inference_mode():
+            for values in rows:
+                text = prompt_of(values, columns, self._tokenizer)
+                inputs = self._tokenizer(
+                    text,
+                    add_special_tokens=False,  # They are in the template.
+                    return_attention_mask=True,
+                    return_tensors="pt",
+                )
+                given = {name: inputs[name].to(chatting.device) for name in _READ}
+                found = chatting.generate(
+                    **given,
+                    max_new_tokens=self._settings.max_length,
+                    do_sample=False,
+                    use_cache=True,
+                    pad_token_id=self._tokenizer.pad_token_id,
+                )
+                new = found[0][given["input_ids"].shape[1] :]
+                answers.append(self._tokenizer.decode(new, skip_special_tokens=True))
+        return {"answer": answers}
 
     @property
     def _auto(self) -> Any:

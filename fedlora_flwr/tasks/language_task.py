@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from fedlora_flwr.backbones.language_models import (
     head_modules,
     input_names,
     load_tokenizer,
+    save,
     skeleton,
 )
 from fedlora_flwr.tasks.dataset_task import DatasetTask
@@ -52,6 +54,18 @@ class LanguageTask(DatasetTask):
             See `fedlora_flwr.backbones.language_models.build`.
         """
         return build(self._auto, self._settings, self._config, self._settings.seed)
+
+    def save_model(self, model: nn.Module, folder: Path) -> None:
+        """Write a plain model with its tokenizer, as transformers' ``from_pretrained`` reads them.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The model of `build_model`, with other weights.
+        folder : Path
+            The folder; it is made if missing.
+        """
+        save(model, self._tokenizer, folder)
 
     @property
     def _auto(self) -> Any:

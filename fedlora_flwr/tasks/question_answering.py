@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.arrow_records import ArrowRecords, pad_collate
 from fedlora_flwr.data.prepared import prepare
 from fedlora_flwr.data.records import Batch, Records
-from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.tasks.evaluation import measured
 from fedlora_flwr.tasks.language_task import LanguageTask
 from fedlora_flwr.tasks.squad import exact_match, f1
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-_COLUMNS = ("question", "context", "answers")
+ANSWERS = "answers"
+_COLUMNS = ("question", "context", ANSWERS)
 _TARGETS = ("start", "end")
 _EVALUATION = ("none", "begins", "ends")
 # How many starts and ends are candidates, and how many tokens an answer may have.
@@ -135,7 +137,9 @@ class QuestionAnswering(LanguageTask):
 
         size = self._settings.eval_batch_size
         question, target, loss, *found = measured(model, records, size, measure).numpy()
-        questions, predictions = self._predictions(question.astype(np.int64), *found)
+        contexts = self._test.select_columns("context")
+        may_be_none = not all(self._golds)
+        questions, predictions = _answers(question.astype(np.int64), found, contexts, may_be_none)
         golds = [self._golds[question] for question in questions]
         pairs = list(zip(predictions, golds, strict=True))
         return {
@@ -155,26 +159,34 @@ class QuestionAnswering(LanguageTask):
         )
         return starts, ends
 
-    def _predictions(
-        self,
-        question: NDArray[np.int64],
-        none: NDArray[np.float64],
-        score: NDArray[np.float64],
-        begin: NDArray[np.float64],
-        end: NDArray[np.float64],
-    ) -> tuple[list[int], list[str]]:
-        """Return the questions that windows belong to, and the model's answer to each."""
-        order = np.lexsort((-score, question))
-        questions, first = np.unique(question[order], return_index=True)
-        best = order[first]
-        lowest = np.minimum.reduceat(none[order], first)
-        answered = np.isfinite(score[best])
-        if not all(self._golds):
-            answered &= ~(lowest > score[best])
-        contexts = self._test.select_columns("context")[questions]["context"]
-        spans = zip(contexts, begin[best].astype(int), end[best].astype(int), answered, strict=True)
-        texts = [context[begin:end] if said else "" for context, begin, end, said in spans]
-        return questions.tolist(), texts
+    def predictions(self, model: nn.Module, dataset: Dataset) -> dict[str, list[str]]:
+        """Return the model's answer to each question, as `evaluate` finds it.
+
+        An answer is never empty, unless the data set has a column ``answers`` in which some
+        question has none.
+
+        Raises
+        ------
+        InvalidValue
+            A column is missing.
+        """
+        for name in ("question", "context"):
+            if name not in dataset.features:
+                raise unknown("data", name, dataset.features, before="a column that is there: ")
+        given = ANSWERS in dataset.features
+        if not given:
+            nothing: dict[str, list[Any]] = {"text": [], "answer_start": []}
+            dataset = dataset.add_column(ANSWERS, [nothing] * len(dataset))
+        windows = self._windows(dataset, training=False)
+
+        def measure(batch: Batch) -> Tensor:
+            return _measured(*self._scores(model, batch), batch)
+
+        size = self._settings.eval_batch_size
+        question, _, _, *found = measured(model, windows, size, measure).numpy()
+        contexts = dataset.select_columns("context")
+        may_be_none = given and not all(map(gold_answers, dataset[ANSWERS]))
+        return {"answer": _answers(question.astype(np.int64), found, contexts, may_be_none)[1]}
 
     @cached_property
     def _golds(self) -> list[list[str]]:
@@ -200,7 +212,7 @@ class QuestionAnswering(LanguageTask):
             if name not in dataset.features:
                 allowed = f"one with columns {', '.join(_COLUMNS)}, not {list(dataset.features)}"
                 raise InvalidValue("dataset", self._settings.dataset, allowed)
-        return [name for name in _COLUMNS if name != "answers"]
+        return [name for name in _COLUMNS if name != ANSWERS]
 
     def _notes(self, dataset: Dataset) -> list[str]:
         wrong = misplaced(dataset)
@@ -209,6 +221,9 @@ class QuestionAnswering(LanguageTask):
 
     def _prepare(self, dataset: Dataset, *, training: bool) -> ArrowRecords:
         self._input_columns(dataset)
+        return self._windows(dataset, training=training)
+
+    def _windows(self, dataset: Dataset, *, training: bool) -> ArrowRecords:
         tokenizer, limit = self._tokenizer, self._settings.max_length
         cut = training_windows if training else all_windows
         prepared = prepare(
@@ -222,6 +237,27 @@ class QuestionAnswering(LanguageTask):
         padding = {"input_ids": tokenizer.pad_token_id or 0, "begins": -1, "ends": -1}
         collate = pad_collate(padding, limit=limit)
         return ArrowRecords(prepared if training else one_row_each(prepared), collate)
+
+
+def _answers(
+    question: NDArray[np.int64],
+    found: Sequence[NDArray[np.float64]],
+    texts: Dataset,
+    may_be_none: bool,
+) -> tuple[list[int], list[str]]:
+    """Return the questions that windows belong to, and the model's answer to each."""
+    none, score, begin, end = found
+    order = np.lexsort((-score, question))
+    questions, first = np.unique(question[order], return_index=True)
+    best = order[first]
+    lowest = np.minimum.reduceat(none[order], first)
+    answered = np.isfinite(score[best])
+    if may_be_none:
+        answered &= ~(lowest > score[best])
+    contexts = texts[questions]["context"]
+    spans = zip(contexts, begin[best].astype(int), end[best].astype(int), answered, strict=True)
+    said = [context[begin:end] if some else "" for context, begin, end, some in spans]
+    return questions.tolist(), said
 
 
 def _losses(starts: Tensor, ends: Tensor, batch: Batch) -> Tensor:

@@ -74,6 +74,12 @@ OPTIONAL: Mapping[str, str] = {
     "show as warnings",
     "unstated_classes": "returns the names of the private classes if only their number is "
     "configured",
+    "scores": "returns each record's scores of the classes, of shape (n, classes), for figures by "
+    "class",
+    "labeled": "returns the records of a data set with their classes, so that an adapter is "
+    "measured on other records than those of its run",
+    "predictions": "tells what a model says of each record of a data set, as columns",
+    "save_model": "writes the plain model into a folder, as its own library loads it",
     "check_splits_apart": "raises an error if a public record is also private; a device evaluates "
     "only with a task that has this member",
 }
@@ -132,7 +138,7 @@ def build_task(name: str, settings: Any) -> Task:
     ----------
     name : str
         A registered name; or ``module:function`` of a function or class that takes ``settings``
-        or nothing, and returns a `Task`.
+        or nothing, and returns a `Task`; or of an object that is one.
     settings : RunConfig
         The run configuration; a task reads its keys as attributes.
 
@@ -261,6 +267,8 @@ def _made(name: str, factory: TaskFactory, settings: Any) -> Task:
 def _factory(place: str) -> TaskFactory:
     """Import ``module:function`` (see `fedlora_flwr.places`)."""
     found = load("task", place, "function that returns a task")
+    if not isinstance(found, type) and all(hasattr(found, member) for member in _METHODS):
+        return lambda: found  # An object that is a task itself.
     if not callable(found):
         raise InvalidValue("task", place, "module:function, where calling it returns a task")
     return cast(TaskFactory, found)

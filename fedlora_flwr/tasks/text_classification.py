@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +65,16 @@ class TextClassification(ClassifierTask, LanguageTask):
             "first token alone, which usually costs accuracy."
         ]
 
+    def save_model(self, model: nn.Module, folder: Path) -> None:
+        """Write a plain model with its tokenizer and the names of its classes.
+
+        Parameters are those of `LanguageTask.save_model`.
+        """
+        config: Any = model.config
+        config.id2label = dict(enumerate(self.class_names()))
+        config.label2id = {name: number for number, name in config.id2label.items()}
+        super().save_model(model, folder)
+
     @property
     def _auto(self) -> Any:
         if self._settings.pooling == "mean":
@@ -100,9 +111,16 @@ class TextClassification(ClassifierTask, LanguageTask):
         return known
 
     def _prepare(self, dataset: Dataset, *, training: bool) -> ArrowRecords:
-        settings, tokenizer = self._settings, self._tokenizer
+        settings = self._settings
         split = settings.train_split if training else settings.test_split
-        columns = self._columns_of(dataset, split)
+        prepared = self._tokenized(dataset, self._columns_of(dataset, split))
+        return self._records(self._with_classes(prepared, dataset, training=training))
+
+    def _unlabeled(self, dataset: Dataset) -> ArrowRecords:
+        return self._records(self._tokenized(dataset, self._input_columns(dataset)))
+
+    def _tokenized(self, dataset: Dataset, columns: list[str]) -> Dataset:
+        settings, tokenizer = self._settings, self._tokenizer
         prepared = prepare(
             dataset,
             partial(_tokens, tokenizer=tokenizer, columns=columns, limit=settings.max_length),
@@ -111,9 +129,11 @@ class TextClassification(ClassifierTask, LanguageTask):
             packages=["tokenizers", "transformers"],
         )
         check_ids(prepared, self._config)
-        numbered = self._with_classes(prepared, dataset, training=training)
-        padding = {"input_ids": int(tokenizer.pad_token_id)}
-        return ArrowRecords(numbered, pad_collate(padding, limit=settings.max_length))
+        return prepared
+
+    def _records(self, prepared: Dataset) -> ArrowRecords:
+        padding = {"input_ids": int(self._tokenizer.pad_token_id)}
+        return ArrowRecords(prepared, pad_collate(padding, limit=self._settings.max_length))
 
 
 def text_columns(dataset: Dataset, chosen: str, others: Collection[str]) -> list[str]:

@@ -16,7 +16,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.recipes import load_recipe, recipe_names
 from fedlora_flwr.places import FLOWERS
 from fedlora_flwr.strategies import strategy_class
-from fedlora_flwr.studies.compare import compare
+from fedlora_flwr.studies.compare import run_comparison
 from fedlora_flwr.studies.compare_methods import read_methods
 from fedlora_flwr.studies.compare_results import read_rows
 from fedlora_flwr.studies.comparison import Comparison
@@ -77,7 +77,7 @@ def test_each_client_holds_one_source(folder: Path, config: RunConfig) -> None:
 
 def test_one_comparison_runs_all_at_the_same_epsilon(config: RunConfig, tmp_path: Path) -> None:
     methods = read_methods(ROWS, config)
-    summary, _ = compare(
+    summary, _ = run_comparison(
         Comparison(config, methods, (8.0,), seeds=1, trials=0), tmp_path, lambda *_: None
     )
     rows = read_rows(tmp_path / "rows.csv")

@@ -61,6 +61,9 @@ def test_the_version_is_that_of_the_package() -> None:
     ("arguments", "incomplete", "expected"),
     [
         ([], "comp", ["compare"]),
+        ([], "pre", ["predict", "pretrain"]),
+        ([], "me", ["merge"]),
+        (["evaluate", "-c"], "label-", ["label-column=", "label-shares="]),
         (["deploy"], "", ["init", "check", "renew", "run", "start", "serve", "identity"]),
         (["run"], "dig", ["digits", "digits-secure-sum"]),
         (["simulate"], "paper/ffa-lora-s", ["paper/ffa-lora-sst2"]),

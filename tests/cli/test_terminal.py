@@ -16,7 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fedlora_flwr.errors import FedLoRAError
-from fedlora_flwr.terminal import Bar, Commands, Table, show, show_json, show_lines
+from fedlora_flwr.terminal import Bar, Commands, Table, counted, show, show_json, show_lines
 
 NUMBERS = Table(
     ["client", *(f"class-{i}" for i in range(12))],
@@ -188,3 +188,16 @@ def test_a_command_that_is_not_there_is_wrong_usage_with_the_near_one(
     assert result.exit_code == 2
     assert f"There is no command '{given}'." in result.output
     assert (f"Did you mean {near}?" in result.output) == bool(near)
+
+
+@pytest.mark.parametrize(
+    ("terminal", "progress", "shown"),
+    [(True, None, True), (False, None, False), (True, False, False), (False, True, True)],
+)
+def test_progress_is_shown_to_people(terminal: bool, progress: bool | None, shown: bool) -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, width=80, force_terminal=terminal)
+    with counted("round", progress, console) as tell:
+        tell(1, 4, "accuracy 50%")
+    assert ("accuracy 50%" in stream.getvalue()) == shown
+    assert ("round 1/4: accuracy 50%" in stream.getvalue()) == (shown and not terminal)

@@ -44,8 +44,8 @@ def test_every_command_is_in_the_reference_with_its_options() -> None:
     )
 
 
-def test_the_three_tiers_are_the_public_names() -> None:
-    tiers = ("STRATEGIES", "CLIENT_AND_ENGINE", "BLOCKS")
+def test_the_four_tiers_are_the_public_names() -> None:
+    tiers = ("RUNS", "STRATEGIES", "CLIENT_AND_ENGINE", "BLOCKS")
     shown = re.findall(
         r"^::: fedlora_flwr\.\S+\.(\w+)$", "\n\n".join(map(filled_in.names, tiers)), re.M
     )

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message
 
-from fedlora_flwr.cli.run_screen import describe_round
 from fedlora_flwr.client_app import app
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.server.rounds import describe_round
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.server.serve import run_federation
 from fedlora_flwr.simulations.local_grid import LocalGrid

@@ -10,11 +10,12 @@ import pytest
 from flwr.app import Context, Message
 from peft import PeftModel
 
-from fedlora_flwr.cli.run_screen import closing_rows, describe_round
+from fedlora_flwr.cli.run_screen import closing_rows
 from fedlora_flwr.client_app import app
 from fedlora_flwr.config import RunConfig, read_toml
 from fedlora_flwr.errors import FederationAborted, InvalidValue
 from fedlora_flwr.forecast.participation import participation
+from fedlora_flwr.server.rounds import describe_round
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.server.serve import run_federation
 from fedlora_flwr.simulations.local_grid import LocalGrid

@@ -18,7 +18,7 @@ from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from fedlora_flwr.studies.baseline_names import BASELINES, HEAD_ONLY, NO_NOISE, NO_PRIVACY
 from fedlora_flwr.studies.baselines import MOST_ADDED, Chosen, with_baselines
-from fedlora_flwr.studies.compare import compare
+from fedlora_flwr.studies.compare import run_comparison
 from fedlora_flwr.studies.compare_methods import read_methods
 from fedlora_flwr.studies.compare_results import Row, read_rows
 from fedlora_flwr.studies.comparison import Comparison, Job
@@ -52,7 +52,7 @@ def chosen(what: Comparison, text: str = "auto") -> Chosen:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison, Findings]:
     folder = tmp_path_factory.mktemp("baselines") / "made"
     what, _ = with_baselines(comparison(), "all")
-    return folder, what, compare(what, folder, lambda *_: None)[1]
+    return folder, what, run_comparison(what, folder, lambda *_: None)[1]
 
 
 def finals(folder: Path, row: str, epsilon: float, column: str = "final") -> dict[int, float]:
@@ -114,7 +114,7 @@ def test_a_control_has_the_rates_clip_norm_and_batches_of_its_private_run(tmp_pa
 
 def test_a_tuned_control_is_in_the_file_and_is_what_that_run_alone_gives(tmp_path: Path) -> None:
     what, _ = with_baselines(comparison(trials=2, seeds=1), "no-noise")
-    _, found = compare(what, tmp_path / "cmp", lambda *_: None)
+    _, found = run_comparison(what, tmp_path / "cmp", lambda *_: None)
     rows = read_rows(tmp_path / "cmp" / "rows.csv").set_index("phase")
     assert list(rows.index) == ["tune", "tune", "report", "control"]
     private, control = rows.loc["report"], rows.loc["control"]
@@ -135,11 +135,11 @@ def test_baselines_can_be_asked_for_later_in_the_same_folder(
 ) -> None:
     plain = comparison()
     told: list[Row | None] = []
-    compare(plain, tmp_path / "grown", lambda row, *_: told.append(row))
+    run_comparison(plain, tmp_path / "grown", lambda row, *_: told.append(row))
     assert [row["row"] for row in told if row] == ["ffa-lora"] * 2
     told.clear()
     more, _ = with_baselines(plain, "all")
-    compare(more, tmp_path / "grown", lambda row, *_: told.append(row))
+    run_comparison(more, tmp_path / "grown", lambda row, *_: told.append(row))
     assert len([row for row in told if row]) == 8 - 2
     table = (finished[0] / "table.md").read_bytes()
     assert (tmp_path / "grown" / "table.md").read_bytes() == table
@@ -203,7 +203,7 @@ def test_what_cannot_run_is_left_out_with_its_reason_unless_it_is_named() -> Non
     what = Comparison(by_sum, read_methods(["ffa-lora"], by_sum), (1.0,), 1, 0)
     assert "trust-model = 'secure-sum'" in chosen(what, "all").left_out[NO_PRIVACY]
     with pytest.raises(InvalidValue, match="epsilon = inf"):
-        compare(with_baselines(noisy, NO_NOISE)[0], Path("/nowhere"), lambda *_: None)
+        run_comparison(with_baselines(noisy, NO_NOISE)[0], Path("/nowhere"), lambda *_: None)
 
 
 def test_a_word_that_names_no_baseline_or_row_is_an_error(tmp_path: Path) -> None:
@@ -212,5 +212,5 @@ def test_a_word_that_names_no_baseline_or_row_is_an_error(tmp_path: Path) -> Non
     assert all(name in str(raised.value) for name in BASELINES)
     what = replace(comparison(), reference="rolora")
     with pytest.raises(InvalidValue, match="reference = 'rolora'"):
-        compare(what, tmp_path / "new", lambda *_: None)
+        run_comparison(what, tmp_path / "new", lambda *_: None)
     assert not (tmp_path / "new").exists()

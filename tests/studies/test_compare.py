@@ -20,7 +20,7 @@ from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import prepare_run, run_in_process
-from fedlora_flwr.studies.compare import compare
+from fedlora_flwr.studies.compare import run_comparison
 from fedlora_flwr.studies.compare_methods import RATES, read_methods
 from fedlora_flwr.studies.compare_results import COLUMNS, KEY, read_rows, summarize
 from fedlora_flwr.studies.compare_tables import document_of, markdown
@@ -50,7 +50,7 @@ def comparison(**changes: Any) -> Comparison:
 
 def run(what: Comparison, folder: Path, workers: int = 1) -> tuple[pd.DataFrame, Told]:
     told: Told = []
-    summary, _ = compare(
+    summary, _ = run_comparison(
         what, folder, lambda row, *count: told.append((row and row["phase"], *count)), workers
     )
     return summary, told

@@ -1,0 +1,1 @@
+"""What is done with an adapter after a run: open it, measure it, predict with it, merge it."""

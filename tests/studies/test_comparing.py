@@ -1,0 +1,51 @@
+"""`compare` from Python: what is refused, and what is read again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedlora_flwr import TableTask, compare
+from fedlora_flwr.errors import InvalidValue
+from tests.simulations.tables import table
+
+SMALL: dict[str, Any] = {
+    "num_clients": 2, "num_rounds": 1, "local_steps": 1, "partitioner": "iid", "device": "cpu",
+    "delta": 1e-3, "reproducible": True, "seeds": 2, "trials": 0, "epsilons": [8],
+}  # fmt: skip
+
+
+def own_task() -> TableTask:
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+    return TableTask(net, table(), table(60), lora_targets="0", head=("1",))
+
+
+def test_strategies_are_compared_on_an_object(tmp_path: Path) -> None:
+    task = own_task()
+    found = compare("digits", ["rolora", "ffa-lora"], task=task, output=tmp_path, **SMALL)
+    assert found.table["row"].tolist() == ["rolora", "ffa-lora"]
+    assert (len(found.runs), found.failed) == (4, 0)
+    means = found.runs.groupby("row")["final"].mean()
+    assert found.table["mean"].tolist() == pytest.approx([means["rolora"], means["ffa-lora"]])
+    assert found.as_json()["folder"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"epsilon": 3}, "changes = 'epsilon' cannot be used: expected a key that compare itself"),
+        ({"epsilons": [0]}, "epsilons = [0.0] cannot be used: expected numbers above 0"),
+        ({"strategies": ["rolara"]}, "did you mean 'rolora'"),
+        ({"task": own_task(), "workers": 2}, "workers = 2 cannot be used: expected this process"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InvalidValue) as told:
+        compare("digits", output=tmp_path / "new", **{**SMALL, **changes})
+    assert said in str(told.value)
+    assert not (tmp_path / "new").exists()
