@@ -16,6 +16,7 @@ from fedlora_flwr.cli import (
     ledger,
     plot,
     pretrain,
+    report,
     run,
 )
 from fedlora_flwr.environment import versions
@@ -55,6 +56,7 @@ app.command()(forecast.plan)
 app.command("inspect-split")(forecast.inspect_split)
 app.command()(ledger.ledger)
 app.command()(plot.plot)
+app.command()(report.report)
 app.command()(explain.recipes)
 app.command()(explain.keys)
 app.command()(convert.convert)

@@ -91,8 +91,10 @@ def _launch(
         closing_rows,
         how_to_continue,
         next_steps,
+        report_of,
         what_is_kept,
     )
+    from fedlora_flwr.forecast.split_table import split_counts, split_json
     from fedlora_flwr.processes.workers import log_to_file
     from fedlora_flwr.server.endings import recorded
     from fedlora_flwr.server.keeper import read_checkpoint, resumable
@@ -110,6 +112,7 @@ def _launch(
     try:
         with recorded(run_dir, config), Screen(console, prepared) as screen:
             log_to_file(run_dir.log, [*prepared.records, *prepared.notes])
+            run_dir.write_split(split_json(split_counts(config), config))
             if config.resume:  # Before the rounds are followed.
                 read_checkpoint(config, run_dir)
             summary = launch(prepared, run_dir, screen.round)
@@ -121,7 +124,8 @@ def _launch(
             lines.append(f"To continue after its last round: {again}")
         raise FedLoRAError("\n".join(lines)) from error
     except KeyboardInterrupt:
-        show_lines(console, [("Results", str(run_dir.path)), *what_is_kept(command, run_dir)])
+        kept = [*report_of(run_dir), *what_is_kept(command, run_dir)]
+        show_lines(console, [("Results", str(run_dir.path)), *kept])
         raise
     show_lines(console, [*closing_rows(summary), *next_steps(config, run_dir)])
     if as_json:
