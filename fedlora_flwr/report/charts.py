@@ -11,6 +11,7 @@ from fedlora_flwr.report.scales import Format, plain, thinned, ticks
 
 WIDTH, HEIGHT = 460, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 14, 12, 46
+_DOTS = 30
 LOOKS = 6
 """Colors and strokes that the style has for lines."""
 
@@ -142,7 +143,7 @@ class Chart:
         (left, y), (right, _) = (self._at(x, self.limit[0]) for x in (across[0], across[-1]))
         return joined(
             element("line", class_="limit", x1=left, x2=right, y1=y, y2=y),
-            label(right - 4, y + 15, self.limit[1], "end"),
+            label(left + 4, y + 15, self.limit[1], "start"),
         )
 
     def _line(self, number: int, line: Line) -> Markup:
@@ -154,9 +155,11 @@ class Chart:
             parts.append(element("polygon", class_=f"band {look}", points=_path(there + back)))
         placed = [self._at(*point) for point in line.points]
         parts.append(element("polyline", class_=f"line {look}", points=_path(placed)))
+        # Many dots would hide the strokes by which lines can be told apart without their color.
+        mark = "dot" if len(placed) <= _DOTS else "dot many"
         for (x, y), (cx, cy) in thinned([*zip(line.points, placed, strict=True)]):
             text = f"{self.x} {plain(x)}: {self._value(line, x, y)}"
-            dot = {"class_": f"dot {look}", "cx": cx, "cy": cy, "r": 3, "data_value": text}
+            dot = {"class_": f"{mark} {look}", "cx": cx, "cy": cy, "r": 3}
             parts.append(element("circle", element("title", text), **dot))
         return joined(parts)
 

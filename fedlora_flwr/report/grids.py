@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 
 from fedlora_flwr.report.charts import framed, label, legend, runs_of
 from fedlora_flwr.report.html import Markup, element, folded, table
-from fedlora_flwr.report.scales import plain, thinned
+from fedlora_flwr.report.scales import plain, thinned, ticks
 
 MODE_NAMES = {"A": "A", "B": "B", "AB": "A and B", "": "neither"}
-_WIDTH, _NAMES, _FOOT = 960, 190, 46
+_WIDTH, _NAMES, _RIGHT, _FOOT = 960, 190, 16, 46
 _ROW, _LETTERS, _COLUMNS = 22, 48, 30
+_MOST_CELLS = 2000
 MOST_ROWS, MOST_CLASSES = 60, 100
 """Blocks or clients, and classes, that a chart shows at most."""
 
@@ -32,36 +33,61 @@ def modes_grid(
         Numbers of the rounds.
     """
     title = "Factors that each block trained"
-    wide = (_WIDTH - _NAMES) / len(rounds)
+    wide = _wide(len(rounds))
+    rows = blocks[:MOST_ROWS]
+    lines = [[column[row] for column in modes] for row in range(len(rows))]
+    draw = _cells if sum(len(runs_of(line)) for line in lines) <= _MOST_CELLS else _strips
     parts: list[Markup] = []
-    for row, name in enumerate(blocks[:MOST_ROWS]):
-        y, line = row * _ROW, [column[row] for column in modes]
-        parts.append(label(_NAMES - 8, y + 15, short(name), "end"))
-        for begin, end, mode in runs_of(line):
-            first, last = rounds[begin], rounds[end - 1]
-            when = f"round {first}" if first == last else f"rounds {first} to {last}"
-            text = f"{name}, {when}: {MODE_NAMES[mode]}"
-            box = {
-                "x": round(_NAMES + begin * wide, 1), "width": round((end - begin) * wide - 1, 1),
-                "y": y + 1, "height": _ROW - 2, "data_value": text,
-                "class_": f"mode mode-{mode or 'none'}",
-            }  # fmt: skip
-            parts.append(element("rect", element("title", text), **box))
-            if len(rounds) <= _LETTERS and mode:
-                parts += [
-                    label(_NAMES + (n + 0.5) * wide, y + 15, mode, class_="in")
-                    for n in range(begin, end)
-                ]
-    bottom = min(len(blocks), MOST_ROWS) * _ROW
-    for number in thinned([*enumerate(rounds)], 20):
-        parts.append(label(_NAMES + (number[0] + 0.5) * wide, bottom + 16, str(number[1])))
+    for row, (name, line) in enumerate(zip(rows, lines, strict=True)):
+        parts.append(label(_NAMES - 8, row * _ROW + 15, short(name), "end"))
+        parts += draw(name, line, rounds, row * _ROW)
+    bottom = len(rows) * _ROW
+    marked = {int(value) for value in ticks(rounds[0], rounds[-1], 20, whole=True)}
+    for number, name in enumerate(rounds):
+        if name in marked or len(rounds) == 1:
+            parts.append(label(_NAMES + (number + 0.5) * wide, bottom + 16, str(name)))
     parts += _names("round", "block", bottom)
     there = {mode for column in modes for mode in column}
     keys = legend((f"mode mode-{m or 'none'}", n) for m, n in MODE_NAMES.items() if m in there)
-    return framed(
-        title, _drawing(parts, bottom, f"{title}: {len(blocks)} blocks, {len(rounds)} rounds."),
-        keys, _shares(modes, blocks), wide=True,
-    )  # fmt: skip
+    text = f"{title}: {len(blocks)} blocks, {len(rounds)} rounds."
+    return framed(title, _drawing(parts, bottom, text), keys, _shares(modes, blocks), wide=True)
+
+
+def _cells(name: str, line: Sequence[str], rounds: Sequence[int], y: int) -> list[Markup]:
+    """Return a box for each stretch of rounds in which a block trained the same factor."""
+    wide, parts = _wide(len(rounds)), []
+    for begin, end, mode in runs_of(line):
+        first, last = rounds[begin], rounds[end - 1]
+        when = f"round {first}" if first == last else f"rounds {first} to {last}"
+        box = {
+            "x": round(_NAMES + begin * wide, 1), "width": round((end - begin) * wide - 0.5, 1),
+            "y": y + 1, "height": _ROW - 2, "class_": f"mode mode-{mode or 'none'}",
+        }  # fmt: skip
+        parts.append(
+            element("rect", element("title", f"{name}, {when}: {MODE_NAMES[mode]}"), **box)
+        )
+        if len(rounds) <= _LETTERS and mode:
+            parts += [
+                label(_NAMES + (n + 0.5) * wide, y + 15, mode, class_="in")
+                for n in range(begin, end)
+            ]
+    return parts
+
+
+def _strips(name: str, line: Sequence[str], rounds: Sequence[int], y: int) -> list[Markup]:
+    """Return one shape per factor, where boxes of their own would make the page too large."""
+    wide, parts = _wide(len(rounds)), []
+    for mode in dict.fromkeys(line):
+        boxes = [
+            f"M{_NAMES + begin * wide:.1f} {y + 1}h{(end - begin) * wide:.1f}v{_ROW - 2}"
+            f"h-{(end - begin) * wide:.1f}z"
+            for begin, end, found in runs_of(line)
+            if found == mode
+        ]
+        text = f"{name}: {MODE_NAMES[mode]} in {line.count(mode)} of {len(line)} rounds"
+        look = f"mode mode-{mode or 'none'}"
+        parts.append(element("path", element("title", text), d="".join(boxes), class_=look))
+    return parts
 
 
 def _shares(modes: Sequence[Sequence[str]], blocks: Sequence[str]) -> Markup:
@@ -86,13 +112,13 @@ def split_bubbles(clients: Sequence[Mapping[str, int]], classes: Sequence[str]) 
     title = "Records by client and class"
     rows, columns = clients[:MOST_ROWS], classes[:MOST_CLASSES]
     most = max((count for client in rows for count in client.values()), default=1) or 1
-    wide = (_WIDTH - _NAMES) / len(columns)
+    wide = _wide(len(columns))
     parts: list[Markup] = []
     for number, client in enumerate(rows):
         y = number * _ROW + _ROW / 2
         parts += [
             label(_NAMES - 8, y + 4, f"client {number}", "end"),
-            element("line", class_="rule", x1=_NAMES, x2=_WIDTH, y1=y, y2=y),
+            element("line", class_="rule", x1=_NAMES, x2=_WIDTH - _RIGHT, y1=y, y2=y),
         ]
         for place, name in enumerate(columns):
             if count := client.get(name, 0):
@@ -102,7 +128,6 @@ def split_bubbles(clients: Sequence[Mapping[str, int]], classes: Sequence[str]) 
                     "cx": round(_NAMES + (place + 0.5) * wide, 1),
                     "cy": y,
                     "r": round(radius, 1),
-                    "data_value": text,
                 }
                 parts.append(element("circle", element("title", text), class_="disk", **disk))
     bottom = len(rows) * _ROW
@@ -120,6 +145,11 @@ def _counts(clients: Sequence[Mapping[str, int]], columns: Sequence[str]) -> Mar
         for n, client in enumerate(clients[:MOST_ROWS])
     ]
     return folded("Numbers", table("Records by client and class", ["client", "all", *few], rows))
+
+
+def _wide(columns: int) -> float:
+    """Return the width of a column."""
+    return (_WIDTH - _NAMES - _RIGHT) / columns
 
 
 def _drawing(parts: Sequence[Markup], bottom: float, text: str) -> Markup:

@@ -61,9 +61,7 @@ def _document(title: str, heading: str, about: Markup, sections: Sequence[Sectio
             element("nav", element("ul", links), aria_label="Parts of this report"),
         ),
         element("main", (Markup(str(one)) for one in sections), id="content"),
-        element(
-            "footer", element("p", "Made by fedlora-flwr, from files of the run alone.")
-        ),
+        element("footer", element("p", "Made by fedlora-flwr, from files of the run alone.")),
         element("script", Markup(SCRIPT)),
     )
     return f"<!DOCTYPE html>\n{joined(element('html', head, body, lang='en'))}\n"

@@ -17,15 +17,15 @@ _HEAD = ("client", "ε", "budget", "share", "δ", "last round", "seconds")
 
 def privacy_parts(facts: RunFacts) -> list[Markup]:
     """Return the promise, the chart of ε by round, and the table of clients."""
-    parts = [element("p", promise(facts))]
+    told = element("p", promise(facts))
     if points := facts.points("epsilon_max"):
         budget = number(facts.summary.get("epsilon_budget")) or number(facts.config.epsilon)
         chart = Chart(
             "Largest ε of the clients of a round", "round", "ε spent",
             [Line("ε", points)], zero=True, limit=(budget, "budget") if budget else None,
         )  # fmt: skip
-        parts.append(element("div", chart.figure(), class_="charts"))
-    return parts + _clients(facts)
+        told = element("div", told, chart.figure(), class_="charts")
+    return [told, *_clients(facts)]
 
 
 def _clients(facts: RunFacts) -> list[Markup]:

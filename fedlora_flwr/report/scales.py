@@ -13,8 +13,8 @@ MOST = 150
 
 
 def percent(value: float) -> str:
-    """Write a fraction in percent."""
-    return f"{100 * value:.4g} %"
+    """Write a fraction in percent, with one decimal."""
+    return f"{100 * value:.1f}".removesuffix(".0") + "%"
 
 
 def plain(value: float) -> str:

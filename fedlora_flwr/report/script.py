@@ -10,14 +10,17 @@ const modulo = (n, count) => (n + count) % count;
 for (const plot of document.querySelectorAll("svg.plot, svg.cells")) {
   const tip = plot.parentElement.querySelector(".tip");
   const guide = plot.querySelector(".guide");
-  const marks = [...plot.querySelectorAll("[data-value]")];
+  const marks = [...plot.querySelectorAll("circle, rect, path")];
   const middle = mark => {
     const box = mark.getBBox();
     return box.x + box.width / 2;
   };
   const stops = new Map();
+  const words = new Map();
   marks.forEach((mark, number) => {
-    mark.querySelector("title").remove();
+    const title = mark.querySelector("title");
+    words.set(mark, title.textContent);
+    title.remove();
     const key = guide ? mark.getAttribute("cx") : number;
     stops.set(key, [...(stops.get(key) || []), mark]);
   });
@@ -38,7 +41,7 @@ for (const plot of document.querySelectorAll("svg.plot, svg.cells")) {
     group.forEach(mark => mark.classList.add("on"));
     const place = middle(group[0]);
     const size = plot.viewBox.baseVal;
-    const texts = group.map(mark => mark.getAttribute("data-value"));
+    const texts = group.map(mark => words.get(mark));
     const rest = texts.slice(1).map(text => text.slice(text.indexOf(": ") + 2));
     tip.textContent = [texts[0], ...rest].join("\\n");
     tip.hidden = false;
@@ -52,7 +55,7 @@ for (const plot of document.querySelectorAll("svg.plot, svg.cells")) {
   };
   plot.addEventListener("pointermove", event => {
     if (!guide) {
-      const found = marks.indexOf(event.target.closest("[data-value]"));
+      const found = marks.indexOf(event.target);
       return found === -1 ? hide() : show(found);
     }
     const box = plot.getBoundingClientRect();
@@ -71,6 +74,6 @@ for (const plot of document.querySelectorAll("svg.plot, svg.cells")) {
   });
 }
 addEventListener("beforeprint", () => {
-  document.querySelectorAll("details.paper").forEach(one => { one.open = true; });
+  document.querySelectorAll("details").forEach(one => { one.open = true; });
 });
 """

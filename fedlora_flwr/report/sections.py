@@ -141,7 +141,7 @@ def _uploads(facts: RunFacts) -> list[Markup]:
         charts.append(Chart(title, "round", "mean cosine of all pairs", lines))
     if error := facts.points("mean_error"):
         title = "Error of averaging factors, relative to the mean of the products"
-        charts.append(Chart(title, "round", "error", [Line("error", error)], percent, zero=True))
+        charts.append(Chart(title, "round", "error", [Line("error", error)], zero=True))
     return _charts(charts)
 
 

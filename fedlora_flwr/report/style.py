@@ -45,9 +45,8 @@ nav a { display: inline-block; padding: .3rem 0; }
 .tiles div { background: var(--raised); border-radius: 8px; padding: .6rem .8rem; }
 .tiles dt { color: var(--quiet); font-size: .875rem; }
 .tiles dd { margin: 0; font-size: 1.15rem; font-weight: 600; }
-.tiles dd.quiet { font-size: .875rem; font-weight: 400; }
 .charts { display: grid; gap: 1.2rem; margin: .8rem 0;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 23rem), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)); align-items: start; }
 .charts > * { min-width: 0; }
 figure { margin: 0; background: var(--raised); border-radius: 8px; padding: .8rem; }
 figcaption { font-weight: 600; margin-bottom: .4rem; }
@@ -63,7 +62,8 @@ svg text.in { fill: var(--in-cell); font-weight: 600; text-anchor: middle; point
 .limit { stroke: var(--bad); stroke-width: 1.5; stroke-dasharray: 7 4; }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .dot { stroke: none; }
-.dot.on { stroke: var(--text); stroke-width: 2; }
+.dot.many { opacity: 0; }
+.dot.on { stroke: var(--text); stroke-width: 2; opacity: 1; }
 .band { stroke: none; opacity: .18; }
 .line.look0 { stroke: var(--look0); } .dot.look0, .band.look0 { fill: var(--look0); }
 .line.look1 { stroke: var(--look1); stroke-dasharray: 8 3; }
@@ -91,12 +91,15 @@ svg.mark { width: 26px; height: 12px; flex: none; }
   pointer-events: none; white-space: pre-line; z-index: 1; }
 .tip[hidden] { display: none; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; margin: .6rem 0; }
+table { border-collapse: collapse; min-width: min(100%, 24rem); font-size: .875rem;
+  margin: .6rem 0; }
 caption { text-align: left; font-weight: 600; padding: .2rem 0; }
 th, td { text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--rule);
-  vertical-align: top; font-variant-numeric: tabular-nums; unicode-bidi: isolate; }
+  vertical-align: top; font-variant-numeric: tabular-nums; unicode-bidi: isolate;
+  overflow-wrap: normal; }
+td:last-child { overflow-wrap: anywhere; }
 thead th { color: var(--quiet); white-space: nowrap; }
-tbody th { font-weight: 400; min-width: 6rem; }
+tbody th { font-weight: 400; min-width: 5rem; overflow-wrap: anywhere; }
 .numbers td, .numbers thead th + th { text-align: right; white-space: nowrap; }
 details { margin: .5rem 0; }
 summary { cursor: pointer; padding: .2rem 0; color: var(--link); }
