@@ -11,7 +11,7 @@ from rich.console import Console
 from fedlora_flwr.errors import InvalidValue, require
 from fedlora_flwr.terminal import show_lines
 
-_RUNS = "folders of runs, with config.toml and rounds.jsonl"
+_RUNS = "the folder of a run, with config.toml and rounds.jsonl"
 
 
 def report(

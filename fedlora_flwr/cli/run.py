@@ -94,7 +94,6 @@ def _launch(
         report_of,
         what_is_kept,
     )
-    from fedlora_flwr.forecast.split_table import split_counts, split_json
     from fedlora_flwr.processes.workers import log_to_file
     from fedlora_flwr.server.endings import recorded
     from fedlora_flwr.server.keeper import read_checkpoint, resumable
@@ -112,7 +111,7 @@ def _launch(
     try:
         with recorded(run_dir, config), Screen(console, prepared) as screen:
             log_to_file(run_dir.log, [*prepared.records, *prepared.notes])
-            run_dir.write_split(split_json(split_counts(config), config))
+            _write_split(run_dir, config)
             if config.resume:  # Before the rounds are followed.
                 read_checkpoint(config, run_dir)
             summary = launch(prepared, run_dir, screen.round)
@@ -141,6 +140,13 @@ def _folder(config: RunConfig, output: Path) -> RunDirectory:
     if config.run_dir:
         return RunDirectory(Path(config.run_dir))
     return RunDirectory.new(output.resolve(), config)
+
+
+def _write_split(run_dir: RunDirectory, config: RunConfig) -> None:
+    """Keep how the records are dealt out, which only a run on one machine knows."""
+    from fedlora_flwr.forecast.split_table import split_counts, split_json
+
+    run_dir.write_split(split_json(split_counts(config), config))
 
 
 def _warned(damaged: list[str]) -> list[tuple[str, str]]:

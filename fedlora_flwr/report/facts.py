@@ -94,8 +94,8 @@ class RunFacts:
         """Return the factors of each block by round; nothing where the plan treats all alike."""
         blocks, plans = len(self.summary.get("blocks") or ()), []
         for row in self.rounds[1:]:
-            plan = ComponentPlan.parse(str(row.get("plan", "")))
             try:
+                plan = ComponentPlan.parse(str(row.get("plan", "")))
                 plan.check(blocks)
             except InvalidValue:
                 return []

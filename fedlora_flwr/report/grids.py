@@ -43,9 +43,9 @@ def modes_grid(
         parts += draw(name, line, rounds, row * _ROW)
     bottom = len(rows) * _ROW
     marked = {int(value) for value in ticks(rounds[0], rounds[-1], 20, whole=True)}
-    for number, name in enumerate(rounds):
-        if name in marked or len(rounds) == 1:
-            parts.append(label(_NAMES + (number + 0.5) * wide, bottom + 16, str(name)))
+    for column, number in enumerate(rounds):
+        if number in marked or len(rounds) == 1:
+            parts.append(label(_NAMES + (column + 0.5) * wide, bottom + 16, str(number)))
     parts += _names("round", "block", bottom)
     there = {mode for column in modes for mode in column}
     keys = legend((f"mode mode-{m or 'none'}", n) for m, n in MODE_NAMES.items() if m in there)

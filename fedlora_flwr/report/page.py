@@ -45,7 +45,7 @@ def _document(title: str, heading: str, about: Markup, sections: Sequence[Sectio
     head = element(
         "head",
         element("meta", charset="utf-8"),
-        # The browser itself refuses whatever would come from elsewhere, and any other script.
+        # The browser itself refuses all that would come from elsewhere, and any other script.
         element("meta", http_equiv="Content-Security-Policy", content=_policy()),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("title", title),

@@ -74,7 +74,8 @@ def _tiles(facts: RunFacts) -> list[Markup]:
         ("rounds", f"{max(len(facts.rounds) - 1, 0)} of {facts.config.num_rounds}"),
     ]
     best = summary.get("best") or {}
-    if number(value := (best.get("metrics") or {}).get(best.get("chosen_by"))) is not None:
+    value = number((best.get("metrics") or {}).get(best.get("chosen_by")))
+    if value is not None:
         shown = percent(value) if best["chosen_by"] == facts.metric else plain(value)
         rows.append((f"best, round {best['round']} (optimistic)", shown))
     if (spent := number(summary.get("epsilon_max"))) is not None and facts.config.private:
@@ -180,7 +181,8 @@ def _failures(facts: RunFacts) -> list[Markup]:
 
 def _configuration(facts: RunFacts) -> list[Markup]:
     declared = fields_by_key(facts.config)
-    changed, rest = [], []
+    changed: list[list[str]] = []
+    rest: list[list[str]] = []
     for key, value in facts.config.items().items():
         row = [full_name(key), shown_value(value)]
         is_own = key in declared and value == declared[key].default

@@ -33,7 +33,9 @@ def facts(
         "summary": summary(rows, config, clients),
         "split": {
             "partitioner": "dirichlet",
-            "clients": [{"client": c, "by_class": {"cat": 7 + c, "dog": 0}} for c in range(clients)],
+            "clients": [
+                {"client": c, "by_class": {"cat": 7 + c, "dog": 0}} for c in range(clients)
+            ],
         },
         "audit": audit(),
     }

@@ -28,8 +28,10 @@ def test_runs_that_differ_by_their_seed_alone_are_one_setting() -> None:
     ]
     assert found[0].finals() == [0.80, 0.84, 0.79]
     line = found[0].line("accuracy")
-    assert line.points[-1] == (4.0, pytest.approx(0.81))
-    assert line.band[-1] == (4.0, *interval([*GOOD.values()]))  # type: ignore[misc]
+    assert line.points[-1] == pytest.approx((4.0, 0.81))
+    ends = interval([*GOOD.values()])
+    assert ends is not None
+    assert line.band[-1] == (4.0, *ends)
 
 
 def test_the_report_has_a_row_per_setting_and_per_run() -> None:

@@ -13,7 +13,9 @@ from fedlora_flwr.report.facts import RunFacts
 from fedlora_flwr.report.page import run_report, runs_report
 from tests.report.support import facts, parsed, row, seeds, summary, texts
 
-EVIL = "<script>alert('x')</script>\"><img src=https://a.example/x onerror=alert(2)> & \x1b[31m\ud800"
+EVIL = (
+    "<script>alert('x')</script>\"><img src=https://a.example/x onerror=alert(2)> & \x1b[31m\ud800"
+)
 PAGE = run_report(facts())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -22,7 +23,7 @@ def test_ticks_enclose_the_range_in_equal_steps(low: float, span: float) -> None
     assert found[0] <= low + slack
     assert found[-1] >= high - slack
     assert 2 <= len(found) <= 9
-    steps = [b - a for a, b in zip(found, found[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(found)]
     assert max(steps) - min(steps) <= slack
 
 
@@ -57,5 +58,5 @@ def test_numbers_read_as_a_person_writes_them() -> None:
 def test_stretches_of_equal_values_are_the_values(values: list[str]) -> None:
     found = runs_of(values)
     assert [v for begin, end, v in found for _ in range(begin, end)] == values
-    assert all(a[2] != b[2] for a, b in zip(found, found[1:], strict=False))
+    assert all(a[2] != b[2] for a, b in pairwise(found))
     assert math.isclose(found[-1][1], len(values))
