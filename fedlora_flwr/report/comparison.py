@@ -1,4 +1,4 @@
-"""Several runs compared: settings, their seeds, and 95 % intervals of the mean over seeds."""
+"""Several runs compared: settings, their seeds, and 95% intervals of the mean over seeds."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _name(values: dict[str, Any], differing: list[str]) -> str:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the 95 % interval of the mean by Student's t; None for a single value.
+    """Return the 95% interval of the mean by Student's t; None for a single value.
 
     Raises
     ------
@@ -116,7 +116,7 @@ def _result(settings: Sequence[Setting]) -> Markup:
         ])  # fmt: skip
     metric = settings[0].runs[0].metric.replace("_", " ")
     caption = f"{metric.capitalize()} after the last round, by setting"
-    head = ("setting", "runs", "mean", "95 % interval", "largest ε", "mean bytes up", "unfinished")
+    head = ("setting", "runs", "mean", "95% interval", "largest ε", "mean bytes up", "unfinished")
     return table(caption, head, rows)
 
 
@@ -129,7 +129,7 @@ def _charts(settings: Sequence[Setting], runs: Sequence[RunFacts]) -> list[Marku
         if lines:
             words = names.get(figure, figure.replace("_", " "))
             figures.append(Chart(words.capitalize(), "round", words, lines, form).figure())
-    notes = ["Bands are 95 % intervals of the mean over seeds, by Student's t."]
+    notes = ["Bands are 95% intervals of the mean over seeds, by Student's t."]
     if len({run.metric for run in runs}) > 1:
         notes.append(f"Only runs that measure {metric} are in its chart.")
     if len(settings) > LOOKS:

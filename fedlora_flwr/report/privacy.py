@@ -70,7 +70,7 @@ def _bar(share: float) -> Markup:
         element("rect", class_="bar", width=round(100 * min(max(share, 0.0), 1.0), 1), height=10),
         viewBox="0 0 100 10", class_="share", preserveAspectRatio="none", aria_hidden="true",
     )  # fmt: skip
-    return element("span", drawn, f" {share:.0%}")
+    return element("span", drawn, element("b", f"{share:.0%}", class_="figure"))
 
 
 def _plain(value: object) -> str:
@@ -90,7 +90,7 @@ def audit_parts(facts: RunFacts) -> list[Markup]:
         "p",
         f"The promise was attacked with the settings of this run, by {audit['attack']}. What was "
         f"attacked claimed ε = {claim:.2f}. The bounds below hold together at "
-        f"{100 * float(audit['confidence']):g} % confidence. Verdict: ",
+        f"{100 * float(audit['confidence']):g}% confidence. Verdict: ",
         element("strong", verdict, class_=look),
         ".",
     )

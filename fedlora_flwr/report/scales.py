@@ -26,7 +26,7 @@ def size(count: float) -> str:
     """Write a number of bytes in its largest decimal unit."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if count >= unit:
-            return f"{count / unit:.4g} {name}"
+            return f"{count / unit:.3g} {name}"
     return f"{count:.4g} B"
 
 

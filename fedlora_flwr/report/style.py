@@ -81,6 +81,7 @@ svg text.in { fill: var(--in-cell); font-weight: 600; text-anchor: middle; point
 .mode.on, .disk.on { stroke: var(--text); stroke-width: 2.5; }
 .disk { fill: var(--look0); }
 .bar { fill: var(--look0); } .bar-ground { fill: var(--rule); }
+.figure { display: inline-block; min-width: 3rem; font-weight: 400; }
 svg.share { width: 8rem; height: .8rem; display: inline-block; vertical-align: middle; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; list-style: none; padding: 0;
   margin: .5rem 0 0; font-size: .875rem; }
