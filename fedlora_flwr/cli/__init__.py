@@ -18,6 +18,7 @@ from fedlora_flwr.cli import (
     pretrain,
     report,
     run,
+    watch,
 )
 from fedlora_flwr.environment import versions
 from fedlora_flwr.terminal import Commands
@@ -57,6 +58,7 @@ app.command("inspect-split")(forecast.inspect_split)
 app.command()(ledger.ledger)
 app.command()(plot.plot)
 app.command()(report.report)
+app.command()(watch.watch)
 app.command()(explain.recipes)
 app.command()(explain.keys)
 app.command()(convert.convert)

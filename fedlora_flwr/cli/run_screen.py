@@ -8,12 +8,13 @@ from typing import Any
 
 from rich.console import Console
 
+from fedlora_flwr.cli.round_line import describe_round, words
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.environment import own_program
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.forecast.participation import participation
 from fedlora_flwr.server.checkpoint import Checkpoint, Checkpoints
-from fedlora_flwr.server.rounds import RoundRow, by_name
+from fedlora_flwr.server.rounds import RoundRow
 from fedlora_flwr.server.run_dir import REPORT, RunDirectory
 from fedlora_flwr.simulations.runner import PreparedRun
 from fedlora_flwr.terminal import Bar, show_line, show_lines
@@ -115,23 +116,6 @@ def _promise(prepared: PreparedRun) -> list[str]:
     return ["none: epsilon = inf adds no noise"]
 
 
-def describe_round(row: RoundRow, metric: str = "accuracy") -> str:
-    """Return the result of one round in one line."""
-    parts = []
-    if metric in row:
-        parts.append(f"{_words(metric)} {by_name(row)[metric]:.1%}")
-    elif "loss" in row:
-        parts.append(f"loss {row['loss']:.4f}")
-    spent = row.get("epsilon_max")
-    if spent is not None and math.isfinite(spent):
-        parts.append(f"ε {spent:.2f}")
-    if row.get("failures"):
-        parts.append(f"{len(row['failures'])} failed")
-    if row.get("suspects"):
-        parts.append(f"suspects: {', '.join(row['suspects'])}")
-    return "  ".join(parts) or "not evaluated"
-
-
 def closing_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Return names and values of the closing table."""
     spent, budget = summary["epsilon_max"], summary["epsilon_budget"]
@@ -145,7 +129,7 @@ def closing_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     )
     rows = [
         (
-            _words(metric).capitalize(),
+            words(metric).capitalize(),
             f"{summary[f'initial_{metric}']:.1%} → {summary[f'final_{metric}']:.1%}",
         ),
         *_best(summary),
@@ -187,7 +171,7 @@ def _best(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         (
             "Best",
-            f"{_words(name)} {figure} after round {best['round']}, kept in best/",
+            f"{words(name)} {figure} after round {best['round']}, kept in best/",
         ),
         ("", "adapter/ holds the model of the last round"),
         ("", "the records that measure it also chose the round, so the figure is optimistic"),
@@ -250,10 +234,6 @@ def _last_checkpoint(run_dir: RunDirectory) -> Checkpoint | None:
         return Checkpoints(run_dir.path).last()[0]
     except InvalidValue:
         return None
-
-
-def _words(metric: str) -> str:
-    return metric.replace("_", " ")
 
 
 def _megabytes(count: int) -> str:

@@ -14,17 +14,19 @@ from fedlora_flwr.report.sections import Section, sections_of
 from fedlora_flwr.report.style import STYLE
 
 
-def run_report(facts: RunFacts) -> str:
+def run_report(facts: RunFacts, reload: int | None = None) -> str:
     """Return the report of a run as an HTML document.
 
     Parameters
     ----------
     facts : RunFacts
         The run.
+    reload : int, optional
+        Seconds after which a browser loads the page again.
     """
     status = element("span", facts.status, class_="good" if facts.status == "completed" else "bad")
     about = element("p", "Run ", element("strong", facts.name), ", ", status, ".")
-    return _document(f"{facts.title}: report", facts.title, about, sections_of(facts))
+    return _document(f"{facts.title}: report", facts.title, about, sections_of(facts), reload)
 
 
 def runs_report(runs: Sequence[RunFacts]) -> str:
@@ -40,7 +42,13 @@ def runs_report(runs: Sequence[RunFacts]) -> str:
     return _document(title, title, about, comparison_sections(runs))
 
 
-def _document(title: str, heading: str, about: Markup, sections: Sequence[Section]) -> str:
+def _document(
+    title: str,
+    heading: str,
+    about: Markup,
+    sections: Sequence[Section],
+    reload: int | None = None,
+) -> str:
     links = (element("li", element("a", one.name, href=f"#{one.anchor}")) for one in sections)
     head = element(
         "head",
@@ -48,6 +56,7 @@ def _document(title: str, heading: str, about: Markup, sections: Sequence[Sectio
         # The browser itself refuses all that would come from elsewhere, and any other script.
         element("meta", http_equiv="Content-Security-Policy", content=_policy()),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", http_equiv="refresh", content=reload) if reload else Markup(),
         element("title", title),
         element("style", Markup(STYLE)),
     )

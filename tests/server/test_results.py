@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message
 
-from fedlora_flwr.cli.run_screen import describe_round
+from fedlora_flwr.cli.round_line import describe_round
 from fedlora_flwr.client_app import app
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.server.rounds import by_name

@@ -10,7 +10,8 @@ import pytest
 from flwr.app import Context, Message
 from peft import PeftModel
 
-from fedlora_flwr.cli.run_screen import closing_rows, describe_round
+from fedlora_flwr.cli.round_line import describe_round
+from fedlora_flwr.cli.run_screen import closing_rows
 from fedlora_flwr.client_app import app
 from fedlora_flwr.config import RunConfig, read_toml
 from fedlora_flwr.errors import FederationAborted, InvalidValue
