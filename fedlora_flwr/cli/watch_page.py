@@ -32,7 +32,6 @@ def serving(run_dir: RunDirectory, port: int = 0) -> Iterator[str]:
     OSError
         The port is in use.
     """
-
     server = _Server(("127.0.0.1", port), _Page)
     server.run_dir = run_dir
     thread = Thread(target=server.serve_forever, args=(0.1,), daemon=True)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fedlora_flwr.report.comparison import comparison_sections
 from fedlora_flwr.report.facts import RunFacts
 from fedlora_flwr.report.html import Markup, element, joined
 from fedlora_flwr.report.script import SCRIPT
 from fedlora_flwr.report.sections import Section, sections_of
+from fedlora_flwr.report.study import study_sections
 from fedlora_flwr.report.style import STYLE
 
 
@@ -40,6 +42,20 @@ def runs_report(runs: Sequence[RunFacts]) -> str:
     about = element("p", "Runs that differ by their seed alone are one setting.")
     title = f"{len(runs)} runs compared"
     return _document(title, title, about, comparison_sections(runs))
+
+
+def study_report(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the report of a comparison of methods as an HTML document.
+
+    Parameters
+    ----------
+    name : str
+        Name of the comparison's folder.
+    rows : Sequence[Mapping[str, Any]]
+        The rows of its ``rows.csv``.
+    """
+    about = element("p", f"{len(rows)} runs, those of tuning included.")
+    return _document(name, name, about, study_sections(rows))
 
 
 def _document(

@@ -189,7 +189,7 @@ class RunDirectory:
         return {name: rows.durable() for name, rows in self._rows.items()}
 
     def rewind(self, files: Mapping[str, Sequence[Any]]) -> None:
-        """Cut the files of rows to what they were (see `durable_rows`), and forget the summary.
+        """Cut the files of rows to what they were (`durable_rows`); forget summary and report.
 
         Raises
         ------
@@ -201,6 +201,7 @@ class RunDirectory:
         for name, (size, _) in files.items():
             self._rows[name].cut(size)
         self.summary_file.unlink(missing_ok=True)
+        (self.path / REPORT).unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Forget the rows and the summary of a run that ended before its first checkpoint."""

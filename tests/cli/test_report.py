@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from fedlora_flwr.cli import app
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.server.run_dir import RunDirectory
+from fedlora_flwr.studies.compare_results import Journal, Row
 
 
 def fedlora(*arguments: str) -> tuple[int, str]:
@@ -52,6 +54,30 @@ def test_several_runs_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     text = document(tmp_path / "report.html")
     assert "4 runs compared" in text
     assert "rolora371%68.5% to 73.5%" in text
+
+
+def test_a_comparison_has_a_report_of_its_methods(tmp_path: Path) -> None:
+    folder = tmp_path / "compare-digits"
+    folder.mkdir()
+    journal = Journal(folder / "rows.csv")
+    rates = {"lr-a": 0.5, "lr-b": 0.5, "lr-head": 0.5}
+    for epsilon in (1.0, 8.0, math.inf):
+        for seed, value in ((0, 0.1), (1, 0.6), (2, 0.64)):
+            row: Row = {
+                "phase": "report" if seed else "tune", "row": "ffa-lora", "epsilon": epsilon,
+                "seed": seed, "strategy": "ffa-lora", "final": value, "bytes_up": 2000,
+                "bytes_down": 1, "failures": 0, "seconds": 1.0, "error": "", **rates,
+            }  # type: ignore[typeddict-item] # fmt: skip
+            journal.append(row)
+    failed: Row = {**row, "seed": 3, "error": "<out> of memory"}
+    journal.append(failed)
+    code, output = fedlora("report", str(folder))
+    assert code == 0, output
+    text = document(folder / "report.html")
+    assert "ffa-lora1262%36.6% to 87.4%2 kB0" in text
+    assert "ffa-lorano privacy262%36.6% to 87.4%2 kB1" in text
+    assert "ffa-lorainf3<out> of memory" in text
+    assert "privacy budget ε 8: ffa-lora 62% (36.6% to 87.4%)" in text
 
 
 @pytest.mark.parametrize(
