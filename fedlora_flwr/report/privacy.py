@@ -12,7 +12,7 @@ from fedlora_flwr.report.scales import duration, plain, thinned
 
 FIRST, MOST = 30, 500
 """Clients that are shown at once, and at most."""
-_HEAD = ("client", "ε", "budget", "share", "δ", "last round", "seconds")
+_HEAD = ("client", "share", "ε", "budget", "δ", "last round", "seconds")
 
 
 def privacy_parts(facts: RunFacts) -> list[Markup]:
@@ -41,8 +41,8 @@ def _clients(facts: RunFacts) -> list[Markup]:
     for name in order:
         row, share = last[name], _share(last[name])
         rows.append([
-            name, _plain(row.get("epsilon")), _plain(row.get("epsilon-budget")),
-            "–" if share is None else _bar(share), _plain(row.get("delta")),
+            name, "–" if share is None else _bar(share), _plain(row.get("epsilon")),
+            _plain(row.get("epsilon-budget")), _plain(row.get("delta")),
             str(row.get("round", "–")), duration(seconds[name]),
         ])  # fmt: skip
     caption = "ε by client against its budget, the largest share first"

@@ -104,6 +104,10 @@ tbody th { font-weight: 400; min-width: 5rem; overflow-wrap: anywhere; }
 .numbers td, .numbers thead th + th { text-align: right; white-space: nowrap; }
 details { margin: .5rem 0; }
 summary { cursor: pointer; padding: .2rem 0; color: var(--link); }
+@media (max-width: 30rem) {
+  svg.plot text { font-size: 16px; }
+  svg.share { width: 5rem; }
+}
 @media print {
   :root { color-scheme: light; }
   body { font-size: 10pt; }

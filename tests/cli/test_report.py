@@ -60,17 +60,16 @@ def test_a_comparison_has_a_report_of_its_methods(tmp_path: Path) -> None:
     folder = tmp_path / "compare-digits"
     folder.mkdir()
     journal = Journal(folder / "rows.csv")
-    rates = {"lr-a": 0.5, "lr-b": 0.5, "lr-head": 0.5}
+    row = Row({
+        "phase": "report", "row": "ffa-lora", "strategy": "ffa-lora", "bytes_up": 2000,
+        "bytes_down": 1, "failures": 0, "seconds": 1.0, "error": "", "lr-a": 0.5, "lr-b": 0.5,
+        "lr-head": 0.5,
+    })  # fmt: skip
     for epsilon in (1.0, 8.0, math.inf):
-        for seed, value in ((0, 0.1), (1, 0.6), (2, 0.64)):
-            row: Row = {
-                "phase": "report" if seed else "tune", "row": "ffa-lora", "epsilon": epsilon,
-                "seed": seed, "strategy": "ffa-lora", "final": value, "bytes_up": 2000,
-                "bytes_down": 1, "failures": 0, "seconds": 1.0, "error": "", **rates,
-            }  # type: ignore[typeddict-item] # fmt: skip
-            journal.append(row)
-    failed: Row = {**row, "seed": 3, "error": "<out> of memory"}
-    journal.append(failed)
+        journal.append({**row, "phase": "tune", "epsilon": epsilon, "seed": 0, "final": 0.1})
+        for seed, value in ((1, 0.6), (2, 0.64)):
+            journal.append({**row, "epsilon": epsilon, "seed": seed, "final": value})
+    journal.append({**row, "epsilon": math.inf, "seed": 3, "error": "<out> of memory"})
     code, output = fedlora("report", str(folder))
     assert code == 0, output
     text = document(folder / "report.html")

@@ -35,9 +35,9 @@ def test_a_report_tells_what_the_files_of_the_run_hold() -> None:
     assert "Choices: can be told from chance." in section(PAGE, "result")
     assert cells(PAGE, "Accuracy on the public records")[-1] == ["4", "62.5%"]
     assert cells(PAGE, "ε by client against its budget, the largest share first")[1:] == [
-        ["device-0000", "8", "8", "100%", "0.001", "4", "6 s"],
-        ["device-0001", "4", "8", "50%", "0.001", "4", "6 s"],
-        ["device-0002", "2.667", "8", "33%", "0.001", "4", "6 s"],
+        ["device-0000", "100%", "8", "8", "0.001", "4", "6 s"],
+        ["device-0001", "50%", "4", "8", "0.001", "4", "6 s"],
+        ["device-0002", "33%", "2.667", "8", "0.001", "4", "6 s"],
     ]
     assert cells(PAGE, "Bytes of arrays, all clients together")[1] == [
         "1", "1.5 kB", "2 kB", "6 kB",
