@@ -84,6 +84,11 @@ class ComponentPlan:
         mode = modes if len(modes) == 1 else modes[block]
         return {BOTH: "AB", NEITHER: ""}.get(mode, mode)
 
+    def factors_of_round(self, block: int) -> str:
+        """Return the factors that a block trains at any step, as `factors` does for one step."""
+        steps = range(1, len(self.steps) + 1)
+        return "".join(sorted({*"".join(self.factors(step, block) for step in steps)}))
+
     def check(self, num_blocks: int) -> None:
         """Refuse a plan made for another number of blocks.
 

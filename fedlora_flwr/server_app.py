@@ -14,7 +14,7 @@ from fedlora_flwr.files import SERVER_STATE, data_folder
 from fedlora_flwr.processes import uncollected
 from fedlora_flwr.server.certificates import Certificates
 from fedlora_flwr.server.endings import recorded
-from fedlora_flwr.server.run_dir import CLAIM, NOISE, RunDirectory, has_begun
+from fedlora_flwr.server.run_dir import CLAIM, NOISE, REPORT, RunDirectory, has_begun
 from fedlora_flwr.server.watched_grid import WatchedGrid
 from fedlora_flwr.tasks.registry import extras_of
 
@@ -47,6 +47,8 @@ def main(grid: Grid, context: Context) -> None:
             certificates.after_round if certificates else None,
             largest_noise=noise,
         )
+    if (report := run_dir.path / REPORT).exists():
+        print(f"Report: {report}", flush=True)
 
 
 def folder_of(config: RunConfig) -> RunDirectory:

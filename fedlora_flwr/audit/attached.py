@@ -1,4 +1,4 @@
-"""An audit's record beside a run: ``audit.json`` in its folder, and a section of its card."""
+"""An audit's record beside a run: ``audit.json``, and a section of its card and of its report."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from fedlora_flwr.audit.record import AuditRecord
 from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import replace_file, write_json
+from fedlora_flwr.server.report import write_report
+from fedlora_flwr.server.run_dir import AUDIT, REPORT, RunDirectory
 
-NAME = "audit.json"
 SAME = ("task", "strategy", "trust-model", "epsilon", "delta", "clip-norm")
 """Keys that an audit and a run must share: they make the promise that was attacked."""
 _CARDS = ("adapter/README.md", "best/README.md")
@@ -45,7 +46,7 @@ def check_attachable(settings: Mapping[str, object], run: Path) -> None:
 
 
 def attach(record: AuditRecord, run: Path) -> list[Path]:
-    """Write a record into a run's folder and its cards; return the files.
+    """Write a record into a run's folder, its cards and its report; return the files.
 
     Parameters
     ----------
@@ -60,17 +61,21 @@ def attach(record: AuditRecord, run: Path) -> list[Path]:
         As `check_attachable`.
     """
     check_attachable(record.settings, run)
-    write_json(run / NAME, record.as_json())
-    record_file, *cards = files_of(run)
-    for card in cards:
+    write_json(run / AUDIT, record.as_json())
+    for card in _cards(run):
         text = _SECTION.sub("", card.read_text("utf-8"))
         replace_file(card, text.replace(_BEFORE, section(record) + _BEFORE, 1).encode())
-    return [record_file, *cards]
+    write_report(RunDirectory(run))
+    return files_of(run)
 
 
 def files_of(run: Path) -> list[Path]:
-    """Return the files of a run that hold an attached record: the record, and the cards."""
-    return [run / NAME, *(run / name for name in _CARDS if (run / name).is_file())]
+    """Return the files of a run that hold an attached record: the record, cards and report."""
+    return [run / AUDIT, *_cards(run), run / REPORT]
+
+
+def _cards(run: Path) -> list[Path]:
+    return [run / name for name in _CARDS if (run / name).is_file()]
 
 
 def section(record: AuditRecord) -> str:

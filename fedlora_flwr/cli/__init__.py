@@ -17,7 +17,9 @@ from fedlora_flwr.cli import (
     ledger,
     plot,
     pretrain,
+    report,
     run,
+    watch,
 )
 from fedlora_flwr.environment import versions
 from fedlora_flwr.terminal import Commands
@@ -59,6 +61,8 @@ app.command()(plot.plot)
 app.command()(adapters.evaluate)
 app.command()(adapters.predict)
 app.command()(adapters.merge)
+app.command()(report.report)
+app.command()(watch.watch)
 app.command()(explain.recipes)
 app.command()(explain.keys)
 app.command()(convert.convert)

@@ -80,6 +80,7 @@ def _launch(
             closing_rows,
             how_to_continue,
             next_steps,
+            report_of,
             what_is_kept,
         )
         from fedlora_flwr.simulations.launch import open_run
@@ -98,7 +99,8 @@ def _launch(
             lines.append(f"To continue after its last round: {again}")
         raise FedLoRAError("\n".join(lines)) from error
     except KeyboardInterrupt:
-        show_lines(console, [("Results", str(run_dir.path)), *what_is_kept(command, run_dir)])
+        kept = [*report_of(run_dir), *what_is_kept(command, run_dir)]
+        show_lines(console, [("Results", str(run_dir.path)), *kept])
         raise
     show_lines(console, [*closing_rows(summary), *next_steps(config, run_dir)])
     if as_json:

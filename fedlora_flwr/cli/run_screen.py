@@ -14,7 +14,7 @@ from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.forecast.participation import participation
 from fedlora_flwr.server.checkpoint import Checkpoint, Checkpoints
 from fedlora_flwr.server.rounds import RoundRow, describe_round, in_words
-from fedlora_flwr.server.run_dir import RunDirectory
+from fedlora_flwr.server.run_dir import REPORT, RunDirectory
 from fedlora_flwr.simulations.runner import PreparedRun
 from fedlora_flwr.terminal import Bar, show_line, show_lines
 
@@ -186,8 +186,15 @@ def next_steps(config: RunConfig, run_dir: RunDirectory) -> list[tuple[str, str]
     return [
         ("Results", str(run_dir.path)),
         ("Adapter", f"{run_dir.adapter}, and its README.md says how to use it"),
+        *report_of(run_dir),
         ("Next", plot if config.reproducible else shared),
     ]
+
+
+def report_of(run_dir: RunDirectory) -> list[tuple[str, str]]:
+    """Return the place of the report, which an error may have kept from being written."""
+    report = run_dir.path / REPORT
+    return [("Report", f"{report}, for a browser")] if report.exists() else []
 
 
 def what_is_kept(command: str, run_dir: RunDirectory) -> list[tuple[str, str]]:

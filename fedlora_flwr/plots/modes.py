@@ -83,8 +83,4 @@ def _title(run: str) -> str:
 def _modes(plan: ComponentPlan, num_blocks: int) -> list[str]:
     """Return the factors that train in any step, for each block."""
     plan.check(num_blocks)
-    steps = range(1, len(plan.steps) + 1)
-    return [
-        "".join(sorted({*"".join(plan.factors(step, block) for step in steps)}))
-        for block in range(num_blocks)
-    ]
+    return [plan.factors_of_round(block) for block in range(num_blocks)]

@@ -10,6 +10,7 @@ from typing import Any
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.files import to_json
 from fedlora_flwr.processes.lifeline import Lifeline
+from fedlora_flwr.server.report import try_report
 from fedlora_flwr.server.rounds import RoundRow
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.terminal import uninterrupted
@@ -65,6 +66,7 @@ def recorded(run_dir: RunDirectory, config: RunConfig) -> Iterator[None]:
                 if untold(run_dir.summary()):
                     short = _short_summary(config, status_of(error), reason_of(error))
                     run_dir.write_summary({**short, **_progress(run_dir.rounds())})
+                    try_report(run_dir)
             raise
 
 

@@ -24,6 +24,7 @@ from fedlora_flwr.server.rows_file import RowsFile
 CLAIM = "FEDLORA_CLAIM"
 """Environment variable with the claim of the run that this process works for."""
 ROWS = ("rounds", "clients")
+REPORT, SPLIT, AUDIT = "report.html", "split.json", "audit.json"
 _CLAIM = ".claim"
 AT_REST = "a run that no other process is working on"
 """What a folder must hold where a run is to continue, in the words of the refusal."""
@@ -37,15 +38,17 @@ _RESULTS = (
     "run.log",
     "adapter",
     "best",
-    "audit.json",
+    AUDIT,
+    SPLIT,
+    REPORT,
 )
 
 
 class RunDirectory:
     """Files of one run.
 
-    ``config.toml`` (resolved), ``rounds.jsonl``, ``clients.jsonl``, ``summary.json``, ``run.log``,
-    ``adapter/`` and ``best/``.
+    ``config.toml`` (resolved), ``rounds.jsonl``, ``clients.jsonl``, ``summary.json``,
+    ``report.html``, ``run.log``, ``adapter/`` and ``best/``; on one machine ``split.json``, too.
 
     Parameters
     ----------
@@ -177,12 +180,16 @@ class RunDirectory:
         """Append a row to ``<name>.jsonl``."""
         self._rows[name].append(f"{to_json(row)}\n".encode())
 
+    def write_split(self, split: Mapping[str, Any]) -> None:
+        """Write ``split.json``: how a run on one machine deals records out to its clients."""
+        write_json(self.path / SPLIT, split)
+
     def durable_rows(self) -> dict[str, tuple[int, str]]:
         """Sync the files of rows; return the bytes of each, and their SHA-256."""
         return {name: rows.durable() for name, rows in self._rows.items()}
 
     def rewind(self, files: Mapping[str, Sequence[Any]]) -> None:
-        """Cut the files of rows to what they were (see `durable_rows`), and forget the summary.
+        """Cut the files of rows to what they were (`durable_rows`); forget summary and report.
 
         Raises
         ------
@@ -194,6 +201,7 @@ class RunDirectory:
         for name, (size, _) in files.items():
             self._rows[name].cut(size)
         self.summary_file.unlink(missing_ok=True)
+        (self.path / REPORT).unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Forget the rows and the summary of a run that ended before its first checkpoint."""

@@ -18,7 +18,7 @@ from fedlora_flwr import wire
 from fedlora_flwr.algebra.means import MovingAverage
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.environment import versions
-from fedlora_flwr.errors import NotInstalled, explained
+from fedlora_flwr.errors import explained
 from fedlora_flwr.files import replacing
 from fedlora_flwr.layout import Layout
 from fedlora_flwr.lora.adapters import AdaptedModel
@@ -33,6 +33,7 @@ from fedlora_flwr.server.keeper import Keeper, read_checkpoint, rows_of, told_be
 from fedlora_flwr.server.noise import noise_of_mean
 from fedlora_flwr.server.norm_bound import check_known
 from fedlora_flwr.server.rehearsal import check_folding, rehearse
+from fedlora_flwr.server.report import try_report
 from fedlora_flwr.server.rounds import OnRound, RoundRow, by_name
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.server.strategy import build_strategy
@@ -120,7 +121,6 @@ def _federation(
             strategy.opener = sum_step(config, task, adapted)
         session = _Session(config, task, adapted, strategy, run_dir, on_round, started)
         session.run(grid, checkpoint)
-        session.draw_modes()
     except BaseException as error:
         summary = _summary(config, session, time.perf_counter() - started)
         ending = {"status": status_of(error), "error": reason_of(error)}
@@ -128,11 +128,13 @@ def _federation(
             run_dir.write_summary({**summary, **ending})
             if session:
                 session.write_card({**summary, **ending})
+            try_report(run_dir)
         raise
     summary = _summary(config, session, time.perf_counter() - started)
     summary["end"] = session.end
     session.write_card(summary)
     run_dir.write_summary(summary)
+    try_report(run_dir)
     return summary
 
 
@@ -209,23 +211,6 @@ class _Session:
         self.rows = rows_of(self.run_dir, self.config)
         for row in told_before(self.run_dir):
             self._hear(row[CLIENT], row)
-
-    def draw_modes(self) -> None:
-        """Draw which factor each block trained in each round, where the plan tells blocks apart."""
-        plans = [row["plan"] for row in self.rows[1:]]
-        blocks = self.layout.blocks
-        if any(len(step) == len(blocks) > 1 for plan in plans for step in plan.split("/")):
-            from fedlora_flwr.plots.figures import run_name
-            from fedlora_flwr.plots.modes import plot_modes
-
-            config = self.config
-            title = run_name(config.task, config.strategy, config.epsilon, config.seed)
-            try:
-                plot_modes(plans, blocks, self.run_dir.path / "modes.png", title)
-            except Exception as error:  # The run has its result; a picture must not take it away.
-                missing = NotInstalled.of(error)
-                why, trace = (f" {missing}", None) if missing else ("", error)
-                log(WARNING, "modes.png could not be drawn.%s", why, exc_info=trace)
 
     def write_card(self, summary: Mapping[str, Any]) -> None:
         """Write the card of the last round's adapter, which a run that ends early has, too."""

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.forecast.split_table import split_counts, split_json
 from fedlora_flwr.processes.workers import kept_log, log_to_file
 from fedlora_flwr.server.checkpoint import Checkpoint
 from fedlora_flwr.server.endings import recorded
@@ -65,6 +66,7 @@ class OpenRun:
         config = self.prepared.config
         with kept_log(), recorded(self.run_dir, config):
             log_to_file(self.run_dir.log, [*self.prepared.records, *self.prepared.notes])
+            self.run_dir.write_split(split_json(split_counts(config), config))
             if config.resume:  # Before the rounds are followed.
                 read_checkpoint(config, self.run_dir)
             return self.start(self.prepared, self.run_dir, on_round)

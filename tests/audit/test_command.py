@@ -79,6 +79,7 @@ def test_a_record_is_attached_to_a_run_and_its_card(tmp_path: Path) -> None:
     assert f"Verdict: {record['verdict']}." in text
     start, end = text.index("## Audit\n"), text.index("## Training\n")
     assert text[:start] + text[end:] == before
+    assert f"claimed ε = {record['claim']:.2f}" in (run / "report.html").read_text("utf-8")
 
 
 def test_an_audit_of_another_promise_is_not_attached(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ FILES = {
     "rounds.jsonl": (PUBLIC, "See the rows below."),
     "clients.jsonl": (OPTED, "Values that crossed the wire, by the same names."),
     "summary.json": (PUBLIC, "See the rows below."),
+    "report.html": (OPTED, "The content of the files above, as a page."),
     "adapter/*": _MODEL,
     "best/*": _MODEL,
     "checkpoints/*": _MODEL,

@@ -257,6 +257,7 @@ def test_a_runs_last_lines_name_the_card_and_commands_that_work(
     monkeypatch.setenv("PATH", "/usr/bin")  # An environment that is not activated.
     lines = dict(next_steps(config, run_dir))
     assert lines["Adapter"] == f"{run_dir.adapter}, and its README.md says how to use it"
+    assert lines["Report"] == f"{run_dir.path / 'report.html'}, for a browser"
     assert lines["Next"] == f"{here / 'fedlora'} plot {run_dir.path}"
     done = subprocess.run(lines["Next"], shell=True, capture_output=True, text=True)
     assert (done.returncode, (run_dir.path / "rounds.png").exists()) == (0, True), done.stderr

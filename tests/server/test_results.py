@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from flwr.app import Context, Message
 
 from fedlora_flwr.client_app import app
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.server.rounds import describe_round
+from fedlora_flwr.server.rounds import by_name, describe_round
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.server.serve import run_federation
 from fedlora_flwr.simulations.local_grid import LocalGrid
@@ -25,7 +25,7 @@ from tests.server.support import SUMMARY, run
 def test_the_files_of_a_run(finished: tuple[RunConfig, RunDirectory]) -> None:
     files = {entry.name for entry in finished[1].path.iterdir()}
     results = {"config.toml", "rounds.jsonl", "clients.jsonl", "summary.json", "adapter"}
-    results |= {"best", "checkpoints"}
+    results |= {"best", "checkpoints", "report.html"}
     assert files == {".claim", *results}
 
 
@@ -176,31 +176,43 @@ def test_a_run_in_which_no_client_measures_goes_on_without_figures(
         assert describe_round(row)
 
 
-@pytest.mark.parametrize(
-    ("missing", "told"),
-    [
-        (False, "no space left on device"),
-        (True, "matplotlib is not installed. Run pip install 'fedlora-flwr[plots]'."),
-    ],
-)
-def test_a_picture_that_cannot_be_drawn_does_not_take_the_result_away(
-    missing: bool, told: str, make_config: MakeConfig, tmp_path: Path,
+def test_a_run_writes_its_report(make_config: MakeConfig, tmp_path: Path) -> None:
+    run_dir, _ = run(make_config(strategy="as-lora", num_rounds=2), tmp_path / "run")
+    page = (run_dir.path / "report.html").read_text("utf-8")
+    document = ET.fromstring(page.split("\n", 1)[1])
+    parts = {one.get("id") for one in document.iter("section")}
+    assert parts >= {"result", "privacy", "cost", "choices", "failures", "configuration"}
+    measured = [row["accuracy"] for row in map(by_name, run_dir.rounds())]
+    assert [f"{100 * value:.1f}".removesuffix(".0") in page for value in measured] == [True] * 3
+    for client in {row["client"] for row in run_dir.rows("clients")}:
+        assert f'<th scope="row">{client}</th>' in page
+
+
+def test_a_run_that_fails_has_a_report_that_says_why(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    def stop(row: Any) -> None:
+        if row["round"] == 1:
+            raise RuntimeError("the <disk> is gone")
+
+    with pytest.raises(RuntimeError):
+        run(make_config(num_rounds=2), tmp_path / "run", on_round=stop)
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert "status failed. RuntimeError: the &lt;disk&gt; is gone" in page
+
+
+def test_a_report_that_cannot_be_written_does_not_take_the_result_away(
+    make_config: MakeConfig, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    def fail(*_: Any) -> None:
-        if missing:
-            monkeypatch.setitem(sys.modules, "matplotlib", None)
-            import matplotlib  # noqa: F401
-        raise OSError("no space left on device")
+    def block(_: Any) -> None:
+        (tmp_path / "run" / "report.html" / "in the way").mkdir(parents=True, exist_ok=True)
 
-    monkeypatch.setattr("fedlora_flwr.plots.modes.plot_modes", fail)
     monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
-    run_dir, summary = run(make_config(strategy="as-lora", num_rounds=1), tmp_path / "run")
+    run_dir, summary = run(make_config(num_rounds=1), tmp_path / "run", on_round=block)
     assert summary["status"] == "completed"
-    assert not (run_dir.path / "modes.png").exists()
-    (record,) = {r for r in caplog.records if "modes.png could not be drawn" in r.getMessage()}
-    assert told in f"{record.getMessage()} {record.exc_text}"
-    assert bool(record.exc_info) != missing
+    assert run_dir.summary() is not None
+    assert [r for r in caplog.records if "report.html could not be written" in r.getMessage()]
 
 
 def test_unprotected_metrics_are_marked(make_config: MakeConfig, tmp_path: Path) -> None:

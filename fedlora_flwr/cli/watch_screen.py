@@ -1,0 +1,86 @@
+"""What ``fedlora watch`` shows of a run: its state, its clients, and what failed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.server.followed import Followed, Seen
+from fedlora_flwr.server.rounds import describe_round
+from fedlora_flwr.terminal import Table
+from fedlora_flwr.wire import EPSILON, EPSILON_BUDGET, SECONDS
+
+MOST = 20
+"""Clients that are shown: those that have the least of their budget left."""
+HEADS = ("client", "last seen", "ε spent", "budget left", "seconds")
+
+
+def screen(followed: Followed, config: RunConfig, metric: str, width: int | None) -> list[str]:
+    """Return the lines that show a run as it is now.
+
+    Parameters
+    ----------
+    followed : Followed
+        What the run has written.
+    config : RunConfig
+        The run.
+    metric : str
+        The task's metric.
+    width : int, optional
+        Width of the terminal in characters.
+    """
+    last = followed.last
+    done = last["round"] if last else 0
+    state = describe_round(last, metric) if last else "starting"
+    lines = [
+        f"{config.task}, {config.strategy}: round {done} of {config.num_rounds}",
+        state,
+        "",
+        *clients_table(followed.clients, width),
+    ]
+    if followed.suspects:
+        named = (f"{name} in {count}" for name, count in followed.suspects.items())
+        lines += ["", f"Suspects, by rounds: {', '.join(named)}"]
+    if followed.failures:
+        lines += ["", f"{followed.failed} failed replies; the last lines:", *followed.failures]
+    return [plain(line) for line in lines]
+
+
+def clients_table(clients: Mapping[str, Seen], width: int | None) -> list[str]:
+    """Return a row per client, that with the least budget left first."""
+    order = sorted(clients, key=lambda name: (_left(clients[name].row), name))
+    rows = [_row(name, clients[name]) for name in order[:MOST]]
+    found = Table(HEADS, rows, "<<>>>").lines(width) if rows else []
+    if len(order) > MOST:
+        found.append(f"and {len(order) - MOST} more clients, which have more left")
+    return found
+
+
+def plain(text: str) -> str:
+    """Return a text without control characters, by which a name could command a terminal."""
+    return "".join(sign if sign.isprintable() else "\ufffd" for sign in text)
+
+
+def _row(name: str, seen: Seen) -> tuple[str, ...]:
+    row = seen.row
+    ago = "" if seen.at is None else f", {max(0, time.time() - seen.at):.0f} s ago"
+    left = _left(row)
+    return (
+        name,
+        f"round {row.get('round', '–')}{ago}",
+        _figure(row.get(EPSILON)),
+        "–" if left == float("inf") else f"{left:.2f}",
+        _figure(row.get(SECONDS)),
+    )
+
+
+def _left(row: Mapping[str, Any]) -> float:
+    spent, budget = row.get(EPSILON), row.get(EPSILON_BUDGET)
+    known = isinstance(spent, int | float) and isinstance(budget, int | float)
+    return budget - spent if known else float("inf")  # type: ignore[operator]
+
+
+def _figure(value: object) -> str:
+    return f"{value:.2f}" if isinstance(value, int | float) else "–"

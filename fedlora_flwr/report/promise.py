@@ -1,0 +1,62 @@
+"""The trust model and the promise of a run, in sentences."""
+
+from __future__ import annotations
+
+from fedlora_flwr.report.facts import RunFacts, number
+from fedlora_flwr.report.scales import plain
+
+
+def promise(facts: RunFacts) -> str:
+    """Return whom a participant had to trust, and what is promised about one record."""
+    if not facts.config.private:
+        return (
+            "None. The run added no noise (epsilon = inf), so it promises nothing about any record."
+        )
+    return " ".join([_trust(facts), _meaning(facts), *_spent(facts), *_limits(facts)])
+
+
+def _trust(facts: RunFacts) -> str:
+    if not facts.config.secure_sum:
+        return (
+            "Trust model: local. Each client added all of its noise before anything left it, so no "
+            "client had to trust the server or another client."
+        )
+    told = (facts.summary.get("remarks") or {}).get("secure sum", "no round was summed")
+    return (
+        "Trust model: secure sum. All clients together added the noise, each a share, and only the "
+        f"sum of their uploads was to be opened ({told}). Clients had to trust that at most "
+        f"{facts.config.colluding} of them side with the server."
+    )
+
+
+def _meaning(facts: RunFacts) -> str:
+    whose = "all clients together" if facts.config.secure_sum else "one client"
+    return (
+        f"The promise is for one training record of {whose}. Compared with a run in which the "
+        "record's gradient is zero in every step, no outcome is more than e^ε times as likely, "
+        "except with probability δ."
+    )
+
+
+def _spent(facts: RunFacts) -> list[str]:
+    summary = facts.summary
+    spent, budget = number(summary.get("epsilon_max")), number(summary.get("epsilon_budget"))
+    if spent is None or budget is None:
+        return [f"The budget is ε = {facts.config.epsilon:g} at δ = {facts.config.delta:g}."]
+    by = f" by the accountant {summary['accountant']}" if summary.get("accountant") else ""
+    return [
+        f"The largest ε that a client has spent is {plain(spent)} of {plain(budget)}, at "
+        f"δ = {plain(number(summary.get('delta')) or facts.config.delta)}{by}."
+    ]
+
+
+def _limits(facts: RunFacts) -> list[str]:
+    found = ["The promise does not cover the public test set, and not how many records there are."]
+    if facts.config.reproducible:
+        found.append(
+            "This is a simulation and not a release: its noise follows a seed, and anyone who "
+            "knows the seed can remove the noise."
+        )
+    if facts.summary.get("unprotected_metrics"):
+        found.append("Losses on private records were also reported, without noise.")
+    return found
