@@ -80,6 +80,13 @@ def long_runs(on_figure: OnFigure) -> None:
     measure(Setting(), on_figure)
 
 
+def frozen_prefix(on_figure: OnFigure) -> None:
+    """Compare steps that look frozen layers' activations up with steps that compute them."""
+    from benchmarks.prefix import Setting, measure
+
+    measure(Setting(), on_figure)
+
+
 def worker_memory(on_figure: OnFigure) -> None:
     """Weigh one more worker process that shares the frozen weights with the others."""
     from benchmarks.workers import Setting, measure
@@ -125,6 +132,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "clients": registered_clients,
     "start": client_start,
     "long_runs": long_runs,
+    "prefix": frozen_prefix,
     "workers": worker_memory,
     "published": published_way,
     "masking": masked_sums,
@@ -135,7 +143,8 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 
 
 BY_NAME_ONLY = (
-    "alternation", "growth", "start", "long_runs", "masking", "correlated", "attacks", "gpu",
+    "alternation", "growth", "start", "long_runs", "prefix", "masking", "correlated", "attacks",
+    "gpu",
 )  # fmt: skip
 """What `run_suite` leaves out unless named: no bar, no matter of simulations, long, or for a GPU.
 """

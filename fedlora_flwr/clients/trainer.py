@@ -18,6 +18,7 @@ from fedlora_flwr.layout import Layout
 from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.lora.build import build_adapted
 from fedlora_flwr.lora.compiled import compile_backbone
+from fedlora_flwr.lora.prefix_cache import PrefixCache
 from fedlora_flwr.lora.shared_weights import share
 from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
@@ -63,6 +64,8 @@ class LocalTrainer:
         The private step on that model.
     start : Mapping[str, ndarray]
         The arrays before training, which depend on the seed and not on any record.
+    prefix : PrefixCache, optional
+        What this process keeps of the layers below the first that trains.
 
     Examples
     --------
@@ -80,6 +83,7 @@ class LocalTrainer:
     adapted: AdaptedModel
     engine: PrivateEngine
     start: Mapping[str, NDArray[np.float32]]
+    prefix: PrefixCache | None = None
 
     @classmethod
     def build(cls, config: RunConfig, task: Task | None = None) -> LocalTrainer:
@@ -90,7 +94,8 @@ class LocalTrainer:
         engine = PrivateEngine(adapted, losses, config.microbatch_size or None)
         if config.compile != "none":
             compile_backbone(adapted, config.compile)
-        return cls(config, task, adapted, engine, adapted.read())
+        prefix = PrefixCache.of(config, adapted)
+        return cls(config, task, adapted, engine, adapted.read(), prefix)
 
     @cached_property
     def layout(self) -> Layout:
@@ -215,6 +220,8 @@ class LocalTrainer:
         """Load the arrays, check the plan and the model, and give the client its own randomness."""
         self.layout.check_plan(plan)
         self.load(arrays)
+        if self.prefix is not None:
+            self.prefix.follow(self.layout.trained(plan, self.config.local_steps))
         settings = OptimizerSettings.in_round(self.config, server_round)
         settings = replace(settings, proximal_mu=proximal_mu)
         with one_client(self.config.client_threads, self._seed("dropout", stream)):

@@ -39,7 +39,7 @@ _MAY_DIFFER = (
     "min-clients", "min-completion", "round-timeout",
     "early-stopping-patience", "early-stopping-threshold",
     # Keys of the machine. Another machine may round differently.
-    "device", "client-threads", "share-weights",
+    "device", "client-threads", "share-weights", "prefix-cache",
 )  # fmt: skip
 
 

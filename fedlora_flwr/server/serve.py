@@ -23,6 +23,7 @@ from fedlora_flwr.files import replacing
 from fedlora_flwr.layout import Layout
 from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.lora.build import build_adapted
+from fedlora_flwr.lora.prefix_cache import PrefixCache
 from fedlora_flwr.lora.started import start_of
 from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.server.best import Best
@@ -157,6 +158,7 @@ class _Session:
 
     def __post_init__(self) -> None:
         self._average = MovingAverage(self.config.average_decay)
+        self._prefix = PrefixCache.of(self.config, self.adapted)
         self._keeper = Keeper(self.run_dir, self.config, self.adapted.fingerprint)
         self.best = Best(self.config, self.task.metric)
 
@@ -270,6 +272,9 @@ class _Session:
         last = server_round == config.num_rounds or self.strategy.finished
         if server_round % config.eval_every and not last:
             return {}
+        if self._prefix is not None and report is not None:
+            plan = ComponentPlan.parse(report.plan)
+            self._prefix.follow(self.layout.trained(plan, config.local_steps))
         advice = "Set another model or test-split, or a smaller eval-batch-size."
         with explained("Measuring the model on the public records", advice):
             return self.task.evaluate(self.adapted.model, self.task.test_records())

@@ -71,7 +71,7 @@ def double_precision(make_config: MakeConfig, **changes: Any) -> OwnNoise:
         return task.losses(model, {**batch, "image": batch["image"].double()})
 
     return OwnNoise(
-        trainer.config, task, adapted, PrivateEngine(adapted, losses), trainer.start, []
+        trainer.config, task, adapted, PrivateEngine(adapted, losses), trainer.start, source=[]
     )
 
 

@@ -49,6 +49,12 @@ class RunSection:
         "whether processes of a machine share the frozen weights through a cached file",
         _DEVICE, "It writes a file, and a device has only one process.", on_device=False,
     )  # fmt: skip
+    prefix_cache: float = key(
+        4.0, at_least(0),
+        "size in GiB of what each process keeps of the frozen layers below the first that trains",
+        _DEVICE, "Activations of private records go to the device's disk while it trains.",
+        on_device=0.0,
+    )  # fmt: skip
     device: str = key(
         "auto", ANY, "where clients train: auto, cpu, cuda, cuda:1, …", _DEVICE, _HARDWARE
     )

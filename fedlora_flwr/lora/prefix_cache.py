@@ -1,0 +1,247 @@
+"""The layers below the first that trains, computed once per record.
+
+These layers are frozen, so they make the same activations of a record in every round. The cache
+looks the activations up by what the model reads, and the model goes on from there. Tasks, engine
+and evaluation do not know of it: they call the model, and its results have the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fedlora_flwr.config import RunConfig
+from fedlora_flwr.files import cache_folder
+from fedlora_flwr.layout import factor_of
+from fedlora_flwr.lora.activations import Activations
+from fedlora_flwr.lora.adapters import AdaptedModel
+from fedlora_flwr.lora.digests import in_bytes
+from fedlora_flwr.lora.prefix_search import Cut, Template, find_cut, prefix_of, standing_in
+
+# With fewer rows, a matrix product may add up in another order, which changes last bits.
+_LEAST_ROWS = 4
+
+
+class PrefixCache:
+    """Keeps what a model's frozen first layers make of each record.
+
+    It acts on every call of the model: in training, evaluation and checks. A call whose inputs it
+    cannot tell apart by record runs as if it were not there, and so does a call of fewer than four
+    records. Where the first layers use random numbers, as dropout does, nothing is kept.
+
+    Parameters
+    ----------
+    adapted : AdaptedModel
+        The model. It keeps its two hooks on it for as long as the model lives.
+    limit : int
+        Largest size in bytes of the file with the activations.
+
+    Notes
+    -----
+    *Where it cuts.* The first call is observed: the cut is after the last module that has ended
+    before the first trained module begins. Its output must not depend on a trained parameter, which
+    autograd tells. Modules before the cut are left out from then on and return NaN. A cut is used
+    only if the whole model then gives the same bits as without it, on the records of this call and
+    with other records beside them.
+
+    *What it keeps.* Activations of private records are as private as the records. They stay in this
+    process and in its file without a name (see `Activations`).
+    """
+
+    def __init__(self, adapted: AdaptedModel, limit: int) -> None:
+        self._adapted = adapted
+        self._kept = Activations(cache_folder() / "activations", limit)
+        self._factors = True
+        self._cuts: dict[tuple[bool, bool], Cut | None] = {}
+        self._state: object = None
+        self._digest = b""
+        self._serving: list[Any] = []
+        self._busy = False
+        adapted.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        adapted.model.register_forward_hook(self._end, always_call=True)
+
+    @classmethod
+    def of(cls, config: RunConfig, adapted: AdaptedModel) -> PrefixCache | None:
+        """Return the cache of a run's model; ``None`` if the run has none.
+
+        A compiled model has none, since it doesn't call its modules one by one.
+        """
+        limit = int(config.prefix_cache * 2**30)
+        return cls(adapted, limit) if limit and config.compile == "none" else None
+
+    def follow(self, trained: Iterable[str]) -> None:
+        """Learn which arrays train from now on.
+
+        Parameters
+        ----------
+        trained : Iterable[str]
+            Names of arrays. If no factor is among them, the layers up to the head are frozen.
+        """
+        self._factors = any(factor_of(name) is not None for name in trained)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._busy:
+            return
+        call = Call.read(model, args, kwargs)
+        if call is None or call.rows < _LEAST_ROWS:
+            return
+        self._busy = True
+        try:
+            cut = self._cut(call)
+            if cut is not None:
+                value, templates = self._values(cut, call)
+                self._serving.append(standing_in(cut, value, templates, call.rows))
+                self._serving[-1].__enter__()
+        finally:
+            self._busy = False
+
+    def _end(self, *_: Any) -> None:
+        if not self._busy and self._serving:
+            self._serving.pop().__exit__(None, None, None)
+
+    def _cut(self, call: Call) -> Cut | None:
+        """Return where to cut; searched for once per mode, in the first call of enough records."""
+        mode = self._factors, self._adapted.model.training
+        if mode not in self._cuts:
+            if call.rows <= _LEAST_ROWS:
+                return None
+            first = [layer.module for layer in self._adapted.layers] if self._factors else []
+            starts: list[nn.Module] = [*first, *(part.module for part in self._adapted.head)]
+            trained = [
+                parameter
+                for name, parameter in self._adapted.parameters.items()
+                if self._factors or factor_of(name) is None
+            ]
+            self._cuts[mode] = find_cut(call, starts, trained)
+        return self._cuts[mode]
+
+    def _values(self, cut: Cut, call: Call) -> tuple[Tensor, Sequence[Template]]:
+        """Return the cut's output for all rows, and the forms of what is left out."""
+        self._refresh(cut)
+        keys = call.keys(self._digest + bytes([self._adapted.model.training, self._factors]))
+        templates = cut.templates.get(call.form)
+        missing = [n for n, key in enumerate(keys) if templates is None or key not in self._kept]
+        if not missing and templates is not None:
+            return self._kept.read(keys, cut.like[call.form]).to(call.device), templates
+        part = (missing + missing[:1] * _LEAST_ROWS)[: max(len(missing), _LEAST_ROWS)]
+        fresh, templates = prefix_of(call.of(part), cut)
+        cut.templates[call.form] = templates
+        cut.like[call.form] = torch.empty_like(fresh[:1], device="cpu")
+        fresh = fresh[: len(missing)]
+        self._kept.keep([keys[n] for n in missing], fresh)
+        if len(missing) == len(keys):
+            return fresh, templates
+        value = fresh.new_empty((len(keys), *fresh.shape[1:]))
+        value[missing] = fresh
+        absent = set(missing)
+        known = [n for n in range(len(keys)) if n not in absent]
+        held = self._kept.read([keys[n] for n in known], cut.like[call.form])
+        value[known] = held.to(value.device)
+        return value, templates
+
+    def _refresh(self, cut: Cut) -> None:
+        """Forget all rows if the weights below the cut have changed."""
+        state = [(p.data_ptr(), p._version) for p in cut.tensors]
+        if state == self._state:
+            return
+        exchanged = {id(p) for p in self._adapted.parameters.values()}
+        found = hashlib.blake2b(digest_size=16)
+        for number, tensor in enumerate(cut.tensors):
+            # An array that a server sends may be written again with the same values.
+            if id(tensor) in exchanged:
+                found.update(in_bytes(tensor).numpy().tobytes())
+            else:
+                found.update(repr((number, state[number])).encode())
+        if found.digest() != self._digest:
+            self._kept.clear()
+            self._digest = found.digest()
+        self._state = state
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a model, whose tensors have one row per record.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    args, kwargs
+        Its arguments.
+    rows : int
+        Number of records.
+    form : tuple
+        What all rows share: the names, types and shapes of the tensors, and all other values.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    rows: int
+    form: tuple[object, ...]
+
+    @classmethod
+    def read(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """Return the call, or ``None`` if a value can't be told apart by record."""
+        named = [*enumerate(args), *sorted(kwargs.items())]
+        tensors = [value for _, value in named if isinstance(value, Tensor)]
+        others = [value for _, value in named if not isinstance(value, Tensor)]
+        plain = all(
+            value is None or isinstance(value, bool | int | float | str) for value in others
+        )
+        if not tensors or not plain or any(t.dim() == 0 or t.requires_grad for t in tensors):
+            return None
+        rows = len(tensors[0])
+        if any(len(tensor) != rows for tensor in tensors):
+            return None
+        form = tuple(
+            (name, value.dtype, value.shape[1:], value.device)
+            if isinstance(value, Tensor)
+            else (name, value)
+            for name, value in named
+        )
+        return cls(model, args, kwargs, rows, form)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first tensor."""
+        return next(v.device for v in (*self.args, *self.kwargs.values()) if torch.is_tensor(v))
+
+    def of(self, rows: Sequence[int]) -> Call:
+        """Return the call for some of its records."""
+
+        def chosen(value: Any) -> Any:
+            return value[list(rows)] if isinstance(value, Tensor) else value
+
+        args, kwargs = pytree.tree_map(chosen, (self.args, self.kwargs))
+        return Call(self.model, args, kwargs, len(rows), self.form)
+
+    def run(self) -> Any:
+        """Call the model."""
+        return self.model(*self.args, **self.kwargs)
+
+    def keys(self, salt: bytes) -> list[bytes]:
+        """Return a digest of each row, its form and ``salt``, 16 bytes."""
+        begin = hashlib.blake2b(salt + repr(self.form).encode(), digest_size=16)
+        named = [*enumerate(self.args), *sorted(self.kwargs.items())]
+        rows = [
+            in_bytes(value).view(self.rows, -1).numpy()
+            for _, value in named
+            if isinstance(value, Tensor) and value.numel()
+        ]
+        found = []
+        for number in range(self.rows):
+            one = begin.copy()
+            for values in rows:
+                one.update(values[number].tobytes())
+            found.append(one.digest())
+        return found
