@@ -29,8 +29,8 @@ class Setting:
 
     layers: int = 6
     width: int = 384
-    records: int = 256
-    repetitions: int = 5
+    records: int = 64
+    repetitions: int = 3
 
     @property
     def shape(self) -> Shape:
@@ -58,7 +58,8 @@ def measure(setting: Setting, on_figure: Callable[[Figure], None]) -> None:
 def step(setting: Setting, what: str, cached: bool) -> Call:
     """Return a private step, after one that has seen all records."""
     shape = setting.shape
-    adapted = attach(shape.build(), LoRASpec(4, 16.0, 0.0, LATE, (shape.head,)), seed=0)
+    spec = LoRASpec(4, 16.0, 0.0, LATE, (shape.head,), backbone_dropout=False)
+    adapted = attach(shape.build(), spec, seed=0)
     names: Sequence[str] = [
         name for name in adapted.parameters if what != "head alone" or factor_of(name) is None
     ]

@@ -1,7 +1,7 @@
 """The layers below the first that trains, computed once per record.
 
 These layers are frozen, so they make the same activations of a record in every round. The cache
-looks the activations up by what the model reads, and the model goes on from there. Tasks, engine
+looks the activations up by what the model reads, and the model continues from there. Tasks, engine
 and evaluation do not know of it: they call the model, and its results have the same bits.
 """
 

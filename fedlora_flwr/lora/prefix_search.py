@@ -61,7 +61,7 @@ class Cut:
     Parameters
     ----------
     module : nn.Module
-        The module whose output the model goes on from.
+        The module whose output the model continues from.
     left_out : tuple[nn.Module, ...]
         Modules that need not run.
     tensors : tuple[Tensor, ...]
@@ -111,7 +111,7 @@ def find_cut(call: Prefix, starts: Iterable[nn.Module], trained: Sequence[Tensor
     -------
     Cut or None
         ``None`` if random numbers are drawn before that place, if too little is before it, or if
-        the model gives other bits when it goes on from there.
+        the model gives other bits when it continues from there.
     """
     with _unnoticed() as changed:
         found = _record(call, set(starts), trained)
@@ -167,7 +167,7 @@ def prefix_of(call: Prefix, cut: Cut) -> tuple[Tensor, list[Template]]:
 def standing_in(
     cut: Cut, value: Tensor, templates: Sequence[Template], rows: int
 ) -> Iterator[None]:
-    """Let the model go on from ``value`` at a cut, and leave out what is before it.
+    """Let the model continue from ``value`` at a cut, and leave out what is before it.
 
     Sums depend on the order in memory, so ``value`` is laid out as the module's own output.
     """

@@ -170,7 +170,7 @@ def test_all_that_a_model_reads_tells_records_apart() -> None:
         assert torch.equal(masked, ROBERTA.losses(adapted.model, batch))
 
 
-def test_dropout_below_the_cut_is_drawn_anew() -> None:
+def test_dropout_below_the_cut_is_drawn_again() -> None:
     def build(cached: bool) -> AdaptedModel:
         adapted = late(VIT)
         for module in adapted.model.modules():
