@@ -94,7 +94,8 @@ class LocalTrainer:
         engine = PrivateEngine(adapted, losses, config.microbatch_size or None)
         if config.compile != "none":
             compile_backbone(adapted, config.compile)
-        prefix = PrefixCache.of(config, adapted)
+        # Views are other pictures in each step, so hardly any would be found again.
+        prefix = PrefixCache.of(config, adapted) if config.augmentation == "none" else None
         return cls(config, task, adapted, engine, adapted.read(), prefix)
 
     @cached_property
