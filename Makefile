@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PYTEST :=
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test test-deploy recipes style lint docs bench bench-gpu soak audit load breaks
+.PHONY: setup run test test-slow test-deploy recipes style lint docs bench bench-gpu soak audit load breaks
 
 setup: $(STAMP)
 
@@ -33,6 +33,10 @@ test: style
 	@$(BIN)/mypy > $(VENV)/mypy.log 2>&1 & types=$$!; \
 	$(BIN)/python -m pytest $(PYTEST); failed=$$?; \
 	wait $$types || failed=1; echo "mypy:"; cat $(VENV)/mypy.log; exit $$failed
+
+# What tries very many inputs, or starts many processes (see `SLOW` in tests/conftest.py).
+test-slow: setup
+	$(BIN)/python -m pytest -m "slow and not (deploy or flower or recipes)" -o cache_dir=.pytest_cache/slow $(PYTEST)
 
 # Real Flower processes. Two files at a time: more of them slow a fleet beyond its timeouts. The
 # other tests may run at the same time, so these keep another cache.

@@ -70,6 +70,21 @@ LONGEST = (
 )
 
 
+# What tries very many inputs, or starts many processes: half of the time of all tests.
+SLOW = (
+    "benchmarks",
+    "docs/test_pages.py",
+    "examples",
+    "hostile",
+    "server/test_resume.py",
+    "simulations/test_every_method.py",
+    "simulations/test_recipes.py",
+    "studies",
+    "test_installations.py",
+    "test_packaging.py",
+)
+
+
 # Each row of a ledger waits for the disk. In memory the tests need not wait, and write the same.
 MEMORY, ENOUGH = Path("/dev/shm"), 8 * 2**30
 if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ENOUGH:
@@ -88,8 +103,16 @@ def pytest_configure(config: pytest.Config) -> None:
             shutil.rmtree(cache / name, ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with the files that take longest, so that no process ends with one of them alone."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark slow tests, unless their file is named; start with the files that take longest.
+
+    No process then ends with one of these alone.
+    """
+    for item in () if any(".py" in arg for arg in config.args) else items:
+        path = item.path.relative_to(Path(__file__).parent)
+        if not {path.as_posix(), path.parts[0]}.isdisjoint(SLOW):
+            item.add_marker("slow")
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
 

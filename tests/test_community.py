@@ -59,7 +59,7 @@ def test_every_make_command_of_a_workflow_and_of_the_pages_is_a_target() -> None
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M))
     runs = [step.get("run", "") for path in WORKFLOWS for step in steps(read(path))]
     called = set(re.findall(r"^make ([\w-]+)", "\n".join(runs), re.M))
-    assert called == {"setup", "docs", "test", "test-deploy"}
+    assert called == {"setup", "docs", "test", "test-slow", "test-deploy"}
     for page in [*PAGES, HOST / "PULL_REQUEST_TEMPLATE.md"]:
         called |= set(re.findall(r"(?:`|^    )make ([\w-]+)", page.read_text("utf-8"), re.M))
     assert called <= targets
@@ -154,7 +154,7 @@ docs:
 test:
 \t@{python} -m pytest -q tests -o cache_dir=.pytest_cache $(PYTEST); failed=$$?; \\
 \t{types} || failed=1; exit $$failed
-test-deploy:
+test-slow test-deploy:
 """
 
 

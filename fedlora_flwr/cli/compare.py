@@ -51,6 +51,10 @@ Rows = Annotated[
     ),
 ]
 Budgets = Annotated[str, typer.Option(help="Privacy budgets joined by commas; none = no privacy.")]
+Trials = Annotated[
+    int,
+    typer.Option(min=0, help="Learning rates tried per row and ε; 0 keeps the row's own rate."),
+]
 Baselines = Annotated[
     str,
     typer.Option(
@@ -73,10 +77,7 @@ def compare(
     rows: Rows = None,
     epsilon: Budgets = "1,3,8,none",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 1 to N are reported.")] = 5,
-    trials: Annotated[
-        int,
-        typer.Option(min=0, help="Learning rates tried per row and ε; 0 keeps the row's own rate."),
-    ] = 6,
+    trials: Trials = 6,
     baselines: Baselines = "auto",
     reference: Reference = "",
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
