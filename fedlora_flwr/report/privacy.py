@@ -9,6 +9,7 @@ from fedlora_flwr.report.facts import RunFacts, number
 from fedlora_flwr.report.html import Markup, element, folded, table
 from fedlora_flwr.report.promise import promise
 from fedlora_flwr.report.scales import duration, plain, thinned
+from fedlora_flwr.wire import EPSILON_BUDGET
 
 FIRST, MOST = 30, 500
 """Clients that are shown at once, and at most."""
@@ -42,7 +43,7 @@ def _clients(facts: RunFacts) -> list[Markup]:
         row, share = last[name], _share(last[name])
         rows.append([
             name, "–" if share is None else _bar(share), _plain(row.get("epsilon")),
-            _plain(row.get("epsilon-budget")), _plain(row.get("delta")),
+            _plain(row.get(EPSILON_BUDGET)), _plain(row.get("delta")),
             str(row.get("round", "–")), duration(seconds[name]),
         ])  # fmt: skip
     caption = "ε by client against its budget, the largest share first"
@@ -59,7 +60,7 @@ def _clients(facts: RunFacts) -> list[Markup]:
 def _share(row: object) -> float | None:
     """Return the share of its budget that a client has spent."""
     told = row if isinstance(row, dict) else {}
-    spent, budget = number(told.get("epsilon")), number(told.get("epsilon-budget"))
+    spent, budget = number(told.get("epsilon")), number(told.get(EPSILON_BUDGET))
     return spent / budget if spent is not None and budget else None
 
 

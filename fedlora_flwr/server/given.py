@@ -92,7 +92,8 @@ def _strategy(stack: ExitStack, strategy: Any) -> str:
     for name, known in places.STRATEGIES.items():
         if known == place:
             return name
-    there = getattr(sys.modules.get(strategy.__module__), strategy.__name__, None)
+    module = sys.modules.get(strategy.__module__)
+    there = getattr(module, strategy.__name__, None)
     # Another process has a main module of its own.
     if there is strategy and strategy.__module__ != "__main__" and places.is_place(place):
         return place

@@ -60,19 +60,26 @@ class SumStep:
         self._optimizer = self._post.optimizer(OptimizerSettings.in_round(config, 1))
         self._deviation = grid.noise_multiplier * config.clip_norm
         self._weights = ClipWeights.configured(config)
+        self._simulated: bool | None = None  # Unknown before the first sum.
 
     @property
     def remark(self) -> str:
         """What the run's summary says of the sum."""
         alone = f"one client's uploads would spend ε = {unmasked(self._config, self._grid):.3g}"
-        if self._sum.simulated:
+        if self._simulated is None:
+            return f"not opened once. If masking failed, {alone}"
+        if self._simulated:
             return f"simulated: this process sees every upload, and {alone}"
         return f"masked by the clients. If masking failed, {alone}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of optimizer and filter, by array: NumPy arrays and plain values."""
+        """Return the state of optimizer and filter, by array: NumPy arrays and plain values.
+
+        It also tells whether any sum was simulated.
+        """
         state = self._optimizer.state
         return {
+            "simulated": self._simulated,
             "optimizer": {
                 name: {key: _plain(value) for key, value in state[parameter].items()}
                 for name, parameter in self._adapted.parameters.items()
@@ -83,6 +90,7 @@ class SumStep:
 
     def load_state_dict(self, found: Mapping[str, Any]) -> None:
         """Take up what `state_dict` returned."""
+        self._simulated = found["simulated"]
         self._filter.load_state_dict(found["filter"])
         for name, state in found["optimizer"].items():
             parameter = self._adapted.parameters[name]
@@ -105,6 +113,7 @@ class SumStep:
             The sum cannot be opened (see `MaskedSum.total`), or its record count is impossible.
         """
         found = {name: opened(array) for name, array in self._sum.total(ask, uploads).items()}
+        self._simulated = bool(self._simulated) or self._sum.simulated
         count = int(found[NUM_EXAMPLES][0])
         if not 1 <= count <= self._records:
             allowed = f"from 1 to {self._records} (sum-records). A client uploaded a false number"

@@ -68,6 +68,18 @@ def test_a_run_killed_at_any_write_goes_on_as_if_it_had_not_been(name: str, tmp_
     assert_same(whole, broken)
 
 
+def test_a_run_that_is_resumed_after_its_last_round_says_what_it_said(tmp_path: Path) -> None:
+    config, whole, again = tiny(tmp_path, **SUM), tmp_path / "whole", tmp_path / "again"
+    begin(config, whole)
+    begin(config, again)
+    (again / "summary.json").unlink()
+    resume(config, again)
+    assert_same(whole, again)
+    summary = RunDirectory(again).summary()
+    assert summary is not None
+    assert summary["remarks"]["secure sum"].startswith("simulated")
+
+
 def test_each_write_of_a_round_may_be_the_last_of_its_process(tmp_path: Path) -> None:
     config = tiny(tmp_path, strategy="fedsa-lora", num_rounds=2, num_clients=2)
     whole, broken, kills = tmp_path / "whole", tmp_path / "broken", 0
