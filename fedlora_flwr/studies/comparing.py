@@ -16,6 +16,7 @@ from fedlora_flwr.config.keys import dashed
 from fedlora_flwr.config.names import short_name
 from fedlora_flwr.config.recipes import config_of
 from fedlora_flwr.errors import InvalidValue, require
+from fedlora_flwr.forecast.precision import settled
 from fedlora_flwr.processes.workers import kept_log
 from fedlora_flwr.server.given import check_alone, given
 from fedlora_flwr.strategies import STRATEGIES, strategy_class
@@ -181,6 +182,7 @@ def compare(
         config = config_of(recipe, {**changes, **own, "strategy": first[0] if first else ""})
         require(*extras_of(config.task), "plots", "flwr_datasets")
         check_alone(config, "workers", workers, alone=workers == 1)
+        config = settled(config, build_task(config.task, config)).config
         methods = read_methods([*names, *rows], config)
         named = Comparison(config, methods, budgets, seeds, trials, reference=reference)
         what, chosen = with_baselines(named, baselines)
