@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import math
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -102,9 +101,8 @@ class Product:
         sizes: Counter[tuple[int, int]] = Counter()
         for layer in model.modules():
             if isinstance(layer, nn.Linear) and not layer.weight.requires_grad:
-                sizes[layer.in_features, layer.out_features] += layer.in_features * (
-                    layer.out_features
-                )
+                size = layer.in_features, layer.out_features
+                sizes[size] += math.prod(size)
         inputs, outputs = sizes.most_common(1)[0][0] if sizes else _USUAL
         return cls(str(device), threads, min(inputs, _LARGEST), min(outputs, _LARGEST))
 
@@ -128,8 +126,8 @@ Measure: TypeAlias = Callable[[Product], Speeds]
 def measure(product: Product) -> Speeds:
     """Measure one frozen layer, forward and backward to its input, as a run computes it.
 
-    The two precisions take turns, so that other work on the machine slows both. The medians of the
-    turns count.
+    The two precisions take turns, so that other work on the machine slows both. The fastest turn of
+    each counts, since other work makes no turn faster.
 
     Parameters
     ----------
@@ -149,7 +147,7 @@ def measure(product: Product) -> Speeds:
             turns = [[_seconds(work) for work in works] for _ in range(_WARM + _TURNS)]
     finally:
         torch.set_num_threads(threads)
-    fp32, bf16 = (statistics.median(times) for times in zip(*turns[_WARM:], strict=True))
+    fp32, bf16 = (min(times) for times in zip(*turns[_WARM:], strict=True))
     return Speeds(fp32, bf16)
 
 
@@ -191,9 +189,8 @@ def _write(draft: Path, speeds: Speeds) -> None:
 
 def _work(product: Product, *, half: bool) -> Callable[[], object]:
     # Constant values: the measurement must not move the stream of torch's random numbers.
-    layer = nn.utils.skip_init(
-        nn.Linear, product.inputs, product.outputs, bias=False, device=product.device
-    )
+    bare = nn.Linear(product.inputs, product.outputs, bias=False, device="meta")
+    layer = bare.to_empty(device=product.device)
     nn.init.constant_(layer.weight.requires_grad_(False), 0.01)
     if half:
         run_in_bf16(layer)

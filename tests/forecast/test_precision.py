@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from flwr.app import Context, RecordDict
 
 from fedlora_flwr import server_app
 from fedlora_flwr.audit.audit_run import audit_run
 from fedlora_flwr.cli.run_screen import describe_plan
+from fedlora_flwr.client_app import app
 from fedlora_flwr.config import RunConfig, read_toml
 from fedlora_flwr.deploy.supervise import Restarts, supervise
 from fedlora_flwr.errors import InvalidValue
@@ -23,6 +24,7 @@ from fedlora_flwr.lora.auto_precision import Product, Speeds
 from fedlora_flwr.lora.build import build_adapted, resolve_device
 from fedlora_flwr.server.checkpoint import Checkpoints
 from fedlora_flwr.simulations.launch import OpenRun, open_run
+from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.studies.comparing import compare
 from fedlora_flwr.tasks.registry import build_task
 from tests.server.resuming import tiny
@@ -91,10 +93,13 @@ def test_a_plan_an_audit_and_a_comparison_choose_too(tmp_path: Path) -> None:
     found_here(config, FAST)
 
     planned = plan_run(config, records=20)
-    attack = {"mode": "one-run", "records": 10, "num_rounds": 1, "confidence": 0.9999}
-    attacked = audit_run(config, precision="auto", **attack)
-    once = {"epsilons": [8], "seeds": 1, "trials": 0, "baselines": "none"}
-    compare(config, ["rolora"], **once, output=tmp_path / "compared")
+    attacked = audit_run(
+        config, mode="one-run", records=10, confidence=0.9999, num_rounds=1, precision="auto"
+    )
+    compare(
+        config, ["rolora"], epsilons=[8], seeds=1, trials=0, baselines="none",
+        output=tmp_path / "compared",
+    )  # fmt: skip
 
     assert planned.config.precision == "bf16"
     assert planned.precision == str(FAST)
@@ -116,7 +121,7 @@ def test_a_fleet_a_server_and_a_model_refuse_what_is_not_settled(tmp_path: Path)
     with pytest.raises(InvalidValue, match=reason):
         supervise(tmp_path, config, Restarts(), str)
     with pytest.raises(InvalidValue, match=reason):
-        server_app.main(None, SimpleNamespace(run_config=config.items()))
+        server_app.main(LocalGrid(app, 1, {}), Context(0, 0, {}, RecordDict(), config.items()))
     with pytest.raises(InvalidValue, match=reason):
         build_adapted(config, build_task(config.task, config))
     assert not (tmp_path / "run").exists()

@@ -84,8 +84,8 @@ def test_a_cache_that_cannot_be_written_costs_a_measurement_and_no_error(cache: 
 def test_each_product_version_and_processor_has_its_own_file(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    files = {replace(SMALL, **{key: 4}).file for key in ("threads", "inputs", "outputs")}
-    files.add(SMALL.file)
+    others = replace(SMALL, threads=4), replace(SMALL, inputs=4), replace(SMALL, outputs=4)
+    files = {product.file for product in (SMALL, *others)}
     monkeypatch.setattr(torch, "__version__", "0.0.1")
     files.add(SMALL.file)
     monkeypatch.setattr("fedlora_flwr.lora.auto_precision.processor", lambda: "another")
