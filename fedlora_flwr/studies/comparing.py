@@ -16,7 +16,6 @@ from fedlora_flwr.config.keys import dashed
 from fedlora_flwr.config.names import short_name
 from fedlora_flwr.config.recipes import config_of
 from fedlora_flwr.errors import InvalidValue, require
-from fedlora_flwr.forecast.precision import settled
 from fedlora_flwr.processes.workers import kept_log
 from fedlora_flwr.server.given import check_alone, given
 from fedlora_flwr.strategies import STRATEGIES, strategy_class
@@ -172,6 +171,8 @@ def compare(
     >>> found.table[["row", "epsilon", "failed"]].values.tolist(), len(found.runs)
     ([['rolora', 8.0, 0]], 1)
     """
+    from fedlora_flwr.forecast.precision import settled
+
     names = _names(strategies, rows)
     budgets = _budgets(epsilons)
     with ExitStack() as stack:

@@ -23,6 +23,7 @@ from fedlora_flwr.forecast.precision import settled
 from fedlora_flwr.lora.auto_precision import Product, Speeds
 from fedlora_flwr.lora.build import build_adapted, resolve_device
 from fedlora_flwr.server.checkpoint import Checkpoints
+from fedlora_flwr.server.rehearsal import build_unread
 from fedlora_flwr.simulations.launch import OpenRun, open_run
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.studies.comparing import compare
@@ -124,4 +125,6 @@ def test_a_fleet_a_server_and_a_model_refuse_what_is_not_settled(tmp_path: Path)
         server_app.main(LocalGrid(app, 1, {}), Context(0, 0, {}, RecordDict(), config.items()))
     with pytest.raises(InvalidValue, match=reason):
         build_adapted(config, build_task(config.task, config))
+    with pytest.raises(InvalidValue, match=reason):
+        build_unread(config, build_task(config.task, config))
     assert not (tmp_path / "run").exists()
