@@ -43,6 +43,14 @@ def machine() -> dict[str, object]:
     }
 
 
+def processor() -> str:
+    """Return the processor's name and its instructions for bf16, which one name may differ in."""
+    text = _CPU_INFO.read_text(encoding="utf-8") if _CPU_INFO.exists() else ""
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    found = sorted({flag for flag in flags.split() if flag.endswith("_bf16") or "amx" in flag})
+    return " ".join([str(machine()["cpu"]), *found])
+
+
 def peak_memory() -> int:
     """Return the largest resident memory of this process so far, in bytes.
 

@@ -18,10 +18,11 @@ from fedlora_flwr.config.names import short_name
 from fedlora_flwr.config.recipes import config_of
 from fedlora_flwr.errors import InvalidValue, NotInstalled, require
 from fedlora_flwr.files import write_json
+from fedlora_flwr.forecast.precision import settled
 from fedlora_flwr.processes.lifeline import scratch
 from fedlora_flwr.processes.workers import executor, kept_log
 from fedlora_flwr.server.given import check_alone, given
-from fedlora_flwr.tasks.registry import extras_of
+from fedlora_flwr.tasks.registry import build_task, extras_of
 from fedlora_flwr.terminal import counted
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ def audit_run(
         check_alone(config, "workers", workers, alone=workers == 1)
         count = records or (_ONE_RUN if once else _TRIALS)
         kind = canary or default_kind(config.task, black_box=mode == modes.BLACK_BOX)
+        config = settled(config, build_task(config.task, config)).config
         attacked = _short(config, changes, count, once=once)
         if attach_to:
             check_attachable(attacked.items(), Path(attach_to))

@@ -21,6 +21,8 @@ def show_forecast(found: Forecast, console: Console) -> None:
         text = f"{len(found.clients):,}: the smallest, the middle and the largest are shown"
         show_lines(console, [("Clients", text)])
     lines = [*(("Records", line) for line in found.read), *_lines(found)]
+    if found.precision:
+        lines.append(("Precision", found.precision))
     if found.duration:
         lines.append(("Time", str(found.duration)))
     show_lines(console, [*lines, *(("Warning", text) for text in found.warnings)])

@@ -81,6 +81,8 @@ def describe_plan(prepared: PreparedRun) -> list[tuple[str, str]]:
     ]
     if config.fraction_train < 1 or config.max_rounds:
         lines.append(("Rounds", str(participation(config))))
+    if prepared.precision:
+        lines.append(("Precision", prepared.precision))
     lines += [("" if n else "Privacy", text) for n, text in enumerate(_promise(prepared))]
     if config.reproducible and config.private:
         lines.append(("", "the noise follows the seed: this is a simulation, not a release"))

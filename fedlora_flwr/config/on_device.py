@@ -75,7 +75,7 @@ class Limit:
             if not isinstance(value, list) or not value:
                 raise InvalidValue(f"limits.{key}", value, allowed)
             for one in value:
-                check_value(entry, one)
+                check_value(entry, one, "device_check")
             return cls(key, choices=tuple(value))
         bounds = value if isinstance(value, list) else [None, value]
         numbers = [bound for bound in bounds if bound is not None]

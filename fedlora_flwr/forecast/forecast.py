@@ -100,6 +100,8 @@ class Forecast:
         How long the run will take, where it was measured.
     gradients : Gradients or None
         What clipping leaves of each part's gradient, where it was measured.
+    precision : str
+        Which precision was chosen and why, if the run left it open.
     """
 
     config: RunConfig
@@ -118,6 +120,7 @@ class Forecast:
     warnings: list[str] = field(default_factory=list)
     duration: Duration | None = None
     gradients: Gradients | None = None
+    precision: str = ""
 
     @property
     def broken(self) -> int:

@@ -13,6 +13,7 @@ from fedlora_flwr.errors import require
 from fedlora_flwr.forecast import gradients
 from fedlora_flwr.forecast.duration import measure
 from fedlora_flwr.forecast.forecast import Forecast, forecast
+from fedlora_flwr.forecast.precision import settled
 from fedlora_flwr.server.given import given
 from fedlora_flwr.tasks.registry import build_task, extras_of
 
@@ -67,7 +68,8 @@ def plan_run(
         config = config_of(recipe, changes)
         require(*extras_of(config.task), *(["flwr_datasets"] if records is None else []))
         made = build_task(config.task, config)
-        found = forecast(config, records, made)
+        config, precision = settled(config, made)
+        found = replace(forecast(config, records, made), precision=precision)
         if found.broken:
             return found
         norms = gradients.measure(config, made, found, opened=records is None)

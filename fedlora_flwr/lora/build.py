@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.settled import check_settled
 from fedlora_flwr.errors import InvalidValue, explained
 from fedlora_flwr.lora.adapters import AdaptedModel, LoRASpec, attach
 from fedlora_flwr.lora.exported import DRAWN, outermost
@@ -23,10 +24,12 @@ def build_adapted(config: RunConfig, task: Task) -> AdaptedModel:
     Raises
     ------
     InvalidValue
-        The device does not exist here, or the adapters cannot be attached.
+        The device does not exist here, the precision is not settled, or the adapters cannot be
+        attached.
     ModelFailed
         The model cannot be built, or does not fit on the device.
     """
+    check_settled(config)
     device = resolve_device(config.device)
     advice = "Set another model, quantization or device."
     with explained(f"Building the model of task {config.task!r}", advice):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from logging import WARNING
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from flwr.common.logger import log
 
 from fedlora_flwr.algebra.means import Arrays
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.settled import AUTO
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.server.checkpoint import Checkpoint, Checkpoints
 from fedlora_flwr.server.rounds import RoundRow
@@ -73,6 +75,20 @@ class Keeper:
         if checkpoint.fingerprint != self._fingerprint:
             allowed = f"{checkpoint.fingerprint}, as when the run began. Put that model back"
             raise InvalidValue("backbone", self._fingerprint, allowed)
+
+
+def as_begun(config: RunConfig) -> RunConfig:
+    """Return the configuration with the precision that its run began with, if it is left open.
+
+    Raises
+    ------
+    InvalidValue
+        The folder has no checkpoint that is whole.
+    """
+    if config.precision != AUTO:
+        return config
+    checkpoint, _ = Checkpoints(Path(config.resume)).last()
+    return replace(config, precision=str(checkpoint.config["precision"]))
 
 
 def resumable(config: RunConfig) -> tuple[Checkpoint, list[str]]:

@@ -11,6 +11,7 @@ import torch
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.sections.lora import LoRASection
 from fedlora_flwr.config.sections.training import TrainingSection
+from fedlora_flwr.config.settled import check_settled
 from fedlora_flwr.data.records import Records, TensorRecords
 from fedlora_flwr.errors import PrivacyViolation, explained
 from fedlora_flwr.lora.adapters import AdaptedModel, attach
@@ -135,6 +136,7 @@ def build_unread(config: RunConfig, task: Task) -> AdaptedModel:
     FedLoRAError
         The model cannot be built, or the adapters cannot be attached.
     """
+    check_settled(config)
     with seeded(0), explained("Building the model", _ADVICE):
         unread = optional(task, "skeleton") if optional(task, "made_up_batch") else None
         model = task.build_model() if unread is None else unread("cpu")

@@ -375,6 +375,7 @@ def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dic
         "seed": config.seed,
         "reproducible_noise": config.reproducible,
         "weighting": config.weighting,
+        "precision": config.precision,
         "trust_model": config.trust_model,
         "blocks": list(session.layout.blocks) if session else [],
         "remarks": _remarks(session.strategy) if session else {},

@@ -17,7 +17,7 @@ from fedlora_flwr.processes.workers import kept_log, log_to_file
 from fedlora_flwr.server.checkpoint import Checkpoint
 from fedlora_flwr.server.endings import recorded
 from fedlora_flwr.server.given import check_alone
-from fedlora_flwr.server.keeper import read_checkpoint, resumable
+from fedlora_flwr.server.keeper import as_begun, read_checkpoint, resumable
 from fedlora_flwr.server.rounds import OnRound
 from fedlora_flwr.server.run_dir import RunDirectory, check_unused
 from fedlora_flwr.simulations.runner import (
@@ -65,7 +65,9 @@ class OpenRun:
         """
         config = self.prepared.config
         with kept_log(), recorded(self.run_dir, config):
-            log_to_file(self.run_dir.log, [*self.prepared.records, *self.prepared.notes])
+            prepared = self.prepared
+            said = [*prepared.records, *prepared.notes, *filter(None, [prepared.precision])]
+            log_to_file(self.run_dir.log, said)
             self.run_dir.write_split(split_json(split_counts(config), config))
             if config.resume:  # Before the rounds are followed.
                 read_checkpoint(config, self.run_dir)
@@ -108,6 +110,7 @@ def open_run(
     """
     check_engine(config, engine, workers)
     if config.resume:
+        config = as_begun(config)
         checkpoint, damaged = resumable(config)
         if on_resume:
             on_resume(checkpoint, damaged)

@@ -21,6 +21,7 @@ from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.files import private_folder
 from fedlora_flwr.forecast.forecast import numbers_per_step, open_splits, skeleton
 from fedlora_flwr.forecast.placement import Placement, place
+from fedlora_flwr.forecast.precision import settled
 from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.lora.build import build_adapted
 from fedlora_flwr.lora.started import read_adapter
@@ -77,6 +78,8 @@ class PreparedRun:
         Sentences on the model that may not be what is meant.
     grid : Grid or None
         Under a secure sum, the grid of each round.
+    precision : str (default: "")
+        Which precision was chosen and why, if the run left it open.
     largest_noise : float (default: inf)
         Largest noise multiplier of a client; infinity if it is not known.
     """
@@ -91,6 +94,7 @@ class PreparedRun:
     records: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     grid: Grid | None = None
+    precision: str = ""
     largest_noise: float = math.inf
     model: AdaptedModel | None = field(default=None, repr=False)
 
@@ -122,6 +126,7 @@ def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRu
     """
     strategy = build_strategy(config)
     task = build_task(config.task, config)
+    config, precision = settled(config, task)
     bare = skeleton(config, task) if optional(task, "skeleton") else None
     read, _ = open_splits(task, config.num_clients)
     large = bare is not None and is_large(bare)
@@ -163,6 +168,7 @@ def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRu
         notes=model_notes(task),
         model=None if large else adapted,
         grid=grid,
+        precision=precision,
     )
 
 

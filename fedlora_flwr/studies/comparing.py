@@ -171,6 +171,8 @@ def compare(
     >>> found.table[["row", "epsilon", "failed"]].values.tolist(), len(found.runs)
     ([['rolora', 8.0, 0]], 1)
     """
+    from fedlora_flwr.forecast.precision import settled
+
     names = _names(strategies, rows)
     budgets = _budgets(epsilons)
     with ExitStack() as stack:
@@ -181,6 +183,7 @@ def compare(
         config = config_of(recipe, {**changes, **own, "strategy": first[0] if first else ""})
         require(*extras_of(config.task), "plots", "flwr_datasets")
         check_alone(config, "workers", workers, alone=workers == 1)
+        config = settled(config, build_task(config.task, config)).config
         methods = read_methods([*names, *rows], config)
         named = Comparison(config, methods, budgets, seeds, trials, reference=reference)
         what, chosen = with_baselines(named, baselines)

@@ -90,6 +90,10 @@ def test_a_devices_own_value_is_in_force(key: str) -> None:
         ({"lora-targets": "a" * 20_000}, "20,000 characters"),
         ({"seed": True}, "seed = True"),
         ({"optimizer": "adam"}, "optimizer"),
+        (
+            {"precision": "auto"},
+            "precision = 'auto' cannot be used: expected one of 'fp32', 'bf16'",
+        ),
         ({"precondition": True, "optimizer": "adamw"}, "optimizer"),
     ],
 )
@@ -143,10 +147,11 @@ def test_a_limit_holds_for_a_run_that_is_silent() -> None:
     [
         ("epsilon", 3), ("rnak", 3), ("rank", "3"), ("rank", [5, 2]), ("rank", [1, 2, 3]),
         ("rank", True), ("precision", "fp32"), ("precision", []), ("precision", ["fp8"]),
+        ("precision", ["auto"]),
     ],
 )  # fmt: skip
 def test_a_limit_that_cannot_be_read_is_named(key: str, value: Any) -> None:
-    with pytest.raises(InvalidValue, match=r"limits|precision = 'fp8'"):
+    with pytest.raises(InvalidValue, match=r"limits|precision = '(fp8|auto)'"):
         Limit.read(key, value)
 
 

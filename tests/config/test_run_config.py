@@ -92,7 +92,7 @@ GOOD: dict[str, list[Any]] = {
     "clip-weight-head": [0.5],
     "max-rounds": [0, 20],
     "ledger-scope": ["run", "lifetime"],
-    "precision": ["fp32", "bf16"],
+    "precision": ["fp32", "bf16", "auto"],
     "compile": ["none", "inductor", "aot_eager"],
     "client-threads": [1],
     "prefix-cache": [0.0, 0.5, 100.0],

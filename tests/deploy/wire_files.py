@@ -50,7 +50,7 @@ ROUNDS = {
 SUMMARY = {
     **dict.fromkeys(
         ("task", "strategy", "num_rounds", "metric", "robust", "seed", "reproducible_noise",
-         "weighting", "trust_model", "blocks", "remarks"),
+         "weighting", "precision", "trust_model", "blocks", "remarks"),
         _SETTING,
     ),
     **dict.fromkeys(("status", "end", "num_clients", "rounds_done"), _COUNT),

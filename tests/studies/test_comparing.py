@@ -25,9 +25,8 @@ def own_task() -> TableTask:
 
 def test_strategies_are_compared_on_an_object(tmp_path: Path) -> None:
     task = own_task()
-    found = compare(
-        "digits", ["rolora", "ffa-lora"], task=task, output=tmp_path, baselines="none", **SMALL
-    )
+    names = ["rolora", "ffa-lora"]
+    found = compare("digits", names, task=task, output=tmp_path, baselines="none", **SMALL)
     assert found.table["row"].tolist() == names
     assert (len(found.runs), found.failed) == (4, 0)
     means = found.runs.groupby("row")["final"].mean()

@@ -35,9 +35,9 @@ class RunSection:
         _RUN, _SERVER,
     )  # fmt: skip
     precision: str = key(
-        "fp32", choice("fp32", "bf16"),
-        "precision of the frozen backbone's products; trained parameters are fp32",
-        _LIMITED, "Clipping and noise are fp32 in both.",
+        "fp32", choice("fp32", "bf16", "auto"),
+        "precision of the frozen backbone's products; auto = what is faster on this machine",
+        _LIMITED, "Clipping and noise are fp32 in both.", device_check=choice("fp32", "bf16"),
     )  # fmt: skip
     compile: str = key(
         "none", choice("none", "inductor", "aot_eager"),
