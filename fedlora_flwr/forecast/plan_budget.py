@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BudgetPlan", "plan_budget"]
 
-_POINTS = 5  # Points of a curve up to the planned rounds; as many follow.
+# A curve has more points where it bends, in its first rounds. Its last point is at (10/7)² T.
+_POINTS, _UNTIL_PLAN = 10, 7
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,13 @@ class BudgetPlan:
 
     @property
     def curves(self) -> pd.DataFrame:
-        """ε by rounds at this σ, and σ by rounds at this ε, up to twice the rounds of the plan.
+        """ε by rounds at this σ, and σ by rounds at this ε, up to about 2 T rounds.
 
         Returns
         -------
         pandas.DataFrame
             The columns ``rounds``, ``epsilon`` and ``noise_multiplier``. The first ε is that of one
-            round. Where no round fits, the curves go to 5 rounds.
+            round. Where no round fits, the curves go to 10 rounds.
 
         Raises
         ------
@@ -89,8 +90,9 @@ class BudgetPlan:
         ):
             if not 0 < value < math.inf:
                 raise InvalidValue(key, value, "a finite number above 0, for a plot")
-        unit, most = max(self.rounds / _POINTS, 0.5), MAX_STEPS // self.local_steps
-        counts = {min(max(round(i * unit), 1), most) for i in range(2 * _POINTS + 1)}
+        planned, most = self.rounds or 5, MAX_STEPS // self.local_steps
+        shares = ((number / _UNTIL_PLAN) ** 2 for number in range(_POINTS + 1))
+        counts = {min(max(round(planned * share), 1), most) for share in shares}
         rows = [(rounds, *self._at(rounds)) for rounds in sorted(counts)]
         return pd.DataFrame(rows, columns=["rounds", "epsilon", "noise_multiplier"])
 
@@ -105,7 +107,7 @@ class BudgetPlan:
         return epsilon_spent(history, self.delta).epsilon
 
     def plot(self, path: str | Path | None = None) -> Figure:
-        """Draw both curves, and the plan as a point on each.
+        """Draw both curves, with lines at the planned rounds, ε and σ.
 
         Parameters
         ----------
