@@ -56,7 +56,7 @@ def rounds_within(
     Examples
     --------
     >>> rounds_within(8.0, delta=1e-3, noise_multiplier=0.8, sample_rate=0.1, local_steps=10)
-    10
+    11
     """
     if not 0 < epsilon < math.inf:
         raise InvalidValue("epsilon", epsilon, "a finite number above 0")

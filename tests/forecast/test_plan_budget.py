@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent, pld
 from opacus.accountants import RDPAccountant
@@ -166,10 +167,8 @@ def test_curves_pass_through_the_plan_and_say_what_each_point_means(tmp_path: Pa
     assert by_pld(last["noise_multiplier"], 0.1, steps, 1e-5) == pytest.approx(3, rel=0.01)
 
     figure = budget_figure(curves, found.rounds, 3.0, 1.0, 1e-5)
-    drawn = [axes.lines[0].get_ydata() for axes in figure.axes]
-    assert [list(line) for line in drawn] == [
-        list(curves["epsilon"]), list(curves["noise_multiplier"]),
-    ]  # fmt: skip
+    for axes, column in zip(figure.axes, ("epsilon", "noise_multiplier"), strict=True):
+        np.testing.assert_array_equal(np.asarray(axes.lines[0].get_ydata()), curves[column])
     found.plot(tmp_path / "budget.png")
     assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")
 
