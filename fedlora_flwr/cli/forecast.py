@@ -25,7 +25,10 @@ def budget(
     rounds: Annotated[int | None, typer.Option(help="Rounds T of the whole run.")] = None,
     local_steps: Annotated[int, typer.Option(help="Private steps K per round.")] = 1,
     steps: Annotated[
-        int | None, typer.Option(help="Private steps T·K of the whole run, in place of --rounds.")
+        int | None,
+        typer.Option(
+            help="Private steps T·K of the whole run, in place of --rounds and --local-steps."
+        ),
     ] = None,
     records: Annotated[int | None, typer.Option(help="Records n of the client.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Expected batch size b; q = b/n.")] = None,

@@ -11,10 +11,10 @@ from fedlora_flwr.privacy.budget import epsilon_spent
 
 __all__ = ["rounds_within"]
 
-# ε grows about with the root of the steps where it is small, and faster where it is large.
-_FIRST_SLOPE = 0.6
-_LEAST_SLOPE = 0.3
-_SECANTS = 8
+# After this many proposals the bracket is halved.
+_PROPOSALS = 8
+# ε jumps where another accountant answers, so a line through two points may be far too steep.
+_STEEPEST = 2.0
 
 
 def rounds_within(
@@ -69,47 +69,60 @@ def rounds_within(
     def spent(rounds: int) -> float:
         return epsilon_spent(steps(rounds), delta).epsilon
 
+    def bound(rounds: int) -> float:
+        # Rényi divergences add up, so their bound takes no new grid for another number of rounds.
+        return rdp_epsilon(steps(rounds), delta, coarse=True)
+
     if spent(1) > epsilon:
         return 0
-    most = MAX_STEPS // int(local_steps)
-    # Rényi divergences add up, so their bound takes no new grid for another number of rounds.
-    rough = _bisect(lambda rounds: rdp_epsilon(steps(rounds), delta, coarse=True) <= epsilon, most)
-    return _search(spent, epsilon, rough, most)
+    return _search(spent, bound, epsilon, MAX_STEPS // int(local_steps))
 
 
-def _bisect(fits: Callable[[int], bool], most: int) -> int:
-    low, high = 0, most + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-def _search(spent: Callable[[int], float], budget: float, guess: int, most: int) -> int:
+def _search(
+    spent: Callable[[int], float], bound: Callable[[int], float], budget: float, most: int
+) -> int:
     """Narrow a bracket until only one round is between what fits and what does not.
 
     The bracket alone decides, so the answer holds at the border even where ε jumps because the
-    accountant changes its grid. Secants of log ε in the logarithm of the rounds only propose what
-    to try next. One round has been seen to fit.
+    accountant changes its grid. The bound is quick and only proposes what to try next: its distance
+    from ε, in logarithms, is taken to follow a line through the last two points. One round has been
+    seen to fit.
     """
     fits, above = 1, most + 1
     tried: list[tuple[float, float]] = []
     while above - fits > 1:
+        if len(tried) < _PROPOSALS:
+            guess = _bisect(
+                lambda rounds: _log(bound(rounds)) + _distance(tried, rounds) <= _log(budget),
+                fits,
+                above,
+            )
+        else:
+            guess = 2 * fits if above > most else (fits + above) // 2
         rounds = min(max(guess, fits + 1), above - 1)
         epsilon = spent(rounds)
         fits, above = (rounds, above) if epsilon <= budget else (fits, rounds)
-        tried.append((math.log(rounds), math.log(min(max(epsilon, 1e-12), 1e12))))
-        if len(tried) <= _SECANTS:
-            guess = math.floor(math.exp(_crossing(tried, math.log(budget))))
-        else:
-            guess = 2 * fits if above > most else (fits + above) // 2
+        tried.append((math.log(rounds), _log(epsilon) - _log(bound(rounds))))
     return fits
 
 
-def _crossing(tried: list[tuple[float, float]], target: float) -> float:
-    """Return where a line through the last two points meets the target."""
+def _bisect(holds: Callable[[int], bool], low: int, high: int) -> int:
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+def _log(epsilon: float) -> float:
+    return math.log(min(max(epsilon, 1e-12), 1e12))
+
+
+def _distance(tried: list[tuple[float, float]], rounds: int) -> float:
+    """Return how far log ε is from that of the bound, as the last two points say."""
+    if not tried:
+        return 0.0
     x, y = tried[-1]
-    slope = _FIRST_SLOPE
-    if len(tried) > 1:
-        slope = max((y - tried[-2][1]) / (x - tried[-2][0]), _LEAST_SLOPE)
-    return x + min(max((target - y) / slope, -4.0), 4.0)
+    if len(tried) == 1:
+        return y
+    slope = (y - tried[-2][1]) / (x - tried[-2][0])
+    return y + min(max(slope, -_STEEPEST), _STEEPEST) * (math.log(rounds) - x)
