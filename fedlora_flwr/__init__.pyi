@@ -5,6 +5,7 @@ from fedlora_flwr.simulations.simulate import simulate as simulate
 from fedlora_flwr.server.run_result import RunResult as RunResult
 from fedlora_flwr.server.run_result import load_runs as load_runs
 from fedlora_flwr.forecast.plan_run import plan_run as plan_run
+from fedlora_flwr.forecast.plan_budget import plan_budget as plan_budget
 from fedlora_flwr.studies.comparing import compare as compare
 from fedlora_flwr.studies.comparing import Compared as Compared
 from fedlora_flwr.audit.audit_run import audit_run as audit_run
@@ -57,6 +58,7 @@ from fedlora_flwr.privacy.noise import SeededNoise as SeededNoise
 from fedlora_flwr.privacy.budget import Segment as Segment
 from fedlora_flwr.privacy.budget import calibrate as calibrate
 from fedlora_flwr.privacy.budget import epsilon_spent as epsilon_spent
+from fedlora_flwr.privacy.rounds_within import rounds_within as rounds_within
 from fedlora_flwr.privacy.ledger import Ledger as Ledger
 from fedlora_flwr.privacy.account import Account as Account
 from fedlora_flwr.privacy.spent import Spent as Spent

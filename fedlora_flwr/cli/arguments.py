@@ -83,7 +83,7 @@ def names_of(key: str, entry: Field[Any] | None = None) -> tuple[str, ...]:
     return check.names
 
 
-def png_file(path: Path) -> Path:
+def png_file(path: Path, option: str = "--output") -> Path:
     """Return the resolved path for a plot.
 
     Raises
@@ -93,7 +93,7 @@ def png_file(path: Path) -> Path:
     """
     path = path.resolve()
     if path.suffix.lower() != ".png" or not path.parent.is_dir():
-        raise InvalidValue("--output", str(path), "a .png file in a folder that exists")
+        raise InvalidValue(option, str(path), "a .png file in a folder that exists")
     return path
 
 

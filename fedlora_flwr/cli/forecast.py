@@ -10,38 +10,73 @@ from rich.console import Console
 
 from fedlora_flwr.cli.arguments import AsJson, Overrides, Recipe, png_file
 from fedlora_flwr.cli.convert import read_recipe
-from fedlora_flwr.errors import require
+from fedlora_flwr.errors import InvalidValue, require
 from fedlora_flwr.processes import uncollected
 from fedlora_flwr.tasks.registry import extras_of
 from fedlora_flwr.terminal import show, show_json, show_lines
 
 
 def budget(
-    epsilon: Annotated[float, typer.Option(help="Privacy budget.")],
     delta: Annotated[float, typer.Option(help="Failure probability.")],
-    records: Annotated[int, typer.Option(help="Records n of the client.")],
-    batch_size: Annotated[int, typer.Option(help="Expected batch size b; q = b/n.")],
-    steps: Annotated[int, typer.Option(help="Private steps T·K over the whole run.")],
+    epsilon: Annotated[float | None, typer.Option(help="Privacy budget.")] = None,
+    noise_multiplier: Annotated[
+        float | None, typer.Option(help="σ, in units of the clip norm.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds T of the whole run.")] = None,
+    local_steps: Annotated[int, typer.Option(help="Private steps K per round.")] = 1,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Private steps T·K of the whole run, in place of --rounds and --local-steps."
+        ),
+    ] = None,
+    records: Annotated[int | None, typer.Option(help="Records n of the client.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Expected batch size b; q = b/n.")] = None,
+    sample_rate: Annotated[
+        float | None, typer.Option(help="Sampling rate q, in place of --batch-size.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="A PNG file with ε and σ by rounds; none if not given.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the noise multiplier σ for a budget, and the ε that each accountant gives for it."""
-    require("client")
-    from fedlora_flwr.privacy.accountants import ACCOUNTANTS
-    from fedlora_flwr.privacy.budget import Segment, calibrate, check_budget, epsilon_spent
+    """Print ε, noise multiplier σ or rounds, from the other two.
 
-    check_budget(epsilon, delta, batch_size, records)
-    rate = batch_size / records
-    sigma = calibrate(epsilon, delta, rate, steps)
-    spent = {
-        name: epsilon_spent([Segment(sigma, rate, steps)], delta, name).epsilon
-        for name in ACCOUNTANTS
-    }
+    Give two of --epsilon, --noise-multiplier and --rounds. Under a secure sum, give the run's
+    --sample-rate, the --records of all clients together, and no --local-steps.
+    """
+    rounds = _rounds(rounds, local_steps, steps)
+    path = png_file(plot, "--plot") if plot else None
+    require("client", *(["plots"] if path else []))
+    from fedlora_flwr.forecast.plan_budget import plan_budget
+
+    found = plan_budget(
+        delta=delta, epsilon=epsilon, noise_multiplier=noise_multiplier, rounds=rounds,
+        local_steps=local_steps, records=records, batch_size=batch_size, sample_rate=sample_rate,
+    )  # fmt: skip
+    if path:
+        found.plot(path)
     if as_json:
-        show_json({"noise_multiplier": sigma, "sample_rate": rate, "epsilon": spent})
+        show_json({**found.as_json(), "plot": path and str(path)})
         return
-    print(f"noise multiplier σ = {sigma:.4f}  (q = {rate:.5f})")
-    for name, value in spent.items():
+    if found.solved_for == "rounds":
+        more = found.epsilon_of_one_more
+        border = "" if more is None else f"; one round more would spend ε = {more:.6g}"
+        print(f"rounds T = {found.rounds}  ({found.steps} steps{border})")
+    print(f"noise multiplier σ = {found.noise_multiplier:.4f}  (q = {found.sample_rate:.5f})")
+    for name, value in found.epsilon.items():
         print(f"ε by {name.upper()} = {value:.4f}")
+    if path:
+        print(f"plot: {path}")
+
+
+def _rounds(rounds: int | None, local_steps: int, steps: int | None) -> int | None:
+    """Return the rounds; steps that are given alone count as rounds of one step."""
+    if steps is None:
+        return rounds
+    if rounds is not None or local_steps != 1:
+        raise InvalidValue("steps", steps, "none beside rounds and local-steps: steps are T·K")
+    return steps
 
 
 def plan(

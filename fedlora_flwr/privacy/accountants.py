@@ -29,6 +29,7 @@ from fedlora_flwr.privacy.loss_grid import Direction, opacus_analysis, step_loss
 
 __all__ = [
     "ACCOUNTANTS",
+    "MAX_STEPS",
     "ROUNDING",
     "Segment",
     "merge",
@@ -63,9 +64,9 @@ _PLD_WIDTH = 6.5
 # Raising a Fourier transform to a power multiplies its rounding by the number of steps, which
 # changes δ. Against exact values, up to a tenth of this was seen.
 _PLD_ROUNDING = 2.0**-52
-# The rounding error in one step's divergence is below this. Times _MAX_STEPS it is still small.
+# The rounding error in one step's divergence is below this. Times MAX_STEPS it is still small.
 ROUNDING = 1e-14
-_MAX_STEPS = 10**9
+MAX_STEPS = 10**9
 _SLOW_NOISE = 50.0
 
 
@@ -102,8 +103,8 @@ class Segment:
             raise InvalidValue("noise-multiplier", self.noise_multiplier, "a finite number from 0")
         if not 0 < self.sample_rate <= 1:
             raise InvalidValue("sample-rate", self.sample_rate, "a number above 0 and at most 1")
-        if not 0 <= self.steps <= _MAX_STEPS or self.steps != int(self.steps):
-            raise InvalidValue("steps", self.steps, f"a whole number from 0 to {_MAX_STEPS:,}")
+        if not 0 <= self.steps <= MAX_STEPS or self.steps != int(self.steps):
+            raise InvalidValue("steps", self.steps, f"a whole number from 0 to {MAX_STEPS:,}")
 
 
 def merge(history: Sequence[Segment]) -> tuple[Segment, ...]:
