@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -117,8 +118,7 @@ def find_cut(call: Prefix, starts: Iterable[nn.Module], trained: Sequence[Tensor
         found = _record(call, set(starts), trained)
         if not found.reached or changed():
             return None
-        with torch.no_grad():
-            reference = call.run()
+        reference = cache(torch.no_grad()(call.run))  # Not needed where too little would be saved.
         tried, seen = 0, set[int]()
         for number, (module, output) in reversed(list(enumerate(found.ended))):
             value = _main(output)
@@ -129,7 +129,7 @@ def find_cut(call: Prefix, starts: Iterable[nn.Module], trained: Sequence[Tensor
                 continue
             tried += 1
             for cut in _cuts(found, number, module, value):
-                if _is_worth(cut, call) and _same(cut, call, value, reference):
+                if _is_worth(cut, call) and _same(cut, call, value, reference()):
                     return cut
             if tried == _TRIED:
                 break
