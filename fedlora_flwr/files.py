@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -29,6 +29,7 @@ _PATIENCE = 10.0  # Seconds to wait for a lock before a warning is logged.
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_BLOCK = 1 << 16
 _IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST)
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
@@ -247,7 +248,9 @@ def read_or_make(path: Path, read: Callable[[], T | None], make: Callable[[Path]
 
 
 def append(path: Path, content: bytes) -> None:
-    """Append all of the content to a file, or nothing.
+    """Append all of the content to a file of lines, or nothing.
+
+    A last line without an end was left by a process that was killed while it wrote. It is removed.
 
     Raises
     ------
@@ -255,8 +258,9 @@ def append(path: Path, content: bytes) -> None:
         The file cannot be written.
     """
     try:
-        with path.open("ab", buffering=0) as stream:
-            before, written = stream.tell(), 0
+        with path.open("a+b", buffering=0) as stream:
+            before, written = _after_last_line(stream), 0
+            stream.truncate(before)
             try:
                 # Usually one call writes all; it writes less if the disk is full.
                 while written < len(content):
@@ -266,6 +270,19 @@ def append(path: Path, content: bytes) -> None:
                 raise
     except OSError as error:
         raise FileTrouble.of(error, path) from error
+
+
+def _after_last_line(stream: IO[bytes]) -> int:
+    """Return the place after a file's last complete line."""
+    end = stream.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - _BLOCK)
+        stream.seek(start)
+        found = stream.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

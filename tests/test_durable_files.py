@@ -66,6 +66,16 @@ def test_an_adapter_is_whole_at_every_moment_that_its_writer_is_killed(tmp_path:
     assert all(len(row["text"]) == 20_000 for row in RunDirectory(tmp_path).rows("rounds"))
 
 
+@pytest.mark.parametrize("left", ["", "half a line", "x" * 200_000])
+def test_what_a_killed_writer_left_of_a_line_is_removed(tmp_path: Path, left: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    for whole in ("", "one\n", "one\ntwo\n"):
+        file.write_text(whole + left)
+        append(file, b"next\n")
+        append(file, b"last\n")
+        assert file.read_text() == f"{whole}next\nlast\n"
+
+
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_folder_takes_the_place_of_another(
     exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -42,6 +42,7 @@ SUMMARY = {
     "declined",
     "seed",
     "reproducible_noise",
+    "precision",
     "weighting",
     "trust_model",
     "remarks",
