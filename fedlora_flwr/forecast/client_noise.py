@@ -9,7 +9,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.server.noise import noise_shares, noise_to_signal
 
-# Without a client that decides, the mean has less than two thirds of its noise.
+# A client decides if the mean without it has less than two thirds of the noise.
 _DECIDES = 1.5
 _EQUAL = 1.1
 

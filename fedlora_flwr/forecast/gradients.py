@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +23,9 @@ from fedlora_flwr.layout import Layout, by_part, part_of
 from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.lora.build import build_adapted, resolve_device
 from fedlora_flwr.lora.seeded import seeded
-from fedlora_flwr.lora.started import read_adapter
+from fedlora_flwr.lora.started import start_of
 from fedlora_flwr.plan import HEAD, PARTS, A, ComponentPlan
+from fedlora_flwr.privacy.clip_weights import EVEN, ClipWeights
 from fedlora_flwr.privacy.engine import PrivateEngine
 from fedlora_flwr.privacy.stand_ins import stand_ins
 from fedlora_flwr.server.noise import noisy_coordinates
@@ -187,8 +187,7 @@ def _built(config: RunConfig, task: Task) -> tuple[AdaptedModel, str]:
     try:
         with own_copies_only(away=True):
             adapted = build_adapted(config, task)
-            if config.start:
-                read_adapter(Path(config.start), adapted)
+            start_of(config, adapted)
     except FedLoRAError:
         adapted = build_unread(config, task)
         adapted.model.to(resolve_device(config.device))
@@ -205,7 +204,7 @@ def _records(task: Task, count: int, opened: bool) -> tuple[Records, str]:
             chosen = torch.linspace(0, len(public) - 1, min(count, len(public))).long()
             return TensorRecords(public.batch(chosen)), "public records"
         except InvalidValue:
-            pass
+            pass  # There is no split that is known to be public.
     made_up = optional(task, "made_up_batch")
     if made_up is not None:
         return TensorRecords(made_up(count)), "random inputs"
@@ -240,7 +239,7 @@ def squared_norms(task: Task, adapted: AdaptedModel, records: Records) -> dict[s
 
 
 def clipped_norms(
-    squares: Squares, active: Sequence[str], clip_norm: float
+    squares: Squares, active: Sequence[str], clip_norm: float, weights: ClipWeights = EVEN
 ) -> tuple[float, dict[str, tuple[float, float | None]]]:
     """Return what joint clipping leaves of each part, as means over the records.
 
@@ -252,19 +251,23 @@ def clipped_norms(
         The arrays that train together.
     clip_norm : float
         C; infinity clips nothing.
+    weights : ClipWeights (default: 1 for each part)
+        What each part is multiplied by before the clip.
 
     Returns
     -------
     tuple[float, dict[str, tuple[float, float or None]]]
-        The joint norm; and by part the norm before clipping, and the norm after clipping over C,
-        which is ``None`` without clipping.
+        The joint norm that is clipped; and by part the norm of the gradient itself, and that of the
+        part after clipping over C, which is ``None`` without clipping.
     """
-    joint = sum((squares[name] for name in active), torch.zeros(())).sqrt()
+    weighted = (weights.of(name) ** 2 * squares[name] for name in active)
+    joint = sum(weighted, torch.zeros(())).sqrt()
     longest = joint.clamp(min=clip_norm)  # min(1, C/norm)/C = 1/max(C, norm)
     found: dict[str, tuple[float, float | None]] = {}
     for part, names in by_part(active).items():
         norms = sum((squares[name] for name in names), torch.zeros(())).sqrt()
-        kept = None if math.isinf(clip_norm) else float((norms / longest).mean())
+        share = weights.of_part(part) * norms / longest
+        kept = None if math.isinf(clip_norm) else float(share.mean())
         found[part] = float(norms.mean()), kept
     return float(joint.mean()), found
 
@@ -280,10 +283,16 @@ def _modes(
     noise = _noise_of_parts(config, found, adapted, layout, plans, squares)
     modes: dict[str, Mode] = {}
     for active in dict.fromkeys(layout.active(plan, step) for plan in plans for step in steps):
-        joint, parts = clipped_norms(squares, active, config.clip_norm)
+        joint, parts = _clipped(config, squares, active)
         mode = Mode(joint, [Group(part, *pair, noise.get(part)) for part, pair in parts.items()])
         modes.setdefault(mode.name, mode)
     return list(modes.values())
+
+
+def _clipped(
+    config: RunConfig, squares: Squares, active: Sequence[str]
+) -> tuple[float, dict[str, tuple[float, float | None]]]:
+    return clipped_norms(squares, active, config.clip_norm, ClipWeights.configured(config))
 
 
 def _noise_of_parts(
@@ -314,8 +323,7 @@ def _noise_of_parts(
         of_rounds = []
         for plan in plans:
             kept = [
-                clipped_norms(squares, layout.active(plan, step), config.clip_norm)[1].get(part)
-                for step in steps
+                _clipped(config, squares, layout.active(plan, step))[1].get(part) for step in steps
             ]
             signal = sum(pair[1] or 0.0 for pair in kept if pair) / config.local_steps
             if signal:

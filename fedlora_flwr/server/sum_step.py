@@ -158,7 +158,8 @@ class SumStep:
             settings,
             self._filter,
             self._optimizer,
-            lambda name: (deviation / self._weights.of(name)) ** 2,
+            # Not ``deviation ** 2``: on overflow it raises an error, while a product is infinite.
+            lambda name: deviation * deviation / self._weights.of(name) ** 2,
         )
         factors = self._post.groups(settings)
         for group, factor in zip(self._optimizer.param_groups, factors, strict=True):

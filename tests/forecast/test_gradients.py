@@ -26,6 +26,7 @@ from fedlora_flwr.forecast.gradients import (
 )
 from fedlora_flwr.layout import Layout, part_of
 from fedlora_flwr.lora.build import build_adapted
+from fedlora_flwr.privacy.clip_weights import EVEN, ClipWeights
 from fedlora_flwr.server.strategy import build_strategy
 from fedlora_flwr.tasks.digits import DigitsTask
 from fedlora_flwr.tasks.registry import Task, build_task
@@ -60,8 +61,11 @@ def test_norms_are_those_of_autograd_on_one_record_at_a_time(make_config: MakeCo
             assert float(found[name][record]) == pytest.approx(expected, rel=1e-4, abs=1e-12)
 
 
+@pytest.mark.parametrize("weights", [EVEN, ClipWeights(a=2.0, b=0.5, head=0.1)])
 @pytest.mark.parametrize("clip_norm", [0.1, 3.0, 100.0])
-def test_a_share_is_what_is_left_after_each_record_is_clipped(clip_norm: float) -> None:
+def test_a_share_is_what_is_left_after_each_record_is_clipped(
+    clip_norm: float, weights: ClipWeights
+) -> None:
     draw = np.random.default_rng(0)
     names = ["x.lora_A.weight", "x.lora_B.weight", "head.weight"]
     rows = {
@@ -69,7 +73,8 @@ def test_a_share_is_what_is_left_after_each_record_is_clipped(clip_norm: float) 
     }
     squares = {name: torch.tensor((row**2).sum(axis=1)) for name, row in rows.items()}
     active = names[1:]
-    joint, parts = clipped_norms(squares, active, clip_norm)
+    joint, parts = clipped_norms(squares, active, clip_norm, weights)
+    rows = {name: weights.of(name) * row for name, row in rows.items()}
     kept: dict[str, list[float]] = {"B": [], "head": []}
     for record in range(5):
         whole = np.concatenate([rows[name][record] for name in active])
@@ -84,6 +89,27 @@ def test_a_share_is_what_is_left_after_each_record_is_clipped(clip_norm: float) 
     norms = [np.linalg.norm(np.concatenate([rows[n][i] for n in active])) for i in range(5)]
     assert joint == pytest.approx(np.mean(norms))
     assert clipped_norms(squares, active, math.inf)[1]["B"][1] is None
+
+
+def test_weights_in_the_clip_change_what_is_left(make_config: MakeConfig) -> None:
+    even, light = (
+        measured(make_config(strategy="ffa-lora", **changes))
+        for changes in ({}, {"clip_weight_head": 0.01})
+    )
+    parts = [
+        (group(found, "B + head", "B"), group(found, "B + head", "head")) for found in (even, light)
+    ]
+    assert [one.norm for one in parts[0]] == [one.norm for one in parts[1]]
+    assert (parts[1][0].share or 0) > 1.5 * (parts[0][0].share or 1)
+    assert (parts[1][1].share or 1) < 0.1 * (parts[0][1].share or 0)
+
+
+def test_a_start_from_the_weights_is_where_gradients_are_measured(make_config: MakeConfig) -> None:
+    config = make_config(strategy="dp-lora")
+    fresh, started = (measured(replace(config, lora_init=how)) for how in ("random", "pissa"))
+    # B is 0 at a random start, so A has no gradient there.
+    assert group(fresh, "A + B + head", "A").norm == 0
+    assert group(started, "A + B + head", "A").norm > 0
 
 
 def test_the_noise_of_a_part_is_that_of_drawn_noise_over_its_clipped_gradients(
