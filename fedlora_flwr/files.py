@@ -260,7 +260,8 @@ def append(path: Path, content: bytes) -> None:
     try:
         with path.open("a+b", buffering=0) as stream:
             before, written = _after_last_line(stream), 0
-            stream.truncate(before)
+            if stream.seek(0, os.SEEK_END) > before:
+                stream.truncate(before)
             try:
                 # Usually one call writes all; it writes less if the disk is full.
                 while written < len(content):
@@ -275,6 +276,10 @@ def append(path: Path, content: bytes) -> None:
 def _after_last_line(stream: IO[bytes]) -> int:
     """Return the place after a file's last complete line."""
     end = stream.seek(0, os.SEEK_END)
+    if end:
+        stream.seek(end - 1)
+        if stream.read(1) == b"\n":  # As nearly always; only a torn line is searched for.
+            return end
     while end:
         start = max(0, end - _BLOCK)
         stream.seek(start)

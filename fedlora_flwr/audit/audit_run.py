@@ -13,8 +13,7 @@ from fedlora_flwr.audit.canaries import default_kind
 from fedlora_flwr.audit.game import short
 from fedlora_flwr.audit.record import AuditRecord
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.config.keys import dashed
-from fedlora_flwr.config.names import short_name
+from fedlora_flwr.config.names import given_key, short_name
 from fedlora_flwr.config.recipes import config_of
 from fedlora_flwr.errors import InvalidValue, NotInstalled, require
 from fedlora_flwr.files import write_json
@@ -128,7 +127,7 @@ def audit_run(
 
 def _short(config: RunConfig, given: Iterable[str], records: int, *, once: bool) -> RunConfig:
     """Return the settings of the attacked runs: a short run's, and what was asked for."""
-    named = {short_name(key if "." in key else dashed(key)) for key in given}
+    named = {short_name(given_key(name)) for name in given}
     clients = {"num-clients": 10} if once else {}
     return short(config, records, {**clients, **{key: config.items()[key] for key in named}})
 

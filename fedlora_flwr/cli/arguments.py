@@ -83,17 +83,17 @@ def names_of(key: str, entry: Field[Any] | None = None) -> tuple[str, ...]:
     return check.names
 
 
-def png_file(path: Path, option: str = "--output") -> Path:
-    """Return the resolved path for a plot.
+def named_file(path: Path, kind: str, option: str = "--output") -> Path:
+    """Return the resolved path of a file to write, whose kind is ``"a .png"`` or ``"an .html"``.
 
     Raises
     ------
     InvalidValue
-        The path is not that of a PNG file, or its folder does not exist.
+        The file is of another kind, or its folder does not exist.
     """
     path = path.resolve()
-    if path.suffix.lower() != ".png" or not path.parent.is_dir():
-        raise InvalidValue(option, str(path), "a .png file in a folder that exists")
+    if path.suffix.lower() != kind.split()[-1] or not path.parent.is_dir():
+        raise InvalidValue(option, str(path), f"{kind} file in a folder that exists")
     return path
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fedlora_flwr.cli.arguments import AsJson, Overrides, Recipe, png_file
+from fedlora_flwr.cli.arguments import AsJson, Overrides, Recipe, named_file
 from fedlora_flwr.cli.convert import read_recipe
 from fedlora_flwr.errors import InvalidValue, require
 from fedlora_flwr.processes import uncollected
@@ -46,7 +46,7 @@ def budget(
     --sample-rate, the --records of all clients together, and no --local-steps.
     """
     rounds = _rounds(rounds, local_steps, steps)
-    path = png_file(plot, "--plot") if plot else None
+    path = named_file(plot, "a .png", "--plot") if plot else None
     require("client", *(["plots"] if path else []))
     from fedlora_flwr.forecast.plan_budget import plan_budget
 
@@ -116,7 +116,7 @@ def inspect_split(
 ) -> None:
     """Show how many records of each class each simulated client gets; trains nothing."""
     config = read_recipe(recipe, overrides)
-    path = png_file(output or Path(f"split-{Path(recipe).stem}.png"))
+    path = named_file(output or Path(f"split-{Path(recipe).stem}.png"), "a .png")
     require(*extras_of(config.task), "plots", "flwr_datasets")
     from fedlora_flwr.forecast.split_table import (
         MAX_COLUMNS,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fedlora_flwr.cli.arguments import png_file
+from fedlora_flwr.cli.arguments import named_file
 from fedlora_flwr.errors import InvalidValue, require
 from fedlora_flwr.terminal import show_lines
 
@@ -23,7 +23,7 @@ def plot(
     """Draw a run round by round: its metric, how far uploads agree, and what their mean loses."""
     if not (run_dir / "rounds.jsonl").is_file():
         raise InvalidValue("RUN_DIR", str(run_dir), "the folder of a run, with rounds.jsonl")
-    path = png_file(output or run_dir / "rounds.png")
+    path = named_file(output or run_dir / "rounds.png", "a .png")
     require("plots")
     from fedlora_flwr.server.run_result import RunResult
 

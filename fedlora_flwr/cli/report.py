@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from fedlora_flwr.cli.arguments import named_file
 from fedlora_flwr.errors import InvalidValue, require
 from fedlora_flwr.terminal import show_lines
 
@@ -43,7 +44,8 @@ def report(
         if not all((folder / name).is_file() for name in ("config.toml", "rounds.jsonl")):
             raise InvalidValue("RUN", str(folder), _RUN)
     single = len(folders) == 1
-    path = html_file(output or (folders[0] if single else Path()) / "report.html")
+    default = (folders[0] if single else Path()) / "report.html"
+    path = named_file(output or default, "an .html")
     from fedlora_flwr.files import replace_file
 
     page = _study(folders[0]) if study else _runs(folders)
@@ -71,17 +73,3 @@ def _study(folder: Path) -> str:
 
     rows = read_rows(folder / _ROWS).to_dict("records")
     return study_report(folder.resolve().name, [{str(k): v for k, v in r.items()} for r in rows])
-
-
-def html_file(path: Path) -> Path:
-    """Return the resolved path for a report.
-
-    Raises
-    ------
-    InvalidValue
-        The path is not that of an HTML file, or its folder does not exist.
-    """
-    path = path.resolve()
-    if path.suffix.lower() != ".html" or not path.parent.is_dir():
-        raise InvalidValue("--output", str(path), "an .html file in a folder that exists")
-    return path

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.report.facts import number
 from fedlora_flwr.server.followed import Followed, Seen
 from fedlora_flwr.server.rounds import describe_round
 from fedlora_flwr.terminal import Table
@@ -77,10 +78,10 @@ def _row(name: str, seen: Seen) -> tuple[str, ...]:
 
 
 def _left(row: Mapping[str, Any]) -> float:
-    spent, budget = row.get(EPSILON), row.get(EPSILON_BUDGET)
-    known = isinstance(spent, int | float) and isinstance(budget, int | float)
-    return budget - spent if known else float("inf")  # type: ignore[operator]
+    spent, budget = number(row.get(EPSILON)), number(row.get(EPSILON_BUDGET))
+    return float("inf") if spent is None or budget is None else budget - spent
 
 
 def _figure(value: object) -> str:
-    return f"{value:.2f}" if isinstance(value, int | float) else "–"
+    found = number(value)
+    return "–" if found is None else f"{found:.2f}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from fedlora_flwr.config.keys import dashed
 from fedlora_flwr.config.sections import SECTION_OF, SECTIONS
 from fedlora_flwr.errors import InvalidValue, unknown
 
@@ -31,6 +32,14 @@ def short_name(key: str) -> str:
     if found != section:
         raise InvalidValue("configuration key", key, repr(full_name(short)), (full_name(short),))
     return short
+
+
+def given_key(name: str) -> str:
+    """Return the key that an argument in Python names: underscores stand for dashes.
+
+    A name with a dot is a full name, and is unchanged.
+    """
+    return name if "." in name else dashed(name)
 
 
 def by_short_name(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora_flwr.config import RunConfig, parse_overrides, read_toml
-from fedlora_flwr.config.keys import dashed
-from fedlora_flwr.config.names import short_name
+from fedlora_flwr.config.names import given_key, short_name
 from fedlora_flwr.errors import InvalidValue, unknown
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -89,7 +88,7 @@ def config_of(recipe: str | Path | RunConfig, changes: Mapping[str, Any]) -> Run
     InvalidValue
         There is no such recipe, or a key or a value cannot be used.
     """
-    values = {key if "." in key else dashed(key): value for key, value in changes.items()}
+    values = {given_key(name): value for name, value in changes.items()}
     for key, value in values.items():
         if isinstance(value, Path):
             values[key] = str(value.expanduser().resolve())

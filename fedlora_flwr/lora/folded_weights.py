@@ -76,7 +76,7 @@ class FoldedWeights:
             self._check_weight(layer)
 
     def own_weight(self, name: str) -> Tensor:
-        """Return the original weight W0 of a layer, shape (m, n), without any folded pair."""
+        """Return a layer's original weight W0, shape (m, n): nothing is folded into it."""
         layer = self._layers[name]
         own = self._own.get(name, _weight(layer)) if name in self.pairs else _weight(layer)
         return own.T if _transposed(layer) else own

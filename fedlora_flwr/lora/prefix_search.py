@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +17,11 @@ from torch.nn.modules.module import (
 )
 from torch.utils import _pytree as pytree
 
+from fedlora_flwr.lora.model_call import Call
+
 # Modules before the cut must hold this share of the weights in linear layers and convolutions.
 _WORTH = 0.05
 _TRIED = 8  # places, from the last one on
-
-
-class Prefix(Protocol):
-    """A call of a model that can be repeated."""
-
-    @property
-    def rows(self) -> int:
-        """Number of records."""
-
-    def run(self) -> Any:
-        """Call the model."""
-
-    def of(self, rows: Sequence[int]) -> Prefix:
-        """Return the call for some of its records."""
 
 
 class Template(NamedTuple):
@@ -96,7 +84,7 @@ class _Record:
     reached: bool = False
 
 
-def find_cut(call: Prefix, starts: Iterable[nn.Module], trained: Sequence[Tensor]) -> Cut | None:
+def find_cut(call: Call, starts: Iterable[nn.Module], trained: Sequence[Tensor]) -> Cut | None:
     """Find the last place at which nothing before it trains.
 
     Parameters
@@ -136,7 +124,7 @@ def find_cut(call: Prefix, starts: Iterable[nn.Module], trained: Sequence[Tensor
     return None
 
 
-def prefix_of(call: Prefix, cut: Cut) -> tuple[Tensor, list[Template]]:
+def prefix_of(call: Call, cut: Cut) -> tuple[Tensor, list[Template]]:
     """Return the output at a cut, with one row per record, and what stands in for other modules."""
     outputs: dict[nn.Module, list[Any]] = defaultdict(list)
     found: list[Tensor] = []
@@ -147,8 +135,8 @@ def prefix_of(call: Prefix, cut: Cut) -> tuple[Tensor, list[Template]]:
     def stop(module: nn.Module, _: Any, output: Any) -> None:
         value = _main(output)
         assert value is not None
-        outputs[module].append(output)
         found.append(value)
+        note(module, _, output)
         raise _Stop
 
     with ExitStack() as stack, torch.inference_mode(False), torch.no_grad():
@@ -157,10 +145,8 @@ def prefix_of(call: Prefix, cut: Cut) -> tuple[Tensor, list[Template]]:
         stack.callback(cut.module.register_forward_hook(stop).remove)
         with suppress(_Stop):
             call.run()
-    templates = [Template(module, outputs[module], call.rows) for module in cut.left_out]
-    # The form of the cut's own output: a tensor, or a tuple that begins with it.
-    outputs[cut.module] = [pytree.tree_map(_unknown, outputs[cut.module][0])]
-    return found[0], [*templates, Template(cut.module, outputs[cut.module], call.rows)]
+    replaced = (*cut.left_out, cut.module)
+    return found[0], [Template(module, outputs[module], call.rows) for module in replaced]
 
 
 @contextmanager
@@ -224,7 +210,7 @@ def _main(output: Any) -> Tensor | None:
     return first if good else None
 
 
-def _record(call: Prefix, starts: set[nn.Module], trained: Sequence[Tensor]) -> _Record:
+def _record(call: Call, starts: set[nn.Module], trained: Sequence[Tensor]) -> _Record:
     """Run a call up to the first module that trains."""
     found = _Record()
 
@@ -286,7 +272,7 @@ def _tensors(found: _Record, module: nn.Module) -> tuple[Tensor, ...]:
     return tuple(held.values())
 
 
-def _is_worth(cut: Cut, call: Any) -> bool:
+def _is_worth(cut: Cut, call: Call) -> bool:
     def weights(modules: Iterable[nn.Module]) -> int:
         layers = {part for module in modules for part in module.modules()}
         kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -295,7 +281,7 @@ def _is_worth(cut: Cut, call: Any) -> bool:
     return weights((cut.module, *cut.left_out)) >= _WORTH * weights([call.model])
 
 
-def _same(cut: Cut, call: Prefix, value: Tensor, reference: Any) -> bool:
+def _same(cut: Cut, call: Call, value: Tensor, reference: Any) -> bool:
     """Tell whether the model gives the same bits from a cut, with any records beside a record."""
     try:
         fresh, templates = prefix_of(call, cut)

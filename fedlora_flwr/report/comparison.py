@@ -18,6 +18,8 @@ _NOT_A_SETTING = {
     "seed", "run-dir", "state-dir", "resume", "device", "client-threads", "share-weights",
 }  # fmt: skip
 """Keys that do not change what is learned; a seed is what the interval is over."""
+LEVEL = 0.95
+"""Confidence of each interval, one at a time."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     from scipy.special import stdtrit  # type: ignore[import-untyped]
 
     count = len(values)
-    half = float(stdtrit(count - 1, 0.975)) * stdev(values) / math.sqrt(count)
+    half = float(stdtrit(count - 1, (1 + LEVEL) / 2)) * stdev(values) / math.sqrt(count)
     return fmean(values) - half, fmean(values) + half
 
 

@@ -19,6 +19,8 @@ from fedlora_flwr.files import append, private_folder, replace_file
 from fedlora_flwr.studies.compare_methods import RATES
 
 SETTINGS = "settings.json"
+TUNE, REPORT, CONTROL = "tune", "report", "control"
+"""Phases of a comparison: rates are tuned, results reported, and repeated without noise."""
 KEY = ("phase", "row", "epsilon", "seed", *RATES)
 COUNTS = ("bytes_up", "bytes_down", "failures")
 Row = TypedDict(
@@ -180,7 +182,7 @@ def describe_row(row: Row) -> str:
     what = f"{row['phase']} {row['row']} ε {budget_name(row['epsilon'])}"
     how = (
         f"{row['lr-a']:g} / {row['lr-b']:g} / {row['lr-head']:g}"
-        if row["phase"] == "tune"
+        if row["phase"] == TUNE
         else f"seed {row['seed']}"
     )
     result = "failed" if row["error"] else f"{row['final']:.1%}"

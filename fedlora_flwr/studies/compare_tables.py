@@ -10,9 +10,10 @@ from typing import Any
 import pandas as pd
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.report.comparison import LEVEL
 from fedlora_flwr.studies.compare_methods import RATES, Method, settings_of
 from fedlora_flwr.studies.compare_results import Pair, budget_name, data_name
-from fedlora_flwr.studies.paired import LEVEL, Difference, Figure, Findings
+from fedlora_flwr.studies.paired import Difference, Figure, Findings
 
 Part = str | list[list[str]]
 """A sentence, or a table with its head as the first row."""

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.config.keys import dashed
-from fedlora_flwr.config.names import short_name
+from fedlora_flwr.config.names import given_key, short_name
 from fedlora_flwr.config.recipes import config_of
 from fedlora_flwr.errors import InvalidValue, require
 from fedlora_flwr.processes.workers import kept_log
@@ -222,7 +221,7 @@ def _budgets(epsilons: Iterable[float]) -> tuple[float, ...]:
 
 def _check_shared(changes: Mapping[str, Any]) -> None:
     for key in changes:
-        if short_name(key if "." in key else dashed(key)) in (*_OWN, "strategy"):
+        if short_name(given_key(key)) in (*_OWN, "strategy"):
             allowed = (
                 "a key that compare itself does not set. It has strategies, epsilons and seeds"
             )

@@ -14,14 +14,13 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.studies.baseline_names import HEAD_ONLY, NO_NOISE, NO_PRIVACY
 from fedlora_flwr.studies.compare_methods import RATES, Method, settings_of
-from fedlora_flwr.studies.compare_results import Pair, Rates, Row, RowKey
+from fedlora_flwr.studies.compare_results import CONTROL, REPORT, TUNE, Pair, Rates, Row, RowKey
 from fedlora_flwr.tasks.registry import build_task
 
 # Reported seeds start at 1, so rates are chosen on another partition, noise and cohort.
 TUNING_SEED = 0
 # The smallest and largest multiple of the recipe's rate that are tried.
 RANGES = {"lr-a": (0.04, 4.0), "lr-b": (0.1, 4.0), "lr-head": (0.1, 2.0)}
-TUNE, REPORT, CONTROL = "tune", "report", "control"
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ class Comparison:
         private = sum(map(math.isfinite, self.budgets))
         if NO_NOISE not in self.baselines or not private:
             return runs
-        # Without tuning all ε have the same rates, so one control serves them all.
+        # If nothing is tuned, every ε has the same rates, and one control serves all of them.
         controls = private if self.trials else int(len(self.budgets) == private)
         return runs + controls * len(self.rows) * self.seeds
 

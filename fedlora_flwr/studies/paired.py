@@ -9,12 +9,11 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from fedlora_flwr.report.comparison import interval
 from fedlora_flwr.studies.baseline_names import NO_NOISE, NO_TRAINING
 from fedlora_flwr.studies.compare_results import Pair, Rates, Row, RowKey
 from fedlora_flwr.studies.comparison import Comparison
 
-LEVEL = 0.95
-"""Confidence of each interval, one at a time."""
 # Differences of figures that are equal but for rounding have a spread of about this size.
 _ROUNDING = 1e-12
 Finals = Mapping[int, float]
@@ -51,7 +50,7 @@ class Difference:
     mean : float
         The mean.
     low, high : float
-        Ends of the interval at `LEVEL`; NaN where the seeds give none.
+        Ends of the interval (see `interval`); NaN where the seeds give none.
     seeds : int
         Seeds that have both figures.
     """
@@ -98,16 +97,13 @@ def paired(one: Finals, other: Finals) -> Difference | None:
     Difference or None
         None if no seed has both figures.
     """
-    from scipy.stats import t  # type: ignore[import-untyped,unused-ignore]
-
     both = sorted(one.keys() & other.keys())
     if not both:
         return None
     gaps = np.array([one[seed] - other[seed] for seed in both])
     mean, count = float(gaps.mean()), len(gaps)
-    if count > 1 and np.ptp(gaps) > _ROUNDING:
-        half = float(t.ppf((1 + LEVEL) / 2, count - 1) * gaps.std(ddof=1) / math.sqrt(count))
-        return Difference(mean, mean - half, mean + half, count)
+    if np.ptp(gaps) > _ROUNDING and (ends := interval(gaps.tolist())):
+        return Difference(mean, *ends, count)
     if count > 1 and abs(mean) <= _ROUNDING:
         return Difference(0.0, 0.0, 0.0, count)
     return Difference(mean, math.nan, math.nan, count)

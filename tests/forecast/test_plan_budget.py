@@ -23,16 +23,12 @@ from fedlora_flwr.privacy.ledger import Account, Ledger
 from fedlora_flwr.privacy.rounds_within import rounds_within
 from fedlora_flwr.secure_sum.accounting import epsilon_of_sum
 from fedlora_flwr.secure_sum.grid import Grid
-from tests.privacy.support import forget
+from tests.privacy.support import own_cache
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        forget()
-        yield
-    forget()
+    yield from own_cache(tmp_path_factory)
 
 
 def by_pld(sigma: float, rate: float, steps: int, delta: float) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,6 +16,15 @@ def forget() -> None:
     """Drop what is kept in memory, so that the next call reads files or computes."""
     budget._spent.cache_clear()
     budget._calibrate.cache_clear()
+
+
+def own_cache(factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep a module's budgets in a cache of its own, as the body of a fixture does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(factory.mktemp("cache")))
+        forget()
+        yield
+    forget()
 
 
 def frozen_state(engine: PrivateEngine, trained: Sequence[str]) -> dict[str, Tensor]:

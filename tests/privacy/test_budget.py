@@ -25,7 +25,7 @@ from fedlora_flwr.privacy.budget import (
     check_budget,
     epsilon_spent,
 )
-from tests.privacy.support import forget
+from tests.privacy.support import own_cache
 
 # σ for δ = 1e-5 and 1000 steps, by PLD: q -> {ε: σ}.
 TABLE = {
@@ -40,11 +40,7 @@ CASES = [(q, eps, sigma) for q, row in TABLE.items() for eps, sigma in row.items
 
 @pytest.fixture(autouse=True, scope="module")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        forget()
-        yield
-    forget()
+    yield from own_cache(tmp_path_factory)
 
 
 # --- calibration ---

@@ -23,17 +23,7 @@ from fedlora_flwr.studies.compare_methods import read_methods
 from fedlora_flwr.studies.compare_results import Row, read_rows
 from fedlora_flwr.studies.comparison import Comparison, Job
 from fedlora_flwr.studies.paired import Findings, paired
-
-SHARED = RunConfig.of(
-    {
-        "partitioner": "iid",
-        "num-clients": 2,
-        "num-rounds": 1,
-        "local-steps": 2,
-        "device": "cpu",
-        "reproducible": True,
-    }
-)
+from tests.studies.support import SHARED
 
 
 def comparison(

@@ -26,19 +26,10 @@ from fedlora_flwr.studies.compare_results import COLUMNS, KEY, read_rows, summar
 from fedlora_flwr.studies.compare_tables import document_of, markdown
 from fedlora_flwr.studies.comparison import RANGES, TUNING_SEED, Comparison
 from fedlora_flwr.studies.paired import Findings
+from tests.studies.support import SHARED
 
 STRATEGIES = ("ffa-lora", "la-lora")
 EPSILONS = (8.0, math.inf)
-SHARED = RunConfig.of(
-    {
-        "partitioner": "iid",
-        "num-clients": 2,
-        "num-rounds": 1,
-        "local-steps": 2,
-        "device": "cpu",
-        "reproducible": True,
-    }
-)
 # What a call tells of each run; None when the runs begin.
 Told = list[tuple[str | None, int, int]]
 
