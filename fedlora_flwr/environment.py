@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import shlex
 import shutil
 import sys
@@ -13,6 +12,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from fedlora_flwr.operating_system import largest_memory
 
 PACKAGES = (
     "fedlora-flwr", "flwr", "ray", "torch", "peft", "timm", "transformers", "opacus",
@@ -52,7 +53,7 @@ def processor() -> str:
 
 
 def peak_memory() -> int:
-    """Return the largest resident memory of this process so far, in bytes.
+    """Return the largest resident memory of this process so far, in bytes; 0 on Windows.
 
     On Linux this does not use getrusage, whose figure includes the memory of the parent process at
     the fork.
@@ -60,8 +61,7 @@ def peak_memory() -> int:
     if _STATUS.exists():
         lines = _STATUS.read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return largest_memory() or 0
 
 
 @contextmanager

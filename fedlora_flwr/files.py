@@ -21,6 +21,7 @@ from typing import IO, Any, TypeVar
 from filelock import FileLock, Timeout
 
 from fedlora_flwr.errors import FedLoRAError
+from fedlora_flwr.operating_system import sync_path
 
 T = TypeVar("T")
 
@@ -127,15 +128,6 @@ def _make_private(path: Path) -> None:
         if mode & 0o077:
             with suppress(OSError):  # Another user may own the folder.
                 path.chmod(mode & 0o700)
-
-
-def sync_folder(path: Path) -> None:
-    """Sync a folder, so that names in it survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -318,14 +310,11 @@ def _sync(path: Path) -> None:
     folder = path.is_dir()
     for inner in path.iterdir() if folder else ():
         _sync(inner)
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync_path(path)
     except OSError:
         if not folder:  # Some file systems cannot sync folders.
             raise
-    finally:
-        os.close(descriptor)
 
 
 def _take_place(draft: Path, path: Path) -> None:

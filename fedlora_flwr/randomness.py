@@ -8,6 +8,8 @@ from urllib.parse import quote
 
 import numpy as np
 
+from fedlora_flwr.operating_system import after_fork
+
 _forks = 0  # How many forks lie between this process and the first one.
 
 
@@ -16,7 +18,7 @@ def _was_forked() -> None:
     _forks += 1
 
 
-os.register_at_fork(after_in_child=_was_forked)
+after_fork(_was_forked)
 
 
 def stream_seed(seed: int | None, *names: object) -> int:

@@ -33,8 +33,8 @@ from typer.core import TyperGroup
 
 from fedlora_flwr.errors import FedLoRAError, NotInstalled, either, near_names, one_line
 from fedlora_flwr.files import FileTrouble, append, data_folder, private_folder, to_json
+from fedlora_flwr.operating_system import ENDING, blocked
 
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _GAP = 2  # Spaces between two columns.
 _LEAST_TEXT = 20  # Smallest width of wrapped text, in characters.
 _NAME = 8  # Smallest width of the names in `show_lines`, in characters.
@@ -314,12 +314,8 @@ def held() -> Iterator[None]:
     it ends when this process ends.
     """
     waiting: list[int] = []
-    with _handlers(lambda number, _: waiting.append(number)):
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        try:
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with _handlers(lambda number, _: waiting.append(number)), blocked(signal.SIGINT):
+        yield
     for number in waiting[:1]:
         signal.raise_signal(number)
 
@@ -330,8 +326,8 @@ def _handlers(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {sign: signal.getsignal(sign) for sign in _ENDING}
-    taken = [sign for sign in _ENDING if before[sign] not in (signal.SIG_IGN, None)]
+    before = {sign: signal.getsignal(sign) for sign in ENDING}
+    taken = [sign for sign in ENDING if before[sign] not in (signal.SIG_IGN, None)]
     try:
         for sign in taken:
             signal.signal(sign, handler)

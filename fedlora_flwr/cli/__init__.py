@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from fedlora_flwr.cli import (
     adapters,
@@ -22,7 +23,8 @@ from fedlora_flwr.cli import (
     watch,
 )
 from fedlora_flwr.environment import versions
-from fedlora_flwr.terminal import Commands
+from fedlora_flwr.operating_system import untested
+from fedlora_flwr.terminal import Commands, show_line
 
 app = typer.Typer(
     cls=Commands,
@@ -41,12 +43,14 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def fedlora(
-    version: Annotated[
+    version: Annotated[  # noqa: ARG001
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
     """Differentially private federated LoRA on Flower."""
+    if sentence := untested():
+        show_line(Console(stderr=True), sentence)
 
 
 app.command()(run.run)

@@ -14,10 +14,19 @@ from fedlora_flwr.cli.arguments import AsJson, Overrides, complete_recipe
 from fedlora_flwr.cli.convert import read_recipe
 from fedlora_flwr.environment import own_program
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
+from fedlora_flwr.operating_system import WINDOWS
 from fedlora_flwr.processes import uncollected
 from fedlora_flwr.terminal import Commands, show_json, show_line
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Train on real devices.")
+
+
+@app.callback()
+def _needs_another_system() -> None:
+    if WINDOWS:
+        raise FedLoRAError("Windows has no deployment. Use Linux or macOS for it.")
+
+
 Folder = Annotated[Path, typer.Argument(help="The fleet's folder.")]
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fedlora_flwr.lora.wide_numbers import with_fp64
 from fedlora_flwr.privacy.noise import NoiseSource
 
 _handlers = list(logging.getLogger().handlers)
@@ -79,6 +80,7 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         rows = self.rows()
         if math.isfinite(self.max_grad_norm):
             factors = clip_factors(row_norms(rows), self.max_grad_norm, rows.dtype)
+            factors = factors.to(rows.device)
             # The factor of a record with such an entry is 0, but 0 times infinity would be NaN.
             rows.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         else:
@@ -131,7 +133,7 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
 
 
 def row_norms(rows: Tensor) -> Tensor:
-    """Return the L2 norm of each row, shape (n,), in fp64.
+    """Return the L2 norm of each row, shape (n,), in fp64 (see `with_fp64` for its device).
 
     In fp32, squares overflow for numbers above 1.8e19 and vanish for numbers below 1e-23, and a sum
     of half a million squares is off by 6e-6. In fp64 the norm of any finite fp32 row is finite, and
@@ -142,6 +144,7 @@ def row_norms(rows: Tensor) -> Tensor:
     rows : Tensor
         Shape (n, D).
     """
+    rows = with_fp64(rows)
     if rows.device.type != "cpu":
         norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
         return norms

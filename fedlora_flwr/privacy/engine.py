@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedlora_flwr.errors import PrivacyViolation
 from fedlora_flwr.lora.adapters import AdaptedModel
+from fedlora_flwr.lora.wide_numbers import with_fp64
 from fedlora_flwr.plan import HEAD
 from fedlora_flwr.privacy.clipping import NoisyOptimizer
 from fedlora_flwr.privacy.grad_sample import GradSampler
@@ -214,7 +215,7 @@ class PrivateEngine:
             for part in passes(records, indices, self._plan):
                 self._fill(part.batch, part.rows, active, slice(len(part.indices)))
                 # Whole numbers add up exactly in fp64.
-                total = total + whole(optimizer.rows()).sum(dim=0, dtype=torch.float64)
+                total = total + with_fp64(whole(optimizer.rows())).sum(dim=0, dtype=torch.float64)
                 optimizer.zero_grad(set_to_none=True)
         # The optimizer's rows hold the arrays' columns in this order.
         named = [n for names in self._groups.values() for n in names if n in set(active)]

@@ -37,7 +37,8 @@ from pathlib import Path
 from typing import Any
 
 from fedlora_flwr.errors import LedgerDamaged
-from fedlora_flwr.files import is_full, private_folder, replacing, sync_folder
+from fedlora_flwr.files import is_full, private_folder, replacing
+from fedlora_flwr.operating_system import sync_path
 from fedlora_flwr.privacy.ledger_connection import Connection, connect
 from fedlora_flwr.privacy.witness import Head, Witness
 
@@ -267,8 +268,8 @@ class LedgerFile:
                         db.execute("COMMIT")
                 finally:
                     draft.with_name(f"{draft.name}-journal").unlink(missing_ok=True)
-            sync_folder(self.path.parent)
-            sync_folder(self.witness.path.parent)
+            sync_path(self.path.parent)
+            sync_path(self.witness.path.parent)
 
     def _migrate(self, db: sqlite3.Connection) -> None:
         """Add the chain or the newer columns to a ledger of an earlier version."""

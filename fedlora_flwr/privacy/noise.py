@@ -46,7 +46,7 @@ class SeededNoise:
     def normal_like(self, reference: Tensor) -> Tensor:
         """Return noise shaped like ``reference``."""
         draws = self._stream.generator.standard_normal(reference.numel())
-        return torch.from_numpy(draws).reshape(reference.shape).to(reference)
+        return _like(draws, reference)
 
 
 class SecureNoise:
@@ -66,7 +66,7 @@ class SecureNoise:
     def normal_like(self, reference: Tensor) -> Tensor:
         """Return noise shaped like ``reference``."""
         draws = self._normals(4 * reference.numel()).reshape(4, -1).sum(axis=0) / 2
-        return torch.from_numpy(draws).reshape(reference.shape).to(reference)
+        return _like(draws, reference)
 
     @staticmethod
     def _normals(count: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -76,3 +76,9 @@ class SecureNoise:
         radius = np.sqrt(-2.0 * np.log(uniform[:pairs]))
         angle = 2.0 * np.pi * uniform[pairs:]
         return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+
+
+def _like(draws: np.ndarray[tuple[int], np.dtype[np.float64]], reference: Tensor) -> Tensor:
+    # The type changes on the CPU, because some devices have no fp64.
+    rounded = torch.from_numpy(draws).reshape(reference.shape).to(reference.dtype)
+    return rounded.to(reference.device)

@@ -9,7 +9,6 @@ lock this file while they make a ledger or advance its witness.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import time
@@ -19,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora_flwr.errors import LedgerDamaged
+from fedlora_flwr.operating_system import read_at, sync, sync_content, try_lock, write_at
 
 _SLOT = 512
+_BINARY = getattr(os, "O_BINARY", 0)  # Windows changes the ends of lines without it.
 
 
 @dataclass(frozen=True)
@@ -84,26 +85,23 @@ class Witness:
         LedgerDamaged
             Both slots are damaged, or another process has kept the lock for ``patience`` seconds.
         """
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | _BINARY, 0o600)
         try:
             self._lock(descriptor)
-            newest, at = self._slots(os.pread(descriptor, 2 * _SLOT, 0))
+            newest, at = self._slots(read_at(descriptor, 2 * _SLOT, 0))
             yield HeldWitness(descriptor, newest, at)
         finally:
             os.close(descriptor)
 
     def _lock(self, descriptor: int) -> None:
         end = time.monotonic() + self.patience
-        while True:
-            try:
-                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                if time.monotonic() > end:
-                    raise LedgerDamaged(
-                        f"The ledger's witness {self.path} cannot be used: another process has "
-                        "locked it. End that process."
-                    ) from error
-                time.sleep(0.001)
+        while not try_lock(descriptor):
+            if time.monotonic() > end:
+                raise LedgerDamaged(
+                    f"The ledger's witness {self.path} cannot be used: another process has "
+                    "locked it. End that process."
+                )
+            time.sleep(0.001)
 
     def _slots(self, content: bytes) -> tuple[Head | None, int]:
         """Return the newest state, and the offset in bytes of the other slot."""
@@ -142,14 +140,14 @@ class HeldWitness:
         """Write a state and sync it, unless the file has a newer one."""
         if self.newest is not None and self.newest.rows >= head.rows:
             return
-        if os.pwrite(self.descriptor, _pack(head), self.at) < _SLOT:
+        if write_at(self.descriptor, _pack(head), self.at) < _SLOT:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self.newest is None:
             os.ftruncate(self.descriptor, 2 * _SLOT)
-            os.fsync(self.descriptor)
+            sync(self.descriptor)
         else:
             # The file keeps its size, so only its content has to be synced.
-            os.fdatasync(self.descriptor)
+            sync_content(self.descriptor)
 
 
 def _pack(head: Head) -> bytes:

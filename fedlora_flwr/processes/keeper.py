@@ -22,7 +22,7 @@ from typing import Any
 LINUX = sys.platform == "linux"
 _PATIENCE = 30.0  # seconds for processes that the kernel does not end at once
 _SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_ENDING = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
 
 
 def main(order: dict[str, Any]) -> int:
@@ -80,12 +80,16 @@ def _start(command: list[str]) -> int:
 
 def _wait(child: int | None) -> int:
     """Wait for the command, or for the pipe to close; return the exit code."""
+    if child is None:
+        while os.read(0, 4096):
+            pass
+        return 0
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     while True:
-        if child is not None and (code := _reaped().get(child)) is not None:
+        if (code := _reaped().get(child)) is not None:
             return code
         ready, _, _ = select.select([0, woken], [], [])
         if woken in ready:

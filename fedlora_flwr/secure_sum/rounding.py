@@ -51,10 +51,11 @@ def rounded(rows: Tensor, clip_norm: float, norm: int) -> Tensor:
         return rows.zero_()
     # A record of norm up to C·room/Δ is scaled by Δ/C, and a longer one to norm ``room``.
     factors = clip_factors(row_norms(rows), clip_norm * room / norm, rows.dtype)
+    factors = factors.to(rows.device)
     rows.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
     # Scale to norm 1 first: with a tiny clip norm, one factor for both steps would be infinite.
     rows.mul_(factors[:, None]).mul_(room).round_()
     # Squares of whole numbers up to 2²⁰ add up exactly in fp64, and their roots differ even for
     # 2⁴⁰ and 2⁴⁰ + 1.
-    rows[row_norms(rows) > norm] = 0.0
+    rows[(row_norms(rows) > norm).to(rows.device)] = 0.0
     return rows

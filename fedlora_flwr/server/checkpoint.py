@@ -26,7 +26,8 @@ from fedlora_flwr.algebra.means import Arrays
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.keys import Value
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
-from fedlora_flwr.files import FileTrouble, private_folder, replace_file, sync_folder
+from fedlora_flwr.files import FileTrouble, private_folder, replace_file
+from fedlora_flwr.operating_system import sync_path
 from fedlora_flwr.places import is_held
 
 FOLDER = "checkpoints"
@@ -169,7 +170,7 @@ class Checkpoints:
         folder = private_folder(self.folder)
         replace_file(self._file(checkpoint.round), checkpoint.to_bytes())
         try:
-            sync_folder(folder)
+            sync_path(folder)
         except OSError as error:
             raise FileTrouble.of(error, folder) from error
         for number in self.rounds()[:-_KEPT]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import FileTrouble, append
+from fedlora_flwr.operating_system import sync_path
 
 
 class RowsFile:
@@ -39,8 +40,7 @@ class RowsFile:
         """
         if self._size:
             try:
-                with self.path.open("rb") as stream:
-                    os.fsync(stream.fileno())
+                sync_path(self.path)
             except OSError as error:
                 raise FileTrouble.of(error, self.path) from error
         return self._size, self._digest.hexdigest()

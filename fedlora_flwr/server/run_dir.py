@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +16,7 @@ from typing import Any, cast
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import FileTrouble, private_folder, replace_file, to_json, write_json
+from fedlora_flwr.operating_system import try_lock
 from fedlora_flwr.server.rounds import RoundRow
 from fedlora_flwr.server.rows_file import RowsFile
 
@@ -135,14 +134,14 @@ class RunDirectory:
         InvalidValue
             Another process holds the folder.
         """
-        with (self.path / _CLAIM).open("rb") as stream:
+        with (self.path / _CLAIM).open("r+b") as stream:
             try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free = try_lock(stream.fileno())
             except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    raise FileTrouble.of(error, self.path / _CLAIM) from error
+                raise FileTrouble.of(error, self.path / _CLAIM) from error
+            if not free:
                 allowed = f"{AT_REST}. End that process first"
-                raise InvalidValue("resume", str(self.path), allowed) from error
+                raise InvalidValue("resume", str(self.path), allowed)
             yield
 
     @property

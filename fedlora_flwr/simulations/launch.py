@@ -13,6 +13,7 @@ from rich.console import Console
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.forecast.split_table import split_counts, split_json
+from fedlora_flwr.operating_system import WINDOWS
 from fedlora_flwr.processes.workers import kept_log, log_to_file
 from fedlora_flwr.server.checkpoint import Checkpoint
 from fedlora_flwr.server.endings import recorded
@@ -131,10 +132,13 @@ def check_engine(config: RunConfig, engine: str, workers: int | None) -> None:
     Raises
     ------
     InvalidValue
-        ``engine`` is unknown, or an object cannot travel.
+        ``engine`` is unknown or does not run on this system, or an object cannot travel.
     """
     if engine not in ENGINES:
         raise InvalidValue("engine", engine, f"one of {list(ENGINES)}")
+    if engine == FLOWER and WINDOWS:
+        allowed = f"{PROCESS!r} on Windows, as in `fedlora simulate`: Ray needs Linux or macOS"
+        raise InvalidValue("engine", engine, allowed)
     key, value = ("engine", engine) if engine == FLOWER else ("workers", workers)
     check_alone(config, key, value, alone=engine == PROCESS and (workers or 1) == 1)
 

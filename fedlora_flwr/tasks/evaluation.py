@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedlora_flwr.data.records import Batch, Records, lengths_of
 from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.lora.wide_numbers import with_fp64
 
 
 def measured(
@@ -87,10 +88,10 @@ def evaluate_classifier(
     """
 
     def measure(batch: Batch) -> Tensor:
-        scores, labels = logits(batch).float(), batch["label"]
+        scores, labels = with_fp64(logits(batch).float()), with_fp64(batch["label"])
         losses = F.cross_entropy(scores, labels, reduction="none").double()
         hits = (scores.argmax(dim=1) == labels).double()
-        part = batch.get("part", torch.full_like(labels, -1)).double()
+        part = with_fp64(batch.get("part", torch.full_like(labels, -1))).double()
         return torch.stack((losses, hits, part))
 
     losses, hits, part = measured(model, records, batch_size, measure)
@@ -123,7 +124,9 @@ def scores_of(
     InvalidValue
         There are no records.
     """
-    found = measured(model, records, batch_size, lambda batch: logits(batch).double().T).T
+    found = measured(
+        model, records, batch_size, lambda batch: with_fp64(logits(batch)).double().T
+    ).T
     ordered = torch.empty_like(found)
     ordered[in_order_of_length(records)] = found
     return ordered

@@ -18,6 +18,7 @@ from fedlora_flwr.data.prepared import prepare
 from fedlora_flwr.data.records import Batch, Records
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.lora.exported import DRAWN
+from fedlora_flwr.lora.wide_numbers import with_fp64
 from fedlora_flwr.tasks.chats import (
     IGNORED,
     chat_columns,
@@ -131,8 +132,8 @@ class InstructionTuning(LanguageTask):
 
         def measure(batch: Batch) -> Tensor:
             logits, labels, _ = _predicted(model, batch)
-            losses = F.cross_entropy(logits, labels, reduction="none").double()
-            hits = (logits.argmax(dim=1) == labels).double()
+            losses = with_fp64(F.cross_entropy(logits, labels, reduction="none")).double()
+            hits = with_fp64(logits.argmax(dim=1) == labels).double()
             return torch.stack((losses, hits, torch.ones_like(hits))).sum(dim=1, keepdim=True)
 
         size = self._settings.eval_batch_size

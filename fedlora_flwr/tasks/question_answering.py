@@ -20,6 +20,7 @@ from fedlora_flwr.data.arrow_records import ArrowRecords, pad_collate
 from fedlora_flwr.data.prepared import prepare
 from fedlora_flwr.data.records import Batch, Records
 from fedlora_flwr.errors import InvalidValue, unknown
+from fedlora_flwr.lora.wide_numbers import with_fp64
 from fedlora_flwr.tasks.evaluation import measured
 from fedlora_flwr.tasks.language_task import LanguageTask
 from fedlora_flwr.tasks.squad import exact_match, f1
@@ -286,7 +287,7 @@ def _measured(starts: Tensor, ends: Tensor, batch: Batch) -> Tensor:
         batch["begins"].gather(1, first).squeeze(1),
         batch["ends"].gather(1, last).squeeze(1),
     )
-    return torch.stack([column.double() for column in columns])
+    return torch.stack([with_fp64(column).double() for column in columns])
 
 
 def _best_span(starts: Tensor, ends: Tensor, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
