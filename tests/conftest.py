@@ -72,15 +72,21 @@ LONGEST = (
 
 # What tries very many inputs, or starts many processes: half of the time of all tests.
 SLOW = (
+    "audit/test_black_box.py",
     "benchmarks",
+    "data/test_any_data.py",
     "docs/test_pages.py",
     "examples",
     "hostile",
+    "lora/test_small_gpu.py",
+    "processes/test_workers.py",
+    "server/test_rehearsal.py",
     "server/test_resume.py",
     "simulations/test_every_method.py",
     "simulations/test_recipes.py",
     "studies",
     "test_installations.py",
+    "test_operating_systems.py",
     "test_packaging.py",
 )
 
