@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 _fp32_only: ContextVar[bool] = ContextVar("_fp32_only", default=False)
+_gradients: ContextVar[bool | None] = ContextVar("_gradients", default=None)
 
 
 def run_in_bf16(model: nn.Module) -> None:
@@ -52,6 +53,16 @@ def fp32_only() -> Iterator[None]:
         _fp32_only.reset(token)
 
 
+@contextmanager
+def kernels_of(gradients: bool) -> Iterator[None]:
+    """Choose kernels as where gradients are computed, or are not, whatever holds in the block."""
+    token = _gradients.set(gradients)
+    try:
+        yield
+    finally:
+        _gradients.reset(token)
+
+
 def full_precision(like: Tensor) -> AbstractContextManager[object]:
     """Return a context in which nothing on the tensor's device is cast to a lower precision."""
     device = like.device.type
@@ -62,7 +73,8 @@ def full_precision(like: Tensor) -> AbstractContextManager[object]:
 
 def _attention(device: str) -> AbstractContextManager[None]:
     """Choose the attention kernel: on a CPU, the fused kernel's bf16 gradient is very slow."""
-    if device == "cpu" and torch.is_grad_enabled():
+    gradients = _gradients.get()
+    if device == "cpu" and (torch.is_grad_enabled() if gradients is None else gradients):
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
 

@@ -22,6 +22,7 @@ from fedlora_flwr.lora.activations import Activations
 from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.lora.digests import in_bytes
 from fedlora_flwr.lora.model_call import Call
+from fedlora_flwr.lora.precision import kernels_of
 from fedlora_flwr.lora.prefix_search import Cut, Template, find_cut, prefix_of, standing_in
 
 # With fewer rows, a matrix product may add up in another order. Its last bits then differ.
@@ -58,7 +59,7 @@ class PrefixCache:
         self._adapted = adapted
         self._kept = Activations(cache_folder() / "activations", limit)
         self._factors = True
-        self._cuts: dict[tuple[bool, bool], Cut | None] = {}
+        self._cuts: dict[tuple[bool, bool, bool], Cut | None] = {}
         self._state: object = None
         self._digest = b""
         self._serving = ExitStack()
@@ -96,10 +97,12 @@ class PrefixCache:
             return
         self._busy = True
         try:
-            cut = self._cut(call)
-            if cut is not None:
-                value, templates = self._values(cut, call)
-                self._serving.enter_context(standing_in(cut, value, templates, call.rows))
+            # Nothing here computes gradients, so it must use the kernels of the call by name.
+            with kernels_of(torch.is_grad_enabled()):
+                cut = self._cut(call)
+                served = cut and self._values(cut, call)
+            if cut is not None and served is not None:
+                self._serving.enter_context(standing_in(cut, *served, call.rows))
         finally:
             self._busy = False
 
@@ -107,9 +110,13 @@ class PrefixCache:
         if not self._busy:
             self._serving.close()
 
+    def _mode(self) -> tuple[bool, bool, bool]:
+        """Return what decides on a call's cut, and on its bits, besides records and weights."""
+        return self._factors, self._adapted.model.training, torch.is_grad_enabled()
+
     def _cut(self, call: Call) -> Cut | None:
         """Return where to cut; searched for once per mode, in the first call of enough records."""
-        mode = self._factors, self._adapted.model.training
+        mode = self._mode()
         if mode not in self._cuts:
             if call.rows <= _LEAST_ROWS:
                 return None
@@ -126,7 +133,7 @@ class PrefixCache:
     def _values(self, cut: Cut, call: Call) -> tuple[Tensor, Sequence[Template]]:
         """Return the cut's output for all rows, and the forms of what is left out."""
         self._refresh(cut)
-        keys = call.keys(self._digest + bytes([self._adapted.model.training, self._factors]))
+        keys = call.keys(self._digest + bytes(self._mode()))
         templates = cut.templates.get(call.form)
         missing = [n for n, key in enumerate(keys) if templates is None or key not in self._kept]
         if not missing and templates is not None:

@@ -18,6 +18,7 @@ from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.data.records import TensorRecords
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.lora.adapters import AdaptedModel, LoRASpec, attach
+from fedlora_flwr.lora.precision import run_in_bf16
 from fedlora_flwr.lora.prefix_cache import PrefixCache
 from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.privacy.engine import PrivateEngine
@@ -111,6 +112,25 @@ def test_steps_and_evaluations_have_the_same_bits(family: Family, mode: str, exa
     with calls_of(adapted, LATE[family][1]) as seen, torch.no_grad():
         family.losses(adapted.model, records_of(family).batch(torch.arange(9)))
     assert not seen
+
+
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [(VIT, "-"), (SWIN, "-"), (ROBERTA, "-"), *((family, "B") for family in LATE)],
+    ids=lambda value: value.name if isinstance(value, Family) else value,
+)
+def test_bf16_has_the_same_bits(family: Family, mode: str) -> None:
+    """In bf16, steps and evaluations may attend with different kernels."""
+
+    def lower(adapted: AdaptedModel) -> AdaptedModel:
+        run_in_bf16(adapted.model)
+        return adapted
+
+    expected = trained(lower(late(family)), family, mode)
+    adapted = lower(late(family))
+    cache = PrefixCache(adapted, GIB)
+    assert_equal(trained(adapted, family, mode), expected)
+    assert len(cache) >= 40
 
 
 @pytest.mark.parametrize("family", [VIT, SWIN, ROBERTA], ids=lambda family: family.name)
