@@ -41,6 +41,7 @@ STRATEGIES: Mapping[str, str] = {
     "FedLoRA": "strategies.base",
     "DPLoRA": "strategies.dp_lora",
     "FFALoRA": "strategies.ffa_lora",
+    "FFASeeds": "strategies.ffa_seeds",
     "RoLoRA": "strategies.rolora",
     "LALoRA": "strategies.la_lora",
     "ASLoRA": "strategies.as_lora",

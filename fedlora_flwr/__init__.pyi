@@ -19,6 +19,7 @@ from fedlora_flwr.tasks.table_task import TableTask as TableTask
 from fedlora_flwr.strategies.base import FedLoRA as FedLoRA
 from fedlora_flwr.strategies.dp_lora import DPLoRA as DPLoRA
 from fedlora_flwr.strategies.ffa_lora import FFALoRA as FFALoRA
+from fedlora_flwr.strategies.ffa_seeds import FFASeeds as FFASeeds
 from fedlora_flwr.strategies.rolora import RoLoRA as RoLoRA
 from fedlora_flwr.strategies.la_lora import LALoRA as LALoRA
 from fedlora_flwr.strategies.as_lora import ASLoRA as ASLoRA

@@ -25,6 +25,7 @@ STRATEGY_GROUP = "fedlora_flwr.strategies"
 STRATEGIES: Mapping[str, str] = {
     "dp-lora": "fedlora_flwr.strategies.dp_lora:DPLoRA",
     "ffa-lora": "fedlora_flwr.strategies.ffa_lora:FFALoRA",
+    "ffa-seeds": "fedlora_flwr.strategies.ffa_seeds:FFASeeds",
     "rolora": "fedlora_flwr.strategies.rolora:RoLoRA",
     "la-lora": "fedlora_flwr.strategies.la_lora:LALoRA",
     "as-lora": "fedlora_flwr.strategies.as_lora:ASLoRA",

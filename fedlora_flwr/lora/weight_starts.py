@@ -51,6 +51,15 @@ def check_start(adapted: AdaptedModel, how: str) -> None:
             raise InvalidValue("rank", adapted.rank, allowed)
 
 
+def folded_shapes(adapted: AdaptedModel, how: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the folded pairs of a start, by name; none for a random one."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in adapted.layers if how != RANDOM else ():
+        b, a = folded_names(layer.name)
+        shapes[b], shapes[a] = tuple(layer.B.shape), tuple(layer.A.shape)
+    return shapes
+
+
 @torch.no_grad()
 def weight_start(adapted: AdaptedModel, how: str) -> dict[str, NDArray[np.float32]]:
     """Return the factors of a start and the folded pairs that take their product away.

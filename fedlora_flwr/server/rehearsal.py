@@ -18,7 +18,7 @@ from fedlora_flwr.lora.adapters import AdaptedModel, attach
 from fedlora_flwr.lora.build import lora_spec
 from fedlora_flwr.lora.precision import run_in_bf16
 from fedlora_flwr.lora.seeded import seeded
-from fedlora_flwr.lora.weight_starts import check_start
+from fedlora_flwr.lora.weight_starts import check_start, folded_shapes
 from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.noise import SeededNoise
@@ -38,7 +38,7 @@ _ADVICE = (
 
 
 def check_folding(config: LoRASection, strategy: FedLoRA, adapted: AdaptedModel) -> None:
-    """Refuse a method or a start that changes frozen weights where they cannot change.
+    """Refuse a method or a start that cannot use the model, e.g. changes weights that must not.
 
     Parameters
     ----------
@@ -53,11 +53,13 @@ def check_folding(config: LoRASection, strategy: FedLoRA, adapted: AdaptedModel)
     ------
     InvalidValue
         The method or the start folds into weights, and a layer's weight is quantized or another's
-        too; or the start needs a lower rank.
+        too; the start needs a lower rank; or the method refuses the model.
     """
     check_start(adapted, config.lora_init)
     if strategy.folds:
         adapted.folded.check_weights()
+    shapes = {name: tuple(parameter.shape) for name, parameter in adapted.parameters.items()}
+    strategy.check_model({**shapes, **folded_shapes(adapted, config.lora_init)})
 
 
 def rehearse(

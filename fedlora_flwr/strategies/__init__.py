@@ -17,6 +17,7 @@ from fedlora_flwr.strategies.fedex_lora import FedExLoRA
 from fedlora_flwr.strategies.fedsa_lora import FedSALoRA
 from fedlora_flwr.strategies.fedsvd import FedSVD
 from fedlora_flwr.strategies.ffa_lora import FFALoRA
+from fedlora_flwr.strategies.ffa_seeds import FFASeeds
 from fedlora_flwr.strategies.flexlora import FlexLoRA
 from fedlora_flwr.strategies.flora import FLoRA
 from fedlora_flwr.strategies.head_only import HeadOnly
@@ -56,6 +57,7 @@ __all__ = [
     "ASLoRA",
     "DPLoRA",
     "FFALoRA",
+    "FFASeeds",
     "FLoRA",
     "FedExLoRA",
     "FedLoRA",

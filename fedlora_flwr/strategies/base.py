@@ -285,6 +285,8 @@ class FedLoRA(Declared, Running):
         everything = this.expected.whole == set(arrays)
         whole_mean = self.averages and everything and self.robust.means
         check_clipping(config, type(self).__name__, whole_mean)
+        if server_round == 1:
+            self.check_model({name: array.shape for name, array in this.current.items()})
         if server_round == 1 or self._cohorts is None:
             self._cohorts = Cohorts(grid, self.seed, self.max_rounds, self.node_timeout)
             if self._turns:

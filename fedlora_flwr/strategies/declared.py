@@ -93,6 +93,20 @@ class Declared:
             cls.averages = vars(cls).get("averages", False)
             cls.needs_each_upload = vars(cls).get("needs_each_upload", True)
 
+    def check_model(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse a model that the method cannot train, before a run begins; by default, none.
+
+        Parameters
+        ----------
+        shapes : Mapping[str, tuple]
+            The shapes of the arrays from which the run starts, folded pairs among them.
+
+        Raises
+        ------
+        InvalidValue
+            The method cannot train it.
+        """
+
     def take_settings(self, given: Mapping[str, Any]) -> None:
         """Check a method's own arguments, and keep them as attributes.
 

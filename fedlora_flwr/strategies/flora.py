@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from fedlora_flwr.algebra.factors import combine
 from fedlora_flwr.algebra.means import Arrays
 from fedlora_flwr.layout import Layout
-from fedlora_flwr.randomness import stream_seed
 from fedlora_flwr.strategies.base import FedLoRA
-from fedlora_flwr.strategies.folding import fold
+from fedlora_flwr.strategies.folding import fold, fresh_a
 from fedlora_flwr.strategies.replies import Upload
 
 
@@ -61,9 +60,6 @@ class FLoRA(FedLoRA):
         for layer in layout.layers:
             b, a = layout.pair(layer)
             updates[layer] = combine([(u.arrays[b], u.arrays[a]) for u in uploads], weights)
-            generator = np.random.default_rng(stream_seed(self.seed, "flora", server_round, a))
-            bound = current[a].shape[1] ** -0.5
-            fresh = generator.uniform(-bound, bound, current[a].shape)
-            arrays[a] = fresh.astype(current[a].dtype)
+            arrays[a] = fresh_a(current[a], self.seed, "flora", server_round, a)
             arrays[b] = np.zeros_like(current[b])
         return {**arrays, **fold(current, updates)}

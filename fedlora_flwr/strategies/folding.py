@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.factors import Pair, add, compact
 from fedlora_flwr.algebra.means import Arrays
-from fedlora_flwr.layout import folded_names
+from fedlora_flwr.layout import Float, folded_names
+from fedlora_flwr.randomness import stream_seed
 
 
 def fold(current: Arrays, updates: Mapping[str, Pair]) -> dict[str, NDArray[np.floating]]:
@@ -34,3 +35,23 @@ def fold(current: Arrays, updates: Mapping[str, Pair]) -> dict[str, NDArray[np.f
         pairs = [(current[b], current[a]), update] if b in current else [update]
         arrays[b], arrays[a] = compact(*add(pairs))
     return arrays
+
+
+def fresh_a(like: NDArray[Float], *stream: object) -> NDArray[Float]:
+    """Draw an A as PEFT does at the start of a run.
+
+    Parameters
+    ----------
+    like : ndarray
+        An A of shape (r, n); the result has its shape and type.
+    *stream
+        What names the random stream, e.g. a seed, a method and a round.
+
+    Returns
+    -------
+    ndarray
+        Independent entries, uniform on ±1/√n.
+    """
+    bound = like.shape[1] ** -0.5
+    generator = np.random.default_rng(stream_seed(*stream))
+    return generator.uniform(-bound, bound, like.shape).astype(like.dtype)
