@@ -24,6 +24,7 @@ from fedlora_flwr.strategies import (
     FedLoRA,
     FedSVD,
     FFALoRA,
+    FFASeeds,
     FlexLoRA,
     FLoRA,
     LALoRA,
@@ -152,6 +153,13 @@ def test_a_row_space_that_is_never_trained_is_a_floor(
     assert floor > 0.9
     assert floor - 1e-6 < losses[-1] < 1
     assert losses[-1] == pytest.approx(losses[30], rel=1e-3)
+
+
+def test_each_further_seed_lowers_the_floor(regression: Regression) -> None:
+    losses = [regression.run(FFASeeds(seeds=seeds), 60)[-1] for seeds in (1, 3, 6)]
+    assert losses[0] == regression.run(FFALoRA(), 60)[-1]
+    assert losses[1] < 0.9 * losses[0]
+    assert losses[2] < 0.8 * losses[1]
 
 
 @pytest.mark.parametrize("strategy", [RoLoRA, ASLoRA, LALoRA, FedLoRA, FlexLoRA, FedExLoRA])

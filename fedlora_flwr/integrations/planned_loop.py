@@ -249,7 +249,9 @@ def _check_supported(arrays: Mapping[str, object], config: Mapping[str, object])
         raise InvalidValue(SHARE, config[SHARE], allowed)
     if folded := [name for name in arrays if is_folded(name)]:
         raise InvalidValue(
-            "array", folded[0], "LoRA factors and a head: FLoRA and FedExLoRA need LoRAClient"
+            "array",
+            folded[0],
+            "LoRA factors and a head: FLoRA, FedExLoRA and FFASeeds need LoRAClient",
         )
 
 

@@ -13,9 +13,8 @@ from fedlora_flwr.algebra.means import Arrays
 from fedlora_flwr.config.keys import between
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.layout import Layout, folded_names
-from fedlora_flwr.plan import B, ComponentPlan
-from fedlora_flwr.strategies.base import FedLoRA
 from fedlora_flwr.strategies.declared import setting
+from fedlora_flwr.strategies.ffa_lora import FFALoRA
 from fedlora_flwr.strategies.folding import fresh_a
 from fedlora_flwr.strategies.replies import Upload
 
@@ -29,7 +28,7 @@ class SeedsSettings:
     )
 
 
-class FFASeeds(FedLoRA):
+class FFASeeds(FFALoRA):
     """Train B under one of K frozen A, in turn by round, and keep all K pairs in the model.
 
     The model is ``W0 + s Σ B_j A_j``. In each round one pair is the adapter, and its B trains. The
@@ -103,10 +102,6 @@ class FFASeeds(FedLoRA):
                     f"{sides}. Set fewer seeds or a lower rank"
                 )
                 raise InvalidValue(f"{self.name}.seeds", self.seeds, allowed)
-
-    def plan(self, server_round: int, layout: Layout) -> ComponentPlan:
-        """Train B in every round."""
-        return ComponentPlan.uniform(B)
 
     def aggregate(
         self, server_round: int, current: Arrays, uploads: Sequence[Upload]

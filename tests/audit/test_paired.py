@@ -27,7 +27,9 @@ def test_an_honest_client_holds_its_claim_and_the_attack_is_no_weak_one(kind: st
     assert found.verdict == HOLDS, found
 
 
-@pytest.mark.parametrize("strategy", ["fedsa-lora", "flora", "fedsvd", "as-lora", "la-lora"])
+@pytest.mark.parametrize(
+    "strategy", ["fedsa-lora", "ffa-seeds", "flora", "fedsvd", "as-lora", "la-lora"]
+)
 def test_each_family_can_be_attacked(strategy: str) -> None:
     """Their uploads differ: a shared factor, folded products, new bases, chosen factors."""
     assert attacked(20, strategy=strategy).verdict in (HOLDS, WEAK)

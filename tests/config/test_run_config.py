@@ -292,7 +292,7 @@ def test_values_that_contradict_each_other_are_refused(values: dict[str, Any], k
     assert caught.value.key == key
 
 
-@pytest.mark.parametrize("strategy", ["flora", "fedex-lora"])
+@pytest.mark.parametrize("strategy", ["flora", "fedex-lora", "ffa-seeds"])
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_methods_that_change_frozen_weights_need_them_in_full(strategy: str, bits: str) -> None:
     with pytest.raises(InvalidValue, match=f"strategy = '{strategy}', which changes") as caught:
@@ -334,7 +334,9 @@ def test_a_whole_number_of_many_digits_is_a_number_where_it_is_one() -> None:
     assert RunConfig.of({"epsilon": 10**300}).epsilon == 1e300
 
 
-@pytest.mark.parametrize("strategy", ["fedsvd", "flexlora", "flora", "fedex-lora", "fedsa-lora"])
+@pytest.mark.parametrize(
+    "strategy", ["fedsvd", "flexlora", "flora", "fedex-lora", "fedsa-lora", "ffa-seeds"]
+)
 def test_models_that_have_no_mean_are_not_averaged(strategy: str) -> None:
     with pytest.raises(InvalidValue, match=f"0 where strategy = '{strategy}': ") as caught:
         RunConfig.of({"strategy": strategy, "average-decay": 0.9})

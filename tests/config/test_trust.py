@@ -16,7 +16,7 @@ SUM: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    "strategy", ["ffa-lora", "rolora", "as-lora", "la-lora", "dp-lora", "fedsvd"]
+    "strategy", ["ffa-lora", "ffa-seeds", "rolora", "as-lora", "la-lora", "dp-lora", "fedsvd"]
 )
 def test_methods_that_work_with_a_mean_work_with_a_sum(strategy: str) -> None:
     assert RunConfig.of(SUM, {"strategy": strategy}).secure_sum

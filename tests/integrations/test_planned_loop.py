@@ -185,7 +185,7 @@ def without(arrays: Arrays, parts: Iterable[str]) -> Arrays:
         (
             lambda a: {**a, "layers.0.folded_A.weight": np.zeros((1, 4))},
             {},
-            "FLoRA and FedExLoRA need LoRAClient",
+            "FLoRA, FedExLoRA and FFASeeds need LoRAClient",
         ),
     ],
 )

@@ -184,6 +184,7 @@ def test_each_strategy_has_its_paper() -> None:
     }
     found = {name: strategy_class(name).paper for name in STRATEGIES}
     assert found.pop("head-only") == ()
+    assert found.pop("ffa-seeds") == papers["ffa-lora"]
     assert found == {name: papers[name] for name in found}
 
 

@@ -139,6 +139,7 @@ def test_a_void_round_ends_the_run_where_too_few_answer(
         ("as-lora", {"filter": "binomial"}),
         ("la-lora", {"momentum": 0.5, "filter": "ema"}),
         ("fedsvd", {}),
+        ("ffa-seeds", {}),
         ("dp-lora", {"optimizer": "adamw"}),
         ("rolora", {"precondition": True, "lr_schedule": "linear:0.1"}),
     ],

@@ -27,6 +27,7 @@ SUM = {"trust_model": "secure-sum", "sample_rate": 0.2, "local_steps": 1, "delta
     [
         ("dp-lora", {"lora_init": "olora"}),
         ("ffa-lora", {}),
+        ("ffa-seeds", {}),
         ("rolora", {"average_decay": 0.5}),
         ("as-lora", {"blocks": ".+"}),
         ("fedsvd", {}),

@@ -34,12 +34,13 @@ every_method = pytest.mark.parametrize("method", sorted(STRATEGIES))
 # What trains in the two rounds, and what the server replaces though it did not train.
 TRAINED = {
     "ffa-lora": ("B", "B"),
+    "ffa-seeds": ("B", "B"),
     "fedsvd": ("B", "B"),
     "rolora": ("B", "A"),
     "as-lora": ("B", "A"),
     "head-only": ("", ""),
 }
-REWRITTEN = ("fedsvd",)
+REWRITTEN = ("fedsvd", "ffa-seeds")
 EXTRA = {"as-lora": {"scores", "score_errors", "scores_A", "scores_B", "z", "chance_A"}}
 ROW = {
     "round",
@@ -152,10 +153,10 @@ def check_frozen(session: Session, method: str) -> None:
             if not is_folded(name) and not np.array_equal(array, after[name])
         }
         expected = {*TRAINED.get(method, ("AB", "AB"))[0], None}
-        # FLoRA's B is zero again after each round.
-        expected -= {"B"} if method == "flora" else set()
+        # FLoRA's B is zero again after each round, and that of a new seed is still zero.
+        expected -= {"B"} if method in ("flora", "ffa-seeds") else set()
         assert moved == (expected | {"A"} if method in REWRITTEN else expected)
-        assert any(map(is_folded, after)) == (method in ("flora", "fedex-lora"))
+        assert any(map(is_folded, after)) == STRATEGIES[method].folds
     for first, *others in (session.downloads[:3], session.downloads[3:]):
         for other in others:
             assert all(np.array_equal(array, other[name]) for name, array in first.items())
@@ -180,7 +181,7 @@ def check_adapter(session: Session, method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["as-lora", "fedsvd", "flexlora", "flora", "fedex-lora", "fedsa-lora"]
+    "method", ["as-lora", "ffa-seeds", "fedsvd", "flexlora", "flora", "fedex-lora", "fedsa-lora"]
 )
 def test_the_seed_repeats_a_run(method: str, make_config: MakeConfig, tmp_path: Path) -> None:
     options: dict[str, Any] = {"client_ranks": "2,4,1"} if method == "flexlora" else {}

@@ -24,12 +24,13 @@ def declared(attribute: str) -> set[str]:
 
 def test_what_the_methods_of_the_package_declare() -> None:
     every = set(STRATEGIES)
-    assert declared("folds") == {"flora", "fedex-lora"}
-    assert declared("stable_basis") == every - {"fedsvd", "flexlora"}
+    assert declared("folds") == {"flora", "fedex-lora", "ffa-seeds"}
+    assert declared("stable_basis") == every - {"fedsvd", "flexlora", "ffa-seeds"}
     assert declared("personal") == {"fedsa-lora"}
     assert declared("own_ranks") == {"flexlora"}
     assert declared("needs_each_upload") == {"flora", "fedex-lora", "flexlora"}
-    assert declared("averages") == every - {"flora", "fedex-lora", "flexlora", "fedsvd"}
+    otherwise = {"flora", "fedex-lora", "flexlora", "fedsvd", "ffa-seeds"}
+    assert declared("averages") == every - otherwise
 
 
 def test_a_method_that_aggregates_otherwise_and_says_nothing_is_taken_to_need_all() -> None:

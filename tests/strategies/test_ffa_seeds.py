@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import PeftModel
+from safetensors.numpy import load_file
+from torch import nn
 
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.layout import factor_of, folded_names
+from fedlora_flwr.lora.adapters import LoRASpec, attach
+from fedlora_flwr.lora.seeded import seeded
 from fedlora_flwr.strategies import FFALoRA, FFASeeds, Upload
 from tests.strategies.dense import LAYOUT, RANK, SIZES, Array, Federation, close, product, start
 from tests.strategies.products import ExactMeans
@@ -122,6 +129,39 @@ def test_a_pair_that_the_start_has_folded_in_stays_where_it_is() -> None:
         np.testing.assert_array_equal(arrays[rest_b][:, :2], fixed[0])
         np.testing.assert_array_equal(arrays[rest_a][:2], fixed[1])
     assert len(arrays[rest_a]) == 2 + 2
+
+
+def test_plain_peft_loads_k_pairs_as_one_adapter_of_their_ranks(tmp_path: Path) -> None:
+    def plain() -> nn.Module:
+        with seeded(3):
+            return nn.Sequential(nn.Linear(9, 5), nn.ReLU(), nn.Linear(5, 2))
+
+    spec = LoRASpec(rank=1, alpha=3.0, dropout=0.0, targets="0")
+    adapted, method = attach(plain(), spec, seed=1), FFASeeds(seeds=3)
+    arrays: dict[str, Any] = {**adapted.read()}
+    for number in range(1, 6):
+        step = np.random.default_rng(number).normal(size=(5, 1)).astype(np.float32)
+        upload = Upload("x", {"0.lora_B.weight": arrays["0.lora_B.weight"] + step}, 1.0, {})
+        arrays = {**method.aggregate(number, arrays, [upload])}
+    adapted.write(arrays)
+    adapted.export(tmp_path)
+
+    found = load_file(tmp_path / "adapter_model.safetensors")
+    b, a = (found[f"base_model.model.0.lora_{factor}.weight"] for factor in "BA")
+    assert (b.shape, a.shape) == ((5, 3), (3, 9))
+    x = torch.linspace(-1, 1, 36).reshape(4, 9)
+    loaded = PeftModel.from_pretrained(plain(), str(tmp_path)).eval()
+    with torch.no_grad():
+        expected = adapted.model(x)
+        weight = plain()[0].weight + 3.0 * torch.from_numpy(b @ a)  # type: ignore[index]
+        torch.testing.assert_close(loaded(x), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            adapted.model(x), _by_hand(plain(), weight, x), rtol=0, atol=1e-5
+        )
+
+
+def _by_hand(model: Any, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return model[2](torch.relu(x @ weight.T + model[0].bias))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(("seeds", "folded", "fits"), [(4, 0, True), (5, 0, False), (4, 1, False)])

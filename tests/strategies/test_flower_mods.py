@@ -36,7 +36,7 @@ from tests.conftest import MakeConfig
 from tests.integrations.support import Counts, Crashes, only
 from tests.strategies.tiny import NAMES, Arrays, arrays_of, record_of, start_arrays
 
-PARTIAL = ("ffa-lora", "rolora", "as-lora", "fedsvd", "fedsa-lora")
+PARTIAL = ("ffa-lora", "ffa-seeds", "rolora", "as-lora", "fedsvd", "fedsa-lora")
 
 
 def app_of(*mods: Any) -> ClientApp:
@@ -163,7 +163,16 @@ def counts(make: Any = Counts, count: int = 3, mods: Any = (secaggplus_mod,)) ->
     return LocalGrid(serialized(ClientApp(client_fn, mods=list(mods))), count, {})
 
 
-AVERAGING = ("dp-lora", "ffa-lora", "rolora", "la-lora", "as-lora", "fedsvd", "fedsa-lora")
+AVERAGING = (
+    "dp-lora",
+    "ffa-lora",
+    "ffa-seeds",
+    "rolora",
+    "la-lora",
+    "as-lora",
+    "fedsvd",
+    "fedsa-lora",
+)
 
 
 @pytest.mark.parametrize("name", AVERAGING)
