@@ -50,6 +50,7 @@ STRATEGIES: Mapping[str, str] = {
     "FLoRA": "strategies.flora",
     "FedExLoRA": "strategies.fedex_lora",
     "FedSALoRA": "strategies.fedsa_lora",
+    "MRMTL": "strategies.mr_mtl",
     "HeadOnly": "strategies.head_only",
     "LegacyStrategy": "integrations.legacy_strategy",
 }

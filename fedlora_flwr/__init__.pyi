@@ -28,6 +28,7 @@ from fedlora_flwr.strategies.flexlora import FlexLoRA as FlexLoRA
 from fedlora_flwr.strategies.flora import FLoRA as FLoRA
 from fedlora_flwr.strategies.fedex_lora import FedExLoRA as FedExLoRA
 from fedlora_flwr.strategies.fedsa_lora import FedSALoRA as FedSALoRA
+from fedlora_flwr.strategies.mr_mtl import MRMTL as MRMTL
 from fedlora_flwr.strategies.head_only import HeadOnly as HeadOnly
 from fedlora_flwr.integrations.legacy_strategy import LegacyStrategy as LegacyStrategy
 

@@ -34,6 +34,7 @@ STRATEGIES: Mapping[str, str] = {
     "flora": "fedlora_flwr.strategies.flora:FLoRA",
     "fedex-lora": "fedlora_flwr.strategies.fedex_lora:FedExLoRA",
     "fedsa-lora": "fedlora_flwr.strategies.fedsa_lora:FedSALoRA",
+    "mr-mtl": "fedlora_flwr.strategies.mr_mtl:MRMTL",
     "head-only": "fedlora_flwr.strategies.head_only:HeadOnly",
 }
 

@@ -171,9 +171,9 @@ class LocalRound:
         shares = check_order(order, self._trainer.config)
         masks = self.exchange.masks(order) if order.stage else None
         names = tuple(arrays)
-        arrays = self._complete(order, arrays, order.server_round)
+        arrays, own = self._complete(order, arrays, order.server_round)
         with untold():
-            return self._release(order, plan, names, arrays, started, shares, masks)
+            return self._release(order, plan, names, arrays, own, started, shares, masks)
 
     def _release(
         self,
@@ -181,6 +181,7 @@ class LocalRound:
         plan: ComponentPlan | None,
         names: tuple[str, ...],
         arrays: Arrays,
+        own: Arrays,
         started: float,
         shares: int,
         masks: Masks | None,
@@ -191,14 +192,14 @@ class LocalRound:
         terms = self._ledger.terms(account)
         mechanism = agreed(calibrated_mechanism(run, len(records), terms=terms), order)
         grid = round_grid(order, mechanism, shares, self._trainer, plan)
-        inputs = inputs_of(run, account.run, order, arrays, mechanism)
+        inputs = inputs_of(run, account.run, order, arrays, mechanism, own)
         row = self._row(account, order, mechanism, shares, inputs)
 
         def train(summary: LedgerSummary) -> Mapping[str, NDArray[Any]]:
             if grid and plan:
                 manner = self._manner(order, summary)
                 return self._trainer.share(arrays, plan, records, mechanism, grid, *manner)
-            return self._train(order, plan, arrays, records, mechanism, summary).arrays
+            return self._train(order, plan, arrays, own, records, mechanism, summary).arrays
 
         try:
             made, summary = self._counted(row, train)
@@ -213,15 +214,15 @@ class LocalRound:
         if plan is None:
             # A server without plans replaces its arrays by what it gets, so it gets all of them.
             made = self._trainer.adapted.read(names)
-        if order.share:
-            kept = {name: array for name, array in made.items() if not order.leaves(name)}
+        if order.keeps:
+            kept = {name: array for name, array in made.items() if order.stays(name)}
             self._local.keep(account.client, account.run, kept, order.server_round)
         return Released(
             arrays={name: a for name, a in made.items() if order.leaves(name)},
             ledger=summary,
             seconds=time.perf_counter() - started,
             peak_memory_mb=peak_memory() / 2**20,
-            weight=_weight(order.weighting, mechanism),
+            weight=mechanism.weight(order.weighting),
             # The number of records leaves the client only if it is the weight.
             num_examples=len(records) if order.weighting == "size" else 1,
             unprotected=self._unprotected(records),
@@ -284,19 +285,20 @@ class LocalRound:
             arrays or backbone do not fit it.
         """
         run = self._trainer.config
-        if not order.share and not run.report_unprotected_metrics:
+        if not order.keeps and not run.report_unprotected_metrics:
             raise OrderRefused(
                 "A loss on private records is not protected. Evaluate on the server's public test "
                 "set (fraction_evaluate = 0), or set report-unprotected-metrics = true."
             )
-        if order.share and not run.test_split:
+        if order.keeps and not run.test_split:
             raise OrderRefused(
                 "This client does not evaluate. To let it, name a public test-split in its file."
             )
-        # The factor that this client kept in this round belongs to the model.
-        self._trainer.load(self._complete(order, arrays, order.server_round + 1))
+        # What this client kept in this round belongs to the model.
+        arrays, own = self._complete(order, arrays, order.server_round + 1)
+        self._trainer.load({**arrays, **own})
         with untold():
-            records = self._open_test() if order.share else self._open()
+            records = self._open_test() if order.keeps else self._open()
             return self._trainer.task.evaluate(self._trainer.adapted.model, records)
 
     def _permit(self, order: Order) -> None:
@@ -335,6 +337,7 @@ class LocalRound:
         order: Order,
         plan: ComponentPlan | None,
         arrays: Arrays,
+        own: Arrays,
         records: Records,
         mechanism: Mechanism,
         summary: LedgerSummary,
@@ -346,6 +349,7 @@ class LocalRound:
             mechanism,
             *self._manner(order, summary),
             proximal_mu=order.proximal_mu,
+            own=own,
         )
 
     def _manner(self, order: Order, summary: LedgerSummary) -> tuple[tuple[object, ...], bool, int]:
@@ -357,8 +361,11 @@ class LocalRound:
         untrusted = self._trainer.config.exact_passes or not in_simulation()
         return stream, untrusted, order.server_round or 1
 
-    def _complete(self, order: Order, arrays: Arrays, before: int) -> Arrays:
-        """Return all arrays to start from: the server's and those that stay with the client."""
+    def _complete(self, order: Order, arrays: Arrays, before: int) -> tuple[Arrays, Arrays]:
+        """Return the server's arrays, completed by those that stay, and this client's own model.
+
+        The second are the arrays that replace the server's where a client starts from its own.
+        """
         trainer = self._trainer
         if order.fingerprint and order.fingerprint != trainer.adapted.fingerprint:
             raise OrderRefused(
@@ -366,15 +373,18 @@ class LocalRound:
                 f"{trainer.adapted.fingerprint}: their frozen weights differ. Put the same model "
                 "on server and clients."
             )
-        if order.share:
+        own: Arrays = {}
+        if order.keeps:
             account = self._account_of(order)
             last = before if order.server_round else None
             local = self._local.recall(account.client, account.run, last)
-            arrays = {**trainer.start, **local, **arrays}
+            own = local if order.start_from else {}
+            arrays = {**trainer.start, **local, **arrays} if order.share else arrays
         if self._rank is not None:
             arrays = {n: leading_ranks(n, array, self._rank) for n, array in arrays.items()}
-        check_shapes(arrays, trainer.start, self._rank or trainer.config.rank)
-        return arrays
+        for found in (arrays, {**arrays, **own}):
+            check_shapes(found, trainer.start, self._rank or trainer.config.rank)
+        return arrays, own
 
     @property
     def _local(self) -> LocalStore:
@@ -386,11 +396,3 @@ class LocalRound:
         if not self._trainer.config.report_unprotected_metrics:
             return {}
         return self._trainer.task.evaluate(self._trainer.adapted.model, records)
-
-
-def _weight(weighting: str, mechanism: Mechanism) -> float:
-    if weighting == "size":
-        return float(mechanism.num_records)
-    if weighting == "inverse-noise":
-        return 1 / mechanism.noise_variance
-    return 1.0

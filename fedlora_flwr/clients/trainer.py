@@ -113,6 +113,7 @@ class LocalTrainer:
         untrusted: bool = False,
         server_round: int = 1,
         proximal_mu: float = 0.0,
+        own: Mapping[str, NDArray[np.floating]] | None = None,
     ) -> LocalUpdate:
         """Train one client for one round.
 
@@ -137,6 +138,9 @@ class LocalTrainer:
             The round, which learning rates may depend on.
         proximal_mu : float (default: 0.0)
             See `fedlora_flwr.wire.order.Order`.
+        own : Mapping[str, ndarray], optional
+            Arrays of this client's own model, from which training starts. The proximal term still
+            pulls to ``arrays``.
 
         Returns
         -------
@@ -151,7 +155,7 @@ class LocalTrainer:
             See `PrivateEngine.step`.
         """
         layout, steps = self.layout, self.config.local_steps
-        about = stream, untrusted, server_round, proximal_mu
+        about = stream, untrusted, server_round, proximal_mu, own
         with self._round(arrays, plan, records, mechanism, *about):
             batches = poisson_batches(mechanism, steps, self._seed("batches", stream))
             for step, indices in enumerate(batches, start=1):
@@ -217,6 +221,7 @@ class LocalTrainer:
         untrusted: bool,
         server_round: int,
         proximal_mu: float = 0.0,  # A secure sum has only one step, in which the pull is zero.
+        own: Mapping[str, NDArray[np.floating]] | None = None,
     ) -> Iterator[None]:
         """Load the arrays, check the plan and the model, and give the client its own randomness."""
         self.layout.check_plan(plan)
@@ -233,6 +238,8 @@ class LocalTrainer:
                 make_filter(self.config.filter),
                 exact=untrusted,
             )
+            if own:  # The engine has kept the arrays that it pulls to.
+                self.adapted.write({**arrays, **own})
             if untrusted:
                 self.engine.verify(records)
             with self.engine.training():

@@ -27,6 +27,7 @@ class Method(Protocol):
     name: str
     settings: type
     personal: bool
+    own_models: bool
     stable_basis: bool
     folds: bool
     needs_each_upload: bool
@@ -143,7 +144,7 @@ def check_method(config: RunConfig) -> None:
 def _no_sum(method: Method) -> str:
     """Return the reason why the method cannot use the sum of all uploads; empty if it can."""
     if method.personal:
-        return "this method leaves a factor with each client"
+        return "this method leaves a factor or a model with each client"
     if method.needs_each_upload:
         return "this method needs each upload"
     return ""

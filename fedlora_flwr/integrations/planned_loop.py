@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from fedlora_flwr.errors import FedLoRAError, InvalidValue, unknown
 from fedlora_flwr.layout import Layout, is_folded
 from fedlora_flwr.plan import BOTH, ComponentPlan
-from fedlora_flwr.wire import NAMES, PLAN, SHARE
+from fedlora_flwr.wire import NAMES, PLAN, SHARE, START_FROM
 from fedlora_flwr.wire.arrays import to_numpy
 from fedlora_flwr.wire.records import train_records
 from fedlora_flwr.wire.report import Report
@@ -247,6 +247,9 @@ def _check_supported(arrays: Mapping[str, object], config: Mapping[str, object])
     if SHARE in config:
         allowed = "no such key: FedSALoRA needs LoRAClient, which keeps B on the client's disk"
         raise InvalidValue(SHARE, config[SHARE], allowed)
+    if START_FROM in config:
+        allowed = "no such key: MRMTL needs LoRAClient, which keeps a model on the client's disk"
+        raise InvalidValue(START_FROM, config[START_FROM], allowed)
     if folded := [name for name in arrays if is_folded(name)]:
         raise InvalidValue(
             "array",

@@ -97,6 +97,18 @@ class Mechanism:
         # Not ``deviation ** 2``: on overflow it raises an error, while a product is infinite.
         return deviation * deviation
 
+    def weight(self, weighting: str) -> float:
+        """Return the aggregation weight of this client: n, b²/(σC)² or 1.
+
+        Parameters
+        ----------
+        weighting : str
+            ``"size"``, ``"inverse-noise"`` or ``"uniform"``.
+        """
+        if weighting == "size":
+            return float(self.num_records)
+        return 1 / self.noise_variance if weighting == "inverse-noise" else 1.0
+
     def noise_variance_of(self, name: str) -> float:
         """Return the variance of the noise in each coordinate of an array's released gradient.
 

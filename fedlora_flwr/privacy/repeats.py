@@ -55,6 +55,7 @@ def inputs_of(
     order: Order,
     arrays: Mapping[str, NDArray[np.floating]],
     mechanism: Mechanism,
+    own: Mapping[str, NDArray[np.floating]] | None = None,
 ) -> str:
     """Return the digest of the inputs that decide a round's release; empty where noise is fresh.
 
@@ -70,13 +71,15 @@ def inputs_of(
         All arrays that the round starts from.
     mechanism : Mechanism
         The round's mechanism.
+    own : Mapping[str, ndarray], optional
+        Arrays of the client's own model, where training starts from it.
     """
     if not config.reproducible or not order.server_round:
         return ""
     asked = replace(order, continues="", packet=b"").to_config()
     keys = {key: value for key, value in config.items().items() if key not in _ELSEWHERE}
     rates = config.learning_rates(order.server_round)
-    decided = [run, asked, keys, rates, asdict(mechanism), digest_of(arrays)]
+    decided = [run, asked, keys, rates, asdict(mechanism), digest_of(arrays), digest_of(own or {})]
     return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 
 

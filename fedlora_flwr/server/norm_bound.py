@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.means import Arrays
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.methods import method_of
 from fedlora_flwr.errors import InvalidValue, SuspectReply
 from fedlora_flwr.layout import (
     Layout,
@@ -205,6 +206,8 @@ def unknown(config: RunConfig) -> str:
     """Say why no bound follows from public numbers; empty where one does."""
     if config.secure_sum:
         return "the server sees only the sum of uploads under trust-model = 'secure-sum'"
+    if method_of(config.strategy).own_models:
+        return f"clients start from models of their own with strategy = {config.strategy!r}"
     if config.local_steps > _MOST_STEPS:
         return f"local-steps is above {_MOST_STEPS}"
     if config.optimizer != "sgd":

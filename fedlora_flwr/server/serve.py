@@ -241,7 +241,8 @@ class _Session:
         with replacing(self.run_dir.adapter) as draft:
             self.adapted.export(draft)
         # Figures that clients measure on their own records decide nothing.
-        if metrics and not self.strategy.shared and self.best.take(server_round, metrics, measured):
+        here = not self.strategy.measured_there
+        if metrics and here and self.best.take(server_round, metrics, measured):
             with replacing(self.run_dir.best) as draft:
                 draft.mkdir()
                 for file in self.run_dir.adapter.iterdir():

@@ -22,6 +22,7 @@ from fedlora_flwr.strategies.flexlora import FlexLoRA
 from fedlora_flwr.strategies.flora import FLoRA
 from fedlora_flwr.strategies.head_only import HeadOnly
 from fedlora_flwr.strategies.la_lora import LALoRA
+from fedlora_flwr.strategies.mr_mtl import MRMTL
 from fedlora_flwr.strategies.replies import RoundReport, Upload
 from fedlora_flwr.strategies.rolora import RoLoRA
 
@@ -53,6 +54,7 @@ def strategy_class(name: str) -> type[FedLoRA]:
 
 __all__ = [
     "FLAG",
+    "MRMTL",
     "STRATEGIES",
     "ASLoRA",
     "DPLoRA",

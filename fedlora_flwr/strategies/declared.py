@@ -53,9 +53,12 @@ class Declared:
         Names of further arguments that are keys of the run configuration, such as ``"lr_a"``.
     shared : str
         The factors that travel, where not everything does (see `fedlora_flwr.layout.is_shared`).
+    own_models : bool
+        Whether each client keeps a model of its own, from which its next round starts.
     personal : bool
-        Whether a factor stays with each client, so that the server has no model to measure or to
-        average. Follows from ``shared``.
+        Whether clients have models of their own, of which a factor or all of it stays with them, so
+        that the server has no model to measure or to average. Follows from ``shared`` and
+        ``own_models``.
     stable_basis : bool
         Whether factors of two rounds are in one basis, so that their mean over rounds is a model.
     folds : bool
@@ -77,6 +80,7 @@ class Declared:
     settings: ClassVar[type] = NoSettings
     reads: ClassVar[tuple[str, ...]] = ()
     shared: str = ""
+    own_models: ClassVar[bool] = False
     personal: ClassVar[bool] = False
     stable_basis: ClassVar[bool] = True
     folds: ClassVar[bool] = False
@@ -88,7 +92,7 @@ class Declared:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Fill in what follows from what a class says."""
         super().__init_subclass__(**kwargs)
-        cls.personal = len(cls.shared) == 1
+        cls.personal = cls.own_models or len(cls.shared) == 1
         if "aggregate" in vars(cls):  # A class that declares nothing gets the cautious answer.
             cls.averages = vars(cls).get("averages", False)
             cls.needs_each_upload = vars(cls).get("needs_each_upload", True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -32,6 +33,7 @@ class Exchange(FedAvg):
     """
 
     shared: str
+    own_models: ClassVar[bool]
     continues: str
     last_round: RoundReport | None
     _cohorts: Cohorts | None
@@ -39,6 +41,11 @@ class Exchange(FedAvg):
     _result: Result
     _round: Round
     _timeout: float
+
+    @property
+    def measured_there(self) -> bool:
+        """Whether a part of the models stays with the clients, so that each measures its own."""
+        return bool(self.shared) or self.own_models
 
     def order(self, server_round: int, plan: str = "") -> Order:
         """Say what clients are asked for, beside the arrays; without a plan, to measure."""
@@ -66,7 +73,7 @@ class Exchange(FedAvg):
         report = self.last_round
         order = replace(self.order(server_round), continues=self.continues)
         config.update(order.to_config())
-        if report is not None and self.shared:
+        if report is not None and self.measured_there:
             # From now on the server's model does not stand in for the clients' models.
             report.evaluation, self._round.measuring = {}, list(self._round.asked)
             return self._messages(MessageType.EVALUATE, arrays, config, self._round.asked, report)
@@ -84,7 +91,7 @@ class Exchange(FedAvg):
         """Average the clients' figures by the number of examples; None without any."""
         report = self.last_round or RoundReport(server_round, "", sent=0)
         reports = read_measurements(self._inbox(MessageType.EVALUATE, report), replies, report)
-        if self.shared:
+        if self.measured_there:
             mean = mean_of_own_models(reports, report)
         else:
             self._promises.look_at_figures(reports, self.weighted_by_key)

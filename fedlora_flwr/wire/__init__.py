@@ -6,6 +6,9 @@ WEIGHTING = "weighting"
 FINGERPRINT = "fingerprint"
 # The factors that are exchanged (e.g. "A"), if other arrays that train stay with the client.
 SHARE = "share"
+# Whether a client starts from the arrays that it has kept, and not from the message's.
+START_FROM = "start-from"
+OWN = "own"
 # μ of FedProx's proximal term, by which the global arrays attract a client's arrays.
 PROXIMAL = "proximal-mu"
 # Identity of the run that the server continues, if it differs from the run that Flower knows.

@@ -19,6 +19,7 @@ from fedlora_flwr.wire import (
     GRID_NORM,
     MOST_ENTRY,
     NAMES,
+    OWN,
     PACKET,
     PLAN,
     PROXIMAL,
@@ -26,6 +27,7 @@ from fedlora_flwr.wire import (
     SHARE,
     STAGE,
     STAGES,
+    START_FROM,
     SUM_NOISE,
     WEIGHTING,
     WEIGHTINGS,
@@ -99,6 +101,10 @@ class Order:
     proximal_mu : float
         μ of the term μ/2 ‖w − w₀‖² that is added to the local objective, where w₀ are the message's
         arrays (FedProx, arXiv 1812.06127); 0 for no such term.
+    start_from : str
+        ``"own"`` if each client keeps all that it trains, and starts from what it kept in its last
+        round; the message's arrays then are w₀ of the proximal term, and the start of a client that
+        has kept nothing. If empty, training starts from the message's arrays.
     continues : str
         Identity of the run that this run continues, with the same plan, budget and local arrays.
         Empty if it continues no run.
@@ -153,6 +159,10 @@ class Order:
     proximal_mu: float = _row(
         PROXIMAL, 0.0, Number(0, 1e3),
         "The pull is added after the noise, and the server knows the arrays that it uses.",
+    )  # fmt: skip
+    start_from: str = _row(
+        START_FROM, "", Text(LONGEST, (OWN,)),
+        "What a client has kept went through the same private steps.",
     )  # fmt: skip
     continues: str = _row(
         CONTINUES, "", Text(LONGEST),
@@ -212,6 +222,15 @@ class Order:
             plan = ComponentPlan.parse(self.plan)
             layout.check_plan(plan)
             return plan
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a part of the model, or all of it, stays with each client between rounds."""
+        return bool(self.share or self.start_from)
+
+    def stays(self, name: str) -> bool:
+        """Tell whether the client keeps an array for its next round."""
+        return bool(self.start_from) or not self.leaves(name)
 
     def leaves(self, name: str) -> bool:
         """Tell whether an array is exchanged."""

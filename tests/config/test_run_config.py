@@ -335,7 +335,7 @@ def test_a_whole_number_of_many_digits_is_a_number_where_it_is_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "strategy", ["fedsvd", "flexlora", "flora", "fedex-lora", "fedsa-lora", "ffa-seeds"]
+    "strategy", ["fedsvd", "flexlora", "flora", "fedex-lora", "fedsa-lora", "ffa-seeds", "mr-mtl"]
 )
 def test_models_that_have_no_mean_are_not_averaged(strategy: str) -> None:
     with pytest.raises(InvalidValue, match=f"0 where strategy = '{strategy}': ") as caught:

@@ -28,7 +28,8 @@ def test_methods_that_work_with_a_mean_work_with_a_sum(strategy: str) -> None:
         ("flexlora", "needs each upload"),
         ("flora", "needs each upload"),
         ("fedex-lora", "needs each upload"),
-        ("fedsa-lora", "leaves a factor with each client"),
+        ("fedsa-lora", "leaves a factor or a model with each client"),
+        ("mr-mtl", "leaves a factor or a model with each client"),
     ],
 )
 def test_other_methods_are_refused_with_the_reason(strategy: str, why: str) -> None:

@@ -26,7 +26,8 @@ def test_what_the_methods_of_the_package_declare() -> None:
     every = set(STRATEGIES)
     assert declared("folds") == {"flora", "fedex-lora", "ffa-seeds"}
     assert declared("stable_basis") == every - {"fedsvd", "flexlora", "ffa-seeds"}
-    assert declared("personal") == {"fedsa-lora"}
+    assert declared("personal") == {"fedsa-lora", "mr-mtl"}
+    assert declared("own_models") == {"mr-mtl"}
     assert declared("own_ranks") == {"flexlora"}
     assert declared("needs_each_upload") == {"flora", "fedex-lora", "flexlora"}
     otherwise = {"flora", "fedex-lora", "flexlora", "fedsvd", "ffa-seeds"}
