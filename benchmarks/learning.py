@@ -43,8 +43,8 @@ FILES = {
 RECORDS = {"cifar10-small-swin": 50_000, "sst2-minilm": 67_343}
 # One layer that stands for all: numbers of B and A, then the head's (see the rows' bytes).
 NUMBERS = {"cifar10-small-swin": (43_008, 21_504, 3_850), "sst2-minilm": (32_256, 32_256, 770)}
-# FedSA-LoRA measures clients' own models, which have no common start to gain from.
-LEFT_OUT = ("fedsa-lora",)
+# These measure clients' own models, which have no common start to gain from.
+LEFT_OUT = ("fedsa-lora", "mr-mtl")
 
 
 def table() -> pd.DataFrame:

@@ -208,9 +208,7 @@ class LocalRound:
                 raise
             return self._exhausted(order, started)
         if grid and plan:
-            made = with_records(made, len(records))
-            made = masks.on(made) if masks else made
-            return self._shared(made, summary, records, started)
+            return self._shared(made, summary, records, started, masks)
         if plan is None:
             # A server without plans replaces its arrays by what it gets, so it gets all of them.
             made = self._trainer.adapted.read(names)
@@ -256,7 +254,10 @@ class LocalRound:
         summary: LedgerSummary,
         records: Records,
         started: float,
+        masks: Masks | None,
     ) -> Released:
+        shares = with_records(shares, len(records))
+        shares = masks.on(shares) if masks else shares
         seconds, memory = time.perf_counter() - started, peak_memory() / 2**20
         unprotected = self._unprotected(records)
         return Released({}, summary, seconds, memory, unprotected=unprotected, shares=shares)

@@ -65,6 +65,17 @@ def test_a_whole_number_stands_for_a_float_and_nothing_else_does() -> None:
             Order.from_config({"proximal-mu": value})
 
 
+def test_an_own_start_is_one_word_under_which_all_that_trains_is_kept() -> None:
+    order = Order.from_config({"start-from": "own"})
+    assert order.keeps
+    assert order.stays("head.bias")
+    assert order.leaves("head.bias")
+    assert not Order().keeps
+    for value in ("theirs", True, 1):
+        with pytest.raises(OrderRefused, match="start-from"):
+            Order.from_config({"start-from": value})
+
+
 def test_flowers_own_words_pass() -> None:
     assert Order.from_config({"clipping_norm": 1.0, "norm_bit": True}) == Order()
 
