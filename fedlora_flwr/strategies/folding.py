@@ -37,15 +37,17 @@ def fold(current: Arrays, updates: Mapping[str, Pair]) -> dict[str, NDArray[np.f
     return arrays
 
 
-def fresh_a(like: NDArray[Float], *stream: object) -> NDArray[Float]:
+def fresh_a(like: NDArray[Float], seed: int, *names: object) -> NDArray[Float]:
     """Draw an A as PEFT does at the start of a run.
 
     Parameters
     ----------
     like : ndarray
         An A of shape (r, n); the result has its shape and type.
-    *stream
-        What names the random stream, e.g. a seed, a method and a round.
+    seed : int
+        Seed of the run.
+    *names
+        What names the random stream, e.g. a method and a round.
 
     Returns
     -------
@@ -53,5 +55,5 @@ def fresh_a(like: NDArray[Float], *stream: object) -> NDArray[Float]:
         Independent entries, uniform on ±1/√n.
     """
     bound = like.shape[1] ** -0.5
-    generator = np.random.default_rng(stream_seed(*stream))
+    generator = np.random.default_rng(stream_seed(seed, *names))
     return generator.uniform(-bound, bound, like.shape).astype(like.dtype)

@@ -102,7 +102,8 @@ def evaluation_on_private_records(patch: Patch) -> None:
     """A message that asks for it gets the loss on private records."""
 
     def measured(self: LocalRound, order: Order, arrays: Any) -> dict[str, float]:
-        self._trainer.load(self._complete(order, arrays, order.server_round + 1))
+        whole, own = self._complete(order, arrays, order.server_round + 1)
+        self._trainer.load({**whole, **own})
         return self._trainer.task.evaluate(self._trainer.adapted.model, self._open())
 
     patch.setattr(LocalRound, "measure", measured)

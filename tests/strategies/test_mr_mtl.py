@@ -131,9 +131,9 @@ class Recorded(NoFilter):
     def __init__(self) -> None:
         self.seen: list[np.ndarray[Any, Any]] = []
 
-    def __call__(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
-        self.seen.append(gradient.detach().double().numpy().copy())
-        return gradient
+    def __call__(self, name: str, grad: torch.Tensor) -> torch.Tensor:
+        self.seen.append(grad.detach().double().numpy().copy())
+        return grad
 
 
 def stepped(pull: float, steps: int) -> tuple[list[Any], Any, Any, Any]:
