@@ -200,8 +200,8 @@ def number_of_records_beside_the_sum(patch: Patch) -> None:
     """A client tells its number of records, which the sum alone is to tell."""
     shared = LocalRound._shared
 
-    def told(self: LocalRound, shares: Any, summary: Any, records: Any, started: float) -> Any:
-        return replace(shared(self, shares, summary, records, started), num_examples=len(records))
+    def told(self: LocalRound, shares: Any, summary: Any, records: Any, *rest: Any) -> Any:
+        return replace(shared(self, shares, summary, records, *rest), num_examples=len(records))
 
     patch.setattr(LocalRound, "_shared", told)
 

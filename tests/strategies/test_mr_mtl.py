@@ -179,3 +179,24 @@ def test_the_norm_bound_is_refused_and_auto_goes_without(make_config: MakeConfig
 
 def test_a_saved_run_goes_on_bit_for_bit() -> None:
     assert_goes_on_bit_for_bit(MRMTL)
+
+
+def test_a_step_starts_from_the_own_model_and_is_pulled_to_the_message(
+    make_config: MakeConfig,
+) -> None:
+    config = make_config(strategy="mr-mtl", local_steps=1)
+    trainer = LocalTrainer.build(config)
+    records = trainer.task.client_records(0, config.num_clients)
+    about = ComponentPlan.parse("B"), records, Mechanism(1.0, 1.0, 16, len(records)), ("client", 1)
+    center, rng = trainer.start, np.random.default_rng(0)
+    own = {
+        name: array + rng.normal(0, 0.1, array.shape).astype(np.float32)
+        for name, array in center.items()
+        if factor_of(name) != "A"
+    }
+    free = trainer.train({**center, **own}, *about).arrays
+    pulled = trainer.train(center, *about, proximal_mu=PULL, own=own).arrays
+    _, of_b, of_head = config.learning_rates(1)
+    for name, array in own.items():
+        pull = (of_b if factor_of(name) else of_head) * PULL * (array - center[name])
+        np.testing.assert_allclose(pulled[name], free[name] - pull, rtol=0, atol=1e-5)
