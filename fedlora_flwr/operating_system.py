@@ -8,12 +8,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+fcntl: Any
+resource: Any
 try:
     import fcntl
     import resource
 except ImportError:  # Windows
-    fcntl = resource = None  # type: ignore[assignment]
+    fcntl = resource = None
 
 WINDOWS = sys.platform == "win32"
 ENDING = tuple(

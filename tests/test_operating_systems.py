@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fedlora_flwr import simulate
 
     folder = tmp_path_factory.mktemp("here") / "run"
-    changes = {key.replace("-", "_"): value for key, value in QUICK.items()}
+    changes: dict[str, Any] = {key.replace("-", "_"): value for key, value in QUICK.items()}
     simulate("digits", run_dir=str(folder), progress=False, **changes)
     return folder
 

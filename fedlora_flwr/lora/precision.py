@@ -55,7 +55,7 @@ def fp32_only() -> Iterator[None]:
 
 @contextmanager
 def kernels_of(gradients: bool) -> Iterator[None]:
-    """Choose kernels as where gradients are computed, or are not, whatever holds in the block."""
+    """Choose kernels as where gradients are computed, or are not, in spite of torch's own mode."""
     token = _gradients.set(gradients)
     try:
         yield

@@ -100,7 +100,7 @@ class PrefixCache:
             # Nothing here computes gradients, so it must use the kernels of the call by name.
             with kernels_of(torch.is_grad_enabled()):
                 cut = self._cut(call)
-                served = cut and self._values(cut, call)
+                served = None if cut is None else self._values(cut, call)
             if cut is not None and served is not None:
                 self._serving.enter_context(standing_in(cut, *served, call.rows))
         finally:

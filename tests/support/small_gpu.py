@@ -38,7 +38,7 @@ class SmallTensor(torch.Tensor):
     def __init__(self, held: torch.Tensor) -> None: ...
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return _run(operation, args, kwargs or {})
@@ -85,7 +85,7 @@ class _Module(backend_registration._DummyBackendModule):
     def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None: ...
 
 
-_library = torch.library.Library("_", "IMPL")
+_library = torch.library.Library("_", "IMPL")  # type: ignore[no-untyped-call]
 
 
 def _fallback(operation: Any, *args: Any, **kwargs: Any) -> Any:
@@ -95,4 +95,4 @@ def _fallback(operation: Any, *args: Any, **kwargs: Any) -> Any:
 def set_up() -> None:
     """Add the device to torch, for the rest of this process."""
     backend_registration._setup_privateuseone_for_python_backend(SMALL_GPU, _Module())
-    _library.fallback(_fallback, "PrivateUse1")
+    _library.fallback(_fallback, "PrivateUse1")  # type: ignore[no-untyped-call]
