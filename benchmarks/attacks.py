@@ -1,9 +1,9 @@
 """The effect of one or three bad clients among ten on a run, for each rule of aggregation.
 
-Run ``python -m benchmarks.attacks``. Each cell of the grid is a short run on digits (`RECIPE`) in this
-process. Its row is appended to a CSV file. Cells that are already in the file are skipped, so the
-command can be stopped and started again. The most telling cells come first. Bad clients exist only
-here: their replies are changed on the way to the server.
+Run ``python -m benchmarks.attacks``. Each cell of the grid is a short run on digits in this
+process; `RECIPE` says how short. Its row is appended to a CSV file. Cells that are already in the
+file are skipped, so the command can be stopped and started again. The most telling cells come
+first. Bad clients exist only here: their replies are changed on the way to the server.
 """
 
 from __future__ import annotations
