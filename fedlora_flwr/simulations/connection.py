@@ -131,10 +131,13 @@ class Connection:
         try:
             answer: dict[str, Any] = json.loads(output[output.index("{") :])
         except ValueError:
-            text = (errors or output).strip()
-            raise SuperLinkError(f"flwr {arguments[0]} failed: {text}") from None
+            raise _failure(arguments[0], (errors or output).strip()) from None
         if not answer.get("success"):
             reason = one_line(RuntimeError(answer.get("error-message") or answer))
-            failed = UnknownRun if _UNKNOWN in reason else SuperLinkError
-            raise failed(f"flwr {arguments[0]} failed: {reason}")
+            raise _failure(arguments[0], reason)
         return answer
+
+
+def _failure(command: str, reason: str) -> SuperLinkError:
+    failed = UnknownRun if _UNKNOWN in reason else SuperLinkError
+    return failed(f"flwr {command} failed: {reason}")
