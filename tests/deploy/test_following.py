@@ -110,11 +110,13 @@ def test_a_run_is_submitted_again_to_a_server_that_has_lost_its_database(tmp_pat
         after = runs_of(fleet)
         operator.send_signal(signal.SIGINT)
         operator.wait(100)
+        left = left_of(str(tmp_path), patience=10.0)
     finally:
+        left_of(str(tmp_path), patience=0.0)
         fleet.stop(list(fleet.processes))
     said = " ".join((tmp_path / "said").read_text().split())
     assert len(after) == 1, said
     assert after != before
     assert "does not know the run" in said
     assert "register.sh again, or it admits no device." in said
-    assert left_of(str(tmp_path), patience=10.0) == []
+    assert left == []
