@@ -99,7 +99,7 @@ def test_a_run_is_submitted_again_to_a_server_that_has_lost_its_database(tmp_pat
         fleet.start("server")
         until(lambda: listens(fleet))
         operator = operate(fleet, tmp_path, "--pause", "3", "--restarts", "4")
-        until(lambda: runs_of(fleet), (tmp_path / "said").read_text)
+        until(lambda: "Starting logstream" in (tmp_path / "said").read_text())
         before = runs_of(fleet)
         os.kill(fleet.processes["server"].pid, signal.SIGKILL)
         fleet.stop(["server"])
