@@ -1,9 +1,9 @@
 """The effect of one or three bad clients among ten on a run, for each rule of aggregation.
 
-Run ``python -m benchmarks.attacks``. Each cell of the grid is a run on digits in this process. Its
-row is appended to a CSV file. Cells that are already in the file are skipped, so the command can be
-stopped and started again. Bad clients exist only here: their replies are changed on the way to the
-server.
+Run ``python -m benchmarks.attacks``. Each cell of the grid is a short run on digits in this
+process; `RECIPE` says how short. Its row is appended to a CSV file. Cells that are already in the
+file are skipped, so the command can be stopped and started again. The most telling cells come
+first. Bad clients exist only here: their replies are changed on the way to the server.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import cache
 from pathlib import Path
-from statistics import fmean
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -45,6 +44,12 @@ CLIENTS, TARGET = 10, 0
 RESULTS = Path(__file__).parent / "results" / "attacks" / "rows.csv"
 STRATEGIES, EPSILONS, SEEDS = ("rolora", "la-lora", "as-lora"), (8.0, 1.0), (42, 43, 44)
 RULES = ("none", "norm-bound", *federation.RULES)
+RATE = 1.0
+RECIPE = {
+    "num-rounds": 8, "local-steps": 2, "batch-size": 32, "eval-every": 8, "min-records": 80,
+    "lr-a": RATE, "lr-b": RATE, "lr-head": RATE,
+}  # fmt: skip
+"""What differs from the recipe ``digits``: 160 private steps per run instead of 1,000."""
 BAD = (1, 3)
 NOBODY, COPY, LABELS, BACKDOOR = "nobody", "copied reply", "label flip", "backdoor"
 
@@ -209,16 +214,29 @@ class Clients:
         return reply
 
 
-def run(cell: Cell, rounds: int = 0) -> Outcome:
-    """Run one cell. ``rounds`` replaces the recipe's number of rounds unless it is 0."""
+def run(cell: Cell, folder: Path, rounds: int = 0) -> Outcome:
+    """Run one cell.
+
+    Parameters
+    ----------
+    cell : Cell
+        The cell.
+    folder : Path
+        Keeps the clients' ledgers. Runs in the same folder share a model where they can.
+    rounds : int (default: 0)
+        Replaces the recipe's number of rounds unless it is 0.
+    """
     global _now
     _now = cell
-    config = _config(cell, rounds)
-    with tempfile.TemporaryDirectory() as folder:
-        run_dir = RunDirectory(Path(folder) / "run")
-        config = RunConfig.of(config.items(), {"state-dir": folder})
-        with LocalGrid(Clients(cell), CLIENTS, config.items()).running() as grid:
-            run_federation(grid, config, run_dir)
+    # Clients read neither the rule nor the attack, so their configuration is that of other cells.
+    clients = RunConfig.of(_base(cell, rounds), {"state-dir": str(folder)})
+    own: dict[str, Any] = {"robust": cell.rule, "robust-share": 0.3 if cell.bad == 3 else 0.2}
+    config = RunConfig.of(clients.items(), own)
+    noise = _largest_noise(cell.strategy, cell.epsilon, cell.seed, rounds)
+    with tempfile.TemporaryDirectory(dir=folder) as results:
+        run_dir = RunDirectory(Path(results) / "run")
+        with LocalGrid(Clients(cell), CLIENTS, clients.items()).running() as grid:
+            run_federation(grid, config, run_dir, largest_noise=noise)
         rows: list[Any] = run_dir.rows("rounds")[1:]
     bad = {partition_name(i) for i in range(CLIENTS) if _is_bad(i, cell)}
     named = [name for row in rows for name in row["suspects"]]
@@ -232,25 +250,20 @@ def run(cell: Cell, rounds: int = 0) -> Outcome:
     )
 
 
-def _config(cell: Cell, rounds: int) -> RunConfig:
-    own: dict[str, Any] = {"robust": cell.rule, "robust-share": 0.3 if cell.bad == 3 else 0.2}
-    noise = _noise_of(cell.strategy, cell.epsilon, cell.seed, rounds)
-    return RunConfig.of(_base(cell.strategy, cell.epsilon, cell.seed, rounds), own, noise)
-
-
-def _base(strategy: str, epsilon: float, seed: int, rounds: int) -> dict[str, Any]:
-    own = {"strategy": strategy, "epsilon": epsilon, "seed": seed, "device": "cpu"}
-    if rounds:
-        own["num-rounds"] = rounds
-    task = {"task": f"{__name__}:{AttackedDigits.__name__}", "num-clients": CLIENTS}
-    return RunConfig.of(load_recipe("digits").items(), own, task, {"min-clients": CLIENTS}).items()
+def _base(cell: Cell, rounds: int) -> dict[str, Any]:
+    own: dict[str, Any] = {
+        "task": f"{__name__}:{AttackedDigits.__name__}", "device": "cpu", "num-clients": CLIENTS,
+        "min-clients": CLIENTS, "strategy": cell.strategy, "epsilon": cell.epsilon,
+        "seed": cell.seed, **({"num-rounds": rounds} if rounds else {}),
+    }  # fmt: skip
+    return RunConfig.of(load_recipe("digits").items(), RECIPE, own).items()
 
 
 @cache
-def _noise_of(strategy: str, epsilon: float, seed: int, rounds: int) -> Mapping[str, Any]:
+def _largest_noise(strategy: str, epsilon: float, seed: int, rounds: int) -> float:
     """Return the noise that is calibrated at the start of a run (see `prepare_run`)."""
-    found = prepare_run(RunConfig.of(_base(strategy, epsilon, seed, rounds)))
-    return {"largest-noise": found.largest_noise}
+    honest = Cell(strategy, epsilon, 0, NOBODY, "none", seed)
+    return prepare_run(RunConfig.of(_base(honest, rounds))).largest_noise
 
 
 def cells(
@@ -261,9 +274,12 @@ def cells(
     rules: Sequence[str] = RULES,
     seeds: Sequence[int] = SEEDS,
 ) -> Iterator[Cell]:
-    """Yield the cells of a grid. The case without an attack and without bad clients comes once."""
-    outer = itertools.product(seeds, strategies, epsilons, bad)
-    for seed, strategy, epsilon, count in outer:
+    """Yield the cells of a grid, the most telling first: one strategy, one bad client, one seed.
+
+    The case without an attack and without bad clients comes once.
+    """
+    outer = itertools.product(strategies, bad, seeds, epsilons)
+    for strategy, count, seed, epsilon in outer:
         for attack, rule in itertools.product(attacks, rules):
             if attack != NOBODY:
                 yield Cell(strategy, epsilon, count, attack, rule, seed)
@@ -306,51 +322,28 @@ def measure(
     """
     found = read(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    for cell in wanted:
-        if cell in found:
-            continue
-        if time.monotonic() >= until:
-            return
-        outcome = run(cell, rounds)
-        fresh = not file.exists()
-        with file.open("a", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            if fresh:
-                writer.writerow(_COLUMNS)
-            writer.writerow([*astuple(cell), *astuple(outcome)])
-        yield cell, outcome
+    with tempfile.TemporaryDirectory() as folder:
+        for cell in wanted:
+            if cell in found:
+                continue
+            if time.monotonic() >= until:
+                return
+            outcome = run(cell, Path(folder), rounds)
+            _append(file, cell, outcome)
+            yield cell, outcome
 
 
-def markdown(found: Mapping[Cell, Outcome]) -> str:
-    """Return the table of a page: accuracy in % by attack and rule, means over seeds.
-
-    The cell of a backdoor also shows how often its mark works. A cell that was not run is a dash.
-    """
-    lines = ["| strategy | ε | attack | " + " | ".join(f"`{rule}`" for rule in RULES) + " |"]
-    lines.append("|---" * (3 + len(RULES)) + "|")
-    groups = dict.fromkeys((c.strategy, c.epsilon, c.bad, c.attack) for c in found)
-    for strategy, epsilon, bad, attack in groups:
-        texts = [
-            _text([o for c, o in found.items() if astuple(c)[:5] == (*key, rule)], attack)
-            for rule in RULES
-            for key in [(strategy, epsilon, bad, attack)]
-        ]
-        who = attack if attack == NOBODY else f"{attack}, {bad} of {CLIENTS}"
-        lines.append(f"| {strategy} | {epsilon:g} | {who} | {' | '.join(texts)} |")
-    return "\n".join(lines)
-
-
-def _text(outcomes: Sequence[Outcome], attack: str) -> str:
-    if not outcomes:
-        return "–"
-    text = f"{100 * fmean(o.accuracy for o in outcomes):.1f}"
-    if attack == BACKDOOR:
-        text += f" (mark {100 * fmean(o.triggered for o in outcomes):.0f} %)"
-    return text
+def _append(file: Path, cell: Cell, outcome: Outcome) -> None:
+    fresh = not file.exists()
+    with file.open("a", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        if fresh:
+            writer.writerow(_COLUMNS)
+        writer.writerow([*astuple(cell), *astuple(outcome)])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a grid from the command line, and print its table."""
+    """Run a grid from the command line. `benchmarks.attack_table` makes its table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attacks", description=__doc__)
     add = parser.add_argument
     add("--strategies", nargs="+", default=STRATEGIES)
@@ -370,7 +363,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     until = time.monotonic() + 60 * given.minutes
     for cell, outcome in measure(grid, given.output, given.rounds, until):
         print(*astuple(cell), *astuple(outcome), flush=True)
-    print(markdown(read(given.output)))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,13 @@ from fedlora_flwr.errors import FedLoRAError
 from fedlora_flwr.processes.lifeline import Lifeline, scratch
 from fedlora_flwr.server.run_dir import AT_REST
 from fedlora_flwr.simulations.app import write_app
-from fedlora_flwr.simulations.connection import COMPLETED, FINISHED, Connection, SuperLinkError
+from fedlora_flwr.simulations.connection import (
+    COMPLETED,
+    FINISHED,
+    Connection,
+    SuperLinkError,
+    UnknownRun,
+)
 from fedlora_flwr.simulations.superlink import QUIET
 from fedlora_flwr.terminal import uninterrupted
 
@@ -142,7 +148,7 @@ class Operator:
         RunEnded
             It said why it failed, or was stopped.
         RunDied
-            It ended without a word.
+            It ended without a word, or the server has lost its database and with it the run.
         SuperLinkError
             The server is gone.
         """
@@ -153,7 +159,7 @@ class Operator:
                 raise SuperLinkError("The SuperLink has ended.")
             interval = _ASK_AT_END if self._connection.log_ended else _ASK
             if time.monotonic() - asked > interval:
-                status, details = self._connection.status(run)
+                status, details = self._status(run)
                 asked = time.monotonic()
                 if status == COMPLETED:
                     return
@@ -166,6 +172,16 @@ class Operator:
         if run and self.attached:
             with uninterrupted(), suppress(SuperLinkError):
                 self._connection.stop(run)
+
+    def _status(self, run: str) -> tuple[str, str]:
+        try:
+            return self._connection.status(run)
+        except UnknownRun as error:
+            register = self._folder / "operator" / "register.sh"
+            raise RunDied(
+                f"The SuperLink at {self._address} does not know the run, so its database is new. "
+                f"Run {register} again, or it admits no device."
+            ) from error
 
     def _ending(self, status: str, details: str) -> FedLoRAError:
         if status == _STOPPED:

@@ -13,10 +13,16 @@ from fedlora_flwr.files import replace_file
 from fedlora_flwr.processes.lifeline import Lifeline
 
 COMPLETED, FINISHED = "finished:completed", "finished"
+_UNKNOWN = "Run ID not found"
+"""How Flower answers a question about a run that is not in its database."""
 
 
 class SuperLinkError(FedLoRAError):
     """Flower's SuperLink or its command line did not do what was asked."""
+
+
+class UnknownRun(SuperLinkError):
+    """The SuperLink answers, and its database does not have the run."""
 
 
 class Connection:
@@ -92,6 +98,8 @@ class Connection:
 
         Raises
         ------
+        UnknownRun
+            The SuperLink does not know the run.
         SuperLinkError
             The SuperLink does not answer.
         """
@@ -123,9 +131,13 @@ class Connection:
         try:
             answer: dict[str, Any] = json.loads(output[output.index("{") :])
         except ValueError:
-            text = (errors or output).strip()
-            raise SuperLinkError(f"flwr {arguments[0]} failed: {text}") from None
+            raise _failure(arguments[0], (errors or output).strip()) from None
         if not answer.get("success"):
             reason = one_line(RuntimeError(answer.get("error-message") or answer))
-            raise SuperLinkError(f"flwr {arguments[0]} failed: {reason}")
+            raise _failure(arguments[0], reason)
         return answer
+
+
+def _failure(command: str, reason: str) -> SuperLinkError:
+    failed = UnknownRun if _UNKNOWN in reason else SuperLinkError
+    return failed(f"flwr {command} failed: {reason}")

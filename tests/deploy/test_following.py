@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
+import sqlite3
 import subprocess
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 
 from benchmarks.running_fleet import RunningFleet
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.deploy.fleet import SETTINGS, Fleet, make_fleet
+from fedlora_flwr.deploy.fleet import SETTINGS, Fleet, make_fleet, read_fleet
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.superlink import free_port
 from tests.deploy.support import until
@@ -72,3 +75,48 @@ def test_a_run_goes_on_once_its_server_is_there_again(tmp_path: Path) -> None:
     assert [row["round"] for row in run.rows("rounds")] == list(range(ROUNDS + 1))
     assert "The SuperLink is started." not in said
     assert left_of(str(tmp_path), patience=10.0) == []
+
+
+def runs_of(fleet: RunningFleet) -> list[int]:
+    """Return the runs that the server's database knows."""
+    file = fleet.folder / "server" / "state.sqlite"
+    with (
+        suppress(sqlite3.OperationalError),
+        closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as db,
+    ):
+        return [run for (run,) in db.execute("SELECT run_id FROM run")]
+    return []
+
+
+def listens(fleet: RunningFleet) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", read_fleet(fleet.folder)[0].port)) == 0
+
+
+def test_a_run_is_submitted_again_to_a_server_that_has_lost_its_database(tmp_path: Path) -> None:
+    fleet, _ = prepare(tmp_path)
+    try:
+        fleet.start("server")
+        until(lambda: listens(fleet))
+        operator = operate(fleet, tmp_path, "--pause", "3", "--restarts", "4")
+        until(lambda: "Starting logstream" in (tmp_path / "said").read_text())
+        before = runs_of(fleet)
+        os.kill(fleet.processes["server"].pid, signal.SIGKILL)
+        fleet.stop(["server"])
+        for file in (fleet.folder / "server").glob("state.sqlite*"):
+            file.unlink()
+        fleet.start("server")
+        until(lambda: runs_of(fleet) or operator.poll() is not None)
+        after = runs_of(fleet)
+        operator.send_signal(signal.SIGINT)
+        operator.wait(100)
+        left = left_of(str(tmp_path), patience=10.0)
+    finally:
+        left_of(str(tmp_path), patience=0.0)
+        fleet.stop(list(fleet.processes))
+    said = " ".join((tmp_path / "said").read_text().split())
+    assert len(after) == 1, said
+    assert after != before
+    assert "does not know the run" in said
+    assert "register.sh again, or it admits no device." in said
+    assert left == []
