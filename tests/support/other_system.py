@@ -54,7 +54,8 @@ def become_windows() -> None:
     for place, names in ((os, WINDOWS), (signal, SIGNALS)):
         for name in names:
             delattr(place, name)
-    sys.modules.update(dict.fromkeys(MODULES))  # Importing them fails.
+    modules: Any = sys.modules
+    modules.update(dict.fromkeys(MODULES))  # Importing them fails.
     msvcrt: Any = types.ModuleType("msvcrt")
     msvcrt.locking, msvcrt.LK_NBLCK = locking, 2
     sys.modules["msvcrt"] = msvcrt
