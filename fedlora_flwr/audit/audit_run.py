@@ -15,6 +15,7 @@ from fedlora_flwr.audit.record import AuditRecord
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.names import given_key, short_name
 from fedlora_flwr.config.recipes import config_of
+from fedlora_flwr.config.unit import USER
 from fedlora_flwr.errors import InvalidValue, NotInstalled, require
 from fedlora_flwr.files import write_json
 from fedlora_flwr.forecast.precision import settled
@@ -103,6 +104,11 @@ def audit_run(
         check_alone(config, "workers", workers, alone=workers == 1)
         count = records or (_ONE_RUN if once else _TRIALS)
         kind = canary or default_kind(config.task, black_box=mode == modes.BLACK_BOX)
+        if config.unit == USER:
+            allowed = (
+                "'record': the canaries of an audit are records, and it measures no other unit"
+            )
+            raise InvalidValue("unit", config.unit, allowed)
         config = settled(config, build_task(config.task, config)).config
         attacked = _short(config, changes, count, once=once)
         if attach_to:

@@ -15,6 +15,7 @@ from fedlora_flwr.clients.sharing import agreed, check_order, round_grid, trust_
 from fedlora_flwr.clients.sum_exchange import Masks, SumExchange
 from fedlora_flwr.clients.trainer import LocalTrainer, LocalUpdate
 from fedlora_flwr.data.records import Records, check_records
+from fedlora_flwr.data.users import count_units
 from fedlora_flwr.environment import in_simulation, peak_memory
 from fedlora_flwr.errors import BudgetExhausted, InvalidValue, OrderRefused, untold
 from fedlora_flwr.layout import leading_ranks
@@ -107,10 +108,7 @@ class LocalRound:
         self._store = store
         self._exchange = exchange
         self._rank = rank
-        config = trainer.config
-        self._account = Account(
-            client, run, config.epsilon, config.delta, config.ledger_scope, config.run_epsilon
-        )
+        self._account = Account.of(trainer.config, client, run)
 
     @property
     def identity(self) -> str:
@@ -189,7 +187,8 @@ class LocalRound:
         run, records = self._trainer.config, self._open()
         account = self._account_of(order)
         terms = self._ledger.terms(account)
-        mechanism = agreed(calibrated_mechanism(run, len(records), terms=terms), order)
+        units = count_units(run.unit, records)
+        mechanism = agreed(calibrated_mechanism(run, units, terms=terms), order)
         grid = round_grid(order, mechanism, shares, self._trainer, plan)
         inputs = inputs_of(run, account.run, order, arrays, mechanism)
         row = self._row(account, order, mechanism, shares, inputs)
@@ -207,7 +206,7 @@ class LocalRound:
                 raise
             return self._exhausted(order, started)
         if grid and plan:
-            made = with_records(made, len(records))
+            made = with_records(made, units)
             made = masks.on(made) if masks else made
             return self._shared(made, summary, records, started)
         if plan is None:
@@ -222,8 +221,8 @@ class LocalRound:
             seconds=time.perf_counter() - started,
             peak_memory_mb=peak_memory() / 2**20,
             weight=_weight(order.weighting, mechanism),
-            # The number of records leaves the client only if it is the weight.
-            num_examples=len(records) if order.weighting == "size" else 1,
+            # The number of records, or users, leaves the client only if it is the weight.
+            num_examples=units if order.weighting == "size" else 1,
             unprotected=self._unprotected(records),
         )
 
