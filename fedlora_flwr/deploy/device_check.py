@@ -226,8 +226,8 @@ def _budget(
     yield Finding(
         name,
         True,
-        f"{count} {config.unit}s, ε ≤ {config.epsilon:g} for each at δ = {config.delta:g} with noise "
-        f"multiplier {mechanism.noise_multiplier:.3g}",
+        f"{count} {config.unit}s, ε ≤ {config.epsilon:g} for each at δ = {config.delta:g} with "
+        f"noise multiplier {mechanism.noise_multiplier:.3g}",
     )
     if not ledger:
         elsewhere = "its ledger is on the device, since its device.toml has no state-dir"

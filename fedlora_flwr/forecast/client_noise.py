@@ -60,10 +60,11 @@ class WorstClient:
     def warning(self, ratio: float) -> str:
         """Return a warning that this client decides the noise of the mean, which is ``ratio``."""
         return (
-            f"Client {self.client} ({counted(self.records, self.unit)}) brings {self.share:.0%} of the "
-            f"noise of a round's mean, which is {ratio:.1f} times the largest signal with it and "
-            f"{self.without or 0:.1f} times without it. Set weighting = 'size' or 'inverse-noise', "
-            "so that its noise counts less, or leave out such clients with a larger min-records."
+            f"Client {self.client} ({counted(self.records, self.unit)}) brings {self.share:.0%} of "
+            f"the noise of a round's mean, which is {ratio:.1f} times the largest signal with it "
+            f"and {self.without or 0:.1f} times without it. Set weighting = 'size' or "
+            "'inverse-noise', so that its noise counts less, or leave out such clients with a "
+            "larger min-records."
         )
 
 

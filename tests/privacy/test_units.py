@@ -241,9 +241,9 @@ def test_names_of_users_are_text_or_whole_numbers_and_all_there() -> None:
     assert numbered_users(np.array([7, 7, 2]), "user").tolist() == [1, 1, 0]
     with pytest.raises(InvalidValue, match="some records have no value there"):
         numbered_users(np.array(["a", None], object), "user")
-    for values in (np.array([0.5, 1.0]), np.array([[1], [2]]), np.array([["a"]], object)):
+    for other in (np.array([0.5, 1.0]), np.array([[1], [2]]), np.array([["a"]], object)):
         with pytest.raises(InvalidValue, match="a column of text or of whole numbers"):
-            numbered_users(values, "user")
+            numbered_users(other, "user")
     with pytest.raises(InvalidValue, match="the records of this task name no users"):
         count_units(USER, TensorRecords({"x": torch.zeros(3)}))
 
