@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,18 @@ import pytest
 import torch
 from torch import nn
 
-from fedlora_flwr import RunConfig, TableTask, simulate
+from fedlora_flwr import RunConfig, TableTask, audit_run, plan_run, simulate
+from fedlora_flwr.clients.local_round import LocalRound
+from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.config import device_config
 from fedlora_flwr.data.users import about_users, count_units
 from fedlora_flwr.errors import FedLoRAError, InvalidValue, OrderRefused
-from fedlora_flwr.privacy.budget import calibrate
+from fedlora_flwr.privacy.budget import Segment, calibrate
 from fedlora_flwr.privacy.ledger import Account, Ledger
 from fedlora_flwr.privacy.spent import spent
 from fedlora_flwr.report.facts import RunFacts
 from fedlora_flwr.report.promise import promise
+from fedlora_flwr.wire.order import Order
 
 CLIENTS, PER_CLIENT = 2, 12
 OF_USERS: dict[str, Any] = {
@@ -64,27 +68,25 @@ def test_a_run_counts_users_in_noise_ledger_card_and_report(tmp_path: Path) -> N
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert "all training records of one user of one client together" in card
     assert "one training record" not in card
-    told = promise(RunFacts.of(tmp_path / "run"))
-    assert "The promise is for all training records of one user" in told
 
 
-def test_a_run_that_continues_has_the_arrays_of_one_that_did_not_stop(tmp_path: Path) -> None:
-    given = {**OF_USERS, "reproducible": True}
-    whole = simulate(task=task(), run_dir=str(tmp_path / "whole"), **given)
-    simulate(
-        task=task(), run_dir=str(tmp_path / "part"), **{**given, "max_rounds": 2, "num_rounds": 2}
-    )
-    again = simulate(task=task(), run_dir=str(tmp_path / "again"), **given)
+def test_a_round_that_is_asked_again_has_the_same_users_records_and_bits(tmp_path: Path) -> None:
+    given = {key: value for key, value in OF_USERS.items() if key != "progress"}
+    config = RunConfig(**{**given, "reproducible": True})
+    ledger, order, answers = Ledger(tmp_path / "ledger.sqlite"), Order(1, "B"), []
 
-    assert whole.summary["final_accuracy"] == again.summary["final_accuracy"]
-    for name, array in load(tmp_path / "whole").items():
-        assert torch.equal(array, load(tmp_path / "again")[name])
+    # Each time a new process, as after a kill: another trainer, and the ledger on the disk.
+    for run, continues in (("run-1", ""), ("run-2", "run-1")):
+        trainer = LocalTrainer.build(config, task()(config))
+        records = trainer.task.client_records(0, CLIENTS)
+        client = LocalRound(trainer, records, ledger, "site-0", run)
+        answers.append(client.run(replace(order, continues=continues), trainer.start))
 
-
-def load(run: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return dict(load_file(run / "adapter" / "adapter_model.safetensors"))
+    first, again = answers
+    assert first.ledger == again.ledger
+    assert first.ledger.steps == config.local_steps
+    for name, array in first.arrays.items():
+        assert np.array_equal(array, again.arrays[name])
 
 
 def test_a_secure_sum_counts_users(tmp_path: Path) -> None:
@@ -112,6 +114,14 @@ def test_a_column_that_cannot_name_users_is_refused_before_the_run() -> None:
         RunConfig(user_column="user")
     with pytest.raises(InvalidValue, match="train-limit = 10"):
         RunConfig(unit="user", user_column="user", train_limit=10)
+
+
+def test_a_report_names_the_unit() -> None:
+    told = promise(RunFacts("run", RunConfig(unit="user"), rounds=[], clients=[], summary={}))
+
+    assert "The promise is for all training records of one user of one client together" in told
+    assert "the user's gradient is zero in every step" in told
+    assert "how many users there are" in told
 
 
 def test_users_on_several_clients_are_named() -> None:
@@ -144,8 +154,6 @@ def test_a_server_cannot_weaken_the_unit_of_a_device() -> None:
 
 
 def test_releases_for_records_and_for_users_never_add_up(tmp_path: Path) -> None:
-    from fedlora_flwr.privacy.budget import Segment
-
     ledger, step = Ledger(tmp_path / "ledger.sqlite"), Segment(2.0, 0.1, 1)
     account = Account("ward-3", "run-1", 8.0, 1e-3, "lifetime")
     ledger.record(account, 1, step, step)
@@ -162,8 +170,6 @@ def test_releases_for_records_and_for_users_never_add_up(tmp_path: Path) -> None
 
 
 def test_a_forecast_counts_users() -> None:
-    from fedlora_flwr import plan_run
-
     given = {key: value for key, value in OF_USERS.items() if key != "progress"}
     found = plan_run(task=task(), **given).as_json()
 
@@ -173,8 +179,6 @@ def test_a_forecast_counts_users() -> None:
 
 
 def test_an_audit_measures_no_users() -> None:
-    from fedlora_flwr import audit_run
-
     with pytest.raises(FedLoRAError, match="the canaries of an audit are records"):
         audit_run(RunConfig(task="digits", unit="user"))
 
