@@ -129,6 +129,7 @@ def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRu
     config, precision = settled(config, task)
     bare = skeleton(config, task) if optional(task, "skeleton") else None
     read, _ = open_splits(task, config.num_clients)
+    sizes = client_sizes(config, task)
     large = bare is not None and is_large(bare)
     adapted = bare if bare is not None and large else build_adapted(config, task)
     # A method may refuse a model, e.g. one whose blocks have no name.
@@ -138,7 +139,6 @@ def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRu
         read_adapter(Path(config.start), adapted)
     if not large:
         rehearse(config, task, adapted)
-    sizes = client_sizes(config, task)
     progress = track(
         sizes,
         "Calibrating each client's noise",
