@@ -248,8 +248,7 @@ class PrivateEngine:
                 f"came {'without' if sample.owners is None else 'with'} owners. Pass the owners of "
                 "the records where the unit is a user, and only there."
             )
-        parts = list(sample.split(self._microbatch_size))
-        for number, some in enumerate(parts, start=1):
+        for number, some in enumerate(parts := list(sample.split(self._microbatch_size)), start=1):
             for part in passes(records, some.records, self._plan):
                 # Copies that fill a pass are left out of the loss, so they add zero to the sum.
                 self._fill(part.batch, part.rows, active, slice(len(part.indices)))

@@ -282,8 +282,7 @@ class LedgerFile:
                 return
             db.execute("BEGIN IMMEDIATE")
             (version,) = db.execute("PRAGMA user_version").fetchone()
-            later = [*_LATER][: _LATER_IN.get(version, 0)]
-            if version and _columns(db) == (*_FIRST_CHAINED, *later):
+            if version > 0 and _columns(db) == (*_FIRST_CHAINED, *[*_LATER][: _LATER_IN[version]]):
                 _add_columns(db)  # The digests of its rows stay (see `chained`).
                 db.execute("COMMIT")
                 return
