@@ -104,11 +104,7 @@ def audit_run(
         check_alone(config, "workers", workers, alone=workers == 1)
         count = records or (_ONE_RUN if once else _TRIALS)
         kind = canary or default_kind(config.task, black_box=mode == modes.BLACK_BOX)
-        if config.unit == USER:
-            allowed = (
-                "'record': the canaries of an audit are records, and it measures no other unit"
-            )
-            raise InvalidValue("unit", config.unit, allowed)
+        _check_unit(config)
         config = settled(config, build_task(config.task, config)).config
         attacked = _short(config, changes, count, once=once)
         if attach_to:
@@ -129,6 +125,13 @@ def audit_run(
         )
     _write(found, file, Path(attach_to) if attach_to else None)
     return found
+
+
+def _check_unit(config: RunConfig) -> None:
+    """Refuse a promise for users: the canaries are records."""
+    if config.unit == USER:
+        allowed = "'record': the canaries of an audit are records, and it measures no other unit"
+        raise InvalidValue("unit", config.unit, allowed)
 
 
 def _short(config: RunConfig, given: Iterable[str], records: int, *, once: bool) -> RunConfig:

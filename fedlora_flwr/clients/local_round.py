@@ -185,9 +185,8 @@ class LocalRound:
     ) -> Released:
         """Open the records, write the round's row, train, and put the release together."""
         run, records = self._trainer.config, self._open()
-        account = self._account_of(order)
+        account, units = self._account_of(order), count_units(run.unit, records)
         terms = self._ledger.terms(account)
-        units = count_units(run.unit, records)
         mechanism = agreed(calibrated_mechanism(run, units, terms=terms), order)
         grid = round_grid(order, mechanism, shares, self._trainer, plan)
         inputs = inputs_of(run, account.run, order, arrays, mechanism)
@@ -221,7 +220,7 @@ class LocalRound:
             seconds=time.perf_counter() - started,
             peak_memory_mb=peak_memory() / 2**20,
             weight=_weight(order.weighting, mechanism),
-            # The number of records, or users, leaves the client only if it is the weight.
+            # It leaves the client only if it is the weight.
             num_examples=units if order.weighting == "size" else 1,
             unprotected=self._unprotected(records),
         )
