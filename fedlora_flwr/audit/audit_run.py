@@ -15,6 +15,7 @@ from fedlora_flwr.audit.record import AuditRecord
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.names import given_key, short_name
 from fedlora_flwr.config.recipes import config_of
+from fedlora_flwr.config.unit import USER
 from fedlora_flwr.errors import InvalidValue, NotInstalled, require
 from fedlora_flwr.files import write_json
 from fedlora_flwr.forecast.precision import settled
@@ -103,6 +104,7 @@ def audit_run(
         check_alone(config, "workers", workers, alone=workers == 1)
         count = records or (_ONE_RUN if once else _TRIALS)
         kind = canary or default_kind(config.task, black_box=mode == modes.BLACK_BOX)
+        _check_unit(config)
         config = settled(config, build_task(config.task, config)).config
         attacked = _short(config, changes, count, once=once)
         if attach_to:
@@ -123,6 +125,13 @@ def audit_run(
         )
     _write(found, file, Path(attach_to) if attach_to else None)
     return found
+
+
+def _check_unit(config: RunConfig) -> None:
+    """Refuse a promise for users: the canaries are records."""
+    if config.unit == USER:
+        allowed = "'record': the canaries of an audit are records, and it measures no other unit"
+        raise InvalidValue("unit", config.unit, allowed)
 
 
 def _short(config: RunConfig, given: Iterable[str], records: int, *, once: bool) -> RunConfig:

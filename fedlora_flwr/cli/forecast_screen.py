@@ -29,7 +29,7 @@ def show_forecast(found: Forecast, console: Console) -> None:
 
 
 def _clients(found: Forecast) -> Table:
-    heads = ("client", "records", "q = b/n", "σ", "steps")
+    heads = ("client", f"{found.config.unit}s", "q = b/n", "σ", "steps")
     rows = sorted(enumerate(found.clients), key=lambda row: (row[1].records, row[0]))
     if len(rows) > _MOST_ROWS:
         rows = [rows[0], rows[len(rows) // 2], rows[-1]]
@@ -51,7 +51,8 @@ def _clients(found: Forecast) -> Table:
 def _lines(found: Forecast) -> list[tuple[str, str]]:
     config, memory = found.config, found.memory
     promise = (
-        f"ε ≤ {config.epsilon:g} at δ = {config.delta:g}, clip norm {config.clip_norm:g}"
+        f"ε ≤ {config.epsilon:g} at δ = {config.delta:g} for each {config.unit} of a client, clip "
+        f"norm {config.clip_norm:g}"
         if config.private
         else "none: epsilon = inf adds no noise"
     )

@@ -73,7 +73,7 @@ def _found(place: Path) -> tuple[Path, Mapping[str, Any]]:
 
 
 def _table(found: list[Spent]) -> Table:
-    heads = ("client", "run", "rounds", "steps", "σ", "q", "ε", "last")
+    heads = ("client", "run", "rounds", "steps", "σ", "q", "ε", "for each", "last")
     runs = {entry.client: sum(e.client == entry.client for e in found) - 1 for entry in found}
     rows = [
         (
@@ -84,8 +84,9 @@ def _table(found: list[Spent]) -> Table:
             f"{entry.noise_multiplier:.3f}",
             f"{entry.sample_rate:.5f}",
             f"{entry.epsilon:.3f}",
+            entry.unit,
             entry.last,
         )
         for entry in found
     ]
-    return Table(heads, rows, "<<>>>>><")
+    return Table(heads, rows, "<<>>>>><<")

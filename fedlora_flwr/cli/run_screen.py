@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.unit import counted
 from fedlora_flwr.environment import own_program
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.forecast.participation import participation
@@ -73,7 +74,7 @@ def describe_plan(prepared: PreparedRun) -> list[tuple[str, str]]:
         ("Strategy", f"{config.strategy}: {config.num_rounds} rounds of {_steps(config)}"),
         (
             "Clients",
-            f"{config.num_clients} with {min(sizes)} to {max(sizes)} private records "
+            f"{config.num_clients} with {min(sizes)} to {max(sizes)} private {config.unit}s "
             f"({config.partitioner})",
         ),
         *(("Records", line) for line in prepared.records),
@@ -93,8 +94,10 @@ def describe_plan(prepared: PreparedRun) -> list[tuple[str, str]]:
 
 def _steps(config: RunConfig) -> str:
     if config.secure_sum:
-        return f"one step by a secure sum, which each record joins with q = {config.sample_rate:g}"
-    return f"{config.local_steps} private steps, expected batch {config.batch_size}"
+        rate = f"q = {config.sample_rate:g}"
+        return f"one step by a secure sum, which each {config.unit} joins with {rate}"
+    batch = counted(config.batch_size, config.unit)
+    return f"{config.local_steps} private steps, expected batch {batch}"
 
 
 def _promise(prepared: PreparedRun) -> list[str]:
@@ -102,7 +105,7 @@ def _promise(prepared: PreparedRun) -> list[str]:
     config, grid = prepared.config, prepared.grid
     sigmas = [m.noise_multiplier for m in prepared.mechanisms]
     whose = "of all clients together" if grid else "of each client"
-    promise = f"ε ≤ {config.epsilon:g} at δ = {config.delta:g} for each record {whose}; "
+    promise = f"ε ≤ {config.epsilon:g} at δ = {config.delta:g} for each {config.unit} {whose}; "
     if grid:
         return [
             f"{promise}noise multiplier {grid.noise_multiplier:.2f} in a sum of {grid.shares} "

@@ -15,6 +15,7 @@ from fedlora_flwr.clients.sharing import agreed, check_order, round_grid, trust_
 from fedlora_flwr.clients.sum_exchange import Masks, SumExchange
 from fedlora_flwr.clients.trainer import LocalTrainer, LocalUpdate
 from fedlora_flwr.data.records import Records, check_records
+from fedlora_flwr.data.users import count_units
 from fedlora_flwr.environment import in_simulation, peak_memory
 from fedlora_flwr.errors import BudgetExhausted, InvalidValue, OrderRefused, untold
 from fedlora_flwr.layout import leading_ranks
@@ -107,10 +108,7 @@ class LocalRound:
         self._store = store
         self._exchange = exchange
         self._rank = rank
-        config = trainer.config
-        self._account = Account(
-            client, run, config.epsilon, config.delta, config.ledger_scope, config.run_epsilon
-        )
+        self._account = Account.of(trainer.config, client, run)
 
     @property
     def identity(self) -> str:
@@ -188,9 +186,9 @@ class LocalRound:
     ) -> Released:
         """Open the records, write the round's row, train, and put the release together."""
         run, records = self._trainer.config, self._open()
-        account = self._account_of(order)
+        account, units = self._account_of(order), count_units(run.unit, records)
         terms = self._ledger.terms(account)
-        mechanism = agreed(calibrated_mechanism(run, len(records), terms=terms), order)
+        mechanism = agreed(calibrated_mechanism(run, units, terms=terms), order)
         grid = round_grid(order, mechanism, shares, self._trainer, plan)
         inputs = inputs_of(run, account.run, order, arrays, mechanism, own)
         row = self._row(account, order, mechanism, shares, inputs)
@@ -221,8 +219,8 @@ class LocalRound:
             seconds=time.perf_counter() - started,
             peak_memory_mb=peak_memory() / 2**20,
             weight=mechanism.weight(order.weighting),
-            # The number of records leaves the client only if it is the weight.
-            num_examples=len(records) if order.weighting == "size" else 1,
+            # It leaves the client only if it is the weight.
+            num_examples=units if order.weighting == "size" else 1,
             unprotected=self._unprotected(records),
         )
 
@@ -256,7 +254,7 @@ class LocalRound:
         started: float,
         masks: Masks | None,
     ) -> Released:
-        shares = with_records(shares, len(records))
+        shares = with_records(shares, count_units(self._trainer.config.unit, records))
         shares = masks.on(shares) if masks else shares
         seconds, memory = time.perf_counter() - started, peak_memory() / 2**20
         unprotected = self._unprotected(records)

@@ -48,7 +48,7 @@ def shares_of(order: Order, config: RunConfig) -> int:
         )
     with refusing():
         shares = honest_shares(order.cohort, config.dropouts, config.colluding)
-        check_union(config.delta, max(config.sum_records, 1))
+        check_union(config.delta, max(config.sum_records, 1), config.unit)
     if shares < config.least_shares:
         raise OrderRefused(
             f"The noise would be shared among {shares} clients ({order.cohort} asked, less "

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.unit import counted
 from fedlora_flwr.data.records import Records
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.layout import Layout
@@ -26,7 +27,8 @@ from fedlora_flwr.privacy.masks import own_randomness
 from fedlora_flwr.privacy.mechanism import Mechanism, poisson_batches
 from fedlora_flwr.privacy.noise import NoiseSource, SecureNoise, SeededNoise
 from fedlora_flwr.privacy.postprocessing.filters import make_filter
-from fedlora_flwr.randomness import stream_seed
+from fedlora_flwr.privacy.units import Sample, Units
+from fedlora_flwr.randomness import RandomStream, stream_seed
 from fedlora_flwr.secure_sum.discrete_gaussian import Words, seeded_words, system_words
 from fedlora_flwr.secure_sum.grid import Grid, residues
 from fedlora_flwr.secure_sum.rounding import rounded
@@ -150,16 +152,16 @@ class LocalTrainer:
         Raises
         ------
         InvalidValue
-            The arrays or the plan do not fit the model.
+            The arrays or the plan do not fit the model, or the mechanism does not fit the records.
         PrivacyViolation
             See `PrivateEngine.step`.
         """
         layout, steps = self.layout, self.config.local_steps
         about = stream, untrusted, server_round, proximal_mu, own
         with self._round(arrays, plan, records, mechanism, *about):
-            batches = poisson_batches(mechanism, steps, self._seed("batches", stream))
-            for step, indices in enumerate(batches, start=1):
-                self.engine.step(records, indices, layout.active(plan, step))
+            samples = self._samples(records, mechanism, steps, stream)
+            for step, (indices, owners) in enumerate(samples, start=1):
+                self.engine.step(records, indices, layout.active(plan, step), owners)
         return LocalUpdate(self.adapted.read(layout.trained(plan, steps)))
 
     def share(
@@ -197,18 +199,32 @@ class LocalTrainer:
             As for `train`.
         """
         with self._round(arrays, plan, records, mechanism, stream, untrusted, server_round):
-            (indices,) = poisson_batches(mechanism, 1, self._seed("batches", stream))
+            ((indices, owners),) = self._samples(records, mechanism, 1, stream)
             total = self.engine.whole_sum(
                 records,
                 indices,
                 self.layout.active(plan, 1),
                 lambda rows: rounded(rows, mechanism.clip_norm, grid.norm),
+                owners,
             )
         words = self._words(stream)
         return {
             name: residues(part.numpy() + grid.noise(part.numel(), words).reshape(part.shape))
             for name, part in total.items()
         }
+
+    def _samples(
+        self, records: Records, mechanism: Mechanism, steps: int, stream: tuple[object, ...]
+    ) -> Iterator[Sample]:
+        """Draw the records of each step: those of a Poisson sample of records, or of users."""
+        units = Units.of(self.config, records)
+        if mechanism.unit != self.config.unit or len(units) != mechanism.num_records:
+            found = counted(mechanism.num_records, mechanism.unit)
+            expected = counted(len(units), self.config.unit)
+            raise InvalidValue("mechanism", f"one for {found}", f"a mechanism for {expected}")
+        draws = RandomStream(self._seed("records of users", stream))
+        for joined in poisson_batches(mechanism, steps, self._seed("batches", stream)):
+            yield units.sample(joined, draws)
 
     @contextmanager
     def _round(

@@ -19,7 +19,7 @@ from fedlora_flwr.errors import InvalidValue, OrderRefused, refusing, unknown
 
 _KEYS = fields_by_key(RunConfig)
 _OF_THE_RUN = (Decider.RUN, Decider.LIMITED)
-_AGREED = ("task", "trust-model", "colluding")
+_AGREED = ("task", "trust-model", "colluding", "unit")
 _LONGEST = 10_000  # characters of a text that a run sends
 _MOST_OWN = 1_000  # settings of methods that a run sends
 UNREAD = f"a number, true, false, or a text of at most {_LONGEST:,} characters"

@@ -27,6 +27,7 @@ from fedlora_flwr.config.sections import (
 )
 from fedlora_flwr.config.toml import toml_value
 from fedlora_flwr.config.trust import SECURE_SUM, check_trust
+from fedlora_flwr.config.unit import check_unit
 from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.places import check_strategy_name, check_task_name
 from fedlora_flwr.schedules import Schedule
@@ -98,6 +99,7 @@ class RunConfig(
         self._check_beginning()
         self._check_methods()
         check_trust(self)
+        check_unit(self)
         for key in ("run_dir", "state_dir", "resume", "start"):
             if (folder := getattr(self, key)) and not Path(folder).is_absolute():
                 raise InvalidValue(dashed(key), folder, "an absolute path")

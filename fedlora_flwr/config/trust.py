@@ -43,7 +43,7 @@ def _of_a_sum(config: RunConfig) -> Iterator[tuple[str, Any, str]]:
     yield (
         "sample_rate",
         config.sample_rate,
-        f"a number above 0 {_HERE}: all clients draw their records with one q",
+        f"a number above 0 {_HERE}: all clients draw their records, or users, with one q",
     )
     yield (
         "local_steps",

@@ -37,7 +37,14 @@ class ArrowRecords:
         of shape (n,), arrays of one shape as an array of shape (n, …), lists of numbers as a list
         of n arrays, and other columns (text, pictures) as a list of n decoded values. Arrays may be
         read-only: ``torch.tensor`` copies them, ``torch.from_numpy`` warns.
+
+    Attributes
+    ----------
+    users : NDArray[np.int64] or None
+        The user of each record, shape (n,), where the promise is for users.
     """
+
+    users: NDArray[np.int64] | None = None
 
     def __init__(self, dataset: Dataset, collate: Collate) -> None:
         indices = dataset._indices
@@ -139,6 +146,7 @@ class ArrowRecords:
         view.__dict__.update(self.__dict__)
         view.__dict__.pop("lengths", None)
         view._rows = self._rows[indices]
+        view.users = None if self.users is None else self.users[indices]
         return view
 
     def values(self, name: str) -> NDArray[Any]:

@@ -70,11 +70,13 @@ class TensorRecords:
     ----------
     tensors : Mapping[str, Tensor]
         Fields whose first axis is the record, equally long; at least one.
+    users : NDArray[np.int64], optional
+        The user of each record, shape (n,), for a promise to users (``unit = "user"``).
 
     Raises
     ------
     InvalidValue
-        There is no field, or the fields differ in length.
+        There is no field, or fields and users differ in length.
 
     Examples
     --------
@@ -87,12 +89,17 @@ class TensorRecords:
     alike = True
     """Each record has tensors of the same shape in every batch."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], users: NDArray[np.int64] | None = None
+    ) -> None:
         lengths = {name: len(tensor) for name, tensor in tensors.items()}
         if len(set(lengths.values())) != 1:
             raise InvalidValue("tensors", lengths, "at least one field, all of one length")
         self._tensors = dict(tensors)
         self._length = next(iter(lengths.values()))
+        if users is not None and len(users) != self._length:
+            raise InvalidValue("users", len(users), f"one for each of {self._length} records")
+        self.users = users
 
     def __len__(self) -> int:
         return self._length

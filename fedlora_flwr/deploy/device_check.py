@@ -10,6 +10,7 @@ from fedlora_flwr.clients.device import Device
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.sources import is_hub_name, split_files
 from fedlora_flwr.data.unusable import naming_split
+from fedlora_flwr.data.users import count_units
 from fedlora_flwr.deploy.findings import Finding, tried
 from fedlora_flwr.deploy.fleet import SETTINGS
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
@@ -186,7 +187,7 @@ def _promise(
         if found := unstated_classes(task):
             allowed = f"the names {found} in the same order as on all other devices"
             raise InvalidValue("class-names", "", f"{allowed}; num-classes does not tell the order")
-        return len(task.client_records(0, 1)), private_reading(task)
+        return count_units(config.unit, task.client_records(0, 1)), private_reading(task)
 
     opened = tried(name, records, f"see dataset and class-names in {file}")
     if isinstance(opened, Finding):
@@ -206,9 +207,7 @@ def _budget(
     from fedlora_flwr.privacy.calibration import calibrated_mechanism
     from fedlora_flwr.privacy.ledger import LEDGER, Account, Ledger
 
-    account = Account(
-        client, "", config.epsilon, config.delta, config.ledger_scope, config.run_epsilon
-    )
+    account = Account.of(config, client, "")
     ledger = None
     if state is not None and Ledger.exists(path := state / LEDGER):
         ledger = tried(name, lambda: Ledger(path, patience=_PATIENCE), "do as this message says")
@@ -227,8 +226,8 @@ def _budget(
     yield Finding(
         name,
         True,
-        f"{count} records, ε ≤ {config.epsilon:g} at δ = {config.delta:g} with noise multiplier "
-        f"{mechanism.noise_multiplier:.3g}",
+        f"{count} {config.unit}s, ε ≤ {config.epsilon:g} for each at δ = {config.delta:g} with "
+        f"noise multiplier {mechanism.noise_multiplier:.3g}",
     )
     if not ledger:
         elsewhere = "its ledger is on the device, since its device.toml has no state-dir"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.unit import RECORD, counted
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.server.noise import noise_shares, noise_to_signal
 
@@ -23,13 +24,15 @@ class WorstClient:
     client : int
         Its number.
     records : int
-        Its private records n.
+        n: its private records, or the users of them.
     alone : float
         The noise of its upload over the largest signal that the upload can hold.
     share : float
         Its share of the noise variance of a round's weighted mean.
     without : float or None
         The noise-to-signal ratio of the mean of all other clients; ``None`` if there are none.
+    unit : str
+        What is counted: records or users.
     """
 
     client: int
@@ -37,6 +40,7 @@ class WorstClient:
     alone: float
     share: float
     without: float | None
+    unit: str = RECORD
 
     def stands_out(self, clients: int) -> bool:
         """Tell whether it brings more noise than an equal part of that of all clients."""
@@ -49,17 +53,18 @@ class WorstClient:
     def __str__(self) -> str:
         """Say it in a few words."""
         return (
-            f"worst client ({self.client}, {self.records:,} records) alone {self.alone:.2f} ×, "
-            f"with {self.share:.0%} of the mean's noise"
+            f"worst client ({self.client}, {counted(self.records, self.unit)}) alone "
+            f"{self.alone:.2f} ×, with {self.share:.0%} of the mean's noise"
         )
 
     def warning(self, ratio: float) -> str:
         """Return a warning that this client decides the noise of the mean, which is ``ratio``."""
         return (
-            f"Client {self.client} ({self.records:,} records) brings {self.share:.0%} of the noise "
-            f"of a round's mean, which is {ratio:.1f} times the largest signal with it and "
-            f"{self.without or 0:.1f} times without it. Set weighting = 'size' or 'inverse-noise', "
-            "so that its noise counts less, or leave out such clients with a larger min-records."
+            f"Client {self.client} ({counted(self.records, self.unit)}) brings {self.share:.0%} of "
+            f"the noise of a round's mean, which is {ratio:.1f} times the largest signal with it "
+            f"and {self.without or 0:.1f} times without it. Set weighting = 'size' or "
+            "'inverse-noise', so that its noise counts less, or leave out such clients with a "
+            "larger min-records."
         )
 
 
@@ -90,4 +95,5 @@ def worst_client(
     others = [made for client, made in able.items() if client != worst]
     alone = noise_to_signal(config, [able[worst]], coordinates)
     without = noise_to_signal(config, others, coordinates) if others else None
-    return WorstClient(worst, able[worst].num_records, alone or 0.0, shares[worst], without)
+    size = able[worst].num_records
+    return WorstClient(worst, size, alone or 0.0, shares[worst], without, config.unit)

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from fedlora_flwr.clients.trainer import one_client
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.sections import PrivacySection
+from fedlora_flwr.config.unit import RECORD
 from fedlora_flwr.data.records import Records, TensorRecords
+from fedlora_flwr.data.users import count_units, users_of
 from fedlora_flwr.errors import FedLoRAError, explained
 from fedlora_flwr.forecast.forecast import active_per_step, skeleton
 from fedlora_flwr.forecast.participation import participation
@@ -24,6 +27,8 @@ from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.noise import NoiseSource, SecureNoise, SeededNoise
 from fedlora_flwr.privacy.postprocessing.filters import make_filter
+from fedlora_flwr.privacy.units import Units
+from fedlora_flwr.randomness import RandomStream
 from fedlora_flwr.server.rehearsal import build_unread, is_large
 from fedlora_flwr.server.strategy import build_strategy
 from fedlora_flwr.strategies.base import FedLoRA
@@ -116,6 +121,7 @@ def _measured(config: RunConfig, task: Task, records: int | None) -> Duration:
     rounds = participation(config)
     messages = round(rounds.mean * config.num_clients)
     private = _private(config, task, records)
+    size = count_units(config.unit, private) if records is None else records
     evaluation, due = None, 1 + math.ceil(rounds.last_round / config.eval_every)
     strategy = build_strategy(config)
     if strategy.personal:  # Its clients measure, after each of their rounds.
@@ -124,9 +130,7 @@ def _measured(config: RunConfig, task: Task, records: int | None) -> Duration:
         evaluation = _evaluation(task, adapted)
     return Duration(
         steps=messages * (1 if config.secure_sum else config.local_steps),
-        step=_step(
-            config, task, strategy, adapted, private, len(private) if records is None else records
-        ),
+        step=_step(config, task, strategy, adapted, private, size),
         evaluations=due,
         evaluation=evaluation,
     )
@@ -157,12 +161,18 @@ def _step(
     noise: NoiseSource = SecureNoise() if config.secure_noise else SeededNoise(0)
     # More noise takes no more time.
     weights = ClipWeights.configured(config)
-    mechanism = Mechanism(1.0, config.clip_norm, batch, max(size, batch), weights=weights)
+    # Made-up records name no users.
+    unit = RECORD if users_of(records) is None else config.unit
+    most = config.max_records_per_user
+    units = Units.of(PrivacySection(unit=unit, max_records_per_user=most), records)
+    mechanism = Mechanism(1.0, config.clip_norm, batch, max(size, batch), None, weights, unit)
     settings = OptimizerSettings.in_round(config, 1)
     engine.start_round(mechanism, settings, noise, make_filter(config.filter))
 
     def work(count: int) -> None:
-        engine.step(records, torch.arange(count) % len(records), names)
+        joined = torch.arange(count) % len(units)
+        found, owners = units.sample(joined, RandomStream(0))
+        engine.step(records, found, names, owners)
 
     with one_client(config.client_threads, 0), engine.training():
         return _seconds(work, batch, adapted)

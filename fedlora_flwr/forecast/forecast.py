@@ -29,7 +29,14 @@ from fedlora_flwr.server.strategy import build_strategy
 from fedlora_flwr.server.sum_step import sum_grid
 from fedlora_flwr.strategies import FedLoRA
 from fedlora_flwr.strategies.cohort import cohort_size
-from fedlora_flwr.tasks.registry import Task, build_task, model_notes, optional, reading
+from fedlora_flwr.tasks.registry import (
+    Task,
+    build_task,
+    client_sizes,
+    model_notes,
+    optional,
+    reading,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +57,7 @@ class ClientForecast:
     Parameters
     ----------
     records : int
-        Private records n.
+        n: its private records, or the users of them where ``unit = "user"``.
     mechanism : Mechanism or None
         Its noise; ``None`` if the promise cannot be kept.
     problem : str
@@ -129,7 +136,7 @@ class Forecast:
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per client: records, sampling rate, noise multiplier and problem."""
+        """One row per client: records (or users), sampling rate, noise multiplier and problem."""
         import pandas as pd
 
         return pd.DataFrame(as_json(self)["clients"])
@@ -147,8 +154,8 @@ def forecast(config: RunConfig, records: int | None = None, task: Task | None = 
     config : RunConfig
         The run.
     records : int, optional
-        Private records of each client, all alike. By default the data set is opened and split, and
-        the test split is opened, too.
+        Private records (or users) of each client, all alike. By default the data set is opened and
+        split, and the test split is opened, too.
     task : Task, optional
         What is learned; by default that of the configuration, built here.
 
@@ -277,15 +284,14 @@ def _together(config: RunConfig, numbers: Sequence[int], coordinates: int) -> Me
     records = max(1, round(sum(numbers) * asked))
     q = config.sample_rate
     weights = ClipWeights.configured(config)
-    return Mechanism(grid.noise_multiplier, config.clip_norm, q * records, records, q, weights)
+    sigma, unit = grid.noise_multiplier, config.unit
+    return Mechanism(sigma, config.clip_norm, q * records, records, q, weights, unit)
 
 
 def _sizes(config: RunConfig, task: Task, records: int | None) -> list[int]:
     if records is not None:
         return [records] * config.num_clients
-    return [
-        len(task.client_records(client, config.num_clients)) for client in range(config.num_clients)
-    ]
+    return client_sizes(config, task)
 
 
 def _uploads(
@@ -331,8 +337,8 @@ def _warnings(found: Forecast) -> list[str]:
         lines.append(
             f"A round's noise is {ratio:.1f} times the most that its signal can be. Of the runs "
             f"that this project has measured, none above {MOST_THAT_GAINED:g} ended better than it "
-            "began; other data may differ. More records per client, a larger batch, more clients, "
-            "a lower rank, fewer targets or a larger ε bring it down."
+            f"began; other data may differ. More {config.unit}s per client, a larger batch, more "
+            "clients, a lower rank, fewer targets or a larger ε bring it down."
         )
     rounds = participation(config)
     if rounds.ends_early:
@@ -351,11 +357,12 @@ def as_json(found: Forecast) -> dict[str, Any]:
         "strategy": found.config.strategy,
         "epsilon": found.config.epsilon if found.config.private else None,
         "delta": found.config.delta,
+        "unit": found.config.unit,
         "steps": found.config.planned_steps,
         "rounds": asdict(participation(found.config)),
         "clients": [
             {
-                "records": client.records,
+                f"{found.config.unit}s": client.records,
                 "sample_rate": client.mechanism.sample_rate if client.mechanism else None,
                 "noise_multiplier": client.mechanism.noise_multiplier if client.mechanism else None,
                 "problem": client.problem,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.unit import USER
 from fedlora_flwr.data.records import Batch
 from fedlora_flwr.errors import FedLoRAError
 from fedlora_flwr.lora.adapters import AdaptedModel
@@ -62,20 +63,24 @@ def step_memory(
     coordinates : int
         Most numbers that train in one step.
     most : int
-        Records of the largest client.
+        Records, or users, of the largest client.
     """
     trained = sum(p.numel() for p in model.parameters.values())
     everything = sum(p.numel() * p.element_size() for p in model.model.parameters())
     # A value and a gradient; AdamW keeps two moments, momentum one.
     copies = 2 + (2 if config.optimizer.startswith("adamw") else int(config.momentum > 0))
     batch = math.ceil(config.sample_rate * most) if config.secure_sum else config.batch_size
-    records = min(batch, config.microbatch_size or batch)
+    units = min(batch, config.microbatch_size or batch)
+    # A pass holds records of several users, and the sums of these users are held as well.
+    grouped = config.unit == USER
+    most = batch * (config.max_records_per_user if grouped else 1)
+    records = min(most, config.microbatch_size or most)
     # Each view of a picture passes through the model.
     activations = activation_bytes(task, model, _example(task, records * config.views))
     return Memory(
         backbone=everything - FLOAT_BYTES * trained,
         trained=FLOAT_BYTES * trained * copies,
-        per_record=FLOAT_BYTES * coordinates * records,
+        per_record=FLOAT_BYTES * coordinates * (records + units * grouped),
         activations=activations,
     )
 

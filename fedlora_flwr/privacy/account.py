@@ -29,9 +29,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from fedlora_flwr.config.sections import PrivacySection
+from fedlora_flwr.config.unit import RECORD
 from fedlora_flwr.errors import BudgetExhausted, InvalidValue
 from fedlora_flwr.privacy.accountants import Segment, merge
 from fedlora_flwr.privacy.budget import epsilon_spent
+from fedlora_flwr.privacy.history import UNBOUND, Tally, Terms, bounded, is_bounded
 from fedlora_flwr.privacy.lifetime import (
     allowance,
     choose_order,
@@ -64,6 +67,8 @@ class Account:
     run_epsilon : float (default: 0)
         With scope ``"lifetime"``: how much of ε one run may plan for. With 0, one run may plan for
         all of ε, and the first run fixes the settings of all runs.
+    unit : str (default: "record")
+        What ε is for, one of `fedlora_flwr.config.unit.UNITS`. Releases of two units never add up.
 
     Examples
     --------
@@ -83,6 +88,13 @@ class Account:
     delta: float
     scope: str = "run"
     run_epsilon: float = 0.0
+    unit: str = RECORD
+
+    @classmethod
+    def of(cls, config: PrivacySection, client: str, run: str) -> Account:
+        """Return the account of a client under a run's budget."""
+        scope, part = config.ledger_scope, config.run_epsilon
+        return cls(client, run, config.epsilon, config.delta, scope, part, config.unit)
 
 
 @dataclass(frozen=True)
@@ -109,53 +121,6 @@ class LedgerSummary:
     delta: float
     accountant: str
     steps: int
-
-
-@dataclass(frozen=True)
-class Tally:
-    """The ledger's rows of one run and one mechanism, summed up.
-
-    Parameters
-    ----------
-    run : str
-        The run.
-    mechanism : Segment
-        σ, q and the steps taken.
-    planned : int
-        Steps that the run has planned; 0 where a ledger of an earlier version doesn't say.
-    order : float or None
-        Order α of the client's Rényi filter; None if no row has fixed it.
-    silent : float
-        Seconds since the last row was written.
-    """
-
-    run: str
-    mechanism: Segment
-    planned: int
-    order: float | None
-    silent: float
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What earlier runs on a client's data have fixed for the next plan.
-
-    Parameters
-    ----------
-    order : float or None
-        Order α of the Rényi filter; None if no filter decides.
-    noise_multiplier, sample_rate : float
-        Under fixed settings: the least σ and the largest q that a run may have. 0 and 1 where
-        nothing is fixed.
-    """
-
-    order: float | None = None
-    noise_multiplier: float = 0.0
-    sample_rate: float = 1.0
-
-
-UNBOUND = Terms()
-"""The terms of a client without a history."""
 
 
 def terms(account: Account, tallies: Sequence[Tally]) -> Terms:
@@ -210,12 +175,14 @@ def admit(
     Raises
     ------
     InvalidValue
-        The settings are not those that the run began with.
+        The settings are not those that the run began with, or the account's earlier releases have
+        another unit.
     BudgetExhausted
         The steps exceed the run's plan; or plan, history and reservations together exceed the
         budget; or, under fixed settings, the plan has less noise or a larger rate than the first
         run.
     """
+    _check_unit(account, tallies)
     own = [t for t in tallies if t.run == account.run]
     _check_settings(own, planned)
     taken = sum(t.mechanism.steps for t in own)
@@ -264,6 +231,21 @@ def _reserved(tally: Tally, tallies: Sequence[Tally]) -> int:
     return max(0, tally.planned - taken) if first and tally.mechanism.noise_multiplier else 0
 
 
+def _check_unit(account: Account, tallies: Sequence[Tally]) -> None:
+    """Refuse a release for another unit: what a record has spent tells nothing about its user.
+
+    The other way round fails, too. If a record changes, the mean of its user may move by 2C, so ε
+    for users is less than ε for records.
+    """
+    if other := next((t.unit for t in tallies if t.unit != account.unit), None):
+        allowed = (
+            f"{other!r}, the unit of this data's earlier releases, since their ε is for one "
+            f"{other}. Keep it. A promise for each {account.unit} needs a new client-id, and does "
+            "not cover the earlier releases"
+        )
+        raise InvalidValue("unit", account.unit, allowed)
+
+
 def _check_settings(own: Sequence[Tally], planned: Segment) -> None:
     if not own:
         return
@@ -291,18 +273,6 @@ def _filtered(account: Account, tallies: Sequence[Tally]) -> bool:
     if account.scope == "run" or math.isinf(account.epsilon):
         return False
     return account.run_epsilon > 0 or not bounded(tallies) or any(t.order for t in tallies)
-
-
-def bounded(tallies: Sequence[Tally]) -> bool:
-    """Tell whether the first run's settings bound those of every later step."""
-    return all(_bounded(t.mechanism, tallies[0].mechanism) for t in tallies)
-
-
-def _bounded(mechanism: Segment, first: Segment) -> bool:
-    return (
-        mechanism.noise_multiplier >= first.noise_multiplier
-        and mechanism.sample_rate <= first.sample_rate
-    )
 
 
 def _order(account: Account, tallies: Sequence[Tally], first: Segment) -> float:
@@ -346,7 +316,7 @@ def _check_fixed(
 ) -> None:
     if account.scope == "lifetime" and math.isfinite(account.epsilon) and tallies:
         first = tallies[0].mechanism
-        if not _bounded(planned, first):
+        if not is_bounded(planned, first):
             raise BudgetExhausted(
                 f"budget exhausted: the first run on this data has fixed a noise multiplier of at "
                 f"least {first.noise_multiplier:.6g} and a sampling rate of at most "

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from fedlora_flwr.config.unit import RECORD
 from fedlora_flwr.errors import FedLoRAError, InvalidValue, unknown
 from fedlora_flwr.files import cache_folder, private_folder, replace_file
 from fedlora_flwr.privacy import accountants, loss_grid
@@ -58,8 +59,21 @@ class AccountantsDisagree(FedLoRAError):
         return type(self), self.figures
 
 
-def check_budget(epsilon: float, delta: float, batch_size: int, num_records: int) -> None:
-    """Refuse a budget that has no meaning for a client with this number of records.
+def check_budget(
+    epsilon: float, delta: float, batch_size: int, num_records: int, unit: str = RECORD
+) -> None:
+    """Refuse a budget that has no meaning for a client with this number of records, or users.
+
+    Parameters
+    ----------
+    epsilon, delta : float
+        The budget.
+    batch_size : int
+        Expected batch size b.
+    num_records : int
+        n, the number of units.
+    unit : str (default: "record")
+        What is counted, one of `fedlora_flwr.config.unit.UNITS`.
 
     Raises
     ------
@@ -69,13 +83,13 @@ def check_budget(epsilon: float, delta: float, batch_size: int, num_records: int
     """
     n = num_records
     if not n >= 1:
-        raise InvalidValue("num-records", n, "at least 1 record")
+        raise InvalidValue(f"num-{unit}s", n, f"at least 1 {unit}")
     _check_epsilon(epsilon)
     if not 0 < delta < 1 / n:
-        limit = f"below 1/n = {1 / n:.3g} for a client of n = {n} records"
+        limit = f"below 1/n = {1 / n:.3g} for a client of n = {n} {unit}s"
         raise InvalidValue("delta", delta, f"a number above 0 and {limit}")
     if not 1 <= batch_size <= n:
-        raise InvalidValue("batch-size", batch_size, f"1 to {n}, for a client of n = {n} records")
+        raise InvalidValue("batch-size", batch_size, f"1 to {n}, for a client of n = {n} {unit}s")
 
 
 def calibrate(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:

@@ -1,4 +1,4 @@
-"""One client's mechanism, from a run's budget and the client's number of records."""
+"""One client's mechanism, from a run's budget and the client's number of records or users."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fedlora_flwr.privacy.mechanism import Mechanism
 
 def calibrated_mechanism(
     config: RunConfig,
-    num_records: int,
+    num_units: int,
     *,
     terms: Terms = UNBOUND,
 ) -> Mechanism:
     """Work out one client's mechanism: σ from its own q and the planned number of steps.
 
     Under a secure sum, all clients have the run's q, and σ is the noise of the whole sum: the sum
-    is one mechanism on the union of all clients' records.
+    is one mechanism on the union of all clients' records, or users.
 
     Parameters
     ----------
@@ -27,8 +27,8 @@ def calibrated_mechanism(
         Budget, ledger scope, clip norm and weights, batch size and planned steps. All planned steps
         count, even if a round asks only some of the clients: the server chooses the rounds of a
         client, and may choose all of them.
-    num_records : int
-        The client's number of records n.
+    num_units : int
+        The client's n: its number of records, or of users where ``unit = "user"``.
     terms : Terms
         What earlier runs on the client's data have fixed (see `Ledger.terms`).
 
@@ -41,12 +41,15 @@ def calibrated_mechanism(
     weights = ClipWeights.configured(config)
     if not config.private:
         # Gradients are still clipped, so a run with and a run without privacy differ in noise only.
-        batch_size = min(config.batch_size, num_records)
-        return Mechanism(0.0, config.clip_norm, batch_size, num_records, weights=weights)
+        batch_size = min(config.batch_size, num_units)
+        return Mechanism(
+            0.0, config.clip_norm, batch_size, num_units, weights=weights, unit=config.unit
+        )
     common = config.sample_rate if config.secure_sum else None
-    check_budget(config.epsilon, config.delta, 1 if common else config.batch_size, num_records)
-    expected = common * num_records if common else config.batch_size
-    rate, steps = common or config.batch_size / num_records, config.planned_steps
+    least = 1 if common else config.batch_size
+    check_budget(config.epsilon, config.delta, least, num_units, config.unit)
+    expected = common * num_units if common else config.batch_size
+    rate, steps = common or config.batch_size / num_units, config.planned_steps
     if config.ledger_scope == "lifetime" and (config.run_epsilon or terms.order):
         sigma = calibrate_run(
             config.epsilon,
@@ -60,4 +63,4 @@ def calibrated_mechanism(
         sigma = calibrate(config.epsilon, config.delta, rate, steps)
     # Where the first run has fixed σ, the ledger would refuse a smaller one.
     sigma = max(sigma, terms.noise_multiplier)
-    return Mechanism(sigma, config.clip_norm, expected, num_records, common, weights)
+    return Mechanism(sigma, config.clip_norm, expected, num_units, common, weights, config.unit)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedlora_flwr.lora.wide_numbers import with_fp64
 from fedlora_flwr.privacy.noise import NoiseSource
+from fedlora_flwr.privacy.units import add_up
 
 _handlers = list(logging.getLogger().handlers)
 from opacus.optimizers import DPOptimizer  # noqa: E402
@@ -51,6 +52,9 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         Sum of the clipped weighted gradients so far, in units of the clip norm, fp32 or wider,
         shape (D,): the coordinates of all active tensors, in the optimizer's order. None before the
         first.
+    gathered : Tensor or None
+        Weighted mean gradients of units of several records, shape (units, D), as far as `gather`
+        has added them up. None where each record is a unit.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         self._weights = weights
         self._source = source
         self.summed: Tensor | None = None
+        self.gathered: Tensor | None = None
 
     @property
     def unit(self) -> float:
@@ -71,11 +76,11 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         return self.max_grad_norm if math.isfinite(self.max_grad_norm) else 1.0
 
     def clip_and_accumulate(self) -> None:
-        """Clip each record's gradient and add it to the sum.
+        """Clip the gradient of each record, or of each gathered unit, and add it to the sum.
 
-        If any entry of a record's gradient is not finite, the whole gradient counts as zero. The
-        record's share of the sum then has norm 1 at most, and it cannot ruin the release. Without a
-        clip norm such entries stay in the sum.
+        If any entry of a gradient is not finite, the whole gradient counts as zero. Its share of
+        the sum then has norm 1 at most, and it cannot ruin the release. Without a clip norm such
+        entries stay in the sum.
         """
         rows = self.rows()
         if math.isfinite(self.max_grad_norm):
@@ -89,10 +94,30 @@ class NoisyOptimizer(DPOptimizer):  # type: ignore[misc]
         self.summed = clipped if self.summed is None else self.summed + clipped
 
     def rows(self) -> Tensor:
-        """Return the weighted gradients of the current pass, one row per record: (records, D).
+        """Return weighted gradients, one row per unit: (units, D).
 
+        They are those of the records of the current pass, or of the units that have been gathered.
         Whoever clips these rows bounds the sensitivity under any weights.
         """
+        return self._by_record() if self.gathered is None else self.gathered
+
+    def gather(self, owners: Tensor, counts: Tensor) -> None:
+        """Add the gradients of the current pass to the means of their units.
+
+        Parameters
+        ----------
+        owners : Tensor
+            The unit of each record, int64, shape (n,). Rows of the pass after the first n are left
+            out.
+        counts : Tensor
+            Number of records of each unit over all passes, int64, shape (units,).
+        """
+        rows = self._by_record()[: len(owners)]
+        if self.gathered is None:
+            self.gathered = rows.new_zeros((len(counts), rows.shape[1]))
+        add_up(rows, owners, counts, self.gathered)
+
+    def _by_record(self) -> Tensor:
         like = self.params[0]
         wide = torch.promote_types(like.dtype, torch.float32)
         parts = [p.grad_sample.flatten(1).to(like.device, wide) for p in self.params]

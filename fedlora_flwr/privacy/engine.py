@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fedlora_flwr.config.unit import RECORD
 from fedlora_flwr.errors import PrivacyViolation
 from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.lora.wide_numbers import with_fp64
@@ -26,11 +27,13 @@ from fedlora_flwr.privacy.postprocessing.filters import GradientFilter, NoFilter
 from fedlora_flwr.privacy.postprocessing.optimizer import OptimizerSettings, PostProcessing
 from fedlora_flwr.privacy.record_independence import (
     Place,
+    batch_norms,
     buffers_of,
     check_apart,
     check_buffers,
     states_of,
 )
+from fedlora_flwr.privacy.units import Sample
 
 if TYPE_CHECKING:
     from fedlora_flwr.data.records import Batch, Records
@@ -124,11 +127,15 @@ class PrivateEngine:
         self.adapted.check()
         self._named = list(self.adapted.model.named_parameters())
         self._buffers = buffers_of(self.adapted.model)
-        self._norms = list(self._batch_norms())
+        self._norms = batch_norms(self.adapted.model)
         self._mechanism = mechanism
         device = next(iter(self.adapted.parameters.values())).device.type
         self._plan = PassPlan(
-            max(1, round(mechanism.batch_size)), self._microbatch_size, device, exact
+            max(1, round(mechanism.batch_size)),
+            self._microbatch_size,
+            device,
+            exact,
+            grouped=mechanism.unit != RECORD,
         )
         self._settings = settings
         self._post.begin(settings)
@@ -144,7 +151,13 @@ class PrivateEngine:
         self._filter = gradient_filter or NoFilter()
         self._optimizer.attach_step_hook(lambda _: self._post_process())
 
-    def step(self, records: Records, indices: Tensor, active: Sequence[str]) -> None:
+    def step(
+        self,
+        records: Records,
+        indices: Tensor,
+        active: Sequence[str],
+        owners: Tensor | None = None,
+    ) -> None:
         """Take one private step.
 
         Parameters
@@ -156,11 +169,16 @@ class PrivateEngine:
             update of the step then is noise.
         active : Sequence[str]
             Names of the arrays that train.
+        owners : Tensor, optional
+            Where the promise is for users: the user of each record, as a number from 0, int64,
+            shape (n,), ascending (see `fedlora_flwr.privacy.units.Units.sample`). The mean gradient
+            of a user's records is clipped to C.
 
         Raises
         ------
         PrivacyViolation
-            Rows cannot be told apart by record, a record's gradient depends on other records, an
+            The mechanism is for users and records come without owners, or the other way round. Rows
+            cannot be told apart by record, a record's gradient depends on other records, an
             active array got no gradient or did not move, or the step wrote to a frozen parameter or
             a buffer.
         RuntimeError
@@ -176,12 +194,9 @@ class PrivateEngine:
         *What does not hold.* Time and memory of a step depend on the number and length of records.
         """
         with self._watched(records, active, moved=set(active)) as optimizer:
-            for part in passes(records, indices, self._plan):
-                optimizer.signal_skip_step(not part.is_last)
-                # Copies that fill a pass are left out of the loss, so they add zero to the sum.
-                self._fill(part.batch, part.rows, active, slice(len(part.indices)))
+            for is_last in self._units(records, Sample(indices, owners), active, optimizer):
+                optimizer.signal_skip_step(not is_last)
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
 
     def whole_sum(
         self,
@@ -189,15 +204,16 @@ class PrivateEngine:
         indices: Tensor,
         active: Sequence[str],
         whole: Callable[[Tensor], Tensor],
+        owners: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Add up a step's gradients in whole numbers. No noise is added and nothing moves.
 
         Parameters
         ----------
-        records, indices, active
+        records, indices, active, owners
             As for `step`; the sum is zero if ``indices`` is empty.
         whole : callable
-            Turns gradients by record, shape (n, D), over all active arrays together, into whole
+            Turns gradients by unit, shape (n, D), over all active arrays together, into whole
             numbers of bounded norm (see `fedlora_flwr.secure_sum.rounding.rounded`).
 
         Returns
@@ -212,17 +228,36 @@ class PrivateEngine:
         """
         total = torch.zeros(())
         with self._watched(records, active, moved=set()) as optimizer:
-            for part in passes(records, indices, self._plan):
-                self._fill(part.batch, part.rows, active, slice(len(part.indices)))
+            for _ in self._units(records, Sample(indices, owners), active, optimizer):
                 # Whole numbers add up exactly in fp64.
                 total = total + with_fp64(whole(optimizer.rows())).sum(dim=0, dtype=torch.float64)
-                optimizer.zero_grad(set_to_none=True)
         # The optimizer's rows hold the arrays' columns in this order.
         named = [n for names in self._groups.values() for n in names if n in set(active)]
         shapes = {name: self.adapted.parameters[name].shape for name in named}
         sizes = [shape.numel() for shape in shapes.values()]
         parts = torch.split(total.to("cpu", torch.int64), sizes)
         return {n: part.view(shapes[n]) for n, part in zip(named, parts, strict=True)}
+
+    def _units(
+        self, records: Records, sample: Sample, active: Sequence[str], optimizer: NoisyOptimizer
+    ) -> Iterator[bool]:
+        """Give the optimizer the gradients of whole units; yield whether these are the last."""
+        if (sample.owners is not None) != self._plan.grouped:
+            raise PrivacyViolation(
+                f"The mechanism's unit is a {self._mechanism.unit}, and the records of the step "
+                f"came {'without' if sample.owners is None else 'with'} owners. Pass the owners of "
+                "the records where the unit is a user, and only there."
+            )
+        for number, some in enumerate(parts := list(sample.split(self._microbatch_size)), start=1):
+            for part in passes(records, some.records, self._plan):
+                # Copies that fill a pass are left out of the loss, so they add zero to the sum.
+                self._fill(part.batch, part.rows, active, slice(len(part.indices)))
+                if some.owners is not None:
+                    optimizer.gather(*some.of(part.indices))
+                if some.owners is None or part.is_last:
+                    yield part.is_last and number == len(parts)
+                    optimizer.gathered = None
+                optimizer.zero_grad(set_to_none=True)
 
     @contextmanager
     def _watched(
@@ -288,7 +323,7 @@ class PrivateEngine:
         PrivacyViolation
             A record's gradient depends on the other records of its batch.
         """
-        self._norms = list(self._batch_norms())
+        self._norms = batch_norms(self.adapted.model)
         self._verified = check_apart(
             self.adapted, self.gradients_by_record, self._train_mode, records
         )
@@ -303,7 +338,7 @@ class PrivateEngine:
             parameter.grad = None
             parameter.grad_sample = None  # type: ignore[attr-defined]
         if self._optimizer is not None:
-            self._optimizer.summed = None
+            self._optimizer.summed = self._optimizer.gathered = None
             for group, names in zip(
                 self._optimizer.param_groups, self._groups.values(), strict=True
             ):
@@ -351,22 +386,6 @@ class PrivateEngine:
         self.adapted.train()
         for norm in self._norms:
             norm.eval()
-
-    def _batch_norms(self) -> Iterator[nn.Module]:
-        """Find the layers that mix the records of a batch in training mode.
-
-        Raises
-        ------
-        PrivacyViolation
-            An instance normalization keeps running statistics of records.
-        """
-        for name, module in self.adapted.model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                yield module
-            elif isinstance(module, nn.modules.instancenorm._InstanceNorm) and (
-                module.track_running_stats
-            ):
-                raise PrivacyViolation(f"Layer {name!r} keeps statistics of private records.")
 
     def _versions(self) -> dict[str, int]:
         return {name: p._version for name, p in self._named}

@@ -158,7 +158,8 @@ class Ledger:
         Raises
         ------
         InvalidValue
-            σ, q or the plan are not those that the run began with.
+            σ, q or the plan are not those that the run began with, or the account's earlier
+            releases have another unit.
         BudgetExhausted
             The release is beyond the plan, or the plan is beyond the budget. Nothing is written.
 
@@ -254,6 +255,7 @@ class Ledger:
                 order,
                 trust,
                 inputs,
+                account.unit,
             )
             with self._file.writing() as writer:
                 if _same(writer.db.tallies(account), tallies):
@@ -308,4 +310,6 @@ def _repeats(db: sqlite3.Connection, *repeated: *Repeated) -> dict[int, str]:
 
 def _same(now: list[Tally], before: list[Tally]) -> bool:
     """Tell whether an account has no new rows since it was read before."""
-    return [(t.run, t.mechanism) for t in now] == [(t.run, t.mechanism) for t in before]
+    return [(t.run, t.mechanism, t.unit) for t in now] == [
+        (t.run, t.mechanism, t.unit) for t in before
+    ]

@@ -27,20 +27,21 @@ class Sums:
     """The rows of an account up to a number, summed by run and mechanism, oldest first."""
 
     rows: int = 0
-    found: dict[tuple[str, float, float], Sum] = field(default_factory=dict)
+    found: dict[tuple[str, float, float, str], Sum] = field(default_factory=dict)
 
-    def add(self, run: str, noise: float, rate: float, more: Sum) -> None:
+    def add(self, run: str, noise: float, rate: float, unit: str, more: Sum) -> None:
         """Add later rows."""
-        one = self.found.setdefault((run, noise, rate), Sum(0, 0, None, more.last))
+        one = self.found.setdefault((run, noise, rate, unit), Sum(0, 0, None, more.last))
         one.steps, one.planned = one.steps + more.steps, max(one.planned, more.planned)
         one.order = max((o for o in (one.order, more.order) if o is not None), default=None)
         one.last = max(one.last, more.last)
 
     def tallies(self, now: datetime) -> Iterator[Tally]:
         """Yield them as accounts count them."""
-        for (run, noise, rate), one in self.found.items():
+        for (run, noise, rate, unit), one in self.found.items():
             silent = (now - datetime.fromisoformat(one.last)).total_seconds()
-            yield Tally(run, Segment(noise, rate, one.steps), one.planned, one.order, silent)
+            mechanism = Segment(noise, rate, one.steps)
+            yield Tally(run, mechanism, one.planned, one.order, silent, unit)
 
 
 class Connection(sqlite3.Connection):
@@ -65,13 +66,13 @@ class Connection(sqlite3.Connection):
         if before is not None:
             where, values = f"{where} AND id < ?", [*values, before]
         rows = self.execute(
-            "SELECT run, noise_multiplier, sample_rate, SUM(steps), MAX(planned), "  # noqa: S608
+            "SELECT run, noise_multiplier, sample_rate, unit, SUM(steps), MAX(planned), "  # noqa: S608
             f"MAX(rdp_order), MAX(written_at), MAX(id) FROM releases WHERE {where} "
-            "GROUP BY run, noise_multiplier, sample_rate ORDER BY MIN(id)",
+            "GROUP BY run, noise_multiplier, sample_rate, unit ORDER BY MIN(id)",
             values,
         ).fetchall()
-        for name, noise, rate, steps, planned, order, last, number in rows:
-            sums.add(name, noise, rate, Sum(steps, planned, order, last))
+        for name, noise, rate, unit, steps, planned, order, last, number in rows:
+            sums.add(name, noise, rate, unit, Sum(steps, planned, order, last))
             sums.rows = max(sums.rows, number)
         return list(sums.tallies(datetime.now(UTC)))
 

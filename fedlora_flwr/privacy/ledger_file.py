@@ -36,18 +36,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedlora_flwr.config.unit import RECORD
 from fedlora_flwr.errors import LedgerDamaged
 from fedlora_flwr.files import is_full, private_folder, replacing
 from fedlora_flwr.operating_system import sync_path
 from fedlora_flwr.privacy.ledger_connection import Connection, connect
 from fedlora_flwr.privacy.witness import Head, Witness
 
-_VERSION = 3
+_VERSION = 4
 LOCAL = "local"
 """Trust model of a row whose client added all of the noise itself."""
 _COLUMNS = (
     "client", "run", "round", "noise_multiplier", "sample_rate", "steps", "written_at",
-    "planned", "rdp_order", "trust", "inputs",
+    "planned", "rdp_order", "trust", "inputs", "unit",
 )  # fmt: skip
 _EARLIER = ("id", *_COLUMNS[:7])
 _RELEASES = """
@@ -69,8 +70,10 @@ _CHAINED = (
     "CREATE TABLE origin (ledger TEXT NOT NULL)",
 )
 _FIRST_CHAINED = (*_EARLIER, "planned", "rdp_order", "digest")
-_LATER = {"trust": LOCAL, "inputs": "", "outputs": ""}
+_LATER = {"trust": LOCAL, "inputs": "", "outputs": "", "unit": RECORD}
 """Columns that are newer than the chain, and their values in older rows."""
+_LATER_IN = {1: 0, 2: 1, 3: 3}
+"""How many of them earlier versions have."""
 _SELECT = f"SELECT id, digest, {', '.join(_COLUMNS)} FROM releases"  # noqa: S608
 _INSERT = (
     f"INSERT INTO releases (digest, {', '.join(_COLUMNS)}) "  # noqa: S608
@@ -279,7 +282,7 @@ class LedgerFile:
                 return
             db.execute("BEGIN IMMEDIATE")
             (version,) = db.execute("PRAGMA user_version").fetchone()
-            if version and _columns(db) == (*_FIRST_CHAINED, *("trust",)[: version - 1]):
+            if version > 0 and _columns(db) == (*_FIRST_CHAINED, *[*_LATER][: _LATER_IN[version]]):
                 _add_columns(db)  # The digests of its rows stay (see `chained`).
                 db.execute("COMMIT")
                 return
@@ -361,10 +364,10 @@ def witness_of(path: Path) -> Path:
 def chained(digest: str, values: Values | list[Any]) -> str:
     """Return the digest of a row that follows one with ``digest``.
 
-    Empty inputs, and then the local trust model, are left out. Rows that were written before these
-    columns were added therefore keep their digests.
+    The unit of a record, then empty inputs, and then the local trust model, are left out. Rows that
+    were written before these columns were added therefore keep their digests.
     """
-    for later in ("", LOCAL):
+    for later in (RECORD, "", LOCAL):
         if values[-1] != later:
             break
         values = values[:-1]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedlora_flwr.config.unit import RECORD, counted
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.privacy.clip_weights import EVEN, ClipWeights
 from fedlora_flwr.randomness import RandomStream
@@ -34,13 +35,17 @@ class Mechanism:
         Expected batch size b, by which the noisy sum is divided; above 0. It may be below 1 under a
         secure sum, where q is given and b = q·n follows from it.
     num_records : int
-        n: each record joins a step with probability ``sample_rate``.
+        n, the number of units of the promise: of records, or of users where ``unit`` says so. Each
+        joins a step with probability ``sample_rate``.
     rate : float, optional
         q, where b = q·n follows from it; by default q is b/n. A given q is the same number for all
         clients, to the last bit.
     weights : ClipWeights
         What gradients are multiplied by before they are clipped, by part; by default nothing. The
         norm C then bounds the weighted gradient.
+    unit : str (default: "record")
+        One of `fedlora_flwr.config.unit.UNITS`. Under ``"user"``, what is said of a record here
+        holds for a user: the gradient is the mean of those of its records.
 
     Raises
     ------
@@ -53,8 +58,8 @@ class Mechanism:
     and q = b/n, for one record whose gradient is replaced by zero (zero-out adjacency).
     *Under which assumptions.* Each record joins each step by a draw of its own (`poisson_batches`),
     each record's weighted gradient is cut to norm C, and the noise is drawn fresh for each step.
-    *What does not hold.* There is no promise for n itself, which q, b and σ reveal, or for several
-    records of one person together.
+    *What does not hold.* There is no promise for n itself, which q, b and σ reveal. With ``unit =
+    "record"`` there is none for several records of one person together.
 
     Examples
     --------
@@ -68,6 +73,7 @@ class Mechanism:
     num_records: int
     rate: float | None = None
     weights: ClipWeights = EVEN
+    unit: str = RECORD
 
     def __post_init__(self) -> None:
         if self.noise_multiplier != 0 and not SMALLEST <= self.noise_multiplier <= LARGEST:
@@ -78,7 +84,7 @@ class Mechanism:
         if self.noise_multiplier > 0 and math.isinf(self.clip_norm):
             raise InvalidValue("clip-norm", self.clip_norm, "a finite number where noise is added")
         if not 0 < self.batch_size <= self.num_records:
-            allowed = f"a number above 0, at most n = {self.num_records} records"
+            allowed = f"a number above 0, at most n = {counted(self.num_records, self.unit)}"
             raise InvalidValue("batch-size", self.batch_size, allowed)
         if self.rate is not None and not 0 < self.rate <= 1:
             raise InvalidValue("sample-rate", self.rate, "a number above 0 and at most 1")
@@ -123,7 +129,7 @@ class Mechanism:
 
 
 def poisson_batches(mechanism: Mechanism, num_steps: int, seed: int | None) -> Iterator[Tensor]:
-    """Draw the records of each step: every record joins with probability q, independently.
+    """Draw the units of each step: every record, or user, joins with probability q, independently.
 
     Parameters
     ----------
@@ -138,7 +144,8 @@ def poisson_batches(mechanism: Mechanism, num_steps: int, seed: int | None) -> I
     Yields
     ------
     Tensor
-        Positions of the records that joined, int64, shape (k,); k may be 0.
+        Numbers of the units that joined, int64, shape (k,); k may be 0. For records these are
+        their positions; `fedlora_flwr.privacy.units.Units.sample` turns users into records.
     """
     # NumPy's generator for the reason given in `SeededNoise`.
     stream = RandomStream(seed)

@@ -74,12 +74,16 @@ class PassPlan:
         Whether all passes of one width are filled up to the same number of records. Where all
         records have one shape, nothing is filled: shapes then reveal only how many records joined,
         and this number is drawn independently of the records.
+    grouped : bool
+        Whether units of several records join. How many records join then depends on the records,
+        so exact passes are also filled where all records have one shape.
     """
 
     batch_size: int
     largest: int | None = None
     device: str = "cpu"
     exact: bool = False
+    grouped: bool = False
 
     @property
     def step(self) -> int:
@@ -136,15 +140,21 @@ def _passes(
     for places in microbatches(keys, len(indices), plan.largest):
         part = indices[places]
         if alike:
-            yield part, len(part), records.batch(part)
+            rows = plan.rows(1) if plan.exact and plan.grouped else len(part)
+            for chunk in torch.split(part, rows):
+                yield chunk, rows, records.batch(_filled(chunk, rows))
         elif pads:
             width = int(widths[places[0]])
             for chunk in torch.split(part, plan.rows(width)) if plan.exact else (part,):
                 rows = plan.rows(width) if plan.exact else len(chunk)
-                filled = torch.cat([chunk, chunk[:1].expand(rows - len(chunk))])
-                yield chunk, rows, records.padded(filled, width)  # type: ignore[attr-defined]
+                yield chunk, rows, records.padded(_filled(chunk, rows), width)  # type: ignore[attr-defined]
         else:
             yield from _by_shape(records, part, alone=plan.exact)
+
+
+def _filled(indices: Tensor, rows: int) -> Tensor:
+    """Return positions, followed by copies of the first up to a number of rows."""
+    return torch.cat([indices, indices[:1].expand(rows - len(indices))])
 
 
 def microbatches(

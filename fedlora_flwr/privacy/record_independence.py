@@ -224,6 +224,25 @@ def _off_the_start(adapted: AdaptedModel) -> Iterator[None]:
                 p.copy_(start[name])
 
 
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """Return the layers that mix the records of a batch in training mode.
+
+    Raises
+    ------
+    PrivacyViolation
+        An instance normalization keeps running statistics of records.
+    """
+    found: list[nn.Module] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            found.append(module)
+        elif isinstance(module, nn.modules.instancenorm._InstanceNorm) and (
+            module.track_running_stats
+        ):
+            raise PrivacyViolation(f"Layer {name!r} keeps statistics of private records.")
+    return found
+
+
 Place: TypeAlias = tuple[str, nn.Module, str]
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedlora_flwr.config.unit import RECORD
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.privacy.account import Account, Tally, bounded, summarize
 from fedlora_flwr.privacy.ledger import Ledger
@@ -35,6 +36,8 @@ class Spent:
         ε at δ; infinite where a release had no noise.
     accountant : str
         As of `fedlora_flwr.privacy.account.LedgerSummary`.
+    unit : str
+        What ε is for: a record, or a user.
     first, last : str
         When the first and the last row were written, UTC, in ISO 8601.
 
@@ -57,6 +60,7 @@ class Spent:
     accountant: str
     first: str
     last: str
+    unit: str = RECORD
 
 
 def spent(path: Path, delta: float) -> list[Spent]:
@@ -72,7 +76,8 @@ def spent(path: Path, delta: float) -> list[Spent]:
     Returns
     -------
     list[Spent]
-        For each client its runs, oldest first, and where it has several, all of them together.
+        For each client its runs, oldest first, and where it has several of one unit, all of them
+        together. Releases for records and for users do not add up.
         Over several runs ε is that of the client's rule for its life (see
         `fedlora_flwr.privacy.account`). Where each run had its own budget instead, no such rule
         is in force, and ε is the one of all steps by PRV, as if their settings had been fixed
@@ -110,14 +115,16 @@ def spent(path: Path, delta: float) -> list[Spent]:
 
 def _accounts(db: Connection) -> list[tuple[str, str]]:
     """Return each client's runs, oldest first, and an empty name for several together."""
-    rows = db.execute("SELECT client, run FROM releases GROUP BY client, run ORDER BY MIN(id)")
-    runs: dict[str, list[str]] = {}
-    for client, run in rows:
-        runs.setdefault(client, []).append(run)
+    rows = db.execute(
+        "SELECT client, run, MIN(unit) FROM releases GROUP BY client, run ORDER BY MIN(id)"
+    )
+    runs: dict[str, dict[str, str]] = {}
+    for client, run, unit in rows:
+        runs.setdefault(client, {})[run] = unit
     return [
         (client, run)
         for client, own in runs.items()
-        for run in (*own, *([""] if len(own) > 1 else []))
+        for run in (*own, *([""] if len(own) > 1 and len({*own.values()}) == 1 else []))
     ]
 
 
@@ -146,6 +153,7 @@ def _spent(account: Account, tallies: list[Tally], rows: tuple[int, str, str]) -
         accountant=summary.accountant,
         first=rows[1],
         last=rows[2],
+        unit=tallies[0].unit,
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from fedlora_flwr.config.unit import protected
 from fedlora_flwr.report.facts import RunFacts, number
 from fedlora_flwr.report.scales import plain
 
 
 def promise(facts: RunFacts) -> str:
-    """Return whom a participant had to trust, and what is promised about one record."""
+    """Return whom a participant had to trust, and what is promised about one record, or user."""
     if not facts.config.private:
         return (
             "None. The run added no noise (epsilon = inf), so it promises nothing about any record."
@@ -30,10 +31,10 @@ def _trust(facts: RunFacts) -> str:
 
 
 def _meaning(facts: RunFacts) -> str:
-    whose = "all clients together" if facts.config.secure_sum else "one client"
+    unit = facts.config.unit
     return (
-        f"The promise is for one training record of {whose}. Compared with a run in which the "
-        "record's gradient is zero in every step, no outcome is more than e^ε times as likely, "
+        f"The promise is for {protected(facts.config)}. Compared with a run in which the "
+        f"{unit}'s gradient is zero in every step, no outcome is more than e^ε times as likely, "
         "except with probability δ."
     )
 
@@ -51,7 +52,8 @@ def _spent(facts: RunFacts) -> list[str]:
 
 
 def _limits(facts: RunFacts) -> list[str]:
-    found = ["The promise does not cover the public test set, and not how many records there are."]
+    units = f"{facts.config.unit}s"
+    found = [f"The promise does not cover the public test set, and not how many {units} there are."]
     if facts.config.reproducible:
         found.append(
             "This is a simulation and not a release: its noise follows a seed, and anyone who "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import isqrt
 
+from fedlora_flwr.config.unit import RECORD, counted
 from fedlora_flwr.errors import InvalidValue
 
 __all__ = ["check_dropouts", "check_union", "honest_shares"]
@@ -69,7 +70,7 @@ def check_dropouts(asked: int, dropouts: int, colluding: int) -> None:
         raise InvalidValue("dropouts", dropouts, allowed)
 
 
-def check_union(delta: float, records: int) -> None:
+def check_union(delta: float, records: int, unit: str = RECORD) -> None:
     """Refuse a δ that is too large for the records of all clients together.
 
     The sum is one mechanism on the union of all records, so δ has to be below 1/Σn. A δ that is
@@ -81,6 +82,8 @@ def check_union(delta: float, records: int) -> None:
         δ.
     records : int
         Σn over all clients of the federation.
+    unit : str (default: "record")
+        What is counted: records or users.
 
     Raises
     ------
@@ -90,6 +93,6 @@ def check_union(delta: float, records: int) -> None:
     if not delta < 1 / records:
         allowed = (
             f"a number below 1/Σn = {1 / records:.3g}: a secure sum is taken over the n = "
-            f"{records:,} records of all clients together"
+            f"{counted(records, unit)} of all clients together"
         )
         raise InvalidValue("delta", delta, allowed)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.unit import counted, protected
 from fedlora_flwr.data.sources import is_hub_name
 from fedlora_flwr.files import replace_file
 from fedlora_flwr.plan import PARTS
@@ -183,16 +184,19 @@ class ModelCard:
         if not config.private:
             yield "promise", "none: the run added no noise (`epsilon = inf`)"
             return
-        whose = "all clients together" if config.secure_sum else "one client"
         yield "ε spent", f"{summary['epsilon_max']:.4g}, the largest of all clients"
         yield "ε allowed", f"{summary['epsilon_budget']:.4g}"
         yield "δ", f"{summary['delta']:.4g}"
-        yield "unit", f"one training record of {whose}"
-        yield "adjacency", "zero-out: the gradient of one record is replaced by zero in every step"
+        yield "unit", protected(config)
+        zero = f"zero-out: the gradient of one {config.unit} is replaced by zero in every step"
+        yield "adjacency", zero
         yield "accountant", summary["accountant"] or "none: no private step was taken"
         once = "one run; on a device whose own file says so, all its runs"
         yield "budget covers", once if config.ledger_scope == "run" else "all runs of a client"
-        yield "clip norm", f"{config.clip_norm:g}, over all trained tensors of a record together"
+        yield (
+            "clip norm",
+            f"{config.clip_norm:g}, over all trained tensors of a {config.unit} together",
+        )
         weights = ClipWeights.configured(config)
         if weights != EVEN:
             parts = ", ".join(f"{part} {weights.of_part(part):g}" for part in PARTS)
@@ -223,7 +227,8 @@ class ModelCard:
         steps = "one step by a secure sum" if config.secure_sum else f"{config.local_steps} steps"
         yield "in each round", steps
         if not config.secure_sum:
-            yield "expected batch", f"{config.batch_size} records, drawn by Poisson sampling"
+            size = counted(config.batch_size, config.unit)
+            yield "expected batch", f"{size}, drawn by Poisson sampling"
         yield "weights of clients", f"`{summary['weighting']}`"
         yield "seed", str(summary["seed"])
 

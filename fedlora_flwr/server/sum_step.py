@@ -23,7 +23,7 @@ from fedlora_flwr.secure_sum.grid import Grid, fitting_norm, opened
 from fedlora_flwr.server.masked_sum import MaskedSum
 from fedlora_flwr.strategies.cohort import cohort_size
 from fedlora_flwr.strategies.secure_sum import Ask
-from fedlora_flwr.tasks.registry import Task
+from fedlora_flwr.tasks.registry import Task, client_sizes
 from fedlora_flwr.wire import NUM_EXAMPLES
 from fedlora_flwr.wire.limits import Residues
 from fedlora_flwr.wire.order import Order
@@ -117,7 +117,7 @@ class SumStep:
         count = int(found[NUM_EXAMPLES][0])
         if not 1 <= count <= self._records:
             allowed = f"from 1 to {self._records} (sum-records). A client uploaded a false number"
-            raise InvalidValue("records of all clients", count, allowed)
+            raise InvalidValue(f"{self._config.unit}s of all clients", count, allowed)
         return found
 
     def step(
@@ -203,7 +203,7 @@ def sum_grid(config: RunConfig, records: int, coordinates: int) -> Grid:
         δ is not below one over the number of records, too few clients share the noise, or the sum
         does not fit into 32 bits.
     """
-    check_union(config.delta, records)
+    check_union(config.delta, records, config.unit)
     asked = cohort_size(config.num_clients, config.fraction_train)
     shares = honest_shares(asked, config.dropouts, config.colluding)
     if shares < config.least_shares:
@@ -225,9 +225,7 @@ def sum_step(config: RunConfig, task: Task, adapted: AdaptedModel) -> SumStep:
         See `sum_grid`.
     """
     size = sum(parameter.numel() for parameter in adapted.parameters.values())
-    records = config.sum_records or sum(
-        len(task.client_records(client, config.num_clients)) for client in range(config.num_clients)
-    )
+    records = config.sum_records or sum(client_sizes(config, task))
     return SumStep(config, adapted, sum_grid(config, records, size), records)
 
 

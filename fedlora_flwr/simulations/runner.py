@@ -40,7 +40,7 @@ from fedlora_flwr.server.sum_step import sum_grid
 from fedlora_flwr.simulations.app import write_app
 from fedlora_flwr.simulations.superlink import LOCAL, SimulationSuperLink
 from fedlora_flwr.strategies.cohort import cohort_size
-from fedlora_flwr.tasks.registry import build_task, model_notes, optional
+from fedlora_flwr.tasks.registry import build_task, client_sizes, model_notes, optional
 
 # Seconds between two questions to Flower, while a run's log continues and once it has ended.
 STATUS_INTERVAL, ENDED_INTERVAL = 30.0, 1.0
@@ -129,6 +129,7 @@ def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRu
     config, precision = settled(config, task)
     bare = skeleton(config, task) if optional(task, "skeleton") else None
     read, _ = open_splits(task, config.num_clients)
+    sizes = client_sizes(config, task)
     large = bare is not None and is_large(bare)
     adapted = bare if bare is not None and large else build_adapted(config, task)
     # A method may refuse a model, e.g. one whose blocks have no name.
@@ -138,9 +139,6 @@ def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRu
         read_adapter(Path(config.start), adapted)
     if not large:
         rehearse(config, task, adapted)
-    sizes = [
-        len(task.client_records(client, config.num_clients)) for client in range(config.num_clients)
-    ]
     progress = track(
         sizes,
         "Calibrating each client's noise",

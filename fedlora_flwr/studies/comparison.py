@@ -15,7 +15,7 @@ from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.studies.baseline_names import HEAD_ONLY, NO_NOISE, NO_PRIVACY
 from fedlora_flwr.studies.compare_methods import RATES, Method, settings_of
 from fedlora_flwr.studies.compare_results import CONTROL, REPORT, TUNE, Pair, Rates, Row, RowKey
-from fedlora_flwr.tasks.registry import build_task
+from fedlora_flwr.tasks.registry import build_task, client_sizes
 
 # Reported seeds start at 1, so rates are chosen on another partition, noise and cohort.
 TUNING_SEED = 0
@@ -224,11 +224,10 @@ class Comparison:
         batches = {(j.config.epsilon, j.config.batch_size, j.config.seed): j.config for j in jobs}
         for config in batches.values():
             task = build_task(config.task, config)
-            for client in range(config.num_clients):
-                records = task.client_records(client, config.num_clients)
+            for size in client_sizes(config, task):
                 if config.private:
                     batch = 1 if config.secure_sum else config.batch_size
-                    check_budget(config.epsilon, config.delta, batch, len(records))
+                    check_budget(config.epsilon, config.delta, batch, size, config.unit)
         # The runs use the cached calibrations of these checks.
         for config in {job.row: job.config for job in reversed(jobs)}.values():
             prepare_run(config, console)

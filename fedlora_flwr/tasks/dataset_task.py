@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.unit import USER
 from fedlora_flwr.data.arrow_records import ArrowRecords
 from fedlora_flwr.data.names import names
 from fedlora_flwr.data.partition import partition_records
@@ -23,6 +24,7 @@ from fedlora_flwr.data.splits_apart import (
     shared_records,
 )
 from fedlora_flwr.data.unusable import naming, naming_split
+from fedlora_flwr.data.users import about_users, users_in
 from fedlora_flwr.errors import InvalidValue
 
 if TYPE_CHECKING:
@@ -63,6 +65,9 @@ class DatasetTask(ABC):
         if not settings.dataset:
             allowed = f"files, a folder or a hub name, which task = {self.name!r} needs"
             raise InvalidValue("dataset", "", allowed)
+        if settings.unit == USER and not settings.user_column:
+            allowed = "the column that names the user of each record, which unit = 'user' needs"
+            raise InvalidValue("user-column", "", allowed)
 
     @property
     @abstractmethod
@@ -140,8 +145,10 @@ class DatasetTask(ABC):
         """
         settings = self._settings
         found = self.private_reading()
-        dealt = sum(map(len, self._parts(num_partitions)))
-        found.leave_out("that no client gets", found.used - dealt)
+        parts = self._parts(num_partitions)
+        found.leave_out("that no client gets", found.used - sum(map(len, parts)))
+        if self._users is not None:
+            found.notes += about_users(self._users, parts)[1:]
         tests = [self._reading(split, settings.test_limit) for split in self.test_splits]
         for test in tests:
             test.notes += self._shared(test)
@@ -164,7 +171,10 @@ class DatasetTask(ABC):
 
     def private_reading(self) -> Reading:
         """Return which records of the private split are read and which are left out."""
-        return self._reading(self._settings.train_split, self._settings.train_limit)
+        found = self._reading(self._settings.train_split, self._settings.train_limit)
+        if self._users is not None:
+            found.notes += about_users(self._users)
+        return found
 
     def _reading(self, split: str, limit: int) -> Reading:
         settings, dataset, used = self._settings, self._source(split), self._usable(split, limit)
@@ -221,7 +231,13 @@ class DatasetTask(ABC):
     @cached_property
     def _private(self) -> ArrowRecords:
         with naming(self._train):
-            return self._prepare(self._train, training=True)
+            found = self._prepare(self._train, training=True)
+            found.users = self._users
+            return found
+
+    @cached_property
+    def _users(self) -> NDArray[np.int64] | None:
+        return users_in(self._train, self._settings.user_column)
 
     @cached_property
     def _public(self) -> ArrowRecords:

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from fedlora_flwr.data.users import count_units
 from fedlora_flwr.errors import InvalidValue, require
 from fedlora_flwr.places import TASKS, check_task_name, load
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from fedlora_flwr.config import RunConfig
     from fedlora_flwr.data.records import Batch, Records
 
 
@@ -164,6 +166,27 @@ def optional(task: Task, member: str) -> Callable[..., Any] | None:
     assert member in OPTIONAL
     found: Callable[..., Any] | None = getattr(task, member, None)
     return found
+
+
+def client_sizes(config: RunConfig, task: Task) -> list[int]:
+    """Return n of each simulated client: its number of records, or of users.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run; its ``unit`` says what is counted.
+    task : Task
+        Its task.
+
+    Raises
+    ------
+    InvalidValue
+        The records cannot be opened, or do not name their users.
+    """
+    clients = config.num_clients
+    return [
+        count_units(config.unit, task.client_records(client, clients)) for client in range(clients)
+    ]
 
 
 def check_splits_apart(task: Task) -> None:

@@ -18,6 +18,7 @@ from fedlora_flwr.data.given import as_frame
 from fedlora_flwr.data.partition import partition_records
 from fedlora_flwr.data.records import Batch, Records, TensorRecords
 from fedlora_flwr.data.splits import Split
+from fedlora_flwr.data.users import users_in
 from fedlora_flwr.errors import InvalidValue, one_line, unknown
 from fedlora_flwr.tasks.evaluation import class_predictions, evaluate_classifier, scores_of
 
@@ -50,7 +51,7 @@ class TableTask:
         Regular expression. A linear layer gets an adapter if its whole name matches.
     head : tuple[str, ...] (default: ())
         Names of linear layers that train in full.
-    columns : Sequence[str] (default: all but the label)
+    columns : Sequence[str] (default: all but the label and ``user-column``)
         Columns of numbers that the model reads, in this order.
     inputs : callable, optional
         Makes the model's inputs of a DataFrame: a tensor whose first axis is the row. By default
@@ -117,6 +118,7 @@ class TableClassifier:
         self._train = as_frame(table.train, "train")
         self._test = as_frame(table.test, "test")
         self._private = self._with_classes(self._train, "train")
+        self._private.users = users_in(self._train, settings.user_column)
         self._public = self._with_classes(self._test, "test")
 
     def build_model(self) -> nn.Module:
@@ -134,7 +136,9 @@ class TableClassifier:
         parts = self._parts(num_partitions)
         if not 0 <= partition_id < len(parts):
             raise InvalidValue("partition-id", partition_id, f"0 to {len(parts) - 1}")
-        return TensorRecords(self._private.batch(torch.from_numpy(parts[partition_id])))
+        part, users = parts[partition_id], self._private.users
+        own = None if users is None else users[part]
+        return TensorRecords(self._private.batch(torch.from_numpy(part)), users=own)
 
     def test_records(self) -> Records:
         """Return the public records."""
@@ -219,8 +223,8 @@ class TableClassifier:
 
     @property
     def _columns(self) -> list[str]:
-        own = list(self._table.columns)
-        return own or [name for name in self._train.columns if name != self._table.label]
+        own, others = list(self._table.columns), (self._table.label, self._settings.user_column)
+        return own or [name for name in self._train.columns if name not in others]
 
     def _check(self, frame: pd.DataFrame, name: str, columns: Sequence[str]) -> None:
         for column in columns:

@@ -96,7 +96,7 @@ class TextClassification(ClassifierTask, LanguageTask):
 
     def _input_columns(self, dataset: Dataset) -> list[str]:
         settings = self._settings
-        others = (settings.label_column, settings.partition_column)
+        others = (settings.label_column, settings.partition_column, settings.user_column)
         return text_columns(dataset, settings.input_columns, others)
 
     def _columns_of(self, dataset: Dataset, split: str) -> list[str]:

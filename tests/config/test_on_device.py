@@ -69,9 +69,11 @@ def test_a_devices_own_value_is_in_force(key: str) -> None:
     choices = {
         "quantization": "8bit", "compile": "inductor", "ledger-scope": "run", "weighting": "size",
         "state-dir": "/mine", "task": "digits", "delta": 1e-7,
-        "trust-model": "local", "colluding": 0,
+        "trust-model": "local", "colluding": 0, "unit": "user",
     }  # fmt: skip
     own = {**MINE, key: choices.get(key, changed[type(DEFAULTS[key])])}
+    if key == "user-column":
+        own["unit"] = "user"
     assert device_config({}, own).items()[key] == own[key]
 
 

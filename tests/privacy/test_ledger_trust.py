@@ -23,7 +23,10 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_a_ledger_without_trust_models_keeps_its_rows_and_their_digests(path: Path) -> None:
-    drop = [f"ALTER TABLE releases DROP COLUMN {name}" for name in ("trust", "inputs", "outputs")]
+    drop = [
+        f"ALTER TABLE releases DROP COLUMN {name}"
+        for name in ("trust", "inputs", "outputs", "unit")
+    ]
     edit(path, *drop, "PRAGMA user_version = 1")
     with closing(sqlite3.connect(path)) as db:
         before = db.execute("SELECT id, digest FROM releases").fetchall()

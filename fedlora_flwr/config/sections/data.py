@@ -30,6 +30,10 @@ class DataSection:
         "", ANY, "columns to learn from, e.g. 'premise,hypothesis'", _DEVICE, _READS
     )
     label_column: str = key("label", ANY, "column with the class", _DEVICE, _READS)
+    user_column: str = key(
+        "", ANY, "unit = user: column that names the user of each record", _DEVICE,
+        "It decides which records are protected together.",
+    )  # fmt: skip
     num_classes: int = key(
         0, between(0, 1_000_000), "number of classes; 0 = count those of the private records",
         _DEVICE, "A number that is counted from the records would tell the largest class.",

@@ -15,6 +15,7 @@ from fedlora_flwr.config.keys import (
     choice,
     key,
 )
+from fedlora_flwr.config.unit import RECORD, UNITS
 
 _DEVICE, _LIMITED, _PACKAGE = Decider.DEVICE, Decider.LIMITED, Decider.PACKAGE
 _WEIGHT = "A record moves the weighted sum by C at most, under any weights."
@@ -34,6 +35,16 @@ class PrivacySection:
         1e-3, between(1e-300, 1), "failure probability; below 1/n of any client",
         _DEVICE, _PROMISE,
     )  # fmt: skip
+    unit: str = key(
+        RECORD, choice(*UNITS),
+        "what the promise is for: each record, or all records of each user of a client together",
+        _DEVICE, _PROMISE,
+    )  # fmt: skip
+    max_records_per_user: int = key(
+        16, between(1, 1_000_000),
+        "unit = user: most records of a user that count in a step, drawn afresh for each step",
+        _LIMITED, "The mean over a user's records is clipped to C; it costs memory and time.",
+    )  # fmt: skip
     run_epsilon: float = key(
         0.0, at_least(0), "part of a lifetime's epsilon that one run may plan for; 0 = all",
         _DEVICE, _PROMISE,
@@ -46,7 +57,8 @@ class PrivacySection:
     )  # fmt: skip
     sample_rate: float = key(
         0.0, between(0, 1),
-        "secure-sum: probability q with which each record joins a round, instead of batch-size",
+        "secure-sum: probability q with which each record, or user, joins a round, instead of "
+        "batch-size",
         _LIMITED, "The noise is made for this rate.",
     )  # fmt: skip
     dropouts: int = key(
@@ -64,8 +76,8 @@ class PrivacySection:
     )  # fmt: skip
     sum_records: int = key(
         0, between(0, 1_000_000_000),
-        "secure-sum: most records of all clients together, a public number; 0 = a simulation "
-        "counts them",
+        "secure-sum: most records, or users, of all clients together, a public number; 0 = a "
+        "simulation counts them",
         _LIMITED, "A client's delta must be below 1/sum-records, and the grid is made for it.",
     )  # fmt: skip
     peers: str = key(
@@ -76,7 +88,8 @@ class PrivacySection:
     )  # fmt: skip
     clip_norm: float = key(
         1.0, between_or_inf(1e-6, 1e6),
-        "C: largest norm of one record's gradient; inf = no clipping, only with epsilon = inf",
+        "C: largest norm of the gradient of one record, or user; inf = no clipping, only with "
+        "epsilon = inf",
         _LIMITED, "Noise is drawn in units of C; the range keeps the product exact.",
         device_check=between(1e-6, 1e6),
     )  # fmt: skip
