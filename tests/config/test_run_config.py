@@ -39,6 +39,11 @@ GOOD: dict[str, list[Any]] = {
     "robust": ["auto", "none", "norm-bound", "trimmed-mean", "median", "krum"],
     "robust-share": [0.1, 0.49],
     "largest-noise": [0.0, 1.5, math.inf],
+    "server-optimizer": ["none", "momentum", "adam", "yogi"],
+    "server-lr": [0.0],
+    "server-beta-1": [0.0, 0.9999],
+    "server-beta-2": [0.0, 0.9999],
+    "server-tau": [1e-9, 1.0],
     "average-decay": [0.0, 0.99],
     "min-completion": [0.0, 1.0],
     "round-timeout": [0.1],
@@ -124,6 +129,11 @@ BAD: dict[str, list[Any]] = {
     "robust": ["", "mean", "Median"],
     "robust-share": [0.0, 0.5, -0.1],
     "largest-noise": [-0.1, 1e7],
+    "server-optimizer": ["", "sgd", "Adam"],
+    "server-lr": [-0.1, 0.5, 1e5],
+    "server-beta-1": [1.0, -0.1],
+    "server-beta-2": [1.0, -0.1],
+    "server-tau": [0.0, 2.0],
     "average-decay": [1.0, -0.1],
     "min-completion": [-0.1, 1.1, math.nan],
     "round-timeout": [0.0, -1.0],
@@ -340,6 +350,38 @@ def test_models_that_have_no_mean_are_not_averaged(strategy: str) -> None:
         RunConfig.of({"strategy": strategy, "average-decay": 0.9})
     assert caught.value.key == "average-decay"
     assert RunConfig.of({"strategy": strategy}).average_decay == 0.0
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["fedsvd", "flexlora", "flora", "fedex-lora", "fedsa-lora", "fedavgm", "fedadam", "fedyogi"],
+)
+def test_the_servers_optimizer_is_refused_where_uploads_have_no_mean(strategy: str) -> None:
+    with pytest.raises(InvalidValue, match=f"'none' where strategy = '{strategy}': ") as caught:
+        RunConfig.of({"strategy": strategy, "server-optimizer": "momentum"})
+    assert caught.value.key == "server-optimizer"
+
+
+@pytest.mark.parametrize("strategy", ["rolora", "la-lora", "as-lora", "dp-lora", "fedprox"])
+def test_the_servers_optimizer_works_where_uploads_are_averaged(strategy: str) -> None:
+    own = {"server-optimizer": "yogi", "server-lr": 0.5, "robust": "median", "weighting": "size"}
+    assert RunConfig.of({"strategy": strategy, **own}).server_lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("other", "key"),
+    [
+        ({"share-head": False}, "server-optimizer"),
+        ({"curvature": "secant", "strategy": "as-lora"}, "curvature"),
+        ({"server-optimizer": "none", "server-lr": 0.5}, "server-lr"),
+    ],
+)
+def test_what_the_servers_optimizer_cannot_work_with_is_named(
+    other: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(InvalidValue) as caught:
+        RunConfig.of({"server-optimizer": "adam", **other})
+    assert caught.value.key == key
 
 
 def test_ranks_of_clients_take_turns() -> None:
