@@ -112,6 +112,9 @@ class RunConfig(
             raise InvalidValue("lora-init", self.lora_init, allowed)
 
     def _check_methods(self) -> None:
+        if self.gradient_checkpointing and self.compile != "none":
+            allowed = "'none' where gradient-checkpointing = true, which runs modules twice"
+            raise InvalidValue("compile", self.compile, allowed)
         plain_sgd = self.optimizer == "sgd" and self.momentum == 0
         if self.precondition and self.optimizer != "sgd":
             raise InvalidValue("optimizer", self.optimizer, "'sgd' where precondition = true")

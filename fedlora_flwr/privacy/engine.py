@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedlora_flwr.errors import PrivacyViolation
 from fedlora_flwr.lora.adapters import AdaptedModel
+from fedlora_flwr.lora.precision import as_in_forward
 from fedlora_flwr.lora.wide_numbers import with_fp64
 from fedlora_flwr.plan import HEAD
 from fedlora_flwr.privacy.clipping import NoisyOptimizer
@@ -339,7 +340,8 @@ class PrivateEngine:
                     f"The task returned losses of shape {tuple(losses.shape)} for {count} "
                     "records; one loss per record is needed."
                 )
-            losses[of].sum().backward()  # type: ignore[no-untyped-call]
+            with as_in_forward(self.adapted.model):
+                losses[of].sum().backward()  # type: ignore[no-untyped-call]
         for name in active:
             if parameters[name].grad_sample is None:  # type: ignore[attr-defined]
                 raise PrivacyViolation(

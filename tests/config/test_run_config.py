@@ -66,6 +66,7 @@ GOOD: dict[str, list[Any]] = {
     "local-steps": [1],
     "batch-size": [1],
     "microbatch-size": [0, 8],
+    "gradient-checkpointing": [True, False],
     "augmentation": ["none", "shift", "shift-mirror"],
     "views": [1],
     "optimizer": ["sgd", "adamw", "adamw-plain"],
@@ -374,11 +375,10 @@ def test_the_servers_optimizer_works_where_uploads_are_averaged(strategy: str) -
         ({"share-head": False}, "server-optimizer"),
         ({"curvature": "secant", "strategy": "as-lora"}, "curvature"),
         ({"server-optimizer": "none", "server-lr": 0.5}, "server-lr"),
+        ({"gradient-checkpointing": True, "compile": "inductor"}, "compile"),
     ],
 )
-def test_what_the_servers_optimizer_cannot_work_with_is_named(
-    other: dict[str, Any], key: str
-) -> None:
+def test_what_cannot_be_used_together_is_named(other: dict[str, Any], key: str) -> None:
     with pytest.raises(InvalidValue) as caught:
         RunConfig.of({"server-optimizer": "adam", **other})
     assert caught.value.key == key
