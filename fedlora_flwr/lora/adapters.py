@@ -141,6 +141,7 @@ class AdaptedModel:
     ) -> None:
         self.model = model
         self.backbone_dropout = backbone_dropout
+        self.recomputes = False  # See `fedlora_flwr.lora.gradient_checkpointing`.
         self.card = ""  # PEFT's model card, once it was made.
         self.adapter = _single_adapter(model)
         self.layers = [

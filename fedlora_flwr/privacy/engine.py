@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedlora_flwr.errors import PrivacyViolation
 from fedlora_flwr.lora.adapters import AdaptedModel
+from fedlora_flwr.lora.gradient_checkpointing import activations_kept
 from fedlora_flwr.lora.precision import as_in_forward
 from fedlora_flwr.lora.wide_numbers import with_fp64
 from fedlora_flwr.plan import HEAD
@@ -290,9 +291,10 @@ class PrivateEngine:
             A record's gradient depends on the other records of its batch.
         """
         self._norms = list(self._batch_norms())
-        self._verified = check_apart(
-            self.adapted, self.gradients_by_record, self._train_mode, records
-        )
+        with activations_kept(self.adapted):
+            self._verified = check_apart(
+                self.adapted, self.gradients_by_record, self._train_mode, records
+            )
         if self._training:
             self._train_mode()
 
