@@ -116,11 +116,11 @@ class ServerOptimizer:
         """
         if not self.steps:
             return dict(mean)
-        moved = {
-            name: (current[name] + self._move(name, mean[name] - current[name].astype(np.float64)))
-            .astype(mean[name].dtype)
-            for name in trained
-        }  # fmt: skip
+        moved: dict[str, NDArray[np.floating]] = {}
+        for name in trained:
+            before = np.asarray(current[name], np.float64)
+            after = before + self._move(name, np.asarray(mean[name], np.float64) - before)
+            moved[name] = after.astype(mean[name].dtype)
         return merge(mean, moved)
 
     def _move(self, name: str, delta: NDArray[np.float64]) -> NDArray[np.float64]:
