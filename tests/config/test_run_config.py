@@ -353,37 +353,6 @@ def test_models_that_have_no_mean_are_not_averaged(strategy: str) -> None:
     assert RunConfig.of({"strategy": strategy}).average_decay == 0.0
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    ["fedsvd", "flexlora", "flora", "fedex-lora", "fedsa-lora", "fedavgm", "fedadam", "fedyogi"],
-)
-def test_the_servers_optimizer_is_refused_where_uploads_have_no_mean(strategy: str) -> None:
-    with pytest.raises(InvalidValue, match=f"'none' where strategy = '{strategy}': ") as caught:
-        RunConfig.of({"strategy": strategy, "server-optimizer": "momentum"})
-    assert caught.value.key == "server-optimizer"
-
-
-@pytest.mark.parametrize("strategy", ["rolora", "la-lora", "as-lora", "dp-lora", "fedprox"])
-def test_the_servers_optimizer_works_where_uploads_are_averaged(strategy: str) -> None:
-    own = {"server-optimizer": "yogi", "server-lr": 0.5, "robust": "median", "weighting": "size"}
-    assert RunConfig.of({"strategy": strategy, **own}).server_lr == 0.5
-
-
-@pytest.mark.parametrize(
-    ("other", "key"),
-    [
-        ({"share-head": False}, "server-optimizer"),
-        ({"curvature": "secant", "strategy": "as-lora"}, "curvature"),
-        ({"server-optimizer": "none", "server-lr": 0.5}, "server-lr"),
-        ({"gradient-checkpointing": True, "compile": "inductor"}, "compile"),
-    ],
-)
-def test_what_cannot_be_used_together_is_named(other: dict[str, Any], key: str) -> None:
-    with pytest.raises(InvalidValue) as caught:
-        RunConfig.of({"server-optimizer": "adam", **other})
-    assert caught.value.key == key
-
-
 def test_ranks_of_clients_take_turns() -> None:
     config = RunConfig.of({"strategy": "flexlora", "rank": 8, "client-ranks": "2, 4,8"})
     assert [config.client_rank(i) for i in range(5)] == [2, 4, 8, 2, 4]

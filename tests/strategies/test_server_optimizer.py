@@ -149,7 +149,7 @@ def test_a_new_run_of_the_same_object_starts_without_a_state() -> None:
 
 
 @pytest.mark.parametrize("name", ["flora", "flexlora", "fedex-lora", "fedsvd", "fedsa-lora"])
-def test_what_is_no_mean_is_refused_before_a_client_is_asked(name: str) -> None:
+def test_other_aggregation_is_refused_before_a_client_is_asked(name: str) -> None:
     tiny = Tiny(3)
     with pytest.raises(InvalidValue, match=r"server-optimizer = 'adam'.*'none': "):
         tiny.run(made(name, "adam"))
