@@ -46,8 +46,9 @@ Watch = Callable[[int, View], object]
 SHORT: Mapping[str, Any] = {
     "num-clients": 4, "min-clients": 2, "num-rounds": 2, "local-steps": 1, "fraction-train": 1.0,
     "max-rounds": 0, "weighting": "uniform", "client-ranks": "", "robust": "none",
-    "average-decay": 0.0, "reproducible": False, "share-weights": False, "run-epsilon": 0.0,
-    "ledger-scope": "run", "lora-init": "random",
+    "server-optimizer": "none", "server-lr": 0.0, "average-decay": 0.0,
+    "reproducible": False, "share-weights": False, "run-epsilon": 0.0, "ledger-scope": "run",
+    "lora-init": "random",
 }  # fmt: skip
 """What a short run is: two rounds of one step, in which every record takes part."""
 

@@ -33,6 +33,10 @@ class Method(Protocol):
     needs_each_upload: bool
     own_ranks: bool
 
+    def no_server_step(self) -> str:
+        """Return the reason why the server's optimizer cannot move the model; empty if it can."""
+        ...
+
 
 def method_of(name: str) -> Method:
     """Load the class of a strategy by name.
@@ -127,6 +131,10 @@ def check_method(config: RunConfig) -> None:
             config.average_decay,
             f"0 where strategy = {config.strategy!r}: {reason}",
         )
+    chosen = config.server_optimizer
+    if chosen != "none" and (reason := method_of(config.strategy).no_server_step()):
+        allowed = f"'none' where strategy = {config.strategy!r}: {reason}"
+        raise InvalidValue("server-optimizer", chosen, allowed)
     if (key := config.asks_for_best) and method_of(config.strategy).personal:
         allowed = f"no value with strategy = {config.strategy!r}: {PERSONAL}"
         raise InvalidValue(key, config.items()[key], allowed)

@@ -114,17 +114,24 @@ class RunConfig(
             raise InvalidValue("lora-init", self.lora_init, allowed)
 
     def _check_methods(self) -> None:
+        if self.gradient_checkpointing and self.compile != "none":
+            allowed = "'none' where gradient-checkpointing = true, which runs modules twice"
+            raise InvalidValue("compile", self.compile, allowed)
         plain_sgd = self.optimizer == "sgd" and self.momentum == 0
         if self.precondition and self.optimizer != "sgd":
             raise InvalidValue("optimizer", self.optimizer, "'sgd' where precondition = true")
         if self.curvature == "secant" and not (
-            plain_sgd and self.filter == "none" and not self.precondition
+            plain_sgd
+            and self.filter == "none"
+            and not self.precondition
+            and self.server_optimizer == "none"
         ):
             raise InvalidValue(
                 "curvature",
                 self.curvature,
-                "'none', or optimizer = 'sgd' with momentum = 0, filter = 'none' and precondition "
-                "= false: with others, the gradient cannot be read off an update",
+                "'none', or optimizer = 'sgd' with momentum = 0, filter = 'none', precondition = "
+                "false and server-optimizer = 'none': with others, the gradient and the step "
+                "cannot be read off an update",
             )
         if self.groups == "layer" and self.blocks:
             raise InvalidValue("groups", self.groups, "'block' or 'tied' where blocks is set")
@@ -133,6 +140,7 @@ class RunConfig(
         if self.average_decay and not self.share_head:
             allowed = f"0 where share-head = false: {PERSONAL}"
             raise InvalidValue("average-decay", self.average_decay, allowed)
+        self._check_server_optimizer()
         if not self.share_head and (key := self.asks_for_best):
             raise InvalidValue(
                 key, self.items()[key], f"no value with share-head = false: {PERSONAL}"
@@ -143,6 +151,15 @@ class RunConfig(
         if not all(1 <= rank <= self.rank for rank in self._client_ranks()):
             allowed = f"ranks from 1 to rank = {self.rank}"
             raise InvalidValue("client-ranks", self.client_ranks, allowed)
+
+    def _check_server_optimizer(self) -> None:
+        if self.server_optimizer == "none":
+            if self.server_lr:
+                allowed = "0, or set server-optimizer, which has this learning rate"
+                raise InvalidValue("server-lr", self.server_lr, allowed)
+        elif not self.share_head:
+            allowed = "'none' where share-head = false: each client keeps its head"
+            raise InvalidValue("server-optimizer", self.server_optimizer, allowed)
 
     def learning_rates(self, server_round: int) -> tuple[float, float, float]:
         """Return the learning rates of A, B and the head in a round, which is counted from 1."""

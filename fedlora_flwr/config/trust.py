@@ -73,6 +73,12 @@ def _of_a_sum(config: RunConfig) -> Iterator[tuple[str, Any, str]]:
         config.robust in ("auto", "none"),
         f"'auto' or 'none' {_HERE}: the server sees no single upload and cannot leave one out",
     )
+    yield (
+        "server_optimizer",
+        config.server_optimizer == "none",
+        f"'none' {_HERE}: there the server steps by the opened sum, and the step has its own keys, "
+        "optimizer, momentum and the learning rates",
+    )
     most = config.num_clients - 1 - config.colluding
     yield (
         "dropouts",

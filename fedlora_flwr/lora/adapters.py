@@ -140,7 +140,8 @@ class AdaptedModel:
         self, model: PeftModel, backbone_dropout: bool = True, drawn: tuple[str, ...] = ()
     ) -> None:
         self.model = model
-        self._backbone_dropout = backbone_dropout
+        self.backbone_dropout = backbone_dropout
+        self.recomputes = False  # See `fedlora_flwr.lora.gradient_checkpointing`.
         self.card = ""  # PEFT's model card, once it was made.
         self.adapter = _single_adapter(model)
         self.layers = [
@@ -184,7 +185,7 @@ class AdaptedModel:
 
     def train(self) -> None:
         """Put the model in training mode; the backbone only if ``backbone_dropout`` is set."""
-        self.model.train(self._backbone_dropout)
+        self.model.train(self.backbone_dropout)
         for layer in self.layers:
             layer.dropout.train()
 

@@ -11,6 +11,7 @@ from fedlora_flwr.config.settled import check_settled
 from fedlora_flwr.errors import InvalidValue, explained
 from fedlora_flwr.lora.adapters import AdaptedModel, LoRASpec, attach
 from fedlora_flwr.lora.exported import DRAWN, outermost
+from fedlora_flwr.lora.gradient_checkpointing import checkpoint_gradients
 from fedlora_flwr.lora.precision import run_in_bf16
 from fedlora_flwr.randomness import stream_seed
 
@@ -24,8 +25,8 @@ def build_adapted(config: RunConfig, task: Task) -> AdaptedModel:
     Raises
     ------
     InvalidValue
-        The device does not exist here, the precision is not settled, or the adapters cannot be
-        attached.
+        The device does not exist here, the precision is not settled, the adapters cannot be
+        attached, or the model has no gradient checkpointing.
     ModelFailed
         The model cannot be built, or does not fit on the device.
     """
@@ -38,6 +39,8 @@ def build_adapted(config: RunConfig, task: Task) -> AdaptedModel:
         model = model if getattr(model, "is_quantized", False) else model.to(device)
         spec = lora_spec(config, task, getattr(model, DRAWN, ()))
         adapted = attach(model, spec, stream_seed(config.seed, "adapters"))
+    if config.gradient_checkpointing:
+        checkpoint_gradients(adapted)
     if config.precision == "bf16":
         run_in_bf16(adapted.model)
     return adapted

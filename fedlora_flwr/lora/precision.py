@@ -41,6 +41,18 @@ def run_in_bf16(model: nn.Module) -> None:
         return tree_map(_in_full, found)
 
     model.forward = forward
+    model._in_bf16 = True  # type: ignore[assignment,unused-ignore]
+
+
+def as_in_forward(model: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which a backward pass that computes activations again does it alike.
+
+    A gradient checkpoint restores autocast, but not the choice of the attention's kernel.
+    """
+    device = next(model.parameters()).device.type
+    if not getattr(model, "_in_bf16", False) or _fp32_only.get():
+        return nullcontext()
+    return _attention(device)
 
 
 @contextmanager

@@ -71,10 +71,13 @@ class PrefixCache:
     def of(cls, config: RunConfig, adapted: AdaptedModel) -> PrefixCache | None:
         """Return the cache of a run's model; ``None`` if the run has none.
 
-        A compiled model has none, since it doesn't call its modules one by one.
+        A compiled model has none, since it doesn't call its modules one by one. Neither has a model
+        with gradient checkpointing: it calls modules again in the backward pass, when nothing
+        stands in for those that were left out.
         """
         limit = int(config.prefix_cache * 2**30)
-        return cls(adapted, limit) if limit and config.compile == "none" else None
+        other = config.compile != "none" or config.gradient_checkpointing
+        return cls(adapted, limit) if limit and not other else None
 
     def follow(self, trained: Iterable[str]) -> None:
         """Learn which arrays train from now on.

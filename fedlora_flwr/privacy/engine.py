@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from fedlora_flwr.config.unit import RECORD
 from fedlora_flwr.errors import PrivacyViolation
 from fedlora_flwr.lora.adapters import AdaptedModel
+from fedlora_flwr.lora.gradient_checkpointing import activations_kept
+from fedlora_flwr.lora.precision import as_in_forward
 from fedlora_flwr.lora.wide_numbers import with_fp64
 from fedlora_flwr.plan import HEAD
 from fedlora_flwr.privacy.clipping import NoisyOptimizer
@@ -324,9 +326,10 @@ class PrivateEngine:
             A record's gradient depends on the other records of its batch.
         """
         self._norms = batch_norms(self.adapted.model)
-        self._verified = check_apart(
-            self.adapted, self.gradients_by_record, self._train_mode, records
-        )
+        with activations_kept(self.adapted):
+            self._verified = check_apart(
+                self.adapted, self.gradients_by_record, self._train_mode, records
+            )
         if self._training:
             self._train_mode()
 
@@ -374,7 +377,8 @@ class PrivateEngine:
                     f"The task returned losses of shape {tuple(losses.shape)} for {count} "
                     "records; one loss per record is needed."
                 )
-            losses[of].sum().backward()  # type: ignore[no-untyped-call]
+            with as_in_forward(self.adapted.model):
+                losses[of].sum().backward()  # type: ignore[no-untyped-call]
         for name in active:
             if parameters[name].grad_sample is None:  # type: ignore[attr-defined]
                 raise PrivacyViolation(

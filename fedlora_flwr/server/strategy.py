@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from fedlora_flwr.algebra.server_optimizer import ServerOptimizer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.keys import fields_by_key
 from fedlora_flwr.config.sections.federation import RULES
@@ -54,6 +55,13 @@ def build_strategy(config: RunConfig) -> FedLoRA:
         allowed = "'random' with a strategy that leaves a factor or the head with each client"
         raise InvalidValue("lora-init", config.lora_init, allowed)
     made.robust = _robust(config)
+    made.server_optimizer = ServerOptimizer(
+        config.server_optimizer,
+        config.server_lr,
+        config.server_beta_1,
+        config.server_beta_2,
+        config.server_tau,
+    )
     return made
 
 

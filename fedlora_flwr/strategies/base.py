@@ -16,7 +16,8 @@ from flwr.serverapp.strategy import Result
 from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.means import Arrays, merge, weighted_mean
-from fedlora_flwr.errors import FedLoRAError
+from fedlora_flwr.algebra.server_optimizer import ServerOptimizer
+from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.layout import Layout, factor_of
 from fedlora_flwr.plan import BOTH, A, B, ComponentPlan
 from fedlora_flwr.strategies import secure_sum
@@ -87,6 +88,8 @@ class FedLoRA(Declared, Running):
         Whether the run uses a secure sum. The code that makes the strategy sets it.
     robust : Robust
         Defense against harmful uploads. The code that makes the strategy sets it.
+    server_optimizer : ServerOptimizer
+        Moves the model by the mean of the uploads. The code that makes the strategy sets it.
     opener : Opener or None
         Opens the secure sums and takes steps with them. The code that starts the run sets it.
 
@@ -154,6 +157,7 @@ class FedLoRA(Declared, Running):
         self._cohorts: Cohorts | None = None
         self._result = Result()
         self._round = Round()
+        self.server_optimizer = ServerOptimizer()
         self.take_settings(own)
         self.begin()
 
@@ -234,6 +238,7 @@ class FedLoRA(Declared, Running):
         self._ledgers, self._trained = LedgerWatch(), False
         self._promises = PromiseWatch()
         self._turns: Mapping[str, Any] = {}
+        self.server_optimizer.reset()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is carried from one round to the next, beside the global arrays.
@@ -252,6 +257,7 @@ class FedLoRA(Declared, Running):
         return {
             "num_rounds": self.num_rounds, "trained": self._trained, "turns": dict(turns),
             "ledgers": self._ledgers.state_dict(),
+            "server_optimizer": self.server_optimizer.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -259,6 +265,7 @@ class FedLoRA(Declared, Running):
         self.num_rounds, self._trained = state["num_rounds"], state["trained"]
         self._cohorts, self._turns = None, state["turns"]
         self._ledgers.load_state_dict(state["ledgers"])
+        self.server_optimizer.load_state_dict(state["server_optimizer"])
 
     @property
     def finished(self) -> bool:
@@ -273,7 +280,7 @@ class FedLoRA(Declared, Running):
         Raises
         ------
         InvalidValue
-            The arrays hold no LoRA factors.
+            The arrays hold no LoRA factors, or the method cannot use its server optimizer.
         FederationAborted
             Too few nodes connected within ``node_timeout``.
         BudgetsSpent
@@ -283,7 +290,10 @@ class FedLoRA(Declared, Running):
         plan = self.plan(server_round, layout)
         this = self._round = Round.of(arrays, layout, plan, self.shared, self.local_steps)
         everything = this.expected.whole == set(arrays)
-        whole_mean = self.averages and everything and self.robust.means
+        self._check_server_optimizer()
+        whole_mean = (
+            self.averages and everything and self.robust.means and not self.server_optimizer.steps
+        )
         check_clipping(config, type(self).__name__, whole_mean)
         if server_round == 1:
             self.check_model({name: array.shape for name, array in this.current.items()})
@@ -344,12 +354,18 @@ class FedLoRA(Declared, Running):
             return None, None
         self._trained = True
         merged = self.robust.merged(current, uploads, report)
-        arrays = within_limits(self.aggregate(server_round, current, merged))
+        mean = self.aggregate(server_round, current, merged)
+        arrays = within_limits(self.server_optimizer.step(current, mean, merged[0].arrays))
         report.compared = describe(current, uploads, personal=self.personal)
         metrics = combine_metrics([upload.metrics for upload in report.uploads])
         self._result.arrays = to_record(arrays)
         self._result.train_metrics_clientapp[server_round] = metrics
         return self._result.arrays, metrics
+
+    def _check_server_optimizer(self) -> None:
+        reason = self.no_server_step() or (self.shared and "each client keeps its head")
+        if self.server_optimizer.steps and reason:
+            raise InvalidValue("server-optimizer", self.server_optimizer.name, f"'none': {reason}")
 
     def _read(self, client: str, content: RecordDict, report: RoundReport) -> None:
         try:

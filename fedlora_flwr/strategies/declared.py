@@ -111,6 +111,15 @@ class Declared:
             The method cannot train it.
         """
 
+    @classmethod
+    def no_server_step(cls) -> str:
+        """Return the reason why the server's optimizer cannot move the model; empty if it can."""
+        if cls.personal:
+            return "a factor stays with each client, and the server cannot move it"
+        if not cls.averages:
+            return "its aggregation is not a mean, so no update of the model can be read off it"
+        return ""
+
     def take_settings(self, given: Mapping[str, Any]) -> None:
         """Check a method's own arguments, and keep them as attributes.
 

@@ -297,6 +297,33 @@ def test_inputs_and_lengths_are_the_models_own(
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_a_backbone_is_quantized_and_its_head_is_not(
+    bits: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All but the kernels: an empty package stands for bitsandbytes."""
+    (tmp_path / "bitsandbytes").mkdir()
+    (tmp_path / "bitsandbytes" / "__init__.py").touch()
+    about = tmp_path / "bitsandbytes-0.49.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: bitsandbytes\nVersion: 0.49.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+
+    options = quantized(bits, ("classifier",))
+
+    chosen = options["quantization_config"]
+    assert (chosen.load_in_8bit, chosen.load_in_4bit) == (bits == "8bit", bits == "4bit")
+    assert chosen.llm_int8_skip_modules == ["classifier"]
+    assert options["device_map"] == {"": 1}
+    if bits == "4bit":
+        assert (chosen.bnb_4bit_quant_type, chosen.bnb_4bit_compute_dtype) == (
+            "nf4",
+            torch.bfloat16,
+        )
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_quantization_is_refused_where_it_cannot_be_had(
     make_task: Make, bits: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,7 @@ def test_other_methods_are_refused_with_the_reason(strategy: str, why: str) -> N
         ("weighting", "inverse-noise"),
         ("share-head", False),
         ("client-ranks", "2,4"),
+        ("server-optimizer", "adam"),
         ("dropouts", 10),
         ("clip-norm", float("inf")),
     ],

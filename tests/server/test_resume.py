@@ -40,6 +40,7 @@ RUNS: dict[str, dict[str, Any]] = {
     **{name: {"strategy": name} for name in (*STRATEGIES, *FLOWERS)},
     "flexlora": {"strategy": "flexlora", "client_ranks": "1,2,1"},
     "fedavgm": {"strategy": "fedavgm", "fedavgm.server-momentum": 0.9},
+    "server's yogi": {"strategy": "la-lora", "server_optimizer": "yogi", "server_lr": 0.05},
     "own heads, average": {"strategy": "ffa-lora", "filter": "doppler", "average_decay": 0.5},
     "heads that stay": {"strategy": "rolora", "share_head": False},
     "cohorts with a cap": {"num_clients": 5, "fraction_train": 0.5, "max_rounds": 2},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fedlora_flwr.algebra.server_optimizer import OPTIMIZERS
 from fedlora_flwr.config.keys import (
     ANY,
     FLAG,
@@ -69,6 +70,27 @@ class FederationSection:
         "largest noise multiplier of an honest client, for the norm bound; inf = not known, and "
         "simulations calculate it",
         _RUN, _SERVER,
+    )  # fmt: skip
+    server_optimizer: str = key(
+        "none", choice(*OPTIMIZERS),
+        "moves the model by the mean of the clients' updates; none = by exactly this mean",
+        _RUN, _SERVER,
+    )  # fmt: skip
+    server_lr: float = key(
+        0.0, between(0, 10_000),
+        "server-optimizer: learning rate η; 0 = 1 for momentum, 0.01 for adam and yogi",
+        _RUN, _SERVER,
+    )  # fmt: skip
+    server_beta_1: float = key(
+        0.9, between(0, 0.9999),
+        "server-optimizer: decay β₁ of the momentum or of the first moment", _RUN, _SERVER,
+    )  # fmt: skip
+    server_beta_2: float = key(
+        0.99, between(0, 0.9999), "server-optimizer: decay β₂ of the second moment", _RUN, _SERVER
+    )
+    server_tau: float = key(
+        1e-3, between(1e-9, 1),
+        "server-optimizer: τ, added to the root of the second moment", _RUN, _SERVER,
     )  # fmt: skip
     average_decay: float = key(
         0.0, between(0, 0.9999),

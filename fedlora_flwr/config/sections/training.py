@@ -32,6 +32,12 @@ class TrainingSection:
         0, at_least(0), "records in one forward pass; 0 = all",
         _DEVICE, "It depends on the device's memory.",
     )  # fmt: skip
+    gradient_checkpointing: bool = key(
+        False, FLAG,
+        "compute activations again in the backward pass instead of keeping them: less memory, "
+        "more time",
+        _DEVICE, "It depends on the device's memory.",
+    )  # fmt: skip
     augmentation: str = key(
         "none", choice("none", "shift", "shift-mirror"),
         "pictures: train on views that are shifted by up to an eighth of the side, or also "
