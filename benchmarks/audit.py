@@ -2,7 +2,8 @@
 
 Run ``python -m benchmarks.audit``, or ``make audit``. Each row is an attack of `fedlora audit` on
 short runs in which every record takes part (q = 1). All bounds of the table hold together at 95 %
-confidence. ``--only one-run fedsvd`` measures the rows of a mode or method again and keeps the others.
+confidence. ``--only one-run fedsvd`` measures the rows of a mode or method again, and keeps the
+others.
 ``--quick`` is a form of a minute with two methods. A check that runs with every change
 must not fail by chance, so its bounds hold at 99.999 % confidence, and its bar is lower.
 """

@@ -1,7 +1,7 @@
 """A curious server: after an honest agreement on masks it sends each device an order of its own.
 
-It is a `ServerApp` that an operator ships in place of the package's. It reads what an honest round
-has sent from a folder, and writes there what each device has answered.
+It is a `ServerApp` that a server runs in place of the package's, whose bundle it ships. It reads what
+an honest round has sent from a folder, and writes there what each device has answered.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from fedlora_flwr.wire import (
     UPLOAD,
     WEIGHTING,
 )
+from tests.deploy.curious_path import FOLDER, READY
 
-FOLDER = "FEDLORA_TEST_CURIOUS"
-START, ORDER, TOLD = "start.npz", "order.json", "told.json"
+START, ORDER, TOLD = "start.npz", READY, "told.json"
 EVALUATED, DOUBLED, OPENED, SIZED = (
     "evaluate", "two configurations", "open before the upload", "weights by size"
 )  # fmt: skip
 """What the devices are asked, in the order of their names."""
-server = ServerApp()
+app = ServerApp()
 Config = Mapping[str, Any]
 
 
@@ -49,7 +49,7 @@ def prepare(folder: Path, start: Mapping[str, NDArray[Any]], order: Config) -> N
     (folder / ORDER).write_text(json.dumps(words))
 
 
-@server.main()
+@app.main()
 def ask(grid: Grid, context: Context) -> None:
     """Agree on masks, ask each device something else, and write down the answers."""
     folder = Path(os.environ[FOLDER])
@@ -92,8 +92,7 @@ def _message(
 
 def _answers(grid: Grid, questions: list[Message]) -> dict[int, Message]:
     return {
-        reply.metadata.src_node_id: reply
-        for reply in grid.send_and_receive(questions, timeout=240)
+        reply.metadata.src_node_id: reply for reply in grid.send_and_receive(questions, timeout=240)
     }
 
 

@@ -18,7 +18,7 @@ from fedlora_flwr.deploy.fleet import Fleet, make_fleet, read_fleet
 from fedlora_flwr.simulations.superlink import free_port
 from fedlora_flwr.wire import UPLOAD
 from tests.backbones.checkpoints import write_split
-from tests.deploy import curious
+from tests.deploy import curious, curious_path
 from tests.deploy.masked_heard import MaskedHeard
 from tests.deploy.wire_scene import MARK, Taps
 from tests.tasks.texts import make_checkpoint, reviews, text_config
@@ -83,14 +83,14 @@ def play(base: Path) -> MaskedScene:
     scene = MaskedScene(base, config)
     taps = Taps(base, server, RECORDS, dict.fromkeys(RECORDS, frozenset()))
     with ExitStack() as stack:
-        stack.enter_context(_told_where(base))
+        stack.enter_context(_curious_server(base))
         taps.tap(stack)
         with running(base / "fleet", base / "operator", []) as alive:
             taps.start(alive)
 
-            def run(name: str, app: Path | None = None) -> None:
+            def run(name: str) -> None:
                 changed = replace(config, run_dir=str(base / "runs" / name))
-                scene.said[name] = alive.run(changed, app=app)
+                scene.said[name] = alive.run(changed)
                 taps.look(alive)
                 scene.kept[name] = sorted(
                     file.name for device in NAMES for file in _secrets(scene.device(device))
@@ -101,7 +101,7 @@ def play(base: Path) -> MaskedScene:
                 run(GONE)
             upload = scene.hear(taps, NAMES[0]).of_stage(UPLOAD)[0]
             curious.prepare(base, upload.start, upload.order.to_config())
-            run(CURIOUS, _curious_app(base))
+            run(CURIOUS)
         scene.heard = {name: scene.hear(taps, name) for name in NAMES}
     return scene
 
@@ -111,9 +111,15 @@ def _secrets(device: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _told_where(base: Path) -> Iterator[None]:
+def _curious_server(base: Path) -> Iterator[None]:
+    """Let the server run the curious server's code as soon as its file is there."""
+    folder = base / "server-path"
+    folder.mkdir()
+    shutil.copy(curious_path.__file__, folder / "sitecustomize.py")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(curious.FOLDER, str(base))
+        patch.setenv(curious_path.FOLDER, str(base))
+        patch.setenv(curious_path.FILE, curious.__file__)
+        patch.setenv("PYTHONPATH", f"{folder}:{Path(__file__).parents[2]}")
         yield
 
 
@@ -122,14 +128,3 @@ def _away(data: Path, elsewhere: Path) -> Iterator[None]:
     data.rename(elsewhere)
     yield
     elsewhere.rename(data)
-
-
-def _curious_app(base: Path) -> Path:
-    """Return the operator's app with the curious server in place of the package's."""
-    app = base / "curious-app"
-    shutil.copytree(base / "fleet" / "operator" / "app", app)
-    text = (app / "pyproject.toml").read_text()
-    own = "fedlora_flwr.server_app:app"
-    assert own in text
-    (app / "pyproject.toml").write_text(text.replace(own, "tests.deploy.curious:server"))
-    return app

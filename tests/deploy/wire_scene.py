@@ -145,8 +145,8 @@ class Taps:
         tap, device = self.taps[name], self.base / "fleet" / "devices" / name
         lines = self.addresses(name).read_text().splitlines()
         return Heard(
-            name, self.records[name], self.opted[name], tap.port, read_key(device / "device.pub"), tap.calls,
-            tap.sent, (self.began, time.time()), noise_of(device), lines, self.ends[name],
+            name, self.records[name], self.opted[name], tap.port,
+            read_key(device / "device.pub"), tap.calls, tap.sent, (self.began, time.time()), noise_of(device), lines, self.ends[name],
         )  # fmt: skip
 
 
