@@ -6,7 +6,6 @@ measuring, trained adapters that are used again, and reports.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest

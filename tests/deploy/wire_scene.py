@@ -146,7 +146,8 @@ class Taps:
         lines = self.addresses(name).read_text().splitlines()
         return Heard(
             name, self.records[name], self.opted[name], tap.port,
-            read_key(device / "device.pub"), tap.calls, tap.sent, (self.began, time.time()), noise_of(device), lines, self.ends[name],
+            read_key(device / "device.pub"), tap.calls, tap.sent, (self.began, time.time()),
+            noise_of(device), lines, self.ends[name],
         )  # fmt: skip
 
 
