@@ -62,7 +62,7 @@ def activations_in_a_file_with_a_name(patch: Patch) -> None:
 
         @staticmethod
         def TemporaryFile(**given: Any) -> Any:
-            return tempfile.NamedTemporaryFile(**given, delete=False).file
+            return (given["dir"] / "activations").open("w+b", given["buffering"])
 
     patch.setattr(activations, "tempfile", Named)
 

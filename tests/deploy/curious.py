@@ -1,7 +1,7 @@
 """A curious server: after an honest agreement on masks it sends each device an order of its own.
 
-It is a `ServerApp` that a server runs in place of the package's, whose bundle it ships. It reads what
-an honest round has sent from a folder, and writes there what each device has answered.
+A server ships the package's bundle and runs this `ServerApp` in its place. It reads from a folder
+what an honest round has sent, and writes there what each device has answered.
 """
 
 from __future__ import annotations
