@@ -1,7 +1,7 @@
 """Breaks of what is kept, made or looked at around the private step.
 
-They are of kept activations, weights in the clip, views of pictures, a precision that is chosen by
-measuring, trained adapters that are used again, and reports.
+They are of kept activations, weights in the clip, views of pictures, trained adapters that are used
+again, and reports.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from fedlora_flwr.privacy.clipping import NoisyOptimizer
 from fedlora_flwr.privacy.grad_sample import GradSampler
 from fedlora_flwr.report import promise, sections
 from fedlora_flwr.report.facts import RunFacts
-from fedlora_flwr.server import keeper
 from fedlora_flwr.tasks.views import Views
 from fedlora_flwr.trained import opened
 from tests.breaks.breaks import caught_by, everywhere
@@ -149,12 +148,6 @@ def views_of_two_records(patch: Patch) -> None:
 
 
 # --- what is done with trained models, and reports ---
-
-
-@caught_by("tests/forecast/test_precision.py", "test_a_run_that_continues_keeps_its_precision")
-def a_run_that_continues_chooses_again(patch: Patch) -> None:
-    """A run that continues computes in another precision, so a known question has a new answer."""
-    everywhere(patch, keeper.as_begun, lambda config: config)
 
 
 @caught_by(
