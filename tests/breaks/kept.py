@@ -18,7 +18,6 @@ from fedlora_flwr.lora import activations
 from fedlora_flwr.lora.model_call import Call
 from fedlora_flwr.lora.prefix_cache import PrefixCache
 from fedlora_flwr.privacy.clipping import NoisyOptimizer
-from fedlora_flwr.privacy.grad_sample import GradSampler
 from fedlora_flwr.report import promise, sections
 from fedlora_flwr.report.facts import RunFacts
 from fedlora_flwr.tasks.views import Views
@@ -120,19 +119,6 @@ def the_head_is_divided_by_the_weight_of_b(patch: Patch) -> None:
         patch.setattr(NoisyOptimizer, "_by_group", by_group)
 
     patch.setattr(NoisyOptimizer, "scale_grad", wrongly)
-
-
-@caught_by(VIEWS, "test_a_step_clips_the_mean_over_views_worked_out_by_hand[B-None]")
-def views_as_records(patch: Patch) -> None:
-    """Each view of a record is clipped alone, so K of them move the sum by K times C."""
-    rows = GradSampler.rows
-
-    def by_view(self: GradSampler, tensor: Tensor, name: str) -> Tensor:
-        if tensor.dim() == 2:
-            return tensor[:, None]
-        return tensor if len(tensor) != self.num_records else rows(self, tensor, name)
-
-    patch.setattr(GradSampler, "rows", by_view)
 
 
 @caught_by(VIEWS, "test_each_view_is_its_own_picture_shifted_and_maybe_mirrored[False-8-8]")

@@ -14,12 +14,21 @@ from fedlora_flwr.secure_sum.party import SEALED_BYTES, pieces
 from fedlora_flwr.secure_sum.shamir import SHARE_BYTES
 from fedlora_flwr.secure_sum.terms import CARD_BYTES, Card
 from tests.deploy.masked_heard import Answer, MaskedHeard
-from tests.deploy.wire_files import ROUNDS, SUMMARY
+from tests.deploy.wire_files import ROUNDS
 from tests.deploy.wire_heard import Heard, asked_for
 from tests.deploy.wire_table import FAILED, PROTECTED, PUBLIC, REFUSED, TABLE, Row
 from tests.deploy.wire_tap import Call
 
-REFUSALS: tuple[str, ...] = ()
+# What the curious server's orders are answered (see `curious`).
+REFUSALS = (
+    "A loss on private records is not protected. Evaluate on the server's public test set "
+    "(fraction_evaluate = 0), or set report-unprotected-metrics = true.'>",
+    "The message has 2 ConfigRecords. Send exactly one.'>",
+    "The messages of the secure sum came twice or in another order. This client has forgotten its "
+    "keys of the round. Begin the round again.'>",
+    "weighting = 'size' is refused, because this client does not tell the run its number of "
+    "records or its noise. Use weighting = 'uniform', or set weighting on the client.'>",
+)
 
 
 def _masked(value: Any, heard: Heard, call: Call) -> bool:
@@ -88,13 +97,15 @@ _CHANGED = {
     "ArrayChunk.data": Row(
         PROTECTED, "Words under masks; only the sum over the round's devices is opened.", _masked
     ),
+    f"MetricRecord.{wire.DELTA}": Row(PUBLIC, "The device's file.", lambda v, h, c: v == 1e-3),
     f"ConfigRecord.{wire.PACKET}": Row(
         PUBLIC, "Signed new keys; then sealed shares of secrets; then one share of one secret of "
         "each device.",
         _packet,
     ),
 }  # fmt: skip
-_NEVER: tuple[str, ...] = ()
+_OPTED = (f"{wire.UNPROTECTED}…", wire.LOSS, "accuracy")
+_NEVER = {f"MetricRecord.{name}" for name in _OPTED}  # No device's file allows them here.
 MASKED: dict[str, Row] = {
     name: row for name, row in {**TABLE, **_CHANGED}.items() if name not in _NEVER
 }
@@ -102,6 +113,3 @@ MASKED_ROUNDS = ROUNDS | {
     "shares": (PUBLIC, "The server's own count of uploads in the sum."),
     "opened": (PUBLIC, "Whether the sum was opened."),
 }
-MASKED_SUMMARY = SUMMARY
-DEVICE_FILES: dict[str, tuple[str, str]] = {}
-"""What a device keeps in its state folder, and why."""

@@ -76,7 +76,7 @@ def test_the_words_of_one_device_are_uniform(rounds: dict[str, SeenRound]) -> No
     """A chi-square test on the bytes of a masked upload, and of each two uploads' difference."""
     for seen in rounds.values():
         for words in seen.uploads.values():
-            assert len(words) > 500
+            assert len(words) > 400
             assert chance_of_uniform(words) > LEAST
         for one, other in combinations(seen.uploads.values(), 2):
             assert chance_of_uniform(one - other) > LEAST
@@ -97,11 +97,10 @@ def test_what_is_opened_is_one_sum_and_no_part_of_it(rounds: dict[str, SeenRound
 
 def test_a_curious_server_gets_nothing_else(scene: MaskedScene) -> None:
     told = scene.told
-    assert {name for name, reason in told.items() if reason == "answered"} <= {curious.SIZED}
-    for name, question in zip(NAMES, told, strict=True):
+    assert "answered" not in told.values()
+    for name in NAMES:
         uploads = len(scene.heard[name].of_stage(UPLOAD))
-        honest = 1 if name == LOST else 2
-        assert uploads == honest + (told[question] == "answered"), (name, told)
+        assert uploads == (1 if name == LOST else 2), (name, told)
         with sqlite3.connect(scene.device(name) / "state" / "ledger.sqlite") as db:
             assert db.execute("SELECT COUNT(*) FROM releases").fetchone() == (uploads,)
 
