@@ -29,4 +29,4 @@ class Finder:
 
 
 if FILE in os.environ:
-    sys.meta_path.insert(0, Finder)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, Finder)
