@@ -15,12 +15,7 @@ from fedlora_flwr.audit.record import ONE_RUN, AuditRecord, Counts, curve_of
 from fedlora_flwr.config import RunConfig
 
 BOUNDS = (one_run, one_run_gaussian)
-GUESSED = (0.5, 0.2)
-"""Share of the canaries that are guessed, for the bound that assumes nothing and for the other.
-
-Those are guessed whose scores are highest and lowest. For a thousand canaries and ε = 4 these
-shares give the largest bounds for a Gaussian mechanism, by simulation.
-"""
+_HALF, _FIFTH, _THOUSAND = 0.5, 0.2, 1000
 
 
 def one_run_setting(config: RunConfig, canaries: int, kind: str) -> Setting:
@@ -66,7 +61,7 @@ def attack_once(setting: Setting, confidence: float) -> AuditRecord:
     truth = np.array([coin for client in coins for coin in client])
     each, total = 1 - (1 - confidence) / len(BOUNDS), len(truth)
     config = setting.config
-    guesses = [2 * math.ceil(share * total / 2) for share in GUESSED]
+    guesses = guessed(total)
     right = [correct(scores, truth, number) for number in guesses]
     return AuditRecord(
         settings=config.items(),
@@ -82,6 +77,23 @@ def attack_once(setting: Setting, confidence: float) -> AuditRecord:
             for bound, hits, number in zip(BOUNDS, right, guesses, strict=True)
         ],
     )
+
+
+def guessed(canaries: int) -> list[int]:
+    """Return how many canaries are guessed, for the bound that assumes nothing and for the other.
+
+    Those are guessed whose scores are highest and lowest. By simulation of a Gaussian mechanism of
+    ε = 4, these numbers give nearly the largest bounds: half of the canaries for the first bound,
+    and for the second a fifth of a thousand, and of more canaries a share that falls with the root
+    of their number. The numbers depend on nothing that the run has shown, as both theorems ask.
+
+    Parameters
+    ----------
+    canaries : int
+        Number of canaries.
+    """
+    shares = _HALF, _FIFTH * min(1.0, math.sqrt(_THOUSAND / canaries))
+    return [2 * math.ceil(share * canaries / 2) for share in shares]
 
 
 def correct(scores: Scores, truth: NDArray[np.bool_], guesses: int) -> int:

@@ -265,13 +265,7 @@ class PrivateEngine:
     def _watched(
         self, records: Records, active: Sequence[str], moved: set[str]
     ) -> Iterator[NoisyOptimizer]:
-        """Let ``active`` receive gradients, and check that exactly ``moved`` has changed.
-
-        Raises
-        ------
-        PrivacyViolation
-            As for `step`.
-        """
+        """Let ``active`` receive gradients, and check that exactly ``moved`` has changed."""
         optimizer = self._optimizer
         if optimizer is None:
             raise RuntimeError("start_round must be called before a step")

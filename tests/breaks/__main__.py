@@ -21,7 +21,7 @@ from fedlora_flwr.terminal import Table, show
 from tests.breaks.breaks import BREAKS, Break
 from tests.breaks.runner import CAUGHT, Row, run
 
-THEMES = ("step", "noise", "accounting", "leaving", "sums")
+THEMES = ("step", "noise", "accounting", "leaving", "sums", "kept")
 SLOW = ("torch", "peft", "opacus.optimizers", "timm", "flwr.clientapp", "hypothesis", "scipy.stats")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,10 @@ def files_of(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def account_for_files(
-    folder: Path, told: dict[str, dict[str, set[Any]]], seen: Counter[str]
+    folder: Path,
+    told: dict[str, dict[str, set[Any]]],
+    seen: Counter[str],
+    of_rounds: Mapping[str, tuple[str, str]] = ROUNDS,
 ) -> list[str]:
     """Return what a run's folder holds and should not; count each row in ``seen``."""
     faults = []
@@ -86,7 +89,7 @@ def account_for_files(
     settings = tomllib.loads((folder / "config.toml").read_text())
     short = {key for table in settings.values() for key in table}
     faults += [f"config.toml: {key}" for key in short - RunConfig().items().keys()]
-    rows = [("rounds.jsonl", ROUNDS, row) for row in lines(folder / "rounds.jsonl")]
+    rows = [("rounds.jsonl", of_rounds, row) for row in lines(folder / "rounds.jsonl")]
     summary = json.loads((folder / "summary.json").read_text())
     for name, table, row in (*rows, ("summary.json", SUMMARY, summary)):
         seen.update(f"{name}: {key}" for key in row)

@@ -96,12 +96,12 @@ class Heard:
         for reply in self.pushed.values():
             if reply.kind != "Message" or not reply.parts:
                 continue
-            names = _part(self.pushed, reply, ARRAYS)
+            names = part_of(self.pushed, reply, ARRAYS)
             if names is None or not names.parts:
                 continue
             asked = self.pulled[reply.message().metadata.reply_to_message_id]
-            config = _part(self.pulled, asked, CONFIG)
-            start = _part(self.pulled, asked, ARRAYS)
+            config = part_of(self.pulled, asked, CONFIG)
+            start = part_of(self.pulled, asked, ARRAYS)
             assert config is not None
             assert start is not None
             before, after = arrays_of(self.pulled, start), arrays_of(self.pushed, names)
@@ -122,7 +122,7 @@ class Heard:
         }
 
 
-def _part(objects: Mapping[str, Packed], message: Packed, name: str) -> Packed | None:
+def part_of(objects: Mapping[str, Packed], message: Packed, name: str) -> Packed | None:
     record = objects[message.parts[0]].items().get(name)
     return None if record is None else objects[record]
 

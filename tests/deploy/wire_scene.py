@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -90,13 +90,32 @@ def break_records(base: Path) -> Path:
     return sound
 
 
-class _Taps:
-    """A tap for each device of a fleet."""
+class Taps:
+    """A tap for each device of a fleet.
 
-    def __init__(self, base: Path, server: int) -> None:
+    Parameters
+    ----------
+    base : Path
+        The folder of the scene, with the fleet in it.
+    server : int
+        The server's port.
+    records : Mapping[str, int]
+        The number of each device's private records.
+    opted : Mapping[str, frozenset of str]
+        What each device's file allows.
+    """
+
+    def __init__(
+        self,
+        base: Path,
+        server: int,
+        records: Mapping[str, int],
+        opted: Mapping[str, frozenset[str]],
+    ) -> None:
         self.base, self.began = base, time.time()
-        self.taps = {name: Tap(base / "fleet" / "server", server) for name in NAMES}
-        self.ends: dict[str, set[tuple[str, int]]] = {name: set() for name in NAMES}
+        self.records, self.opted = records, opted
+        self.taps = {name: Tap(base / "fleet" / "server", server) for name in records}
+        self.ends: dict[str, set[tuple[str, int]]] = {name: set() for name in records}
         self.server = server
 
     def tap(self, stack: ExitStack) -> None:
@@ -109,7 +128,7 @@ class _Taps:
         watch = self.base / "watch"
         watch.mkdir()
         shutil.copy(device_watch.__file__, watch / "sitecustomize.py")
-        for name in NAMES:
+        for name in self.records:
             env = {"PYTHONPATH": f"{watch}:{Path(__file__).parents[2]}"}
             alive.start(name, **env, **{device_watch.FILE: str(self.addresses(name))})
 
@@ -118,7 +137,7 @@ class _Taps:
 
     def look(self, alive: RunningFleet) -> None:
         """Ask the kernel where the devices' processes are connected to."""
-        for name in NAMES:
+        for name in self.records:
             for process in group_of(alive.processes[name].pid):
                 self.ends[name] |= remote_ends(process)
 
@@ -126,8 +145,9 @@ class _Taps:
         tap, device = self.taps[name], self.base / "fleet" / "devices" / name
         lines = self.addresses(name).read_text().splitlines()
         return Heard(
-            name, RECORDS[name], OPTED[name], tap.port, read_key(device / "device.pub"), tap.calls,
-            tap.sent, (self.began, time.time()), noise_of(device), lines, self.ends[name],
+            name, self.records[name], self.opted[name], tap.port,
+            read_key(device / "device.pub"), tap.calls, tap.sent, (self.began, time.time()),
+            noise_of(device), lines, self.ends[name],
         )  # fmt: skip
 
 
@@ -135,7 +155,7 @@ def play(base: Path) -> Scene:
     """Let the devices take part in all runs, and return what came from them."""
     config = prepare(base)
     server = read_fleet(base / "fleet")[0].port
-    scene, taps = Scene(base, server), _Taps(base, server)
+    scene, taps = Scene(base, server), Taps(base, server, RECORDS, OPTED)
     with ExitStack() as stack:
         taps.tap(stack)
         with running(base / "fleet", base / "operator", []) as alive:

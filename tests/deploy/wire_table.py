@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -254,13 +254,14 @@ TABLE: dict[str, Row] = {
 _COMPARED = ("header content-length", "header flwr-timestamp", "header flwr-signature")
 
 
-def account(heard: Heard, seen: Counter[str]) -> list[str]:
+def account(heard: Heard, seen: Counter[str], table: Mapping[str, Row] | None = None) -> list[str]:
     """Return all that a device sent and should not have sent; count each place in ``seen``."""
+    known = TABLE if table is None else table
     faults = []
     for call in heard.calls:
         for place, value in fields_of(call):
             seen[place] += 1
-            row = TABLE.get(place)
+            row = known.get(place)
             if row is None:
                 faults.append(f"{heard.name}: {place} is in no row: {str(value)[:200]}")
             elif not row.fits(value, heard, call):

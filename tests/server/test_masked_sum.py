@@ -227,6 +227,40 @@ def test_a_sum_is_opened_once(server: Server) -> None:
         server.send(0, stage=OPEN_SUM, packet=b"\1\1\0\1")
 
 
+def test_another_run_neither_opens_nor_ends_the_sum_of_the_first(server: Server) -> None:
+    """A curious server starts a second run, and asks there for what the first one has agreed on."""
+    sealed = server.sealed(server.cards())
+    mine = server.for_client(sealed, 0)
+
+    server.fleet.run = "two"
+    with pytest.raises(OrderRefused, match="twice or in another order"):
+        server.send(0, stage=UPLOAD, packet=mine)
+    server.fleet.run = "one"
+    assert server.send(0, stage=UPLOAD, packet=mine).shares
+    server.fleet.run = "two"
+    with pytest.raises(OrderRefused, match="twice or in another order"):
+        server.send(0, stage=OPEN_SUM, packet=b"\1\1\1\1")
+    server.fleet.run = "one"
+    assert server.send(0, stage=OPEN_SUM, packet=b"\1\1\1\1").packet
+
+
+def test_an_upload_that_asks_for_sizes_or_holds_two_orders_gets_nothing(server: Server) -> None:
+    """The number of records is to be told by the sum alone, and an order is one record."""
+    sealed = server.sealed(server.cards())
+
+    with pytest.raises(OrderRefused, match="weighting"):
+        server.send(0, stage=UPLOAD, packet=server.for_client(sealed, 0), weighting="size")
+    config = replace(server.order, stage=UPLOAD, packet=server.for_client(sealed, 1)).to_config()
+    arrays = {name: Array(array) for name, array in server.fleet.trainer.start.items()}
+    content = RecordDict({"arrays": ArrayRecord(arrays), "config": ConfigRecord({**config})})
+    content["again"] = ConfigRecord({**server.order.to_config()})
+    with acting_for(1):
+        message = Message(content, 2, MessageType.TRAIN)
+    with pytest.raises(OrderRefused, match="2 ConfigRecords"):
+        server.fleet.answer(1, message)
+    assert server.fleet.steps() == [0, 0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

@@ -107,7 +107,7 @@ def test_a_run_is_the_papers_run_and_what_rests_keeps_its_bits(name: str, optimi
         ("yogi", "fedyogi", {"eta": LR, "beta_1": BETA_1, "beta_2": BETA_2, "tau": 1e-6}),
     ],
 )
-def test_flowers_own_optimizers_agree(optimizer: str, name: str, own: dict[str, float]) -> None:
+def test_flowers_own_optimizers_agree(optimizer: str, name: str, own: dict[str, Any]) -> None:
     strategy = FedLoRA()
     tau = own.get("tau", TAU)
     strategy.server_optimizer = ServerOptimizer(optimizer, LR, BETA_1, BETA_2, tau)
