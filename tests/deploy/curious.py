@@ -44,7 +44,8 @@ Config = Mapping[str, Any]
 
 def prepare(folder: Path, start: Mapping[str, NDArray[Any]], order: Config) -> None:
     """Write what an honest server has sent with the upload's order."""
-    np.savez(folder / START, **start)
+    arrays: Any = start
+    np.savez(folder / START, **arrays)
     words = {key: value for key, value in order.items() if key not in (STAGE, PACKET)}
     (folder / ORDER).write_text(json.dumps(words))
 
@@ -97,7 +98,7 @@ def _answers(grid: Grid, questions: list[Message]) -> dict[int, Message]:
 
 
 def _words(reply: Message) -> Config:
-    return dict(reply.content[CONFIG])  # type: ignore[arg-type]
+    return dict(reply.content[CONFIG])
 
 
 def _packet(reply: Message) -> bytes:

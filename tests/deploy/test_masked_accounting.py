@@ -100,4 +100,4 @@ def test_words_that_are_not_uniform_are_found() -> None:
     assert chance_of_uniform(uniform) > LEAST
     assert chance_of_uniform(upload(1)) < 1e-30
     # Masks of 31 bits would leave one bit of each word.
-    assert chance_of_uniform(uniform >> 1) < LEAST
+    assert chance_of_uniform(uniform >> np.uint32(1)) < LEAST

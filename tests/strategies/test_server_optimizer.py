@@ -54,7 +54,7 @@ class Reference:
         self._v: dict[str, Vector] = {}
 
     def after(self, x: Arrays, uploads: list[Arrays], shares: list[float]) -> dict[str, Vector]:
-        found = {name: array.astype(np.float64) for name, array in x.items()}
+        found: dict[str, Any] = {name: array.astype(np.float64) for name, array in x.items()}
         for name in uploads[0]:
             mean = np.average([u[name] for u in uploads], axis=0, weights=shares)
             mean = mean.astype(np.float32).astype(np.float64)
