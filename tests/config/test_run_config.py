@@ -66,7 +66,6 @@ GOOD: dict[str, list[Any]] = {
     "local-steps": [1],
     "batch-size": [1],
     "microbatch-size": [0, 8],
-    "gradient-checkpointing": [True, False],
     "augmentation": ["none", "shift", "shift-mirror"],
     "views": [1],
     "optimizer": ["sgd", "adamw", "adamw-plain"],

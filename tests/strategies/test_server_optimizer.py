@@ -58,7 +58,7 @@ class Reference:
         for name in uploads[0]:
             mean = np.average([u[name] for u in uploads], axis=0, weights=shares)
             mean = mean.astype(np.float32).astype(np.float64)
-            delta = mean - x[name]
+            delta: Any = mean - x[name]
             m, v = self._m.get(name, 0 * delta), self._v.get(name, TAU**2 + 0 * delta)
             if self._optimizer == "momentum":
                 self._m[name] = BETA_1 * m + delta
