@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +39,12 @@ def init(
         str, typer.Option(help="Name or address under which devices reach the server.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The server's port.")] = 9443,
-    days: Annotated[int, typer.Option(help="Days for which certificates are valid.")] = 365,
+    days: Annotated[
+        int,
+        typer.Option(
+            help="Days for which the server's certificate is valid; the CA's is ten years."
+        ),
+    ] = 365,
     recipe: Annotated[
         str,
         typer.Option(
@@ -78,18 +84,28 @@ def check(
             autocompletion=complete_recipe,
         ),
     ] = "",
+    keys: Annotated[
+        bool,
+        typer.Option(
+            "--keys", help="On a device, first list each key with its value, or who gives it."
+        ),
+    ] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Check everything that can be known before a fleet or a device starts, one line each."""
     with uncollected():
-        from fedlora_flwr.deploy.check import check_device, check_fleet
+        from fedlora_flwr.deploy.check import check_device, check_fleet, keys_in_force
     from fedlora_flwr.deploy.fleet import SETTINGS
 
-    look = check_device if (folder / SETTINGS).exists() else check_fleet
+    on_device = (folder / SETTINGS).exists()
+    if keys and not on_device:
+        raise InvalidValue("--keys", str(folder), f"the folder of a device, with {SETTINGS}")
+    folder, look = folder.resolve(), check_device if on_device else check_fleet
     run = read_recipe(recipe, overrides) if recipe else None
     console, found = Console(), []
-    for finding in look(folder.resolve(), run):
+    # The list is long and comes first, so that problems are still on the screen at the end.
+    for finding in chain(keys_in_force(folder) if keys else (), look(folder, run)):
         found.append(finding)
         if not as_json:
             mark = "ok  " if finding.good else "FAIL"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,7 +16,11 @@ from fedlora_flwr.files import data_folder
 from fedlora_flwr.terminal import Table, show, show_json, show_lines
 
 if TYPE_CHECKING:
+    from fedlora_flwr.clients.device import Device
+    from fedlora_flwr.privacy.account import Account
     from fedlora_flwr.privacy.spent import Spent
+
+_NOT_YET = ", which the first round makes"
 
 
 def ledger(
@@ -36,57 +39,87 @@ def ledger(
 ) -> None:
     """Show what each run has spent of each client's data; nothing but the ledger is needed."""
     require("client")
+    from fedlora_flwr.privacy.ledger import Ledger
     from fedlora_flwr.privacy.spent import spent
 
-    file, settings = _found(place or data_folder())
+    file, device = _found(place or data_folder())
+    settings = device.settings if device else {}
     at = delta if delta is not None else float(settings.get("delta", RunConfig.delta))
-    found = spent(file, at)
+    begun = device is None or Ledger.exists(file)
+    account = _account(device, at) if device else None
+    found = spent(file, at, account) if begun else []
     if as_json:
         show_json([asdict(entry) for entry in found])
         return
     console = Console()
-    show(console, _table(found))
-    lines = [("δ", f"{at:g}"), ("Ledger", str(file))]
-    if "epsilon" in settings:
-        lines.insert(0, ("Budget", f"ε ≤ {float(settings['epsilon']):g}, says device.toml"))
+    if begun:
+        show(console, _table(found))
+    lines = _budget(account, found) if account else []
+    lines += [("δ", f"{at:g}"), ("Ledger", f"{file}{'' if begun else _NOT_YET}")]
     show_lines(console, lines)
 
 
-def _found(place: Path) -> tuple[Path, Mapping[str, Any]]:
-    """Return the ledger's file, and a device's own settings where its folder was named."""
+def _found(place: Path) -> tuple[Path, Device | None]:
+    """Return the ledger's file, and a device where its folder was named."""
     from fedlora_flwr.deploy.fleet import SETTINGS
-    from fedlora_flwr.privacy.ledger import LEDGER
+    from fedlora_flwr.privacy.ledger import LEDGER, Ledger
 
-    settings: Mapping[str, Any] = {}
+    device = None
     folder = place.parent if place.name == SETTINGS else place
     if (folder / SETTINGS).is_file():
         from fedlora_flwr.clients.device import Device
 
-        settings = Device.read(folder / SETTINGS).settings
-        place = folder / Path(str(settings.get("state-dir") or data_folder())).expanduser()
-    if place.is_dir():
+        device = Device.read(folder / SETTINGS)
+        place = folder / Path(str(device.settings.get("state-dir") or data_folder())).expanduser()
         place = place / LEDGER
-    if not place.exists():
+    elif place.is_dir():
+        place = place / LEDGER
+    if device is None and not place.exists():
         allowed = "a ledger's file, or a folder with one: nothing is spent where there is none"
         raise InvalidValue("ledger", str(place), allowed)
-    return place.resolve(), settings
+    return place.resolve(), device
+
+
+def _account(device: Device, delta: float) -> Account:
+    """Return a device's budget over all its runs."""
+    from fedlora_flwr.privacy.ledger import Account
+
+    own = device.config({})
+    return Account(device.client, "", own.epsilon, delta, own.ledger_scope, own.run_epsilon)
+
+
+def _budget(account: Account, found: list[Spent]) -> list[tuple[str, str]]:
+    """Return the lines on a device's budget, and what is left of it over all its runs."""
+    each = ", for each run anew" if account.scope == "run" else ""
+    lines = [("Budget", f"ε ≤ {account.epsilon:g}, says device.toml{each}")]
+    own = [entry for entry in found if entry.client == account.client and not entry.run]
+    if account.scope == "run" or not own:
+        return lines if found else [("Spent", "Nothing spent yet."), *lines]
+    (whole,) = own
+    left = max(0.0, account.epsilon - whole.epsilon)
+    text = f"{whole.epsilon:.2f} of {account.epsilon:g} ({whole.accountant}); left {left:.2f}"
+    return [("Spent", text), *lines]
 
 
 def _table(found: list[Spent]) -> Table:
-    heads = ("client", "run", "rounds", "steps", "σ", "q", "ε", "for each", "last")
-    runs = {entry.client: sum(e.client == entry.client for e in found) - 1 for entry in found}
-    rows = [
-        (
+    whole = any(not entry.run for entry in found)
+    runs = {entry.client: 0 for entry in found}
+    for entry in found:
+        runs[entry.client] += bool(entry.run)
+    heads = ["client", "run", "rounds", "steps", "σ", "q", "ε of the run alone"]
+    heads += ["ε of all runs", "accountant"] if whole else []
+    rows = []
+    for entry in found:
+        epsilon = f"{entry.epsilon:.3f}"
+        row = [
             entry.client,
             entry.run or f"all {runs[entry.client]}",
             f"{entry.rounds:,}",
             f"{entry.steps:,}",
             f"{entry.noise_multiplier:.3f}",
             f"{entry.sample_rate:.5f}",
-            f"{entry.epsilon:.3f}",
-            entry.unit,
-            entry.last,
-        )
-        for entry in found
-    ]
-    return Table(heads, rows, "<<>>>>><<")
+            epsilon if entry.run else "",
+        ]
+        row += ["" if entry.run else epsilon, entry.accountant] if whole else []
+        rows.append([*row, entry.unit, entry.last])
+    return Table([*heads, "for each", "last"], rows, "<<>>>>>><<<" if whole else "<<>>>>><<")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import socket
+import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,13 +15,20 @@ from cryptography.hazmat.primitives import serialization
 from fedlora_flwr.clients.device import Device
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.authority import in_force
+from fedlora_flwr.deploy import ports
 from fedlora_flwr.deploy.admission import Caller, NotAdmitted
 from fedlora_flwr.deploy.device_check import Backbone, device_findings
 from fedlora_flwr.deploy.findings import Finding, whole
 from fedlora_flwr.deploy.fleet import SETTINGS, Fleet, read_fleet
 from fedlora_flwr.deploy.flower import NotSealed
 from fedlora_flwr.deploy.identities import PRIVATE
-from fedlora_flwr.deploy.supernode import SCRIPT, arguments_of, check_script, installed_code
+from fedlora_flwr.deploy.supernode import (
+    BIN,
+    SCRIPT,
+    arguments_of,
+    check_script,
+    installed_code,
+)
 from fedlora_flwr.environment import versions
 from fedlora_flwr.errors import FedLoRAError
 
@@ -54,7 +61,7 @@ def check_fleet(folder: Path, run: RunConfig | None = None) -> Iterator[Finding]
         *(folder / "devices" / name / "device.key" for name in fleet.names),
     ]
     yield from whole("private keys", _private_keys(folder, keys))
-    yield _port(fleet)
+    yield _port(folder, fleet)
     backbone = Backbone(run) if run else None
     for name in fleet.names:
         device = folder / "devices" / name
@@ -80,21 +87,26 @@ def check_device(folder: Path, run: RunConfig | None = None) -> Iterator[Finding
         It is not a device's folder.
     """
     _, made_with = read_fleet(folder)
-    # The longest list comes first, so problems are still on the screen at the end.
-    yield from _who_decides(folder / SETTINGS)
     yield _versions(made_with)
     yield from whole("private keys", _private_keys(folder, [folder / "device.key"]))
     yield from whole(SCRIPT, _own_code(SCRIPT, folder / SCRIPT, installed_code))
+    yield from whole("port", node_port(folder))
     yield from whole("server", _admitted(folder))
     yield from whole(folder.name, device_findings(folder, folder.name, run, None, here=True))
 
 
-def _who_decides(file: Path) -> Iterator[Finding]:
-    """List every key with the value that is in force on a device, or who gives it."""
+def keys_in_force(folder: Path) -> Iterator[Finding]:
+    """List every key with the value that is in force on a device, or who gives it.
+
+    Parameters
+    ----------
+    folder : Path
+        The device's folder. If its file cannot be read, nothing is listed: `check_device` says why.
+    """
     try:
-        device = Device.read(file)
+        device = Device.read(folder / SETTINGS)
     except FedLoRAError:
-        return  # `device_findings` tells this error.
+        return
     for key, text in in_force(device.settings, device.limits):
         yield Finding(key, True, text)
 
@@ -221,13 +233,27 @@ def _mismatch(key: Path) -> str:
     return "" if private.public_key() == public else "does not match the public key beside it"
 
 
-def _port(fleet: Fleet) -> Finding:
+def _port(folder: Path, fleet: Fleet) -> Finding:
     subject = f"port {fleet.port}"
-    try:
-        with socket.socket() as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((fleet.listen, fleet.port))
-    except OSError as error:
-        fix = "end the program that uses it, or make the fleet with another --port"
-        return Finding(subject, False, f"cannot be used: {error.strerror}", fix)
-    return Finding(subject, True, f"free on {fleet.listen}")
+    why = ports.trouble(fleet.listen, fleet.port)
+    if not why:
+        return Finding(subject, True, f"free on {fleet.listen}")
+    if ports.serves(folder / "server" / "ca.pem", fleet.host, fleet.port):
+        return Finding(subject, True, "this fleet's server is running here")
+    fix = "end the program that uses it, or make the fleet with another --port"
+    return Finding(subject, False, f"cannot be used: {why}", fix)
+
+
+def node_port(folder: Path) -> Iterator[Finding]:
+    """Look at the port on which a device's SuperNode listens, on loopback alone."""
+    place = ports.asked(arguments_of(folder / SCRIPT), os.environ)
+    if place is None:
+        return
+    subject, why = f"port {place[1]}", ports.trouble(*place)
+    if not why:
+        yield Finding(subject, True, f"free on {place[0]}")
+    elif ports.claimed(folder / BIN):
+        yield Finding(subject, True, "this device's SuperNode is running here")
+    else:
+        fix = f"start this device with another port: {ports.NODE_PORT}=9510 ./{SCRIPT}"
+        yield Finding(subject, False, f"cannot be used: {why}", fix)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora_flwr.clients.device import Device
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.data.sources import is_hub_name, split_files
+from fedlora_flwr.data.names import names
+from fedlora_flwr.data.sources import is_hub_name, load_split, split_files
 from fedlora_flwr.data.unusable import naming_split
 from fedlora_flwr.data.users import count_units
 from fedlora_flwr.deploy.findings import Finding, tried
 from fedlora_flwr.deploy.fleet import SETTINGS
-from fedlora_flwr.errors import FedLoRAError, InvalidValue
+from fedlora_flwr.errors import BudgetExhausted, FedLoRAError, InvalidValue, unknown
 from fedlora_flwr.files import data_folder
 from fedlora_flwr.tasks.registry import (
     build_task,
@@ -23,9 +25,14 @@ from fedlora_flwr.tasks.registry import (
 )
 
 if TYPE_CHECKING:
+    from fedlora_flwr.privacy.account import Account
+    from fedlora_flwr.privacy.budget import Segment
+    from fedlora_flwr.privacy.foreseen import Foreseen
+    from fedlora_flwr.privacy.ledger import Ledger
     from fedlora_flwr.privacy.mechanism import Mechanism
 
 _PATIENCE = 10.0  # seconds
+_COLUMNS = ("input-columns", "label-column")
 
 
 class Backbone:
@@ -64,7 +71,7 @@ def device_findings(
         Whether the check runs on the device itself, where its records should be.
     """
     file = folder / SETTINGS
-    settings = tried(name, lambda: Device.read(file), f"see {file}")
+    settings = tried(name, lambda: Device.read(file), f"see {file}", file)
     if isinstance(settings, Finding):
         yield settings
         return
@@ -80,6 +87,8 @@ def device_findings(
         yield missing
     if run is None:
         yield from _in_place(name, settings.settings, file)
+        if not missing:
+            yield from _columns(name, settings.settings, file)
     elif not missing:
         yield from _for_run(name, settings, file, run, backbone)
 
@@ -107,7 +116,7 @@ def require_in_place(device: Device, file: Path) -> None:
 def _for_run(
     name: str, settings: Device, file: Path, run: RunConfig, backbone: Backbone | None
 ) -> Iterator[Finding]:
-    config = tried(name, lambda: settings.config(run.items()), f"see {file}")
+    config = tried(name, lambda: settings.config(run.items()), f"see {file}", file)
     if isinstance(config, Finding):
         yield config
         return
@@ -124,7 +133,7 @@ def _for_run(
         yield Finding(name, True, "its model is not in this folder either: check it on the device")
         return
     known = backbone or Backbone(run)
-    own = tried(name, lambda: known.of(config), f"see model in {file}")
+    own = tried(name, lambda: known.of(config), f"see model in {file}", file)
     if isinstance(own, Finding):
         yield own
         return
@@ -155,9 +164,27 @@ def _in_place(name: str, settings: Mapping[str, Any], file: Path) -> Iterator[Fi
             name,
             lambda: with_keys(own["dataset"], own["train-split"], subset=own["dataset-subset"]),
             f"see dataset in {file}",
+            file,
         )
         if isinstance(found, Finding):
             yield found
+
+
+def _columns(name: str, settings: Mapping[str, Any], file: Path) -> Iterator[Finding]:
+    """Look whether local records have the columns that the device's file names."""
+    split = str(settings.get("train-split", RunConfig.train_split))
+    source, subset = str(settings.get("dataset", "")), str(settings.get("dataset-subset", ""))
+    if not (source and _place("dataset", settings, file.parent).exists()):
+        return
+    stated = [(key, word) for key in _COLUMNS for word in names(str(settings.get(key, "")))]
+    try:
+        found = load_split(source, split, subset=subset).column_names if stated else []
+    except FedLoRAError:
+        return  # `_in_place` tells this error, or the check with a recipe.
+    for key, word in stated:
+        if word not in found:
+            text = str(unknown(key, word, found, after=f", the columns of {source}"))
+            yield Finding(name, False, text, f"correct {key} in {file}")
 
 
 def _absent(key: str, settings: Mapping[str, Any], folder: Path) -> bool:
@@ -189,7 +216,7 @@ def _promise(
             raise InvalidValue("class-names", "", f"{allowed}; num-classes does not tell the order")
         return count_units(config.unit, task.client_records(0, 1)), private_reading(task)
 
-    opened = tried(name, records, f"see dataset and class-names in {file}")
+    opened = tried(name, records, f"see dataset and columns in {file}", file)
     if isinstance(opened, Finding):
         yield opened
         return
@@ -229,17 +256,48 @@ def _budget(
         f"{count} {config.unit}s, ε ≤ {config.epsilon:g} for each at δ = {config.delta:g} with "
         f"noise multiplier {mechanism.noise_multiplier:.3g}",
     )
-    if not ledger:
+    if not ledger and state is None:
         elsewhere = "its ledger is on the device, since its device.toml has no state-dir"
-        yield Finding(name, True, "nothing spent yet" if state else elsewhere)
+        yield Finding(name, True, elsewhere)
         return
     planned = Segment(mechanism.noise_multiplier, mechanism.sample_rate, config.planned_steps)
-    both = tried(
-        name,
-        lambda: (ledger.summary(account).epsilon, ledger.check(account, planned).epsilon),
-        "fewer rounds, or another epsilon if the data's owners agree",
-    )
-    if isinstance(both, Finding):
-        yield both
-    else:
-        yield Finding(name, True, f"ε = {both[0]:.3g} spent, {both[1]:.3g} after the run")
+    yield _foreseen(name, account, ledger, planned)
+
+
+def _foreseen(name: str, account: Account, ledger: Ledger | None, planned: Segment) -> Finding:
+    """Say what is spent, what will be after the run, and how many more runs like it fit."""
+    from fedlora_flwr.privacy.foreseen import foresee
+    from fedlora_flwr.privacy.ledger import LAPSE
+
+    def look(plan: Segment) -> Foreseen:
+        return ledger.foresee(account, plan) if ledger else foresee(account, [], plan, LAPSE)
+
+    try:
+        found = look(planned)
+    except BudgetExhausted as error:
+        fix = "fewer rounds, or another epsilon if the data's owners agree"
+        if isinstance(tried(name, lambda: look(replace(planned, steps=1)), ""), Finding):
+            fix = (
+                "use other records, or a run with more noise or smaller batches; a larger epsilon "
+                "weakens the promise for all earlier runs, too"
+            )
+        return Finding(name, False, str(error), fix)
+    except (FedLoRAError, OSError) as error:
+        return Finding(name, False, str(error), "do as this message says")
+    return Finding(name, True, _in_words(account, found))
+
+
+def _in_words(account: Account, found: Foreseen) -> str:
+    before = f"ε = {found.before:.3g} spent" if found.before else "nothing spent yet"
+    text = f"{before}; {found.after:.3g} of {account.epsilon:g} after this run"
+    if f"{found.alone:.3g}" != f"{found.after:.3g}":
+        text += f" (this run alone: {found.alone:.3g})"
+    if found.more is None:
+        return f"{text}. It limits no later run"
+    if found.more == 0:
+        return f"{text}. After it no more run like it fits"
+    from fedlora_flwr.privacy.foreseen import MOST
+
+    least = "at least " if found.more == MOST else ""
+    runs = "1 more run like it fits" if found.more == 1 else f"{found.more} more runs like it fit"
+    return f"{text}. After it {least}{runs}"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from fedlora_flwr.errors import FedLoRAError, one_line
+from fedlora_flwr.config import OWN
+from fedlora_flwr.errors import FedLoRAError, InvalidValue, one_line
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,23 @@ def whole(subject: str, findings: Iterator[Finding]) -> Iterator[Finding]:
         yield Finding(subject, False, text, "correct or restore the file in this message")
 
 
-def tried(subject: str, work: Callable[[], Any], fix: str) -> Any:
-    """Return the result of ``work()``, or a finding with the error that it raised."""
+def tried(subject: str, work: Callable[[], Any], fix: str, file: Path | None = None) -> Any:
+    """Return the result of ``work()``, or a finding with the error that it raised.
+
+    Parameters
+    ----------
+    subject : str
+        What is checked.
+    work : callable
+        The check.
+    fix : str
+        What to do if it fails.
+    file : Path, optional
+        The device's file. Where the error is about one of its keys, the fix names that key instead.
+    """
     try:
         return work()
     except (FedLoRAError, OSError) as error:
-        return Finding(subject, False, str(error), fix)
+        key = error.key if isinstance(error, InvalidValue) and file else ""
+        own = key if key in OWN else ""
+        return Finding(subject, False, str(error), f"correct {own} in {file}" if own else fix)

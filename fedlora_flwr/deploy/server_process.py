@@ -16,11 +16,16 @@ from collections.abc import Callable, Sequence
 
 from fedlora_flwr.deploy.children import end_with_children
 from fedlora_flwr.deploy.flower import OtherFlower, module_of, programs
+from fedlora_flwr.deploy.ports import require_free
 
 SUPERLINK = "flower-superlink"
 SERVE = "fedlora deploy serve"
 _DATABASE, _PRAGMAS, _WAIT = "flwr.supercore.sql_mixin", "SQLITE_PRAGMAS", "busy_timeout"
 _PATIENCE = 60_000  # milliseconds
+_OTHER_PORT = (
+    "end the program that uses it, which may be this server itself, or write another --port into "
+    "the server's start.sh, behind --superlink in each device's, and into connection.toml"
+)
 
 
 def wait_longer_for_the_database() -> None:
@@ -50,7 +55,10 @@ def serve(arguments: Sequence[str]) -> None:
     ------
     OtherFlower
         The installed version of Flower is not known to work this way.
+    PortTaken
+        Another program listens on the server's port.
     """
+    require_free(arguments, _OTHER_PORT)
     sys.argv = [SUPERLINK, *arguments]
     found = programs()
     if SUPERLINK not in found:

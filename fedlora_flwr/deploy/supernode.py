@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import fedlora_flwr
-from fedlora_flwr.deploy import flower
+from fedlora_flwr.deploy import flower, ports
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import replacing
 from fedlora_flwr.simulations.superlink import QUIET
@@ -57,8 +57,11 @@ def start_supernode(folder: Path, arguments: Sequence[str]) -> NoReturn:
         The installed version of Flower starts clients in another way.
     NotAdmitted
         The server refuses this device, or is another one.
+    PortTaken
+        Another program listens on the port that the SuperNode needs on this machine.
     """
     _check_arguments(arguments)
+    _check_port(folder, arguments)
     check_flower(os.environ)
     try:
         write_programs(folder / BIN)
@@ -69,8 +72,16 @@ def start_supernode(folder: Path, arguments: Sequence[str]) -> NoReturn:
         ) from error
     env = sealed(os.environ, folder / BIN)
     _ask_server(folder, arguments)
+    ports.claim(folder / BIN)
     program = folder / BIN / flower.SUPERNODE
     os.execve(program, [flower.SUPERNODE, *arguments], env)  # noqa: S606
+
+
+def _check_port(folder: Path, arguments: Sequence[str]) -> None:
+    fix = f"start this device with another port: {ports.NODE_PORT}=9510 ./{SCRIPT}"
+    if ports.claimed(folder / BIN):
+        fix = "this device's SuperNode is running already, so there is no need to start it"
+    ports.require_free(arguments, fix)
 
 
 def _ask_server(folder: Path, arguments: Sequence[str]) -> None:

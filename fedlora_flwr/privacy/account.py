@@ -48,6 +48,7 @@ __all__ = [
 ]  # fmt: skip
 
 RDP_FILTER = "rdp-filter"
+_NO_MORE = ", so no run of this kind fits any more"
 
 
 @dataclass(frozen=True)
@@ -332,6 +333,7 @@ def _check_fixed(
         if account.scope == "lifetime" and promised:
             left = max(0, promised - taken - other)
             text += f"; {left} of the {promised} steps that the first plans promised are left"
+            text += "" if left else _NO_MORE
         raise BudgetExhausted(
             f"budget exhausted: {more} more steps after {taken} would spend ε = {epsilon:.4g}, "
             f"above the budget of {account.epsilon:g} at δ = {account.delta:g}{text}"
@@ -351,6 +353,7 @@ def _check_filter(account: Account, order: float, worst: Sequence[Tally], planne
         f"budget exhausted: {rest.steps} more steps would take this data past ε = "
         f"{account.epsilon:g} at δ = {account.delta:g} over all its runs (Rényi filter of order "
         f"{order:g}); {left} steps of this kind are left after those that other runs have reserved"
+        f"{'' if left else _NO_MORE}"
     )
 
 

@@ -21,6 +21,7 @@ from fedlora_flwr.privacy.account import (
     terms,
 )
 from fedlora_flwr.privacy.budget import Segment
+from fedlora_flwr.privacy.foreseen import Foreseen, foresee
 from fedlora_flwr.privacy.ledger_connection import Connection
 from fedlora_flwr.privacy.ledger_file import LOCAL, LedgerFile, witness_of
 from fedlora_flwr.wire import ROUND
@@ -116,6 +117,16 @@ class Ledger:
         taken = sum(t.mechanism.steps for t in tallies if t.run == account.run)
         rest = max(0, planned.steps - taken)
         return admit(account, tallies, planned, rest, self.lapse)[0]
+
+    def foresee(self, account: Account, planned: Segment) -> Foreseen:
+        """Return what a run that has not begun would cost the account; write nothing.
+
+        Raises
+        ------
+        BudgetExhausted
+            The run would take the account past its budget.
+        """
+        return foresee(account, self._read(account), planned, self.lapse)
 
     def record(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedlora_flwr.config.unit import RECORD
@@ -63,7 +63,7 @@ class Spent:
     unit: str = RECORD
 
 
-def spent(path: Path, delta: float) -> list[Spent]:
+def spent(path: Path, delta: float, account: Account | None = None) -> list[Spent]:
     """Return what has been spent, by the ledger's file alone.
 
     Parameters
@@ -72,16 +72,21 @@ def spent(path: Path, delta: float) -> list[Spent]:
         The ledger's file.
     delta : float
         δ at which ε is given: that of the client's budget.
+    account : Account, optional
+        A client's budget over its life. All runs of this client are then counted by the rule that
+        the budget sets, also where a ledger does not tell the rule yet.
 
     Returns
     -------
     list[Spent]
-        For each client its runs, oldest first, and where it has several of one unit, all of them
-        together. Releases for records and for users do not add up.
-        Over several runs ε is that of the client's rule for its life (see
-        `fedlora_flwr.privacy.account`). Where each run had its own budget instead, no such rule
-        is in force, and ε is the one of all steps by PRV, as if their settings had been fixed
-        before the first.
+        For each client its runs, oldest first, and then all of them together: where it has several,
+        where a Rényi filter counts over its life, and for the client of ``account``. Where its
+        runs are for records and for users there is no such row, because these do not add up. The ε
+        of a run is that of the run alone, by PRV. The ε of all runs is that of the client's rule
+        for its life (see `fedlora_flwr.privacy.account`). It may be larger than that of a client's
+        only run, because a filter counts more for each step. Where each run had its own budget
+        instead, no such rule is in force, and ε is the one of all steps by PRV, as if their
+        settings had been fixed before the first.
 
     Raises
     ------
@@ -108,35 +113,45 @@ def spent(path: Path, delta: float) -> list[Spent]:
     if not path.is_file():
         raise InvalidValue("ledger", str(path), "the file of a ledger, such as ledger.sqlite")
     with Ledger(path).reading() as db:
-        read = [_read(db, client, run, delta) for client, run in _accounts(db)]
+        read = [
+            _read(db, Account(client, run, math.inf, delta, "run" if run else "lifetime"), account)
+            for client, run in _accounts(db, account)
+        ]
     # Computing ε may take seconds, so no lock is held.
     return [_spent(*one) for one in read]
 
 
-def _accounts(db: Connection) -> list[tuple[str, str]]:
-    """Return each client's runs, oldest first, and an empty name for several together."""
+def _accounts(db: Connection, account: Account | None) -> list[tuple[str, str]]:
+    """Return each client's runs, oldest first, and an empty name for all of them together."""
     rows = db.execute(
-        "SELECT client, run, MIN(unit) FROM releases GROUP BY client, run ORDER BY MIN(id)"
+        "SELECT client, run, MIN(unit), MAX(rdp_order IS NOT NULL) FROM releases "
+        "GROUP BY client, run ORDER BY MIN(id)"
     )
     runs: dict[str, dict[str, str]] = {}
-    for client, run, unit in rows:
-        runs.setdefault(client, {})[run] = unit
+    whole = {account.client} if account else set()
+    for client, run, unit, filtered in rows:
+        own = runs.setdefault(client, {})
+        own[run] = unit
+        if filtered or len(own) > 1:
+            whole.add(client)
     return [
         (client, run)
         for client, own in runs.items()
-        for run in (*own, *([""] if len(own) > 1 and len({*own.values()}) == 1 else []))
+        for run in (*own, *([""] if client in whole and len({*own.values()}) == 1 else []))
     ]
 
 
 def _read(
-    db: Connection, client: str, run: str, delta: float
+    db: Connection, account: Account, given: Account | None
 ) -> tuple[Account, list[Tally], tuple[int, str, str]]:
     """Return an account with its rows: those of each mechanism, and how many and from when."""
-    scope = "run" if run else "lifetime"
-    tallies = db.tallies(Account(client, run, math.inf, delta, scope))
-    ruled = not run and (bounded(tallies) or any(t.order for t in tallies))
-    account = Account(client, run, _SOME_EPSILON if ruled else math.inf, delta, scope)
-    return account, tallies, _rows(db, client, run)
+    tallies = db.tallies(account)
+    if not account.run:
+        if given is not None and given.client == account.client:
+            account = replace(given, run="", delta=account.delta, scope="lifetime")
+        elif bounded(tallies) or any(t.order for t in tallies):
+            account = replace(account, epsilon=_SOME_EPSILON)
+    return account, tallies, _rows(db, account.client, account.run)
 
 
 def _spent(account: Account, tallies: list[Tally], rows: tuple[int, str, str]) -> Spent:

@@ -13,11 +13,14 @@ from datasets import ClassLabel, Dataset, Features, Value
 from typer.testing import CliRunner
 
 from fedlora_flwr.cli import app
+from fedlora_flwr.clients.device import Device
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.deploy.check import check_device
+from fedlora_flwr.deploy.check import check_device, keys_in_force
 from fedlora_flwr.deploy.device_check import device_findings
 from fedlora_flwr.deploy.fleet import Fleet, make_fleet, read_fleet, stated
+from fedlora_flwr.errors import BudgetExhausted
 from fedlora_flwr.privacy.budget import Segment
+from fedlora_flwr.privacy.calibration import calibrated_mechanism
 from fedlora_flwr.privacy.ledger import Account, Ledger
 from tests.deploy.support import answer_once, findings, texts
 from tests.tasks.texts import reviews
@@ -51,7 +54,15 @@ def test_a_device_is_looked_at_where_it_is(
     ]
     assert any("records, ε ≤ 3" in text for text in good["device-01"])
     assert any(text.startswith("backbone ") for text in good["device-01"])
-    # Who decides what here.
+    assert good["port 9500"] == ["free on 127.0.0.1"]
+
+
+def test_who_decides_what_here_is_listed_on_demand(
+    fleet: Path, on_device: Path, planned: RunConfig
+) -> None:
+    shutil.copy(fleet / "devices" / "device-01" / "device.toml", on_device)
+    assert "privacy.epsilon" not in {found.subject for found in check_device(on_device)}
+    good = texts(keys_in_force(on_device), good=True)
     assert good["privacy.epsilon"] == ["3.0, its file"]
     assert good["data.test-split"] == ["'', default, not set in its file"]
     assert good["partition.partitioner"] == ["'iid', always"]
@@ -73,7 +84,9 @@ def test_a_ledger_in_the_users_data_folder_is_asked(
     here = texts(check_device(device, planned), good=True)["device-01"]
     away = [f.text for f in findings(fleet, planned)[True] if f.subject == "device-01"]
 
-    assert any(re.match(r"ε = 0\.\d+ spent, ", text) for text in here), here
+    assert any(re.match(r"ε = 0\.\d+ spent; [\d.]+ of 3 after this run", text) for text in here), (
+        here
+    )
     assert "its ledger is on the device, since its device.toml has no state-dir" in away
 
 
@@ -162,6 +175,60 @@ def test_records_that_are_not_there_are_found_without_a_recipe(
     assert found.startswith("dataset = 'data', but ")
 
 
+@pytest.mark.parametrize("recipe", [False, True])
+@pytest.mark.parametrize("key", ["label-column", "input-columns"])
+def test_a_column_that_is_not_there_is_named_with_its_key_and_what_the_file_has(
+    fleet: Path, planned: RunConfig, key: str, recipe: bool
+) -> None:
+    device = fleet / "devices" / "device-01"
+    file = device / "device.toml"
+    others = [line for line in file.read_text().splitlines() if not line.startswith(key)]
+    file.write_text("\n".join([*others, f'{key} = "nothing"']))
+    run = planned if recipe else None
+    (found,) = device_findings(device, "device-01", run, None, here=True)
+    assert found.text.startswith(f"{key} = 'nothing' cannot be used: expected ")
+    assert "'text'" in found.text
+    assert found.fix == f"correct {key} in {file}"
+
+
+def test_what_a_run_costs_is_said_before_the_first_and_comes_true(
+    fleet: Path, planned: RunConfig
+) -> None:
+    """Also what the run costs alone, and how many more runs like it fit."""
+    device = fleet / "devices" / "device-01"
+    with (device / "device.toml").open("a") as more:
+        more.write("run-epsilon = 1.5\n")
+
+    def said() -> tuple[str, ...]:
+        found = texts(device_findings(device, "device-01", planned, None, here=True), good=True)
+        (text,) = (text for text in found["device-01"] if "after this run" in text)
+        pattern = r"(.+); ([\d.]+) of 3 after this run \(this run alone: ([\d.]+)\)\. After it (.+)"
+        match = re.fullmatch(pattern, text)
+        assert match, text
+        return match.groups()
+
+    before, after, alone, more = said()
+    assert (before, alone) == ("nothing spent yet", "1.5")
+    config = Device.read(device / "device.toml").config(planned.items())
+    ledger, count = Ledger(device / "state" / "ledger.sqlite"), 0
+    while True:
+        account = Account("device-01", f"run-{count}", 3.0, 1e-3, "lifetime", 1.5)
+        noise = calibrated_mechanism(config, 40, terms=ledger.terms(account))
+        plan = Segment(noise.noise_multiplier, noise.sample_rate, config.planned_steps)
+        try:
+            ledger.record(account, 1, plan, plan)
+        except BudgetExhausted:
+            break
+        count += 1
+        if count == 1:
+            assert f"{ledger.summary(account).epsilon:.3g}" == after
+            assert said()[0] == f"ε = {after} spent"
+    assert count > 1
+    assert more.startswith(f"{count - 1} more run" if count > 1 else "no more run")
+    (bad,) = texts(device_findings(device, "device-01", planned, None, here=True), False).values()
+    assert bad[0].startswith("budget exhausted: ")
+
+
 @pytest.mark.parametrize("form", ["text", "numbered"])
 def test_classes_that_have_names_are_asked_for(
     fleet: Path, planned: RunConfig, tmp_path: Path, form: str
@@ -191,4 +258,9 @@ def test_the_command_takes_either_folder(fleet: Path, on_device: Path) -> None:
     for folder, expected in ((fleet, 0), (on_device, 1)):  # Its server does not run.
         done = CliRunner().invoke(app, ["deploy", "check", str(folder)])
         assert done.exit_code == expected, done.output
+        assert "privacy.epsilon" not in done.output
     assert "FAIL server 127.0.0.1" in done.output
+    listed = CliRunner().invoke(app, ["deploy", "check", str(on_device), "--keys"])
+    assert "ok   privacy.epsilon: 3.0, its file" in listed.output
+    refused = CliRunner().invoke(app, ["deploy", "check", str(fleet), "--keys"])
+    assert "expected the folder of a device, with device.toml" in " ".join(refused.output.split())

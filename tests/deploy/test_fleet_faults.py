@@ -18,7 +18,8 @@ from fedlora_flwr.deploy import check as checks
 from fedlora_flwr.deploy.fleet import Fleet, make_fleet, read_fleet
 from fedlora_flwr.privacy.budget import Segment
 from fedlora_flwr.privacy.ledger import Account, Ledger
-from tests.deploy.support import findings
+from fedlora_flwr.simulations.superlink import free_port
+from tests.deploy.support import answer_once, findings
 from tests.tasks.texts import make_checkpoint
 
 pytestmark = pytest.mark.usefixtures("activated")
@@ -137,6 +138,20 @@ def test_a_port_in_use_is_found(fleet: Path) -> None:
     assert bad.subject == f"port {port}"
 
 
+def test_a_port_that_this_fleets_own_server_uses_is_in_order(fleet: Path, tmp_path: Path) -> None:
+    port = read_fleet(fleet)[0].port
+    answer_once(fleet / "server", port)
+    found = findings(fleet)
+    assert found[False] == []
+    assert [f.text for f in found[True] if f.subject == f"port {port}"] == [
+        "this fleet's server is running here"
+    ]
+    make_fleet(tmp_path / "other", Fleet(1, port=free_port()))
+    _, port = answer_once(fleet / "server", read_fleet(tmp_path / "other")[0].port)
+    (bad,) = findings(tmp_path / "other")[False]
+    assert bad.subject == f"port {port}"
+
+
 def test_with_the_run_records_budget_and_model_are_looked_at(
     fleet: Path, planned: RunConfig
 ) -> None:
@@ -144,7 +159,7 @@ def test_with_the_run_records_budget_and_model_are_looked_at(
     assert found[False] == []
     texts = [f.text for f in found[True] if f.subject == "device-02"]
     assert any(text.startswith("40 records, ε ≤ 3 at δ = 0.001 with noise") for text in texts)
-    assert "nothing spent yet" in texts
+    assert any(text.startswith("nothing spent yet; 3 of 3 after this run") for text in texts)
     assert any(text.startswith("backbone ") for text in texts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,9 +45,31 @@ def test_what_is_spent_is_what_the_accountant_says_of_the_steps(scope: str, tmp_
 
 def test_a_clients_life_under_a_filter_is_that_of_its_own_summary(tmp_path: Path) -> None:
     path = write(tmp_path / "ledger.sqlite", run_epsilon=10.0)
-    (whole,) = [entry for entry in spent(path, DELTA) if not entry.run]
+    whole, of_one_run = [entry for entry in spent(path, DELTA) if not entry.run]
     own = Ledger(path).summary(Account("a", "", 20.0, DELTA, "lifetime", 10.0))
     assert (whole.epsilon, whole.accountant) == (own.epsilon, "rdp-filter")
+    assert (of_one_run.client, of_one_run.rounds) == ("b", 2)
+
+
+def test_one_run_under_a_filter_has_spent_more_of_a_life_than_alone(tmp_path: Path) -> None:
+    path, account = tmp_path / "ledger.sqlite", Account("a", "one", 4.0, DELTA, "lifetime", 2.0)
+    Ledger(path).record(account, 1, PLAN, PLAN)
+    alone, whole = spent(path, DELTA)
+    assert (alone.run, alone.epsilon, alone.accountant) == ("one", epsilon(20), "prv")
+    assert (whole.run, whole.epsilon) == ("", Ledger(path).summary(account).epsilon)
+    assert whole.epsilon > 1.2 * alone.epsilon
+
+
+def test_a_budget_says_by_which_rule_a_life_is_counted(tmp_path: Path) -> None:
+    """A ledger of fixed settings does not tell that its owner has chosen the filter since."""
+    path = tmp_path / "ledger.sqlite"
+    Ledger(path).record(Account("a", "one", 4.0, DELTA, "lifetime"), 1, PLAN, PLAN)
+    assert [entry.run for entry in spent(path, DELTA)] == ["one"]
+    for share in (0.0, 2.0):
+        account = Account("a", "", 4.0, DELTA, "lifetime", share)
+        _, whole = spent(path, DELTA, account)
+        own = Ledger(path).summary(account)
+        assert (whole.epsilon, whole.accountant) == (own.epsilon, own.accountant)
 
 
 def test_a_release_without_noise_has_no_epsilon(tmp_path: Path) -> None:
@@ -75,7 +98,10 @@ def test_the_command_needs_the_file_alone(tmp_path: Path) -> None:
         shown = CliRunner().invoke(app, ["ledger", str(place), "--delta", str(DELTA)])
         assert shown.exit_code == 0, shown.output
         heads, *rows = shown.output.splitlines()
-        assert heads.split() == ["client", "run", "rounds", "steps", "σ", "q", "ε", "last"]
+        assert re.split("  +", heads.strip()) == [
+            "client", "run", "rounds", "steps", "σ", "q", "ε of the run alone", "ε of all runs",
+            "accountant", "last",
+        ]  # fmt: skip
         assert rows[2].split()[:5] == ["a", "all", "2", "5", "25"]
         assert f"{epsilon(25):.3f}" in rows[2]
         assert rows[-2:] == ["δ         0.0001", f"Ledger    {path}"]
@@ -84,13 +110,59 @@ def test_the_command_needs_the_file_alone(tmp_path: Path) -> None:
     assert "nothing is spent where there is none" in missing.output
 
 
+def device(folder: Path, *lines: str) -> Path:
+    """Write a device's file."""
+    folder.mkdir(exist_ok=True)
+    settings = ('client-id = "a"', 'task = "digits"', "delta = 0.0001", 'state-dir = "state"')
+    (folder / "device.toml").write_text("\n".join([*settings, *lines]))
+    return folder
+
+
+def shown(*arguments: str) -> str:
+    found = CliRunner().invoke(app, ["ledger", *arguments])
+    assert found.exit_code == 0, found.output
+    return found.output
+
+
 def test_a_devices_folder_says_where_its_ledger_is_and_its_budget(tmp_path: Path) -> None:
     write(tmp_path / "state" / "ledger.sqlite")
-    file = tmp_path / "device.toml"
-    file.write_text(
-        'client-id = "a"\ntask = "digits"\nepsilon = 20.0\ndelta = 0.001\nstate-dir = "state"\n'
-    )
-    for place in (tmp_path, file):
-        shown = CliRunner().invoke(app, ["ledger", str(place)])
-        assert "Budget    ε ≤ 20, says device.toml" in shown.output
-        assert "δ         0.001" in shown.output
+    device(tmp_path, "epsilon = 20.0")
+    for place in (tmp_path, tmp_path / "device.toml"):
+        said = shown(str(place), "--delta", "0.001")
+        assert "Budget    ε ≤ 20, says device.toml" in said
+        assert "δ         0.001" in said
+
+
+@pytest.mark.parametrize("share", [0.0, 2.0])
+def test_a_device_is_told_what_is_left_after_its_first_run(tmp_path: Path, share: float) -> None:
+    device(tmp_path, "epsilon = 4.0", f"run-epsilon = {share}")
+    ledger = Ledger(tmp_path / "state" / "ledger.sqlite")
+    account = Account("a", "one", 4.0, DELTA, "lifetime", share)
+    ledger.record(account, 1, PLAN, PLAN)
+    own = ledger.summary(account)
+    lines = shown(str(tmp_path)).splitlines()
+    assert lines[2].split()[:4] == ["a", "all", "1", "1"]
+    assert f"{own.epsilon:.3f}" in lines[2]
+    left = f"{own.epsilon:.2f} of 4 ({own.accountant}); left {4 - own.epsilon:.2f}"
+    assert f"Spent     {left}" in lines
+
+
+def test_where_each_run_has_a_budget_nothing_is_said_to_be_left(tmp_path: Path) -> None:
+    write(tmp_path / "state" / "ledger.sqlite", "run")
+    said = shown(str(device(tmp_path, "epsilon = 4.0", 'ledger-scope = "run"')))
+    assert "Budget    ε ≤ 4, says device.toml, for each run anew" in said
+    assert "left" not in said
+
+
+def test_a_new_device_has_spent_nothing(tmp_path: Path) -> None:
+    said = shown(str(device(tmp_path, "epsilon = 4.0")))
+    assert said.startswith("Spent     Nothing spent yet.\nBudget    ε ≤ 4, says device.toml\n")
+    assert not (tmp_path / "state").exists()
+    assert json.loads(shown(str(tmp_path), "--json")) == []
+
+
+def test_a_ledger_that_was_deleted_is_not_said_to_be_unspent(tmp_path: Path) -> None:
+    write(tmp_path / "state" / "ledger.sqlite").unlink()
+    lost = CliRunner().invoke(app, ["ledger", str(device(tmp_path, "epsilon = 20.0"))])
+    assert lost.exit_code == 1
+    assert "Nothing spent" not in lost.output
