@@ -62,7 +62,7 @@ def ledger(
 def _found(place: Path) -> tuple[Path, Device | None]:
     """Return the ledger's file, and a device where its folder was named."""
     from fedlora_flwr.deploy.fleet import SETTINGS
-    from fedlora_flwr.privacy.ledger import LEDGER, Ledger
+    from fedlora_flwr.privacy.ledger import LEDGER
 
     device = None
     folder = place.parent if place.name == SETTINGS else place

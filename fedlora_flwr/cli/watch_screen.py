@@ -39,20 +39,32 @@ def screen(followed: Followed, config: RunConfig, metric: str, width: int | None
         f"{config.task}, {config.strategy}: round {done} of {config.num_rounds}",
         state,
         "",
-        *clients_table(followed.clients, width),
+        *clients_table(followed.clients, width, followed.declined),
     ]
     if followed.suspects:
         named = (f"{name} in {count}" for name, count in followed.suspects.items())
         lines += ["", f"Suspects, by rounds: {', '.join(named)}"]
     if followed.failures:
-        lines += ["", f"{followed.failed} failed replies; the last lines:", *followed.failures]
+        heads = []
+        if count := len(followed.declined):
+            heads.append(f"{count} {'client' if count == 1 else 'clients'} declined")
+        if followed.failed or not heads:
+            heads.append(f"{followed.failed} failed replies")
+        lines += ["", f"{', '.join(heads)}; the last lines:", *followed.failures]
     return [plain(line) for line in lines]
 
 
-def clients_table(clients: Mapping[str, Seen], width: int | None) -> list[str]:
-    """Return a row per client, that with the least budget left first."""
-    order = sorted(clients, key=lambda name: (_left(clients[name].row), name))
-    rows = [_row(name, clients[name]) for name in order[:MOST]]
+def clients_table(
+    clients: Mapping[str, Seen], width: int | None, declined: Mapping[str, int] | None = None
+) -> list[str]:
+    """Return a row per client: those that declined, then that with the least budget left first."""
+    out = declined or {}
+    rest = sorted(clients.keys() - out.keys(), key=lambda name: (_left(clients[name].row), name))
+    order = [*sorted(out), *rest]
+    rows = [
+        _declined(name, clients.get(name), out[name]) if name in out else _row(name, clients[name])
+        for name in order[:MOST]
+    ]
     found = Table(HEADS, rows, "<<>>>").lines(width) if rows else []
     if len(order) > MOST:
         found.append(f"and {len(order) - MOST} more clients, which have more left")
@@ -75,6 +87,13 @@ def _row(name: str, seen: Seen) -> tuple[str, ...]:
         "–" if left == float("inf") else f"{left:.2f}",
         _figure(row.get(SECONDS)),
     )
+
+
+def _declined(name: str, seen: Seen | None, since: int) -> tuple[str, ...]:
+    """Return the row of a client whose budget does not hold the run; it may hold a smaller one."""
+    row = seen.row if seen else {}
+    spent = _figure(row.get(EPSILON))
+    return name, f"declined in round {since}", spent, "0 for this run", _figure(row.get(SECONDS))
 
 
 def _left(row: Mapping[str, Any]) -> float:

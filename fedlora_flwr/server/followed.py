@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from fedlora_flwr.server.rounds import RoundRow
 from fedlora_flwr.server.run_dir import RunDirectory
+from fedlora_flwr.strategies.replies import DECLINED
 from fedlora_flwr.wire import CLIENT
 
 _KEPT = 5
@@ -53,6 +54,8 @@ class Followed:
         Number of failures in all rounds.
     suspects : dict[str, int]
         Rounds in which a client was suspect, by name.
+    declined : dict[str, int]
+        The round since which a client takes no part for lack of budget, by name.
     """
 
     def __init__(self, run_dir: RunDirectory) -> None:
@@ -65,6 +68,7 @@ class Followed:
         self.failures: deque[str] = deque(maxlen=_KEPT)
         self.failed = 0
         self.suspects: dict[str, int] = {}
+        self.declined: dict[str, int] = {}
         self._read: dict[str, int] = {}
 
     def new_rounds(self) -> list[RoundRow]:
@@ -80,9 +84,18 @@ class Followed:
             lines = [*row.get("failures", ()), *row.get("declined", ())]
             self.failed += len(row.get("failures", ()))
             self.failures.extend(f"round {row['round']}: {line}" for line in lines)
+            for line in row.get("declined", ()):
+                self.declined[line.removesuffix(f": {DECLINED}")] = row["round"]
             for name in row.get("suspects", ()):
                 self.suspects[name] = self.suspects.get(name, 0) + 1
+        for name in [name for name, since in self.declined.items() if self._took_part(name, since)]:
+            del self.declined[name]
         return rounds
+
+    def _took_part(self, name: str, since: int) -> bool:
+        """Tell whether a client has trained after a round: a run that continues asks it again."""
+        seen = self.clients.get(name)
+        return seen is not None and seen.row.get("round", 0) > since
 
     def _file(self, name: str) -> Path:
         return self.run_dir.path / f"{name}.jsonl"

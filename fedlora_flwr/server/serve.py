@@ -48,6 +48,7 @@ from fedlora_flwr.wire import ACCOUNTANT, CLIENT, DELTA, EPSILON_BUDGET, FINGERP
 from fedlora_flwr.wire.arrays import to_numpy
 
 ALL_ROUNDS, BUDGETS_SPENT = "all rounds are done", "no client has budget left"
+_MOST_NAMED = 10
 
 
 def run_federation(
@@ -284,10 +285,12 @@ class _Session:
         """Return how many nodes were connected earlier in this run and no longer are."""
         connected = set(self.connected())
         self.nodes |= connected
-        absent = len(self.nodes - connected)
-        if absent:
-            log(WARNING, "%d of %d nodes are not connected any more.", absent, len(self.nodes))
-        return absent
+        gone = sorted(self.strategy.shown(node) for node in self.nodes - connected)
+        if gone:
+            text = f"{len(gone)} of {len(self.nodes)} nodes are not connected any more"
+            more = f" and {len(gone) - _MOST_NAMED} more" if gone[_MOST_NAMED:] else ""
+            log(WARNING, "%s: %s%s.", text, ", ".join(gone[:_MOST_NAMED]), more)
+        return len(gone)
 
     def _noise(self, report: RoundReport) -> dict[str, Any]:
         """Return the noise of the round's mean, where the clients' weights tell their noise."""

@@ -27,6 +27,7 @@ from fedlora_flwr.strategies.cohort import Cohorts, check_rules
 from fedlora_flwr.strategies.declared import Declared
 from fedlora_flwr.strategies.promises import PromiseWatch
 from fedlora_flwr.strategies.replies import (
+    DECLINED,
     LedgerWatch,
     RoundReport,
     Upload,
@@ -372,8 +373,7 @@ class FedLoRA(Declared, Running):
             report.count(content, self._round.plain)
             found = read_training(content)
             if found.status == STATUS_EXHAUSTED:
-                spent = "its privacy budget is spent, or does not hold this run"
-                report.declined.append(f"{client}: {spent}")
+                report.declined.append(f"{client}: {DECLINED}")
                 if self._cohorts is not None:
                     self._cohorts.turns.spend(client)
                 return

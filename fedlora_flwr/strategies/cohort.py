@@ -21,6 +21,9 @@ from fedlora_flwr.strategies.inbox import Inbox
 from fedlora_flwr.strategies.replies import RoundReport
 from fedlora_flwr.wire import WEIGHTINGS
 
+_TOLD_EVERY = 60.0  # seconds
+_WHAT_TO_DO = "Start those that are missing: the run ends if they do not connect in time."
+
 
 def cohort_size(clients: int, fraction: float, least: int = 1) -> int:
     """Return how many clients a round has: the share, rounded down, from ``least`` to all."""
@@ -182,7 +185,7 @@ class Cohorts:
         BudgetsSpent
             Fewer than ``least`` of the connected nodes may be asked again.
         """
-        names = self.identities.name
+        names = self.identities.shown
         nodes = wait_for_nodes(grid, max(needed, least), self._timeout, names, self._nodes)
         self._nodes = nodes
         self.identities.look()
@@ -249,7 +252,7 @@ def wait_for_nodes(
     name: Callable[[int], str] = str,
     known: Iterable[int] = (),
 ) -> list[int]:
-    """Return the ids of all connected nodes, once there are enough.
+    """Return the ids of all connected nodes, once there are enough; log once a minute meanwhile.
 
     Parameters
     ----------
@@ -269,16 +272,20 @@ def wait_for_nodes(
     FederationAborted
         Too few nodes connected in time.
     """
-    deadline = time.monotonic() + timeout
+    begun, told = time.monotonic(), -math.inf
     while len(nodes := sorted(grid.get_node_ids())) < needed:
         lost = sorted(name(node) for node in set(known) - set(nodes))
         gone = f" Gone: {', '.join(lost[:10])}." if lost else ""
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - begun
+        if waited > timeout:
             raise FederationAborted(
                 f"{len(nodes)} of at least {needed} nodes connected in {timeout:g} s.{gone} Start "
                 "them, or set a smaller min-clients."
             )
-        log(INFO, "Waiting for nodes: %d of %d connected.%s", len(nodes), needed, gone)
+        if waited >= told + _TOLD_EVERY:
+            told = waited
+            have = f"{len(nodes)} of {needed} connected, {waited:.0f} of {timeout:g} s waited"
+            log(INFO, "Waiting for nodes: %s.%s %s", have, gone, _WHAT_TO_DO)
         time.sleep(1)
     return nodes
 

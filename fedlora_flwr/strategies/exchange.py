@@ -161,6 +161,10 @@ class Exchange(FedAvg):
         """The nodes of the round that were asked to train, by what their clients are called."""
         return {self._who.name(node): node for node in self._round.asked}
 
+    def shown(self, node: int) -> str:
+        """Return what to call a node in a message."""
+        return self._who.shown(node)
+
     @property
     def _who(self) -> Identities:
         return Identities(None) if self._cohorts is None else self._cohorts.identities

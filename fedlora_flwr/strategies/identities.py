@@ -92,6 +92,10 @@ class Identities:
         """Return what to call a node: its identity, or its id as long as it has none."""
         return self.of(node) or f"node {node:020d}"
 
+    def shown(self, node: int) -> str:
+        """Return what to call a node in a message: also the name of a node that has not spoken."""
+        return self.of(node) or getattr(self._nodes.get(node), "name", "") or self.name(node)
+
     def claim(self, node: int, client: str) -> str:
         """Give a node the identity that it says it has.
 

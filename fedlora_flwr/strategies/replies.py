@@ -16,12 +16,14 @@ from flwr.common.logger import log
 from fedlora_flwr.algebra.means import Arrays, bounded
 from fedlora_flwr.errors import FederationAborted, FedLoRAError, InvalidValue, SuspectReply
 from fedlora_flwr.layout import factor_of
-from fedlora_flwr.wire import EPSILON, MOST_ENTRY, STEPS, WEIGHT
+from fedlora_flwr.wire import DELTA, EPSILON, EPSILON_BUDGET, MOST_ENTRY, STEPS, WEIGHT
 from fedlora_flwr.wire.arrays import from_numpy, record_of, travel_size
 from fedlora_flwr.wire.limits import Number, Residues
 from fedlora_flwr.wire.report import Report
 
 MOST_TIMES_MEDIAN = 10
+DECLINED = "its privacy budget is spent, or does not hold this run"
+"""Why a client takes no part in a run any more."""
 
 
 @dataclass(frozen=True)
@@ -324,13 +326,18 @@ def one_line(text: str) -> str:
 def combine_metrics(metrics: Sequence[Mapping[str, float]]) -> MetricRecord:
     """Aggregate metrics: the largest ε that anybody tells, and means of what all clients report.
 
-    ε is each client's own, so it is never averaged.
+    ε is each client's own, so it is never averaged. Its budget is that of the same client: the mean
+    of all budgets could be smaller than the largest ε, as if that client had spent too much.
     """
     shared = set.intersection(*(set(entry) for entry in metrics)) if metrics else set()
-    told = [entry[EPSILON] for entry in metrics if EPSILON in entry]
+    told = [entry for entry in metrics if EPSILON in entry]
     means = {name: float(np.mean([m[name] for m in metrics])) for name in sorted(shared)}
     if told:
-        means[EPSILON] = max(told)
+        most = max(told, key=lambda entry: entry[EPSILON])
+        for name in (EPSILON, EPSILON_BUDGET, DELTA):
+            means.pop(name, None)
+            if name in most:
+                means[name] = most[name]
     return _record(means)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -85,6 +86,29 @@ def test_the_screen_names_who_has_the_least_left_and_obeys_no_name(run_dir: RunD
     ]
     many = {f"d-{n:03}": Seen({"round": 1, "epsilon": "?"}, None) for n in range(50)}
     assert clients_table(many, None)[-1] == "and 30 more clients, which have more left"
+
+
+def test_a_client_without_budget_is_in_the_table_until_it_takes_part_again(
+    run_dir: RunDirectory,
+) -> None:
+    out = "device-02: its privacy budget is spent, or does not hold this run"
+    write(run_dir, 1, declined=[out])
+    followed = Followed(run_dir)
+    followed.new_rounds()
+    lines = screen(followed, RunConfig(num_rounds=2), "accuracy", None)
+    heads, first, *_ = lines[3:]
+    assert re.split("  +", first.strip()) == [
+        "device-02", "declined in round 1", "–", "0 for this run", "–"
+    ]  # fmt: skip
+    assert heads.startswith("client")
+    assert lines[-2:] == ["1 client declined; the last lines:", f"round 1: {out}"]
+    run_dir.append("clients", {"round": 2, "client": "device-02", "epsilon": 1.0})
+    write(run_dir, 2)
+    followed.new_rounds()
+    assert followed.declined == {}
+    again = Followed(run_dir)
+    again.new_rounds()
+    assert again.declined == {}
 
 
 def test_a_run_is_followed_until_it_ends(run_dir: RunDirectory) -> None:

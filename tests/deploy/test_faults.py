@@ -207,7 +207,7 @@ def test_failures_name_the_device_and_what_happened(story: Story) -> None:
     ]
     for line in (line for found in lines for line in found):
         assert line in story.said
-    assert "1 of 4 nodes are not connected any more" in story.said
+    assert f"1 of 4 nodes are not connected any more: {KILLED}." in story.said
 
 
 def test_what_a_library_says_of_a_record_stays_on_the_device(story: Story) -> None:

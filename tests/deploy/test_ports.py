@@ -27,7 +27,7 @@ def test_arguments_say_where_a_program_listens(fleet: Path) -> None:
     script = arguments_of(fleet / "devices" / "device-02" / "start.sh")
     assert ports.asked(script, {}) == ("127.0.0.1", 9501)
     assert ports.asked(script, {ports.NODE_PORT: "9600"}) == ("127.0.0.1", 9600)
-    assert ports.asked(["--host", "0.0.0.0", "--port=80"], {}) == ("0.0.0.0", 80)  # noqa: S104
+    assert ports.asked(["--host", "0.0.0.0", "--port=80"], {}) == ("0.0.0.0", 80)
     assert ports.asked(["--host", "h"], {}) is None
     assert ports.asked(["--port", "many"], {}) is None
     assert ports.trouble("127.0.0.1", 70_000)

@@ -10,7 +10,8 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedlora_flwr.errors import FederationAborted, InvalidValue
 from fedlora_flwr.simulations.local_grid import LocalGrid
-from fedlora_flwr.strategies import FedLoRA
+from fedlora_flwr.strategies import FedLoRA, cohort
+from fedlora_flwr.strategies.cohort import wait_for_nodes
 from tests.strategies.tiny import (
     Asked,
     Tiny,
@@ -18,6 +19,7 @@ from tests.strategies.tiny import (
     declined,
     honest,
     record_of,
+    reply_of,
     start_arrays,
 )
 
@@ -246,3 +248,38 @@ def test_clients_are_asked_once_who_they_are() -> None:
 
 def test_without_sampling_nobody_is_asked() -> None:
     assert sent_in(num_rounds=2, fraction=1.0) == {"train": 8}
+
+
+def test_who_is_missing_is_said_once_and_then_each_minute(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two hours pass while nobody waits: the clock is the test's."""
+    clock = [0.0]
+    monkeypatch.setattr(cohort.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(
+        cohort.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds)
+    )
+    caplog.set_level(logging.INFO, "flwr")
+    with Tiny(2).grid() as grid:
+        here = sorted(grid.get_node_ids())
+        names = {here[0]: "device-01", 7: "device-02"}
+        with pytest.raises(FederationAborted, match=r"Gone: device-02\."):
+            wait_for_nodes(grid, 3, 150.0, lambda node: names[node], [here[0], 7])
+    said = [r.getMessage() for r in caplog.records if "Waiting for nodes" in r.getMessage()]
+    assert len(said) == 3
+    assert said[1] == (
+        "Waiting for nodes: 2 of 3 connected, 60 of 150 s waited. Gone: device-02. Start those "
+        "that are missing: the run ends if they do not connect in time."
+    )
+
+
+def test_the_budget_beside_the_largest_epsilon_is_the_same_clients() -> None:
+    """A mean of the budgets would be below it, as if a client had spent too much."""
+
+    def answer(asked: Asked) -> RecordDict:
+        spent, budget = ((3.768, 4.0), (2.9, 3.0))[asked.partition]
+        told = {"epsilon": spent, "epsilon-budget": budget, "delta": 1e-4}
+        return reply_of(asked.trained(), asked.partition, steps=5.0, **told)
+
+    metrics = Tiny(2, answer).run(FedLoRA()).train_metrics_clientapp[1]
+    assert (metrics["epsilon"], metrics["epsilon-budget"]) == (3.768, 4.0)
