@@ -90,7 +90,7 @@ def _account(device: Device, delta: float) -> Account:
 
 def _budget(account: Account, found: list[Spent]) -> list[tuple[str, str]]:
     """Return the lines on a device's budget, and what is left of it over all its runs."""
-    each = ", for each run anew" if account.scope == "run" else ""
+    each = ", for each run" if account.scope == "run" else ""
     lines = [("Budget", f"ε ≤ {account.epsilon:g}, says device.toml{each}")]
     own = [entry for entry in found if entry.client == account.client and not entry.run]
     if account.scope == "run" or not own:

@@ -61,7 +61,7 @@ WorkingDirectory=/opt/fedlora
 Environment=PATH=/opt/fedlora/venv/bin:/usr/bin:/bin
 ExecStart=/opt/fedlora/start.sh
 User=fedlora
-# A SuperNode exits with code 0 when its server no longer admits it.
+$why
 Restart=always
 RestartSec=10
 NoNewPrivileges=true
@@ -71,6 +71,10 @@ PrivateTmp=true
 [Install]
 WantedBy=multi-user.target
 """
+_SERVER_ENDS = "# A server whose SuperExec was killed ends. Runs and registered keys are kept."
+_NODE_ENDS = "# A SuperNode exits with code 0 when its server no longer admits it."
+_SERVER_UNIT = {"title": "Flower SuperLink", "why": _SERVER_ENDS}
+_NODE_UNIT = {"title": "Flower SuperNode", "why": _NODE_ENDS}
 _DEVICE = """# What this device says about itself. A run says the rest, within limits.
 # `fedlora keys --who-decides` lists who decides what, and `fedlora deploy check` what is in force.
 client-id = "$name"
@@ -81,7 +85,9 @@ $stated
 dataset = "data"
 $trust
 # The budget of these n records, for all runs together. delta must be below 1/n. One run may plan
-# for all of epsilon, unless run-epsilon sets a smaller share.
+# for all of epsilon, unless run-epsilon sets a smaller share. Even then the first run may count
+# for almost all of epsilon, most of all a short run with little noise. `fedlora deploy check` with
+# the run's recipe says how much it is, and how many more runs like it fit.
 epsilon = 3.0
 delta = 1e-5
 ledger-scope = "lifetime"
@@ -139,7 +145,7 @@ for key in keys/*.pub; do
     name="$$(basename "$$key" .pub)"
     if told="$$(flwr supernode register "$$key" $connection --name "$$name" 2>&1)"; then
         echo "$$told"
-        echo "$$name: $$told" >> registered.txt
+        echo "$$name: $$(echo $$told)" >> registered.txt
     elif echo "$$told" | grep -q "already in use"; then
         echo "$$name: its key is registered already, or was registered once and then removed"
     else
@@ -262,7 +268,7 @@ def _fill(draft: Path, folder: Path, fleet: Fleet, run: RunConfig) -> None:
         "ca": str((folder / "operator" / "ca.pem").resolve()),
     }
     _script(server / SCRIPT, _SUPERLINK, values)
-    _text(server / "fedlora-superlink.service", _UNIT, {"title": "Flower SuperLink"})
+    _text(server / "fedlora-superlink.service", _UNIT, _SERVER_UNIT)
     _text(operator / "connection.toml", _CONNECTION, values)
     _script(operator / "register.sh", _REGISTER, values)
     write_app(operator / "app", dict(run.own))
@@ -275,7 +281,7 @@ def _fill(draft: Path, folder: Path, fleet: Fleet, run: RunConfig) -> None:
         shutil.copy(device / "device.pub", operator / "keys" / f"{name}.pub")
         shutil.copy(server / "ca.pem", device / "ca.pem")
         _script(device / SCRIPT, _SUPERNODE, {**values, "node_port": str(9500 + number)})
-        _text(device / "fedlora-supernode.service", _UNIT, {"title": "Flower SuperNode"})
+        _text(device / "fedlora-supernode.service", _UNIT, _NODE_UNIT)
         _text(device / SETTINGS, _DEVICE, {"name": name, "stated": stated(run), "trust": trust})
         if run.secure_sum:
             identities.append(f"{SumStore(device / 'state' / SUMS).public_identity()} {name}\n")

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from fedlora_flwr.server.rounds import RoundRow
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.strategies.replies import DECLINED
+from fedlora_flwr.strategies.cohort import DECLINED
 from fedlora_flwr.wire import CLIENT
 
 _KEPT = 5

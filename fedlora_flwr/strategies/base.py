@@ -23,11 +23,10 @@ from fedlora_flwr.plan import BOTH, A, B, ComponentPlan
 from fedlora_flwr.strategies import secure_sum
 from fedlora_flwr.strategies.agreement import describe
 from fedlora_flwr.strategies.clipping import check_clipping
-from fedlora_flwr.strategies.cohort import Cohorts, check_rules
+from fedlora_flwr.strategies.cohort import DECLINED, Cohorts, check_rules
 from fedlora_flwr.strategies.declared import Declared
 from fedlora_flwr.strategies.promises import PromiseWatch
 from fedlora_flwr.strategies.replies import (
-    DECLINED,
     LedgerWatch,
     RoundReport,
     Upload,

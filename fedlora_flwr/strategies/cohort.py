@@ -21,6 +21,8 @@ from fedlora_flwr.strategies.inbox import Inbox
 from fedlora_flwr.strategies.replies import RoundReport
 from fedlora_flwr.wire import WEIGHTINGS
 
+DECLINED = "its privacy budget is spent, or does not hold this run"
+"""Why a client takes no part in a run any more."""
 _TOLD_EVERY = 60.0  # seconds
 _WHAT_TO_DO = "Start those that are missing: the run ends if they do not connect in time."
 

@@ -22,8 +22,6 @@ from fedlora_flwr.wire.limits import Number, Residues
 from fedlora_flwr.wire.report import Report
 
 MOST_TIMES_MEDIAN = 10
-DECLINED = "its privacy budget is spent, or does not hold this run"
-"""Why a client takes no part in a run any more."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import BudgetExhausted
 from fedlora_flwr.privacy.budget import Segment
 from fedlora_flwr.privacy.calibration import calibrated_mechanism
-from fedlora_flwr.privacy.ledger import Account, Ledger
+from fedlora_flwr.privacy.foreseen import foresee
+from fedlora_flwr.privacy.ledger import LAPSE, Account, Ledger
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
@@ -47,6 +48,21 @@ def test_the_ledger_admits_as_many_runs_as_the_page_says(
         spent.append(ledger.summary(account).epsilon)
     (noise,) = noises
     assert shown == [noise, str(len(spent)), f"{spent[0]:.2f}", f"{spent[-1]:.2f}"]
+
+
+def test_what_the_page_says_of_a_short_first_run_is_so() -> None:
+    """A Rényi filter counts more for it than its share, and the page warns of that."""
+    said = r"with ([\d,]+) records has spent ([\d.]+) of 4 after\s+its first run, and (\d) more"
+    ((records, spent, more),) = re.findall(said, SECTION)
+    config = RunConfig(
+        epsilon=4.0, delta=1e-4, ledger_scope="lifetime", run_epsilon=2.0,
+        num_rounds=2, local_steps=2, batch_size=8,
+    )  # fmt: skip
+    found = calibrated_mechanism(config, int(records.replace(",", "")))
+    planned = Segment(found.noise_multiplier, found.sample_rate, config.planned_steps)
+    account = Account("device-01", "", 4.0, 1e-4, "lifetime", 2.0)
+    cost = foresee(account, [], planned, LAPSE)
+    assert (spent, more) == (f"{cost.after:.2f}", str(cost.more))
 
 
 def test_the_page_has_the_table() -> None:

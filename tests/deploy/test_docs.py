@@ -212,6 +212,28 @@ def test_the_document_leads_from_empty_machines_to_a_finished_run(tmp_path: Path
     for device in DEVICES:
         assert ports[device]
         assert {address for address, _ in ports[device]} == {"127.0.0.1"}
-    # All that the operator has is the CA certificate; without it there is no way in.
+    # All that the operator has is the CA certificate, by which Flower's command knows the server.
     assert operators.keys() == {"address", "root-certificates"}
     assert "Connection to the SuperLink is unavailable" in refused
+
+
+def test_the_block_for_one_machine_makes_a_fleet_that_is_fit(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+    tutorial = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    for name in ("make_reviews.py", "make_model.py"):
+        code = re.findall(rf"^```python\n# {name}\n(.*?)^```$", tutorial, re.MULTILINE | re.DOTALL)
+        (tmp_path / name).write_text(code[0])
+        subprocess.run([sys.executable, name], cwd=tmp_path, check=True)
+    (recipe,) = (block.text for block in blocks() if block.language == "toml")
+    (tmp_path / "recipe.toml").write_text(recipe)
+    section = page.split("## On one machine")[1].split("\n## ")[0]
+    (block,) = re.findall(r"^```sh\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    done = subprocess.run(
+        ["bash", "-ec", block.replace("9443", str(free_port()))], cwd=tmp_path,
+        env={**os.environ, "HOME": str(tmp_path), "PATH": f"{BIN}:{os.environ['PATH']}"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ok   device-02: 1000 records, ε ≤ 4" in done.stdout
+    assert "FAIL" not in done.stdout
+    assert (tmp_path / ".flwr" / "config.toml").exists()

@@ -150,7 +150,7 @@ def test_a_device_is_told_what_is_left_after_its_first_run(tmp_path: Path, share
 def test_where_each_run_has_a_budget_nothing_is_said_to_be_left(tmp_path: Path) -> None:
     write(tmp_path / "state" / "ledger.sqlite", "run")
     said = shown(str(device(tmp_path, "epsilon = 4.0", 'ledger-scope = "run"')))
-    assert "Budget    ε ≤ 4, says device.toml, for each run anew" in said
+    assert "Budget    ε ≤ 4, says device.toml, for each run" in said
     assert "left" not in said
 
 
