@@ -284,7 +284,13 @@ def _foreseen(name: str, account: Account, ledger: Ledger | None, planned: Segme
         return Finding(name, False, str(error), fix)
     except (FedLoRAError, OSError) as error:
         return Finding(name, False, str(error), "do as this message says")
-    return Finding(name, True, _in_words(account, found))
+    text = _in_words(account, found)
+    if found.changed:
+        text += (
+            f". Warning: epsilon or delta of its file ({account.epsilon:g}, {account.delta:g}) was "
+            "another one at the first run. A larger budget weakens what was promised then"
+        )
+    return Finding(name, True, text)
 
 
 def _in_words(account: Account, found: Foreseen) -> str:

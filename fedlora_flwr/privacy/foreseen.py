@@ -10,6 +10,7 @@ from fedlora_flwr.errors import BudgetExhausted
 from fedlora_flwr.privacy.account import Account, Tally, admit, summarize
 from fedlora_flwr.privacy.accountants import Segment
 from fedlora_flwr.privacy.budget import epsilon_spent
+from fedlora_flwr.privacy.lifetime import choose_order
 
 MOST = 1_000
 """Runs that are counted at most."""
@@ -28,12 +29,17 @@ class Foreseen:
     more : int or None
         Runs like it that the ledger would admit after it, `MOST` at most. None where nothing limits
         their number: each run has a budget of its own, or ε is infinite.
+    changed : bool
+        Whether the ledger shows that ε or δ of the budget was another one when the client's first
+        run fixed the order of its Rényi filter. Small changes, and changes under fixed settings,
+        leave no trace in a ledger.
     """
 
     before: float
     after: float
     alone: float
     more: int | None
+    changed: bool
 
 
 def foresee(account: Account, tallies: Sequence[Tally], planned: Segment, lapse: float) -> Foreseen:
@@ -59,7 +65,9 @@ def foresee(account: Account, tallies: Sequence[Tally], planned: Segment, lapse:
     summary, order = admit(account, tallies, planned, planned.steps, lapse)
     alone = epsilon_spent([planned], account.delta).epsilon
     if account.scope == "run" or math.isinf(account.epsilon):
-        return Foreseen(before, summary.epsilon, alone, None)
+        return Foreseen(before, summary.epsilon, alone, None, changed=False)
+    stored = next((t.order for t in tallies if t.order), None)
+    now = choose_order(account.epsilon, account.delta, tallies[0].mechanism) if stored else None
 
     def fits(count: int) -> bool:
         """Tell whether one more run is admitted after ``count`` whole runs."""
@@ -72,7 +80,7 @@ def foresee(account: Account, tallies: Sequence[Tally], planned: Segment, lapse:
             return False
         return True
 
-    return Foreseen(before, summary.epsilon, alone, _count(fits))
+    return Foreseen(before, summary.epsilon, alone, _count(fits), changed=stored != now)
 
 
 def _count(fits: Callable[[int], bool]) -> int:

@@ -197,8 +197,8 @@ def test_what_a_run_costs_is_said_before_the_first_and_comes_true(
 ) -> None:
     """Also what the run costs alone, and how many more runs like it fit."""
     device = fleet / "devices" / "device-01"
-    with (device / "device.toml").open("a") as more:
-        more.write("run-epsilon = 1.5\n")
+    with (device / "device.toml").open("a") as file:
+        file.write("run-epsilon = 1.5\n")
 
     def said() -> tuple[str, ...]:
         found = texts(device_findings(device, "device-01", planned, None, here=True), good=True)

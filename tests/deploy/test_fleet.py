@@ -187,3 +187,24 @@ def test_what_cannot_be_renewed_leaves_the_certificate(
     with pytest.raises(InvalidValue, match=reason):
         renew(fleet, days)
     assert {path: path.read_bytes() for path in (fleet / "server").iterdir()} == before
+
+
+def test_a_unit_says_of_its_own_program_why_it_starts_again(fleet: Path) -> None:
+    server = (fleet / "server" / "fedlora-superlink.service").read_text()
+    device = (fleet / "devices" / "device-01" / "fedlora-supernode.service").read_text()
+    assert "SuperNode" not in server
+    assert "A SuperNode exits with code 0 when its server no longer admits it." in device
+    assert "$" not in server + device
+
+
+def test_the_list_of_registered_devices_has_a_line_for_each(fleet: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    flwr = tmp_path / "bin" / "flwr"
+    flwr.write_text('#!/bin/sh\necho "Loading …"\necho "SuperNode 17 of $3 is registered."\n')
+    flwr.chmod(0o755)
+    env = {**os.environ, "PATH": f"{flwr.parent}:{os.environ['PATH']}"}
+    subprocess.run([fleet / "operator" / "register.sh"], env=env, check=True, capture_output=True)
+    assert (fleet / "operator" / "registered.txt").read_text().splitlines() == [
+        f"{name}: Loading … SuperNode 17 of keys/{name}.pub is registered."
+        for name in ("device-01", "device-02")
+    ]

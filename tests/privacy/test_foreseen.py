@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,14 @@ def test_what_is_said_comes_true_after_an_earlier_run(tmp_path: Path) -> None:
     again = ledger.foresee(account("", 2.0), plan)
     assert said.more is not None
     assert again.more == said.more - 1
+
+
+def test_a_budget_that_was_raised_after_the_first_run_is_noticed(tmp_path: Path) -> None:
+    plan, ledger = Segment(2.0, 0.1, 20), Ledger(tmp_path / "ledger.sqlite")
+    assert not ledger.foresee(account("", 2.0), plan).changed
+    ledger.record(account("one", 2.0), 1, plan, plan)
+    assert not ledger.foresee(account("", 2.0), plan).changed
+    assert ledger.foresee(replace(account("", 2.0), epsilon=8.0), plan).changed
 
 
 def test_a_run_with_a_budget_of_its_own_limits_no_later_one(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterable
 
@@ -10,7 +11,7 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedlora_flwr.errors import FederationAborted, InvalidValue
 from fedlora_flwr.simulations.local_grid import LocalGrid
-from fedlora_flwr.strategies import FedLoRA, cohort
+from fedlora_flwr.strategies import FedLoRA
 from fedlora_flwr.strategies.cohort import wait_for_nodes
 from tests.strategies.tiny import (
     Asked,
@@ -253,12 +254,10 @@ def test_without_sampling_nobody_is_asked() -> None:
 def test_who_is_missing_is_said_once_and_then_each_minute(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two hours pass while nobody waits: the clock is the test's."""
+    """Minutes pass while nobody waits: the clock is the test's."""
     clock = [0.0]
-    monkeypatch.setattr(cohort.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(
-        cohort.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds)
-    )
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
     caplog.set_level(logging.INFO, "flwr")
     with Tiny(2).grid() as grid:
         here = sorted(grid.get_node_ids())
