@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,8 +84,7 @@ def _account(device: Device, delta: float) -> Account:
     """Return a device's budget over all its runs."""
     from fedlora_flwr.privacy.ledger import Account
 
-    own = device.config({})
-    return Account(device.client, "", own.epsilon, delta, own.ledger_scope, own.run_epsilon)
+    return replace(Account.of(device.config({}), device.client, ""), delta=delta)
 
 
 def _budget(account: Account, found: list[Spent]) -> list[tuple[str, str]]:

@@ -72,7 +72,7 @@ def foresee(account: Account, tallies: Sequence[Tally], planned: Segment, lapse:
     def fits(count: int) -> bool:
         """Tell whether one more run is admitted after ``count`` whole runs."""
         taken = replace(planned, steps=count * planned.steps)
-        done = Tally(account.run, taken, taken.steps, order, 0.0)
+        done = Tally(account.run, taken, taken.steps, order, 0.0, account.unit)
         following = replace(account, run=f"{account.run} and the next")
         try:
             admit(following, [*tallies, done], planned, planned.steps, lapse)

@@ -158,7 +158,7 @@ def test_with_the_run_records_budget_and_model_are_looked_at(
     found = findings(fleet, planned)
     assert found[False] == []
     texts = [f.text for f in found[True] if f.subject == "device-02"]
-    assert any(text.startswith("40 records, ε ≤ 3 at δ = 0.001 with noise") for text in texts)
+    assert any(text.startswith("40 records, ε ≤ 3 for each at δ = 0.001 with") for text in texts)
     assert any(text.startswith("nothing spent yet; 3 of 3 after this run") for text in texts)
     assert any(text.startswith("backbone ") for text in texts)
 

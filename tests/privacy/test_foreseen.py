@@ -55,6 +55,12 @@ def test_what_is_said_comes_true_after_an_earlier_run(tmp_path: Path) -> None:
     assert again.more == said.more - 1
 
 
+def test_runs_for_users_are_counted_as_such(tmp_path: Path) -> None:
+    plan, ledger = Segment(1.5, 0.1, 20), Ledger(tmp_path / "ledger.sqlite")
+    records = ledger.foresee(account("", 2.0), plan)
+    assert ledger.foresee(replace(account("", 2.0), unit="user"), plan) == records
+
+
 def test_a_budget_that_was_raised_after_the_first_run_is_noticed(tmp_path: Path) -> None:
     plan, ledger = Segment(2.0, 0.1, 20), Ledger(tmp_path / "ledger.sqlite")
     assert not ledger.foresee(account("", 2.0), plan).changed

@@ -100,7 +100,7 @@ def test_the_command_needs_the_file_alone(tmp_path: Path) -> None:
         heads, *rows = shown.output.splitlines()
         assert re.split("  +", heads.strip()) == [
             "client", "run", "rounds", "steps", "σ", "q", "ε of the run alone", "ε of all runs",
-            "accountant", "last",
+            "accountant", "for each", "last",
         ]  # fmt: skip
         assert rows[2].split()[:5] == ["a", "all", "2", "5", "25"]
         assert f"{epsilon(25):.3f}" in rows[2]
