@@ -76,8 +76,8 @@ _NODE_ENDS = "# A SuperNode exits with code 0 when its server no longer admits i
 _SERVER_UNIT = {"title": "Flower SuperLink", "why": _SERVER_ENDS}
 _NODE_UNIT = {"title": "Flower SuperNode", "why": _NODE_ENDS}
 _DEVICE = """# What this device says about itself. A run says the rest, within limits.
-# `fedlora keys --who-decides` lists who decides what, and `fedlora deploy check . --keys` what is in
-# force.
+# `fedlora keys --who-decides` lists who decides what, and `fedlora deploy check . --keys` lists
+# what is in force.
 client-id = "$name"
 
 # The task that it takes part in. Task, model, classes and columns never come from a run.
