@@ -218,10 +218,10 @@ class LocalTrainer:
     ) -> Iterator[Sample]:
         """Draw the records of each step: those of a Poisson sample of records, or of users."""
         units = Units.of(self.config, records)
-        if mechanism.unit != self.config.unit or len(units) != mechanism.num_records:
+        if mechanism.unit != self.config.unit or len(units) < mechanism.num_records:
             found = counted(mechanism.num_records, mechanism.unit)
             expected = counted(len(units), self.config.unit)
-            raise InvalidValue("mechanism", f"one for {found}", f"a mechanism for {expected}")
+            raise InvalidValue("mechanism", f"one for {found}", f"a mechanism for up to {expected}")
         draws = RandomStream(self._seed("records of users", stream))
         for joined in poisson_batches(mechanism, steps, self._seed("batches", stream)):
             yield units.sample(joined, draws)

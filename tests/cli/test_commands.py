@@ -76,7 +76,7 @@ def test_the_version_is_that_of_the_package() -> None:
         (["plan", "-c"], "partitioner=iid", ["partitioner=iid"]),
         (["plan", "-c"], "rslora=t", ["rslora=true"]),
         (["plan", "-c"], "no-such-key=t", []),
-        (["compare", "--strategies"], "dp-lora,ffa", ["dp-lora,ffa-lora"]),
+        (["compare", "--strategies"], "dp-lora,ffa", ["dp-lora,ffa-lora", "dp-lora,ffa-seeds"]),
         (["compare", "--row"], "la-lora fil", ["la-lora filter="]),
         (["compare", "--row"], "la", ["la-lora"]),
         (["compare", "--baselines"], "al", ["all"]),
@@ -156,7 +156,7 @@ def test_an_unknown_key_names_the_near_ones_first() -> None:
 def test_json_of_keys_recipes_and_a_budget() -> None:
     found = {entry["key"]: entry for entry in json.loads(fedlora("keys", "--json"))}
     defaults = {key: entry["default"] for key, entry in found.items()}
-    known = {**DEFAULTS, **flowers_settings()}
+    known = {**DEFAULTS, **own_settings(), **flowers_settings()}
     # JSON has no infinity.
     assert defaults == {key: None if value == math.inf else value for key, value in known.items()}
     assert found["strategy"]["names"] == [*STRATEGIES, *FLOWERS]
