@@ -24,6 +24,7 @@ from fedlora_flwr.lora.folded_weights import FoldedWeights
 from fedlora_flwr.lora.seeded import seeded
 from fedlora_flwr.lora.targets import (
     check_exportable,
+    check_found_alone,
     check_head,
     check_targets,
     usual_targets,
@@ -321,8 +322,8 @@ def attach(model: nn.Module, spec: LoRASpec, seed: int) -> AdaptedModel:
     ------
     InvalidValue
         The model has adapters already; ``spec.targets`` cannot be used (see
-        `fedlora_flwr.lora.targets`); or a name in ``spec.head`` is not a module's name, or another
-        module's name ends with it.
+        `fedlora_flwr.lora.targets`); or a name in ``spec.head`` is not a module's name, or the name
+        of another module, or of one that PEFT adds, ends with it.
     PrivacyViolation
         A trainable part cannot be clipped record by record (see `AdaptedModel`).
 
@@ -341,6 +342,7 @@ def attach(model: nn.Module, spec: LoRASpec, seed: int) -> AdaptedModel:
     )
     check_targets(model, targets, spec.head)
     check_head(model, spec.head)
+    check_found_alone((*spec.head, *spec.drawn))
     check_exportable(model, targets, spec.drawn)
     config = LoraConfig(
         r=spec.rank,
