@@ -22,7 +22,7 @@ def strategy_of(config: RunConfig) -> FedLoRA:
     """Make the strategy that a configuration names, for a ServerApp of your own.
 
     It has all that the configuration says of it: cohorts, weighting, the defense against harmful
-    uploads, and the method's own settings.
+    uploads, and the method's own settings. Where ε is finite, it refuses uploads without an ε.
 
     Parameters
     ----------
@@ -50,7 +50,9 @@ def strategy_of(config: RunConfig) -> FedLoRA:
         allowed = "'local' in a project of your own: only this package's own ServerApp opens sums"
         raise InvalidValue("trust-model", config.trust_model, allowed)
     check_known(config)
-    return build_strategy(config)
+    made = build_strategy(config)
+    made.only_private = config.private
+    return made
 
 
 def build_strategy(config: RunConfig) -> FedLoRA:
