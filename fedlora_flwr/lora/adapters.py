@@ -143,7 +143,6 @@ class AdaptedModel:
         self.model = model
         self.backbone_dropout = backbone_dropout
         self.recomputes = False  # See `fedlora_flwr.lora.gradient_checkpointing`.
-        self.card = ""  # PEFT's model card, once it was made.
         self.adapter = _single_adapter(model)
         self.layers = [
             _adapted_linear(name, module, self.adapter)
@@ -272,12 +271,13 @@ class AdaptedModel:
         named = [(plain_name(name), tensor) for name, tensor in self.frozen()]
         return [(name, digest(name, tensor)) for name, tensor in named]
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: str | Path, promise: str = "") -> None:
         """Write an adapter folder that `peft.PeftModel.from_pretrained` loads onto the backbone.
 
         Loaded onto the original backbone, it gives the same model (see `exported.write_adapter`).
+        ``promise`` is what the folder's card says of its privacy.
         """
-        write_adapter(self, folder)
+        write_adapter(self, Path(folder), promise)
 
     def _head_linears(self) -> Iterable[HeadLinear]:
         for name, module in self.model.named_modules():
