@@ -19,7 +19,7 @@ class Mine(FFALoRA):
 class Told(LocalGrid):
     """A grid whose run was started with ``--run-config``."""
 
-    given: dict[str, bool | bytes | float | int | str]
+    given: dict[str, str]
 
     @property
     def run(self) -> Run:
