@@ -24,7 +24,7 @@ class Told(LocalGrid):
     @property
     def run(self) -> Run:
         run = super().run
-        run.override_config = dict(self.given)
+        run.override_config = {**self.given}
         return run
 
 
