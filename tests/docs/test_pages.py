@@ -113,7 +113,7 @@ def test_a_command_that_is_not_run_is_read(
 
 def test_code_of_an_example_is_the_examples_own() -> None:
     shown = [block for block in NOT_RUN if "tests/examples/" in block.not_run]
-    assert len(shown) == 4
+    assert len(shown) == 5
     assert [block.page for block in shown if not in_an_example(block)] == []
 
 
