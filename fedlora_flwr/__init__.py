@@ -67,6 +67,8 @@ CLIENT_AND_ENGINE: Mapping[str, str] = {
     "PrivateTrainer": "integrations.hf_trainer",
     "LocalGrid": "simulations.local_grid",
     "RunConfig": "config.run_config",
+    "state_folder": "client_app",
+    "strategy_of": "server.strategy",
 }
 BLOCKS: Mapping[str, str] = {
     "ComponentPlan": "plan",

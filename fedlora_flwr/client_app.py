@@ -124,7 +124,18 @@ def client_fn(context: Context) -> Client:
 
 
 def state_folder(config: RunConfig) -> Path:
-    """Return the folder of the ledger and local arrays: ``state-dir``, or the data folder."""
+    """Return the folder of the ledger and local arrays: ``state-dir``, or the data folder.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The configuration of a client.
+
+    Examples
+    --------
+    >>> state_folder(RunConfig(state_dir="/var/lib/ward-7")).name
+    'ward-7'
+    """
     return Path(config.state_dir) if config.state_dir else data_folder()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 _LONGEST = 1000  # characters of a value that an error shows
 _LONGEST_REASON = 300  # characters of another package's error
+_MOST_LISTED = 40  # accepted names that an error lists; of more, it lists the most similar ones
 _MOST_NEAR = 8  # similar names that an error suggests
 
 
@@ -206,8 +207,11 @@ def unknown(
     before: str = "",
     after: str = "",
     value: object = None,
+    listed_by: str = "",
 ) -> InvalidValue:
     """Return the error for an unknown name; its text suggests the most similar names first.
+
+    Of more than 40 accepted names it lists the most similar ones, or says what lists all of them.
 
     Parameters
     ----------
@@ -221,9 +225,17 @@ def unknown(
         Words around the list of names.
     value : object, optional
         The whole value of the setting, if ``given`` is only a part of it.
+    listed_by : str (default: "")
+        Command that lists all accepted names.
     """
     every = sorted(names)
-    allowed = f"{before}one of {', '.join(map(repr, every))}{after}"
+    listed = f"one of {', '.join(map(repr, every))}"
+    if len(every) > _MOST_LISTED:
+        similar = difflib.get_close_matches(str(given), every, n=_MOST_NEAR, cutoff=0)
+        listed = f"one of {len(every)} names, such as {', '.join(map(repr, similar))}"
+        if listed_by:
+            listed = f"one of the {len(every)} that `{listed_by}` lists"
+    allowed = f"{before}{listed}{after}"
     return InvalidValue(key, given if value is None else value, allowed, near_names(given, every))
 
 

@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 
+from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue, near_names, unknown
 
 
@@ -35,6 +36,19 @@ def test_words_stand_around_the_list_and_the_whole_value_is_shown() -> None:
     again = pickle.loads(pickle.dumps(unknown("key", "lr", ["lr-a", "lr-b"])))
     assert again.near == ("lr-a", "lr-b")
     assert "did you mean 'lr-a' or 'lr-b'? Expected" in str(again)
+
+
+def test_of_many_names_the_similar_ones_or_the_command_that_lists_them_are_shown() -> None:
+    names = [f"layers.{i}" for i in range(100)]
+    text = str(unknown("head", "layer.7", names))
+    assert "did you mean 'layers.7'? Expected one of 100 names, such as 'layers.7', " in text
+    assert text.count("'layers.") == 9
+    listed = str(unknown("key", "layer.7", names, listed_by="fedlora keys"))
+    assert listed.endswith("Expected one of the 100 that `fedlora keys` lists.")
+    with pytest.raises(InvalidValue) as caught:
+        RunConfig.of({"epsilom": 3.0})
+    assert len(str(caught.value)) < 150
+    assert "did you mean 'epsilon'?" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ class Game:
     def _build(self) -> LocalTrainer:
         """Return a model with its engine: one for the clients, and one for the attackers."""
         config = self._setting.config
-        trainer = LocalTrainer.build(config, self._task)
+        trainer = LocalTrainer.of(config, self._task)
         if self._setting.kind != GRADIENT:
             return trainer
         return directed(trainer, build_strategy(config).shared)

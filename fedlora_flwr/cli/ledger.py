@@ -27,8 +27,9 @@ def ledger(
     place: Annotated[
         Path | None,
         typer.Argument(
-            help="A ledger's file; or the folder of a run, of a state-dir or of a device, whose "
-            "device.toml says where the ledger is. By default that of this user."
+            help="Where the ledger is: the file ledger.sqlite, or the folder that holds it, such "
+            "as a run's folder or a project's state-dir; or a device's folder, whose device.toml "
+            "says where. By default the ledger of this user."
         ),
     ] = None,
     delta: Annotated[

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.own_project import check_own_project
 from fedlora_flwr.config.unit import counted
 from fedlora_flwr.data.records import Records
 from fedlora_flwr.errors import InvalidValue
@@ -89,8 +90,28 @@ class LocalTrainer:
 
     @classmethod
     def build(cls, config: RunConfig, task: Task | None = None) -> LocalTrainer:
-        """Build everything that a process needs to train."""
-        task = task or build_task(config.task, config)
+        """Build everything that a process needs to train.
+
+        Parameters
+        ----------
+        config : RunConfig
+            The run.
+        task : Task, optional
+            The task of a project of your own. By default it is the configuration's.
+
+        Raises
+        ------
+        InvalidValue
+            The task or a value cannot be used; or, with a task of your own, a key is set that only
+            this package's own ServerApp reads (see `check_own_project`).
+        """
+        if task is not None:
+            check_own_project(config)
+        return cls.of(config, build_task(config.task, config) if task is None else task)
+
+    @classmethod
+    def of(cls, config: RunConfig, task: Task) -> LocalTrainer:
+        """Build the same for a task that the configuration's own run uses."""
         adapted = build_adapted(config, task)
         losses = training_losses(config, task)
         engine = PrivateEngine(adapted, losses, config.microbatch_size or None)

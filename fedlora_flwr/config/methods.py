@@ -182,7 +182,8 @@ def _no_average(method: Method) -> str:
 
 def _unknown_table(key: str, chosen: Method, known: Mapping[str, Any]) -> InvalidValue:
     tables = {chosen.name} if own_keys(chosen, known) else set()
-    return unknown("configuration key", key, {*known, *own_keys(chosen, known), *tables})
+    names = {*known, *own_keys(chosen, known), *tables}
+    return unknown("configuration key", key, names, listed_by="fedlora keys")
 
 
 def _unknown_setting(

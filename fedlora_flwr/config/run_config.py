@@ -230,7 +230,7 @@ class RunConfig(
         own = {key: value for key, value in merged.items() if OWN_KEY.fullmatch(key)}
         for key in merged:
             if key not in known and key not in own:
-                raise unknown("configuration key", key, known)
+                raise unknown("configuration key", key, known, listed_by="fedlora keys")
         values = {known[k].name: v for k, v in merged.items() if k not in own}
         return cls(**values, own=tuple(own.items()))
 

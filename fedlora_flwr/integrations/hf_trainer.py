@@ -63,7 +63,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         for models that predict the next token.
     microbatch_size : int, optional
         Records in one forward pass; all by default.
-    ledger : Path, optional
+    ledger : str or Path, optional
         SQLite file of the spent budget; ``ledger.sqlite`` in ``args.output_dir`` by default.
     secure_noise : bool (default: False)
         Draw noise from the operating system's cryptographic generator.
@@ -106,7 +106,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         delta: float,
         losses: LossFunction | None = None,
         microbatch_size: int | None = None,
-        ledger: Path | None = None,
+        ledger: str | Path | None = None,
         secure_noise: bool = False,
         clip_weights: ClipWeights = EVEN,
         eval_is_public: bool = False,
@@ -130,7 +130,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         check_budget(epsilon, delta, size, len(self.train_dataset))
         self._epsilon, self._delta, self._weights = epsilon, delta, clip_weights
         self._noise = SecureNoise() if secure_noise else SeededNoise(None)
-        self._ledger_path = ledger or Path(self.args.output_dir) / LEDGER
+        self._ledger_path = Path(ledger or Path(self.args.output_dir) / LEDGER)
         self._run = uuid4().hex
         self.privacy: LedgerSummary | None = None
         """What the planned training spends. None before `create_optimizer` plans it."""

@@ -36,7 +36,7 @@ from fedlora_flwr.errors import BudgetsSpent, FederationAborted, InvalidValue
 from fedlora_flwr.flower_internals import ErrorCode, GridClientProxy
 from fedlora_flwr.strategies.base import FedLoRA
 from fedlora_flwr.strategies.identities import KnownNode, KnowsNodes
-from fedlora_flwr.strategies.replies import last_line
+from fedlora_flwr.strategies.reasons import reason_of
 from fedlora_flwr.wire import LOSS, NAMES
 from fedlora_flwr.wire.arrays import from_numpy, record_of, to_numpy
 from fedlora_flwr.wire.records import evaluate_content, fit_content
@@ -346,8 +346,8 @@ def _error(reason: str, sent: Message) -> Message:
 
 
 def _words(failure: BaseException) -> str:
-    """Return the last line of a client's own message, without the text of Flower's proxy."""
+    """Return a client's own message, without the text of Flower's proxy."""
     inner = failure.args[0] if failure.args else None
     text = str(inner.reason if isinstance(inner, Error) else failure)
     match = _CLIENTS_WORDS.search(text)
-    return last_line(match[1] if match else text)
+    return reason_of(match[1] if match else text)

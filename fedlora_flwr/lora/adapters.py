@@ -24,6 +24,7 @@ from fedlora_flwr.lora.folded_weights import FoldedWeights
 from fedlora_flwr.lora.seeded import seeded
 from fedlora_flwr.lora.targets import (
     check_exportable,
+    check_found_alone,
     check_head,
     check_targets,
     usual_targets,
@@ -142,7 +143,6 @@ class AdaptedModel:
         self.model = model
         self.backbone_dropout = backbone_dropout
         self.recomputes = False  # See `fedlora_flwr.lora.gradient_checkpointing`.
-        self.card = ""  # PEFT's model card, once it was made.
         self.adapter = _single_adapter(model)
         self.layers = [
             _adapted_linear(name, module, self.adapter)
@@ -271,12 +271,13 @@ class AdaptedModel:
         named = [(plain_name(name), tensor) for name, tensor in self.frozen()]
         return [(name, digest(name, tensor)) for name, tensor in named]
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: str | Path, promise: str = "") -> None:
         """Write an adapter folder that `peft.PeftModel.from_pretrained` loads onto the backbone.
 
         Loaded onto the original backbone, it gives the same model (see `exported.write_adapter`).
+        ``promise`` is what the folder's card says of its privacy.
         """
-        write_adapter(self, folder)
+        write_adapter(self, Path(folder), promise)
 
     def _head_linears(self) -> Iterable[HeadLinear]:
         for name, module in self.model.named_modules():
@@ -321,8 +322,8 @@ def attach(model: nn.Module, spec: LoRASpec, seed: int) -> AdaptedModel:
     ------
     InvalidValue
         The model has adapters already; ``spec.targets`` cannot be used (see
-        `fedlora_flwr.lora.targets`); or a name in ``spec.head`` is not a module's name, or another
-        module's name ends with it.
+        `fedlora_flwr.lora.targets`); or a name in ``spec.head`` is not a module's name, or the name
+        of another module, or of one that PEFT adds, ends with it.
     PrivacyViolation
         A trainable part cannot be clipped record by record (see `AdaptedModel`).
 
@@ -341,6 +342,7 @@ def attach(model: nn.Module, spec: LoRASpec, seed: int) -> AdaptedModel:
     )
     check_targets(model, targets, spec.head)
     check_head(model, spec.head)
+    check_found_alone((*spec.head, *spec.drawn))
     check_exportable(model, targets, spec.drawn)
     config = LoraConfig(
         r=spec.rank,

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedlora_flwr.lora.fused_layers import fused_factors, fused_name
+from fedlora_flwr.lora.plain_card import plain_card
 
 if TYPE_CHECKING:
     from fedlora_flwr.lora.adapters import AdaptedLinear, AdaptedModel
@@ -27,7 +28,7 @@ PREFIX = "base_model.model."
 _ADAPTER = re.compile(r"\.lora_\w+\.")
 
 
-def write_adapter(adapted: AdaptedModel, folder: Path) -> None:
+def write_adapter(adapted: AdaptedModel, folder: Path, promise: str = "") -> None:
     """Write a folder that `peft.PeftModel.from_pretrained` loads onto the checkpoint.
 
     Modules that a run draws at random, such as a new head, get other values each time the
@@ -45,6 +46,8 @@ def write_adapter(adapted: AdaptedModel, folder: Path) -> None:
         The model; it does not change.
     folder : Path
         The folder; it is made if missing.
+    promise : str (default: "")
+        What the card says of privacy, in Markdown; see `plain_card`.
     """
     model, adapter, saved = adapted.model, adapted.adapter, adapted.saved
     config = model.peft_config[adapter]
@@ -70,11 +73,8 @@ def write_adapter(adapted: AdaptedModel, folder: Path) -> None:
             written.rank_pattern[pattern] = rank
             written.alpha_pattern[pattern] = scaling * _spread(rank, config.use_rslora)
     folder.mkdir(parents=True, exist_ok=True)
-    if adapted.card:
-        (folder / "README.md").write_text(adapted.card, encoding="utf-8")
-    else:  # PEFT compiles its template each time, which takes longer than all else here.
-        model.create_or_update_model_card(str(folder))
-        adapted.card = (folder / "README.md").read_text(encoding="utf-8")
+    card = plain_card(adapted, written.base_model_name_or_path, promise)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     # safetensors refuses tensors that share memory.
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     save_file(own, folder / "adapter_model.safetensors", metadata={"format": "pt"})

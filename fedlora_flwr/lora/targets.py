@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.lora.exported import is_saved
+from fedlora_flwr.lora.seeded import seeded
 
 # Usual layers of families of transformers models for which PEFT has no default.
 _USUAL = {
@@ -129,6 +132,37 @@ def check_head(model: nn.Module, heads: tuple[str, ...]) -> None:
         if also := [name for name in names if name.endswith(head) and name not in heads]:
             allowed = f"a name with which no other name ends, but {also[0]!r} does"
             raise InvalidValue("head", head, allowed)
+
+
+def check_found_alone(saved: Iterable[str]) -> None:
+    """Refuse names of modules with which the name of a module that PEFT adds ends.
+
+    PEFT finds modules that it trains or saves in full by the end of their names, also when it loads
+    an adapter's folder. By ``out`` it finds the ``lora_dropout`` of each adapter as well.
+
+    Raises
+    ------
+    InvalidValue
+        There is such a name. The message names PEFT's module.
+    """
+    for name in saved:
+        if added := next((own for own in _added_names() if own.endswith(name)), ""):
+            allowed = (
+                f"a name with which none of PEFT's own modules ends, but {added!r} in each adapter "
+                f"does, and PEFT would take it for the head. Rename {name!r} in the model, for "
+                "example to 'classifier'"
+            )
+            raise InvalidValue("head", name, allowed)
+
+
+@functools.cache
+def _added_names() -> tuple[str, ...]:
+    """Return the names of the modules that PEFT adds to a linear layer."""
+    config = LoraConfig(r=1, target_modules=["0"])
+    with seeded(0):  # The first call must not move the process's own random streams.
+        model = get_peft_model(nn.Sequential(nn.Linear(1, 1)), config)
+    layer: nn.Module = model.base_model.model[0]
+    return tuple(name for name, _ in layer.named_modules() if name)
 
 
 def check_exportable(model: nn.Module, targets: str, drawn: tuple[str, ...]) -> None:

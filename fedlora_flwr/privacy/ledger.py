@@ -44,7 +44,7 @@ class Ledger:
 
     Parameters
     ----------
-    path : Path
+    path : str or Path
         SQLite file. If missing, it is made with mode 600 and its folder with mode 700. Any number
         of processes may share it.
     lapse : float (default: one day)
@@ -76,20 +76,21 @@ class Ledger:
 
     def __init__(
         self,
-        path: Path,
+        path: str | Path,
         *,
         lapse: float = LAPSE,
-        witness: Path | None = None,
+        witness: str | Path | None = None,
         patience: float = _PATIENCE,
     ) -> None:
-        self.path = path
+        self.path = Path(path)
         self.lapse = lapse
-        self._file = LedgerFile(path, witness, patience)
+        self._file = LedgerFile(self.path, Path(witness) if witness else None, patience)
 
     @staticmethod
-    def exists(path: Path, witness: Path | None = None) -> bool:
+    def exists(path: str | Path, witness: str | Path | None = None) -> bool:
         """Tell whether a ledger exists, or the witness of one that existed."""
-        return path.exists() or (witness or witness_of(path)).exists()
+        path = Path(path)
+        return path.exists() or Path(witness or witness_of(path)).exists()
 
     def reading(self) -> AbstractContextManager[Connection]:
         """Check the rows, and give a consistent snapshot of them for SQL that only reads."""

@@ -63,12 +63,12 @@ class Spent:
     unit: str = RECORD
 
 
-def spent(path: Path, delta: float, account: Account | None = None) -> list[Spent]:
+def spent(path: str | Path, delta: float, account: Account | None = None) -> list[Spent]:
     """Return what has been spent, by the ledger's file alone.
 
     Parameters
     ----------
-    path : Path
+    path : str or Path
         The ledger's file.
     delta : float
         δ at which ε is given: that of the client's budget.
@@ -110,6 +110,7 @@ def spent(path: Path, delta: float, account: Account | None = None) -> list[Spen
     """
     if not 0 < delta < 1:
         raise InvalidValue("delta", delta, "a number between 0 and 1")
+    path = Path(path)
     if not path.is_file():
         raise InvalidValue("ledger", str(path), "the file of a ledger, such as ledger.sqlite")
     with Ledger(path).reading() as db:

@@ -28,7 +28,7 @@ class RunResult:
 
     Parameters
     ----------
-    path : Path
+    path : str or Path
         The run's folder.
     task : str, Task or callable, optional
         The task's object, or the name of one with code of its own. `model` needs it.
@@ -53,6 +53,7 @@ class RunResult:
     task: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
         if not (self.path / _ROUNDS).is_file():
             raise InvalidValue("path", str(self.path), f"the folder of a run, with {_ROUNDS}")
 

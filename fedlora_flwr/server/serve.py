@@ -230,7 +230,7 @@ class _Session:
             if self.run_dir.best.is_dir():
                 card.of_best().write(self.run_dir.best)
                 write_task(self.run_dir.best, self.config, classes)
-        except Exception as error:  # A missing card must not fail the run: PEFT's own card remains.
+        except Exception as error:  # A missing card must not fail the run: the plain card remains.
             log(WARNING, "The model card could not be written.", exc_info=error)
 
     def _after_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:

@@ -8,13 +8,51 @@ from typing import Any
 from fedlora_flwr.algebra.server_optimizer import ServerOptimizer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.keys import fields_by_key
+from fedlora_flwr.config.own_project import check_own_project
 from fedlora_flwr.config.sections.federation import RULES
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.privacy.budget import MIN_NOISE
-from fedlora_flwr.server.norm_bound import NormBound, unknown
+from fedlora_flwr.server.norm_bound import NormBound, check_known, unknown
 from fedlora_flwr.strategies import FedLoRA, strategy_class
 from fedlora_flwr.strategies.robust import MEAN, Robust
 from fedlora_flwr.wire.limits import MOST_RECORDS, MOST_WEIGHT
+
+
+def strategy_of(config: RunConfig) -> FedLoRA:
+    """Make the strategy that a configuration names, for a ServerApp of your own.
+
+    It has all that the configuration says of it: cohorts, weighting, the defense against harmful
+    uploads, and the method's own settings. Where ε is finite, it refuses uploads without an ε.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The project's configuration, ``RunConfig.of(context.run_config)``.
+
+    Returns
+    -------
+    FedLoRA
+        The strategy; call its `start`.
+
+    Raises
+    ------
+    InvalidValue
+        There is no such strategy, or it cannot use a value; a key is set that only this package's
+        own ServerApp reads; or ``trust-model`` is ``"secure-sum"``, which only that app opens.
+
+    Examples
+    --------
+    >>> type(strategy_of(RunConfig(strategy="ffa-lora", fraction_train=0.5))).__name__
+    'FFALoRA'
+    """
+    check_own_project(config)
+    if config.secure_sum:
+        allowed = "'local' in a project of your own: only this package's own ServerApp opens sums"
+        raise InvalidValue("trust-model", config.trust_model, allowed)
+    check_known(config)
+    made = build_strategy(config)
+    made.only_private = config.private
+    return made
 
 
 def build_strategy(config: RunConfig) -> FedLoRA:

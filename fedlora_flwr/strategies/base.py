@@ -25,7 +25,7 @@ from fedlora_flwr.strategies.agreement import describe
 from fedlora_flwr.strategies.clipping import check_clipping
 from fedlora_flwr.strategies.cohort import DECLINED, Cohorts, check_rules
 from fedlora_flwr.strategies.declared import Declared
-from fedlora_flwr.strategies.promises import PromiseWatch
+from fedlora_flwr.strategies.promises import PromiseWatch, check_report
 from fedlora_flwr.strategies.replies import (
     LedgerWatch,
     RoundReport,
@@ -90,6 +90,8 @@ class FedLoRA(Declared, Running):
         Defense against harmful uploads. The code that makes the strategy sets it.
     server_optimizer : ServerOptimizer
         Moves the model by the mean of the uploads. The code that makes the strategy sets it.
+    only_private : bool
+        Whether uploads without an ε are refused. The code that makes the strategy sets it.
     opener : Opener or None
         Opens the secure sums and takes steps with them. The code that starts the run sets it.
 
@@ -110,6 +112,7 @@ class FedLoRA(Declared, Running):
     """
 
     by_sum: bool = False
+    only_private: bool = False
     robust: Robust = Robust()
     averages: ClassVar[bool] = True
     needs_each_upload: ClassVar[bool] = False
@@ -378,6 +381,7 @@ class FedLoRA(Declared, Running):
                 return
             keys = self.weighting, self.weighted_by_key
             upload = Upload.of(client, found, *keys, self.max_weight)
+            check_report(upload.metrics, self.only_private)
             secure_sum.check_kind(upload, bool(self.opener))
             if self.opener:
                 secure_sum.check_share(self._round.expected, self._round.current, upload.shares)

@@ -9,7 +9,8 @@ from flwr.app import Message, RecordDict
 from flwr.common.logger import log
 
 from fedlora_flwr.strategies.identities import Identities
-from fedlora_flwr.strategies.replies import RoundReport, last_line, most_common
+from fedlora_flwr.strategies.reasons import reason_of
+from fedlora_flwr.strategies.replies import RoundReport, most_common
 from fedlora_flwr.wire.records import client_of, read_figures
 from fedlora_flwr.wire.report import Report
 
@@ -67,7 +68,7 @@ class Inbox:
         name = self._identities.name(node)
         if reply.has_error() and node not in self._asked:
             # If a node is gone, Flower sends an error under its own name, not the node's.
-            self._report.fail(name, last_line(reply.error.reason))
+            self._report.fail(name, reason_of(reply.error.reason))
             return None
         if node not in self._waiting:
             again = (
@@ -77,7 +78,7 @@ class Inbox:
             return None
         del self._waiting[node]
         if reply.has_error():
-            self._report.fail(name, last_line(reply.error.reason))
+            self._report.fail(name, reason_of(reply.error.reason))
             return None
         if reply.metadata.message_type != self._kind:
             reason = f"it answered a message of type {reply.metadata.message_type[:40]!r}"

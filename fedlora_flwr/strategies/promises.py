@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from logging import WARNING
 from typing import TYPE_CHECKING
 
 from flwr.common.logger import log
 
+from fedlora_flwr.errors import FedLoRAError
 from fedlora_flwr.wire import EPSILON
 from fedlora_flwr.wire.report import Report
 
 if TYPE_CHECKING:
     from fedlora_flwr.strategies.replies import Upload
 
+_OLD_CODE = (
+    "Let the client answer with answer_message. If it does already, Flower still runs the code of "
+    "an earlier folder: stop its process flower-superlink, and start the run again"
+)
 _PAGE = "docs/how_to/use_in_my_flower_project.md shows how a project's clients train privately."
+
+
+def check_report(numbers: Mapping[str, float], only_private: bool) -> None:
+    """Refuse an upload whose client reports no ε, where all clients must train privately.
+
+    Raises
+    ------
+    FedLoRAError
+        There is none.
+    """
+    if only_private and EPSILON not in numbers:
+        raise FedLoRAError(
+            f"it reports no {EPSILON}, so its code is not the private client. {_OLD_CODE}"
+        )
 
 
 class PromiseWatch:

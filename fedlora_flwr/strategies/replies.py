@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -292,25 +291,7 @@ def within_limits(arrays: Arrays) -> Arrays:
     return found
 
 
-_LONGEST_LINE, _LONGEST_REASON = 2000, 20_000  # characters
-_WORKER_DIED = "worker process has died"  # Ray's words
-_NO_BRIDGE = "fitins.parameters"  # what Flower's own translation of a NumPyClient looks for
-_RAISED = re.compile(r"<class '[\w.]+'>:<'(.*)'>", re.DOTALL)  # A SuperNode's, around an error's
-
-
-def last_line(text: str | None) -> str:
-    """Return the last line of an error's text that says something.
-
-    A client may send any text, of any length: only its end is looked at.
-    """
-    text = (text or "")[-_LONGEST_REASON:]
-    if _WORKER_DIED in text:
-        return "its worker process died: killed, or out of memory"
-    if _NO_BRIDGE in text:
-        return "it is a NumPyClient: serve it with ClientApp(client_fn, mods=[fedlora_flwr.bridge])"
-    text = _RAISED.sub(r"\1", text)
-    lines = [line.strip() for line in text.splitlines() if line.strip(" '>")]
-    return lines[-1] if lines else "no reason given"
+_LONGEST_LINE = 2000  # characters
 
 
 def one_line(text: str) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from logging import INFO
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from fedlora_flwr.errors import RunOver, StoppedEarly
+from fedlora_flwr.errors import InvalidValue, RunOver, StoppedEarly
+from fedlora_flwr.places import FLOWERS, STRATEGIES, load_strategy
 from fedlora_flwr.strategies.exchange import Exchange
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
@@ -65,7 +67,13 @@ class Running(Exchange):
         -------
         Result
             Arrays and metrics of the rounds that took place.
+
+        Raises
+        ------
+        InvalidValue
+            The command that started the run names another strategy than this one.
         """
+        check_named(self, grid.run.override_config)
         self.num_rounds, self._timeout = num_rounds, timeout
         self._result = Result(arrays=initial_arrays) if done else Result()
         rest = timeout, train_config, evaluate_config
@@ -80,6 +88,36 @@ class Running(Exchange):
         except RunOver as end:
             log(INFO, "The run ends here. %s", end)
         return self._result
+
+
+def check_named(strategy: Exchange, given: Mapping[str, Any]) -> None:
+    """Refuse a run whose command names one strategy of this package while another one runs.
+
+    A project may make its strategy from a class, and its users then find that the key does nothing.
+
+    Parameters
+    ----------
+    strategy : Exchange
+        What runs. A class of the project's own may inherit from what is named.
+    given : Mapping[str, Any]
+        The values that were given to ``flwr run`` with ``--run-config``.
+
+    Raises
+    ------
+    InvalidValue
+        Another strategy is named.
+    """
+    named = given.get("strategy", given.get("federation.strategy"))
+    if named not in {**STRATEGIES, **FLOWERS}:
+        return
+    kind, wanted = type(strategy), load_strategy(named)
+    own = not kind.__module__.startswith(f"{__package__}.")
+    if kind is not wanted and not (own and issubclass(kind, wanted)):
+        allowed = (
+            f"the strategy that this ServerApp makes, a {kind.__name__}. Let it make the one that "
+            "is named: strategy = fedlora_flwr.strategy_of(config)"
+        )
+        raise InvalidValue("strategy", named, allowed)
 
 
 class _Later(FedAvg):

@@ -34,3 +34,21 @@ def test_a_wrong_key_of_the_run_config_is_named(tmp_path: Path) -> None:
     app = copy_of("private_loop", tmp_path)
     with pytest.raises(ValueError, match="did you mean 'clip-norm'"):
         local_run(app, "private_digits", {"clipnorm": 1.0})
+
+
+def test_the_key_strategy_decides_what_trains(tmp_path: Path) -> None:
+    app = copy_of("private_loop", tmp_path)
+    state = str(tmp_path / "ledgers")
+    settings = {"strategy": "ffa-lora", "num-rounds": 2, "local-steps": 2}
+    local_run(
+        app, "private_digits", {**settings, "run-dir": str(tmp_path), "state-dir": state}, clients=3
+    )
+    start, first, second = rounds(tmp_path, 2)
+    assert moved(start, first) == moved(first, second) == {"0B", "1B", "2B", "head"}
+
+
+def test_a_run_that_should_continue_is_refused_before_it_spends(tmp_path: Path) -> None:
+    app, state = copy_of("private_loop", tmp_path), tmp_path / "ledgers"
+    with pytest.raises(ValueError, match="spend the budget once more"):
+        local_run(app, "private_digits", {"resume": str(tmp_path / "run"), "state-dir": str(state)})
+    assert not state.exists()

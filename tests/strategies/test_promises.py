@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import pytest
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedlora_flwr import RoLoRA
+from fedlora_flwr import RoLoRA, RunConfig, strategy_of
+from fedlora_flwr.errors import FederationAborted
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from tests.strategies.tiny import Asked, Tiny, record_of, reply_of, start_arrays
 
@@ -40,6 +42,23 @@ def test_clients_that_report_their_epsilon_are_not_warned_of(
 ) -> None:
     Tiny(3).run(RoLoRA(), num_rounds=2)
     assert not told(caplog, "reported")
+
+
+def test_a_projects_private_strategy_refuses_uploads_without_epsilon() -> None:
+    """Flower may still run the client of an earlier folder, which is not private."""
+    strategy = strategy_of(RunConfig(min_clients=2, local_steps=1))
+    with pytest.raises(FederationAborted) as caught:
+        Tiny(2, plain).run(strategy, num_rounds=1)
+    assert "partition-000000: it reports no epsilon, so its code is not the private" in str(
+        caught.value
+    )
+    assert "stop its process flower-superlink" in str(caught.value)
+
+
+def test_a_projects_strategy_without_a_promise_takes_them() -> None:
+    strategy = strategy_of(RunConfig(min_clients=2, epsilon=math.inf))
+    Tiny(2, plain).run(strategy, num_rounds=1)
+    assert len(strategy.last_round.uploads) == 2  # type: ignore[union-attr]
 
 
 def measuring(app: ClientApp) -> ClientApp:

@@ -12,8 +12,8 @@ from fedlora_flwr import (
     RunConfig,
     answer_message,
     client_identity,
+    state_folder,
 )
-from fedlora_flwr.client_app import state_folder
 from private_digits.task import Digits
 
 app = ClientApp()

@@ -1,4 +1,4 @@
-"""The server: any FedLoRA strategy; it evaluates on public pictures."""
+"""The server: the strategy that the configuration names; it evaluates on public pictures."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from fedlora_flwr import LocalTrainer, RoLoRA, RunConfig
+from fedlora_flwr import LocalTrainer, RunConfig, strategy_of
 from private_digits.task import Digits
 
 app = ServerApp()
@@ -25,7 +25,7 @@ def main(grid: Grid, context: Context) -> None:
         adapted.write(values)
         return MetricRecord(task.evaluate(adapted.model, task.test_records()))
 
-    strategy = RoLoRA()
+    strategy = strategy_of(config)
     result = strategy.start(
         grid,
         initial_arrays=ArrayRecord({n: Array(array) for n, array in adapted.read().items()}),
