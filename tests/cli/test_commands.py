@@ -103,19 +103,20 @@ def test_bash_is_answered_by_the_command_itself() -> None:
     assert done.stdout.split() == ["digits", "digits-secure-sum"]
 
 
-def flowers_settings() -> dict[str, object]:
-    """Return the settings of Flower's strategies, which have tables of their own."""
+def own_settings() -> dict[str, object]:
+    """Return the settings of strategies that have tables of their own."""
     return {
         f"{name}.{key}": entry.default
-        for name in FLOWERS
+        for name in (*STRATEGIES, *FLOWERS)
         for key, entry in fields_by_key(strategy_class(name).settings).items()
+        if key not in DEFAULTS
     }
 
 
 def test_in_a_pipe_keys_and_recipes_are_a_row_per_line() -> None:
     lines = fedlora("keys").splitlines()
     named = [line.split()[:2] for line in lines]
-    known = (*DEFAULTS, *flowers_settings())
+    known = (*DEFAULTS, *own_settings())
     assert named == [["section", "key"], *(full_name(key).split(".") for key in known)]
     column = lines[0].index("meaning")
     assert all(line[column - 1] == " " != line[column] for line in lines)
@@ -156,7 +157,7 @@ def test_an_unknown_key_names_the_near_ones_first() -> None:
 def test_json_of_keys_recipes_and_a_budget() -> None:
     found = {entry["key"]: entry for entry in json.loads(fedlora("keys", "--json"))}
     defaults = {key: entry["default"] for key, entry in found.items()}
-    known = {**DEFAULTS, **own_settings(), **flowers_settings()}
+    known = {**DEFAULTS, **own_settings()}
     # JSON has no infinity.
     assert defaults == {key: None if value == math.inf else value for key, value in known.items()}
     assert found["strategy"]["names"] == [*STRATEGIES, *FLOWERS]
