@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fedlora_flwr.cli.arguments import AsJson
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.errors import InvalidValue, require
 from fedlora_flwr.files import data_folder
 from fedlora_flwr.terminal import Table, show, show_json, show_lines
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from fedlora_flwr.privacy.account import Account
     from fedlora_flwr.privacy.spent import Spent
 
+_LATEST = Path("runs/latest")
 _NOT_YET = ", which the first round makes"
 
 
@@ -29,12 +31,15 @@ def ledger(
         typer.Argument(
             help="Where the ledger is: the file ledger.sqlite, or the folder that holds it, such "
             "as a run's folder or a project's state-dir; or a device's folder, whose device.toml "
-            "says where. By default the ledger of this user."
+            "says where. By default the ledger of this user, or else that of runs/latest."
         ),
     ] = None,
     delta: Annotated[
         float | None,
-        typer.Option(help="δ at which ε is given; by default that of device.toml, or 1e-5."),
+        typer.Option(
+            help="δ at which ε is given; by default that of device.toml, or of the config.toml "
+            "beside the ledger, or 1e-3."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -43,9 +48,8 @@ def ledger(
     from fedlora_flwr.privacy.ledger import Ledger
     from fedlora_flwr.privacy.spent import spent
 
-    file, device = _found(place or data_folder())
-    settings = device.settings if device else {}
-    at = delta if delta is not None else float(settings.get("delta", RunConfig.delta))
+    file, device = _found(place or _own())
+    at, source = (delta, "") if delta is not None else _delta(file, device)
     begun = device is None or Ledger.exists(file)
     account = _account(device, at) if device else None
     found = spent(file, at, account) if begun else []
@@ -56,8 +60,26 @@ def ledger(
     if begun:
         show(console, _table(found))
     lines = _budget(account, found) if account else []
-    lines += [("δ", f"{at:g}"), ("Ledger", f"{file}{'' if begun else _NOT_YET}")]
+    lines += [("δ", f"{at:g}{source}"), ("Ledger", f"{file}{'' if begun else _NOT_YET}")]
     show_lines(console, lines)
+
+
+def _own() -> Path:
+    """Return the folder of this user's ledger, or that of the last run if only it has one."""
+    from fedlora_flwr.privacy.ledger import LEDGER
+
+    folder = data_folder()
+    return _LATEST if not (folder / LEDGER).exists() and (_LATEST / LEDGER).exists() else folder
+
+
+def _delta(file: Path, device: Device | None) -> tuple[float, str]:
+    """Return the δ at which ε is given, and words on who says so."""
+    if device is not None and "delta" in device.settings:
+        return float(device.settings["delta"]), ", says device.toml"
+    config = file.parent / "config.toml"
+    if device is None and config.is_file():
+        return load_recipe(str(config)).delta, ", says config.toml beside the ledger"
+    return RunConfig.delta, ", the default; give the δ of the client's budget with --delta"
 
 
 def _found(place: Path) -> tuple[Path, Device | None]:
@@ -76,7 +98,10 @@ def _found(place: Path) -> tuple[Path, Device | None]:
     elif place.is_dir():
         place = place / LEDGER
     if device is None and not place.exists():
-        allowed = "a ledger's file, or a folder with one: nothing is spent where there is none"
+        allowed = (
+            "a ledger's file, or a folder with one: nothing is spent where there is none. A "
+            "simulation keeps its ledger in its run folder: `fedlora ledger runs/latest`"
+        )
         raise InvalidValue("ledger", str(place), allowed)
     return place.resolve(), device
 

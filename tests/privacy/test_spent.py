@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from fedlora_flwr import Account, Ledger, Segment, epsilon_spent, spent
 from fedlora_flwr.cli import app
+from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue, LedgerDamaged
 
 PLAN = Segment(noise_multiplier=1.5, sample_rate=0.1, steps=20)
@@ -166,3 +167,24 @@ def test_a_ledger_that_was_deleted_is_not_said_to_be_unspent(tmp_path: Path) -> 
     lost = CliRunner().invoke(app, ["ledger", str(device(tmp_path, "epsilon = 20.0"))])
     assert lost.exit_code == 1
     assert "Nothing spent" not in lost.output
+
+
+def test_a_runs_ledger_is_shown_at_the_delta_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    nothing = " ".join(CliRunner().invoke(app, ["ledger"]).output.split())
+    hint = "A simulation keeps its ledger in its run folder: `fedlora ledger runs/latest`"
+    assert hint in nothing
+    run = tmp_path / "runs" / "latest"
+    run.mkdir(parents=True)
+    write(run / "ledger.sqlite")
+    assert RunConfig.delta != DELTA
+    without = CliRunner().invoke(app, ["ledger", str(run)]).output
+    assert f"δ         {RunConfig.delta:g}, the default" in without
+    (run / "config.toml").write_text(RunConfig(delta=DELTA).to_toml())
+    for arguments in ([], [str(run)], [str(run / "ledger.sqlite")]):
+        said = shown(*arguments)
+        assert "δ         0.0001, says config.toml beside the ledger" in said
+        assert f"{epsilon(25):.3f}" in said
