@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from fedlora_flwr.config.unit import counted
 from fedlora_flwr.environment import own_program
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.forecast.participation import participation
+from fedlora_flwr.server.best import is_better
 from fedlora_flwr.server.checkpoint import Checkpoint, Checkpoints
 from fedlora_flwr.server.rounds import RoundRow, describe_round, in_words
 from fedlora_flwr.server.run_dir import REPORT, RunDirectory
@@ -20,6 +22,19 @@ from fedlora_flwr.simulations.runner import PreparedRun
 from fedlora_flwr.terminal import Bar, show_line, show_lines
 
 SIMULATED = "secure sum simulated"
+REPEATS = (
+    "runs on the same records add up: whoever sees the results of several has seen the sum of "
+    "their ε"
+)
+NOT_PRIVATE = "This adapter is not private. Do not publish it."
+NOTHING_LEARNED = (
+    "the run ended no better than it began, so look at the line Noise of that plan; if it is far "
+    "below 1, run once with -c epsilon=inf to see whether the rates and layers can learn"
+)
+NOTHING_LEARNED_WITHOUT_NOISE = (
+    "the run ended no better than it began although it had no noise, so change the rates, the "
+    "layers or the number of rounds"
+)
 UNPROTECTED = "unprotected metrics were reported"
 
 
@@ -74,7 +89,7 @@ def describe_plan(prepared: PreparedRun) -> list[tuple[str, str]]:
         ("Strategy", f"{config.strategy}: {config.num_rounds} rounds of {_steps(config)}"),
         (
             "Clients",
-            f"{config.num_clients} with {min(sizes)} to {max(sizes)} private {config.unit}s "
+            f"{config.num_clients} with {_range(sizes, 'd')} private {config.unit}s "
             f"({config.partitioner})",
         ),
         *(("Records", line) for line in prepared.records),
@@ -114,7 +129,7 @@ def _promise(prepared: PreparedRun) -> list[str]:
         ]
     if config.private:
         return [
-            f"{promise}noise multiplier {min(sigmas):.2f} to {max(sigmas):.2f}, clip norm "
+            f"{promise}noise multiplier {_range(sigmas, '.2f')}, clip norm "
             f"{config.clip_norm:g}"
         ]
     return ["none: epsilon = inf adds no noise"]
@@ -128,8 +143,8 @@ def closing_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     privacy = (
         "none"
         if budget is None or math.isinf(budget)  # JSON has no infinity, the run itself has.
-        else f"ε = {spent:.3f} of {budget:g} at δ = {summary['delta']:g}, the largest of "
-        f"{summary['num_clients']} clients ({summary['accountant'].upper()} accountant)"
+        else f"ε = {spent:.3f} of {budget:g} at δ = {summary['delta']:g}, "
+        f"{_of_clients(summary['num_clients'])} ({summary['accountant'].upper()} accountant)"
     )
     rows = [
         (
@@ -164,11 +179,24 @@ def closing_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def _of_clients(count: int) -> str:
+    return "that of the only client" if count == 1 else f"the largest of {count} clients"
+
+
+def _range(values: Sequence[float], pattern: str) -> str:
+    """Write the least and the largest value, or one where both look alike."""
+    low, high = format(min(values), pattern), format(max(values), pattern)
+    return low if low == high else f"{low} to {high}"
+
+
 def _best(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Say which round was the best, unless it is the last, and what its figure is worth."""
     best = summary.get("best")
     if best is None or best["round"] == summary["rounds_done"]:
         return []
+    if best["round"] == 0:
+        words = in_words(best["chosen_by"])
+        return [("Best", f"no round was better than the start, by {words}; best/ holds the start")]
     name = best["chosen_by"]
     value = best["metrics"][name]
     figure = f"{value:.4f}" if name != summary["metric"] else f"{value:.1%}"
@@ -184,16 +212,48 @@ def _best(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 def next_steps(config: RunConfig, run_dir: RunDirectory) -> list[tuple[str, str]]:
     """Return the places of a run's results, and a command for the next step."""
-    adapter = shlex.quote(str(run_dir.adapter))
-    # A simulation with noise from a seed is not for others to have.
-    shared = f"{own_program('hf')} upload OWNER/NAME {adapter}"
-    plot = f"{own_program('fedlora')} plot {shlex.quote(str(run_dir.path))}"
-    return [
+    lines = [
         ("Results", str(run_dir.path)),
         ("Adapter", f"{run_dir.adapter}, and its README.md says how to use it"),
         *report_of(run_dir),
-        ("Next", plot if config.reproducible else shared),
     ]
+    if config.private and config.ledger_scope == "run":
+        lines.append(("Repeats", REPEATS))
+    if not config.private:
+        lines.append(("Warning", NOT_PRIVATE))
+    return [*lines, *_what_to_do(config, run_dir)]
+
+
+def _what_to_do(config: RunConfig, run_dir: RunDirectory) -> list[tuple[str, str]]:
+    """Return commands for the next step, which depends on whether the run has learned anything."""
+    fedlora, run = own_program("fedlora"), shlex.quote(str(run_dir.path))
+    if not _has_learned(run_dir.summary() or {}):
+        config_file = shlex.quote(str(run_dir.path / "config.toml"))
+        return [
+            ("Next", f"{fedlora} plan {config_file}"),
+            ("", NOTHING_LEARNED if config.private else NOTHING_LEARNED_WITHOUT_NOISE),
+        ]
+    if config.private and config.reproducible:
+        # A simulation with noise from a seed is not for others to have.
+        return [("Next", f"{fedlora} plot {run}")]
+    own = f" -c task={shlex.quote(config.task)}" if ":" in config.task else ""
+    lines = [
+        ("Next", f"{fedlora} evaluate {run}{own}"),
+        ("", f"{fedlora} predict {run} FILE{own}"),
+    ]
+    if config.private:
+        adapter = shlex.quote(str(run_dir.adapter))
+        lines.append(("Publish", f"{own_program('hf')} upload OWNER/NAME {adapter}"))
+    return lines
+
+
+def _has_learned(summary: Mapping[str, Any]) -> bool:
+    """Tell whether a run ended better than it began; a run that was not measured may have."""
+    metric = summary.get("metric", "")
+    begin, end = summary.get(f"initial_{metric}"), summary.get(f"final_{metric}")
+    if begin is None or end is None:
+        return True
+    return is_better(metric, end, begin)
 
 
 def report_of(run_dir: RunDirectory) -> list[tuple[str, str]]:

@@ -66,6 +66,16 @@ class RunFacts:
         """How the run ended; a run without a summary is still at work, or was killed."""
         return str(self.summary.get("status", "not ended"))
 
+    @property
+    def simulated(self) -> bool:
+        """Whether one machine simulated the clients; only such a run has a split of its own."""
+        return bool(self.summary.get("simulated", bool(self.split)))
+
+    @property
+    def num_clients(self) -> int:
+        """How many clients took part, as far as the files tell."""
+        return int(self.summary.get("num_clients") or self.config.num_clients)
+
     def points(self, name: str, part: str | None = None) -> Points:
         """Return a figure by round, where it is a finite number.
 

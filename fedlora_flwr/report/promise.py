@@ -7,13 +7,36 @@ from fedlora_flwr.report.facts import RunFacts, number
 from fedlora_flwr.report.scales import plain
 
 
+ADDS_UP = (
+    "Other runs on the same records add up with this one: whoever sees the results of several has "
+    "seen the sum of their ε."
+)
+
+
+def simulated(clients: int, *, private: bool) -> str:
+    """Say who held the records in a simulation, and to whom its promise is.
+
+    Parameters
+    ----------
+    clients : int
+        Number of simulated clients.
+    private : bool
+        Whether the run promised anything.
+    """
+    whose = "the only simulated client" if clients == 1 else f"all {clients} simulated clients"
+    told = f"This was a simulation: one process held the records of {whose}."
+    to = " The promise is to whoever sees the adapter, and not to that process."
+    return told + to * private
+
+
 def promise(facts: RunFacts) -> str:
     """Return whom a participant had to trust, and what is promised about one record, or user."""
     if not facts.config.private:
         return (
             "None. The run added no noise (epsilon = inf), so it promises nothing about any record."
         )
-    return " ".join([_trust(facts), _meaning(facts), *_spent(facts), *_limits(facts)])
+    own = [simulated(facts.num_clients, private=True)] if facts.simulated else []
+    return " ".join([_trust(facts), *own, _meaning(facts), *_spent(facts), *_limits(facts)])
 
 
 def _trust(facts: RunFacts) -> str:
@@ -54,6 +77,8 @@ def _spent(facts: RunFacts) -> list[str]:
 def _limits(facts: RunFacts) -> list[str]:
     units = f"{facts.config.unit}s"
     found = [f"The promise does not cover the public test set, and not how many {units} there are."]
+    if facts.config.ledger_scope == "run":
+        found.append(ADDS_UP)
     if facts.config.reproducible:
         found.append(
             "This is a simulation and not a release: its noise follows a seed, and anyone who "

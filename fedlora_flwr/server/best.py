@@ -127,4 +127,19 @@ class Best:
         """Tell whether a value is better than another; one that is not a number never is."""
         if other is None:
             return value == value
-        return other - value > by if "loss" in self.metric else value - other > by
+        return is_better(self.metric, value, other, by)
+
+
+def is_better(metric: str, value: float, other: float, by: float = 0.0) -> bool:
+    """Tell whether a value of a metric is better than another; a loss is better if it is smaller.
+
+    Parameters
+    ----------
+    metric : str
+        The metric's name.
+    value, other : float
+        The values. One that is not a number is never better.
+    by : float (default: 0.0)
+        By how much more than this it has to be better.
+    """
+    return other - value > by if "loss" in metric else value - other > by

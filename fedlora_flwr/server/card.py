@@ -18,6 +18,7 @@ from fedlora_flwr.data.sources import is_hub_name
 from fedlora_flwr.files import replace_file
 from fedlora_flwr.plan import PARTS
 from fedlora_flwr.privacy.clip_weights import EVEN, ClipWeights
+from fedlora_flwr.report.promise import simulated
 from fedlora_flwr.server.card_code import CardCode
 from fedlora_flwr.strategies import strategy_class
 from fedlora_flwr.tasks.registry import extras_of
@@ -159,11 +160,18 @@ class ModelCard:
 
     def _about(self) -> str:
         summary, config = self.summary, self.config
+        clients, is_simulated = summary["num_clients"], summary["simulated"]
+        told = "The training records stayed with the clients."
+        if is_simulated:
+            told = simulated(clients, private=config.private)
         text = (
-            f"This adapter was trained by {summary['num_clients']} clients with "
-            f"[Flower](https://flower.ai) and fedlora-flwr {summary['versions']['fedlora-flwr']}. "
-            "The training records stayed with the clients and are not in this folder.\n"
+            f"This adapter was trained by {clients} {'simulated ' * is_simulated}"
+            f"client{'s' * (clients != 1)} with [Flower](https://flower.ai) and fedlora-flwr "
+            f"{summary['versions']['fedlora-flwr']}. {told} "
+            "The records are not in this folder.\n"
         )
+        if not config.private:
+            text += "\n**This adapter is not private. Do not publish it.**\n"
         if self.best:
             text += (
                 f"\n**This is the model of round {summary['best']['round']}, the best of all that "

@@ -38,6 +38,7 @@ from fedlora_flwr.server.report import try_report
 from fedlora_flwr.server.rounds import OnRound, RoundRow, by_name
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.server.strategy import build_strategy
+from fedlora_flwr.server.watched_grid import is_simulated
 from fedlora_flwr.server.sum_step import sum_step
 from fedlora_flwr.strategies import FedLoRA
 from fedlora_flwr.strategies.replies import RoundReport, to_record
@@ -124,7 +125,7 @@ def _federation(
         session = _Session(config, task, adapted, strategy, run_dir, on_round, started)
         session.run(grid, checkpoint)
     except BaseException as error:
-        summary = _summary(config, session, time.perf_counter() - started)
+        summary = _summary(config, session, grid, time.perf_counter() - started)
         ending = {"status": status_of(error), "error": reason_of(error)}
         with uninterrupted(), suppress(OSError):  # The first error is the one to show.
             run_dir.write_summary({**summary, **ending})
@@ -132,7 +133,7 @@ def _federation(
                 session.write_card({**summary, **ending})
             try_report(run_dir)
         raise
-    summary = _summary(config, session, time.perf_counter() - started)
+    summary = _summary(config, session, grid, time.perf_counter() - started)
     summary["end"] = session.end
     session.write_card(summary)
     run_dir.write_summary(summary)
@@ -344,7 +345,9 @@ def _remarks(strategy: FedLoRA) -> dict[str, str]:
     return {**strategy.remarks(), **({"secure sum": opener.remark} if opener else {})}
 
 
-def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dict[str, Any]:
+def _summary(
+    config: RunConfig, session: _Session | None, grid: Grid, seconds: float
+) -> dict[str, Any]:
     rows = session.rows if session else []
     metric = session.task.metric if session else "accuracy"
     rounds, measured = rows[1:], [by_name(r)[metric] for r in rows if metric in by_name(r)]
@@ -377,6 +380,7 @@ def _summary(config: RunConfig, session: _Session | None, seconds: float) -> dic
         "robust": session.strategy.robust.words if session else "",
         "suspects": Counter(name for row in rounds for name in row["suspects"]),
         "seed": config.seed,
+        "simulated": is_simulated(grid),
         "reproducible_noise": config.reproducible,
         "weighting": config.weighting,
         "precision": config.precision,

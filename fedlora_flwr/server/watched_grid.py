@@ -18,7 +18,20 @@ from fedlora_flwr.strategies.identities import KnownNode
 RESTARTED = "the device was restarted during this round and lost its task"
 _NODE_UNAVAILABLE = 5
 _REPLY_UNAVAILABLE = 4
+_SIMULATION = ("InMemoryGrid", "LocalGrid")
 _LEEWAY = 1.0  # seconds; a message must still be valid at the last poll
+
+
+def is_simulated(grid: Grid) -> bool:
+    """Tell whether a grid's clients are simulated by the machine that runs the server.
+
+    Parameters
+    ----------
+    grid : Grid
+        A run's grid, or a wrapper of it.
+    """
+    own = grid._grid if isinstance(grid, WatchedGrid) else grid
+    return type(own).__name__ in _SIMULATION
 
 
 class WatchedGrid(Grid):

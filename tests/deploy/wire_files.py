@@ -49,7 +49,7 @@ ROUNDS = {
 }
 SUMMARY = {
     **dict.fromkeys(
-        ("task", "strategy", "num_rounds", "metric", "robust", "seed", "reproducible_noise",
+        ("task", "strategy", "num_rounds", "metric", "robust", "seed", "reproducible_noise", "simulated",
          "weighting", "precision", "trust_model", "blocks", "remarks"),
         _SETTING,
     ),

@@ -62,6 +62,23 @@ def test_the_choices_are_those_of_the_plans() -> None:
     assert 'id="choices"' not in run_report(replace(alike, rounds=plans))
 
 
+def test_a_report_says_who_held_the_records_and_that_runs_add_up() -> None:
+    run = facts()
+    held = (
+        "This was a simulation: one process held the records of all 3 simulated clients. The "
+        "promise is to whoever sees the adapter, and not to that process."
+    )
+    told = section(run_report(run), "privacy")
+    assert held in told
+    assert "whoever sees the results of several has seen the sum of their ε" in told
+    single = run_report(replace(run, summary={**run.summary, "num_clients": 1}))
+    assert "the records of the only simulated client." in section(single, "privacy")
+    on_devices = replace(run, summary={**run.summary, "simulated": False}, split={})
+    assert "one process" not in section(run_report(on_devices), "privacy")
+    for_life = replace(run, config=replace(run.config, ledger_scope="lifetime"))
+    assert "seen the sum" not in section(run_report(for_life), "privacy")
+
+
 @pytest.mark.parametrize("rounds", [100, 300])
 def test_a_large_run_stays_below_a_megabyte(rounds: int) -> None:
     big = facts(rounds, 1000)

@@ -41,6 +41,7 @@ SUMMARY = {
     "suspects",
     "declined",
     "seed",
+    "simulated",
     "reproducible_noise",
     "precision",
     "weighting",

@@ -164,7 +164,18 @@ def test_a_card_says_what_was_promised_and_names_what_the_hub_has(
     assert (named.data.base_model, named.data.datasets) == ("owner/model", ["owner/data"])
     (result,) = named.data.eval_results
     assert (result.dataset_type, result.dataset_split) == ("owner/data", "test")
-    assert "simulation" not in card(reproducible=False).text
+    told = card(reproducible=False).text
+    assert "not a release" not in told
+    assert "stayed with the clients" not in told
+    assert (
+        "This was a simulation: one process held the records of all 3 simulated clients. The "
+        "promise is to whoever sees the adapter, and not to that process."
+    ) in told
+    assert "whoever sees the adapter" not in unprotected.text
+    assert "**This adapter is not private. Do not publish it.**" in unprotected.text
+    on_devices = ModelCard(config, {**summary, "simulated": False}, adapted, False, 360)
+    assert "The training records stayed with the clients." in str(on_devices)
+    assert "one process" not in str(on_devices)
     summed = card(trust_model="secure-sum", sample_rate=0.1, local_steps=1)
     assert "one training record of all clients together" in summed.text
     assert "weights in the clip" not in summed.text

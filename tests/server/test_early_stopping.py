@@ -64,6 +64,16 @@ def test_the_best_adapter_is_kept_beside_the_last_and_says_so(tmp_path: Path) ->
     assert "optimistic" not in (run / "adapter" / "README.md").read_text()
 
 
+def test_a_start_that_no_round_beats_is_told_as_such(tmp_path: Path) -> None:
+    summary = begin(tiny(tmp_path, num_clients=1, min_clients=1, num_rounds=1), tmp_path / "run")
+    none = {**summary, "best": {**summary["best"], "round": 0}}
+    lines = closing_rows(none)
+    expected = "no round was better than the start, by accuracy; best/ holds the start"
+    assert dict(lines)["Best"] == expected
+    assert "optimistic" not in " ".join(text for _, text in lines)
+    assert "that of the only client (PRV accountant)" in dict(lines)["Privacy"]
+
+
 @pytest.mark.parametrize(
     ("settings", "told", "kept", "ends"),
     [

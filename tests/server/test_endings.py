@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -262,9 +263,38 @@ def test_a_runs_last_lines_name_the_card_and_commands_that_work(
     done = subprocess.run(lines["Next"], shell=True, capture_output=True, text=True)
     assert (done.returncode, (run_dir.path / "rounds.png").exists()) == (0, True), done.stderr
     released = dict(next_steps(replace(config, reproducible=False), run_dir))
-    assert released["Next"] == f"{here / 'hf'} upload OWNER/NAME {run_dir.adapter}"
+    assert released["Next"] == f"{here / 'fedlora'} evaluate {run_dir.path}"
+    assert released[""] == f"{here / 'fedlora'} predict {run_dir.path} FILE"
+    assert released["Publish"] == f"{here / 'hf'} upload OWNER/NAME {run_dir.adapter}"
+    assert "has seen the sum of their ε" in released["Repeats"]
     monkeypatch.setenv("PATH", f"/usr/bin:{here}")
     assert dict(next_steps(config, run_dir))["Next"] == f"fedlora plot {run_dir.path}"
+
+
+def test_only_a_private_run_that_learned_is_to_be_published(
+    finished: tuple[RunConfig, RunDirectory],
+) -> None:
+    config, run_dir = finished
+    config = replace(config, reproducible=False)
+    public = dict(next_steps(replace(config, epsilon=math.inf), run_dir))
+    assert public["Warning"] == "This adapter is not private. Do not publish it."
+    assert "evaluate" in public["Next"]
+    assert public.keys().isdisjoint({"Publish", "Repeats"})
+    summary = run_dir.summary()
+    assert summary is not None
+    run_dir.write_summary({**summary, "final_accuracy": summary["initial_accuracy"]})
+    failed = dict(next_steps(config, run_dir))
+    assert failed["Next"].endswith(f"plan {run_dir.path / 'config.toml'}")
+    assert "look at the line Noise" in failed[""]
+    assert "-c epsilon=inf" in failed[""]
+    assert "upload" not in "".join(failed.values())
+    free = dict(next_steps(replace(config, epsilon=math.inf), run_dir))
+    assert "although it had no noise" in free[""]
+    # A smaller loss is better.
+    told = {**summary, "metric": "loss", "initial_loss": 2.0}
+    for final, learned in ((1.0, True), (3.0, False)):
+        run_dir.write_summary({**told, "final_loss": final})
+        assert ("Publish" in dict(next_steps(config, run_dir))) is learned
 
 
 def test_an_interrupted_run_says_what_is_kept_and_how_to_continue(
