@@ -20,6 +20,7 @@ from fedlora_flwr.errors import unknown
 from fedlora_flwr.places import TASKS
 from fedlora_flwr.terminal import Table, show, show_json, show_line, show_lines
 
+_PAPER = "paper"
 _OWN_DATA = (
     "FILE.toml",
     "own data",
@@ -27,13 +28,21 @@ _OWN_DATA = (
 )
 
 
-def recipes(as_json: AsJson = False) -> None:
+def recipes(
+    every: Annotated[
+        bool, typer.Option("--all", help="List the recipes of published papers, too.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """List the recipes that come with the package; those to begin with come first."""
     found = [(name, purpose_of(name), about_recipe(name)) for name in recipe_names()]
     if as_json:
         show_json([dict(zip(("recipe", "for", "about"), row, strict=True)) for row in found])
     else:
-        rows = [found[0], _OWN_DATA, *found[1:]]
+        short = [row for row in found if every or row[1] != _PAPER]
+        rows = [short[0], _OWN_DATA, *short[1:]]
+        if hidden := len(found) - len(short):
+            rows.append((f"{_PAPER}/…", _PAPER, f"{hidden} more, which --all lists."))
         show(Console(), Table(("recipe", "for", "about"), rows, "<<<"))
 
 

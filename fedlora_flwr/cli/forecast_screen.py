@@ -13,6 +13,8 @@ from fedlora_flwr.terminal import Table, show, show_lines
 # If there are more clients, only the smallest, the middle and the largest are shown.
 _MOST_ROWS = 20
 
+NOT_MEASURED = "not measured, because a client cannot keep the promise (see Warning)"
+
 
 def show_forecast(found: Forecast, console: Console) -> None:
     """Print a forecast: clients, noise, memory, bytes, warnings."""
@@ -23,6 +25,8 @@ def show_forecast(found: Forecast, console: Console) -> None:
     lines = [*(("Records", line) for line in found.read), *_lines(found)]
     if found.precision:
         lines.append(("Precision", found.precision))
+    if found.broken:
+        lines += [("Gradient", NOT_MEASURED), ("Time", NOT_MEASURED)]
     if found.duration:
         lines.append(("Time", str(found.duration)))
     show_lines(console, [*lines, *(("Warning", text) for text in found.warnings)])
@@ -69,7 +73,7 @@ def _lines(found: Forecast) -> list[tuple[str, str]]:
         ("Rounds", str(rounds)),
         (
             "Trains",
-            f"{found.coordinates:,} of {found.trained:,} parameters in each step, in "
+            f"{found.trained:,} parameters, {found.coordinates:,} of them in each step, in "
             f"{found.layers} layers of {found.blocks} blocks",
         ),
         ("Noise", f"in the mean of a round's uploads: {noise}{worst}"),

@@ -211,9 +211,13 @@ def _require_column(columns: Mapping[str, NDArray[Any]], split: Split) -> None:
     # A missing value is None, or NaN in a column of numbers.
     if values.dtype.kind in "fO" and any(value is None or value != value for value in values):
         raise InvalidValue("partition-column", named, "a column without missing values")
-    distinct = len(np.unique(values))
+    found, counts = np.unique(values, return_counts=True)
+    distinct = len(found)
     if split.partitioner == "natural-id" and distinct != split.num_partitions:
         reason = f"{distinct}, as partition-column = {named!r} has that many values"
+        if (fewest := int(counts.min())) < split.min_size:
+            reason += f". Lower min-records, too, from {split.min_size} to {fewest} at most: a "
+            reason += "value has so few records"
         raise InvalidValue("num-clients", split.num_partitions, reason)
     if split.partitioner == "pathological" and not 1 <= split.classes_per_partition <= distinct:
         reason = f"1 to {distinct}, the classes of the records"

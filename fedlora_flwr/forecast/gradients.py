@@ -359,8 +359,17 @@ def _advice(config: RunConfig, group: Group, mode: Mode) -> str:
     if longest.part != HEAD:
         return f"Train A and B in steps of their own, as strategy = {_APART!r} does."
     alpha = config.lora_alpha * longest.norm / group.norm
+    weights = ClipWeights.configured(config)
+    even = weights.of_part(group.part) * group.norm / longest.norm
     return (
-        f"Raise lora-alpha, now {config.lora_alpha:g} (about {alpha:.2g} would make {group.part} "
-        "and head equally long), with lower lr-a and lr-b; or set train-head = false; or compare "
-        "with strategy = 'head-only', which adds noise to the head alone."
+        f"Lower clip-weight-head, now {weights.of_part(HEAD):g} (about {_rounded(even)} would give "
+        f"{group.part} and head equal shares of the clip norm); or raise lora-alpha, now "
+        f"{config.lora_alpha:g} (about {_rounded(alpha)} would make {group.part} and head equally "
+        "long), with lower lr-a and lr-b; or set train-head = false; or compare with strategy = "
+        "'head-only', which adds noise to the head alone."
     )
+
+
+def _rounded(value: float) -> str:
+    """Write a number with two digits that count, and without an exponent."""
+    return f"{float(f'{value:.2g}'):,.10g}"

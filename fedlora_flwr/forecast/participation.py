@@ -48,11 +48,14 @@ class Participation:
         if self.least is None:
             joins = f"{self.mean:g} on average"
         elif self.least == self.most:
-            joins = f"{self.most}"
+            every = "it" if self.num_rounds == 1 else f"all {self.num_rounds}"
+            joins = every if self.most == self.num_rounds else f"{self.most}"
         else:
             joins = f"{self.least} or {self.most}"
-        clients = "client" if self.cohort == 1 else "clients"
-        text = f"{self.num_rounds} of {self.cohort} {clients}; each client joins {joins}"
+        rounds = "1 round" if self.num_rounds == 1 else f"{self.num_rounds} rounds"
+        clients = "1 client" if self.cohort == 1 else f"{self.cohort} clients"
+        each = "" if self.num_rounds == 1 else " each"
+        text = f"{rounds} with {clients}{each}; every client joins {joins}"
         if self.ends_early:
             text += f"; no client has budget left after round {self.last_round}"
         if self.first_spent and self.first_spent < self.last_round:

@@ -89,7 +89,9 @@ def check_budget(
         limit = f"below 1/n = {1 / n:.3g} for a client of n = {n} {unit}s"
         raise InvalidValue("delta", delta, f"a number above 0 and {limit}")
     if not 1 <= batch_size <= n:
-        raise InvalidValue("batch-size", batch_size, f"1 to {n}, for a client of n = {n} {unit}s")
+        ways = "Lower batch-size, or merge small clients, or leave this client's records out"
+        allowed = f"1 to {n}, for a client of n = {n} {unit}s. {ways}"
+        raise InvalidValue("batch-size", batch_size, allowed)
 
 
 def calibrate(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:

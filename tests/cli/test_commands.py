@@ -120,9 +120,15 @@ def test_in_a_pipe_keys_and_recipes_are_a_row_per_line() -> None:
     assert named == [["section", "key"], *(full_name(key).split(".") for key in known)]
     column = lines[0].index("meaning")
     assert all(line[column - 1] == " " != line[column] for line in lines)
-    lines = fedlora("recipes").splitlines()
+    lines = fedlora("recipes", "--all").splitlines()
     first, *others = recipe_names()
     assert [line.split()[0] for line in lines] == ["recipe", first, "FILE.toml", *others]
+    short = fedlora("recipes").splitlines()
+    papers = [name for name in others if name.startswith("paper/")]
+    assert papers
+    kept = [name for name in others if name not in papers]
+    assert [line.split()[0] for line in short] == ["recipe", first, "FILE.toml", *kept, "paper/…"]
+    assert f"{len(papers)} more, which --all lists." in short[-1]
 
 
 def test_recipes_are_in_the_order_in_which_a_newcomer_needs_them() -> None:

@@ -228,6 +228,12 @@ def test_sizes_grow_as_named() -> None:
             Split("natural-id", 8, 1, column="writer"),
         ),
         ("min-records", "natural-id", Split("natural-id", 7, 1, min_size=203, column="writer")),
+        (
+            "num-clients",
+            "expected 7, as partition-column = 'writer' has that many values. Lower min-records, "
+            "too, from 203",
+            Split("natural-id", 4, 1, min_size=203, column="writer"),
+        ),
         ("min-records", "at most 5", Split("size", 2, 1, min_size=6, sizes=(5, 9))),
         ("classes-per-client", "1 to 10", Split("pathological", 3, 1, classes_per_partition=11)),
         ("partition-sizes", "3 sizes", Split("size", 3, 1, sizes=(5, 9))),

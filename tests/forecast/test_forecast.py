@@ -211,13 +211,14 @@ def test_a_cap_below_the_mean_number_of_rounds_is_a_warning(make_config: MakeCon
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"max_rounds": 5}, "10 of 2 clients; each client joins 5"),
-        ({"max_rounds": 7}, "10 of 2 clients; each client joins 5"),
-        ({"max_rounds": 3}, "each client joins 3; no client has budget left after round 6"),
-        ({"max_rounds": 3, "num_rounds": 5}, "5 of 2 clients; each client joins 2 or 3"),
-        ({}, "10 of 2 clients; each client joins 5 on average"),
-        ({"fraction_train": 1.0}, "10 of 4 clients; each client joins 10"),
-        ({"fraction_train": 0.3, "max_rounds": 2}, "10 of 1 client; each client joins 2; no"),
+        ({"max_rounds": 5}, "10 rounds with 2 clients each; every client joins 5"),
+        ({"max_rounds": 7}, "10 rounds with 2 clients each; every client joins 5"),
+        ({"max_rounds": 3}, "every client joins 3; no client has budget left after round 6"),
+        ({"max_rounds": 3, "num_rounds": 5}, "5 rounds with 2 clients each; every client joins 2 or 3"),
+        ({}, "10 rounds with 2 clients each; every client joins 5 on average"),
+        ({"fraction_train": 1.0}, "10 rounds with 4 clients each; every client joins all 10"),
+        ({"fraction_train": 1.0, "num_rounds": 1}, "1 round with 4 clients; every client joins it"),
+        ({"fraction_train": 0.3, "max_rounds": 2}, "10 rounds with 1 client each; every client joins 2; no"),
     ],
 )
 def test_the_plan_says_how_often_each_client_joins(
@@ -267,7 +268,11 @@ def test_the_command_prints_the_forecast_and_fails_for_a_broken_promise() -> Non
     assert [line.split()[0] for line in lines[4:]] == [*starts]
     bad = CliRunner().invoke(app, ["plan", "digits", "--records", "20"])
     assert bad.exit_code == 1
-    assert bad.output.count("Warning") == 4
+    assert bad.output.count("Warning  ") == 4
+    told = "not measured, because a client cannot keep the promise"
+    missing = [line.split()[0] for line in bad.output.splitlines() if told in line]
+    assert missing == ["Gradient", "Time"]
+    assert "leave this client's records out" in bad.output
 
 
 def test_the_command_writes_json() -> None:

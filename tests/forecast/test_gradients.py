@@ -156,7 +156,11 @@ def test_the_advised_alpha_makes_both_parts_equally_long(make_config: MakeConfig
     (warning,) = found.warnings
     assert "B gets" in warning
     assert "strategy = 'head-only'" in warning
-    alpha = float(warning.split("(about ")[1].split()[0])
+    weight, alpha = (float(part.split()[0]) for part in warning.split("(about ")[1:])
+    weighted = measured(make_config(strategy="ffa-lora", lora_alpha=0.25, clip_weight_head=weight))
+    shares = [group(weighted, "B + head", part).share for part in ("B", "head")]
+    assert shares[0] == pytest.approx(shares[1], rel=0.05)
+    assert weighted.warnings == []
     again = measured(make_config(strategy="ffa-lora", lora_alpha=alpha))
     b, head = (group(again, "B + head", part).norm for part in ("B", "head"))
     assert b == pytest.approx(head, rel=0.05)
