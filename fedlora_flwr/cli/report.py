@@ -33,6 +33,10 @@ def report(
             help="The report, an HTML file; report.html in the folder, or here for several runs.",
         ),
     ] = None,
+    public: Annotated[
+        bool,
+        typer.Option("--public", help="Leave out clients, split and paths; writes report-public.html."),
+    ] = False,
 ) -> None:
     """Write what a run has done as one HTML file; several runs are compared over their seeds.
 
@@ -44,16 +48,19 @@ def report(
         if not all((folder / name).is_file() for name in ("config.toml", "rounds.jsonl")):
             raise InvalidValue("RUN", str(folder), _RUN)
     single = len(folders) == 1
-    default = (folders[0] if single else Path()) / "report.html"
+    if public and (study or not single):
+        raise InvalidValue("--public", True, "the folder of one run")
+    name = "report-public.html" if public else "report.html"
+    default = (folders[0] if single else Path()) / name
     path = named_file(output or default, "an .html")
     from fedlora_flwr.files import replace_file
 
-    page = _study(folders[0]) if study else _runs(folders)
+    page = _study(folders[0]) if study else _runs(folders, public)
     replace_file(path, page.encode())
     show_lines(Console(), [("Report", str(path))])
 
 
-def _runs(folders: Sequence[Path]) -> str:
+def _runs(folders: Sequence[Path], public: bool) -> str:
     """Return the report of one run, or of several."""
     if len(folders) > 1:
         require("scipy")
@@ -62,6 +69,8 @@ def _runs(folders: Sequence[Path]) -> str:
     from fedlora_flwr.server.run_dir import RunDirectory
 
     facts = [facts_of(RunDirectory(folder)) for folder in folders]
+    if public:
+        facts = [run.for_others() for run in facts]
     return runs_report(facts) if len(facts) > 1 else run_report(facts[0])
 
 

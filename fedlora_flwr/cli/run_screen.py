@@ -129,8 +129,7 @@ def _promise(prepared: PreparedRun) -> list[str]:
         ]
     if config.private:
         return [
-            f"{promise}noise multiplier {_range(sigmas, '.2f')}, clip norm "
-            f"{config.clip_norm:g}"
+            f"{promise}noise multiplier {_range(sigmas, '.2f')}, clip norm {config.clip_norm:g}"
         ]
     return ["none: epsilon = inf adds no noise"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedlora_flwr.config import RunConfig
@@ -33,6 +33,8 @@ class RunFacts:
         ``split.json``, which a run on one machine has.
     audit : Mapping[str, Any]
         ``audit.json``, if an audit is attached.
+    public : bool (default: False)
+        Whether the report is for others, without clients, split and paths (see `for_others`).
     """
 
     name: str
@@ -42,6 +44,14 @@ class RunFacts:
     clients: Rows = ()
     split: Mapping[str, Any] = field(default_factory=dict)
     audit: Mapping[str, Any] = field(default_factory=dict)
+    public: bool = False
+
+    def for_others(self) -> RunFacts:
+        """Return what may be handed out: no client by name, no split, no error and no path."""
+        hidden = ("error", "suspects")
+        told = {key: value for key, value in self.summary.items() if key not in hidden}
+        told |= {"simulated": self.simulated, "num_clients": self.num_clients}
+        return replace(self, name="", summary=told, clients=(), split={}, public=True)
 
     @property
     def metric(self) -> str:

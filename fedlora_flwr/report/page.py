@@ -10,6 +10,7 @@ from typing import Any
 from fedlora_flwr.report.comparison import comparison_sections
 from fedlora_flwr.report.facts import RunFacts
 from fedlora_flwr.report.html import Markup, element, joined
+from fedlora_flwr.report.promise import in_short
 from fedlora_flwr.report.script import SCRIPT
 from fedlora_flwr.report.sections import Section, sections_of
 from fedlora_flwr.report.study import study_sections
@@ -27,7 +28,10 @@ def run_report(facts: RunFacts, reload: int | None = None) -> str:
         Seconds after which a browser loads the page again.
     """
     status = element("span", facts.status, class_="good" if facts.status == "completed" else "bad")
-    about = element("p", "Run ", element("strong", facts.name), ", ", status, ".")
+    named = [element("strong", facts.name), ", "] if facts.name else []
+    about = joined(
+        [element("p", "Run ", *named, status, "."), element("p", in_short(facts), id="in-short")]
+    )
     return _document(f"{facts.title}: report", facts.title, about, sections_of(facts), reload)
 
 

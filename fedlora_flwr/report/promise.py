@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from fedlora_flwr.config.unit import protected
 from fedlora_flwr.report.facts import RunFacts, number
+from fedlora_flwr.report.outcome import outcome
 from fedlora_flwr.report.scales import plain
-
 
 ADDS_UP = (
     "Other runs on the same records add up with this one: whoever sees the results of several has "
@@ -27,6 +29,32 @@ def simulated(clients: int, *, private: bool) -> str:
     told = f"This was a simulation: one process held the records of {whose}."
     to = " The promise is to whoever sees the adapter, and not to that process."
     return told + to * private
+
+
+def in_short(facts: RunFacts) -> str:
+    """Say in three sentences what was run, what its ε means, and what it has reached."""
+    config, metric = facts.config, facts.metric.replace("_", " ")
+    rounds = max(len(facts.rounds) - 1, 0)
+    clients = f"{'simulated ' * facts.simulated}client{'s' * (facts.num_clients != 1)}"
+    run = (
+        f"{config.strategy} trained LoRA adapters over {rounds} "
+        f"round{'s' * (rounds != 1)} with {facts.num_clients} {clients}."
+    )
+    first, last = outcome(facts)
+    reached = f"The {metric} was {first} at the start and {last} at the end."
+    return f"{run} {_factor(facts)} {reached}"
+
+
+def _factor(facts: RunFacts) -> str:
+    if not facts.config.private:
+        return "The run added no noise, so it promises nothing about any record."
+    spent = number(facts.summary.get("epsilon_max"))
+    epsilon = facts.config.epsilon if spent is None else spent
+    factor = f"{math.exp(epsilon):,.3g}" if epsilon < 7 else f"{math.exp(min(epsilon, 500)):.1e}"
+    return (
+        f"ε = {plain(epsilon)} means that what one {facts.config.unit} adds makes no outcome more than "
+        f"{factor} times as likely, except with probability δ."
+    )
 
 
 def promise(facts: RunFacts) -> str:

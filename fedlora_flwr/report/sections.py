@@ -15,9 +15,12 @@ from fedlora_flwr.report.charts import Chart, Line
 from fedlora_flwr.report.facts import RunFacts, number
 from fedlora_flwr.report.grids import modes_grid, split_bubbles
 from fedlora_flwr.report.html import Markup, element, folded, joined, table
+from fedlora_flwr.report.outcome import outcome
 from fedlora_flwr.report.privacy import audit_parts, privacy_parts
 from fedlora_flwr.report.scales import duration, percent, plain, size
 
+_OWNERS = ("task", "data", "partition", "run")
+"""Sections of the configuration that name files, columns and classes of the owners."""
 _MOST = 200
 """Rounds of which failures are told."""
 
@@ -56,15 +59,18 @@ def sections_of(facts: RunFacts) -> list[Section]:
     return [section for section in found if section.parts]
 
 
-def outcome(facts: RunFacts) -> tuple[str, str]:
-    """Return the metric before training and after the last round, in words."""
-    values = [facts.summary.get(f"{when}_{facts.metric}") for when in ("initial", "final")]
-    told = [number(value) for value in values]
-    if measured := facts.points(facts.metric):  # The summary of a run that was killed is short.
-        ends = (measured[0][1], measured[-1][1])
-        told = [end if value is None else value for value, end in zip(told, ends, strict=True)]
-    first, last = ("–" if value is None else percent(value) for value in told)
-    return first, last
+def _counted(facts: RunFacts) -> Markup:
+    """Say how many replies could not be used, without the names of clients."""
+    counts = [
+        sum(len(row.get(key) or ()) for row in facts.rounds)
+        for key in ("failures", "declined", "suspects")
+    ]
+    failed, declined, suspect = counts
+    return element(
+        "p",
+        f"Failed replies: {failed}. Declined for lack of budget: {declined}. Suspect uploads: "
+        f"{suspect}.",
+    )
 
 
 def _tiles(facts: RunFacts) -> list[Markup]:
@@ -169,7 +175,10 @@ def _failures(facts: RunFacts) -> list[Markup]:
     parts = []
     if facts.status != "completed":
         why = facts.summary.get("error") or "There is no summary, so it is still at work or killed."
-        parts.append(element("p", f"The run has the status {facts.status}. {why}", class_="bad"))
+        shown = "" if facts.public else f" {why}"
+        parts.append(element("p", f"The run has the status {facts.status}.{shown}", class_="bad"))
+    if facts.public:
+        return [*parts, _counted(facts)]
     if not rows:
         return [*parts, element("p", "No reply failed, and no upload was suspect.")]
     caption = "Replies that could not be used, and suspects"
@@ -184,6 +193,8 @@ def _configuration(facts: RunFacts) -> list[Markup]:
     changed: list[list[str]] = []
     rest: list[list[str]] = []
     for key, value in facts.config.items().items():
+        if facts.public and full_name(key).partition(".")[0] in _OWNERS:
+            continue
         row = [full_name(key), shown_value(value)]
         is_own = key in declared and value == declared[key].default
         (rest if is_own else changed).append(row)
@@ -208,5 +219,7 @@ def shown_value(value: object) -> str:
 
 
 def _charts(charts: list[Chart]) -> list[Markup]:
-    figures: Iterator[Markup] = (chart.figure() for chart in charts)
-    return [element("div", joined(figures), class_="charts")] if charts else []
+    # A chart of zeros alone tells nothing.
+    told = [chart for chart in charts if any(y for line in chart.lines for _, y in line.points)]
+    figures: Iterator[Markup] = (chart.figure() for chart in told)
+    return [element("div", joined(figures), class_="charts")] if told else []

@@ -38,8 +38,8 @@ from fedlora_flwr.server.report import try_report
 from fedlora_flwr.server.rounds import OnRound, RoundRow, by_name
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.server.strategy import build_strategy
-from fedlora_flwr.server.watched_grid import is_simulated
 from fedlora_flwr.server.sum_step import sum_step
+from fedlora_flwr.server.watched_grid import is_simulated
 from fedlora_flwr.strategies import FedLoRA
 from fedlora_flwr.strategies.replies import RoundReport, to_record
 from fedlora_flwr.tasks.registry import Task, build_task, class_names

@@ -46,6 +46,18 @@ def test_a_run_has_its_report_in_its_own_folder(tmp_path: Path) -> None:
     assert other.read_bytes() == (run / "report.html").read_bytes()
 
 
+def test_a_report_for_others_is_a_file_of_its_own(tmp_path: Path) -> None:
+    run = made(tmp_path / "run", 0.75, dataset="/home/owner/patients")
+    code, output = fedlora("report", str(run), "--public")
+    assert (code, output.split()) == (0, ["Report", str(run / "report-public.html")])
+    assert not (run / "report.html").exists()
+    assert "50% → 75%" in document(run / "report-public.html")
+    assert "patients" not in (run / "report-public.html").read_text("utf-8")
+    code, output = fedlora("report", str(run), str(run), "--public")
+    assert code == 1
+    assert "expected the folder of one run" in " ".join(output.split())
+
+
 def test_several_runs_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     runs = [made(tmp_path / f"run-{n}", 0.7 + n / 100, seed=n) for n in range(3)]

@@ -49,8 +49,8 @@ ROUNDS = {
 }
 SUMMARY = {
     **dict.fromkeys(
-        ("task", "strategy", "num_rounds", "metric", "robust", "seed", "reproducible_noise", "simulated",
-         "weighting", "precision", "trust_model", "blocks", "remarks"),
+        ("task", "strategy", "num_rounds", "metric", "robust", "seed", "reproducible_noise",
+         "simulated", "weighting", "precision", "trust_model", "blocks", "remarks"),
         _SETTING,
     ),
     **dict.fromkeys(("status", "end", "num_clients", "rounds_done"), _COUNT),

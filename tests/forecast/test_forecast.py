@@ -214,11 +214,17 @@ def test_a_cap_below_the_mean_number_of_rounds_is_a_warning(make_config: MakeCon
         ({"max_rounds": 5}, "10 rounds with 2 clients each; every client joins 5"),
         ({"max_rounds": 7}, "10 rounds with 2 clients each; every client joins 5"),
         ({"max_rounds": 3}, "every client joins 3; no client has budget left after round 6"),
-        ({"max_rounds": 3, "num_rounds": 5}, "5 rounds with 2 clients each; every client joins 2 or 3"),
+        (
+            {"max_rounds": 3, "num_rounds": 5},
+            "5 rounds with 2 clients each; every client joins 2 or 3",
+        ),
         ({}, "10 rounds with 2 clients each; every client joins 5 on average"),
         ({"fraction_train": 1.0}, "10 rounds with 4 clients each; every client joins all 10"),
         ({"fraction_train": 1.0, "num_rounds": 1}, "1 round with 4 clients; every client joins it"),
-        ({"fraction_train": 0.3, "max_rounds": 2}, "10 rounds with 1 client each; every client joins 2; no"),
+        (
+            {"fraction_train": 0.3, "max_rounds": 2},
+            "10 rounds with 1 client each; every client joins 2; no",
+        ),
     ],
 )
 def test_the_plan_says_how_often_each_client_joins(

@@ -79,6 +79,49 @@ def test_a_report_says_who_held_the_records_and_that_runs_add_up() -> None:
     assert "seen the sum" not in section(run_report(for_life), "privacy")
 
 
+def test_a_report_begins_with_three_sentences() -> None:
+    run = facts(config=RunConfig(strategy="as-lora", num_rounds=4, epsilon=3.0))
+    (short,) = parsed(
+        run_report(replace(run, summary={**run.summary, "epsilon_max": 3.0}))
+    ).findall(".//p[@id='in-short']")
+    assert texts(short) == (
+        "as-lora trained LoRA adapters over 4 rounds with 3 simulated clients. ε = 3 means that "
+        "what one record adds makes no outcome more than 20.1 times as likely, except with "
+        "probability δ. The accuracy was 12.5% at the start and 62.5% at the end."
+    )
+    free = replace(run, config=replace(run.config, epsilon=float("inf")))
+    assert "so it promises nothing about any record" in run_report(free)
+
+
+def test_a_public_report_leaves_out_clients_split_and_paths() -> None:
+    secret = "a-hidden-name"
+    config = RunConfig(
+        dataset=f"/home/{secret}", class_names=f"{secret},b", state_dir=f"/home/{secret}",
+        partition_column=secret, model=f"folder/{secret}", num_rounds=4,
+    )  # fmt: skip
+    run = facts(config=config)
+    rows = [{**one, "failures": [secret], "suspects": [secret]} for one in run.rounds]
+    clients = [{**one, "client": secret} for one in run.clients]
+    split = {"partitioner": "iid", "clients": [{"by_class": {secret: 7}}]}
+    summary = {**run.summary, "status": "failed", "error": secret}
+    run = replace(
+        run, name=secret, rounds=rows, clients=clients, split=split, summary=summary,
+    )  # fmt: skip
+    assert secret in run_report(run)
+    page = run_report(run.for_others())
+    assert secret not in page
+    assert "Failed replies: 5." in section(page, "failures")
+    assert "3 simulated clients" in section(page, "privacy")
+
+
+def test_a_chart_of_zeros_alone_is_not_drawn() -> None:
+    run = facts()
+    title = "Error of averaging factors"
+    assert title in run_report(run)
+    zeros = [{**one, "mean_error": 0.0} for one in run.rounds]
+    assert title not in run_report(replace(run, rounds=zeros))
+
+
 @pytest.mark.parametrize("rounds", [100, 300])
 def test_a_large_run_stays_below_a_megabyte(rounds: int) -> None:
     big = facts(rounds, 1000)
