@@ -35,7 +35,9 @@ def report(
     ] = None,
     public: Annotated[
         bool,
-        typer.Option("--public", help="Leave out clients, split and paths; writes report-public.html."),
+        typer.Option(
+            "--public", help="Leave out clients, split and paths; writes report-public.html."
+        ),
     ] = False,
 ) -> None:
     """Write what a run has done as one HTML file; several runs are compared over their seeds.

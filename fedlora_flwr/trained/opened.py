@@ -74,7 +74,11 @@ class OpenAdapter:
     def model(self) -> Any:
         """The model with its adapter, in evaluation mode on the configured device."""
         device = resolve_device(self.config.device)
-        with explained("Building the adapter's model", "Set model to the model of the run."):
+        advice = "Set model to the model of the run."
+        with (
+            _model_named(self.folder, self.config),
+            explained("Building the adapter's model", advice),
+        ):
             base = self.task.build_model()
         return load_adapter(base, self.folder, compare=self.whole).to(device)
 
@@ -133,7 +137,28 @@ def opened(
         elif not found.dataset and _reads_files(values.get("task", found.task)):
             values["dataset"] = NO_DATA  # A task only needs a name to build its model.
         config = RunConfig.of(found.items(), values)
-        yield OpenAdapter(folder, config, build_task(config.task, config), records, whole)
+        with _model_named(folder, config):
+            yield OpenAdapter(folder, config, build_task(config.task, config), records, whole)
+
+
+@contextmanager
+def _model_named(folder: Path, config: RunConfig) -> Iterator[None]:
+    """Say where a model that is not here was, because an adapter names no folder of a machine."""
+    try:
+        yield
+    except InvalidValue as error:
+        name = Path(config.model).name
+        if error.key != "model" or not config.model or Path(config.model).is_dir():
+            raise
+        if config.model != read_task(folder).model:
+            raise  # The user has named another one.
+        if "/" in config.model and not Path(config.model).is_absolute():
+            raise  # A model of a hub, with its owner.
+        allowed = (
+            "a model that is here. This adapter was trained on a folder, or a model, named "
+            f"{name}. Say where it is: `-c model=FOLDER`"
+        )
+        raise InvalidValue("model", config.model, allowed) from error
 
 
 def adapter_folder(adapter: Adapter) -> Path:

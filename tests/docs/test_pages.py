@@ -30,6 +30,7 @@ REASONS = {
     "it needs a device": 1,
     "it needs a fleet": 1,
     "it needs a GPU": 2,
+    "it fetches a model": 1,
     "it needs one file of your own": 1,
     "it needs several machines": 1,
     "it takes hours": 13,

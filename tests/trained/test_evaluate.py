@@ -164,6 +164,24 @@ def test_files_and_folders_that_cannot_be_used_are_told_before_any_work(
         assert said in str(told.value)
 
 
+def test_a_base_model_that_has_moved_is_asked_for(
+    texts: tuple[Path, Path, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, *_ = texts
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    told = (
+        "This adapter was trained on a folder, or a model, named base. Say where it is: `-c "
+        "model=FOLDER`"
+    )
+    with pytest.raises(InvalidValue) as caught:
+        evaluate(folder, table())
+    assert told in str(caught.value)
+    with pytest.raises(InvalidValue) as caught:
+        evaluate(folder, table(), model="elsewhere")
+    assert told not in str(caught.value)
+
+
 def test_another_base_model_is_refused(texts: tuple[Path, Path, Any, Any], tmp_path: Path) -> None:
     from transformers import AutoModel, AutoTokenizer
 
