@@ -74,11 +74,7 @@ class OpenAdapter:
     def model(self) -> Any:
         """The model with its adapter, in evaluation mode on the configured device."""
         device = resolve_device(self.config.device)
-        advice = "Set model to the model of the run."
-        with (
-            _model_named(self.folder, self.config),
-            explained("Building the adapter's model", advice),
-        ):
+        with explained("Building the adapter's model", "Set model to the model of the run."):
             base = self.task.build_model()
         return load_adapter(base, self.folder, compare=self.whole).to(device)
 
