@@ -11,8 +11,9 @@ from typing import Any
 from fedlora_flwr.report.charts import LOOKS, Chart, Line
 from fedlora_flwr.report.facts import RunFacts, number
 from fedlora_flwr.report.html import Markup, element, table
+from fedlora_flwr.report.outcome import outcome
 from fedlora_flwr.report.scales import Format, percent, plain, size
-from fedlora_flwr.report.sections import Section, outcome, shown_value
+from fedlora_flwr.report.sections import Section, shown_value
 
 _NOT_A_SETTING = {
     "seed", "run-dir", "state-dir", "resume", "device", "client-threads", "share-weights",

@@ -52,8 +52,8 @@ def _factor(facts: RunFacts) -> str:
     epsilon = facts.config.epsilon if spent is None else spent
     factor = f"{math.exp(epsilon):,.3g}" if epsilon < 7 else f"{math.exp(min(epsilon, 500)):.1e}"
     return (
-        f"ε = {plain(epsilon)} means that what one {facts.config.unit} adds makes no outcome more than "
-        f"{factor} times as likely, except with probability δ."
+        f"ε = {plain(epsilon)} means that what one {facts.config.unit} adds makes no outcome more "
+        f"than {factor} times as likely, except with probability δ."
     )
 
 
