@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from fedlora_flwr.data.users import count_units
 from fedlora_flwr.errors import InvalidValue, require
 from fedlora_flwr.places import TASKS, check_task_name, load
 
@@ -183,6 +182,8 @@ def client_sizes(config: RunConfig, task: Task) -> list[int]:
     InvalidValue
         The records cannot be opened, or do not name their users.
     """
+    from fedlora_flwr.data.users import count_units  # To ask for keys needs no NumPy.
+
     clients = config.num_clients
     return [
         count_units(config.unit, task.client_records(client, clients)) for client in range(clients)

@@ -83,7 +83,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "row added": lambda path: edit(
         path,
         "INSERT INTO releases "
-        "SELECT 9, 'w', 'r', 1, 2.0, 0.1, 1, 'now', 1, NULL, '', 'local', '', ''",
+        "SELECT 9, 'w', 'r', 1, 2.0, 0.1, 1, 'now', 1, NULL, '', 'local', '', '', 'record'",
     ),
     "chain dropped": lambda path: edit(path, "PRAGMA user_version = 0"),
     "table dropped": lambda path: edit(path, "DROP TABLE releases"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,9 +126,9 @@ def test_noise_and_batches_are_drawn_as_without_views(
     joined: list[list[int]] = []
     step = PrivateEngine.step
 
-    def watched(self: PrivateEngine, records: object, indices: Tensor, names: object) -> None:
+    def watched(self: PrivateEngine, records: object, indices: Tensor, *others: Any) -> None:
         joined.append(indices.tolist())
-        step(self, records, indices, names)  # type: ignore[arg-type]
+        step(self, records, indices, *others)  # type: ignore[arg-type]
 
     monkeypatch.setattr(PrivateEngine, "step", watched)
     for made in (trainer, plain):
