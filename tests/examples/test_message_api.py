@@ -71,8 +71,8 @@ def test_other_strategies_take_the_same_line(strategy: type[FedLoRA], tmp_path: 
 @pytest.mark.parametrize(
     ("strategy", "sentence"),
     [
-        (FLoRA, "FLoRA and FedExLoRA need LoRAClient"),
-        (FedExLoRA, "FLoRA and FedExLoRA need LoRAClient"),
+        (FLoRA, "FLoRA, FedExLoRA and FFASeeds need LoRAClient"),
+        (FedExLoRA, "FLoRA, FedExLoRA and FFASeeds need LoRAClient"),
         (FedSALoRA, "FedSALoRA needs LoRAClient"),
     ],
 )
