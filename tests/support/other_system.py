@@ -9,6 +9,7 @@ import errno
 import fcntl
 import importlib
 import os
+import shutil
 import signal
 import sys
 import types
@@ -59,6 +60,8 @@ def become_windows() -> None:
     msvcrt: Any = types.ModuleType("msvcrt")
     msvcrt.locking, msvcrt.LK_NBLCK = locking, 2
     sys.modules["msvcrt"] = msvcrt
+    searched = types.SimpleNamespace(NeedCurrentDirectoryForExePath=lambda _: False)
+    vars(shutil)["_winapi"] = searched  # From Python 3.12 on, `shutil.which` asks Windows.
     os.open, os.fsync, sys.platform = open_file, sync, "win32"  # type: ignore[assignment]
 
 
