@@ -46,7 +46,7 @@ def cost(found: Found, of: Sequence[Cell]) -> float | None:
 
 
 def met(found: Found, of: Sequence[Cell]) -> bool | None:
-    """Return whether runs of one cell of the table meet their bar; None if there is no bar."""
+    """Tell whether the runs behind an entry of the table meet their bar; None if it has no bar."""
     if not of or of[0].rule == "none" or of[0].bad > 1:
         return None
     lost = cost(found, of)

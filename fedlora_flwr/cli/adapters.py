@@ -14,7 +14,7 @@ from fedlora_flwr.cli.arguments import AsJson, Overrides
 from fedlora_flwr.config.overrides import parse_overrides
 from fedlora_flwr.errors import require
 from fedlora_flwr.processes import uncollected
-from fedlora_flwr.server.rounds import in_words
+from fedlora_flwr.report.scales import in_words
 from fedlora_flwr.terminal import Table, show, show_json, show_line, show_lines
 
 if TYPE_CHECKING:

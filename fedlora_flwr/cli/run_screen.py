@@ -14,19 +14,17 @@ from fedlora_flwr.config.unit import counted
 from fedlora_flwr.environment import own_program
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.forecast.participation import participation
+from fedlora_flwr.report.promise import NOT_PRIVATE, SEVERAL
+from fedlora_flwr.report.scales import in_words
 from fedlora_flwr.server.best import is_better
 from fedlora_flwr.server.checkpoint import Checkpoint, Checkpoints
-from fedlora_flwr.server.rounds import RoundRow, describe_round, in_words
+from fedlora_flwr.server.rounds import RoundRow, describe_round
 from fedlora_flwr.server.run_dir import REPORT, RunDirectory
 from fedlora_flwr.simulations.runner import PreparedRun
 from fedlora_flwr.terminal import Bar, show_line, show_lines
 
 SIMULATED = "secure sum simulated"
-REPEATS = (
-    "runs on the same records add up: whoever sees the results of several has seen the sum of "
-    "their ε"
-)
-NOT_PRIVATE = "This adapter is not private. Do not publish it."
+REPEATS = f"runs on the same records add up: {SEVERAL}"
 NOTHING_LEARNED = (
     "the run ended no better than it began, so look at the line Noise of that plan; if it is far "
     "below 1, run once with -c epsilon=inf to see whether the rates and layers can learn"

@@ -206,7 +206,7 @@ class LocalRound:
                 raise
             return self._exhausted(order, started)
         if grid and plan:
-            return self._shared(made, summary, records, started, masks)
+            return self._shared(made, summary, records, units, started, masks)
         if plan is None:
             # A server without plans replaces its arrays by what it gets, so it gets all of them.
             made = self._trainer.adapted.read(names)
@@ -251,10 +251,11 @@ class LocalRound:
         shares: Mapping[str, Residues],
         summary: LedgerSummary,
         records: Records,
+        units: int,
         started: float,
         masks: Masks | None,
     ) -> Released:
-        shares = with_records(shares, count_units(self._trainer.config.unit, records))
+        shares = with_records(shares, units)
         shares = masks.on(shares) if masks else shares
         seconds, memory = time.perf_counter() - started, peak_memory() / 2**20
         unprotected = self._unprotected(records)
@@ -381,8 +382,10 @@ class LocalRound:
             arrays = {**trainer.start, **local, **arrays} if order.share else arrays
         if self._rank is not None:
             arrays = {n: leading_ranks(n, array, self._rank) for n, array in arrays.items()}
-        for found in (arrays, {**arrays, **own}):
-            check_shapes(found, trainer.start, self._rank or trainer.config.rank)
+        rank = self._rank or trainer.config.rank
+        check_shapes(arrays, trainer.start, rank)
+        if own:
+            check_shapes({**arrays, **own}, trainer.start, rank)
         return arrays, own
 
     @property

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora_flwr.data.missing import missing
 from fedlora_flwr.data.sources import CLASS_FOLDERS
 from fedlora_flwr.data.unusable import naming
 from fedlora_flwr.errors import InvalidValue, unknown
@@ -291,15 +292,14 @@ def without_class(dataset: Dataset, column: str) -> dict[str, NDArray[np.int64]]
         return {}
     values = np.asarray(dataset[column][:])
     if values.dtype == object:
-        missing = np.fromiter((value is None or value != value for value in values), bool)
         below = np.fromiter(
             (isinstance(value, int | float) and value < 0 for value in values), bool
         )
     elif values.dtype.kind in "if":
-        missing, below = np.isnan(values), values < 0
+        below = values < 0
     else:
         return {}
-    found = {f"nothing in {column!r}": missing, f"a number below 0 in {column!r}": below}
+    found = {f"nothing in {column!r}": missing(values), f"a number below 0 in {column!r}": below}
     return {reason: np.flatnonzero(rows) for reason, rows in found.items() if rows.any()}
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr.config.sections.partition import PARTITIONERS
+from fedlora_flwr.data.missing import missing
 from fedlora_flwr.data.splits import Split
 from fedlora_flwr.errors import InvalidValue, unknown
 
@@ -208,8 +209,7 @@ def _require_column(columns: Mapping[str, NDArray[Any]], split: Split) -> None:
             raise unknown("partition-column", split.column, known, after=otherwise)
         raise InvalidValue("partition-column", split.column, f"a column{otherwise}")
     values = columns[named]
-    # A missing value is None, or NaN in a column of numbers.
-    if values.dtype.kind in "fO" and any(value is None or value != value for value in values):
+    if missing(values).any():
         raise InvalidValue("partition-column", named, "a column without missing values")
     found, counts = np.unique(values, return_counts=True)
     distinct = len(found)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr.config.unit import RECORD, USER, counted
+from fedlora_flwr.data.missing import missing
 from fedlora_flwr.errors import InvalidValue, unknown
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def numbered_users(values: NDArray[Any], column: str) -> NDArray[np.int64]:
     >>> numbered_users(np.array(["ann", "bob", "ann"]), "user").tolist()
     [0, 1, 0]
     """
-    if values.dtype.kind in "fO" and any(value is None or value != value for value in values):
+    if missing(values).any():
         # If such records were one user each, a person with several would have no promise.
         allowed = "a column that names a user for each record, but some records have no value there"
         raise InvalidValue(_KEY, column, allowed)

@@ -24,6 +24,7 @@ from fedlora_flwr.deploy.flower import NotSealed
 from fedlora_flwr.deploy.identities import PRIVATE
 from fedlora_flwr.deploy.supernode import (
     BIN,
+    OTHER_PORT,
     SCRIPT,
     arguments_of,
     check_script,
@@ -255,5 +256,4 @@ def node_port(folder: Path) -> Iterator[Finding]:
     elif ports.claimed(folder / BIN):
         yield Finding(subject, True, "this device's SuperNode is running here")
     else:
-        fix = f"start this device with another port: {ports.NODE_PORT}=9510 ./{SCRIPT}"
-        yield Finding(subject, False, f"cannot be used: {why}", fix)
+        yield Finding(subject, False, f"cannot be used: {why}", OTHER_PORT)

@@ -23,6 +23,7 @@ START = f"{COMMAND} deploy start"
 SCRIPT = "start.sh"
 """A device's script, which names its server and hands over to `START`."""
 BIN = "bin"
+OTHER_PORT = f"start this device with another port: {ports.NODE_PORT}=9510 ./{SCRIPT}"
 CLIENT_PROCESS = "fedlora_flwr.deploy.client_process"
 PROCESSES = {
     flower.SUPERNODE: "fedlora_flwr.deploy.node_process",
@@ -78,7 +79,7 @@ def start_supernode(folder: Path, arguments: Sequence[str]) -> NoReturn:
 
 
 def _check_port(folder: Path, arguments: Sequence[str]) -> None:
-    fix = f"start this device with another port: {ports.NODE_PORT}=9510 ./{SCRIPT}"
+    fix = OTHER_PORT
     if ports.claimed(folder / BIN):
         fix = "this device's SuperNode is running already, so there is no need to start it"
     ports.require_free(arguments, fix)

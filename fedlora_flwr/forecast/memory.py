@@ -73,8 +73,8 @@ def step_memory(
     units = min(batch, config.microbatch_size or batch)
     # A pass holds records of several users, and the sums of these users are held as well.
     grouped = config.unit == USER
-    most = batch * (config.max_records_per_user if grouped else 1)
-    records = min(most, config.microbatch_size or most)
+    joined = batch * (config.max_records_per_user if grouped else 1)
+    records = min(joined, config.microbatch_size or joined)
     # Each view of a picture passes through the model.
     activations = activation_bytes(task, model, _example(task, records * config.views))
     return Memory(

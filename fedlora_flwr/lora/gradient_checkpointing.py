@@ -60,9 +60,8 @@ def _switch(base: Any, parts: list[Any], on: bool) -> None:
         base.set_grad_checkpointing(on)
     for model in parts:
         if on and getattr(model.config, "use_cache", False):
-            model.config.use_cache = (
-                False  # A cache is for generation, and a block runs twice here.
-            )
+            # A cache is for generation, and a block runs twice here.
+            model.config.use_cache = False
         # Transformers has renamed the methods, and warns about the older names.
         old, new = (f"{kind}_checkpointing_{'enable' if on else 'disable'}" for kind in _KINDS)
         method = getattr(model, new if hasattr(model, new) else old)

@@ -100,7 +100,7 @@ class PrefixCache:
             return
         self._busy = True
         try:
-            # Nothing here computes gradients, so it must use the kernels of the call by name.
+            # In here gradients are off, and the kernels must be those of the call all the same.
             with kernels_of(torch.is_grad_enabled()):
                 cut = self._cut(call)
                 served = None if cut is None else self._values(cut, call)

@@ -89,7 +89,7 @@ def find_cut(call: Call, starts: Iterable[nn.Module], trained: Sequence[Tensor])
 
     Parameters
     ----------
-    call : Prefix
+    call : Call
         A call with at least five records.
     starts : Iterable[nn.Module]
         The modules that train.
@@ -224,8 +224,11 @@ def _record(call: Call, starts: set[nn.Module], trained: Sequence[Tensor]) -> _R
         found.ended.append((module, output))
 
     with ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
-        for parameter in trained:
+        # A factor that does not train now may still be marked as a parameter that does.
+        for parameter in {*call.model.parameters(), *trained}:
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
+        for parameter in trained:
             parameter.requires_grad_(True)
         stack.callback(register_module_forward_pre_hook(begin).remove)
         stack.callback(register_module_forward_hook(end).remove)

@@ -7,12 +7,11 @@ import math
 from fedlora_flwr.config.unit import protected
 from fedlora_flwr.report.facts import RunFacts, number
 from fedlora_flwr.report.outcome import outcome
-from fedlora_flwr.report.scales import plain
+from fedlora_flwr.report.scales import in_words, plain
 
-ADDS_UP = (
-    "Other runs on the same records add up with this one: whoever sees the results of several has "
-    "seen the sum of their ε."
-)
+NOT_PRIVATE = "This adapter is not private. Do not publish it."
+SEVERAL = "whoever sees the results of several has seen the sum of their ε"
+ADDS_UP = f"Other runs on the same records add up with this one: {SEVERAL}."
 
 
 def simulated(clients: int, *, private: bool) -> str:
@@ -33,7 +32,7 @@ def simulated(clients: int, *, private: bool) -> str:
 
 def in_short(facts: RunFacts) -> str:
     """Say in three sentences what was run, what its ε means, and what it has reached."""
-    config, metric = facts.config, facts.metric.replace("_", " ")
+    config, metric = facts.config, in_words(facts.metric)
     rounds = max(len(facts.rounds) - 1, 0)
     clients = f"{'simulated ' * facts.simulated}client{'s' * (facts.num_clients != 1)}"
     run = (

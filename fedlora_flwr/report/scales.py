@@ -12,6 +12,11 @@ MOST = 150
 """Most points that a chart marks, and most rows of its table."""
 
 
+def in_words(metric: str) -> str:
+    """Return the name of a metric without underscores."""
+    return metric.replace("_", " ")
+
+
 def percent(value: float) -> str:
     """Write a fraction in percent, with one decimal."""
     return f"{100 * value:.1f}".removesuffix(".0") + "%"

@@ -17,7 +17,7 @@ from fedlora_flwr.report.grids import modes_grid, split_bubbles
 from fedlora_flwr.report.html import Markup, element, folded, joined, table
 from fedlora_flwr.report.outcome import outcome
 from fedlora_flwr.report.privacy import audit_parts, privacy_parts
-from fedlora_flwr.report.scales import duration, percent, plain, size
+from fedlora_flwr.report.scales import duration, in_words, percent, plain, size
 
 _OWNERS = ("task", "data", "partition", "run")
 """Sections of the configuration that name files, columns and classes of the owners."""
@@ -76,7 +76,7 @@ def _counted(facts: RunFacts) -> Markup:
 def _tiles(facts: RunFacts) -> list[Markup]:
     summary, (first, last) = facts.summary, outcome(facts)
     rows: list[tuple[str, str]] = [
-        (facts.metric.replace("_", " "), f"{first} → {last}"),
+        (in_words(facts.metric), f"{first} → {last}"),
         ("rounds", f"{max(len(facts.rounds) - 1, 0)} of {facts.config.num_rounds}"),
     ]
     best = summary.get("best") or {}
@@ -107,7 +107,7 @@ def _measured(facts: RunFacts) -> list[Markup]:
     named = dict.fromkeys([metric, "loss"])
     for name in named:
         if points := facts.points(name):
-            words = name.replace("_", " ")
+            words = in_words(name)
             shown = percent if name == metric and "loss" not in name else plain
             title = f"{words.capitalize()} on the public records"
             charts.append(Chart(title, "round", words, [Line(words, points)], shown))

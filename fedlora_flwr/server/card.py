@@ -18,7 +18,7 @@ from fedlora_flwr.data.sources import is_hub_name
 from fedlora_flwr.files import replace_file
 from fedlora_flwr.plan import PARTS
 from fedlora_flwr.privacy.clip_weights import EVEN, ClipWeights
-from fedlora_flwr.report.promise import simulated
+from fedlora_flwr.report.promise import NOT_PRIVATE, simulated
 from fedlora_flwr.server.card_code import CardCode
 from fedlora_flwr.strategies import strategy_class
 from fedlora_flwr.tasks.registry import extras_of
@@ -171,7 +171,7 @@ class ModelCard:
             "The records are not in this folder.\n"
         )
         if not config.private:
-            text += "\n**This adapter is not private. Do not publish it.**\n"
+            text += f"\n**{NOT_PRIVATE}**\n"
         if self.best:
             text += (
                 f"\n**This is the model of round {summary['best']['round']}, the best of all that "

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any, TypedDict, cast
 
+from fedlora_flwr.report.scales import in_words
+
 
 class RoundRow(TypedDict, total=False):
     """What is known of one round.
@@ -86,8 +88,3 @@ def describe_round(row: RoundRow, metric: str = "accuracy") -> str:
     if row.get("suspects"):
         parts.append(f"suspects: {', '.join(row['suspects'])}")
     return "  ".join(parts) or "not evaluated"
-
-
-def in_words(metric: str) -> str:
-    """Return the name of a metric without underscores."""
-    return metric.replace("_", " ")

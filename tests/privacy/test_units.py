@@ -132,7 +132,7 @@ def test_data_that_differ_in_one_users_records_differ_by_that_user_alone() -> No
     engine, five = engine_of(VIT, microbatch=2), of_users(VIT, np.array([0, 0, 0, 1, 2, *[2] * 4]))
     one = TensorRecords(five.batch(torch.arange(5)), users=np.array([0, 0, 0, 1, 2]))
 
-    # With two of three records, user 0 draws the same two beside either neighbor.
+    # User 0 has three records and may use two. It draws the same two, whoever joins beside it.
     sums = [moved(engine, records, [0, 1, 2], most=2) for records in (one, five)]
 
     without = moved(engine, one, [0, 1], most=2)
