@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,8 @@ SLOW = (
 )
 
 
+LONGEST_RUN = 2 * 3600  # seconds
+
 # Each row of a ledger waits for the disk. In memory the tests need not wait, and write the same.
 MEMORY, ENOUGH = Path("/dev/shm"), 8 * 2**30
 if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ENOUGH:
@@ -101,12 +104,21 @@ def pytest_configure(config: pytest.Config) -> None:
     """Keep caches of tests out of the user's; noise and backbones serve the next run, too."""
     if os.environ.get(ALONE):  # The process that began this one has set up the cache.
         return
-    assert config.cache is not None
-    cache = config.cache.mkdir("home")
+    # The Makefile's targets share what is expensive. Another cache folder holds all of its own.
+    folder = config.rootpath / str(config.getini("cache_dir"))
+    shared = config.rootpath / ".pytest_cache"
+    cache = (shared if folder.is_relative_to(shared) else folder) / "home"
     os.environ["XDG_CACHE_HOME"] = str(cache)
-    if not hasattr(config, "workerinput"):  # Data sets of tests lie in new folders each time.
+    if not hasattr(config, "workerinput"):
         for name in ("fedlora/datasets", "fedlora/frozen", "huggingface"):
-            shutil.rmtree(cache / name, ignore_errors=True)
+            remove_old(cache / name)
+
+
+def remove_old(folder: Path) -> None:
+    """Remove what earlier runs left. Data sets of tests lie in new folders each time."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.stat().st_mtime < time.time() - LONGEST_RUN:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
 @pytest.hookimpl(tryfirst=True)

