@@ -167,7 +167,7 @@ class StepBench:
         names = [n for n in self.engine.adapted.parameters if factor_of(n) in PHASES[phase]]
         calls: dict[str, Call] = {
             "ours": self.call(names),
-            "plain PEFT": _plain_step(self.plain, phase, self.shape, self.batch),
+            "plain PEFT": plain_step(self.plain, phase, self.shape, self.batch),
         }
         failed: dict[str, str] = {}
         if rivals:
@@ -226,9 +226,10 @@ def _choose(model: PeftModel, phase: str) -> list[nn.Parameter]:
     return chosen
 
 
-def _plain_step(
+def plain_step(
     model: PeftModel, phase: str, shape: Shape, batch: Mapping[str, Tensor]
 ) -> Callable[[], None]:
+    """Return plain PEFT's step without privacy, in which a phase's factors and the head train."""
     optimizer = torch.optim.SGD(_choose(model.train(), phase), lr=1e-3)
 
     def step() -> None:

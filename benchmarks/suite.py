@@ -29,6 +29,14 @@ def private_step(on_figure: OnFigure) -> None:
     measure(shapes, records=4, repetitions=5, device=torch.device("cpu"), on_figure=on_figure)
 
 
+def distance_to_the_limit(on_figure: OnFigure) -> None:
+    """Compare the private step with its matrix products alone, in fp32 and bf16."""
+    from benchmarks.limit import measure
+    from benchmarks.step import roberta, swin
+
+    measure([roberta(), swin()], records=4, repetitions=5, on_figure=on_figure)
+
+
 def one_factor_per_step(on_figure: OnFigure) -> None:
     """Compare steps that train A and B in turn with steps that train both."""
     from benchmarks.alternation import measure
@@ -126,6 +134,7 @@ def attacks(on_figure: OnFigure) -> None:
 
 BENCHMARKS: Mapping[str, Benchmark] = {
     "step": private_step,
+    "limit": distance_to_the_limit,
     "alternation": one_factor_per_step,
     "growth": growth,
     "engine": in_process,
@@ -143,8 +152,8 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 
 
 BY_NAME_ONLY = (
-    "alternation", "growth", "start", "long_runs", "prefix", "masking", "correlated", "attacks",
-    "gpu",
+    "limit", "alternation", "growth", "start", "long_runs", "prefix", "masking", "correlated",
+    "attacks", "gpu",
 )  # fmt: skip
 """What `run_suite` leaves out unless named: no bar, no matter of simulations, long, or for a GPU.
 """
