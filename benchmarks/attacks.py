@@ -14,6 +14,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.config.sections import federation
 from fedlora_flwr.data.records import Records, TensorRecords
+from fedlora_flwr.errors import FederationAborted
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.server.serve import run_federation
 from fedlora_flwr.simulations.local_grid import LocalGrid
@@ -236,11 +238,12 @@ def run(cell: Cell, folder: Path, rounds: int = 0) -> Outcome:
     with tempfile.TemporaryDirectory(dir=folder) as results:
         run_dir = RunDirectory(Path(results) / "run")
         with LocalGrid(Clients(cell), CLIENTS, clients.items()).running() as grid:
-            run_federation(grid, config, run_dir, largest_noise=noise)
-        rows: list[Any] = run_dir.rows("rounds")[1:]
+            with suppress(FederationAborted):  # An attack that ends the run has had its effect.
+                run_federation(grid, config, run_dir, largest_noise=noise)
+        begin, *rows = run_dir.rows("rounds")
     bad = {partition_name(i) for i in range(CLIENTS) if _is_bad(i, cell)}
     named = [name for row in rows for name in row["suspects"]]
-    last = rows[-1]
+    last = [begin, *rows][-1]
     return Outcome(
         last["accuracy"],
         last["triggered"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,11 +68,12 @@ class Identities:
         self._asked: set[int] = set()
         self._grid = grid if isinstance(grid, KnowsNodes) else None
         self._nodes: dict[int, KnownNode] = {}
+        self._owners: dict[str, Counter[str]] = {}
         self._of_node: dict[int, str] = {}
-        self._of_client: dict[str, str] = {}
+        self._bound = _Bindings()
         self._file = None if self._grid is None else self._grid.bindings
         if self._file is not None:
-            self._of_client.update(_read(self._file))
+            self._bound.update(_read(self._file))
 
     def unasked(self, nodes: Sequence[int]) -> list[int]:
         """Return the nodes that were not asked who they are yet, and note that they are now."""
@@ -81,8 +83,13 @@ class Identities:
 
     def look(self) -> None:
         """Learn about nodes that have connected since."""
-        if self._grid is not None:
-            self._nodes.update(self._grid.known_nodes())
+        for node, known in self._grid.known_nodes().items() if self._grid else ():
+            before = self._nodes.get(node)
+            if before != known:
+                self._nodes[node] = known
+                self._owners.setdefault(known.name, Counter())[known.key] += 1
+                if before is not None:
+                    self._owners[before.name] -= Counter([before.key])
 
     def of(self, node: int) -> str:
         """Return a node's identity, or an empty text as long as it has none."""
@@ -122,7 +129,7 @@ class Identities:
         known = self._nodes.get(node, KnownNode(self.name(node)))
         if own:
             raise FedLoRAError(f"it answers in the name of {client!r}, but was {own!r} before")
-        owners = {other.key for other in self._nodes.values() if other.name == client}
+        owners = self._owners.get(client)
         if _NODE.fullmatch(client) or (owners and known.key not in owners):
             raise FedLoRAError(f"it answers in the name of {client!r}, which is another node's")
         self._bind(client, known)
@@ -133,26 +140,43 @@ class Identities:
         if known.lasting and self._file is not None:
             with _locked(self._file):  # Another run's server may write, too.
                 kept = _read(self._file)
-                self._of_client.update(kept)
+                self._bound.update(kept)
                 if not self._check_free(client, known):
-                    self._of_client[client] = known.key
+                    self._bound.update({client: known.key})
                     _write(self._file, {**kept, client: known.key})
         elif not self._check_free(client, known):
-            self._of_client[client] = known.key
+            self._bound.update({client: known.key})
 
     def _check_free(self, client: str, known: KnownNode) -> bool:
         """Tell whether an identity is bound to this very key; refuse one that is another's."""
         hint = f". If its key is new, remove its line from {self._file}" if known.lasting else ""
-        bound = self._of_client.get(client)
+        bound = self._bound.keys.get(client)
         if bound is not None and bound != known.key:
             text = f"it answers in the name of {client!r}, which is bound to another node"
             raise FedLoRAError(text + hint)
-        others = [other for other, key in self._of_client.items() if key == known.key]
+        others = self._bound.clients.get(known.key)
         if others and client not in others:
+            other = next(iter(others))
             raise FedLoRAError(
-                f"it answers in the name of {client!r}, and its key is bound to {others[0]!r}{hint}"
+                f"it answers in the name of {client!r}, and its key is bound to {other!r}{hint}"
             )
         return bound is not None
+
+
+class _Bindings:
+    """Which key each identity is bound to, and which identities each key has."""
+
+    def __init__(self) -> None:
+        self.keys: dict[str, str] = {}
+        self.clients: dict[str, dict[str, None]] = {}  # In the order in which they were bound.
+
+    def update(self, keys: Mapping[str, str]) -> None:
+        for client, key in keys.items():
+            before = self.keys.get(client, key)
+            if before != key:
+                del self.clients[before][client]
+            self.keys[client] = key
+            self.clients.setdefault(key, {})[client] = None
 
 
 def _locked(file: Path) -> FileLock:

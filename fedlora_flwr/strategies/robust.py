@@ -89,19 +89,21 @@ class Robust:
         parts = (["norm-bound"] if self.limit else []) + ([] if self.means else [self.rule])
         return ", ".join(parts) or MEAN
 
-    def bad(self, clients: int) -> int:
-        """Return how many of a number of clients may be bad, at least one."""
-        return math.ceil(self.share * clients - 1e-9)
+    def bad(self, clients: int, caught: int = 0) -> int:
+        """Return how many of a number of clients may be bad, apart from those that were caught."""
+        return max(0, math.ceil(self.share * clients - 1e-9) - caught)
 
-    def least(self, clients: int) -> int:
+    def least(self, clients: int, caught: int = 0) -> int:
         """Return how many uploads the rule needs where a number of clients are asked."""
         if self.means:
             return 1
         if self.rule == "median":
             return 3
-        return 2 * self.bad(clients) + (3 if self.rule == "krum" else 1)
+        return 2 * self.bad(clients, caught) + (3 if self.rule == "krum" else 1)
 
-    def check_cohort(self, asked: int, needs_each: bool, found: int | None = None) -> None:
+    def check_cohort(
+        self, asked: int, needs_each: bool, found: int | None = None, caught: int = 0
+    ) -> None:
         """Refuse a round that the rule cannot work with.
 
         Parameters
@@ -112,6 +114,8 @@ class Robust:
             Whether the method's aggregation needs each upload.
         found : int, optional
             Uploads that can be used, once they have come; before, all that were asked.
+        caught : int (default: 0)
+            Bad clients whose uploads the limit has refused, so that fewer are left.
 
         Raises
         ------
@@ -124,7 +128,7 @@ class Robust:
                 "needs each upload. Set robust = 'none' or 'norm-bound', or choose a method that "
                 "averages."
             )
-        count, least = asked if found is None else found, self.least(asked)
+        count, least = asked if found is None else found, self.least(asked, caught)
         if asked and count < least:
             what = "clients were asked" if found is None else f"of {asked} uploads can be used"
             raise FederationAborted(
@@ -171,10 +175,11 @@ class Robust:
         """
         if self.means or not uploads:
             return uploads
-        self.check_cohort(report.sent, False, found=len(uploads))
+        caught = len(report.suspects)  # Until now, only the limit has named any.
+        self.check_cohort(report.sent, False, found=len(uploads), caught=caught)
         arrays: dict[str, NDArray[np.floating]] = {}
         for names in by_part(uploads[0].arrays).values():
-            found = self._part(names, current, uploads, self.bad(report.sent))
+            found = self._part(names, current, uploads, self.bad(report.sent, caught))
             arrays.update(found)
             report.suspect(_far(uploads, found))
         return [Upload(self.rule, {n: arrays[n] for n in uploads[0].arrays}, 1.0, {})]

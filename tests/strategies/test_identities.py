@@ -75,6 +75,16 @@ def test_nobody_is_called_as_the_server_calls_nodes_without_a_name(name: str) ->
         identities(object()).claim(1, name)
 
 
+def test_a_name_that_is_registered_for_another_key_is_no_longer_the_first_ones() -> None:
+    fleet = Fleet(None, {1: "k1"}, {1: "device-01"})
+    found = identities(fleet)
+    fleet.keys, fleet.names = {1: "k1", 2: "k2"}, {1: "device-02", 2: "device-01"}
+    found.look()
+    with pytest.raises(FedLoRAError, match="which is another node's"):
+        found.claim(1, "device-01")
+    assert [found.claim(2, "device-01"), found.claim(1, "device-02")] == ["device-01", "device-02"]
+
+
 def test_a_registered_name_is_its_nodes_alone_before_it_has_answered() -> None:
     fleet = Fleet(None, {1: "k1", 2: "k2"}, {1: "device-01", 2: "device-02"})
     found = identities(fleet)

@@ -135,6 +135,28 @@ def test_an_upload_beyond_the_limit_is_a_failure_and_its_client_a_suspect() -> N
     assert len(report.uploads) == CLIENTS - 1
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_uploads_that_the_limit_refuses_count_as_those_that_may_be_bad(rule: str) -> None:
+    """Three of ten clients may be bad. Krum would need nine uploads if all three were left."""
+
+    class RefusesThree:
+        def check(self, order: Order, current: Arrays, upload: Upload) -> None:
+            if upload.client < "partition-000003":
+                raise SuspectReply("its update is too long")
+
+    tiny, strategy = Tiny(10), RoLoRA()
+    strategy.robust = Robust(rule, share=0.3, limit=RefusesThree())  # type: ignore[arg-type]
+    found = arrays_of(tiny.run(strategy).arrays)
+    report = strategy.last_round
+    assert report is not None
+    assert report.suspects == [f"partition-{i:06d}" for i in range(3)]
+    if rule != "median":  # Nobody else may be bad, so the others are averaged.
+        honest = uploads_of(tiny)[3:]
+        for name in honest[0]:
+            mean = np.mean([upload[name].astype(np.float64) for upload in honest], axis=0)
+            np.testing.assert_allclose(found[name], mean, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("rule", "clients", "least"), [("krum", 6, 7), ("median", 2, 3)])
 def test_too_few_clients_are_told_before_any_is_asked(rule: str, clients: int, least: int) -> None:
     tiny, strategy = Tiny(clients), RoLoRA()
