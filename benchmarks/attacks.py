@@ -237,9 +237,10 @@ def run(cell: Cell, folder: Path, rounds: int = 0) -> Outcome:
     noise = _largest_noise(cell.strategy, cell.epsilon, cell.seed, rounds)
     with tempfile.TemporaryDirectory(dir=folder) as results:
         run_dir = RunDirectory(Path(results) / "run")
-        with LocalGrid(Clients(cell), CLIENTS, clients.items()).running() as grid:
-            with suppress(FederationAborted):  # An attack that ends the run has had its effect.
-                run_federation(grid, config, run_dir, largest_noise=noise)
+        every = LocalGrid(Clients(cell), CLIENTS, clients.items())
+        # An attack that ends the run has had its effect.
+        with suppress(FederationAborted), every.running() as grid:
+            run_federation(grid, config, run_dir, largest_noise=noise)
         begin, *rows = run_dir.rows("rounds")
     bad = {partition_name(i) for i in range(CLIENTS) if _is_bad(i, cell)}
     named = [name for row in rows for name in row["suspects"]]
