@@ -7,7 +7,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 from uuid import uuid4
 
@@ -94,12 +94,20 @@ class LocalGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the ids of all nodes, in no particular order."""
-        return sorted(self._partitions)
+        return self._nodes
 
     bindings = None
 
-    def known_nodes(self) -> dict[int, KnownNode]:
+    def known_nodes(self) -> Mapping[int, KnownNode]:
         """Return the name of each node's partition as its identity."""
+        return self._known
+
+    @cached_property
+    def _nodes(self) -> list[int]:
+        return sorted(self._partitions)
+
+    @cached_property
+    def _known(self) -> dict[int, KnownNode]:
         names = {node: partition_name(i) for node, i in self._partitions.items()}
         return {node: KnownNode(name, name) for node, name in names.items()}
 

@@ -85,7 +85,7 @@ class Identities:
         """Learn about nodes that have connected since."""
         for node, known in self._grid.known_nodes().items() if self._grid else ():
             before = self._nodes.get(node)
-            if before != known:
+            if before is not known and before != known:
                 self._nodes[node] = known
                 self._owners.setdefault(known.name, Counter())[known.key] += 1
                 if before is not None:
