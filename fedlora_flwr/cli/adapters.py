@@ -14,7 +14,7 @@ from fedlora_flwr.cli.arguments import AsJson, Overrides
 from fedlora_flwr.config.overrides import parse_overrides
 from fedlora_flwr.errors import require
 from fedlora_flwr.processes import uncollected
-from fedlora_flwr.report.scales import in_words
+from fedlora_flwr.report.scales import heading
 from fedlora_flwr.terminal import Table, show, show_json, show_line, show_lines
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _figures(found: Evaluation) -> Iterator[tuple[str, str]]:
     yield "Adapter", str(found.adapter)
     yield "Records", f"{found.records:,}"
     for name, value in found.metrics.items():
-        yield in_words(name).capitalize(), f"{value:.4f}"
+        yield heading(name), f"{value:.4f}"
 
 
 def _show_classes(console: Console, found: Evaluation) -> None:

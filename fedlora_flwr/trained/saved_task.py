@@ -20,15 +20,15 @@ from fedlora_flwr.lora.exported import public_name
 
 NAME = "fedlora.toml"
 KEYS = (
-    *("task", "model", "weights", "quantization", "pooling", "max-length", "image-size"),
-    *("split-qkv", "input-columns", "label-column", "num-classes", "class-names"),
+    *("task", "model", "weights", "quantization", "pooling", "max-length", "max-new-tokens"),
+    *("image-size", "split-qkv", "input-columns", "label-column", "num-classes", "class-names"),
     *("precision", "seed"),
 )
 """Keys on which a task's model depends, and those that say how a record is read."""
 _FILES = ("model", "weights")
 _RECORDS = (
     *("dataset", "dataset-subset", "train-split", "test-split", "train-limit", "test-limit"),
-    *("eval-batch-size", "partition-column", "device"),
+    *("generation-limit", "eval-batch-size", "partition-column", "device"),
 )
 """Keys that a run's configuration has beside those."""
 
