@@ -63,15 +63,13 @@ def write_answers(
     """
     # The adapted model's own hooks are for calls without a cache of keys and values.
     plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]
+    tokens = [_ids(text, tokenizer) for text in prompts]
     room = most_positions(plain)
     for place, ids in enumerate(tokens):
         if room is not None and len(ids) >= room:
-            allowed = (
-                f"prompts of at most {room - 1:,} tokens, so that the model has room for an "
-                f"answer, but prompt {place} (counted from 0) has {len(ids):,}. Shorten it"
-            )
-            raise InvalidValue("data", f"prompt {place}", allowed)
+            given = f"record {place} (counted from 0), with a prompt of {len(ids)} tokens"
+            allowed = f"prompts of at most {room - 1} tokens, so that the model can answer"
+            raise InvalidValue("data", given, allowed)
     stops = sorted({*_ends_of(plain.generation_config), *_ends_of(tokenizer), *ends})
     padding = tokenizer.pad_token_id
     said = [""] * len(tokens)
@@ -84,6 +82,11 @@ def write_answers(
             for place, ids in zip(part, found.tolist(), strict=True):
                 said[place] = tokenizer.decode(_until(ids, stops), skip_special_tokens=True)
     return said
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> Ids:
+    found: Ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return found
 
 
 def _parts(
