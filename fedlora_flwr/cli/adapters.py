@@ -20,7 +20,9 @@ from fedlora_flwr.terminal import Table, show, show_json, show_line, show_lines
 if TYPE_CHECKING:
     from fedlora_flwr.trained.evaluate import Evaluation
 
-_Adapter = Annotated[Path, typer.Argument(help="Folder of a run, or of an adapter.")]
+_Adapter = Annotated[
+    Path, typer.Argument(help="Folder of a run, of an adapter, or of a merged language model.")
+]
 _LATEST = Path("runs/latest")
 _MOST_CLASSES = 20
 """A confusion matrix of more classes is only in the JSON."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,6 +89,15 @@ class InstructionTuning(LanguageTask):
         model: Any = super().skeleton(device)
         model.config.use_cache = False
         return model  # type: ignore[no-any-return]
+
+    def save_model(self, model: nn.Module, folder: Path) -> None:
+        """Write a plain model and its tokenizer; the model uses its cache, as its checkpoint does.
+
+        Parameters are those of the base class.
+        """
+        plain: Any = model
+        plain.config.use_cache = load_config(self._settings).use_cache
+        super().save_model(plain, folder)
 
     def largest_batch(self, records: int) -> Batch:
         """Return conversations of ``max-length`` tokens, all of them answers."""
