@@ -20,7 +20,7 @@ def test_no_two_records_share_a_row_and_a_long_one_is_cut(
     make_chats: Make, model: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     # Each record repeats a word that no other has. Short ones would fit into a row together.
-    repeats = [1, 2, 1, 40, 3, 90, 1, 2]
+    repeats = [1, 2, 1, 60, 3, 90, 1, 2]
     rows = [
         chat(("user", f"{word} " * count), ("assistant", word))
         for word, count in zip(WORDS, repeats, strict=False)
