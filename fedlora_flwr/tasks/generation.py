@@ -62,7 +62,7 @@ def write_answers(
         A prompt leaves the model no room for an answer.
     """
     # The adapted model's own hooks are for calls without a cache of keys and values.
-    plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain: Any = getattr(model, "get_base_model", lambda: model)()
     tokens = [_ids(text, tokenizer) for text in prompts]
     room = most_positions(plain)
     for place, ids in enumerate(tokens):

@@ -61,11 +61,12 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Chats:
     (root / "adapter").rename(root / "run" / "adapter")
     merge(root / "run" / "adapter", root / "merged", model=base)
     file = root / "new.jsonl"
-    frame = pd.DataFrame(rows(9, seed=1))
-    said = predict(root / "merged", frame, device="cpu")["answer"]
-    frame.loc[:3, "response"] = said[:4]  # Some are right, one is so in part.
-    frame.loc[3, "response"] += " bali"
-    frame.to_json(file, orient="records", lines=True)
+    new = rows(9, seed=1)
+    said = predict(root / "merged", pd.DataFrame(new), device="cpu")["answer"].tolist()
+    for row, text in zip(new[:3], said, strict=False):  # Some are right, one is so in part.
+        row["response"] = text
+    new[3]["response"] = f"{said[3]} bali"
+    pd.DataFrame(new).to_json(file, orient="records", lines=True)
     return Chats(base, root / "run" / "adapter", root / "merged", file)
 
 
@@ -96,7 +97,7 @@ def by_hand(folder: Path, data: Path) -> dict[str, float]:
 
 
 def test_figures_of_adapter_and_merged_model_are_those_of_a_loop(chats: Chats) -> None:
-    told = {"generation_limit": 100, "eval_batch_size": 4, "device": "cpu"}
+    told: dict[str, Any] = {"generation_limit": 100, "eval_batch_size": 4, "device": "cpu"}
 
     adapter = evaluate(chats.adapter, chats.data, model=chats.base, **told)
     merged = evaluate(chats.merged, chats.data, **told)
@@ -165,7 +166,7 @@ def test_spans_of_questions_are_compared_after_a_merge_too(tmp_path: Path) -> No
     config = text_config(base, tmp_path, task="question-answering")
     exported(config, tmp_path / "adapter")
     merge(tmp_path / "adapter", tmp_path / "merged", model=base)
-    told = {"generation_limit": 60, "device": "cpu"}
+    told: dict[str, Any] = {"generation_limit": 60, "device": "cpu"}
     found = evaluate(tmp_path / "merged", file, **told).metrics
     assert found == pytest.approx(evaluate(tmp_path / "adapter", file, model=base, **told).metrics)
     assert 0 < found["rouge_l"] <= 1
