@@ -21,9 +21,9 @@ def answers_parts(facts: RunFacts) -> list[Markup]:
         return []
     asked, first, last = samples["asked"], samples["first"], samples["last"]
     told = (
-        f"The server let the model answer {samples['answered']:,} public records after each "
-        f"evaluation, and these are the first {len(asked)} of them. It always takes the likeliest "
-        "token. No prompt is a private record."
+        f"The server let the model answer {samples['answered']:,} public records in each "
+        f"evaluation, and these are the first {len(asked)} of them. Nothing is drawn at random, so "
+        "the same model gives the same answers. Prompts come from the public test split alone."
     )
     parts = [element("p", told)]
     if not facts.config.private:
