@@ -71,6 +71,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "text": ("tokenizers", "jinja2", "datasets", "huggingface_hub", "pyarrow"),
     "vision": ("timm", "PIL", "sklearn", "matplotlib", "datasets", "huggingface_hub", "pyarrow"),
     "simulation": ("ray", "flwr_datasets"),
+    "generation": ("rouge_score",),
     "quantized": ("bitsandbytes",),
 }
 """The modules that each extra of this package installs, as in ``pyproject.toml``.

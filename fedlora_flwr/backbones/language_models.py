@@ -90,17 +90,24 @@ def check_length(limit: int, model: nn.Module) -> None:
     InvalidValue
         ``max-length`` is too large.
     """
+    longest = most_positions(model)
+    if longest is not None and limit > longest:
+        raise InvalidValue("max-length", limit, f"at most {longest}, what the model reads")
+
+
+def most_positions(model: nn.Module) -> int | None:
+    """Return the most tokens that a transformers model reads; None if it has no limit."""
     config: Any = model.config
-    longest = getattr(config, "max_position_embeddings", None) or limit
-    if longest < 0:  # This is how XLNet says that it has no limit.
-        longest = limit
+    longest: int | None = getattr(config, "max_position_embeddings", None)
+    if longest is not None and longest <= 0:  # XLNet says so that it has no limit.
+        longest = None
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             # RoBERTa's first position comes after the one that stands for padding.
             first = 0 if module.padding_idx is None else module.padding_idx + 1
-            longest = min(longest, module.num_embeddings - first)
-    if limit > longest:
-        raise InvalidValue("max-length", limit, f"at most {longest}, what the model reads")
+            there = module.num_embeddings - first
+            longest = there if longest is None else min(longest, there)
+    return longest
 
 
 def skeleton(auto: Any, config: PretrainedConfig, device: str = "meta") -> nn.Module:

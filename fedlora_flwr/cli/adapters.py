@@ -14,13 +14,15 @@ from fedlora_flwr.cli.arguments import AsJson, Overrides
 from fedlora_flwr.config.overrides import parse_overrides
 from fedlora_flwr.errors import require
 from fedlora_flwr.processes import uncollected
-from fedlora_flwr.report.scales import in_words
+from fedlora_flwr.report.scales import heading
 from fedlora_flwr.terminal import Table, show, show_json, show_line, show_lines
 
 if TYPE_CHECKING:
     from fedlora_flwr.trained.evaluate import Evaluation
 
-_Adapter = Annotated[Path, typer.Argument(help="Folder of a run, or of an adapter.")]
+_Adapter = Annotated[
+    Path, typer.Argument(help="Folder of a run, of an adapter, or of a merged language model.")
+]
 _LATEST = Path("runs/latest")
 _MOST_CLASSES = 20
 """A confusion matrix of more classes is only in the JSON."""
@@ -91,7 +93,7 @@ def _figures(found: Evaluation) -> Iterator[tuple[str, str]]:
     yield "Adapter", str(found.adapter)
     yield "Records", f"{found.records:,}"
     for name, value in found.metrics.items():
-        yield in_words(name).capitalize(), f"{value:.4f}"
+        yield heading(name), f"{value:.4f}"
 
 
 def _show_classes(console: Console, found: Evaluation) -> None:

@@ -15,7 +15,7 @@ from fedlora_flwr.environment import own_program
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.forecast.participation import participation
 from fedlora_flwr.report.promise import NOT_PRIVATE, SEVERAL
-from fedlora_flwr.report.scales import in_words
+from fedlora_flwr.report.scales import WRITTEN, heading, in_words
 from fedlora_flwr.server.best import is_better
 from fedlora_flwr.server.checkpoint import Checkpoint, Checkpoints
 from fedlora_flwr.server.rounds import RoundRow, describe_round
@@ -145,9 +145,10 @@ def closing_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     )
     rows = [
         (
-            in_words(metric).capitalize(),
+            heading(metric),
             f"{summary[f'initial_{metric}']:.1%} → {summary[f'final_{metric}']:.1%}",
         ),
+        *_written(summary),
         *_best(summary),
         ("Privacy", privacy),
         ("Sent", f"{_megabytes(summary['bytes_up'])} up, {_megabytes(summary['bytes_down'])} down"),
@@ -184,6 +185,16 @@ def _range(values: Sequence[float], pattern: str) -> str:
     """Write the least and the largest value, or one where both look alike."""
     low, high = format(min(values), pattern), format(max(values), pattern)
     return low if low == high else f"{low} to {high}"
+
+
+def _written(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the figures of answers that the model wrote, before training and after it."""
+    ends = {name: (f"initial_{name}", f"final_{name}") for name in WRITTEN}
+    return [
+        (heading(name), f"{summary[first]:.1%} → {summary[last]:.1%}")
+        for name, (first, last) in ends.items()
+        if first in summary and name != summary["metric"]
+    ]
 
 
 def _best(summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -135,7 +135,7 @@ def check_method(config: RunConfig) -> None:
     if chosen != "none" and (reason := method_of(config.strategy).no_server_step()):
         allowed = f"'none' where strategy = {config.strategy!r}: {reason}"
         raise InvalidValue("server-optimizer", chosen, allowed)
-    if (key := config.asks_for_best) and method_of(config.strategy).personal:
+    if (key := config.asks_server_to_measure) and method_of(config.strategy).personal:
         allowed = f"no value with strategy = {config.strategy!r}: {PERSONAL}"
         raise InvalidValue(key, config.items()[key], allowed)
     if config.secure_sum and (reason := _no_sum(method_of(config.strategy))):

@@ -18,6 +18,7 @@ _FOR = {
     "digits": "start here",
     "sst2-minilm": "texts",
     "cifar10-small-swin": "pictures",
+    "chat": "language model",
     "llm-benchmark": "language model",
     "digits-secure-sum": "secure sum",
     "sst2-minilm-secure-sum": "secure sum",

@@ -141,7 +141,7 @@ class RunConfig(
             allowed = f"0 where share-head = false: {PERSONAL}"
             raise InvalidValue("average-decay", self.average_decay, allowed)
         self._check_server_optimizer()
-        if not self.share_head and (key := self.asks_for_best):
+        if not self.share_head and (key := self.asks_server_to_measure):
             raise InvalidValue(
                 key, self.items()[key], f"no value with share-head = false: {PERSONAL}"
             )
@@ -243,9 +243,9 @@ class RunConfig(
         return (self.max_rounds or self.num_rounds) * self.local_steps
 
     @property
-    def asks_for_best(self) -> str:
+    def asks_server_to_measure(self) -> str:
         """The first key that is set and needs evaluations by the server; empty if none is."""
-        keys = ("early-stopping-patience", "metric-for-best-model")
+        keys = ("early-stopping-patience", "metric-for-best-model", "generation-limit")
         return next((key for key in keys if self.items()[key]), "")
 
     @property

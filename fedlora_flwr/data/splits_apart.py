@@ -124,6 +124,20 @@ def shared_records(
     return int(known.read_text(encoding="ascii"))
 
 
+def shared_places(
+    private: Dataset, test: Dataset, columns: Sequence[str], fields: Collection[str] = ()
+) -> set[int]:
+    """Return the positions in a test split of all records that a private split has, too.
+
+    Parameters and errors are those of `shared_records`.
+    """
+    if not shared_records(private, test, columns, fields):
+        return set()
+    known = {*record_digests(private, columns, fields)}
+    digests = enumerate(record_digests(test, columns, fields))
+    return {place for place, digest in digests if digest in known}
+
+
 def _pairs(
     private: Dataset, test: Dataset, columns: Sequence[str], fields: Collection[str]
 ) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ from fedlora_flwr.report.charts import LOOKS, Chart, Line
 from fedlora_flwr.report.facts import RunFacts, number
 from fedlora_flwr.report.html import Markup, element, table
 from fedlora_flwr.report.outcome import outcome
-from fedlora_flwr.report.scales import Format, in_words, percent, plain, size
+from fedlora_flwr.report.scales import WRITTEN, Format, heading, in_words, percent, plain, size
 from fedlora_flwr.report.sections import Section, shown_value
 
 _NOT_A_SETTING = {
@@ -117,8 +117,7 @@ def _result(settings: Sequence[Setting]) -> Markup:
             size(fmean(up)) if (up := [x for x in sent if x is not None]) else "–",
             str(len(one.runs) - len(finals)),
         ])  # fmt: skip
-    metric = in_words(settings[0].runs[0].metric)
-    caption = f"{metric.capitalize()} after the last round, by setting"
+    caption = f"{heading(settings[0].runs[0].metric)} after the last round, by setting"
     head = ("setting", "runs", "mean", "95% interval", "largest ε", "mean bytes up", "unfinished")
     return table(caption, head, rows)
 
@@ -126,12 +125,13 @@ def _result(settings: Sequence[Setting]) -> Markup:
 def _charts(settings: Sequence[Setting], runs: Sequence[RunFacts]) -> list[Markup]:
     metric, figures, shown = runs[0].metric, [], settings[:LOOKS]
     kinds: dict[str, Format] = {metric: percent, "loss": plain, "epsilon_max": plain}
+    kinds |= dict.fromkeys(WRITTEN, percent)
     names = {"epsilon_max": "largest ε spent"}
     for figure, form in kinds.items():
         lines = [line for one in shown if (line := one.line(figure)).points]
         if lines:
             words = names.get(figure, in_words(figure))
-            figures.append(Chart(words.capitalize(), "round", words, lines, form).figure())
+            figures.append(Chart(heading(words), "round", words, lines, form).figure())
     notes = ["Bands are 95% intervals of the mean over seeds, by Student's t."]
     if len({run.metric for run in runs}) > 1:
         notes.append(f"Only runs that measure {metric} are in its chart.")

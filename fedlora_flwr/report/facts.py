@@ -33,8 +33,11 @@ class RunFacts:
         ``split.json``, which a run on one machine has.
     audit : Mapping[str, Any]
         ``audit.json``, if an audit is attached.
+    samples : Mapping[str, Any]
+        ``samples.json``, if a language model wrote answers.
     public : bool (default: False)
-        Whether the report is for others, without clients, split and paths (see `for_others`).
+        Whether the report is for others, without clients, split, answers and paths (see
+        `for_others`).
     """
 
     name: str
@@ -44,14 +47,15 @@ class RunFacts:
     clients: Rows = ()
     split: Mapping[str, Any] = field(default_factory=dict)
     audit: Mapping[str, Any] = field(default_factory=dict)
+    samples: Mapping[str, Any] = field(default_factory=dict)
     public: bool = False
 
     def for_others(self) -> RunFacts:
-        """Return what may be handed out: no client by name, no split, no error and no path."""
+        """Return what may be handed out: no client by name, no split, answer, error or path."""
         hidden = ("error", "suspects")
         told = {key: value for key, value in self.summary.items() if key not in hidden}
         told |= {"simulated": self.simulated, "num_clients": self.num_clients}
-        return replace(self, name="", summary=told, clients=(), split={}, public=True)
+        return replace(self, name="", summary=told, clients=(), split={}, samples={}, public=True)
 
     @property
     def metric(self) -> str:

@@ -12,9 +12,20 @@ MOST = 150
 """Most points that a chart marks, and most rows of its table."""
 
 
+WRITTEN = ("rouge_l", "exact_match")
+"""Figures of answers that a model writes, shares in [0, 1]."""
+_NAMES = {"rouge_l": "ROUGE-L"}
+
+
 def in_words(metric: str) -> str:
-    """Return the name of a metric without underscores."""
-    return metric.replace("_", " ")
+    """Return the name of a metric as it reads in a sentence."""
+    return _NAMES.get(metric, metric.replace("_", " "))
+
+
+def heading(metric: str) -> str:
+    """Return the name of a metric with a capital at its beginning."""
+    words = in_words(metric)
+    return words[:1].upper() + words[1:]
 
 
 def percent(value: float) -> str:

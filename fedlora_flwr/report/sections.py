@@ -11,13 +11,22 @@ from typing import Any
 from fedlora_flwr.config.keys import fields_by_key
 from fedlora_flwr.config.names import full_name
 from fedlora_flwr.plan import PARTS
+from fedlora_flwr.report.answers import answers_parts
 from fedlora_flwr.report.charts import Chart, Line
 from fedlora_flwr.report.facts import RunFacts, number
 from fedlora_flwr.report.grids import modes_grid, split_bubbles
 from fedlora_flwr.report.html import Markup, element, folded, joined, table
 from fedlora_flwr.report.outcome import outcome
 from fedlora_flwr.report.privacy import audit_parts, privacy_parts
-from fedlora_flwr.report.scales import duration, in_words, percent, plain, size
+from fedlora_flwr.report.scales import (
+    WRITTEN,
+    duration,
+    heading,
+    in_words,
+    percent,
+    plain,
+    size,
+)
 
 _OWNERS = ("task", "data", "partition", "run")
 """Sections of the configuration that name files, columns and classes of the owners."""
@@ -47,6 +56,7 @@ def sections_of(facts: RunFacts) -> list[Section]:
     """Return the parts of a run's report that have something to say."""
     found = [
         Section("result", "Result", [*_tiles(facts), *_measured(facts)]),
+        Section("answers", "Answers before and after", answers_parts(facts)),
         Section("privacy", "Privacy", privacy_parts(facts)),
         Section("cost", "Bytes and seconds", _cost(facts)),
         Section("choices", "Choices of factors", _choices(facts)),
@@ -104,12 +114,12 @@ def _tiles(facts: RunFacts) -> list[Markup]:
 def _measured(facts: RunFacts) -> list[Markup]:
     """Return the charts of what was measured: the task's metric as a share, others as they are."""
     metric, charts = facts.metric, []
-    named = dict.fromkeys([metric, "loss"])
-    for name in named:
+    shares = {metric, *WRITTEN} - {"loss", "perplexity"}
+    for name in dict.fromkeys([metric, "loss", "perplexity", *WRITTEN]):
         if points := facts.points(name):
             words = in_words(name)
-            shown = percent if name == metric and "loss" not in name else plain
-            title = f"{words.capitalize()} on the public records"
+            shown = percent if name in shares and "loss" not in name else plain
+            title = f"{heading(name)} on the public records"
             charts.append(Chart(title, "round", words, [Line(words, points)], shown))
     return _charts(charts)
 

@@ -102,6 +102,8 @@ td:last-child { overflow-wrap: anywhere; }
 thead th { color: var(--quiet); white-space: nowrap; }
 tbody th { font-weight: 400; min-width: 5rem; overflow-wrap: anywhere; }
 .numbers td, .numbers thead th + th { text-align: right; white-space: nowrap; }
+.texts th, .texts td { white-space: pre-wrap; min-width: 12rem; max-width: 22rem;
+  overflow-wrap: anywhere; padding-right: 1.2rem; }
 details { margin: .5rem 0; }
 summary { cursor: pointer; padding: .2rem 0; color: var(--link); }
 @media (max-width: 30rem) {

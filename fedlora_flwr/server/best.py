@@ -131,7 +131,7 @@ class Best:
 
 
 def is_better(metric: str, value: float, other: float, by: float = 0.0) -> bool:
-    """Tell whether a value of a metric is better than another; a loss is better if it is smaller.
+    """Tell whether a value of a metric is better; a loss and a perplexity are better if smaller.
 
     Parameters
     ----------
@@ -142,4 +142,5 @@ def is_better(metric: str, value: float, other: float, by: float = 0.0) -> bool:
     by : float (default: 0.0)
         By how much more than this it has to be better.
     """
-    return other - value > by if "loss" in metric else value - other > by
+    smaller = "loss" in metric or metric == "perplexity"
+    return other - value > by if smaller else value - other > by

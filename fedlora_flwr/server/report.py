@@ -12,7 +12,7 @@ from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.files import replace_file
 from fedlora_flwr.report.facts import RunFacts
 from fedlora_flwr.report.page import run_report
-from fedlora_flwr.server.run_dir import AUDIT, REPORT, SPLIT, RunDirectory
+from fedlora_flwr.server.run_dir import AUDIT, REPORT, SAMPLES, SPLIT, RunDirectory
 
 
 def facts_of(run_dir: RunDirectory) -> RunFacts:
@@ -31,7 +31,7 @@ def facts_of(run_dir: RunDirectory) -> RunFacts:
     path = run_dir.path
     parts = {
         name: json.loads(file.read_text("utf-8")) if (file := path / found).is_file() else {}
-        for name, found in (("split", SPLIT), ("audit", AUDIT))
+        for name, found in (("split", SPLIT), ("audit", AUDIT), ("samples", SAMPLES))
     }
     return RunFacts(
         name=path.resolve().name,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, cast
 
-from fedlora_flwr.report.scales import in_words
+from fedlora_flwr.report.scales import WRITTEN, in_words
 
 
 class RoundRow(TypedDict, total=False):
@@ -37,6 +37,8 @@ class RoundRow(TypedDict, total=False):
         See `fedlora_flwr.strategies.replies.RoundReport`.
     agreement, signal, spread : dict[str, float]
         How far uploads agree, by part (see `fedlora_flwr.strategies.agreement.describe`).
+    rouge_l, exact_match : float
+        Figures of answers that a language model wrote (`fedlora_flwr.tasks.answers.figures`).
     noise : dict[str, float]
         Norm of the noise in the mean, by part, where the weights tell it.
     mean_error : float
@@ -46,6 +48,8 @@ class RoundRow(TypedDict, total=False):
     round: int
     seconds: float
     loss: float
+    rouge_l: float
+    exact_match: float
     plan: str
     epsilon_max: float | None
     clients_asked: int
@@ -73,11 +77,38 @@ def by_name(row: RoundRow) -> dict[str, Any]:
     return cast("dict[str, Any]", row)
 
 
+def first_and_last(rows: Sequence[RoundRow], metric: str) -> dict[str, float | None]:
+    """Return what a summary tells of the task's metric, and of answers that a model wrote.
+
+    Parameters
+    ----------
+    rows : Sequence[RoundRow]
+        Rows of a run, round 0 included.
+    metric : str
+        The task's metric. Its figures are None where it was not measured.
+
+    Returns
+    -------
+    dict[str, float or None]
+        ``initial_<name>`` and ``final_<name>`` of each figure.
+    """
+    found: dict[str, float | None] = {}
+    for name in (metric, *WRITTEN):
+        values = [by_name(row)[name] for row in rows if name in by_name(row)]
+        if values or name == metric:
+            found[f"initial_{name}"] = values[0] if values else None
+            found[f"final_{name}"] = values[-1] if values else None
+    return found
+
+
 def describe_round(row: RoundRow, metric: str = "accuracy") -> str:
     """Return the result of one round in one line."""
     parts = []
     if metric in row:
         parts.append(f"{in_words(metric)} {by_name(row)[metric]:.1%}")
+        if metric not in WRITTEN:
+            shown = (name for name in WRITTEN if name in row)
+            parts += [f"{in_words(name)} {by_name(row)[name]:.1%}" for name in shown]
     elif "loss" in row:
         parts.append(f"loss {row['loss']:.4f}")
     spent = row.get("epsilon_max")

@@ -24,6 +24,7 @@ CLAIM = "FEDLORA_CLAIM"
 """Environment variable with the claim of the run that this process works for."""
 ROWS = ("rounds", "clients")
 REPORT, SPLIT, AUDIT = "report.html", "split.json", "audit.json"
+SAMPLES = "samples.json"
 _CLAIM = ".claim"
 AT_REST = "a run that no other process is working on"
 """What a folder must hold where a run is to continue, in the words of the refusal."""
@@ -39,6 +40,7 @@ _RESULTS = (
     "best",
     AUDIT,
     SPLIT,
+    SAMPLES,
     REPORT,
 )
 
@@ -47,7 +49,8 @@ class RunDirectory:
     """Files of one run.
 
     ``config.toml`` (resolved), ``rounds.jsonl``, ``clients.jsonl``, ``summary.json``,
-    ``report.html``, ``run.log``, ``adapter/`` and ``best/``; on one machine ``split.json``, too.
+    ``report.html``, ``run.log``, ``adapter/`` and ``best/``; on one machine ``split.json``, too;
+    and ``samples.json`` where a language model writes answers.
 
     Parameters
     ----------

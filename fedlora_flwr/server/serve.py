@@ -35,8 +35,9 @@ from fedlora_flwr.server.noise import noise_of_mean
 from fedlora_flwr.server.norm_bound import check_known
 from fedlora_flwr.server.rehearsal import check_folding, rehearse
 from fedlora_flwr.server.report import try_report
-from fedlora_flwr.server.rounds import OnRound, RoundRow, by_name
+from fedlora_flwr.server.rounds import OnRound, RoundRow, by_name, first_and_last
 from fedlora_flwr.server.run_dir import RunDirectory
+from fedlora_flwr.server.samples import measure
 from fedlora_flwr.server.strategy import build_strategy
 from fedlora_flwr.server.sum_step import sum_step
 from fedlora_flwr.server.watched_grid import is_simulated
@@ -280,7 +281,7 @@ class _Session:
             self._prefix.follow(self.layout.trained(plan, config.local_steps))
         advice = "Set another model or test-split, or a smaller eval-batch-size."
         with explained("Measuring the model on the public records", advice):
-            return self.task.evaluate(self.adapted.model, self.task.test_records())
+            return measure(config, self.task, self.adapted.model, self.run_dir, server_round)
 
     def _absent(self) -> int:
         """Return how many nodes were connected earlier in this run and no longer are."""
@@ -350,7 +351,7 @@ def _summary(
 ) -> dict[str, Any]:
     rows = session.rows if session else []
     metric = session.task.metric if session else "accuracy"
-    rounds, measured = rows[1:], [by_name(r)[metric] for r in rows if metric in by_name(r)]
+    rounds = rows[1:]
     # Devices decide their own budgets; the run's own is what simulated clients have.
     told = list(session.budgets.values()) if session else []
     epsilons, deltas = zip(*told, strict=True) if told else ((config.epsilon,), (config.delta,))
@@ -363,8 +364,7 @@ def _summary(
         "num_rounds": config.num_rounds,
         "rounds_done": len(rounds),
         "metric": metric,
-        f"initial_{metric}": measured[0] if measured else None,
-        f"final_{metric}": measured[-1] if measured else None,
+        **first_and_last(rows, metric),
         "best": session.best.summary if session else None,
         "epsilon_max": max(spent, default=0.0),
         "epsilon_budget": max(epsilons),

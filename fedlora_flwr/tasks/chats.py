@@ -82,7 +82,63 @@ def prompt_of(
     else:
         chat = _chat(values, columns)
     asked = chat[:-1] if chat and chat[-1]["role"] == "assistant" else chat
-    return _template(asked, tokenizer, add_generation_prompt=True)
+    return before_answer(asked, tokenizer)
+
+
+def before_answer(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return messages as a model reads them before it answers.
+
+    Raises
+    ------
+    InvalidValue
+        The chat template refuses the messages.
+    """
+    return _template(chat, tokenizer, add_generation_prompt=True)
+
+
+def last_answer(values: tuple[Any, ...], columns: list[str]) -> tuple[Chat, str] | None:
+    """Return the last answer of a conversation, and the messages before it.
+
+    Parameters
+    ----------
+    values : tuple
+        A conversation, or a prompt and a response.
+    columns : list[str]
+        The columns that `chat_columns` returned.
+
+    Returns
+    -------
+    tuple[list[dict[str, str]], str] or None
+        The messages before the answer, and its text. Messages after it are left out. None if the
+        conversation has no answer, or an empty one.
+
+    Raises
+    ------
+    InvalidValue
+        The record is not a conversation.
+    """
+    chat = _chat(values, columns)
+    last = max((i for i, message in enumerate(chat) if message["role"] == "assistant"), default=-1)
+    if last < 0 or not chat[last]["content"].strip():
+        return None
+    return chat[:last], chat[last]["content"]
+
+
+def end_of_answers(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the special token that a chat template puts after an answer; none if it has none.
+
+    Not every tokenizer names this token as the end of a text.
+    """
+    turns = (("user", "question"), ("assistant", "answer"))
+    chat = [{"role": role, "content": content} for role, content in turns]
+    _, found, tail = _template(chat, tokenizer).rpartition("answer")
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"] if found else []
+    return tuple(ids[:1]) if ids and ids[0] in tokenizer.added_tokens_decoder else ()
+
+
+def as_text(chat: Chat) -> str:
+    """Return messages as lines that people read."""
+    return "\n".join(f"{message['role']}: {message['content']}" for message in chat)
 
 
 def chat_tokens(
@@ -113,7 +169,7 @@ def chat_tokens(
     -------
     dict[str, list]
         For each record: ``input_ids``, ``attention_mask``, ``labels`` (`IGNORED` outside answers)
-        and the number of ``answer_tokens``.
+        the number of ``answer_tokens``, and the number of ``tokens`` before the cut.
 
     Raises
     ------
@@ -138,6 +194,7 @@ def chat_tokens(
         found["input_ids"], tokens["offset_mapping"], rendered, strict=True
     ):
         found["labels"].append(_labels(np.array(ids), np.array(offsets[:limit]), answers))
+    found["tokens"] = [len(ids) for ids in tokens["input_ids"]]
     found["answer_tokens"] = [int((labels != IGNORED).sum()) for labels in found["labels"]]
     return found
 

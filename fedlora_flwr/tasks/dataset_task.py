@@ -21,6 +21,7 @@ from fedlora_flwr.data.splits import Split
 from fedlora_flwr.data.splits_apart import (
     check_files_apart,
     check_records_apart,
+    shared_places,
     shared_records,
 )
 from fedlora_flwr.data.unusable import naming, naming_split
@@ -285,6 +286,16 @@ class DatasetTask(ABC):
             return self._source(self._settings.train_split)
         except InvalidValue:
             return None
+
+    def _also_private(self) -> set[int]:
+        """Return the positions of public records that are private, too, as far as is known here.
+
+        A server that only evaluates has no private split to compare with.
+        """
+        private, columns = self._private_source(), self._input_columns(self._test)
+        if private is None or set(self._input_columns(private)) != set(columns):
+            return set()
+        return shared_places(private, self._test, columns, self._input_fields)
 
     def _other_columns(self, split: str, own: list[str], known: list[str]) -> InvalidValue:
         allowed = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,14 +20,20 @@ from fedlora_flwr.data.records import Batch, Records
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.lora.exported import DRAWN
 from fedlora_flwr.lora.wide_numbers import with_fp64
+from fedlora_flwr.tasks.answers import Answer, asked_order
 from fedlora_flwr.tasks.chats import (
     IGNORED,
+    as_text,
+    before_answer,
     chat_columns,
     chat_tokens,
+    end_of_answers,
+    last_answer,
     prompt_columns,
     prompt_of,
 )
-from fedlora_flwr.tasks.evaluation import evaluating, measured
+from fedlora_flwr.tasks.evaluation import measured
+from fedlora_flwr.tasks.generation import write_answers
 from fedlora_flwr.tasks.language_task import LanguageTask
 from fedlora_flwr.tasks.tokens import check_ids, made_up_texts
 
@@ -35,7 +42,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _LOGGER = logging.getLogger(__name__)
-_READ = ("input_ids", "attention_mask")
+_KINDS = {True: "private", False: "public"}
 
 
 class InstructionTuning(LanguageTask):
@@ -46,7 +53,8 @@ class InstructionTuning(LanguageTask):
     ``input-columns`` names one column of conversations (lists of ``{"role", "content"}``), or two
     of text, the prompt and the response. Empty means ``messages`` if the data set has it, otherwise
     ``prompt,response``. Tokens beyond ``max-length`` are cut off. A record with all its answers cut
-    off still counts as a record, and its gradient is zero.
+    off still counts as a record, and its gradient is zero. Records are not packed: each is a row of
+    its own in a batch, because the gradient of a row is what is clipped.
 
     Batches are ``{"input_ids", "attention_mask", "labels": (n, t) int64, "answer_tokens": (n,)
     int64}``, padded to their longest record of t tokens; labels are -100 outside answers. The model
@@ -81,6 +89,15 @@ class InstructionTuning(LanguageTask):
         model: Any = super().skeleton(device)
         model.config.use_cache = False
         return model  # type: ignore[no-any-return]
+
+    def save_model(self, model: nn.Module, folder: Path) -> None:
+        """Write a plain model and its tokenizer; the model uses its cache, as its checkpoint does.
+
+        Parameters are those of the base class.
+        """
+        plain: Any = model
+        plain.config.use_cache = load_config(self._settings).use_cache
+        super().save_model(plain, folder)
 
     def largest_batch(self, records: int) -> Batch:
         """Return conversations of ``max-length`` tokens, all of them answers."""
@@ -121,8 +138,8 @@ class InstructionTuning(LanguageTask):
         -------
         dict[str, float]
             Over all answer tokens: ``loss``, the mean negative log likelihood in nats,
-            ``perplexity``, its exponential, and ``token_accuracy``, the share of tokens to which
-            the model gives the highest probability.
+            ``token_accuracy``, the share of tokens to which the model gives the highest
+            probability, and ``perplexity``, the exponential of ``loss``.
 
         Raises
         ------
@@ -142,15 +159,15 @@ class InstructionTuning(LanguageTask):
             raise InvalidValue("records", len(records), "records with answers to evaluate on")
         return {
             "loss": (loss / tokens).item(),
-            "perplexity": (loss / tokens).exp().item(),
             "token_accuracy": (hits / tokens).item(),
+            "perplexity": (loss / tokens).exp().item(),
         }
 
     def predictions(self, model: nn.Module, dataset: Dataset) -> dict[str, list[str]]:
         """Return the model's answer to each conversation: the likeliest token, one after another.
 
         A conversation ends before its last answer, if it ends with one. An answer has at most
-        ``max-length`` tokens.
+        ``max-new-tokens`` tokens.
 
         Raises
         ------
@@ -159,28 +176,69 @@ class InstructionTuning(LanguageTask):
         """
         columns = prompt_columns(dataset, self._settings.input_columns)
         rows = zip(*(dataset[name][:] for name in columns), strict=True)
-        chatting: Any = model
-        answers = []
-        with evaluating(model), torch.inference_mode():
-            for values in rows:
-                text = prompt_of(values, columns, self._tokenizer)
-                inputs = self._tokenizer(
-                    text,
-                    add_special_tokens=False,  # They are in the template.
-                    return_attention_mask=True,
-                    return_tensors="pt",
-                )
-                given = {name: inputs[name].to(chatting.device) for name in _READ}
-                found = chatting.generate(
-                    **given,
-                    max_new_tokens=self._settings.max_length,
-                    do_sample=False,
-                    use_cache=True,
-                    pad_token_id=self._tokenizer.pad_token_id,
-                )
-                new = found[0][given["input_ids"].shape[1] :]
-                answers.append(self._tokenizer.decode(new, skip_special_tokens=True))
-        return {"answer": answers}
+        prompts = [prompt_of(values, columns, self._tokenizer) for values in rows]
+        return {"answer": self._write(model, prompts)}
+
+    def answers(self, model: nn.Module) -> list[Answer]:
+        """Return the model's answers to some public conversations.
+
+        A conversation ends before its last answer, which is the right one. Those without an answer,
+        those whose answer begins beyond ``max-length``, and those that are private, too, are not
+        asked.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The model, in evaluation mode during the call.
+
+        Returns
+        -------
+        list[Answer]
+            At most ``generation-limit`` answers, to the same records in each call.
+
+        Raises
+        ------
+        InvalidValue
+            No public conversation can be asked, or the chat template refuses one.
+        """
+        said = self._write(model, [prompt for prompt, _, _ in self._asked])
+        asked = zip(self._asked, said, strict=True)
+        return [Answer(text, (right,), answer) for (_, text, right), answer in asked]
+
+    @cached_property
+    def _asked(self) -> list[tuple[str, str, str]]:
+        """For each conversation that is asked: prompt, the same for people, right answer."""
+        settings, tokenizer, found = self._settings, self._tokenizer, []
+        columns, private = self._input_columns(self._test), self._also_private()
+        for place in asked_order(len(self._test)).tolist():
+            row = self._test[place]
+            split = last_answer(tuple(row[name] for name in columns), columns)
+            if split is None or place in private:
+                continue
+            prompt = before_answer(split[0], tokenizer)
+            tokens = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+            if len(tokens) < settings.max_length:
+                found.append((prompt, as_text(split[0]), split[1]))
+            if len(found) == settings.generation_limit:
+                break
+        if not found:
+            allowed = (
+                f"0, or a larger max-length or another test-split: no public record that is not "
+                f"private has an answer within max-length = {settings.max_length} tokens"
+            )
+            raise InvalidValue("generation-limit", settings.generation_limit, allowed)
+        return found
+
+    def _write(self, model: nn.Module, prompts: list[str]) -> list[str]:
+        settings, tokenizer = self._settings, self._tokenizer
+        return write_answers(
+            model,
+            tokenizer,
+            prompts,
+            end_of_answers(tokenizer),
+            most=settings.max_new_tokens,
+            batch_size=settings.eval_batch_size,
+        )
 
     @property
     def _auto(self) -> Any:
@@ -194,7 +252,11 @@ class InstructionTuning(LanguageTask):
 
     def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.chat_template:
-            allowed = f"a model with a chat template, which task = {self.name!r} needs"
+            allowed = (
+                f"a model whose tokenizer has a chat template, which task = {self.name!r} needs. "
+                "Take the chat or instruct version of the model, or set tokenizer.chat_template "
+                "and save model and tokenizer into a folder with save_pretrained"
+            )
             raise InvalidValue("model", self._settings.model, allowed)
 
     def _input_columns(self, dataset: Dataset) -> list[str]:
@@ -212,15 +274,29 @@ class InstructionTuning(LanguageTask):
                 "columns": columns,
                 "limit": limit,
             },
-            ["input_ids", "attention_mask", "labels", "answer_tokens"],
+            ["input_ids", "attention_mask", "labels", "answer_tokens", "tokens"],
             packages=["tokenizers", "transformers"],
         )
         check_ids(prepared, self._config)
+        _warn_of_cuts(prepared["tokens"][:], limit, training=training)
         # A causal model never reads beyond a record's last token, so any padding will do.
-        records = ArrowRecords(prepared, pad_collate(limit=limit))
+        records = ArrowRecords(prepared.remove_columns("tokens"), pad_collate(limit=limit))
         split = settings.train_split if training else settings.test_split
         _check_answers(records, split, settings.max_length, training=training)
         return records
+
+
+def _warn_of_cuts(tokens: list[int], limit: int, *, training: bool) -> None:
+    """Say how many records are cut. What is cut off does not become another record."""
+    if cut := sum(count > limit for count in tokens):
+        _LOGGER.warning(
+            "%d of %d %s records are longer than max-length = %d tokens. The rest of each is cut "
+            "off.",
+            cut,
+            len(tokens),
+            _KINDS[training],
+            limit,
+        )
 
 
 def _check_answers(records: ArrowRecords, split: str, limit: int, *, training: bool) -> None:
@@ -238,7 +314,7 @@ def _check_answers(records: ArrowRecords, split: str, limit: int, *, training: b
             "%d of %d %s records have no answer within max-length = %d tokens.",
             without,
             len(records),
-            "private" if training else "public",
+            _KINDS[training],
             limit,
         )
 

@@ -21,6 +21,7 @@ from fedlora_flwr.data.prepared import prepare
 from fedlora_flwr.data.records import Batch, Records
 from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.lora.wide_numbers import with_fp64
+from fedlora_flwr.tasks.answers import Answer, asked_order
 from fedlora_flwr.tasks.evaluation import measured
 from fedlora_flwr.tasks.language_task import LanguageTask
 from fedlora_flwr.tasks.squad import exact_match, f1
@@ -171,11 +172,47 @@ class QuestionAnswering(LanguageTask):
         InvalidValue
             A column is missing.
         """
+        given = ANSWERS in dataset.features
+        may_be_none = given and not all(map(gold_answers, dataset[ANSWERS]))
+        return {"answer": self._said(model, dataset, may_be_none)}
+
+    def answers(self, model: nn.Module) -> list[Answer]:
+        """Return the model's answers to some public questions, as `evaluate` finds them.
+
+        Questions without a right answer, and those that are private, too, are not asked.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The model, in evaluation mode during the call.
+
+        Returns
+        -------
+        list[Answer]
+            At most ``generation-limit`` answers, to the same questions in each call.
+
+        Raises
+        ------
+        InvalidValue
+            No public question can be asked.
+        """
+        limit, private = self._settings.generation_limit, self._also_private()
+        golds = [[text for text in texts if text.strip()] for texts in self._golds]
+        order = asked_order(len(golds)).tolist()
+        asked = [place for place in order if golds[place] and place not in private][:limit]
+        if not asked:
+            allowed = "0, as no public question that is not private has a right answer"
+            raise InvalidValue("generation-limit", limit, allowed)
+        questions = self._test.select(asked)
+        said = self._said(model, questions, may_be_none=not all(self._golds))
+        rows = zip(questions["question"], asked, said, strict=True)
+        return [Answer(text, tuple(golds[place]), answer) for text, place, answer in rows]
+
+    def _said(self, model: nn.Module, dataset: Dataset, may_be_none: bool) -> list[str]:
         for name in ("question", "context"):
             if name not in dataset.features:
                 raise unknown("data", name, dataset.features, before="a column that is there: ")
-        given = ANSWERS in dataset.features
-        if not given:
+        if ANSWERS not in dataset.features:
             nothing: dict[str, list[Any]] = {"text": [], "answer_start": []}
             dataset = dataset.add_column(ANSWERS, [nothing] * len(dataset))
         windows = self._windows(dataset, training=False)
@@ -186,8 +223,7 @@ class QuestionAnswering(LanguageTask):
         size = self._settings.eval_batch_size
         question, _, _, *found = measured(model, windows, size, measure).numpy()
         contexts = dataset.select_columns("context")
-        may_be_none = given and not all(map(gold_answers, dataset[ANSWERS]))
-        return {"answer": _answers(question.astype(np.int64), found, contexts, may_be_none)[1]}
+        return _answers(question.astype(np.int64), found, contexts, may_be_none)[1]
 
     @cached_property
     def _golds(self) -> list[list[str]]:

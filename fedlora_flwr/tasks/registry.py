@@ -79,6 +79,8 @@ OPTIONAL: Mapping[str, str] = {
     "class",
     "labeled": "returns the records of a data set with their classes, so that an adapter is "
     "measured on other records than those of its run",
+    "answers": "returns the model's `fedlora_flwr.tasks.answers.Answer` to each of some public "
+    "records, so that a server compares them with the right answers",
     "predictions": "tells what a model says of each record of a data set, as columns",
     "save_model": "writes the plain model into a folder, as its own library loads it",
     "check_splits_apart": "raises an error if a public record is also private; a device evaluates "
@@ -146,7 +148,8 @@ def build_task(name: str, settings: Any) -> Task:
     Raises
     ------
     InvalidValue
-        No task has that name, the module or function does not exist, or its result is not a task.
+        No task has that name, the module or function does not exist, its result is not a task, or
+        ``generation-limit`` asks for answers that the task does not write.
     NotInstalled
         The task needs packages that are not installed.
     """
@@ -157,6 +160,11 @@ def build_task(name: str, settings: Any) -> Task:
         found = f"a {type(task).__name__} without {', '.join(missing)}"
         allowed = f"module:function that returns a task. This one returns {found}"
         raise InvalidValue("task", name, allowed)
+    if limit := getattr(settings, "generation_limit", 0):
+        if optional(task, "answers") is None:
+            allowed = f"0 where task = {name!r}, which writes no answers"
+            raise InvalidValue("generation-limit", limit, allowed)
+        require("generation")
     return task
 
 

@@ -11,6 +11,7 @@ import torch
 
 from fedlora_flwr.data.records import Records
 from fedlora_flwr.errors import InvalidValue, explained, require
+from fedlora_flwr.tasks.answers import measured
 from fedlora_flwr.tasks.dataset_task import DatasetTask
 from fedlora_flwr.tasks.registry import class_names, optional
 from fedlora_flwr.trained.opened import NO_DATA, Adapter, OpenAdapter, opened
@@ -145,7 +146,8 @@ def evaluate(
         records = _labeled(found)
         own = found.task
         with explained("Measuring the adapter", "Set a smaller eval-batch-size."):
-            metrics = own.evaluate(found.model, records)
+            write = found.config.generation_limit > 0
+            metrics, _ = measured(own, found.model, records, write=write)
             classes, counts = _confusion(found, records)
         return Evaluation(found.folder, own.name, len(records), metrics, classes, counts)
 

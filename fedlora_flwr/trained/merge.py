@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,10 @@ from torch import nn
 from fedlora_flwr.errors import InvalidValue, explained, require
 from fedlora_flwr.files import private_folder, replacing
 from fedlora_flwr.lora.loaded import merged
-from fedlora_flwr.tasks.registry import optional
+from fedlora_flwr.tasks.language_task import LanguageTask
+from fedlora_flwr.tasks.registry import class_names, optional
 from fedlora_flwr.trained.opened import Adapter, opened
+from fedlora_flwr.trained.saved_task import write_task
 
 if TYPE_CHECKING:
     from fedlora_flwr.tasks.registry import Task, TaskFactory
@@ -30,7 +33,8 @@ def merge(
     """Write a plain model with the adapter merged into its weights, as ``fedlora merge`` does.
 
     A model of transformers or timm becomes a folder that its own library loads. Of another model,
-    the folder holds the state dict, ``model.safetensors``.
+    the folder holds the state dict, ``model.safetensors``. `evaluate` and `predict` also take the
+    folder of a merged language model, unless that model is read by the mean.
 
     Parameters
     ----------
@@ -67,12 +71,18 @@ def merge(
     if path.exists():
         raise InvalidValue("output", str(path), "a folder that does not exist")
     with opened(adapter, None, task, {"device": "cpu", **changes}) as found:
+        if found.is_merged:
+            allowed = "an adapter's folder. This one holds a model that is merged already"
+            raise InvalidValue("adapter", str(found.folder), allowed)
         model = merged(found.model)
         save = optional(found.task, "save_model") or _save_weights
         private_folder(path.parent)
         with replacing(path) as draft, explained("Writing the model", "Set another output."):
             draft.mkdir()
             save(model, draft)
+            if isinstance(found.task, LanguageTask) and found.config.pooling == "model":
+                # The model is the folder itself, wherever it will be.
+                write_task(draft, replace(found.config, model=""), class_names(found.task))
     return path
 
 

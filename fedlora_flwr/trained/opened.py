@@ -18,7 +18,7 @@ from fedlora_flwr.lora.build import resolve_device
 from fedlora_flwr.lora.loaded import load_adapter
 from fedlora_flwr.places import TASKS, holding, is_held, is_place
 from fedlora_flwr.tasks.registry import Task, build_task
-from fedlora_flwr.trained.saved_task import read_task
+from fedlora_flwr.trained.saved_task import NAME, is_adapter, read_task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -70,12 +70,19 @@ class OpenAdapter:
     data: Dataset | None = None
     whole: bool = True
 
+    @property
+    def is_merged(self) -> bool:
+        """Whether the folder holds a whole model, with the adapter in its weights."""
+        return not is_adapter(self.folder)
+
     @cached_property
     def model(self) -> Any:
         """The model with its adapter, in evaluation mode on the configured device."""
         device = resolve_device(self.config.device)
         with explained("Building the adapter's model", "Set model to the model of the run."):
             base = self.task.build_model()
+        if self.is_merged:
+            return base.eval().to(device)
         return load_adapter(base, self.folder, compare=self.whole).to(device)
 
 
@@ -108,7 +115,7 @@ def opened(
         given = config_of(read_task(folder), changes)
         whole = given.quantization == "none" and given.precision == "fp32" and not given.split_qkv
         found = RunConfig.of(given.items(), _WHOLE)
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = {} if is_adapter(folder) else {"model": str(folder.resolve())}
         if own is not None and not isinstance(own, str):
             values["task"] = stack.enter_context(holding(own))
         elif own is not None:
@@ -158,19 +165,22 @@ def _model_named(folder: Path, config: RunConfig) -> Iterator[None]:
 
 
 def adapter_folder(adapter: Adapter) -> Path:
-    """Return the folder of an adapter, which a run's folder has as ``adapter``.
+    """Return the folder of an adapter, or of a merged model. A run's folder has ``adapter``.
 
     Raises
     ------
     InvalidValue
-        There is no adapter.
+        There is no adapter and no merged model.
     """
     given = Path(adapter) if is_path(adapter) else adapter.adapter  # type: ignore[arg-type,union-attr]
     path = given.expanduser()
     for folder in (path, path / "adapter"):
-        if (folder / "adapter_config.json").is_file():
+        if is_adapter(folder):
             return folder
-    raise InvalidValue("adapter", str(path), "the folder of a run, or of an adapter")
+    if (path / NAME).is_file():  # A merged model, which knows its task.
+        return path
+    allowed = "the folder of a run, of an adapter, or of a merged language model"
+    raise InvalidValue("adapter", str(path), allowed)
 
 
 def _reads_files(task: str) -> bool:

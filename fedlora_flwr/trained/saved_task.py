@@ -20,15 +20,15 @@ from fedlora_flwr.lora.exported import public_name
 
 NAME = "fedlora.toml"
 KEYS = (
-    *("task", "model", "weights", "quantization", "pooling", "max-length", "image-size"),
-    *("split-qkv", "input-columns", "label-column", "num-classes", "class-names"),
+    *("task", "model", "weights", "quantization", "pooling", "max-length", "max-new-tokens"),
+    *("image-size", "split-qkv", "input-columns", "label-column", "num-classes", "class-names"),
     *("precision", "seed"),
 )
 """Keys on which a task's model depends, and those that say how a record is read."""
 _FILES = ("model", "weights")
 _RECORDS = (
     *("dataset", "dataset-subset", "train-split", "test-split", "train-limit", "test-limit"),
-    *("eval-batch-size", "partition-column", "device"),
+    *("generation-limit", "eval-batch-size", "partition-column", "device"),
 )
 """Keys that a run's configuration has beside those."""
 
@@ -62,8 +62,8 @@ def read_task(folder: Path) -> RunConfig:
     Parameters
     ----------
     folder : Path
-        An adapter's folder. The configuration of the run in the folder above has precedence,
-        because it knows where the model is on this machine.
+        An adapter's folder, or that of a merged model. For an adapter, the configuration of the run
+        in the folder above has precedence, because it knows where the model is on this machine.
 
     Raises
     ------
@@ -71,7 +71,9 @@ def read_task(folder: Path) -> RunConfig:
         There are no such settings.
     """
     run, own = folder.resolve().parent / "config.toml", folder / NAME
-    written, of_run = _values(own, KEYS), _values(run, (*KEYS, *_RECORDS))
+    written = _values(own, KEYS)
+    # What is beside a merged model need not be the run that it came from.
+    of_run = _values(run, (*KEYS, *_RECORDS)) if is_adapter(folder) else {}
     if not written and not of_run:
         allowed = f"the folder of a run, or of an adapter with {NAME}"
         raise InvalidValue("adapter", str(folder), allowed)
@@ -79,6 +81,11 @@ def read_task(folder: Path) -> RunConfig:
         kept = ("num-classes", "class-names")
         written = {key: written[key] for key in kept if key in written}
     return RunConfig.received(of_run, written)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Tell whether a folder holds an adapter in PEFT's format."""
+    return (folder / "adapter_config.json").is_file()
 
 
 def _values(file: Path, keys: Sequence[str]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ REASONS = {
     "it takes a quarter of an hour": 1,
     "it needs a device": 1,
     "it needs a fleet": 1,
-    "it needs a GPU": 2,
+    "it needs a GPU": 3,
     "it fetches a model": 1,
     "it needs one file of your own": 1,
     "it needs several machines": 1,

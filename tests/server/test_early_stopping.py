@@ -86,6 +86,8 @@ def test_a_start_that_no_round_beats_is_told_as_such(tmp_path: Path) -> None:
         ({"early_stopping_patience": 1}, [float("nan"), 1, float("nan")], 1, 2),
         ({}, [1, 0, 0, 0, 0, 0], 0, None),
         ({"early_stopping_patience": 2, "metric_for_best_model": "loss"}, [3, 1, 2, 2], 1, 3),
+        ({"metric_for_best_model": "perplexity"}, [9, 4, 5, 4], 1, None),
+        ({"metric_for_best_model": "rouge_l"}, [0.1, 0.4, 0.3, 0.2], 1, None),
     ],
 )
 def test_patience_and_threshold(
@@ -93,7 +95,8 @@ def test_patience_and_threshold(
 ) -> None:
     best, ended = Best(RunConfig(**settings), "accuracy"), None
     for number, value in enumerate(told):
-        best.take(number, {"accuracy": value, "loss": value}, {})
+        names = ("accuracy", "loss", "perplexity", "rouge_l")
+        best.take(number, dict.fromkeys(names, value), {})
         if ended is None and best.stops:
             ended = number
             break
@@ -117,6 +120,7 @@ def ledger_is_missing(run: Path) -> bool:
         ({"strategy": "fedsa-lora", "early-stopping-patience": 3}, "early-stopping-patience = 3"),
         ({"share-head": False, "metric-for-best-model": "loss"}, "metric-for-best-model = 'loss'"),
         ({"early-stopping-threshold": 0.1}, "early-stopping-patience above 0"),
+        ({"strategy": "fedsa-lora", "generation-limit": 5}, "generation-limit = 5"),
     ],
 )
 def test_figures_of_clients_end_no_run(wrong: dict[str, Any], text: str) -> None:

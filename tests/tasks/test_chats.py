@@ -152,7 +152,7 @@ REFUSING = "{{ raise_exception('Users come first.') }}"
 @pytest.mark.parametrize(
     ("template", "turns", "allowed"),
     [
-        (None, ["user", "assistant"], "with a chat template"),
+        (None, ["user", "assistant"], "tokenizer has a chat template"),
         (CHANGING, ["user", "assistant"], "1 messages before an answer"),
         (LAST_ONLY, ["assistant", "assistant"], "accepts these conversations (Cannot"),
         (REFUSING, ["user", "assistant"], "accepts these conversations (Users come first.)"),

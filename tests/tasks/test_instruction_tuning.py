@@ -147,8 +147,11 @@ def test_records_without_answers_count_as_records_and_are_reported(
         assert len(task.client_records(0, 1)) == 3
         task.client_records(0, 1)
 
-    (message,) = [record.getMessage() for record in caplog.records]
-    assert message == "2 of 3 private records have no answer within max-length = 64 tokens."
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 of 3 private records are longer than max-length = 64 tokens. The rest of each is cut "
+        "off.",
+        "2 of 3 private records have no answer within max-length = 64 tokens.",
+    ]
     whole = task.evaluate(task.build_model(), task.test_records())
     last = task.test_records().subset(np.array([2]))
     assert whole == pytest.approx(task.evaluate(task.build_model(), last), rel=1e-6)

@@ -153,7 +153,7 @@ def test_files_and_folders_that_cannot_be_used_are_told_before_any_work(
 ) -> None:
     folder, base, *_ = texts
     for call, said in (
-        (lambda: evaluate(tmp_path, table()), "the folder of a run, or of an adapter"),
+        (lambda: evaluate(tmp_path, table()), "the folder of a run, of an adapter"),
         (lambda: evaluate(folder, tmp_path / "none.csv"), "data = "),
         (lambda: evaluate(folder, model=base), "data = None cannot be used"),
         (lambda: predict(folder, table(), tmp_path / "said.xlsx"), "endings ['.parquet'"),

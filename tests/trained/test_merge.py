@@ -89,7 +89,7 @@ def test_a_chat_model_answers_as_its_adapter_does(tmp_path: Path) -> None:
     for name in ("train", "validation"):
         checkpoints.write_split(tmp_path / "chats", name, rows)
     config = text_config(
-        base, tmp_path / "chats", task="instruction-tuning", max_length=48,
+        base, tmp_path / "chats", task="instruction-tuning", max_length=48, max_new_tokens=48,
         lora_targets=conversations.LAYERS["llama"],
     )  # fmt: skip
     exported(config, tmp_path / "adapter")

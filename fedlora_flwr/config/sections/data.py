@@ -49,6 +49,11 @@ class DataSection:
         0, at_least(0), "records of each public split to use; 0 = all",
         _DEVICE, "A limit of one would tell one record's figures.",
     )  # fmt: skip
+    generation_limit: int = key(
+        0, between(0, 1_000_000),
+        "public records that the server lets a language model answer in each evaluation; 0 = none",
+        Decider.PACKAGE, "A device writes no answers, which could repeat private records.",
+    )  # fmt: skip
     eval_batch_size: int = key(
         256, at_least(1), "records in a forward pass of an evaluation",
         _DEVICE, "It depends on the device's memory.",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fedlora_flwr.config.keys import ANY, FLAG, Decider, between, choice, key
 
-_DEVICE, _LIMITED, _RUN = Decider.DEVICE, Decider.LIMITED, Decider.RUN
+_DEVICE, _LIMITED, _RUN, _PACKAGE = Decider.DEVICE, Decider.LIMITED, Decider.RUN, Decider.PACKAGE
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class TaskSection:
     max_length: int = key(
         128, between(8, 1_000_000), "most tokens that are read of a record",
         _LIMITED, "Devices must agree on it; it costs memory and time.",
+    )  # fmt: skip
+    max_new_tokens: int = key(
+        128, between(1, 1_000_000), "most tokens of an answer that a language model writes",
+        _PACKAGE, "A device writes no answers.",
     )  # fmt: skip
     image_size: int = key(
         0, between(0, 4_096), "height and width of pictures; 0 = the model's own",
