@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Set
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from fedlora_flwr.places import is_held
 
 FOLDER = "checkpoints"
 _KEPT = 2
-_MAGIC = "fedlora-checkpoint-1"
+_FORM = "fedlora-checkpoint-"
+_MAGIC = f"{_FORM}1"
 _TEXT = "json"
 _MAY_DIFFER = (
     "run-dir", "state-dir", "resume", "start",
@@ -46,6 +47,22 @@ _MAY_DIFFER = (
 
 class ConfigurationChanged(FedLoRAError):
     """A run cannot continue another configuration."""
+
+
+class OtherVersion(FedLoRAError):
+    """A checkpoint was written by a version of this package that keeps other things in it.
+
+    Parameters
+    ----------
+    differs : str
+        How it differs, as the end of a sentence.
+    """
+
+    def __init__(self, differs: str) -> None:
+        super().__init__(
+            f"Another version of fedlora-flwr wrote this run's checkpoint: {differs}. Continue the "
+            "run with that version, or begin a new run from its adapter with -c start=RUN/adapter."
+        )
 
 
 @dataclass(frozen=True)
@@ -100,12 +117,23 @@ class Checkpoint:
         ------
         ValueError
             The content is damaged.
+        OtherVersion
+            It is whole, and does not hold what this version keeps.
         """
         line, _, content = content.partition(b"\n")
-        if line.decode("ascii", "replace") != f"{_MAGIC} {hashlib.sha256(content).hexdigest()}":
+        form, _, digest = line.decode("ascii", "replace").partition(" ")
+        if not form.startswith(_FORM) or digest != hashlib.sha256(content).hexdigest():
             raise ValueError("its content has changed since it was written")
+        if form != _MAGIC:
+            raise OtherVersion(f"its form is {form}, and this version reads {_MAGIC}")
         arrays = load(content)
-        return cls(**_whole(json.loads(arrays[_TEXT].tobytes()), arrays))
+        found = _whole(json.loads(arrays[_TEXT].tobytes()), arrays)
+        kept = {entry.name for entry in fields(cls)}
+        needed = {entry.name for entry in fields(cls) if entry.default_factory is MISSING}
+        if not needed <= found.keys() <= kept:
+            differs = _differences(found.keys() - kept, needed - found.keys(), "part")
+            raise OtherVersion(differs)
+        return cls(**found)
 
     def check(self, config: RunConfig) -> None:
         """Refuse a configuration with which the run would have other results.
@@ -117,16 +145,24 @@ class Checkpoint:
         ------
         ConfigurationChanged
             Keys differ; the message names them.
+        OtherVersion
+            The version that wrote the checkpoint had other keys.
         """
         now, before = config.items(), dict(self.config)
+        added, missing = (
+            # A key with a dot belongs to a method, so it may come and go with the strategy.
+            {key for key in ones.keys() - others.keys() if "." not in key}
+            for ones, others in ((before, now), (now, before))
+        )
+        if added or missing:
+            raise OtherVersion(_differences(added, missing, "key"))
         differ = [key for key in {**before, **now} if now.get(key) != before.get(key)]
         # An object has a new name in each call. The fingerprint tells whether the model differs.
         given = {
             key for key in differ if is_held(str(now.get(key))) and is_held(str(before.get(key)))
         }
-        wrong = sorted(set(differ) - given - {*_MAY_DIFFER, "num-rounds"})
-        if wrong:
-            each = "; ".join(f"{k} = {now.get(k)!r}, was {before.get(k)!r}" for k in wrong)
+        if changed := sorted(set(differ) - given - {*_MAY_DIFFER, "num-rounds"}):
+            each = "; ".join(f"{k} = {now.get(k)!r}, was {before.get(k)!r}" for k in changed)
             raise ConfigurationChanged(
                 f"The run cannot continue with another configuration: {each}. Set the old values, "
                 "or begin a new run."
@@ -215,6 +251,17 @@ class Checkpoints:
         """Return the rounds that have a checkpoint, whole or not, in ascending order."""
         found = (path.name.removeprefix("round-") for path in self.folder.glob("round-*"))
         return sorted(int(name) for name in found if name.isdecimal())
+
+
+def _differences(added: Set[str], missing: Set[str], what: str) -> str:
+    """Say what a checkpoint has that this version does not know, and what it lacks."""
+    sides = (("has", added, "does not know"), ("lacks", missing, "has"))
+    return ", and ".join(
+        f"it {verb} the {what}{'' if len(names) == 1 else 's'} {', '.join(sorted(names))}, which "
+        f"this version {here}"
+        for verb, names, here in sides
+        if names
+    )
 
 
 def _flat(value: Any, arrays: dict[str, np.ndarray[Any, Any]]) -> Any:

@@ -88,7 +88,8 @@ def as_begun(config: RunConfig) -> RunConfig:
     if config.precision != AUTO:
         return config
     checkpoint, _ = Checkpoints(Path(config.resume)).last()
-    return replace(config, precision=str(checkpoint.config["precision"]))
+    # A checkpoint without this key is of another version, which its check says.
+    return replace(config, precision=str(checkpoint.config.get("precision", AUTO)))
 
 
 def resumable(config: RunConfig) -> tuple[Checkpoint, list[str]]:
@@ -96,7 +97,7 @@ def resumable(config: RunConfig) -> tuple[Checkpoint, list[str]]:
 
     Raises
     ------
-    InvalidValue, ConfigurationChanged
+    InvalidValue, ConfigurationChanged, OtherVersion
         The folder has no checkpoint that is whole, or it is of another configuration.
     """
     checkpoint, damaged = Checkpoints(Path(config.resume)).last()
@@ -112,7 +113,7 @@ def read_checkpoint(config: RunConfig, run_dir: RunDirectory) -> Checkpoint | No
 
     Raises
     ------
-    InvalidValue, ConfigurationChanged
+    InvalidValue, ConfigurationChanged, OtherVersion
         See `resumable`, or the files of rows are not those that the run has written.
     """
     begun = Checkpoints(run_dir.path).any() or len(run_dir.rounds()) > 1

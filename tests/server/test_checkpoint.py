@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from fedlora_flwr.cli import app
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.server.checkpoint import Checkpoint, Checkpoints, ConfigurationChanged
-from tests.server.resuming import bits
+from fedlora_flwr.server.checkpoint import Checkpoint, Checkpoints, ConfigurationChanged, OtherVersion
+from tests.server.resuming import begin, bits, tiny
+from tests.server.support import digests
 
 STATE: dict[str, Any] = {
     "array": np.arange(6.0).reshape(2, 3).T,
@@ -90,3 +94,48 @@ def test_more_rounds_may_follow_where_the_plan_of_a_client_stays() -> None:
         InvalidValue, match=r"num-rounds = 2 .* at least 3, the number of rounds that are done"
     ):
         made(config=RunConfig(num_rounds=5, **capped)).check(RunConfig(num_rounds=2, **capped))
+
+
+def test_keys_that_another_version_had_are_named(tmp_path: Path) -> None:
+    items = RunConfig().items()
+    fewer = {key: value for key, value in items.items() if key not in ("rslora", "seed")}
+    with pytest.raises(OtherVersion) as caught:
+        replace(made(), config=fewer).check(RunConfig())
+    assert "it lacks the keys rslora, seed, which this version has" in str(caught.value)
+    with pytest.raises(OtherVersion, match="it has the key gone, which this version does not know"):
+        replace(made(), config={**items, "gone": 1}).check(RunConfig())
+
+
+def test_a_run_of_another_version_is_one_sentence_in_the_terminal(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    begin(tiny(tmp_path, num_rounds=2, num_clients=2), run)
+    kept = Checkpoints(run)
+    last, _ = kept.last()
+    fewer = {key: value for key, value in last.config.items() if key != "rslora"}
+    kept.save(replace(last, config=fewer))
+    before = digests(run)
+    result = CliRunner().invoke(app, ["simulate", "--resume", str(run)])
+    assert result.exit_code == 1
+    assert " ".join(result.output.split()) == (
+        "Error: Another version of fedlora-flwr wrote this run's checkpoint: it lacks the key "
+        "rslora, which this version has. Continue the run with that version, or begin a new run "
+        "from its adapter with -c start=RUN/adapter."
+    )
+    assert digests(run) == before
+
+
+def test_a_whole_file_with_other_parts_is_of_another_version_and_not_damaged(
+    tmp_path: Path,
+) -> None:
+    @dataclass(frozen=True)
+    class Earlier(Checkpoint):
+        weather: str = "fine"
+
+    kept = Checkpoints(tmp_path)
+    kept.save(Earlier(**vars(made())))
+    with pytest.raises(OtherVersion, match="it has the part weather, which this version does not"):
+        kept.last()
+    content = made().to_bytes()
+    (kept.folder / "round-0000004").write_bytes(content.replace(b"checkpoint-1", b"checkpoint-0"))
+    with pytest.raises(OtherVersion, match="its form is fedlora-checkpoint-0"):
+        kept.last()
