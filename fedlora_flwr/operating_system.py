@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,8 @@ ENDING = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
 """Signals that ask a process to end."""
+_QUIET = 60.0
+"""Seconds without a write, after which the work of another process may be given up."""
 _FAR = 2**30  # A byte beyond the end of each locked file: Windows hides locked bytes from readers.
 
 
@@ -38,8 +43,15 @@ def untested() -> str:
     return ""
 
 
-def try_lock(descriptor: int) -> bool:
+def try_lock(descriptor: int, *, shared: bool = False) -> bool:
     """Lock an open file until it is closed, unless another one holds the lock.
+
+    Parameters
+    ----------
+    descriptor : int
+        The open file.
+    shared : bool (default: False)
+        Whether others may lock it in the same way. Windows has no such locks here.
 
     Returns
     -------
@@ -53,7 +65,8 @@ def try_lock(descriptor: int) -> bool:
     """
     try:
         if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         else:
             import msvcrt
 
@@ -66,6 +79,57 @@ def try_lock(descriptor: int) -> bool:
     except (BlockingIOError, PermissionError):
         return False
     return True
+
+
+def lock_held(path: Path) -> bool | None:
+    """Tell whether a process of this machine has locked a file (see `try_lock`).
+
+    Parameters
+    ----------
+    path : Path
+        The file. It is only read.
+
+    Returns
+    -------
+    bool or None
+        False if there is no such file; None where the file system cannot tell.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        return not try_lock(descriptor, shared=True)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def host_sign() -> str:
+    """Return a sign of this machine, from which its name cannot be read."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:16]
+
+
+def abandoned(lock: Path, host: str, files: Iterable[Path]) -> bool:
+    """Tell whether work that another process did has ended, as that of a killed process has.
+
+    Parameters
+    ----------
+    lock : Path
+        The file that the process locks while it works.
+    host : str
+        The sign of its machine, or an empty text if it is not known. From another machine the lock
+        may not be seen, so the work there is never taken for abandoned.
+    files : Iterable[Path]
+        What it writes. It may start to hold the lock a minute after it has written to one of them.
+    """
+    written = max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
+    if time.time() - written < _QUIET or host not in ("", host_sign()):
+        return False
+    return lock_held(lock) is False
 
 
 def sync(descriptor: int) -> None:

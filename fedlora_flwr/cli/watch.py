@@ -45,12 +45,18 @@ def watch(
 
             show_lines(console, [("Page", stack.enter_context(serving(run_dir, port)))])
         _follow(console, run_dir)
-    ended = run_dir.summary() or {}
-    show_lines(console, [("Ended", str(ended.get("error") or ended.get("end") or "completed"))])
+    show_lines(console, [("Ended", _ending(run_dir))])
+
+
+def _ending(run_dir: RunDirectory) -> str:
+    """Say how a run ended."""
+    if (summary := run_dir.summary()) is None:
+        return f"without a summary, probably killed; continue it with --resume {run_dir.path}"
+    return str(summary.get("error") or summary.get("end") or "completed")
 
 
 def _follow(console: Console, run_dir: RunDirectory) -> None:
-    """Show the run until its summary is there: on a plain stream, one line per round."""
+    """Show the run until it has ended: on a plain stream, one line per round."""
     from fedlora_flwr.cli.watch_screen import plain, screen
     from fedlora_flwr.config.recipes import load_recipe
     from fedlora_flwr.server.followed import Followed
@@ -65,7 +71,8 @@ def _follow(console: Console, run_dir: RunDirectory) -> None:
         if console.is_terminal:
             live = stack.enter_context(Live(console=console, auto_refresh=False))
         while True:
-            ended = run_dir.summary_file.exists()  # Before the rows, so that none is missed.
+            # Before the rows, so that none is missed.
+            ended = run_dir.summary_file.exists() or run_dir.abandoned()
             for row in followed.new_rounds():
                 if live is None:
                     line = f"round {row['round']}/{config.num_rounds}: "

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedlora_flwr.errors import CannotStart
-from fedlora_flwr.operating_system import try_lock
+from fedlora_flwr.operating_system import lock_held, try_lock
 
 NODE_PORT = "FEDLORA_NODE_PORT"
 """Environment variable that gives a device's start script another port."""
@@ -131,11 +131,5 @@ def claim(folder: Path) -> bool:
 
 
 def claimed(folder: Path) -> bool:
-    """Tell whether a device's SuperNode runs now."""
-    with suppress(OSError):  # It has never run, or the file system has no locks.
-        descriptor = os.open(folder / _RUNNING, os.O_RDWR)
-        try:
-            return not try_lock(descriptor)
-        finally:
-            os.close(descriptor)
-    return False
+    """Tell whether a device's SuperNode runs now; False where the file system has no locks."""
+    return lock_held(folder / _RUNNING) is True

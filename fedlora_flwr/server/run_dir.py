@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typing import Any, cast
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import FileTrouble, private_folder, replace_file, to_json, write_json
-from fedlora_flwr.operating_system import try_lock
+from fedlora_flwr.operating_system import abandoned, host_sign, try_lock
 from fedlora_flwr.server.rounds import RoundRow
 from fedlora_flwr.server.rows_file import RowsFile
 
@@ -26,6 +27,8 @@ ROWS = ("rounds", "clients")
 REPORT, SPLIT, AUDIT = "report.html", "split.json", "audit.json"
 SAMPLES = "samples.json"
 _CLAIM = ".claim"
+READERS = 0.1
+"""Seconds in which a reader that asks whether a lock is held (`abandoned`) has let go of it."""
 AT_REST = "a run that no other process is working on"
 """What a folder must hold where a run is to continue, in the words of the refusal."""
 NOISE = "FEDLORA_LARGEST_NOISE"
@@ -55,7 +58,8 @@ class RunDirectory:
     Parameters
     ----------
     path : Path
-        The folder; made if missing, and then for its owner alone.
+        The folder; made if missing, and then for its owner alone. One that is there is only read
+        until a run takes it, so it may be an archive that cannot be written to.
     claim : str, optional
         The claim of a run that several processes write to; a new one if empty.
     resume : bool (default: False)
@@ -70,7 +74,7 @@ class RunDirectory:
     def __init__(self, path: Path, claim: str = "", *, resume: bool = False) -> None:
         if resume and not has_begun(path):
             raise InvalidValue("resume", str(path), "the folder of a run that has begun")
-        self.path = private_folder(path)
+        self.path = path if path.is_dir() else private_folder(path)
         self.claim = claim or secrets.token_hex(16)
         self.resume = resume
         self._rows = {name: RowsFile(self.path / f"{name}.jsonl") for name in ROWS}
@@ -106,14 +110,16 @@ class RunDirectory:
         ------
         InvalidValue
             The folder is another run's, which is left as it is.
+        FileTrouble
+            This process cannot write to the folder.
         """
-        marker = self.path / _CLAIM
-        if marker.exists() and marker.read_text(encoding="ascii") == self.claim:
+        marker, told = private_folder(self.path) / _CLAIM, f"{self.claim}\n{host_sign()}"
+        if self._claimed()[0] == self.claim:
             return
         if self.resume:
             with self.working():  # Not while another process is at work.
                 try:
-                    marker.write_text(self.claim, encoding="ascii")
+                    marker.write_text(told, encoding="ascii")
                 except OSError as error:
                     raise FileTrouble.of(error, marker) from error
             return
@@ -121,7 +127,7 @@ class RunDirectory:
         try:
             # If several runs try at once, one succeeds.
             with marker.open("x", encoding="ascii") as stream:
-                stream.write(self.claim)
+                stream.write(told)
         except FileExistsError:
             raise _used(self.path) from None
         except OSError as error:
@@ -139,13 +145,33 @@ class RunDirectory:
         """
         with (self.path / _CLAIM).open("r+b") as stream:
             try:
-                free = try_lock(stream.fileno())
+                if not (free := try_lock(stream.fileno())):
+                    time.sleep(READERS)  # `abandoned` has the lock for an instant.
+                    free = try_lock(stream.fileno())
             except OSError as error:
                 raise FileTrouble.of(error, self.path / _CLAIM) from error
             if not free:
                 allowed = f"{AT_REST}. End that process first"
                 raise InvalidValue("resume", str(self.path), allowed)
             yield
+
+    def abandoned(self) -> bool:
+        """Tell whether the run has ended without a summary, as one that was killed may have.
+
+        Nothing has been written for a minute then, and no process holds the folder. A run of
+        another machine is never taken for abandoned, because its lock may not be seen from here.
+        """
+        names = (_CLAIM, "config.toml", "run.log", *(f"{name}.jsonl" for name in ROWS))
+        files = (self.path / name for name in names)
+        host = self._claimed()[1]
+        return not self.summary_file.exists() and abandoned(self.path / _CLAIM, host, files)
+
+    def _claimed(self) -> tuple[str, str]:
+        """Return the claim that the folder holds, and the sign of the machine that took it."""
+        marker = self.path / _CLAIM
+        text = marker.read_text(encoding="ascii") if marker.exists() else ""
+        claim, _, host = text.partition("\n")
+        return claim, host
 
     @property
     def log(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -18,8 +19,10 @@ from fedlora_flwr.cli import app
 from fedlora_flwr.cli.watch_page import serving
 from fedlora_flwr.cli.watch_screen import clients_table, screen
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.operating_system import try_lock
 from fedlora_flwr.server.followed import Followed, Seen
 from fedlora_flwr.server.run_dir import RunDirectory
+from tests.server.support import digests
 
 EVIL = "evil\x1b[2J"
 ENDED = {"status": "completed", "metric": "accuracy", "end": "all rounds are done"}
@@ -28,6 +31,7 @@ ENDED = {"status": "completed", "metric": "accuracy", "end": "all rounds are don
 @pytest.fixture
 def run_dir(tmp_path: Path) -> RunDirectory:
     made = RunDirectory(tmp_path / "run")
+    made.take()
     made.write_config(RunConfig(num_rounds=2, strategy="ffa-lora"))
     made.append("rounds", {"round": 0, "accuracy": 0.5, "seconds": 1.0})
     return made
@@ -126,6 +130,62 @@ def test_a_run_is_followed_until_it_ends(run_dir: RunDirectory) -> None:
     lines = result.output.splitlines()
     assert lines[:3] == [f"round {n}/2: accuracy {50 + 10 * n}.0%" for n in range(3)]
     assert lines[-1].split(maxsplit=1) == ["Ended", "all rounds are done"]
+
+
+def old(run_dir: RunDirectory, seconds: float = 3600.0) -> None:
+    """Let a run's files look as if nothing had been written for some time."""
+    then = time.time() - seconds
+    for file in run_dir.path.iterdir():
+        os.utime(file, (then, then))
+
+
+def test_a_killed_run_without_a_summary_is_not_waited_for(run_dir: RunDirectory) -> None:
+    write(run_dir, 1)
+    work = "import sys, time; from pathlib import Path; "
+    work += "from fedlora_flwr.server.run_dir import RunDirectory; "
+    work += "run = RunDirectory(Path(sys.argv[1]), resume=True)\n"
+    work += "with run.working(): print('at work', flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", work, str(run_dir.path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "at work\n"
+        old(run_dir)
+        assert not run_dir.abandoned()
+        worker.kill()
+    assert run_dir.abandoned()
+    before = digests(run_dir.path)
+    result = CliRunner().invoke(app, ["watch", str(run_dir.path)])
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[:2] == [
+        "round 0/2: accuracy 50.0%", "round 1/2: accuracy 60.0%"
+    ]  # fmt: skip
+    assert result.output.splitlines()[-1].split(maxsplit=1) == [
+        "Ended",
+        f"without a summary, probably killed; continue it with --resume {run_dir.path}",
+    ]
+    assert digests(run_dir.path) == before
+
+
+def test_a_run_that_has_just_written_or_is_of_another_machine_is_waited_for(
+    run_dir: RunDirectory,
+) -> None:
+    assert not run_dir.abandoned()
+    old(run_dir)
+    assert run_dir.abandoned()
+    (run_dir.path / ".claim").write_text("claim\nanother-machine")
+    old(run_dir)
+    assert not run_dir.abandoned()
+
+
+def test_a_reader_that_looks_just_now_does_not_keep_a_run_from_going_on(
+    run_dir: RunDirectory,
+) -> None:
+    looking = os.open(run_dir.path / ".claim", os.O_RDONLY)
+    assert try_lock(looking, shared=True)
+    done = threading.Timer(0.02, os.close, [looking])
+    done.start()
+    with RunDirectory(run_dir.path, resume=True).working():
+        done.join()
 
 
 def test_a_terminal_shows_a_table_in_place(run_dir: RunDirectory) -> None:

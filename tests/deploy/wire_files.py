@@ -25,7 +25,7 @@ _ACCOUNT = (SIDE, "The largest that devices told.")
 _COMPARED = (PROTECTED, "The server compares uploads.")
 _ANSWER = (PUBLIC, "Errors and answers, as devices told them.")
 FILES = {
-    ".claim": (PUBLIC, "A random number of the server's."),
+    ".claim": (PUBLIC, "A random number and a sign of the server's."),
     "config.toml": _SETTING,
     "rounds.jsonl": (PUBLIC, "See the rows below."),
     "clients.jsonl": (OPTED, "Values that crossed the wire, by the same names."),
