@@ -26,6 +26,8 @@ ENDING = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
 """Signals that ask a process to end."""
+READERS = 0.1
+"""Seconds in which a reader that asks whether a lock is held (`lock_held`) has let go of it."""
 _QUIET = 60.0
 """Seconds without a write, after which the work of another process may be given up."""
 _FAR = 2**30  # A byte beyond the end of each locked file: Windows hides locked bytes from readers.

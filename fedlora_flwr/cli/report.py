@@ -79,8 +79,6 @@ def _runs(folders: Sequence[Path], public: bool) -> str:
 def _study(folder: Path) -> str:
     """Return the report of a comparison."""
     require("scipy", "plots")
-    from fedlora_flwr.report.page import study_report
-    from fedlora_flwr.studies.compare_results import read_rows
+    from fedlora_flwr.studies.progress import study_page
 
-    rows = read_rows(folder / _ROWS).to_dict("records")
-    return study_report(folder.resolve().name, [{str(k): v for k, v in r.items()} for r in rows])
+    return study_page(folder)

@@ -1,28 +1,52 @@
-"""``fedlora watch``: a run that another process is working on."""
+"""``fedlora watch``: a run, or a comparison, that another process is working on."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Protocol
 
 import typer
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.errors import InvalidValue, require
 from fedlora_flwr.terminal import show_line, show_lines
-
-if TYPE_CHECKING:
-    from fedlora_flwr.server.run_dir import RunDirectory
 
 _INTERVAL = 1.0  # Seconds between two looks at the files.
 
 
+class Watched(Protocol):
+    """What is watched, read from its folder."""
+
+    def news(self) -> Iterable[str]:
+        """Read what is new, and return a line on each thing that has ended since."""
+        ...
+
+    def lines(self, width: int | None) -> list[str]:
+        """Return what a terminal shows of it, as it was when `news` was called last."""
+        ...
+
+    def closing(self) -> list[str]:
+        """Return the lines that follow the news at the end, where there is no terminal."""
+        ...
+
+    def ending(self) -> str | None:
+        """Return in words how it has ended, or None while it goes on."""
+        ...
+
+    def page(self) -> str:
+        """Return its report as an HTML document, which reloads while it goes on."""
+        ...
+
+
 def watch(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.")] = Path("runs/latest"),
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or of a comparison.")] = Path(
+        "runs/latest"
+    ),
     web: Annotated[
         bool, typer.Option("--web", help="Also serve the report on 127.0.0.1, which reloads.")
     ] = False,
@@ -32,57 +56,50 @@ def watch(
 ) -> None:
     """Follow a run until it ends: rounds, clients, budgets left and failures; Ctrl-C stops it.
 
-    It reads the run's folder alone, so it neither disturbs the run nor asks a client.
+    Of a comparison it shows which runs are done, at work and left. It reads the folder alone, so it
+    neither disturbs a run nor asks a client.
     """
-    if not (run / "config.toml").is_file():
-        raise InvalidValue("RUN", str(run), "the folder of a run, with config.toml")
-    from fedlora_flwr.server.run_dir import RunDirectory
-
-    console, run_dir = Console(), RunDirectory(run.resolve())
+    console, watched = Console(), _opened(run, web)
     with ExitStack() as stack:
         if web:
             from fedlora_flwr.cli.watch_page import serving
 
-            show_lines(console, [("Page", stack.enter_context(serving(run_dir, port)))])
-        _follow(console, run_dir)
-    show_lines(console, [("Ended", _ending(run_dir))])
+            show_lines(console, [("Page", stack.enter_context(serving(watched.page, port)))])
+        ending = _follow(console, watched)
+    show_lines(console, [("Ended", ending)])
 
 
-def _ending(run_dir: RunDirectory) -> str:
-    """Say how a run ended."""
-    if (summary := run_dir.summary()) is None:
-        return f"without a summary, probably killed; continue it with --resume {run_dir.path}"
-    return str(summary.get("error") or summary.get("end") or "completed")
+def _opened(folder: Path, web: bool) -> Watched:
+    if (folder / "config.toml").is_file():
+        from fedlora_flwr.cli.watch_screen import WatchedRun
+
+        return WatchedRun(folder.resolve())
+    if (folder / "settings.json").is_file():
+        require("pandas", *(["scipy", "plots"] if web else []))
+        from fedlora_flwr.cli.watch_comparison import WatchedComparison
+
+        return WatchedComparison(folder.resolve())
+    allowed = "the folder of a run, with config.toml, or of a comparison, with settings.json"
+    raise InvalidValue("RUN", str(folder), allowed)
 
 
-def _follow(console: Console, run_dir: RunDirectory) -> None:
-    """Show the run until it has ended: on a plain stream, one line per round."""
-    from fedlora_flwr.cli.watch_screen import plain, screen
-    from fedlora_flwr.config.recipes import load_recipe
-    from fedlora_flwr.server.followed import Followed
-    from fedlora_flwr.server.report import facts_of
-    from fedlora_flwr.server.rounds import describe_round
-
-    config = load_recipe(str(run_dir.path / "config.toml"))
-    metric, followed = facts_of(run_dir).metric, Followed(run_dir)
+def _follow(console: Console, watched: Watched) -> str:
+    """Show it until it has ended; on a plain stream, one line per round or run."""
     width = console.width if console.is_terminal else None
     with ExitStack() as stack:
         live = None
         if console.is_terminal:
             live = stack.enter_context(Live(console=console, auto_refresh=False))
         while True:
-            # Before the rows, so that none is missed.
-            ended = run_dir.summary_file.exists() or run_dir.abandoned()
-            for row in followed.new_rounds():
-                if live is None:
-                    line = f"round {row['round']}/{config.num_rounds}: "
-                    show_line(console, plain(line + describe_round(row, metric)))
-            if live is not None:
-                text = "\n".join(screen(followed, config, metric, width))
-                live.update(Text(text), refresh=True)
-            if ended:
+            ending = watched.ending()  # Before the rows, so that none is missed.
+            news = list(watched.news())
+            for line in () if live else news:
+                show_line(console, line)
+            if live:
+                live.update(Text("\n".join(watched.lines(width))), refresh=True)
+            if ending is not None:
                 break
             time.sleep(_INTERVAL)
-    if live is None:
-        for line in screen(followed, config, metric, None)[2:]:
-            show_line(console, line)
+    for line in () if live else watched.closing():
+        show_line(console, line)
+    return ending

@@ -1,29 +1,25 @@
-"""A run's report as a page that reloads itself, for this machine alone."""
+"""A report as a page that reloads itself, for this machine alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
 
-from fedlora_flwr.report.page import run_report
-from fedlora_flwr.server.report import facts_of
-from fedlora_flwr.server.run_dir import RunDirectory
-
 RELOAD = 5
-"""Seconds between two loads of a page whose run has not ended."""
+"""Seconds between two loads of a page whose work has not ended."""
 
 
 @contextmanager
-def serving(run_dir: RunDirectory, port: int = 0) -> Iterator[str]:
-    """Serve a run's report on 127.0.0.1 while the block runs; yield its address.
+def serving(page: Callable[[], str], port: int = 0) -> Iterator[str]:
+    """Serve a report on 127.0.0.1 while the block runs; yield its address.
 
     Parameters
     ----------
-    run_dir : RunDirectory
-        The run's folder.
+    page : callable
+        Returns the report as it is now, an HTML document.
     port : int (default: 0)
         The port; 0 takes a free one.
 
@@ -33,7 +29,7 @@ def serving(run_dir: RunDirectory, port: int = 0) -> Iterator[str]:
         The port is in use.
     """
     server = _Server(("127.0.0.1", port), _Page)
-    server.run_dir = run_dir
+    server.page = page
     thread = Thread(target=server.serve_forever, args=(0.1,), daemon=True)
     thread.start()
     try:
@@ -45,7 +41,7 @@ def serving(run_dir: RunDirectory, port: int = 0) -> Iterator[str]:
 
 
 class _Server(ThreadingHTTPServer):
-    run_dir: RunDirectory
+    page: Callable[[], str]
 
 
 class _Page(BaseHTTPRequestHandler):
@@ -60,9 +56,7 @@ class _Page(BaseHTTPRequestHandler):
         elif self.path != "/":
             self.send_error(404)
         else:
-            facts = facts_of(self.server.run_dir)
-            reload = None if facts.summary else RELOAD
-            content = run_report(facts, reload).encode()
+            content = self.server.page().encode()
             self.send_response(200)
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.send_header("Content-Length", str(len(content)))

@@ -3,19 +3,64 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from fedlora_flwr.cli.watch_page import RELOAD
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.report.facts import number
+from fedlora_flwr.report.page import run_report
 from fedlora_flwr.server.followed import Followed, Seen
+from fedlora_flwr.server.report import facts_of
 from fedlora_flwr.server.rounds import describe_round
+from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.terminal import Table
 from fedlora_flwr.wire import EPSILON, EPSILON_BUDGET, SECONDS
 
 MOST = 20
 """Clients that are shown: those that have the least of their budget left."""
 HEADS = ("client", "last seen", "ε spent", "budget left", "seconds")
+
+
+class WatchedRun:
+    """A run, read from its folder.
+
+    Parameters
+    ----------
+    folder : Path
+        The run's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._run_dir = RunDirectory(folder)
+        self._config = load_recipe(str(folder / "config.toml"))
+        self._metric, self._followed = facts_of(self._run_dir).metric, Followed(self._run_dir)
+
+    def news(self) -> Iterator[str]:
+        """Yield a line on each round that has ended since the last call."""
+        for row in self._followed.new_rounds():
+            line = f"round {row['round']}/{self._config.num_rounds}: "
+            yield plain(line + describe_round(row, self._metric))
+
+    def lines(self, width: int | None) -> list[str]:
+        """Return the lines of `screen`."""
+        return screen(self._followed, self._config, self._metric, width)
+
+    def closing(self) -> list[str]:
+        """Return the table of clients, and what failed."""
+        return self.lines(None)[2:]
+
+    def ending(self) -> str | None:
+        """Return in words how the run has ended, or None while it goes on."""
+        ending = self._run_dir.ending()
+        return None if ending is None else plain(ending)
+
+    def page(self) -> str:
+        """Return the run's report, which reloads while the run goes on."""
+        reload = RELOAD if self._run_dir.ending() is None else None
+        return run_report(facts_of(self._run_dir), reload)
 
 
 def screen(followed: Followed, config: RunConfig, metric: str, width: int | None) -> list[str]:

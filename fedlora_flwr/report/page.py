@@ -48,7 +48,9 @@ def runs_report(runs: Sequence[RunFacts]) -> str:
     return _document(title, title, about, comparison_sections(runs))
 
 
-def study_report(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+def study_report(
+    name: str, rows: Sequence[Mapping[str, Any]], reload: int | None = None
+) -> str:
     """Return the report of a comparison of methods as an HTML document.
 
     Parameters
@@ -57,9 +59,11 @@ def study_report(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
         Name of the comparison's folder.
     rows : Sequence[Mapping[str, Any]]
         The rows of its ``rows.csv``.
+    reload : int, optional
+        Seconds after which a browser loads the page again.
     """
     about = element("p", f"{len(rows)} runs, those of tuning included.")
-    return _document(name, name, about, study_sections(rows))
+    return _document(name, name, about, study_sections(rows), reload)
 
 
 def _document(

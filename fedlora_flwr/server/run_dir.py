@@ -17,7 +17,7 @@ from typing import Any, cast
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import FileTrouble, private_folder, replace_file, to_json, write_json
-from fedlora_flwr.operating_system import abandoned, host_sign, try_lock
+from fedlora_flwr.operating_system import READERS, abandoned, host_sign, try_lock
 from fedlora_flwr.server.rounds import RoundRow
 from fedlora_flwr.server.rows_file import RowsFile
 
@@ -27,8 +27,6 @@ ROWS = ("rounds", "clients")
 REPORT, SPLIT, AUDIT = "report.html", "split.json", "audit.json"
 SAMPLES = "samples.json"
 _CLAIM = ".claim"
-READERS = 0.1
-"""Seconds in which a reader that asks whether a lock is held (`abandoned`) has let go of it."""
 AT_REST = "a run that no other process is working on"
 """What a folder must hold where a run is to continue, in the words of the refusal."""
 NOISE = "FEDLORA_LARGEST_NOISE"
@@ -165,6 +163,14 @@ class RunDirectory:
         files = (self.path / name for name in names)
         host = self._claimed()[1]
         return not self.summary_file.exists() and abandoned(self.path / _CLAIM, host, files)
+
+    def ending(self) -> str | None:
+        """Return in words how the run has ended, or None while it goes on."""
+        if (summary := self.summary()) is not None:
+            return str(summary.get("error") or summary.get("end") or "completed")
+        if self.abandoned():
+            return f"without a summary, probably killed; continue it with --resume {self.path}"
+        return None
 
     def _claimed(self) -> tuple[str, str]:
         """Return the claim that the folder holds, and the sign of the machine that took it."""

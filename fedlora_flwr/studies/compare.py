@@ -30,6 +30,7 @@ from fedlora_flwr.studies.compare_results import (
 from fedlora_flwr.studies.compare_tables import document_of, markdown
 from fedlora_flwr.studies.comparison import Comparison, Job
 from fedlora_flwr.studies.paired import Findings, findings
+from fedlora_flwr.studies.progress import write_progress
 from fedlora_flwr.tasks.registry import build_task
 
 OnRow = Callable[[Row | None, int, int], None]
@@ -78,8 +79,10 @@ def run_comparison(
     metric = build_task(comparison.config.task, comparison.config).metric
     with claim(folder, document), scratch("fedlora-compare-") as working:
         journal = Journal(folder / "rows.csv")
+        begin = partial(write_progress, folder, workers)
         with executor(workers, folder / "compare.log") as execute:
-            chosen = _run_all(comparison, journal, execute, partial(_run, working), on_row)
+            run = partial(_run, working)
+            chosen = _run_all(comparison, journal, execute, run, on_row, begin)
         rows = [journal.rows[job.key] for job in comparison.report_jobs(chosen)]
         summary = summarize(rows, chosen, comparison.seeds)
         found = findings(comparison, journal.rows, chosen)
@@ -96,18 +99,20 @@ def _run_all(
     execute: Execute,
     run: Callable[[Job], Row],
     on_row: OnRow,
+    begin: Callable[[Sequence[Job], Sequence[Pair], int], None],
 ) -> dict[Pair, Rates | None]:
     tune = comparison.tune_jobs()
 
-    def work(jobs: Sequence[Job], before: int, total: int) -> None:
+    def work(jobs: Sequence[Job], before: int, total: int, later: Sequence[Pair] = ()) -> None:
         waiting = [job for job in jobs if job.key not in journal.rows]
+        begin(waiting, later, total)
         done = before + len(jobs) - len(waiting)
         on_row(None, done, total)
         for count, row in enumerate(execute(run, waiting), start=done + 1):
             journal.append(row)
             on_row(row, count, total)
 
-    work(tune, 0, comparison.most_runs)
+    work(tune, 0, comparison.most_runs, comparison.pairs * comparison.seeds)
     chosen = comparison.choose(journal.rows)
     jobs = [*comparison.report_jobs(chosen), *comparison.control_jobs(chosen)]
     work(jobs, len(tune), len(tune) + len(jobs))

@@ -16,9 +16,10 @@ from filelock import FileLock, Timeout
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.files import append, private_folder, replace_file
+from fedlora_flwr.operating_system import READERS
 from fedlora_flwr.studies.compare_methods import RATES
 
-SETTINGS = "settings.json"
+SETTINGS, ROWS, LOCK = "settings.json", "rows.csv", ".lock"
 TUNE, REPORT, CONTROL = "tune", "report", "control"
 """Phases of a comparison: rates are tuned, results reported, and repeated without noise."""
 KEY = ("phase", "row", "epsilon", "seed", *RATES)
@@ -117,7 +118,7 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     """
     private_folder(folder)
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder / LOCK, timeout=READERS):
             check_settings(folder, settings)
             replace_file(folder / SETTINGS, (json.dumps(settings, indent=2) + "\n").encode())
             yield

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from fedlora_flwr.cli import app
 from fedlora_flwr.cli.watch_page import serving
-from fedlora_flwr.cli.watch_screen import clients_table, screen
+from fedlora_flwr.cli.watch_screen import WatchedRun, clients_table, screen
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.operating_system import try_lock
 from fedlora_flwr.server.followed import Followed, Seen
@@ -209,7 +209,7 @@ def test_the_page_is_for_this_machine_alone_and_reloads_until_the_end(
     run_dir: RunDirectory,
 ) -> None:
     write(run_dir, 1)
-    with serving(run_dir) as address:
+    with serving(WatchedRun(run_dir.path).page) as address:
         assert address.startswith("http://127.0.0.1:")
         first = httpx.get(address)
         assert 'http-equiv="refresh" content="5"' in first.text
@@ -229,4 +229,4 @@ def test_the_page_is_for_this_machine_alone_and_reloads_until_the_end(
 def test_a_folder_without_a_run_is_told(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["watch", str(tmp_path)])
     assert result.exit_code == 1
-    assert "expected the folder of a run, with config.toml" in " ".join(result.output.split())
+    assert "expected the folder of a run, with config.toml, or of a comparison" in " ".join(result.output.split())
