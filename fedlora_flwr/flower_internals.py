@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from flwr.common.secure_aggregation.secaggplus_constants import (
         RECORD_KEY_CONFIGS as RECORD_KEY_CONFIGS,
     )
+    from flwr.common.serde import user_config_from_proto as user_config_from_proto
+    from flwr.proto.control_pb2 import ListNodesRequest as ListNodesRequest
+    from flwr.proto.control_pb2 import ListRunsRequest as ListRunsRequest
     from flwr.proto.fleet_pb2 import ActivateNodeRequest as ActivateNodeRequest
     from flwr.server.compat.grid_client_proxy import GridClientProxy as GridClientProxy
+    from flwr.supercore.control import ControlHttpClient as ControlHttpClient
     from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM as KEY_CLIPPING_NORM
     from flwr.supercore.error import ApiErrorCode as ApiErrorCode
     from flwr.supercore.error import FlowerError as FlowerError
@@ -32,8 +36,12 @@ _HOMES = {
     "ErrorCode": "flwr.common.constant",
     "SType": "flwr.common.constant",
     "RECORD_KEY_CONFIGS": "flwr.common.secure_aggregation.secaggplus_constants",
+    "user_config_from_proto": "flwr.common.serde",
+    "ListNodesRequest": "flwr.proto.control_pb2",
+    "ListRunsRequest": "flwr.proto.control_pb2",
     "ActivateNodeRequest": "flwr.proto.fleet_pb2",
     "GridClientProxy": "flwr.server.compat.grid_client_proxy",
+    "ControlHttpClient": "flwr.supercore.control",
     "KEY_CLIPPING_NORM": "flwr.supercore.differential_privacy",
     "ApiErrorCode": "flwr.supercore.error",
     "FlowerError": "flwr.supercore.error",

@@ -17,7 +17,7 @@ from fedlora_flwr.environment import own_program
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.operating_system import WINDOWS
 from fedlora_flwr.processes import uncollected
-from fedlora_flwr.terminal import Commands, show_json, show_line
+from fedlora_flwr.terminal import Commands, show, show_json, show_line, show_lines
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Train on real devices.")
 
@@ -116,6 +116,39 @@ def check(
         show_json([asdict(finding) for finding in found])
     if bad := sum(not finding.good for finding in found):
         raise FedLoRAError(f"{bad} {'problem' if bad == 1 else 'problems'} to fix first.")
+
+
+@app.command()
+def status(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="The fleet's folder or, on the server, the folder server."),
+    ],
+    run: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the run to show, in place of the one that the server names."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show devices, their budgets left, the current run and the certificates; asks no device.
+
+    Budgets are what each device's last reply in the run said. Exits with code 1 if the server
+    cannot be asked.
+    """
+    with uncollected():
+        from fedlora_flwr.cli.status_screen import devices_table, facts
+        from fedlora_flwr.deploy.status import fleet_status
+
+    found = fleet_status(folder.resolve(), run)
+    if as_json:
+        show_json(found.as_json())
+    else:
+        console = Console()
+        show_lines(console, facts(found))
+        show_line(console, "")
+        show(console, devices_table(found))
+    if found.problem:
+        raise FedLoRAError(found.problem)
 
 
 @app.command()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from fedlora_flwr.config.authority import in_force
 from fedlora_flwr.deploy import ports
 from fedlora_flwr.deploy.admission import Caller, NotAdmitted
 from fedlora_flwr.deploy.device_check import Backbone, device_findings
+from fedlora_flwr.deploy.expiry import NEW_FLEET, expiries
 from fedlora_flwr.deploy.findings import Finding, whole
 from fedlora_flwr.deploy.fleet import SETTINGS, Fleet, read_fleet
 from fedlora_flwr.deploy.flower import NotSealed
@@ -33,7 +33,6 @@ from fedlora_flwr.deploy.supernode import (
 from fedlora_flwr.environment import versions
 from fedlora_flwr.errors import FedLoRAError
 
-SOON = timedelta(days=14)
 _MUST_AGREE = ("fedlora-flwr", "flwr")
 
 
@@ -151,7 +150,7 @@ def _versions(made_with: dict[str, str]) -> Finding:
 
 
 def _certificates(folder: Path, fleet: Fleet) -> Iterator[Finding]:
-    fix = "make a new folder with `fedlora deploy init`, and carry its ca.pem to every device"
+    fix = NEW_FLEET
     try:
         authority, server = (
             x509.load_pem_x509_certificate((folder / "server" / f"{name}.pem").read_bytes())
@@ -160,8 +159,8 @@ def _certificates(folder: Path, fleet: Fleet) -> Iterator[Finding]:
     except (OSError, ValueError) as error:
         yield Finding("server certificate", False, f"cannot be read: {error}", fix)
         return
-    yield _dates("CA certificate", authority, fix)
-    yield _dates("server certificate", server, f"fedlora deploy renew {folder}")
+    for one in expiries(folder / "server", str(folder)):
+        yield one.finding
     try:
         server.verify_directly_issued_by(authority)
         yield Finding("server certificate", True, "signed by the fleet's CA")
@@ -180,18 +179,6 @@ def _certificates(folder: Path, fleet: Fleet) -> Iterator[Finding]:
     other = [c.parent.name for c in copies if not c.exists() or c.read_bytes() != own]
     text = f"missing or of another CA on {', '.join(other)}" if other else "the same on all devices"
     yield Finding("ca.pem", not other, text, "copy server/ca.pem there")
-
-
-def _dates(subject: str, certificate: x509.Certificate, fix: str) -> Finding:
-    now, begin, end = (
-        datetime.now(UTC),
-        certificate.not_valid_before_utc,
-        certificate.not_valid_after_utc,
-    )
-    text = f"valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}"
-    if end - now < SOON:
-        text += ", about to expire" if end > now else ", expired"
-    return Finding(subject, begin <= now <= end - SOON, text, fix)
 
 
 def _private_keys(folder: Path, keys: Sequence[Path]) -> Iterator[Finding]:

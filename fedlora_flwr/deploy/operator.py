@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import ssl
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.deploy.control import Control, Untrusted
 from fedlora_flwr.deploy.fleet import CONNECTION, read_fleet
 from fedlora_flwr.deploy.supernode import SCRIPT
 from fedlora_flwr.errors import FedLoRAError
@@ -37,8 +35,7 @@ _OWN_WORDS = "ServerApp failed with exception: "
 _STOPPED = "finished:stopped"
 _ASK, _ASK_AT_END = 60.0, 2.0
 """Seconds between two questions for a run's state, each of which starts a process."""
-_PATIENCE, _ANSWER = 60.0, 10.0
-"""Seconds until a server has to be ready, and until it has to answer."""
+_PATIENCE = 60.0  # Seconds until a server has to be ready.
 
 
 class RunEnded(FedLoRAError):
@@ -72,6 +69,7 @@ class Operator:
     def __init__(self, folder: Path, server: bool, say: Say) -> None:
         self._fleet, self._folder = read_fleet(folder)[0], folder.resolve()
         self._server = self._folder / "server"
+        self._control = Control(self._address, self._folder / "operator" / "ca.pem")
         self._may_start, self._say, self.attached = server, say, True
         self._process: subprocess.Popen[bytes] | None = None
         own = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
@@ -79,7 +77,7 @@ class Operator:
 
     def __enter__(self) -> Operator:
         """Nothing is started yet."""
-        address, authority = self._address, self._folder / "operator" / "ca.pem"
+        address, authority = self._control.address, self._control.authority
         lines = f'address = "{address}"\nroot-certificates = "{authority}"\n'
         with ExitStack() as stack:
             self._home = stack.enter_context(scratch())
@@ -200,21 +198,11 @@ class Operator:
         return self._process is not None and self._process.poll() is None
 
     def _answers(self) -> bool:
-        trusted = ssl.create_default_context(cafile=self._folder / "operator" / "ca.pem")
-        url = f"https://{self._address}/health"
         try:
-            with urllib.request.urlopen(url, timeout=_ANSWER, context=trusted):
-                return True
-        except urllib.error.URLError as error:
-            if isinstance(error.reason, ssl.SSLCertVerificationError):
-                raise RunEnded(
-                    f"The certificate of the server at {self._address} cannot be trusted "
-                    f"({error.reason.verify_message}). `fedlora deploy check {self._folder}` says "
-                    "what to do."
-                ) from error
-            return False
-        except OSError:
-            return False
+            return self._control.answers()
+        except Untrusted as error:
+            todo = f"`fedlora deploy check {self._folder}` says what to do."
+            raise RunEnded(f"{error} {todo}") from error
 
     def _start_server(self) -> None:
         with (self._server / LOG).open("ab") as log:

@@ -126,8 +126,15 @@ def installed_code(script: Path) -> Path:
     return Path(fedlora_flwr.__file__).parent
 
 
-def arguments_of(script: Path) -> list[str]:
-    """Return the arguments that a device's start script passes to `start_supernode`.
+def arguments_of(script: Path, program: str = START) -> list[str]:
+    """Return the arguments that a start script passes to its program.
+
+    Parameters
+    ----------
+    script : Path
+        The script of a device, or of a server.
+    program : str (default: that of a device)
+        The command behind ``exec``.
 
     Raises
     ------
@@ -136,11 +143,11 @@ def arguments_of(script: Path) -> list[str]:
     """
     text = script.read_text(encoding="utf-8").replace("\\\n", " ")
     try:
-        (line, *_) = (line for line in text.splitlines() if line.startswith(f"exec {START} "))
-        return shlex.split(line)[len(f"exec {START}".split()) :]
+        (line, *_) = (line for line in text.splitlines() if line.startswith(f"exec {program} "))
+        return shlex.split(line)[len(f"exec {program}".split()) :]
     except ValueError as error:
         raise flower.NotSealed(
-            f"the arguments of `{START}` in {script.name} cannot be read",
+            f"the arguments of `{program}` in {script.name} cannot be read",
             f"replace {script.name} with one that `fedlora deploy init` writes now",
         ) from error
 

@@ -48,9 +48,7 @@ def runs_report(runs: Sequence[RunFacts]) -> str:
     return _document(title, title, about, comparison_sections(runs))
 
 
-def study_report(
-    name: str, rows: Sequence[Mapping[str, Any]], reload: int | None = None
-) -> str:
+def study_report(name: str, rows: Sequence[Mapping[str, Any]], reload: int | None = None) -> str:
     """Return the report of a comparison of methods as an HTML document.
 
     Parameters

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -52,6 +52,8 @@ class Followed:
         The last failures, each with its round.
     failed : int
         Number of failures in all rounds.
+    failed_by : Counter[str]
+        Number of failures of each client, by name.
     suspects : dict[str, int]
         Rounds in which a client was suspect, by name.
     declined : dict[str, int]
@@ -67,6 +69,7 @@ class Followed:
         self.clients: dict[str, Seen] = {}
         self.failures: deque[str] = deque(maxlen=_KEPT)
         self.failed = 0
+        self.failed_by: Counter[str] = Counter()
         self.suspects: dict[str, int] = {}
         self.declined: dict[str, int] = {}
         self._read: dict[str, int] = {}
@@ -83,6 +86,7 @@ class Followed:
             self.last = row
             lines = [*row.get("failures", ()), *row.get("declined", ())]
             self.failed += len(row.get("failures", ()))
+            self.failed_by.update(line.partition(": ")[0] for line in row.get("failures", ()))
             self.failures.extend(f"round {row['round']}: {line}" for line in lines)
             for line in row.get("declined", ()):
                 self.declined[line.removesuffix(f": {DECLINED}")] = row["round"]

@@ -73,7 +73,7 @@ class Identities:
         self._bound = _Bindings()
         self._file = None if self._grid is None else self._grid.bindings
         if self._file is not None:
-            self._bound.update(_read(self._file))
+            self._bound.update(read_bindings(self._file))
 
     def unasked(self, nodes: Sequence[int]) -> list[int]:
         """Return the nodes that were not asked who they are yet, and note that they are now."""
@@ -139,7 +139,7 @@ class Identities:
     def _bind(self, client: str, known: KnownNode) -> None:
         if known.lasting and self._file is not None:
             with _locked(self._file):  # Another run's server may write, too.
-                kept = _read(self._file)
+                kept = read_bindings(self._file)
                 self._bound.update(kept)
                 if not self._check_free(client, known):
                     self._bound.update({client: known.key})
@@ -184,7 +184,7 @@ def _locked(file: Path) -> FileLock:
     return FileLock(f"{file}.lock", mode=0o600)
 
 
-def _read(file: Path) -> dict[str, str]:
+def read_bindings(file: Path) -> dict[str, str]:
     """Read which key each identity is bound to."""
     if not file.exists():
         return {}

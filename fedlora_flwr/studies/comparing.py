@@ -48,7 +48,7 @@ class Compared:
     comparison : Comparison
         What was compared.
     folder : Path
-        ``rows.csv``, ``table.md``, ``accuracy.png`` and ``settings.json``.
+        ``rows.csv``, ``table.md``, ``accuracy.png``, ``settings.json`` and ``progress.json``.
     table : pandas.DataFrame
         One row per method and ε: mean and standard deviation of the final metric over the seeds,
         failed runs, bytes, and the learning rates.

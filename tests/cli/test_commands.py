@@ -64,7 +64,7 @@ def test_the_version_is_that_of_the_package() -> None:
         ([], "pre", ["predict", "pretrain"]),
         ([], "me", ["merge"]),
         (["evaluate", "-c"], "label-", ["label-column=", "label-shares="]),
-        (["deploy"], "", ["init", "check", "renew", "run", "start", "serve", "identity"]),
+        (["deploy"], "", ["init", "check", "status", "renew", "run", "start", "serve", "identity"]),
         (["run"], "dig", ["digits", "digits-secure-sum"]),
         (["simulate"], "paper/ffa-lora-s", ["paper/ffa-lora-sst2"]),
         (["compare", "--task"], "cif", ["cifar10-small-swin", "cifar10-swin-secure-sum"]),

@@ -229,4 +229,6 @@ def test_the_page_is_for_this_machine_alone_and_reloads_until_the_end(
 def test_a_folder_without_a_run_is_told(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["watch", str(tmp_path)])
     assert result.exit_code == 1
-    assert "expected the folder of a run, with config.toml, or of a comparison" in " ".join(result.output.split())
+    assert "expected the folder of a run, with config.toml, or of a comparison" in " ".join(
+        result.output.split()
+    )

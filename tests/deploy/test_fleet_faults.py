@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.deploy import check as checks
+from fedlora_flwr.deploy import expiry
 from fedlora_flwr.deploy.fleet import Fleet, make_fleet, read_fleet
 from fedlora_flwr.privacy.budget import Segment
 from fedlora_flwr.privacy.ledger import Account, Ledger
@@ -123,11 +123,11 @@ def test_each_fault_is_found_with_its_fix(
 
 
 def test_certificates_that_end_soon_are_found(fleet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "SOON", timedelta(days=400))
+    monkeypatch.setattr(expiry, "SOON", timedelta(days=400))
     bad = findings(fleet)[False]
     assert [f.subject for f in bad] == ["server certificate"]
     assert all("about to expire" in f.text and "fedlora deploy renew" in f.fix for f in bad)
-    monkeypatch.setattr(checks, "SOON", timedelta(days=4000))
+    monkeypatch.setattr(expiry, "SOON", timedelta(days=4000))
     assert [f.subject for f in findings(fleet)[False]] == ["CA certificate", "server certificate"]
 
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 from safetensors.numpy import load
@@ -17,6 +20,7 @@ from safetensors.numpy import load
 from benchmarks.running_fleet import RunningFleet, running
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy.fleet import CONNECTION
+from fedlora_flwr.deploy.status import FleetStatus, fleet_status
 from fedlora_flwr.deploy.supernode import START
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import prepare_run, run_in_process
@@ -44,6 +48,8 @@ class Story:
     honest: str
     alive: bool
     log: str
+    looks: dict[str, FleetStatus]
+    during: list[FleetStatus]
 
     def run(self, name: str) -> RunDirectory:
         return RunDirectory(self.base / name)
@@ -84,12 +90,37 @@ def play(base: Path, fleet: RunningFleet, config: RunConfig) -> Story:
     fleet.stop([BARE])
     script.write_text(own)
     fleet.start(BARE)
-    honest = fleet.run(of(config, RunDirectory(base / SEEDED), 2))
+    looks = {"between": fleet_status(fleet.folder)}
+    with looking(fleet.folder) as during:
+        honest = fleet.run(of(config, RunDirectory(base / SEEDED), 2))
+    looks |= {"after": fleet_status(fleet.folder), "server": fleet_status(fleet.folder / "server")}
     set_up_devices(base, reproducible=False)
     for name in (FIRST, SECOND):
         fleet.run(of(config, RunDirectory(base / name), 1))
     alive = fleet.processes[OWN].poll() is None
-    return Story(base, answers, repository, honest, alive, fleet.log(OWN).read_text())
+    fleet.stop([BARE])
+    looks["one gone"] = fleet_status(fleet.folder)
+    log = fleet.log(OWN).read_text()
+    return Story(base, answers, repository, honest, alive, log, looks, during)
+
+
+@contextmanager
+def looking(folder: Path) -> Iterator[list[FleetStatus]]:
+    """Look at a fleet each second while the block runs."""
+    looks: list[FleetStatus] = []
+    done = Event()
+
+    def look() -> None:
+        while not done.wait(1.0):
+            looks.append(fleet_status(folder))
+
+    thread = Thread(target=look)
+    thread.start()
+    try:
+        yield looks
+    finally:
+        done.set()
+        thread.join()
 
 
 def answer(told: Path, fleet: RunningFleet) -> list[str]:
@@ -167,3 +198,59 @@ def test_a_runs_seed_draws_no_devices_noise(story: Story) -> None:
     assert short.keys() == first.keys() == second.keys()
     for one, other in ((first, second), (first, short), (second, short)):
         assert not any((one[name] == other[name]).all() for name in one)
+
+
+def states(status: FleetStatus) -> dict[str, str]:
+    assert not status.problem
+    return {device.name: device.state for device in status.devices}
+
+
+def test_devices_are_told_by_name_whether_they_are_connected(story: Story) -> None:
+    assert states(story.looks["after"]) == {OWN: "online", BARE: "online"}
+    gone = story.looks["one gone"]
+    assert states(gone) == {OWN: "online", BARE: "offline"}
+    seen = gone.devices[1].seen
+    assert seen is not None
+    assert 0 <= (datetime.now(UTC) - seen).total_seconds() < 600
+
+
+def test_the_run_at_work_is_shown_with_its_rounds(story: Story) -> None:
+    folder = story.run(SEEDED).path
+    ours = [look for look in story.during if look.run and look.run.folder == str(folder)]
+    at_work = [look.as_json()["run"] for look in ours if look.run and look.run.status == "running"]
+    assert {told["status"] for told in at_work} == {"running"}
+    rounds = [told["round"] for told in at_work if told["round"] is not None]
+    assert rounds == sorted(rounds)
+    assert {0, 1} <= {*rounds}
+    assert {told["ended"] for told in at_work if told["round"] == 1} == {None}
+
+
+def test_between_runs_the_last_one_and_its_end_are_shown(story: Story) -> None:
+    between = story.looks["between"].as_json()["run"]
+    assert between["status"] == "finished:failed"
+    assert FIX in between["ended"]
+    after = story.looks["after"].as_json()["run"]
+    assert (after["status"], after["ended"]) == ("finished:completed", "all rounds are done")
+    assert (after["round"], after["num_rounds"], after["failures"]) == (2, 2, 0)
+    rows = story.run(SEEDED).rows("rounds")
+    assert (after["metric"], after["value"]) == ("accuracy", rows[-1]["accuracy"])
+
+
+def test_a_devices_budget_is_what_its_reply_said_and_what_its_ledger_holds(story: Story) -> None:
+    names = [f"partition-{home:06d}" for home in range(2)]
+    said = {row["client"]: row["epsilon"] for row in story.run(SEEDED).rows("clients")}
+    for look in ("after", "server"):
+        devices = story.looks[look].devices
+        assert [device.client for device in devices] == names
+        for device in devices:
+            assert (device.round, device.epsilon_budget) == (2, 8.0)
+            assert device.epsilon == said[device.client]
+            assert device.budget_left == pytest.approx(8.0 - said[device.client])
+
+
+def test_the_server_itself_needs_no_fleets_folder(story: Story) -> None:
+    ours, server = story.looks["after"].as_json(), story.looks["server"].as_json()
+    assert [one["good"] for one in server["certificates"]] == [True, True]
+    assert server["run"] == ours["run"]
+    for one, other in zip(ours["devices"], server["devices"], strict=True):
+        assert {**one, "seen": None} == {**other, "seen": None}

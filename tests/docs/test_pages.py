@@ -37,6 +37,7 @@ REASONS = {
     "the tutorial's records have no such column": 1,
     "tests/deploy/test_docs.py does": 12,
     "tests/deploy/test_fleet.py does": 1,
+    "tests/deploy/test_shared_fleet.py does": 1,
     "tests/deploy/test_survives.py does": 2,
     "tests/examples/test_from_python.py does": 1,
     "tests/examples/test_message_api.py does": 1,

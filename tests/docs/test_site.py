@@ -36,7 +36,8 @@ def test_every_command_is_in_the_reference_with_its_options() -> None:
     top = {name for name in every.commands if name != "deploy"}
     titles = set(re.findall(r"^### fedlora (.*)$", shown, re.M))
     assert titles == top | {
-        f"deploy {name}" for name in ("init", "check", "renew", "run", "start", "serve", "identity")
+        f"deploy {name}"
+        for name in ("init", "check", "status", "renew", "run", "start", "serve", "identity")
     }
     assert (
         "| `--workers INTEGER` | Processes that serve clients; 1 = this one. Default: `1`. |"

@@ -12,7 +12,12 @@ from typer.testing import CliRunner
 from fedlora_flwr.cli import app
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.server.checkpoint import Checkpoint, Checkpoints, ConfigurationChanged, OtherVersion
+from fedlora_flwr.server.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    ConfigurationChanged,
+    OtherVersion,
+)
 from tests.server.resuming import begin, bits, tiny
 from tests.server.support import digests
 

@@ -151,9 +151,7 @@ def test_a_comparison_that_has_just_written_is_waited_for(story: Story, tmp_path
     assert FollowedComparison(folder).ending() is None
 
 
-def test_a_run_that_failed_is_counted_until_it_is_tried_again(
-    story: Story, tmp_path: Path
-) -> None:
+def test_a_run_that_failed_is_counted_until_it_is_tried_again(story: Story, tmp_path: Path) -> None:
     folder = spoilt(story, tmp_path / "failed")
     rows = read_rows(folder / "rows.csv")
     rows.loc[rows.index[-1], ["final", "error"]] = [float("nan"), "ValueError: no"]
