@@ -99,7 +99,7 @@ class Control:
         Raises
         ------
         Untrusted
-            Its certificate has expired, or is of another CA or for another name.
+            Its certificate is out of date, of another CA, or for another name.
         """
         trusted = ssl.create_default_context(cafile=self.authority)
         url = f"https://{self.address}/health"

@@ -66,7 +66,7 @@ def expiries(server: Path, fleet: str, address: str = "") -> Iterator[Expiry]:
     Raises
     ------
     ValueError
-        A file is no certificate.
+        A file does not hold a certificate.
     """
     renew = f"fedlora deploy renew {fleet}"
     files = {"CA certificate": ("ca.pem", NEW_FLEET), "server certificate": ("server.pem", renew)}

@@ -103,7 +103,7 @@ class Progress:
         Raises
         ------
         InvalidValue
-            It is no run's folder.
+            It is not the folder of a run.
         """
         if not (folder / "config.toml").is_file():
             raise InvalidValue("--run", str(folder), "the folder of a run, with config.toml")
@@ -287,14 +287,11 @@ def _asked(control: Control, folder: Path) -> tuple[str, list[Node], list[Server
         return f"{error} `fedlora deploy check {folder}` says what to do.", [], []
     except SuperLinkError as error:
         return str(error), [], []
-    return (
-        (
-            f"No SuperLink answers at {control.address}. Run start.sh in the server's folder, or "
-            "`systemctl start fedlora-superlink` there, and see that this machine may reach its port."
-        ),
-        [],
-        [],
+    silent = (
+        f"No SuperLink answers at {control.address}. Run start.sh in the server's folder, or "
+        "`systemctl start fedlora-superlink` there, and see that this machine may reach its port."
     )
+    return silent, [], []
 
 
 def _devices(

@@ -140,7 +140,7 @@ class FollowedComparison:
         if not took or not self._plan:
             return None
         rest = self.total - len(self.rows)
-        return statistics.fmean(took) * rest / self._plan["workers"]
+        return statistics.fmean(took) * rest / int(self._plan["workers"])
 
     def pairs(self) -> list[PairState]:
         """Return how far each row is at each ε, in the order in which they begin."""
@@ -151,8 +151,16 @@ class FollowedComparison:
         failed = Counter(_pair(row) for row in self.rows if row["error"])
         names = dict.fromkeys([*map(_pair, self.rows), *at_work, *left])
         return [
-            PairState(*pair, done[pair], failed[pair], at_work[pair], left[pair], self._mean(pair))
-            for pair in names
+            PairState(
+                row=row,
+                epsilon=epsilon,
+                done=done[row, epsilon],
+                failed=failed[row, epsilon],
+                running=at_work[row, epsilon],
+                left=left[row, epsilon],
+                mean=self._mean((row, epsilon)),
+            )
+            for row, epsilon in names
         ]
 
     def _mean(self, pair: Pair) -> float | None:

@@ -17,6 +17,7 @@ from fedlora_flwr.deploy import expiry
 from fedlora_flwr.deploy.fleet import read_fleet
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.strategies.cohort import DECLINED
+from tests.cli.documented import fields
 from tests.deploy.support import answer_once
 
 SILENT = "No SuperLink answers at 127.0.0.1:"
@@ -77,10 +78,8 @@ def test_dates_of_certificates_are_known_without_a_server(
     monkeypatch.setattr(expiry, "SOON", timedelta(days=400))
     _, output = status(fleet)
     text = " ".join(output.split())
-    assert re.search(
-        rf"server certificate: valid from .*, about to expire. To fix it: fedlora deploy renew {fleet}",
-        text,
-    )
+    fix = f"about to expire. To fix it: fedlora deploy renew {fleet}"
+    assert re.search(rf"server certificate: valid from .*, {fix}", text)
 
 
 def test_a_server_that_cannot_be_trusted_is_not_asked(fleet: Path, tmp_path: Path) -> None:
@@ -104,6 +103,7 @@ def test_a_port_of_something_else_is_told(fleet: Path) -> None:
 
 def test_a_runs_folder_tells_rounds_and_budgets_without_a_server(fleet: Path, run: Path) -> None:
     found = document(fleet, "--run", run)
+    assert set(found) == fields("deploy status")
     ours, gone, ward = found["devices"]
     assert (ours["name"], ours["round"], ours["epsilon"]) == ("device-01", 2, 1.5)
     assert (ours["epsilon_budget"], ours["budget_left"], ours["failures"]) == (4.0, 2.5, 0)
