@@ -138,6 +138,13 @@ def show_line(console: Console, line: str) -> None:
     console.print(Text(line), soft_wrap=True)
 
 
+def say_loading() -> None:
+    """Say on a terminal that a command has begun, since its imports and its model take long."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        show_line(console, "Loading …")
+
+
 def show_json(value: Any) -> None:
     """Print a value as JSON; numbers that are not finite are null."""
     print(to_json(value, indent=2))

@@ -15,7 +15,7 @@ from fedlora_flwr.config.overrides import parse_overrides
 from fedlora_flwr.errors import require
 from fedlora_flwr.processes import uncollected
 from fedlora_flwr.report.scales import heading
-from fedlora_flwr.terminal import Table, show, show_json, show_line, show_lines
+from fedlora_flwr.terminal import Table, say_loading, show, show_json, show_line, show_lines
 
 if TYPE_CHECKING:
     from fedlora_flwr.trained.evaluate import Evaluation
@@ -77,6 +77,7 @@ def merge(
     """Write a plain transformers or timm model with the adapter merged into its weights."""
     changes = parse_overrides(overrides or [])
     require("client")
+    say_loading()
     with uncollected():
         from fedlora_flwr.trained.merge import merge as write
 
@@ -86,6 +87,7 @@ def merge(
 def _changes(overrides: list[str] | None) -> dict[str, Any]:
     changes = parse_overrides(overrides or [])
     require("client", "pandas")
+    say_loading()
     return changes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import Field
@@ -95,6 +96,26 @@ def named_file(path: Path, kind: str, option: str = "--output") -> Path:
     if path.suffix.lower() != kind.split()[-1] or not path.parent.is_dir():
         raise InvalidValue(option, str(path), f"{kind} file in a folder that exists")
     return path
+
+
+def read_budgets(text: str) -> tuple[float, ...]:
+    """Read privacy budgets with commas between them; return them, smallest first.
+
+    Raises
+    ------
+    InvalidValue
+        One of them is not a number above 0, or ``none``.
+    """
+    found = set()
+    for part in text.split(","):
+        try:
+            value = math.inf if part.strip() == "none" else float(part)
+        except ValueError:
+            value = math.nan
+        if not value > 0:
+            raise InvalidValue("epsilon", part.strip(), "a number above 0, or none")
+        found.add(value)
+    return tuple(sorted(found))
 
 
 def _beginning(names: Iterable[str], incomplete: str) -> list[str]:

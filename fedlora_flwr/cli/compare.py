@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +15,7 @@ from fedlora_flwr.cli.arguments import (
     complete_recipe,
     complete_row,
     complete_strategies,
+    read_budgets,
 )
 from fedlora_flwr.cli.convert import read_recipe
 from fedlora_flwr.config import parse_overrides
@@ -86,7 +86,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare strategies over privacy budgets; the same command continues where it stopped."""
-    names, budgets = _names(strategies, rows or []), _budgets(epsilon)
+    names, budgets = _names(strategies, rows or []), read_budgets(epsilon)
     texts = [*names, *(rows or [])]
     # Bad input is told before the slow imports.
     config = read_recipe(task, _shared(overrides or [], texts[0].split(), budgets[0]))
@@ -145,20 +145,6 @@ def _names(strategies: str | None, rows: list[str]) -> list[str]:
     for name in names:
         strategy_class(name)
     return names
-
-
-def _budgets(text: str) -> tuple[float, ...]:
-    """Read privacy budgets, smallest first."""
-    found = set()
-    for part in text.split(","):
-        try:
-            value = math.inf if part.strip() == "none" else float(part)
-        except ValueError:
-            value = math.nan
-        if not value > 0:
-            raise InvalidValue("epsilon", part.strip(), "a number above 0, or none")
-        found.add(value)
-    return tuple(sorted(found))
 
 
 def _shared(overrides: list[str], strategy: list[str], epsilon: float) -> list[str]:

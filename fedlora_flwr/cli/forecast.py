@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fedlora_flwr.cli.arguments import AsJson, Overrides, Recipe, named_file
+from fedlora_flwr.cli.arguments import AsJson, Overrides, Recipe, named_file, read_budgets
 from fedlora_flwr.cli.convert import read_recipe
 from fedlora_flwr.errors import InvalidValue, require
 from fedlora_flwr.processes import uncollected
 from fedlora_flwr.tasks.registry import extras_of
-from fedlora_flwr.terminal import show, show_json, show_lines
+from fedlora_flwr.terminal import say_loading, show, show_json, show_lines
 
 
 def budget(
@@ -85,24 +85,38 @@ def plan(
     records: Annotated[
         int | None, typer.Option(min=1, help="Records of each client, instead of opening the data.")
     ] = None,
+    epsilon: Annotated[
+        str,
+        typer.Option(
+            help="Privacy budgets joined by commas, for a row each; none = no privacy. Nothing is "
+            "measured then."
+        ),
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """Show what a run would cost, what it promises and how much noise it has; trains nothing.
 
     Exits with code 1 if a client cannot keep its promise.
     """
+    budgets = read_budgets(epsilon) if epsilon else ()
     config = read_recipe(recipe, overrides)  # Bad input is told before the slow imports.
     require(*extras_of(config.task), *(["flwr_datasets"] if records is None else []))
+    say_loading()
     with uncollected():
-        from fedlora_flwr.cli.forecast_screen import show_forecast
-        from fedlora_flwr.forecast.plan_run import plan_run
+        from fedlora_flwr.cli.forecast_screen import show_budgets, show_forecast
+        from fedlora_flwr.forecast.plan_run import plan_budgets, plan_run
 
-    found = plan_run(config, records=records)
+    found = (
+        plan_budgets(config, budgets, records) if budgets else [plan_run(config, records=records)]
+    )
     if as_json:
-        show_json(found.as_json())
+        each = [one.as_json() for one in found]
+        show_json({"budgets": each} if budgets else each[0])
+    elif budgets:
+        show_budgets(found, Console())
     else:
-        show_forecast(found, Console())
-    if found.broken:
+        show_forecast(found[0], Console())
+    if any(one.broken for one in found):
         raise typer.Exit(1)
 
 
@@ -125,16 +139,17 @@ def inspect_split(
         split_table,
     )
     from fedlora_flwr.plots.splits import plot_split
-    from fedlora_flwr.tasks.registry import build_task, reading
+    from fedlora_flwr.tasks.registry import build_task, client_values, reading
 
     task = build_task(config.task, config)
     counts, read = split_counts(config, task), reading(task, config.num_clients)
+    values = client_values(config, task)
     plot_split(counts, path, f"{config.task}, {config.partitioner}")
     if as_json:
-        show_json({**split_json(counts, config), "read": read, "plot": str(path)})
+        show_json({**split_json(counts, config, values), "read": read, "plot": str(path)})
         return
     console = Console()
-    show(console, split_table(counts, config))
+    show(console, split_table(counts, config, values))
     if counts.shape[1] > MAX_COLUMNS:
         text = f"{counts.shape[1]}; the table shows how many each client has, the plot shows all"
         show_lines(console, [("Classes", text)])

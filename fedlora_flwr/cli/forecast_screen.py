@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -32,8 +33,42 @@ def show_forecast(found: Forecast, console: Console) -> None:
     show_lines(console, [*lines, *(("Warning", text) for text in found.warnings)])
 
 
+def show_budgets(found: Sequence[Forecast], console: Console) -> None:
+    """Print a row for each forecast of the same run at another ε, and their warnings."""
+    heads = ("ε", "δ", "noise multiplier σ", "noise / signal", "clients that cannot keep it")
+    rows = [
+        (
+            _budget(one),
+            f"{one.config.delta:g}" if one.config.private else "–",
+            _multipliers(one),
+            "–" if one.noise_to_signal is None else f"{one.noise_to_signal:.2f}",
+            f"{one.broken} of {len(one.clients)}",
+        )
+        for one in found
+    ]
+    show(console, Table(heads, rows, ">>>>>"))
+    show_lines(
+        console,
+        [("Warning", f"at ε = {_budget(one)}: {text}") for one in found for text in one.warnings],
+    )
+
+
+def _budget(found: Forecast) -> str:
+    return f"{found.config.epsilon:g}" if found.config.private else "none"
+
+
+def _multipliers(found: Forecast) -> str:
+    """Return the least and the most σ of a client."""
+    sigmas = [one.mechanism.noise_multiplier for one in found.clients if one.mechanism]
+    if not sigmas:
+        return "impossible"
+    least, most = f"{min(sigmas):.3f}", f"{max(sigmas):.3f}"
+    return least if least == most else f"{least} to {most}"
+
+
 def _clients(found: Forecast) -> Table:
-    heads = ("client", f"{found.config.unit}s", "q = b/n", "σ", "steps")
+    named = [found.config.partition_column] if any(one.value for one in found.clients) else []
+    heads = ("client", *named, f"{found.config.unit}s", "q = b/n", "σ", "steps")
     rows = sorted(enumerate(found.clients), key=lambda row: (row[1].records, row[0]))
     if len(rows) > _MOST_ROWS:
         rows = [rows[0], rows[len(rows) // 2], rows[-1]]
@@ -42,6 +77,7 @@ def _clients(found: Forecast) -> Table:
     cells = [
         (
             str(number),
+            *([client.value] if named else []),
             f"{client.records:,}",
             f"{client.mechanism.sample_rate:.5f}" if client.mechanism else "–",
             f"{client.mechanism.noise_multiplier:.3f}" if client.mechanism else "impossible",
@@ -49,7 +85,7 @@ def _clients(found: Forecast) -> Table:
         )
         for number, client in rows
     ]
-    return Table(heads, cells, ">" * len(heads))
+    return Table(heads, cells, ">" + "<" * len(named) + ">>>>")
 
 
 def _lines(found: Forecast) -> list[tuple[str, str]]:

@@ -157,6 +157,24 @@ def partition_records(columns: Mapping[str, NDArray[Any]], split: Split) -> list
     return parts
 
 
+def client_values(columns: Mapping[str, NDArray[Any]], split: Split) -> list[str]:
+    """Return the value of the column that each client of ``"natural-id"`` is made of.
+
+    Parameters
+    ----------
+    columns, split
+        As for `partition_records`, which has accepted them.
+
+    Returns
+    -------
+    list[str]
+        One value per client; empty for every other partitioner.
+    """
+    if split.partitioner != "natural-id":
+        return []
+    return [str(value) for value in np.unique(columns[split.by])]
+
+
 def partition_indices(
     labels: NDArray[Any],
     partitioner: str,

@@ -22,7 +22,7 @@ from fedlora_flwr.simulations.connection import FINISHED, SuperLinkError
 
 _ANSWER = 10.0  # Seconds in which a server has to answer.
 _GONE = "unregistered"
-_ONLINE = "online"
+ONLINE = "online"
 
 
 class Untrusted(SuperLinkError):
@@ -153,7 +153,7 @@ class Control:
 
 
 def _node(info: Any, now: str) -> Node:
-    seen = now if info.status == _ONLINE else info.last_deactivated_at
+    seen = now if info.status == ONLINE else info.last_deactivated_at
     return Node(
         name=info.name or str(info.node_id),
         key=hashlib.sha256(info.public_key).hexdigest(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from cryptography import x509
 
 from fedlora_flwr.deploy.findings import Finding
+from fedlora_flwr.errors import InvalidValue
 
 SOON = timedelta(days=14)
 NEW_FLEET = "make a new folder with `fedlora deploy init`, and carry its ca.pem to every device"
@@ -65,7 +67,7 @@ def expiries(server: Path, fleet: str, address: str = "") -> Iterator[Expiry]:
 
     Raises
     ------
-    ValueError
+    InvalidValue
         A file does not hold a certificate.
     """
     renew = f"fedlora deploy renew {fleet}"
@@ -73,13 +75,23 @@ def expiries(server: Path, fleet: str, address: str = "") -> Iterator[Expiry]:
     known = set()
     for subject, (name, fix) in files.items():
         if (server / name).exists():
-            certificate = x509.load_pem_x509_certificate((server / name).read_bytes())
+            certificate = _read(server / name)
             known.add(certificate.serial_number)
             yield Expiry.of(subject, certificate, fix)
-    if address:
-        host, _, port = address.rpartition(":")
+    if not address:
+        return
+    host, _, port = address.rpartition(":")
+    with suppress(OSError):  # The server may have ended just now.
         shown = ssl.get_server_certificate((host, int(port)), timeout=_ANSWER)
         certificate = x509.load_pem_x509_certificate(shown.encode())
         if certificate.serial_number not in known:
             fix = "carry server.pem and server.key to the server, and start the server again"
             yield Expiry.of("certificate that the server uses", certificate, fix)
+
+
+def _read(file: Path) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(file.read_bytes())
+    except ValueError as error:
+        allowed = f"a file with a certificate ({error}). Take it from the fleet's folder again"
+        raise InvalidValue("certificate", str(file), allowed) from error

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora_flwr.deploy import ports
-from fedlora_flwr.deploy.control import Control, Node, ServerRun, Untrusted
+from fedlora_flwr.deploy.control import ONLINE, Control, Node, ServerRun, Untrusted
 from fedlora_flwr.deploy.expiry import Expiry, expiries
 from fedlora_flwr.deploy.fleet import read_fleet
 from fedlora_flwr.deploy.server_process import SERVE
@@ -301,7 +301,8 @@ def _devices(
     bound: dict[str, str] = {}
     with suppress(InvalidValue, OSError):
         bound = {key: name for name, key in read_bindings(place.server / "identities.json").items()}
-    known = {node.name: node for node in nodes or ()}
+    # A device that got a new key may have an old one under the same name, which never comes back.
+    known = {node.name: node for node in sorted(nodes or (), key=_freshness)}
     clients = {name: bound.get(node.key, name) for name, node in known.items()}
     followed = progress.followed if progress else None
     heard = {*followed.clients, *followed.declined} if followed else set()
@@ -312,6 +313,10 @@ def _devices(
         state, seen = (node.state, node.seen) if node else (absent, None)
         told = _told(followed, name, client) if followed else {}
         yield DeviceStatus(name, client, state, seen, **told)
+
+
+def _freshness(node: Node) -> tuple[bool, float]:
+    return node.state == ONLINE, node.seen.timestamp() if node.seen else 0.0
 
 
 def _told(followed: Followed, name: str, client: str) -> dict[str, Any]:

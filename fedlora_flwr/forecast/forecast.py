@@ -33,6 +33,7 @@ from fedlora_flwr.tasks.registry import (
     Task,
     build_task,
     client_sizes,
+    client_values,
     model_notes,
     optional,
     reading,
@@ -62,11 +63,14 @@ class ClientForecast:
         Its noise; ``None`` if the promise cannot be kept.
     problem : str
         Why the promise cannot be kept.
+    value : str
+        The value of the partition column that the client is made of; empty if it is of none.
     """
 
     records: int
     mechanism: Mechanism | None
     problem: str = ""
+    value: str = ""
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,11 @@ def forecast(config: RunConfig, records: int | None = None, task: Task | None = 
     strategy.num_rounds = config.num_rounds
     plans = [strategy.plan(number, layout) for number in (1, 2)]
     numbers = _sizes(config, task, records)
-    clients = [_client(config, number) for number in numbers]
+    values = [] if records is not None else client_values(config, task)
+    clients = [
+        _client(config, number, value)
+        for number, value in zip(numbers, values or [""] * len(numbers), strict=True)
+    ]
     coordinates = numbers_per_step(config, strategy, model)
     made = [client.mechanism for client in clients if client.mechanism is not None]
     shapes = {name: tuple(parameter.shape) for name, parameter in model.parameters.items()}
@@ -270,11 +278,11 @@ def skeleton(config: RunConfig, task: Task) -> AdaptedModel:
             return attach(model, lora_spec(config, task), seed=0)
 
 
-def _client(config: RunConfig, records: int) -> ClientForecast:
+def _client(config: RunConfig, records: int, value: str) -> ClientForecast:
     try:
-        return ClientForecast(records, calibrated_mechanism(config, records))
+        return ClientForecast(records, calibrated_mechanism(config, records), value=value)
     except InvalidValue as error:
-        return ClientForecast(records, None, str(error))
+        return ClientForecast(records, None, str(error), value)
 
 
 def _together(config: RunConfig, numbers: Sequence[int], coordinates: int) -> Mechanism:
@@ -362,6 +370,7 @@ def as_json(found: Forecast) -> dict[str, Any]:
         "rounds": asdict(participation(found.config)),
         "clients": [
             {
+                "value": client.value or None,
                 f"{found.config.unit}s": client.records,
                 "sample_rate": client.mechanism.sample_rate if client.mechanism else None,
                 "noise_multiplier": client.mechanism.noise_multiplier if client.mechanism else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -76,3 +77,32 @@ def plan_run(
         warnings = [*found.warnings, *norms.warnings]
         found = replace(found, gradients=norms, warnings=warnings)
         return replace(found, duration=measure(config, made, records))
+
+
+def plan_budgets(
+    config: RunConfig, epsilons: Sequence[float], records: int | None = None
+) -> list[Forecast]:
+    """Work out the same run at several privacy budgets; nothing is measured.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run; its ε is replaced.
+    epsilons : Sequence[float]
+        The budgets; infinity means no privacy.
+    records : int, optional
+        Records of each client, instead of opening the data.
+
+    Returns
+    -------
+    list[Forecast]
+        One per budget, without `Forecast.gradients` and `Forecast.duration`.
+
+    Raises
+    ------
+    InvalidValue, PrivacyViolation, ModelFailed
+        As for `plan_run`.
+    """
+    made = build_task(config.task, config)
+    config = settled(config, made).config
+    return [forecast(replace(config, epsilon=epsilon), records, made) for epsilon in epsilons]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,32 +47,46 @@ def split_counts(config: RunConfig, task: Task | None = None) -> pd.DataFrame:
     return counts.rename(columns=dict(enumerate(names))) if names else counts
 
 
-def split_table(counts: pd.DataFrame, config: RunConfig) -> Table:
+def split_table(counts: pd.DataFrame, config: RunConfig, values: Sequence[str] = ()) -> Table:
     """Make a split's table for a screen: one row per client, and whether its promise can be kept.
 
     Up to 12 classes have a column each. With more, one column shows how many a client has.
+
+    Parameters
+    ----------
+    counts : pandas.DataFrame
+        As of `split_counts`.
+    config : RunConfig
+        The run.
+    values : Sequence[str] (default: no column)
+        The value of the partition column of each client.
     """
     few = counts.shape[1] <= MAX_COLUMNS
     heads = [str(name) for name in counts.columns] if few else ["classes"]
-    heads, rows = ["client", "records", *heads, "δ < 1/n", "b ≤ n"], []
-    for client, row in counts.iterrows():
+    named = [config.partition_column] if values else []
+    heads, rows = ["client", *named, "records", *heads, "δ < 1/n", "b ≤ n"], []
+    for number, (client, row) in enumerate(counts.iterrows()):
         cells = row.tolist() if few else [int((row > 0).sum())]
         words = ["yes" if check else "no" for check in _checks(int(row.sum()), config)]
-        rows.append([str(client), str(row.sum()), *map(str, cells), *words])
-    return Table(heads, rows, ">" * len(heads))
+        own = [values[number]] if values else []
+        rows.append([str(client), *own, str(row.sum()), *map(str, cells), *words])
+    return Table(heads, rows, ">" + "<" * len(named) + ">" * (len(heads) - 1 - len(named)))
 
 
-def split_json(counts: pd.DataFrame, config: RunConfig) -> dict[str, Any]:
-    """Return a split in JSON types: every class of every client."""
+def split_json(
+    counts: pd.DataFrame, config: RunConfig, values: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return a split in JSON types: every class of every client (arguments as of `split_table`)."""
     names = [str(name) for name in counts.columns]
     clients = []
-    for client, row in counts.iterrows():
+    for number, (client, row) in enumerate(counts.iterrows()):
         records = int(row.sum())
         delta, batch = _checks(records, config)
         by_class = dict(zip(names, map(int, row.tolist()), strict=True))
         clients.append(
             {
-                "client": client, "records": records, "by_class": by_class,
+                "client": client, "value": values[number] if values else None,
+                "records": records, "by_class": by_class,
                 "delta_below_one_over_n": delta, "batch_within_n": batch,
             }
         )  # fmt: skip

@@ -13,7 +13,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.unit import USER
 from fedlora_flwr.data.arrow_records import ArrowRecords
 from fedlora_flwr.data.names import names
-from fedlora_flwr.data.partition import partition_records
+from fedlora_flwr.data.partition import client_values, partition_records
 from fedlora_flwr.data.reading import Reading, empty_texts
 from fedlora_flwr.data.records import Batch
 from fedlora_flwr.data.sources import load_split, passed_over, split_files
@@ -120,6 +120,10 @@ class DatasetTask(ABC):
         if not 0 <= partition_id < len(parts):
             raise InvalidValue("partition-id", partition_id, f"0 to {len(parts) - 1}")
         return self._private.subset(parts[partition_id])
+
+    def client_values(self, num_partitions: int) -> list[str]:
+        """Return the value of the partition column that each client is made of, if it is of one."""
+        return client_values(self._columns(), self._split(num_partitions))
 
     def test_records(self) -> ArrowRecords:
         """Return the public records of all test splits.
@@ -339,10 +343,12 @@ class DatasetTask(ABC):
     def _parts(self, num_partitions: int) -> list[NDArray[np.int64]]:
         found = self._dealt.get(num_partitions)
         if found is None:
-            split = Split.of(self._settings, num_partitions, self._settings.seed)
-            found = partition_records(self._columns(), split)
+            found = partition_records(self._columns(), self._split(num_partitions))
             self._dealt[num_partitions] = found
         return found
+
+    def _split(self, num_partitions: int) -> Split:
+        return Split.of(self._settings, num_partitions, self._settings.seed)
 
     @cached_property
     def _dealt(self) -> dict[int, list[NDArray[np.int64]]]:

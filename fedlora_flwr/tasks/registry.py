@@ -68,6 +68,8 @@ OPTIONAL: Mapping[str, str] = {
     "public record",
     "reading": "tells for each split which records are read and which are left out, given the "
     "number of clients",
+    "client_values": "returns the value of the partition column that each client is made of, given "
+    "the number of clients, and an empty list if clients are not made of values",
     "private_reading": "tells the same about a device's private split",
     "class_names": "returns the names of the classes in the order of their numbers, for tables and "
     "model cards",
@@ -196,6 +198,25 @@ def client_sizes(config: RunConfig, task: Task) -> list[int]:
     return [
         count_units(config.unit, task.client_records(client, clients)) for client in range(clients)
     ]
+
+
+def client_values(config: RunConfig, task: Task) -> list[str]:
+    """Return the value of the partition column of each simulated client.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run.
+    task : Task
+        Its task.
+
+    Returns
+    -------
+    list[str]
+        One value per client; empty if clients are not made of a column's values.
+    """
+    values = optional(task, "client_values")
+    return list(values(config.num_clients)) if values else []
 
 
 def check_splits_apart(task: Task) -> None:

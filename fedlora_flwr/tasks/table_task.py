@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.given import as_frame
-from fedlora_flwr.data.partition import partition_records
+from fedlora_flwr.data.partition import client_values, partition_records
 from fedlora_flwr.data.records import Batch, Records, TensorRecords
 from fedlora_flwr.data.splits import Split
 from fedlora_flwr.data.users import users_in
@@ -232,8 +232,16 @@ class TableClassifier:
                 key = "label" if column == self._table.label else "columns"
                 raise unknown(key, column, frame.columns, after=f", the columns of table {name!r}")
 
+    def client_values(self, num_partitions: int) -> list[str]:
+        """Return the value of the partition column that each client is made of, if it is of one."""
+        return client_values(*self._to_deal(num_partitions))
+
     def _parts(self, num_partitions: int) -> list[Any]:
+        return partition_records(*self._to_deal(num_partitions))
+
+    def _to_deal(self, num_partitions: int) -> tuple[dict[str, Any], Split]:
+        """Return the columns by which clients can share the records, and how they do."""
         split = Split.of(self._settings, num_partitions, self._settings.seed)
         labels = self._private.batch(torch.arange(len(self._private)))["label"].numpy()
         own = {split.column: self._train[split.column].to_numpy()} if split.column else {}
-        return partition_records({"row": np.arange(len(labels)), **own, "label": labels}, split)
+        return {"row": np.arange(len(labels)), **own, "label": labels}, split

@@ -20,6 +20,7 @@ from safetensors.numpy import load
 from benchmarks.running_fleet import RunningFleet, running
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.deploy.fleet import CONNECTION
+from fedlora_flwr.deploy.identities import make_device_key
 from fedlora_flwr.deploy.status import FleetStatus, fleet_status
 from fedlora_flwr.deploy.supernode import START
 from fedlora_flwr.server.run_dir import RunDirectory
@@ -99,7 +100,15 @@ def play(base: Path, fleet: RunningFleet, config: RunConfig) -> Story:
         fleet.run(of(config, RunDirectory(base / name), 1))
     alive = fleet.processes[OWN].poll() is None
     fleet.stop([BARE])
+    # As an operator does whose device gets a new key: the old one keeps its name.
+    make_device_key(base / "told", OWN)
+    key = base / "told" / "device.pub"
+    again = fleet.operator("flwr", "supernode", "register", key, CONNECTION, "--name", OWN)
+    assert "success" in again, again
     looks["one gone"] = fleet_status(fleet.folder)
+    renewed = fleet.operator("fedlora", "deploy", "renew", fleet.folder, "--days", "30")
+    assert "valid until" in renewed, renewed
+    looks["renewed"] = fleet_status(fleet.folder)
     log = fleet.log(OWN).read_text()
     return Story(base, answers, repository, honest, alive, log, looks, during)
 
@@ -254,3 +263,12 @@ def test_the_server_itself_needs_no_fleets_folder(story: Story) -> None:
     assert server["run"] == ours["run"]
     for one, other in zip(ours["devices"], server["devices"], strict=True):
         assert {**one, "seen": None} == {**other, "seen": None}
+
+
+def test_a_server_that_still_uses_an_old_certificate_is_told(story: Story) -> None:
+    assert len(story.looks["one gone"].certificates) == 2
+    *_, renewed, used = story.looks["renewed"].certificates
+    assert (used.end - renewed.end).days > 300
+    assert (used.subject, used.fix.split(", and ")[-1]) == (
+        "certificate that the server uses", "start the server again"
+    )  # fmt: skip

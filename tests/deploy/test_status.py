@@ -127,6 +127,13 @@ def test_the_servers_own_folder_is_enough_on_the_server(fleet: Path) -> None:
     assert found["devices"] == []
 
 
+def test_a_damaged_certificate_is_named(fleet: Path) -> None:
+    (fleet / "server" / "server.pem").write_text("nothing")
+    code, output = status(fleet)
+    assert code == 1
+    assert f"certificate = '{fleet}/server/server.pem' cannot be used" in " ".join(output.split())
+
+
 @pytest.mark.parametrize("option", [[], ["--run"]])
 def test_another_folder_is_refused(fleet: Path, tmp_path: Path, option: list[str]) -> None:
     code, output = status(*([fleet, "--run", tmp_path] if option else [tmp_path]))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +10,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from fedlora_flwr.cli import app
+from fedlora_flwr.cli.forecast_screen import show_forecast
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.records import TensorRecords
 from fedlora_flwr.forecast import split_table as module
+from fedlora_flwr.forecast.plan_run import plan_budgets
 from fedlora_flwr.forecast.split_table import split_counts, split_table
 from fedlora_flwr.tasks.registry import build_task
 from fedlora_flwr.tasks.text_classification import TextClassification
 from tests.backbones.checkpoints import write_split
-from tests.tasks.texts import text_config
+from tests.tasks.texts import make_checkpoint, reviews, text_config
 
 
 def cells(counts: pd.DataFrame, config: RunConfig) -> list[list[str]]:
@@ -55,6 +60,38 @@ def test_of_many_classes_only_the_number_is_shown(classes: int, head: str) -> No
     rows = cells(frame, RunConfig())
     assert rows[0][-3] == head
     assert rows[1][-3] == ("0" if head == "11" else "12")
+
+
+def test_clients_of_a_column_are_named_by_its_values_in_both_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sites = ["north"] * 12 + ["east"] * 30 + ["south"] * 20
+    rows = [{**row, "site": site} for row, site in zip(reviews(62), sites, strict=True)]
+    for split in ("train", "validation"):
+        write_split(tmp_path / "set", split, rows)
+    config = text_config(
+        make_checkpoint("bert", tmp_path / "model"), tmp_path / "set", num_classes=2,
+        input_columns="text", partitioner="natural-id", partition_column="site", num_clients=3,
+        batch_size=4, delta=1e-3,
+    )  # fmt: skip
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(config.to_toml())
+    expected = [("east", 30), ("north", 12), ("south", 20)]
+    path = str(tmp_path / "split.png")
+    shown = CliRunner().invoke(app, ["inspect-split", str(recipe), "--output", path]).output
+    lines = [line.split()[:3] for line in shown.splitlines()[:4]]
+    told = [[str(client), site, str(n)] for client, (site, n) in enumerate(expected)]
+    assert lines == [["client", "site", "records"], *told]
+    as_json = ["inspect-split", str(recipe), "--output", path, "--json"]
+    found = json.loads(CliRunner().invoke(app, as_json).stdout)["clients"]
+    assert [(one["value"], one["records"]) for one in found] == expected
+    forecast = plan_budgets(config, [8.0])[0]
+    assert [(one.value, one.records) for one in forecast.clients] == expected
+    buffer = StringIO()
+    show_forecast(forecast, Console(file=buffer))
+    lines = [line.split()[:3] for line in buffer.getvalue().splitlines()[:4]]
+    assert lines == [["client", "site", "records"], *told]
 
 
 @pytest.mark.parametrize("stated", [{}, {"class_names": "good,bad"}])
