@@ -147,11 +147,13 @@ def test_a_killed_run_without_a_summary_is_not_waited_for(run_dir: RunDirectory)
     work += "with run.working(): print('at work', flush=True); time.sleep(600)"
     command = [sys.executable, "-c", work, str(run_dir.path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
-        assert worker.stdout is not None
-        assert worker.stdout.readline() == "at work\n"
-        old(run_dir)
-        assert not run_dir.abandoned()
-        worker.kill()
+        try:
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == "at work\n"
+            old(run_dir)
+            assert not run_dir.abandoned()
+        finally:
+            worker.kill()
     assert run_dir.abandoned()
     before = digests(run_dir.path)
     result = CliRunner().invoke(app, ["watch", str(run_dir.path)])
