@@ -76,7 +76,7 @@ def _opened(folder: Path, web: bool) -> Watched:
         return WatchedRun(folder.resolve())
     if (folder / "settings.json").is_file():
         require("pandas", *(["scipy", "plots"] if web else []))
-        from fedlora_flwr.cli.watch_comparison import WatchedComparison
+        from fedlora_flwr.cli.watch_comparison_screen import WatchedComparison
 
         return WatchedComparison(folder.resolve())
     allowed = "the folder of a run, with config.toml, or of a comparison, with settings.json"

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from fedlora_flwr.files import write_json
 from fedlora_flwr.operating_system import abandoned, host_sign
@@ -25,7 +25,9 @@ from fedlora_flwr.studies.compare_results import (
     read_rows,
     row_key,
 )
-from fedlora_flwr.studies.comparison import Job
+
+if TYPE_CHECKING:
+    from fedlora_flwr.studies.comparison import Job
 
 PROGRESS, TABLE = "progress.json", "table.md"
 

@@ -15,7 +15,7 @@ from filelock import FileLock
 from typer.testing import CliRunner
 
 from fedlora_flwr.cli import app
-from fedlora_flwr.cli.watch_comparison import WatchedComparison
+from fedlora_flwr.cli.watch_comparison_screen import WatchedComparison
 from fedlora_flwr.cli.watch_page import serving
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.studies.compare import run_comparison
