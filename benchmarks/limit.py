@@ -78,14 +78,15 @@ def _matrices(count: int, rows: int, columns: int, swapped: bool, dtype: torch.d
 
 def products(call: Call) -> Counter[Product]:
     """Return the matrix products of a call, and how often each is made."""
-    with _Recorder() as recorder:  # type: ignore[no-untyped-call]
+    recorder = _Recorder()
+    with recorder:
         call()
     return recorder.found
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call,unused-ignore]
         self.found: Counter[Product] = Counter()
 
     def __torch_dispatch__(
