@@ -95,6 +95,13 @@ def frozen_prefix(on_figure: OnFigure) -> None:
     measure(Setting(), on_figure)
 
 
+def forecast_memory(on_figure: OnFigure) -> None:
+    """Compare the memory that `fedlora plan` forecasts with what a private step takes."""
+    from benchmarks.memory import five_shapes, measure
+
+    measure(five_shapes(), records=4, on_figure=on_figure)
+
+
 def worker_memory(on_figure: OnFigure) -> None:
     """Weigh one more worker process that shares the frozen weights with the others."""
     from benchmarks.workers import Setting, measure
@@ -142,6 +149,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "start": client_start,
     "long_runs": long_runs,
     "prefix": frozen_prefix,
+    "memory": forecast_memory,
     "workers": worker_memory,
     "published": published_way,
     "masking": masked_sums,
