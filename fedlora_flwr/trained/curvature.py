@@ -41,8 +41,8 @@ class Surface:
     --------
     >>> x = nn.Parameter(torch.tensor([1.0, 2.0]))
     >>> surface = Surface([x], [lambda: (x**2 * torch.tensor([1.0, 3.0])).sum()])
-    >>> surface.gradient().tolist(), surface.product(np.array([1.0, 1.0])).tolist()
-    ([2.0, 12.0], [2.0, 6.0])
+    >>> surface.value(), surface.gradient().tolist(), surface.product(np.ones(2)).tolist()
+    (13.0, [2.0, 12.0], [2.0, 6.0])
     """
 
     def __init__(
@@ -54,6 +54,11 @@ class Surface:
     def size(self) -> int:
         """Number D of coordinates."""
         return sum(parameter.numel() for parameter in self._parameters)
+
+    def value(self) -> float:
+        """Return the loss."""
+        with torch.no_grad():
+            return float(sum(float(term()) for term in self._terms))
 
     def gradient(self) -> Vector:
         """Return the gradient, shape (D,)."""

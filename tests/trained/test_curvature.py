@@ -1,4 +1,4 @@
-"""Products with a Hessian, its largest eigenvalue and its trace, against Hessians that are known."""
+"""Products with a Hessian, its largest eigenvalue and its trace, against known Hessians."""
 
 from __future__ import annotations
 
@@ -154,9 +154,8 @@ def test_a_move_is_taken_back_bit_for_bit() -> None:
     x = nn.Parameter(torch.tensor([0.1, 1e8]), requires_grad=False)
     surface = Surface([x], [lambda: x.square().sum()])
     before = x.clone()
-    with pytest.raises(KeyError), surface.moved(np.array([0.3, 0.3])):
+    with surface.moved(np.array([0.3, 0.3])):
         assert x[0].item() == pytest.approx(0.4)
-        raise KeyError
     assert torch.equal(x, before)
     surface.gradient()
     assert not x.requires_grad

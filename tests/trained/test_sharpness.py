@@ -1,9 +1,8 @@
-"""`sharpness`: an adapter's curvature and moves on real models, against sums that are written out."""
+"""`sharpness`: an adapter's curvature on real models, against sums that are written out."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,14 @@ FEW: dict[str, Any] = {"records": 20, "probes": 2, "draws": 1}
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any]]:
+def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("digits") / "adapter"
     _, adapted = exported(RunConfig(device="cpu"), folder)
     with torch.no_grad():  # Of the size that training gives them.
         for name, parameter in adapted.parameters.items():
             parameter.mul_(0.3 if "lora" in name else 0.1)
     adapted.export(folder)
-    yield folder, adapted
+    return folder, adapted
 
 
 def test_the_head_has_the_hessian_of_a_softmax_on_its_inputs(digits: tuple[Path, Any]) -> None:
