@@ -107,7 +107,7 @@ def write(folder: Path, found: Mapping[str, pd.DataFrame], quick: bool) -> None:
         text = frame.to_csv(index=False, float_format="%.6g")
         replace_file(folder / f"{name}.csv", text.encode())
         command = f"python -m benchmarks.mechanisms {name}" + " --quick" * quick
-        write_content(folder / f"{name}.json", command, dict(frame.attrs))
+        write_content(folder / f"{name}.json", command, {str(k): v for k, v in frame.attrs.items()})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

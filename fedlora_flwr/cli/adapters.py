@@ -75,9 +75,11 @@ def sharpness(
     with uncollected():
         from fedlora_flwr.trained.sharpness import sharpness as measure
 
-    options = {"radius": radius, "draws": draws, "probes": probes, "records": records, "seed": seed}
     chosen = [part.strip() for part in parts.split(",") if part.strip()]
-    found = measure(adapter, data, parts=chosen, **options, **changes)
+    found = measure(
+        adapter, data, parts=chosen, radius=radius, draws=draws, probes=probes, records=records,
+        seed=seed, **changes,
+    )  # fmt: skip
     if as_json:
         show_json(found.as_json())
         return

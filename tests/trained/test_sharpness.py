@@ -101,7 +101,7 @@ def test_texts_of_other_lengths_and_a_cut_of_them(tmp_path: Path) -> None:
     base, data = make_checkpoint("bert", tmp_path / "base"), write_reviews(tmp_path / "films")
     config = text_config(base, data, input_columns="text", class_names="bad,good")
     exported(config, tmp_path / "adapter")
-    given = {"model": base, "eval_batch_size": 7}
+    given: dict[str, Any] = {"model": base, "eval_batch_size": 7}
     file = next((tmp_path / "films").glob("validation.*"))
     found = sharpness(tmp_path / "adapter", file, **FEW, **given)
     again = sharpness(tmp_path / "adapter", file, **FEW, model=base)
