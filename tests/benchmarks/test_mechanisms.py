@@ -32,7 +32,7 @@ def test_formula_and_sampling_agree_in_every_committed_row() -> None:
 
 
 def test_the_noise_of_the_real_step_is_that_of_the_formula() -> None:
-    rows = pd.DataFrame(mechanism_noise.measure(mechanism_noise.Size(30)))
+    rows = pd.DataFrame(mechanism_noise.measure(mechanism_noise.Size(20)))
     far = (rows["sampled"] - rows["formula"]) / rows["error"]
     assert far.abs().max() < 5
     assert (rows["error"] / rows["formula"]).max() < 0.3
