@@ -11,12 +11,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fedlora_flwr import Sharpness, evaluate, sharpness
+from fedlora_flwr import evaluate, merge, sharpness
 from fedlora_flwr.cli import app
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.trained.opened import opened
+from tests.backbones import checkpoints
 from tests.cli.documented import fields
+from tests.tasks import conversations
 from tests.tasks.texts import make_checkpoint, text_config, write_reviews
 from tests.trained.folders import exported
 
@@ -123,7 +125,6 @@ def test_the_command_prints_sentences_and_json(digits: tuple[Path, Any]) -> None
         "Adapter", "Records", "Parts", "Loss", "Largest eigenvalue", "Trace",
         "At random, 0.05", "Up the gradient, 0.05",
     ]  # fmt: skip
-    assert isinstance(Sharpness.__doc__, str)
 
 
 @pytest.mark.parametrize(
@@ -144,3 +145,21 @@ def test_what_cannot_be_used_is_refused(
 ) -> None:
     with pytest.raises(InvalidValue, match=said):
         sharpness(digits[0], **options)
+
+
+def test_a_merged_model_is_refused(tmp_path: Path) -> None:
+    base = checkpoints.llama(tmp_path / "base", conversations.TEXTS)
+    rows = [{"prompt": "bali balu", "response": "yes it is"}] * 6
+    for name in ("train", "validation"):
+        checkpoints.write_split(tmp_path / "chats", name, rows)
+    config = text_config(
+        base, tmp_path / "chats", task="instruction-tuning", max_length=48,
+        lora_targets=conversations.LAYERS["llama"],
+    )  # fmt: skip
+    exported(config, tmp_path / "adapter")
+    data = next((tmp_path / "chats").glob("validation.*"))
+    found = sharpness(tmp_path / "adapter", data, model=base, **FEW)
+    assert found.largest_eigenvalue > 0
+    merge(tmp_path / "adapter", tmp_path / "merged", model=base)
+    with pytest.raises(InvalidValue, match="a merged model has no factors"):
+        sharpness(tmp_path / "merged", data, **FEW)
