@@ -151,11 +151,13 @@ def aggregation_table(rows: pd.DataFrame) -> str:
 def sharpness_table(rows: pd.DataFrame) -> str:
     """Return the curvature of runs, mean ± sample standard deviation over the seeds."""
     curved = rows.dropna(subset=["top_weights"])
-    heads = ["method", "loss", "λ, weights", "trace, weights", "accuracy lost up the gradient",
-             "at random", "λ, factors", "trace, factors"]  # fmt: skip
+    points = {name: 100 * curved[name] for name in ("ascent_weights", "random_weights")}
+    curved = curved.assign(**points)
+    heads = ["method", "loss", "λ, weights", "trace, weights", "points lost up the gradient",
+             "points lost at random", "λ, factors", "trace, factors"]  # fmt: skip
     columns = {
         "loss": "{:.2f}", "top_weights": "{:.0f}", "trace_weights": "{:.0f}",
-        "ascent_weights": "{:.1%}", "random_weights": "{:.1%}",
+        "ascent_weights": "{:.1f}", "random_weights": "{:.1f}",
         "top_factors": "{:.1f}", "trace_factors": "{:.0f}",
     }  # fmt: skip
     lines = [
@@ -182,10 +184,35 @@ def accuracy_table(rows: pd.DataFrame) -> str:
     return _markdown(["run", "accuracy", "loss", "accuracy minus that of …, by seed"], lines)
 
 
-def difference(rows: pd.DataFrame, name: str, against: str) -> str:
-    """Return the mean difference of accuracies in points by seed, ± its standard error."""
-    table = rows.pivot_table(index="seed", columns="row", values="accuracy")
-    gaps = 100 * (table[name] - table[against])
+PAIRS = (
+    ("la-lora", "dp-lora"),
+    ("la-lora", "rolora"),
+    ("as-lora", "dp-lora"),
+    ("as-lora", "rolora"),
+    ("la-lora, binomial filter", "la-lora"),
+)
+"""The rows whose sharpness the papers' claims compare."""
+
+
+def flatness_table(rows: pd.DataFrame) -> str:
+    """Return differences in sharpness by seed, ± their standard errors."""
+    columns = {"top_weights": "λ, weights", "trace_weights": "trace, weights",
+               "top_factors": "λ, factors", "trace_factors": "trace, factors"}  # fmt: skip
+    there = set(rows.dropna(subset=["top_weights"])["row"])
+    lines = [
+        [f"{one} minus {other}", *(difference(rows, one, other, column, 1) for column in columns)]
+        for one, other in PAIRS
+        if {one, other} <= there
+    ]
+    return _markdown(["difference", *columns.values()], lines)
+
+
+def difference(
+    rows: pd.DataFrame, name: str, against: str, column: str = "accuracy", scale: float = 100
+) -> str:
+    """Return the mean difference of two rows by seed, times a scale, ± its standard error."""
+    table = rows.pivot_table(index="seed", columns="row", values=column)
+    gaps = scale * (table[name] - table[against])
     return f"{gaps.mean():+.1f} ± {gaps.std() / math.sqrt(len(gaps)):.1f}"
 
 
@@ -212,6 +239,7 @@ TABLES: Mapping[str, Mapping[str, Callable[[pd.DataFrame], str]]] = {
     "runs": {
         "averaging": averaging_table,
         "sharpness": sharpness_table,
+        "flatness": flatness_table,
         "accuracy": accuracy_table,
     },
 }

@@ -55,7 +55,7 @@ def reconstruction_figure(rows: pd.DataFrame) -> Figure:
     """Draw the error of reconstruction by round, mean over the seeds, a panel per noise."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
     noises = list(dict.fromkeys(rows["noise"]))
     panels = figure.subplots(1, len(noises), sharey=True)
     for axes, noise in zip(panels, noises, strict=True):
@@ -80,11 +80,13 @@ def sharpness_figure(rows: pd.DataFrame) -> Figure:
     curved = rows.dropna(subset=["top_weights"])
     panels = figure.subplots(1, 2)
     for axes, (column, title) in zip(
-        panels, {"top_weights": "adapted weights", "top_factors": "A and B"}.items(), strict=True
+        panels,
+        {"top_weights": "the adapted weights", "top_factors": "A and B"}.items(),
+        strict=True,
     ):
         for marker, (name, own) in zip("osD^vP", curved.groupby("row", sort=False), strict=True):
             axes.plot(own["loss"], own[column], marker, label=str(name), markersize=5, alpha=0.8)
-        axes.set_title(f"in the coordinates of the {title}", fontsize=10)
+        axes.set_title(f"in the coordinates of {title}", fontsize=10)
         axes.set(xlabel="loss on the public records", ylim=(0, None))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("largest eigenvalue of the Hessian")
