@@ -14,9 +14,9 @@ from statistics import fmean
 
 from benchmarks import ROOT
 from benchmarks.attacks import BACKDOOR, CLIENTS, NOBODY, RESULTS, RULES, Cell, Outcome, cells, read
+from benchmarks.page_tables import replaced
 
 PAGE = ROOT / "docs" / "reliability.md"
-BEGIN, END = "<!-- attacks begin -->", "<!-- attacks end -->"
 MOST_UNATTACKED, MOST_ATTACKED = 1.0, 2.0
 """Points of accuracy that a robust rule may cost without an attack, and with one bad client."""
 
@@ -128,11 +128,7 @@ def written(page: str, found: Found) -> str:
     ValueError
         The page lacks one of the two comments.
     """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"The page has no {BEGIN} … {END}. Write both comments into it.")
-    return f"{before}{BEGIN}\n{section(found)}\n{END}{after}"
+    return replaced(page, "attacks", section(found))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

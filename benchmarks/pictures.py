@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from benchmarks.mechanism_pictures import mechanism_pictures
 from fedlora_flwr.places import STRATEGIES
 from fedlora_flwr.plots.accuracy import plot_accuracy
 from fedlora_flwr.plots.figures import run_name
@@ -48,10 +49,11 @@ def pictures(folder: Path) -> Iterator[Path]:
     title = run_name(*(one[key] for key in ("task", "strategy", "epsilon", "seed")))
     plot_modes(one["plans"], one["blocks"], folder / MODES, title)
     yield folder / MODES
+    yield from mechanism_pictures(folder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw the pictures of docs/results.md again."""
+    """Draw the pictures of docs/results.md and docs/mechanisms.md again."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pictures", description=main.__doc__)
     parser.add_argument("--output", type=Path, default=PICTURES, help="folder to draw into")
     for path in pictures(parser.parse_args(argv).output):

@@ -33,6 +33,8 @@ RUNS: Mapping[str, str] = {
     "audit_run": "audit.audit_run",
     "evaluate": "trained.evaluate",
     "Evaluation": "trained.evaluate",
+    "sharpness": "trained.sharpness",
+    "Sharpness": "trained.sharpness",
     "predict": "trained.predict",
     "merge": "trained.merge",
     "TableTask": "tasks.table_task",

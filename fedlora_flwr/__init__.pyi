@@ -11,6 +11,8 @@ from fedlora_flwr.studies.comparing import Compared as Compared
 from fedlora_flwr.audit.audit_run import audit_run as audit_run
 from fedlora_flwr.trained.evaluate import evaluate as evaluate
 from fedlora_flwr.trained.evaluate import Evaluation as Evaluation
+from fedlora_flwr.trained.sharpness import sharpness as sharpness
+from fedlora_flwr.trained.sharpness import Sharpness as Sharpness
 from fedlora_flwr.trained.predict import predict as predict
 from fedlora_flwr.trained.merge import merge as merge
 from fedlora_flwr.tasks.table_task import TableTask as TableTask

@@ -43,7 +43,8 @@ NEED_CLIENT = {
     "PrivateEngine", "PrivateTrainer", "TensorRecords", "answer_message", "attach", "calibrate",
     "epsilon_spent", "follow_fit", "follow_plan", "OptimizerSettings", "SecureNoise", "SeededNoise",
     "Account", "Segment", "Spent", "spent", "simulate", "plan_run", "audit_run", "evaluate",
-    "Evaluation", "predict", "merge", "TableTask", "plan_budget", "rounds_within", "strategy_of",
+    "Evaluation", "sharpness", "Sharpness", "predict", "merge", "TableTask", "plan_budget",
+    "rounds_within", "strategy_of",
 }  # fmt: skip
 NEED_PLOTS = {"compare", "Compared"}
 

@@ -143,7 +143,7 @@ def evaluate(
     """
     require("client")
     with opened(adapter, data, task, changes) as found:
-        records = _labeled(found)
+        records = labeled_records(found)
         own = found.task
         with explained("Measuring the adapter", "Set a smaller eval-batch-size."):
             write = found.config.generation_limit > 0
@@ -152,7 +152,14 @@ def evaluate(
         return Evaluation(found.folder, own.name, len(records), metrics, classes, counts)
 
 
-def _labeled(found: OpenAdapter) -> Records:
+def labeled_records(found: OpenAdapter) -> Records:
+    """Return the labeled records that an adapter was opened with, or the public ones of its run.
+
+    Raises
+    ------
+    InvalidValue
+        There are none, or the task reads no files.
+    """
     task = found.task
     if found.data is None:
         if found.config.dataset == NO_DATA:

@@ -1,4 +1,4 @@
-"""The pictures of docs/results.md are drawn from the committed rows, as its tables are."""
+"""The pictures of two pages are drawn from the committed rows, as their tables are."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.mechanism_page import PAGE as MECHANISMS
+from benchmarks.mechanism_pictures import DRAWN
 from benchmarks.pictures import MODES, OF, PICTURES, pictures, runs_of
 
 PAGE = (PICTURES.parent / "results.md").read_text(encoding="utf-8")
@@ -62,7 +64,12 @@ def test_differences_by_seed_are_those_of_the_rows(
     assert f"{center:.1f} ± {error:.1f}" in PAGE
 
 
-def test_the_pictures_of_the_page_are_drawn_again(tmp_path: Path) -> None:
-    drawn = {path.name for path in pictures(tmp_path)}
-    assert drawn == {*OF, MODES} == {path.name for path in PICTURES.glob("*.png")}
-    assert drawn == set(re.findall(r"\]\(results/([\w.-]+)\)", PAGE))
+def test_the_pictures_of_the_pages_are_drawn_again(tmp_path: Path) -> None:
+    drawn = {path.name: path for path in pictures(tmp_path)}
+    shown = [
+        set(re.findall(r"\]\(results/([\w.-]+)\)", page))
+        for page in (PAGE, MECHANISMS.read_text(encoding="utf-8"))
+    ]
+    assert shown == [{*OF, MODES}, {*DRAWN}]
+    assert drawn.keys() == shown[0] | shown[1] == {path.name for path in PICTURES.glob("*.png")}
+    assert max(drawn[name].stat().st_size for name in DRAWN) < 100_000

@@ -63,6 +63,7 @@ def test_the_version_is_that_of_the_package() -> None:
         ([], "comp", ["compare"]),
         ([], "pre", ["predict", "pretrain"]),
         ([], "me", ["merge"]),
+        ([], "sh", ["sharpness"]),
         (["evaluate", "-c"], "label-", ["label-column=", "label-shares="]),
         (["deploy"], "", ["init", "check", "status", "renew", "run", "start", "serve", "identity"]),
         (["run"], "dig", ["digits", "digits-secure-sum"]),

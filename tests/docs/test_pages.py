@@ -26,7 +26,7 @@ REASONS = {
     "it installs packages": 3,
     "it takes minutes": 6,
     "it needs code that is not in this repository": 1,
-    "it takes a quarter of an hour": 1,
+    "it takes a quarter of an hour": 2,
     "it needs a device": 1,
     "it needs a fleet": 1,
     "it needs a GPU": 3,

@@ -1,0 +1,28 @@
+"""Tables that a benchmark writes into a page of the documentation, between two comments."""
+
+from __future__ import annotations
+
+
+def replaced(page: str, name: str, text: str) -> str:
+    """Return a page with a text between its comments ``name begin`` and ``name end``.
+
+    Parameters
+    ----------
+    page : str
+        The page.
+    name : str
+        Name of the place.
+    text : str
+        What is to stand there.
+
+    Raises
+    ------
+    ValueError
+        The page lacks one of the two comments.
+    """
+    first, last = f"<!-- {name} begin -->", f"<!-- {name} end -->"
+    before, begin, rest = page.partition(first)
+    _, end, after = rest.partition(last)
+    if not (begin and end):
+        raise ValueError(f"The page has no {first} … {last}. Write both comments into it.")
+    return f"{before}{first}\n{text}\n{last}{after}"
