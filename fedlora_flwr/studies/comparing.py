@@ -180,6 +180,9 @@ def compare(
         own = {"epsilon": budgets[0], "seed": 0, "run-dir": "", "state-dir": ""}
         first = (names or rows)[0].split()
         config = config_of(recipe, {**changes, **own, "strategy": first[0] if first else ""})
+        if config.trackers:
+            allowed = "no tracker in a comparison, whose runs keep no folder. rows.csv has them all"
+            raise InvalidValue("trackers", config.trackers, allowed)
         require(*extras_of(config.task), "plots", "flwr_datasets")
         check_alone(config, "workers", workers, alone=workers == 1)
         config = settled(config, build_task(config.task, config)).config
