@@ -18,6 +18,7 @@ from fedlora_flwr.config.recipes import recipe_names
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.places import TASKS, strategy_names
 from fedlora_flwr.studies.baseline_names import BASELINES, CHOICES
+from fedlora_flwr.studies.sampler_names import SAMPLERS
 
 
 def complete_recipe(incomplete: str) -> list[str]:
@@ -53,6 +54,11 @@ def complete_baselines(incomplete: str) -> list[str]:
     """Return completions of a comparison's list of baselines with commas."""
     before, comma, last = incomplete.rpartition(",")
     return [before + comma + name for name in _beginning(BASELINES if comma else CHOICES, last)]
+
+
+def complete_sampler(incomplete: str) -> list[str]:
+    """Return completions of what chooses the rates that a comparison tries."""
+    return _beginning(SAMPLERS, incomplete)
 
 
 def complete_row(incomplete: str) -> list[str]:

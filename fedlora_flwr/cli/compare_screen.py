@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from fedlora_flwr.report.scales import duration
 from fedlora_flwr.studies.compare_results import Row, describe_row
 from fedlora_flwr.studies.compare_tables import Part
 from fedlora_flwr.terminal import Bar, Table, show, show_line, show_lines
@@ -25,6 +27,7 @@ class CompareScreen:
         self._console = console
         self._baselines: list[str] = []
         self._bar = Bar(console, "run", remaining=True)
+        self._began, self._finished = 0.0, 0
 
     def __enter__(self) -> CompareScreen:
         """Show nothing before the first call of `row`, as checks may show their own progress."""
@@ -39,14 +42,29 @@ class CompareScreen:
         self._baselines = list(lines)
 
     def row(self, row: Row | None, done: int, total: int) -> None:
-        """Show a finished run. None says that the runs begin."""
+        """Show a finished run, and the time left. None says that the runs begin."""
         show_lines(self._console, [("Baselines", line) for line in self._baselines])
         self._baselines.clear()
         state = "starting" if row is None else describe_row(row)
         if self._console.is_terminal:
             self._bar.to(done, total, state)
         elif row is not None:
-            show_line(self._console, f"run {done}/{total}: {state}")
+            show_line(self._console, f"run {done}/{total}: {state}{self._left(row, total - done)}")
+
+    def _left(self, row: Row, runs: int) -> str:
+        """Return in words about how long the other runs take.
+
+        It is the time that this call has needed per finished run, with any number of workers. Runs
+        of an earlier call and failed runs tell nothing of it.
+        """
+        if row["error"]:
+            return ""
+        now = time.monotonic()
+        self._finished += 1
+        if self._finished == 1:
+            self._began = now - row["seconds"]
+        seconds = (now - self._began) / self._finished * runs
+        return f"; about {duration(seconds)} left" if runs else ""
 
     def document(self, parts: Sequence[Part], folder: Path) -> None:
         """Print the finished tables with their notes, and the folder of the files."""
