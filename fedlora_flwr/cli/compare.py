@@ -108,7 +108,7 @@ def compare(
     folder = comparison_folder(task, output)
     console = Console(stderr=as_json)
     try:
-        with CompareScreen(console) as screen:
+        with CompareScreen(console, workers) as screen:
             found = run_comparison(
                 task,
                 names,

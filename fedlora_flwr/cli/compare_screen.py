@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from fedlora_flwr.report.scales import duration
-from fedlora_flwr.studies.compare_results import Row, describe_row
+from fedlora_flwr.studies.compare_results import Row, describe_row, seconds_left
 from fedlora_flwr.studies.compare_tables import Part
 from fedlora_flwr.terminal import Bar, Table, show, show_line, show_lines
 
@@ -21,13 +20,16 @@ class CompareScreen:
     ----------
     console : Console
         The console to write to.
+    workers : int (default: 1)
+        Runs at a time.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, workers: int = 1) -> None:
         self._console = console
         self._baselines: list[str] = []
         self._bar = Bar(console, "run", remaining=True)
-        self._began, self._finished = 0.0, 0
+        self._workers = workers
+        self._finished: list[Row] = []
 
     def __enter__(self) -> CompareScreen:
         """Show nothing before the first call of `row`, as checks may show their own progress."""
@@ -49,22 +51,13 @@ class CompareScreen:
         if self._console.is_terminal:
             self._bar.to(done, total, state)
         elif row is not None:
-            show_line(self._console, f"run {done}/{total}: {state}{self._left(row, total - done)}")
+            self._finished.append(row)
+            show_line(self._console, f"run {done}/{total}: {state}{self._left(total - done)}")
 
-    def _left(self, row: Row, runs: int) -> str:
-        """Return in words about how long the other runs take.
-
-        It is the time that this call has needed per finished run, with any number of workers. Runs
-        of an earlier call and failed runs tell nothing of it.
-        """
-        if row["error"]:
-            return ""
-        now = time.monotonic()
-        self._finished += 1
-        if self._finished == 1:
-            self._began = now - row["seconds"]
-        seconds = (now - self._began) / self._finished * runs
-        return f"; about {duration(seconds)} left" if runs else ""
+    def _left(self, runs: int) -> str:
+        """Return in words about how long the other runs take, from those of this call."""
+        seconds = seconds_left(self._finished, runs, self._workers)
+        return f"; about {duration(seconds)} left" if seconds else ""
 
     def document(self, parts: Sequence[Part], folder: Path) -> None:
         """Print the finished tables with their notes, and the folder of the files."""

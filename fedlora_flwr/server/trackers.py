@@ -22,7 +22,7 @@ from fedlora_flwr.tracking.tracker import TrackedRun, Tracker, written_config
 def trackers_of(config: RunConfig) -> dict[str, Tracker]:
     """Make the trackers that a configuration names, by name.
 
-    Only a server calls this. A device never loads a tracker, whatever a server sends to it.
+    Only a server calls this. A device never loads a tracker.
 
     Raises
     ------

@@ -178,8 +178,6 @@ def compare(
     """
     from fedlora_flwr.forecast.precision import settled
 
-    if sampler not in SAMPLERS:
-        raise unknown("sampler", sampler, SAMPLERS)
     names = _names(strategies, rows)
     budgets = _budgets(epsilons)
     with ExitStack() as stack:
@@ -188,11 +186,7 @@ def compare(
         own = {"epsilon": budgets[0], "seed": 0, "run-dir": "", "state-dir": ""}
         first = (names or rows)[0].split()
         config = config_of(recipe, {**changes, **own, "strategy": first[0] if first else ""})
-        if config.trackers:
-            allowed = "no tracker in a comparison, whose runs keep no folder. rows.csv has them all"
-            raise InvalidValue("trackers", config.trackers, allowed)
-        chooses = [OPTUNA] if sampler == OPTUNA and trials else []
-        require(*extras_of(config.task), "plots", "flwr_datasets", *chooses)
+        _check_possible(config, sampler, trials)
         check_alone(config, "workers", workers, alone=workers == 1)
         config = settled(config, build_task(config.task, config)).config
         methods = read_methods([*names, *rows], config)
@@ -240,6 +234,17 @@ def _check_shared(changes: Mapping[str, Any]) -> None:
                 "a key that compare itself does not set. It has strategies, epsilons and seeds"
             )
             raise InvalidValue("changes", key, allowed)
+
+
+def _check_possible(config: RunConfig, sampler: str, trials: int) -> None:
+    """Refuse what a comparison cannot do, and packages that are missing."""
+    if sampler not in SAMPLERS:
+        raise unknown("sampler", sampler, SAMPLERS)
+    if config.trackers:
+        allowed = "no tracker in a comparison, whose runs keep no folder. rows.csv has them all"
+        raise InvalidValue("trackers", config.trackers, allowed)
+    chooses = [OPTUNA] if sampler == OPTUNA and trials else []
+    require(*extras_of(config.task), "plots", "flwr_datasets", *chooses)
 
 
 def _shown(stack: ExitStack, progress: bool | None) -> OnRow:

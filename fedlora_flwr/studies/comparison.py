@@ -179,11 +179,7 @@ class Comparison:
         if not self.trials:
             return []
         candidates = {method.name: self.candidates(method.name) for method in self.rows}
-        return [
-            self.trial(pair, rates)
-            for pair in self.pairs
-            for rates in candidates[pair[0]]
-        ]
+        return [self.trial(pair, rates) for pair in self.pairs for rates in candidates[pair[0]]]
 
     def choose(
         self, rows: Mapping[RowKey, Row], tried: Sequence[Job] | None = None

@@ -47,9 +47,7 @@ def _end(lines: Sequence[str]) -> list[str]:
 
 
 def _tabular(rows: Sequence[Sequence[str]]) -> list[str]:
-    head, *body = (
-        "    " + " & ".join(_escaped(cell) for cell in row) + r" \\" for row in rows
-    )
+    head, *body = ("    " + " & ".join(_escaped(cell) for cell in row) + r" \\" for row in rows)
     columns = "l" + "r" * (len(rows[0]) - 1)
     return [
         rf"  \begin{{tabular}}{{{columns}}}",

@@ -42,9 +42,7 @@ def trial_jobs(comparison: Comparison, rows: Mapping[RowKey, Row]) -> Iterator[l
         ]
 
 
-def _rates(
-    comparison: Comparison, pair: Pair, number: int, rows: Mapping[RowKey, Row]
-) -> Rates:
+def _rates(comparison: Comparison, pair: Pair, number: int, rows: Mapping[RowKey, Row]) -> Rates:
     """Return the rates of a pair's trial, which is counted from 0."""
     own = comparison.candidates(pair[0])[0]
     if number == 0:

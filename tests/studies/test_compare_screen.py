@@ -18,16 +18,16 @@ ROW: Any = {
 
 def test_the_time_left_is_that_of_the_finished_runs_and_only_of_this_call() -> None:
     out = StringIO()
-    with CompareScreen(Console(file=out, width=200)) as screen:
+    with CompareScreen(Console(file=out, width=200), workers=2) as screen:
         screen.row(None, 5, 10)  # Five runs are done by an earlier call.
         screen.row({**ROW, "error": "no"}, 6, 10)
         screen.row(ROW, 7, 10)
-        screen.row(ROW, 8, 10)  # Two runs took a minute side by side.
+        screen.row(ROW, 8, 10)
         screen.row(ROW, 10, 10)
     left = [re.sub(r".*(in \d+ s|failed.*)", "", line) for line in out.getvalue().splitlines()]
     assert left == [
         "",
-        "; about 3 min left",
+        "; about 90 s left",
         "; about 60 s left",
         "",
     ]

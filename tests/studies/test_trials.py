@@ -116,7 +116,9 @@ def test_a_trial_that_failed_is_not_chosen_and_the_others_follow() -> None:
         rows[job.key] = failed if number in (0, 5) else outcome(job)
         jobs.append(job)
     assert len(rows) == 8
-    best = max((job for job in jobs if not rows[job.key]["error"]), key=lambda j: outcome(j)["final"])
+    best = max(
+        (job for job in jobs if not rows[job.key]["error"]), key=lambda j: outcome(j)["final"]
+    )
     assert what.choose(rows, jobs) == {("rolora", 8.0): best.rates}
 
 
