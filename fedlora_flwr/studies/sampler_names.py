@@ -1,4 +1,4 @@
-"""Names of what chooses the learning rates to try. They are apart so that completion loads no more."""
+"""Names of what chooses the rates to try. They are apart so that completion loads no more."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ from fedlora_flwr.studies.compare_results import TUNE, Pair, Rates, Row, RowKey,
 from fedlora_flwr.studies.comparison import RANGES, TUNING_SEED, Comparison, Job, rounded
 from fedlora_flwr.studies.sampler_names import OPTUNA
 
-
 _MOST_DRAWS = 20  # A trial that has been done tells nothing new, so other rates are drawn.
 
 

@@ -36,6 +36,7 @@ class MLflow:
         known = self._client.get_experiment_by_name(EXPERIMENT)
         place = known.experiment_id if known else self._client.create_experiment(EXPERIMENT)
         self._there: set[tuple[str, int]] = set()
+        self._run = ""
         begun = self._client.search_runs([place], order_by=["attributes.start_time DESC"])
         if begun:
             self._take_up(begun[0])

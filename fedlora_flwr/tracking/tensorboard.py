@@ -24,10 +24,7 @@ class TensorBoard:
 
         folder = run.folder / FOLDER
         there = _written(folder)
-        # The class has no types of its own.
-        self._writer: Any = SummaryWriter(  # type: ignore[no-untyped-call]
-            str(folder), purge_step=run.last + 1 if there else None
-        )
+        self._writer: Any = SummaryWriter(str(folder), purge_step=run.last + 1 if there else None)
         if not there:
             self._text("config", run.config, 0)
         for row in run.rows:

@@ -13,7 +13,7 @@ from fedlora_flwr.config.keys import Value
 
 COMPLETED = "completed"
 TEXTS = ("status", "end", "task", "strategy", "metric", "accountant", "trust_model")
-"""Texts of a summary that trackers of this package write. Its errors and names stay in the folder."""
+"""Texts of a summary that trackers of this package write. Errors and names stay in the folder."""
 _PER_CLIENT = "suspects"
 _NOT_WRITTEN = ("run-dir", "state-dir", "resume", "peers", "trackers")
 

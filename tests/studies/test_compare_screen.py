@@ -14,13 +14,14 @@ ROW: Any = {
     "phase": "report", "row": "rolora", "epsilon": 8.0, "seed": 1, "error": "", "final": 0.5,
     "seconds": 60.0,
 }  # fmt: skip
+FAILED: Any = {**ROW, "error": "no"}
 
 
 def test_the_time_left_is_that_of_the_finished_runs_and_only_of_this_call() -> None:
     out = StringIO()
     with CompareScreen(Console(file=out, width=200), workers=2) as screen:
         screen.row(None, 5, 10)  # Five runs are done by an earlier call.
-        screen.row({**ROW, "error": "no"}, 6, 10)
+        screen.row(FAILED, 6, 10)
         screen.row(ROW, 7, 10)
         screen.row(ROW, 8, 10)
         screen.row(ROW, 10, 10)

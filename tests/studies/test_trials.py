@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def comparison(**changes: Any) -> Comparison:
     return replace(made, **changes)
 
 
-def outcome(job: Job) -> Any:
+def outcome(job: Job) -> dict[str, Any]:
     """Return a row whose figure is better the nearer the rates are to the best ones."""
     off = sum(math.log(rate / best) ** 2 for rate, best in zip(job.rates, BEST, strict=True))
     return {"error": "", "final": math.exp(-off)}
@@ -87,7 +88,7 @@ def test_a_trial_follows_from_the_earlier_ones() -> None:
     first, last = jobs[:8], jobs[-8:]
 
     def mean(some: list[Job]) -> float:
-        return sum(outcome(job)["final"] for job in some) / len(some)
+        return statistics.fmean(outcome(job)["final"] for job in some)
 
     assert mean(last) > 2 * mean(first)
     # With other figures, other rates are tried once the first ones, drawn at random, are over.
@@ -128,7 +129,7 @@ def test_another_sampler_is_another_comparison_and_an_unknown_one_is_refused(
     assert comparison().document()["sampler"] == OPTUNA
     # A folder that is there goes on.
     assert "sampler" not in comparison(sampler=HALTON).document()
-    with pytest.raises(InvalidValue, match="sampler = 'optunna'.*did you mean 'optuna'"):
+    with pytest.raises(InvalidValue, match=r"sampler = 'optunna'.*did you mean 'optuna'"):
         compare("digits", ["rolora"], sampler="optunna", output=tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""TensorBoard, MLflow and W&B hold each round once, as ``rounds.jsonl`` has it, and send nothing."""
+"""TensorBoard, MLflow and W&B hold each round once, as the run's file has it, and send nothing."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_programs_hold_the_rounds_of_a_run_in_all_its_lives(stopped: Path) -> No
     again = identities(run)
     assert again[0] != first[0]  # MLflow cannot forget a step, so it has another run.
     assert again[1] == first[1]
-    client, found_run = mlflow_run(run)
+    _, found_run = mlflow_run(run)
     assert found_run.info.status == "FINISHED"
     assert found_run.data.params["strategy"] == "rolora"
     assert found_run.data.metrics["summary/rounds_done"] == 3
