@@ -93,7 +93,7 @@ class Trackers:
             try:
                 tell(tracker)
             except Exception as error:  # A run must not depend on who looks at it.
-                sentence = f"It failed {when} and was told of no later round. run.log says why."
+                sentence = f"failed {when} and was told of no later round; run.log says why"
                 self.remarks.setdefault(_remark(name), sentence)
                 log(WARNING, "The tracker %s failed %s. The run continues.", name, when,
                     exc_info=error)  # fmt: skip

@@ -59,7 +59,7 @@ def test_a_tracker_that_fails_ends_no_run_and_is_told_the_end(
         summary = begin(tiny(tmp_path, trackers=f"{first},{second}"), tmp_path / "run")
     flower.removeHandler(caplog.handler)
     assert summary["status"] == "completed"
-    assert summary["remarks"][f"tracker {first}"].startswith("It failed in round 1 and")
+    assert summary["remarks"][f"tracker {first}"].startswith("failed in round 1 and")
     lines = {message for message in caplog.messages if message.startswith("The tracker")}
     assert lines == {f"The tracker {first} failed in round 1. The run continues."}
     assert ([row["round"] for row in bad.rows], len(bad.ends)) == ([0, 1], 1)
