@@ -47,8 +47,10 @@ def _rates(comparison: Comparison, pair: Pair, number: int, rows: Mapping[RowKey
     if number == 0:
         return own
     tried = [(_of(key), row) for key, row in rows.items() if key[:3] == (TUNE, *pair)]
-    if number < len(tried):
-        return tried[number][0]
+    # The own rates may be the last row instead of the first, if their run failed before.
+    others = [rates for rates, _ in tried if rates != own]
+    if number <= len(others):
+        return others[number - 1]
     free = [name for name in RANGES if name not in comparison.kept(pair[0])]
     named, found = dict(zip(RANGES, own, strict=True)), own
     for draw in range(_MOST_DRAWS):

@@ -123,6 +123,16 @@ def test_a_trial_that_failed_is_not_chosen_and_the_others_follow() -> None:
     assert what.choose(rows, jobs) == {("rolora", 8.0): best.rates}
 
 
+def test_a_trial_that_is_tried_again_hides_no_other_one() -> None:
+    what, first = comparison(methods=("rolora",), epsilons=(8.0,)), dict[RowKey, Any]()
+    jobs = played(what, first)
+    for failed in (0, 3, 7):
+        # A call that follows does not know the failed run any more, and begins with it again.
+        rows = {key: row for key, row in first.items() if key != jobs[failed].key}
+        assert {job.key for job in played(what, rows)} == rows.keys()
+        assert len(rows) == 8
+
+
 def test_another_sampler_is_another_comparison_and_an_unknown_one_is_refused(
     tmp_path: Path,
 ) -> None:
