@@ -125,7 +125,9 @@ def test_what_is_no_tracker_is_told_before_a_folder_is_taken(
 def test_a_package_that_is_missing_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(errors, "find_spec", lambda name: name != "mlflow" and find_spec(name))
+    monkeypatch.setattr(
+        errors, "find_spec", lambda name: None if name == "mlflow" else find_spec(name)
+    )
     with pytest.raises(NotInstalled, match=r"^mlflow is not installed.*fedlora-flwr\[mlflow\]'"):
         simulate(RunConfig(trackers="tensorboard,mlflow"), output=tmp_path)
     assert list(tmp_path.iterdir()) == []
