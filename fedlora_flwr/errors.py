@@ -73,6 +73,10 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "simulation": ("ray", "flwr_datasets"),
     "generation": ("rouge_score",),
     "quantized": ("bitsandbytes",),
+    "tensorboard": ("tensorboard",),
+    "mlflow": ("mlflow",),
+    "wandb": ("wandb",),
+    "optuna": ("optuna",),
 }
 """The modules that each extra of this package installs, as in ``pyproject.toml``.
 

@@ -52,6 +52,14 @@ FLOWERS: Mapping[str, str] = {
 """Flower's own strategies, for comparison."""
 
 
+TRACKERS: Mapping[str, str] = {
+    "tensorboard": "fedlora_flwr.tracking.tensorboard:TensorBoard",
+    "mlflow": "fedlora_flwr.tracking.mlflow:MLflow",
+    "wandb": "fedlora_flwr.tracking.wandb:WandB",
+}
+"""Programs that record a run's figures. The name is also that of the extra that each needs."""
+
+
 class KnownTask(NamedTuple):
     """Facts about a task that are known before its code is loaded.
 
@@ -216,6 +224,32 @@ def load_strategy(name: str) -> Any:
             f"a name of only one package, but it stands for {' and '.join(sorted(places))}",
         )
     return load("strategy", places[0] if places else name, "Class of a strategy")
+
+
+def tracker_names(text: str) -> list[str]:
+    """Return the trackers that a text names, each once, with commas between them.
+
+    Raises
+    ------
+    InvalidValue
+        A name is neither a known tracker nor of the form ``module:name``.
+    """
+    names = list(dict.fromkeys(filter(None, (part.strip() for part in text.split(",")))))
+    for name in names:
+        if name not in TRACKERS and not is_place(name):
+            raise unknown("trackers", name, TRACKERS, after=", or your own module:Class")
+    return names
+
+
+def load_tracker(name: str) -> Any:
+    """Load the object that a tracker's name stands for; it is not checked.
+
+    Raises
+    ------
+    InvalidValue
+        Its code cannot be found.
+    """
+    return load("trackers", TRACKERS.get(name, name), "Class of a tracker")
 
 
 def load(key: str, place: str, what: str) -> Any:

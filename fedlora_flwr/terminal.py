@@ -204,7 +204,8 @@ class Bar(Progress):
         if not self.tasks:
             self.add_task("", total=total, completed=done)
             self.start()
-        self.update(self.tasks[0].id, completed=done, refresh=True)
+        # A comparison learns only while it runs how many runs there will be.
+        self.update(self.tasks[0].id, total=total, completed=done, refresh=True)
 
 
 @contextmanager

@@ -16,8 +16,9 @@ from fedlora_flwr.config.keys import Check, fields_by_key
 from fedlora_flwr.config.names import full_name, short_name
 from fedlora_flwr.config.recipes import recipe_names
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.places import TASKS, strategy_names
+from fedlora_flwr.places import TASKS, TRACKERS, strategy_names
 from fedlora_flwr.studies.baseline_names import BASELINES, CHOICES
+from fedlora_flwr.studies.sampler_names import SAMPLERS
 
 
 def complete_recipe(incomplete: str) -> list[str]:
@@ -55,6 +56,11 @@ def complete_baselines(incomplete: str) -> list[str]:
     return [before + comma + name for name in _beginning(BASELINES if comma else CHOICES, last)]
 
 
+def complete_sampler(incomplete: str) -> list[str]:
+    """Return completions of what chooses the rates that a comparison tries."""
+    return _beginning(SAMPLERS, incomplete)
+
+
 def complete_row(incomplete: str) -> list[str]:
     """Return completions of a comparison's row: a strategy, and then keys."""
     before, space, last = incomplete.rpartition(" ")
@@ -77,6 +83,8 @@ def names_of(key: str, entry: Field[Any] | None = None) -> tuple[str, ...]:
         return strategy_names()
     if key == "task":
         return tuple(TASKS)
+    if key == "trackers":
+        return tuple(TRACKERS)
     entry = entry or fields_by_key(RunConfig)[key]
     if isinstance(entry.default, bool):
         return ("true", "false")

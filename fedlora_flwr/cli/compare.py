@@ -14,6 +14,7 @@ from fedlora_flwr.cli.arguments import (
     complete_baselines,
     complete_recipe,
     complete_row,
+    complete_sampler,
     complete_strategies,
     read_budgets,
 )
@@ -55,6 +56,13 @@ Trials = Annotated[
     int,
     typer.Option(min=0, help="Learning rates tried per row and ε; 0 keeps the row's own rate."),
 ]
+Sampler = Annotated[
+    str,
+    typer.Option(
+        help="What chooses the learning rates to try: halton, or optuna (extra optuna).",
+        autocompletion=complete_sampler,
+    ),
+]
 Baselines = Annotated[
     str,
     typer.Option(
@@ -78,6 +86,7 @@ def compare(
     epsilon: Budgets = "1,3,8,none",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 1 to N are reported.")] = 5,
     trials: Trials = 6,
+    sampler: Sampler = "halton",
     baselines: Baselines = "auto",
     reference: Reference = "",
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
@@ -99,7 +108,7 @@ def compare(
     folder = comparison_folder(task, output)
     console = Console(stderr=as_json)
     try:
-        with CompareScreen(console) as screen:
+        with CompareScreen(console, workers) as screen:
             found = run_comparison(
                 task,
                 names,
@@ -107,6 +116,7 @@ def compare(
                 epsilons=budgets,
                 seeds=seeds,
                 trials=trials,
+                sampler=sampler,
                 baselines=baselines,
                 reference=reference,
                 workers=workers,

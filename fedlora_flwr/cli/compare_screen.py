@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedlora_flwr.studies.compare_results import Row, describe_row
+from fedlora_flwr.report.scales import duration
+from fedlora_flwr.studies.compare_results import Row, describe_row, seconds_left
 from fedlora_flwr.studies.compare_tables import Part
 from fedlora_flwr.terminal import Bar, Table, show, show_line, show_lines
 
@@ -19,12 +20,16 @@ class CompareScreen:
     ----------
     console : Console
         The console to write to.
+    workers : int (default: 1)
+        Runs at a time.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, workers: int = 1) -> None:
         self._console = console
         self._baselines: list[str] = []
         self._bar = Bar(console, "run", remaining=True)
+        self._workers = workers
+        self._finished: list[Row] = []
 
     def __enter__(self) -> CompareScreen:
         """Show nothing before the first call of `row`, as checks may show their own progress."""
@@ -39,14 +44,20 @@ class CompareScreen:
         self._baselines = list(lines)
 
     def row(self, row: Row | None, done: int, total: int) -> None:
-        """Show a finished run. None says that the runs begin."""
+        """Show a finished run, and the time left. None says that the runs begin."""
         show_lines(self._console, [("Baselines", line) for line in self._baselines])
         self._baselines.clear()
         state = "starting" if row is None else describe_row(row)
         if self._console.is_terminal:
             self._bar.to(done, total, state)
         elif row is not None:
-            show_line(self._console, f"run {done}/{total}: {state}")
+            self._finished.append(row)
+            show_line(self._console, f"run {done}/{total}: {state}{self._left(total - done)}")
+
+    def _left(self, runs: int) -> str:
+        """Return in words about how long the other runs take, from those of this call."""
+        seconds = seconds_left(self._finished, runs, self._workers)
+        return f"; about {duration(seconds)} left" if seconds else ""
 
     def document(self, parts: Sequence[Part], folder: Path) -> None:
         """Print the finished tables with their notes, and the folder of the files."""

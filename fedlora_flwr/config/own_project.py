@@ -21,6 +21,7 @@ PACKAGE_SERVER: Mapping[str, str] = {
     "eval-every": "Your evaluate_fn decides in which rounds it measures",
     "early-stopping-patience": "Give `strategy.start` a stop_fn",
     "early-stopping-threshold": "Give `strategy.start` a stop_fn",
+    "trackers": "Record the figures in your evaluate_fn",
     "metric-for-best-model": "Keep the arrays of the best round in your evaluate_fn",
 }
 """What to do instead of each such key."""

@@ -29,7 +29,7 @@ from fedlora_flwr.config.toml import toml_value
 from fedlora_flwr.config.trust import SECURE_SUM, check_trust
 from fedlora_flwr.config.unit import check_unit
 from fedlora_flwr.errors import InvalidValue, unknown
-from fedlora_flwr.places import check_strategy_name, check_task_name
+from fedlora_flwr.places import check_strategy_name, check_task_name, tracker_names
 from fedlora_flwr.schedules import Schedule
 
 MOST_STEPS = 1_000_000_000
@@ -208,6 +208,7 @@ class RunConfig(
         config = cls.received(*layers)
         check_task_name(config.task)
         check_strategy_name(config.strategy)
+        tracker_names(config.trackers)
         check_method(config)
         if not config.own:
             return config

@@ -40,6 +40,8 @@ _MAY_DIFFER = (
     # Keys for how long the server waits, for how many clients, and for a better evaluation.
     "min-clients", "min-completion", "round-timeout",
     "early-stopping-patience", "early-stopping-threshold",
+    # Who looks at the run changes nothing in it.
+    "trackers",
     # Keys of the machine. Another machine may round differently.
     "device", "client-threads", "share-weights", "prefix-cache",
 )  # fmt: skip

@@ -1,8 +1,9 @@
-"""Objects that a caller in Python gives instead of names: task, strategy and records."""
+"""Objects that a caller in Python gives instead of names: task, strategy, records and trackers."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,7 +11,7 @@ from fedlora_flwr import places
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.given import as_dataset
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.places import holding, is_held
+from fedlora_flwr.places import holding, is_held, tracker_names
 from fedlora_flwr.strategies.base import FedLoRA
 
 TRAIN, TEST = "train", "test"
@@ -18,7 +19,13 @@ _OBJECTS = ("task", "strategy", "dataset")
 
 
 def given(
-    stack: ExitStack, *, task: Any = None, strategy: Any = None, train: Any = None, test: Any = None
+    stack: ExitStack,
+    *,
+    task: Any = None,
+    strategy: Any = None,
+    train: Any = None,
+    test: Any = None,
+    trackers: Any = None,
 ) -> dict[str, Any]:
     """Return the keys that stand for objects, which have names until the stack closes.
 
@@ -26,7 +33,7 @@ def given(
     ----------
     stack : ExitStack
         Lets go of the names.
-    task, strategy, train, test
+    task, strategy, train, test, trackers
         See `fedlora_flwr.simulate`.
 
     Raises
@@ -46,10 +53,14 @@ def given(
         tables = {TRAIN: as_dataset(train, TRAIN), TEST: as_dataset(test, TEST)}
         found["dataset"] = stack.enter_context(holding(tables, "data"))
         found |= {"train-split": TRAIN, "test-split": TEST, "dataset-subset": ""}
+    if trackers is not None:
+        found["trackers"] = _trackers(stack, trackers)
     return found
 
 
-def check_alone(config: RunConfig, key: str, value: object, *, alone: bool) -> None:
+def check_alone(
+    config: RunConfig, key: str, value: object, *, alone: bool, serves: bool = True
+) -> None:
     """Refuse objects of this process that other processes would need.
 
     Parameters
@@ -60,14 +71,19 @@ def check_alone(config: RunConfig, key: str, value: object, *, alone: bool) -> N
         What asks for other processes, for the error.
     alone : bool
         Whether this process does all the work.
+    serves : bool (default: True)
+        Whether this process is the server, which alone has trackers.
 
     Raises
     ------
     InvalidValue
         An object would have to travel.
     """
-    objects = [name for name in _OBJECTS if is_held(str(config.items()[name]))]
-    if objects and not alone:
+    held = [name for name in _OBJECTS if is_held(str(config.items()[name]))]
+    objects = [] if alone else held
+    if not serves:
+        objects += ["tracker" for name in tracker_names(config.trackers) if is_held(name)][:1]
+    if objects:
         named = f"{' and '.join(objects)} {'was' if len(objects) == 1 else 'were'}"
         allowed = (
             f"this process alone (workers = 1), because {named} given as an object, and an object "
@@ -75,6 +91,12 @@ def check_alone(config: RunConfig, key: str, value: object, *, alone: bool) -> N
             "save the records as a file"
         )
         raise InvalidValue(key, value, allowed)
+
+
+def _trackers(stack: ExitStack, trackers: str | Iterable[Any]) -> str:
+    """Return the names of trackers, with commas between them."""
+    every = [trackers] if isinstance(trackers, str) else list(trackers)
+    return ",".join(t if isinstance(t, str) else stack.enter_context(holding(t)) for t in every)
 
 
 def _strategy(stack: ExitStack, strategy: Any) -> str:

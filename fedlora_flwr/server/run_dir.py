@@ -18,6 +18,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import FileTrouble, private_folder, replace_file, to_json, write_json
 from fedlora_flwr.operating_system import READERS, abandoned, host_sign, try_lock
+from fedlora_flwr.places import is_held, tracker_names
 from fedlora_flwr.server.rounds import RoundRow
 from fedlora_flwr.server.rows_file import RowsFile
 
@@ -206,7 +207,9 @@ class RunDirectory:
         """
         target, own = self.path / "config.toml", str(self.path.resolve())
         state_dir = "" if config.state_dir == own else config.state_dir
-        recipe = replace(config, run_dir="", resume="", state_dir=state_dir)
+        # An object of this process is in no file.
+        trackers = ",".join(n for n in tracker_names(config.trackers) if not is_held(n))
+        recipe = replace(config, run_dir="", resume="", state_dir=state_dir, trackers=trackers)
         replace_file(target, recipe.to_toml().encode())
         return target
 

@@ -40,6 +40,7 @@ from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.server.samples import measure
 from fedlora_flwr.server.strategy import build_strategy
 from fedlora_flwr.server.sum_step import sum_step
+from fedlora_flwr.server.trackers import Trackers, tracked, trackers_of
 from fedlora_flwr.server.watched_grid import is_simulated
 from fedlora_flwr.strategies import FedLoRA
 from fedlora_flwr.strategies.replies import RoundReport, to_record
@@ -93,18 +94,20 @@ def run_federation(
         The run could not go on; the summary says why, and ``adapter/`` holds the last round's
         arrays.
     """
+    trackers = trackers_of(config)
     run_dir.take()
     with run_dir.working():
         checkpoint = read_checkpoint(config, run_dir) if config.resume else None
         run_dir.write_config(config)
-        return _federation(grid, config, run_dir, on_round, adapted, checkpoint, largest_noise)
+        with tracked(trackers, config, run_dir, on_round) as told:
+            return _federation(grid, config, run_dir, told, adapted, checkpoint, largest_noise)
 
 
 def _federation(
     grid: Grid,
     config: RunConfig,
     run_dir: RunDirectory,
-    on_round: OnRound | None,
+    trackers: Trackers,
     adapted: AdaptedModel | None,
     checkpoint: Checkpoint | None,
     largest_noise: float | None,
@@ -123,7 +126,7 @@ def _federation(
             rehearse(config, task, adapted)
         if config.secure_sum:
             strategy.opener = sum_step(config, task, adapted)
-        session = _Session(config, task, adapted, strategy, run_dir, on_round, started)
+        session = _Session(config, task, adapted, strategy, run_dir, trackers, started)
         session.run(grid, checkpoint)
     except BaseException as error:
         summary = _summary(config, session, grid, time.perf_counter() - started)
@@ -149,7 +152,7 @@ class _Session:
     adapted: AdaptedModel
     strategy: FedLoRA
     run_dir: RunDirectory
-    on_round: OnRound | None
+    trackers: Trackers
     started: float
     rows: list[RoundRow] = field(default_factory=list)
     accountants: set[str] = field(default_factory=set)
@@ -262,8 +265,7 @@ class _Session:
         carried = self.strategy.state_dict(), self._average.state_dict(), opener
         best = self.best.state_dict()
         self._keeper.keep(server_round, now - self.started, current, *carried, best)
-        if self.on_round is not None:
-            self.on_round(row)
+        self.trackers.on_round(row)
         return MetricRecord({name: float(value) for name, value in metrics.items()})
 
     def _evaluate(self, server_round: int) -> Mapping[str, float]:
@@ -386,7 +388,7 @@ def _summary(
         "precision": config.precision,
         "trust_model": config.trust_model,
         "blocks": list(session.layout.blocks) if session else [],
-        "remarks": _remarks(session.strategy) if session else {},
+        "remarks": {**_remarks(session.strategy), **session.trackers.remarks} if session else {},
         # A device's own file may ask for them where the run's settings do not.
         "unprotected_metrics": config.report_unprotected_metrics
         or (session is not None and session.unprotected),

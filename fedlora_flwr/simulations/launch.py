@@ -21,6 +21,7 @@ from fedlora_flwr.server.given import check_alone
 from fedlora_flwr.server.keeper import as_begun, read_checkpoint, resumable
 from fedlora_flwr.server.rounds import OnRound
 from fedlora_flwr.server.run_dir import RunDirectory, check_unused
+from fedlora_flwr.server.trackers import trackers_of
 from fedlora_flwr.simulations.runner import (
     PreparedRun,
     prepare_run,
@@ -106,6 +107,8 @@ def open_run(
     InvalidValue
         A setting cannot be used, the folder is another run's, or an object would have to travel to
         another process.
+    NotInstalled
+        The package of a tracker is not installed.
     FedLoRAError
         The model cannot train (see `prepare_run`).
     """
@@ -117,6 +120,7 @@ def open_run(
             on_resume(checkpoint, damaged)
     elif config.run_dir:
         check_unused(Path(config.run_dir))
+    trackers_of(config)  # What is wrong with them is told before any work.
     prepared = prepare_run(config, console)
     start = (
         partial(run_on_flower, workers=workers)
@@ -140,7 +144,8 @@ def check_engine(config: RunConfig, engine: str, workers: int | None) -> None:
         allowed = f"{PROCESS!r} on Windows, as in `fedlora simulate`: Ray needs Linux or macOS"
         raise InvalidValue("engine", engine, allowed)
     key, value = ("engine", engine) if engine == FLOWER else ("workers", workers)
-    check_alone(config, key, value, alone=engine == PROCESS and (workers or 1) == 1)
+    alone = engine == PROCESS and (workers or 1) == 1
+    check_alone(config, key, value, alone=alone, serves=engine == PROCESS)
 
 
 def _folder(config: RunConfig, output: Path) -> RunDirectory:

@@ -215,8 +215,9 @@ def run_on_flower(
     config, placement = _placed(prepared.config, run_dir), place(prepared.config, workers)
     if cluster:  # Ray accepts no number of CPUs for a cluster that already runs.
         placement = replace(placement, workers=None)
-    # The user's own task or strategy is imported from the folder in which the command runs.
-    modules = Path.cwd() if ":" in config.task + config.strategy else None
+    # The user's own code is imported from the folder in which the command runs.
+    own = ":" in config.task + config.strategy + config.trackers
+    modules = Path.cwd() if own else None
     run_dir.take()
     # These stay out of the recipe, which may also be run on real devices.
     claim = {CLAIM: run_dir.claim, NOISE: repr(prepared.largest_noise)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from fedlora_flwr.data.given import Table
     from fedlora_flwr.strategies.base import FedLoRA
     from fedlora_flwr.tasks.registry import Task, TaskFactory
+    from fedlora_flwr.tracking.tracker import Tracker
 
 
 def simulate(
@@ -30,6 +32,7 @@ def simulate(
     strategy: str | type[FedLoRA] | None = None,
     train: Table | None = None,
     test: Table | None = None,
+    trackers: str | Iterable[str | Tracker | type[Tracker]] | None = None,
     resume: str | Path | None = None,
     output: str | Path = "runs",
     engine: str = PROCESS,
@@ -51,6 +54,9 @@ def simulate(
         The method: a name, or a subclass of `FedLoRA`. Its settings are keys.
     train, test : DataFrame or Dataset, optional
         The private records and the public ones, instead of the files of ``dataset``.
+    trackers : str or Iterable, optional
+        Who records the run's figures: ``"tensorboard"``, ``"mlflow"``, ``"wandb"``, or objects
+        with the methods of `fedlora_flwr.tracking.tracker.Tracker`.
     resume : str or Path, optional
         The folder of a run to continue. There is no recipe then.
     output : str or Path (default: "runs")
@@ -87,7 +93,9 @@ def simulate(
     ('completed', 2, 'adapter')
     """
     with ExitStack() as stack:
-        changes |= given(stack, task=task, strategy=strategy, train=train, test=test)
+        changes |= given(
+            stack, task=task, strategy=strategy, train=train, test=test, trackers=trackers
+        )
         config = _config(recipe, resume, changes)
         extra = "simulation" if engine == FLOWER else "flwr_datasets"
         require(*extras_of(config.task), extra, "pandas")

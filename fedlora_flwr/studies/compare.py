@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,8 +30,10 @@ from fedlora_flwr.studies.compare_results import (
 )
 from fedlora_flwr.studies.compare_tables import document_of, markdown
 from fedlora_flwr.studies.comparison import Comparison, Job
+from fedlora_flwr.studies.latex import latex
 from fedlora_flwr.studies.paired import Findings, findings
 from fedlora_flwr.studies.progress import write_progress
+from fedlora_flwr.studies.trials import trial_jobs
 from fedlora_flwr.tasks.registry import build_task
 
 OnRow = Callable[[Row | None, int, int], None]
@@ -43,7 +46,7 @@ def run_comparison(
     workers: int = 1,
     console: Console | None = None,
 ) -> tuple[pd.DataFrame, Findings]:
-    """Run the unfinished runs, and write ``rows.csv``, ``table.md`` and ``accuracy.png``.
+    """Run the unfinished runs, and write ``rows.csv``, tables and ``accuracy.png``.
 
     Parameters
     ----------
@@ -86,7 +89,9 @@ def run_comparison(
         rows = [journal.rows[job.key] for job in comparison.report_jobs(chosen)]
         summary = summarize(rows, chosen, comparison.seeds)
         found = findings(comparison, journal.rows, chosen)
-        parts = document_of(summary, comparison.config, metric, comparison.trials, found)
+        about = comparison.config, metric, comparison.trials, found, comparison.sampler
+        parts = document_of(summary, *about)
+        replace_file(folder / "table.tex", latex(parts).encode())
         replace_file(folder / "table.md", markdown(parts).encode())
         runs = pd.DataFrame(rows, columns=list(COLUMNS)).astype({"final": float})
         plot_accuracy(runs, folder / "accuracy.png", metric, data_name(comparison.config))
@@ -101,7 +106,7 @@ def _run_all(
     on_row: OnRow,
     begin: Callable[[Sequence[Job], Sequence[Pair], int], None],
 ) -> dict[Pair, Rates | None]:
-    tune = comparison.tune_jobs()
+    tried: list[Job] = []
 
     def work(jobs: Sequence[Job], before: int, total: int, later: Sequence[Pair] = ()) -> None:
         waiting = [job for job in jobs if job.key not in journal.rows]
@@ -112,10 +117,15 @@ def _run_all(
             journal.append(row)
             on_row(row, count, total)
 
-    work(tune, 0, comparison.most_runs, comparison.pairs * comparison.seeds)
-    chosen = comparison.choose(journal.rows)
+    left = Counter({pair: comparison.trials_of(pair[0]) for pair in comparison.pairs})
+    for trials in trial_jobs(comparison, journal.rows):
+        left.subtract(job.pair for job in trials)
+        later = [*left.elements(), *comparison.pairs * comparison.seeds]
+        work(trials, len(tried), comparison.most_runs, later)
+        tried += trials
+    chosen = comparison.choose(journal.rows, tried)
     jobs = [*comparison.report_jobs(chosen), *comparison.control_jobs(chosen)]
-    work(jobs, len(tune), len(tune) + len(jobs))
+    work(jobs, len(tried), len(tried) + len(jobs))
     return chosen
 
 

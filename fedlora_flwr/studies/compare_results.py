@@ -173,6 +173,27 @@ def summarize(rows: Sequence[Row], chosen: Mapping[Pair, Rates | None], seeds: i
     return summary.reset_index()
 
 
+def seconds_left(rows: Sequence[Row], runs: int, workers: int) -> float | None:
+    """Return about how long more runs take, from the time of those that have finished.
+
+    Parameters
+    ----------
+    rows : Sequence[Row]
+        Finished runs. Failed ones tell nothing, as they may have ended early.
+    runs : int
+        How many runs follow.
+    workers : int
+        Runs at a time.
+
+    Returns
+    -------
+    float or None
+        Seconds; None if no run tells.
+    """
+    took = [row["seconds"] for row in rows if not row["error"]]
+    return sum(took) / len(took) * runs / workers if took else None
+
+
 def budget_name(epsilon: float) -> str:
     """Name an ε in the form that the command accepts."""
     return "none" if math.isinf(epsilon) else f"{epsilon:g}"

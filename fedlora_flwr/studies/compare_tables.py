@@ -14,13 +14,19 @@ from fedlora_flwr.report.comparison import LEVEL
 from fedlora_flwr.studies.compare_methods import RATES, Method, settings_of
 from fedlora_flwr.studies.compare_results import Pair, budget_name, data_name
 from fedlora_flwr.studies.paired import Difference, Figure, Findings
+from fedlora_flwr.studies.sampler_names import HALTON, OPTUNA
 
 Part = str | list[list[str]]
 """A sentence, or a table with its head as the first row."""
 
 
 def document_of(
-    summary: pd.DataFrame, config: RunConfig, metric: str, trials: int, found: Findings
+    summary: pd.DataFrame,
+    config: RunConfig,
+    metric: str,
+    trials: int,
+    found: Findings,
+    sampler: str = HALTON,
 ) -> list[Part]:
     """Return the report of a comparison: a title, tables and their explanations.
 
@@ -36,6 +42,8 @@ def document_of(
         How many settings of the rates were tried for each pair.
     found : Findings
         What the runs say beside the summary.
+    sampler : str (default: "halton")
+        What chose the settings that were tried.
     """
     budgets = list(dict.fromkeys(summary["epsilon"]))
     names = [_budget(epsilon) for epsilon in budgets]
@@ -59,7 +67,7 @@ def document_of(
         *_cost_of_noise(found, budgets),
         f"Learning rates ({' / '.join(RATES)})",
         rates,
-        _rates_note(trials),
+        _rates_note(trials, sampler),
     ]
 
 
@@ -224,13 +232,17 @@ def _rates(row: Mapping[Any, Any]) -> str:
     return "–" if any(map(math.isnan, values)) else " / ".join(f"{value:g}" for value in values)
 
 
-def _rates_note(trials: int) -> str:
+def _rates_note(trials: int, sampler: str) -> str:
     if trials == 0:
         return "The configuration's own, without tuning."
+    which = (
+        "each chosen by Optuna's TPE from the earlier trials of the same method and ε"
+        if sampler == OPTUNA
+        else "the same for every method and ε but for rates that a row sets itself"
+    )
     return (
-        f"The best of {trials} settings, the same for every method and ε but for rates that a row "
-        "sets itself, by the final round on the public test set with a seed that is not reported: "
-        "somewhat optimistic."
+        f"The best of {trials} settings, {which}, by the final round on the public test set with "
+        "a seed that is not reported: somewhat optimistic."
     )
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.names import given_key, short_name
 from fedlora_flwr.config.recipes import config_of
-from fedlora_flwr.errors import InvalidValue, require
+from fedlora_flwr.errors import InvalidValue, require, unknown
 from fedlora_flwr.processes.workers import kept_log
 from fedlora_flwr.server.given import check_alone, given
 from fedlora_flwr.strategies import STRATEGIES, strategy_class
@@ -26,6 +26,7 @@ from fedlora_flwr.studies.compare_results import describe_row, read_rows
 from fedlora_flwr.studies.compare_tables import Part, as_json, document_of
 from fedlora_flwr.studies.comparison import Comparison
 from fedlora_flwr.studies.paired import Findings
+from fedlora_flwr.studies.sampler_names import HALTON, OPTUNA, SAMPLERS
 from fedlora_flwr.tasks.registry import build_task, extras_of
 from fedlora_flwr.terminal import counted
 
@@ -48,7 +49,8 @@ class Compared:
     comparison : Comparison
         What was compared.
     folder : Path
-        ``rows.csv``, ``table.md``, ``accuracy.png``, ``settings.json`` and ``progress.json``.
+        ``rows.csv``, ``table.md``, ``table.tex``, ``accuracy.png``, ``settings.json`` and
+        ``progress.json``.
     table : pandas.DataFrame
         One row per method and ε: mean and standard deviation of the final metric over the seeds,
         failed runs, bytes, and the learning rates.
@@ -89,7 +91,8 @@ class Compared:
     def document(self) -> list[Part]:
         """Return the report of ``table.md``: sentences and tables."""
         what = self.comparison
-        return document_of(self.table, what.config, self.metric, what.trials, self.findings)
+        about = what.config, self.metric, what.trials, self.findings, what.sampler
+        return document_of(self.table, *about)
 
     def as_json(self) -> dict[str, Any]:
         """Return what ``fedlora compare --json`` prints."""
@@ -105,6 +108,7 @@ def compare(
     epsilons: Iterable[float] = (1.0, 3.0, 8.0, math.inf),
     seeds: int = 5,
     trials: int = 6,
+    sampler: str = HALTON,
     baselines: str = AUTO,
     reference: str = "",
     workers: int = 1,
@@ -136,6 +140,8 @@ def compare(
         Seeds 1 to N are reported.
     trials : int (default: 6)
         Learning rates tried per row and ε; 0 keeps the row's own.
+    sampler : str (default: "halton")
+        What chooses the rates to try: ``"halton"`` or ``"optuna"``.
     baselines : str (default: "auto")
         What is added to compare with (see `with_baselines`).
     reference : str (default: head-only, if it is a row, or the first row)
@@ -180,11 +186,13 @@ def compare(
         own = {"epsilon": budgets[0], "seed": 0, "run-dir": "", "state-dir": ""}
         first = (names or rows)[0].split()
         config = config_of(recipe, {**changes, **own, "strategy": first[0] if first else ""})
-        require(*extras_of(config.task), "plots", "flwr_datasets")
+        _check_possible(config, sampler, trials)
         check_alone(config, "workers", workers, alone=workers == 1)
         config = settled(config, build_task(config.task, config)).config
         methods = read_methods([*names, *rows], config)
-        named = Comparison(config, methods, budgets, seeds, trials, reference=reference)
+        named = Comparison(
+            config, methods, budgets, seeds, trials, reference=reference, sampler=sampler
+        )
         what, chosen = with_baselines(named, baselines)
         if on_baselines:
             on_baselines(chosen.lines())
@@ -226,6 +234,17 @@ def _check_shared(changes: Mapping[str, Any]) -> None:
                 "a key that compare itself does not set. It has strategies, epsilons and seeds"
             )
             raise InvalidValue("changes", key, allowed)
+
+
+def _check_possible(config: RunConfig, sampler: str, trials: int) -> None:
+    """Refuse what a comparison cannot do, and packages that are missing."""
+    if sampler not in SAMPLERS:
+        raise unknown("sampler", sampler, SAMPLERS)
+    if config.trackers:
+        allowed = "no tracker in a comparison, whose runs keep no folder. rows.csv has them all"
+        raise InvalidValue("trackers", config.trackers, allowed)
+    chooses = [OPTUNA] if sampler == OPTUNA and trials else []
+    require(*extras_of(config.task), "plots", "flwr_datasets", *chooses)
 
 
 def _shown(stack: ExitStack, progress: bool | None) -> OnRow:

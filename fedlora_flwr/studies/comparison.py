@@ -15,6 +15,7 @@ from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.studies.baseline_names import HEAD_ONLY, NO_NOISE, NO_PRIVACY
 from fedlora_flwr.studies.compare_methods import RATES, Method, settings_of
 from fedlora_flwr.studies.compare_results import CONTROL, REPORT, TUNE, Pair, Rates, Row, RowKey
+from fedlora_flwr.studies.sampler_names import HALTON, OPTUNA
 from fedlora_flwr.tasks.registry import build_task, client_sizes
 
 # Reported seeds start at 1, so rates are chosen on another partition, noise and cohort.
@@ -79,6 +80,8 @@ class Comparison:
     reference : str (default: "")
         The row from which differences are taken; by default the first row of ``head-only``, or the
         first row.
+    sampler : str (default: "halton")
+        What chooses the rates to try, one of `SAMPLERS`. The number of trials is the same.
     """
 
     config: RunConfig
@@ -88,6 +91,7 @@ class Comparison:
     trials: int
     baselines: tuple[str, ...] = ()
     reference: str = ""
+    sampler: str = HALTON
 
     @property
     def rows(self) -> tuple[Method, ...]:
@@ -125,7 +129,7 @@ class Comparison:
     @property
     def most_runs(self) -> int:
         """How many runs there are at most. Controls that equal other runs are known only later."""
-        trials = sum(len(self.candidates(row.name)) for row in self.rows) if self.trials else 0
+        trials = sum(self.trials_of(row.name) for row in self.rows)
         runs = len(self.budgets) * (trials + len(self.rows) * self.seeds)
         private = sum(map(math.isfinite, self.budgets))
         if NO_NOISE not in self.baselines or not private:
@@ -135,7 +139,9 @@ class Comparison:
         return runs + controls * len(self.rows) * self.seeds
 
     def candidates(self, row: str) -> list[Rates]:
-        """Return a row's candidate rates: its own, then multiples of them within `RANGES`.
+        """Return the rates of a row that are known before any trial.
+
+        These are its own, and then multiples of them within `RANGES`, unless Optuna chooses them.
 
         The multiples are points of a Halton sequence on a logarithmic scale. It is not scrambled,
         so it is the same in every version of SciPy. A longer list begins with the shorter one.
@@ -145,6 +151,8 @@ class Comparison:
         method = self._method(row)
         config = method.of(self.config)
         own = (config.lr_a, config.lr_b, config.lr_head)
+        if self.sampler == OPTUNA:
+            return [own]
         points = qmc.Halton(d=len(RANGES), scramble=False)
         points.fast_forward(1)  # Its first point is the corner of the smallest rates.
         spread = (_spread(point, own) for point in points.random(max(self.trials - 1, 0)))
@@ -152,27 +160,46 @@ class Comparison:
         fixed = [tuple(np.where(kept, own, rates).tolist()) for rates in spread]
         return list(dict.fromkeys([own, *fixed]))  # A row that sets every rate has one candidate.
 
+    def kept(self, row: str) -> list[str]:
+        """Return the rates that a row sets itself."""
+        return [name for name in RATES if name in self._method(row).settings]
+
+    def trials_of(self, row: str) -> int:
+        """Return how many trials a row has at each ε; one if it sets every rate itself."""
+        if self.sampler == OPTUNA and self.trials:
+            return self.trials if len(self.kept(row)) < len(RATES) else 1
+        return len(self.candidates(row)) if self.trials else 0
+
+    def trial(self, pair: Pair, rates: Rates) -> Job:
+        """Return the run that tries rates."""
+        return self._job(TUNE, pair, TUNING_SEED, rates)
+
     def tune_jobs(self) -> list[Job]:
-        """Return the runs by which rates are chosen."""
+        """Return the trials that are known before any has run (see `trial_jobs`)."""
         if not self.trials:
             return []
         candidates = {method.name: self.candidates(method.name) for method in self.rows}
-        return [
-            self._job(TUNE, pair, TUNING_SEED, rates)
-            for pair in self.pairs
-            for rates in candidates[pair[0]]
-        ]
+        return [self.trial(pair, rates) for pair in self.pairs for rates in candidates[pair[0]]]
 
-    def choose(self, rows: Mapping[RowKey, Row]) -> dict[Pair, Rates | None]:
+    def choose(
+        self, rows: Mapping[RowKey, Row], tried: Sequence[Job] | None = None
+    ) -> dict[Pair, Rates | None]:
         """Return the rates with which each pair ended best, the first ones if several are equal.
 
         A pair has None if every trial failed.
+
+        Parameters
+        ----------
+        rows : Mapping
+            The finished runs by key.
+        tried : Sequence[Job], optional
+            The trials; by default those of `tune_jobs`.
         """
         if not self.trials:
             return self._own()
         chosen: dict[Pair, Rates | None] = dict.fromkeys(self.pairs)
         best: dict[Pair, float] = {}
-        for job in self.tune_jobs():
+        for job in self.tune_jobs() if tried is None else tried:
             row = rows[job.key]
             if not row["error"] and row["final"] > best.get(job.pair, -math.inf):
                 best[job.pair], chosen[job.pair] = row["final"], job.rates
@@ -244,6 +271,7 @@ class Comparison:
             "epsilons": [str(epsilon) for epsilon in self.epsilons],
             "seeds": self.seeds,
             "trials": self.trials,
+            **({"sampler": self.sampler} if self.sampler != HALTON else {}),
         }
 
     def _method(self, row: str) -> Method:
@@ -263,5 +291,10 @@ class Comparison:
 def _spread(point: Sequence[float], own: Rates) -> Rates:
     """Place a point of the unit cube in `RANGES` around the own rates, to three digits."""
     places = zip(own, point, RANGES.values(), strict=True)
-    a, b, head = (float(f"{rate * low * (high / low) ** u:.3g}") for rate, u, (low, high) in places)
+    a, b, head = (rounded(rate * low * (high / low) ** u) for rate, u, (low, high) in places)
     return a, b, head
+
+
+def rounded(rate: float) -> float:
+    """Return a rate with three digits, as tables show it."""
+    return float(f"{rate:.3g}")

@@ -24,6 +24,7 @@ from fedlora_flwr.studies.compare_results import (
     RowKey,
     read_rows,
     row_key,
+    seconds_left,
 )
 
 if TYPE_CHECKING:
@@ -138,11 +139,9 @@ class FollowedComparison:
     @property
     def seconds_left(self) -> float | None:
         """About how long the other runs take, from the time of those that are done."""
-        took = [row["seconds"] for row in self.rows if not row["error"]]
-        if not took or not self._plan:
+        if not self._plan:
             return None
-        rest = self.total - len(self.rows)
-        return statistics.fmean(took) * rest / int(self._plan["workers"])
+        return seconds_left(self.rows, self.total - len(self.rows), int(self._plan["workers"]))
 
     def pairs(self) -> list[PairState]:
         """Return how far each row is at each ε, in the order in which they begin."""

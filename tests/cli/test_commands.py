@@ -81,6 +81,8 @@ def test_the_version_is_that_of_the_package() -> None:
         (["compare", "--row"], "la-lora fil", ["la-lora filter="]),
         (["compare", "--row"], "la", ["la-lora"]),
         (["compare", "--baselines"], "al", ["all"]),
+        (["compare", "--sampler"], "o", ["optuna"]),
+        (["run", "-c"], "trackers=t", ["trackers=tensorboard"]),
         (["compare", "--baselines"], "head-only,no-p", ["head-only,no-privacy"]),
         (["keys"], "lr-h", ["lr-head"]),
     ],

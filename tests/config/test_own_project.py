@@ -26,6 +26,7 @@ OTHERS = {
     "early-stopping-patience": 1,
     "early-stopping-threshold": 0.1,
     "metric-for-best-model": "accuracy",
+    "trackers": "tensorboard",
 }
 # What a project has in its own hands, as docs/how_to/use_in_my_flower_project.md says.
 IN_THE_PROJECTS_HANDS = {"task", "num-clients", "round-timeout", "run-dir", "client-ranks"}

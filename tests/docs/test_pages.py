@@ -23,10 +23,12 @@ RUN = sorted({block.page for block in BLOCKS if not block.not_run} - {TUTORIAL})
 # How many blocks are not run, by reason.
 REASONS = {
     "docs/index.md does": 1,
-    "it installs packages": 3,
+    "it installs packages": 4,
     "it takes minutes": 6,
     "it needs code that is not in this repository": 1,
     "it takes a quarter of an hour": 2,
+    "it serves until it is stopped": 2,
+    "it sends a run to W&B": 1,
     "it needs a device": 1,
     "it needs a fleet": 1,
     "it needs a GPU": 3,

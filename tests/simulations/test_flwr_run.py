@@ -29,6 +29,7 @@ from tests.processes.processes import LOOPBACK, MARK, left_of, listening, marked
 from tests.server.support import digests, only_run
 from tests.simulations.in_turn import RECIPES, write_app
 from tests.support.readme import BIN, FLOWER, ROOT, unactivated
+from tests.tracking.support import of_tensorboard, written
 
 pytestmark = pytest.mark.flower
 FEDLORA = str(Path(sys.executable).parent / "fedlora")
@@ -61,7 +62,8 @@ def flower_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     found, recipes = {strategy: folder / strategy for strategy in ON_RAY}, []
     for strategy, path in found.items():
-        own = {"run-dir": str(path), "state-dir": str(path), "min-clients": SMALL["num-clients"]}
+        own = {"run-dir": str(path), "state-dir": str(path), "min-clients": SMALL["num-clients"],
+               "trackers": "tensorboard"}  # fmt: skip
         recipes.append(str(folder / f"{strategy}.toml"))
         text = RunConfig.of(config(strategy).items(), own).to_toml()
         Path(recipes[-1]).write_text(text, encoding="utf-8")
@@ -91,6 +93,14 @@ def test_a_run_on_ray_equals_the_run_in_this_process_bit_for_bit(
     assert on_ray.keys() == here.keys()
     for name, array in on_ray.items():
         np.testing.assert_array_equal(array, here[name], err_msg=name)
+
+
+def test_the_server_of_flwr_run_tells_trackers_of_each_round(flower_runs: dict[str, Path]) -> None:
+    run = flower_runs["rolora"]
+    scalars = of_tensorboard(run)
+    for row in written(run):
+        assert scalars["accuracy", row["round"]] == [pytest.approx(row["accuracy"])]
+    assert {step for _, step in scalars} == {0, 1, 2}
 
 
 def test_a_run_repeats_a_simulation_on_one_worker_and_listens_on_the_loopback_alone(

@@ -138,7 +138,7 @@ def test_the_table_follows_from_the_rows(original: tuple[Path, pd.DataFrame, Tol
 def test_the_files(original: tuple[Path, pd.DataFrame, Told]) -> None:
     folder, summary, _ = original
     expected = {"accuracy.png", "compare.log", "progress.json", "rows.csv", "settings.json"}
-    expected |= {"table.md"}
+    expected |= {"table.md", "table.tex"}
     assert {path.name for path in folder.iterdir() if path.name != ".lock"} == expected
     assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     settings = json.loads((folder / "settings.json").read_text())

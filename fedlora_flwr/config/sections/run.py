@@ -34,6 +34,10 @@ class RunSection:
         "", ANY, "metric of the evaluations that finds the best adapter; empty = the task's",
         _RUN, _SERVER,
     )  # fmt: skip
+    trackers: str = key(
+        "", ANY, "tensorboard, mlflow, wandb or your own module:Class, with commas between them",
+        _PACKAGE, "Only the server loads and calls them.",
+    )  # fmt: skip
     precision: str = key(
         "fp32", choice("fp32", "bf16", "auto"),
         "precision of the frozen backbone's products; auto = what is faster on this machine",
