@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -20,9 +21,9 @@ BAR = 0.10
 
 def five_shapes() -> list[Shape]:
     """Return text and image models with few and with all linear layers adapted."""
-    calm = roberta(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    calm = replace(calm, name=f"{calm.name} without dropout", targets=_first(calm))
-    return [roberta(), swin(), calm]
+    still: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    calm = roberta("RoBERTa-base without dropout", **still)
+    return [roberta(), swin(), replace(calm, targets=_first(calm))]
 
 
 def _first(shape: Shape) -> dict[str, str]:
@@ -65,7 +66,8 @@ def forecast(bench: StepBench, records: int) -> int:
         bare = attach(shape.build(), spec, seed=0)
     trained = sum(parameter.numel() for parameter in parameters.values())
     config = RunConfig.of({"batch-size": records, "optimizer": "sgd", "momentum": 0.0})
-    return step_memory(config, _Same(shape), bare, trained, records).total
+    task: Any = _Same(shape)  # It serves the one shape of its own records.
+    return step_memory(config, task, bare, trained, records).total
 
 
 class _Same(ShapeTask):
