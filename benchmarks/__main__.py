@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -25,8 +24,6 @@ def bench(
     listed: Annotated[bool, typer.Option("--list", help="Name the benchmarks, and end.")] = False,
 ) -> None:
     """Measure speed and memory here, as ratios to what you would have otherwise."""
-    # Without this, the profiler that measures memory writes a line for each start and stop.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from benchmarks.suite import BENCHMARKS, run_suite
 
     if listed:

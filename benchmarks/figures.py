@@ -92,6 +92,16 @@ def take_turns(calls: Mapping[str, Call], repetitions: int) -> dict[str, float]:
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
+def profiled(call: Call) -> Any:
+    """Run a call under torch's profiler of CPU time and memory, and return the profile."""
+    # By default the profiler writes a line when it starts, and another when it stops.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
+    return profile
+
+
 def peak_bytes(call: Call) -> int:
     """Return the largest number of bytes that tensors took during a call, beyond those before."""
     gc.collect()
@@ -101,11 +111,8 @@ def peak_bytes(call: Call) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        call()
     held = largest = 0
-    for event in profile.profiler.kineto_results.events():
+    for event in profiled(call).profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             largest = max(largest, held)

@@ -8,8 +8,6 @@ be faster only with fewer products or with faster ones.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.figures import Call, Figure, take_turns
+from benchmarks.figures import Call, Figure, profiled, take_turns
 from benchmarks.step import ALL_LINEARS, PHASES, Shape, StepBench, plain_step
 from fedlora_flwr.layout import factor_of
 from fedlora_flwr.lora.precision import run_in_bf16
@@ -133,17 +131,11 @@ def _attention(queries: Tensor, keys: Tensor, once: int) -> list[Product]:
 
 def limit(found: Mapping[Product, int], dtype: torch.dtype, repetitions: int) -> float:
     """Return the seconds of all products, each the median over repetitions."""
-    total = 0.0
-    for product, times in found.items():
-        call = product.call(dtype)
-        total += times * statistics.median(_timed(call) for _ in range(repetitions + 1))
-    return total
-
-
-def _timed(call: Call) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
+    # One product after another: the matrices of all of them together take much memory.
+    return sum(
+        times * take_turns({"": product.call(dtype)}, repetitions)[""]
+        for product, times in found.items()
+    )
 
 
 def flops(found: Mapping[Product, int]) -> int:
@@ -169,26 +161,24 @@ def measure(
     """
     for shape in shapes:
         for layers, targets in shape.targets.items():
-            seconds = {}
+            setting, seconds = f"{shape.name}, b = {records}, {layers}", {}
+            bench = StepBench(shape, targets, records, torch.device("cpu"))
+            needed = {
+                phase: products(plain_step(bench.plain, phase, shape, bench.batch))
+                for phase in PHASES
+            }
             for dtype, name in NAMES.items():
-                bench = StepBench(shape, targets, records, torch.device("cpu"))
-                needed = {
-                    phase: products(plain_step(bench.plain, phase, shape, bench.batch))
-                    for phase in PHASES
-                }
                 if dtype is torch.bfloat16:
                     run_in_bf16(bench.engine.adapted.model)
-                what = f"{shape.name}, b = {records}, {layers}, {{}}, {name}"
                 for phase, figure in _steps(bench, needed, dtype, repetitions).items():
-                    on_figure(replace(figure, what=what.format(phase)))
+                    on_figure(replace(figure, what=f"{setting}, {phase}, {name}"))
                     seconds[phase, dtype] = figure.ours
                 for figure in shares(bench):
-                    on_figure(replace(figure, what=f"{what.format('AB')}: {figure.what}"))
+                    on_figure(replace(figure, what=f"{setting}, AB, {name}: {figure.what}"))
             for phase in PHASES:
                 fast, slow = seconds[phase, torch.bfloat16], seconds[phase, torch.float32]
-                what = f"{shape.name}, b = {records}, {layers}, {phase}: bf16"
                 bar = FASTER if "RoBERTa" in shape.name and layers != ALL_LINEARS else None
-                on_figure(Figure(what, fast, slow, "s", "fp32", bar))
+                on_figure(Figure(f"{setting}, {phase}: bf16", fast, slow, "s", "fp32", bar))
 
 
 def _steps(
@@ -230,8 +220,7 @@ def shares(bench: StepBench) -> list[Figure]:
     call = bench.call()
     with bench.engine.training():
         call()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            call()
+        profile = profiled(call)
     found: Counter[str] = Counter()
     for event in profile.key_averages():
         found[_kind(event.key)] += event.self_cpu_time_total

@@ -8,7 +8,6 @@ docs/mechanisms.md from the committed rows, and `benchmarks.pictures` draws its 
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -129,8 +128,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         page = written(PAGE.read_text("utf-8"), sections(read(RESULTS)))
         replace_file(PAGE, page.encode())
         return
-    # Without this, the profiler that measures memory writes a line for each start and stop.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     torch.set_num_threads(1)
     found = measure(given.parts or list(PARTS), given.quick, Console())
     if given.output is not None:

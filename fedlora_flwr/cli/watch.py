@@ -31,7 +31,7 @@ class Watched(Protocol):
         ...
 
     def closing(self) -> list[str]:
-        """Return the lines that follow the news at the end, where there is no terminal."""
+        """Return the last lines that are printed where there is no terminal."""
         ...
 
     def ending(self) -> str | None:

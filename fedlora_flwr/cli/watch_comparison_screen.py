@@ -39,7 +39,7 @@ class WatchedComparison:
         return [plain(line) for line in (self._state(), "", *self._table().lines(width))]
 
     def closing(self) -> list[str]:
-        """Return the same lines, where there is no terminal."""
+        """Return the lines that show the comparison, of any width."""
         return self.lines(None)
 
     def ending(self) -> str | None:

@@ -273,6 +273,7 @@ def _progress(run: Path | None, current: ServerRun | None) -> Progress | None:
     """Read the folder that the user names, or that the server's run names if it is here."""
     if run is not None:
         return Progress.of(run)
+    # The run may write on another machine, so its folder need not be here.
     with suppress(OSError, InvalidValue):
         return Progress.of(Path(current.folder)) if current and current.folder else None
     return None
@@ -299,6 +300,7 @@ def _devices(
 ) -> Iterator[DeviceStatus]:
     """Yield each device that the fleet was made with, the server knows, or the run has heard."""
     bound: dict[str, str] = {}
+    # Without this file, a device's registered name stands for the one under which it replies.
     with suppress(InvalidValue, OSError):
         bound = {key: name for name, key in read_bindings(place.server / "identities.json").items()}
     # A device that got a new key may have an old one under the same name, which never comes back.

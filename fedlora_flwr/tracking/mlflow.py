@@ -20,9 +20,9 @@ _NOT_IN_A_NAME = re.compile(r"[^\w\-. /:]", re.ASCII)
 class MLflow:
     """Writes a metric per figure, a parameter per key, and the end as status and tags.
 
-    A run that continues goes on with the same MLflow run, and adds the rounds that are missing. If
-    MLflow's run has rounds that are no longer done, it is marked as deleted, and another one
-    begins with the rounds that are.
+    If a training run is resumed, its MLflow run is resumed, too, and gets the rounds that it lacks.
+    The MLflow run may have rounds that the checkpoint does not have. It is then marked as deleted,
+    and a new one gets the checkpoint's rounds.
     """
 
     def on_start(self, run: TrackedRun) -> None:

@@ -71,9 +71,7 @@ def merge(
     if path.exists():
         raise InvalidValue("output", str(path), "a folder that does not exist")
     with opened(adapter, None, task, {"device": "cpu", **changes}) as found:
-        if found.is_merged:
-            allowed = "an adapter's folder. This one holds a model that is merged already"
-            raise InvalidValue("adapter", str(found.folder), allowed)
+        found.require_factors()
         model = merged(found.model)
         save = optional(found.task, "save_model") or _save_weights
         private_folder(path.parent)

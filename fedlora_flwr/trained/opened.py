@@ -75,6 +75,21 @@ class OpenAdapter:
         """Whether the folder holds a whole model, with the adapter in its weights."""
         return not is_adapter(self.folder)
 
+    def require_factors(self) -> None:
+        """Refuse a merged model where an adapter is needed.
+
+        Raises
+        ------
+        InvalidValue
+            The folder holds a merged model.
+        """
+        if self.is_merged:
+            allowed = (
+                "the folder of a run, or of an adapter. This one holds a model that is merged "
+                "already, and a merged model has no factors"
+            )
+            raise InvalidValue("adapter", str(self.folder), allowed)
+
     @cached_property
     def model(self) -> Any:
         """The model with its adapter, in evaluation mode on the configured device."""

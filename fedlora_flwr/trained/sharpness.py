@@ -184,9 +184,7 @@ def sharpness(
     parts = tuple(parts)
     _check(radius=radius, draws=draws, probes=probes, records=records)
     with opened(adapter, data, task, changes) as found:
-        if found.is_merged:
-            allowed = "the folder of a run, or of an adapter: a merged model has no factors"
-            raise InvalidValue("adapter", str(found.folder), allowed)
+        found.require_factors()
         some = _spread(labeled_records(found), records)
         with explained("Measuring the adapter", "Set fewer records, or fewer parts."):
             chosen = list(parameters_of(found.model, parts).values())

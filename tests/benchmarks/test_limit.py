@@ -16,7 +16,7 @@ TINY = roberta(
     "tiny RoBERTa", hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
     intermediate_size=64,
 )  # fmt: skip
-# With dropout, torch makes the products of attention one by one, and counts them.
+# Dropout keeps torch from fused attention, whose products it does not count.
 
 
 @pytest.mark.parametrize("phase", PHASES)

@@ -44,7 +44,7 @@ def test_tables_have_the_cells_of_the_markdown_file() -> None:
     ]
     assert rows == shown
     assert r"\textbf{55.0 $\pm$ 7.1}" in text
-    assert "0.1 / 1e-05 / 2" in text  # A minus in a number's exponent is no sign.
+    assert "0.1 / 1e-05 / 2" in text  # An exponent keeps its plain minus.
 
 
 def test_each_table_is_a_float_with_caption_rules_and_notes() -> None:

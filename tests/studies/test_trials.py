@@ -91,7 +91,7 @@ def test_a_trial_follows_from_the_earlier_ones() -> None:
         return statistics.fmean(outcome(job)["final"] for job in some)
 
     assert mean(last) > 2 * mean(first)
-    # With other figures, other rates are tried once the first ones, drawn at random, are over.
+    # The first rates are drawn at random. Later ones depend on the figures.
     for batch in trial_jobs(what, other):
         for job in batch:
             other[job.key] = {"error": "", "final": -outcome(job)["final"]}
