@@ -2,8 +2,8 @@
 
 Run ``python -m benchmarks.audit``, or ``make audit``. Each row is an attack of `fedlora audit` on
 short runs in which every record takes part (q = 1). All bounds of the table hold together at 95 %
-confidence. ``--only one-run fedsvd`` measures the rows of a mode or method again, and keeps the
-others.
+confidence. ``--only one-run rolora as-lora`` measures one run of these two methods again, and keeps
+the other rows.
 ``--quick`` is a form of a minute with two methods. A check that runs with every change
 must not fail by chance, so its bounds hold at 99.999 % confidence, and its bar is lower.
 """
@@ -48,6 +48,7 @@ ONE_RUN_RECORDS, ONE_RUN_CLIENTS = 200, 60
 # Small steps, so that a loss is nearly a linear function of what was learned.
 SMALL = {"lr-a": 0.01, "lr-b": 0.01, "lr-head": 0.01, "num-clients": 2}
 ONE_SUM = {"num-clients": 2, "num-rounds": 1, "strategy": "ffa-lora"}
+TRUST_MODELS = ("local", "secure-sum")
 MODES = {"paired": PAIRED, "one-run": ONE_RUN, "black-box": BLACK_BOX}
 _NAMED = ("task", "strategy", "trust model", "mode", "canary")
 
@@ -157,6 +158,13 @@ def rows_of(table: Path) -> dict[tuple[str, ...], dict[str, Any]]:
     return {tuple(row[name] for name in _NAMED): row for row in rows}
 
 
+def named(cell: Cell, words: Sequence[str]) -> bool:
+    """Tell whether the words name a cell: of each kind of word, one has to, if there is any."""
+    given = {MODES.get(word, word) for word in words}
+    kinds = (set(TRUST_MODELS), set(METHODS), set(MODES.values()))
+    return all(given & kind & set(cell.row) or not given & kind for kind in kinds)
+
+
 def save(output: Path, confidence: float, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the rows that there are, so that a run that is stopped keeps what it found."""
     content = {"confidence": confidence, "rows": rows}
@@ -173,7 +181,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="two methods, fewer runs")
     parser.add_argument(
-        "--only", nargs="+", choices=(*MODES, *METHODS), help="these rows; keep the others"
+        "--only",
+        nargs="+",
+        choices=(*MODES, *METHODS, *TRUST_MODELS),
+        help="rows of these modes, methods and trust models; keep the others",
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--output", type=Path, help=f"folder of the results ({RESULTS.name})")
@@ -185,8 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         every = list(quick() if given.quick else cells(make(Path(scratch))))
         confidence = QUICK if given.quick else 1 - (1 - CONFIDENCE) / len(every)
-        wanted = {MODES.get(word, word) for word in given.only or MODES}
-        chosen = [cell for cell in every if wanted & {cell.mode, cell.config.strategy}]
+        chosen = [cell for cell in every if named(cell, given.only or ())]
         rows = rows_of(output / "table.json") if output and given.only else {}
         for number, cell in enumerate(chosen, start=1):
             found = attacked(cell, confidence, given.workers, Path(scratch) / "log")

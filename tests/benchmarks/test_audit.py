@@ -41,3 +41,19 @@ def test_the_whole_table_has_each_method_mode_and_trust_model(tmp_path: Path) ->
     assert all(cell.config.epsilon == 4.0 for cell in every)
     one = [cell for cell in every if cell.mode == "one run"]
     assert all(cell.records * cell.config.num_clients >= 400 for cell in one)
+
+
+@pytest.mark.parametrize(
+    ("words", "rows"),
+    [
+        ([], 16),
+        (["paired", "secure-sum"], 1),
+        (["one-run", "rolora", "as-lora"], 2),
+        (["rolora"], 3),
+        (["one-run", "black-box"], 5),
+        (["black-box", "fedsvd"], 0),
+    ],
+)
+def test_words_choose_the_rows_that_each_kind_of_word_allows(words: list[str], rows: int) -> None:
+    every = audit.cells(Path("llm-benchmark"))
+    assert sum(audit.named(cell, words) for cell in every) == rows
