@@ -101,6 +101,8 @@ def totals(found: Found) -> str:
         lines.append(f"{name}, {sum(judged)} of {len(judged)} measured cells meet the bar.")
     grid = list(cells())
     done = sum(cell in found for cell in grid)
+    if done == len(grid):
+        return "\n".join([*lines, f"All {done:,} runs of the grid were made."])
     lines.append(f"The grid has {len(grid):,} runs, and {done:,} of them were made.")
     parts: dict[str, list[bool]] = defaultdict(list)
     for cell in grid:

@@ -66,6 +66,11 @@ def test_a_table_has_means_over_seeds_dashes_and_bars() -> None:
     assert "- rolora, ε = 8, 1 of 10, seed 42: 3 of 35" in section(found)
 
 
+def test_a_whole_grid_has_no_list_of_parts() -> None:
+    text = section(dict.fromkeys(cells(), outcome(0.5)))
+    assert text.endswith("All 1,350 runs of the grid were made.")
+
+
 def test_a_cost_is_that_of_the_same_seeds() -> None:
     honest = Cell("rolora", 8.0, 0, NOBODY, "none", 42)
     bad = Cell("rolora", 8.0, 1, "x100", "krum", 42)
