@@ -2,7 +2,9 @@
 
 Those scripts have in common that they load the model and make the privacy engine again for every
 client and round. They tokenize texts when a record is read, and pad them to the longest allowed
-length. The script here is written for this purpose and copies none of them.
+length. Each round ends with an evaluation of the whole public test set. The script here imitates
+them: it is written for this purpose and copies none of them. It is also timed with texts that are
+padded only to the longest of their batch, so that the table tells what padding costs.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,9 @@ from fedlora_flwr.processes.workers import log_to_file
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.runner import prepare_run
 
-BAR = 1 / 5
+SHIPPED, CUT = "the imitated script", "the same with its padding cut"
+BARS = {SHIPPED: 1 / 10, CUT: 1 / 3}
+PRECISIONS = ("fp32", "bf16")
 WORDS = 5000
 """Words of the made-up language. Each is one token."""
 
@@ -44,7 +49,8 @@ class Setting:
     records: int = 1000
     batch: int = 32
     steps: int = 5
-    rounds: int = 5
+    rounds: int = 3
+    tested: int = 872
     max_length: int = 128
     hidden: int = 384
     layers: int = 6
@@ -52,53 +58,53 @@ class Setting:
 
 
 def measure(setting: Setting, on_figure: Callable[[Figure], None]) -> None:
-    """Time our rounds and the published way's clients in turns.
+    """Time our rounds and the script's clients in turns.
 
-    A published round is its clients one after the other, so one client is timed after each of our
-    rounds and multiplied by their number.
+    A round of the script is its clients one after the other and an evaluation. So one client is
+    timed after each of our rounds and multiplied by their number, and the evaluation is timed once.
+    Our rounds in bf16 come last, since the script has no such rounds to take turns with.
     """
     with tempfile.TemporaryDirectory(prefix="fedlora-bench-") as scratch:
         folder = Path(scratch)
         with _cache_in(folder / "cache"):
             _make(folder, setting)
-            ours, theirs = _take_turns(folder, setting)
-    on_figure(
-        Figure(
-            f"a round: {setting.clients} clients, b = {setting.batch}, K = {setting.steps}, texts "
-            "as long as SST-2's",
-            statistics.median(ours),
-            setting.clients * statistics.median(theirs),
-            "s",
-            "the published way",
-            BAR,
-        )
-    )
+            log_to_file(folder / "flower.log")
+            prepared = prepare_run(_config(folder, setting))
+            sigma = prepared.mechanisms[0].noise_multiplier
+            scripts = {
+                way: _Script(folder, setting, sigma, prepared.config.clip_norm, way == CUT)
+                for way in BARS
+            }
+            clients: dict[str, list[float]] = {way: [] for way in BARS}
+
+            def one_client_of_each() -> None:
+                for way, script in scripts.items():
+                    clients[way].append(_seconds(partial(script.client, setting.steps)))
+
+            fp32 = time_rounds(prepared, RunDirectory(folder / "fp32"), one_client_of_each)
+            prepared = prepare_run(_config(folder, setting, "bf16"))
+            bf16 = time_rounds(prepared, RunDirectory(folder / "bf16"))
+            theirs = {
+                # The first client imports, and so does our first round: neither counts.
+                way: setting.clients * statistics.median(clients[way][1:])
+                + _seconds(scripts[way].evaluate)
+                for way in BARS
+            }
+    what = f"a round: {setting.clients} clients, b = {setting.batch}, K = {setting.steps}, texts "
+    what += f"as long as SST-2's, {setting.tested} of them for the evaluation"
+    for precision, ours in zip(PRECISIONS, (fp32, bf16), strict=True):
+        for way, bar in BARS.items():
+            about = (f"{what}; ours in {precision}", statistics.median(ours), theirs[way], "s", way)
+            on_figure(Figure(*about, bar))
 
 
-def _take_turns(folder: Path, setting: Setting) -> tuple[list[float], list[float]]:
-    config = _config(folder, setting)
-    log_to_file(folder / "flower.log")
-    prepared = prepare_run(config)
-    script = _Script(folder, setting, prepared.mechanisms[0].noise_multiplier, config.clip_norm)
-    theirs: list[float] = []
-
-    rounds = 0
-
-    def published() -> None:
-        nonlocal rounds
-        rounds += 1
-        if rounds == 1:  # Our first round, which imports and opens data, is not timed either.
-            script.client(steps=1)
-            return
-        begin = time.perf_counter()
-        script.client(setting.steps)
-        theirs.append(time.perf_counter() - begin)
-
-    ours = time_rounds(prepared, RunDirectory(folder / "run"), between=published)
-    return ours, theirs
+def _seconds(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
 
 
-def _config(folder: Path, setting: Setting) -> RunConfig:
+def _config(folder: Path, setting: Setting, precision: str = "fp32") -> RunConfig:
     return RunConfig.of(
         {
             "task": "text-classification",
@@ -115,46 +121,34 @@ def _config(folder: Path, setting: Setting) -> RunConfig:
             "strategy": "dp-lora",
             "rank": 8,
             "lora-alpha": 16.0,
-            "eval-every": setting.rounds + 1,
             "delta": 1e-5,
             "device": "cpu",
+            "precision": precision,
             "reproducible": True,
-            "state-dir": str(folder / "state"),
+            "state-dir": str(folder / "state" / precision),
         }
     )
 
 
 class _Script:
-    """One client as in the public scripts."""
+    """One client as in the public scripts, and their evaluation."""
 
-    def __init__(self, folder: Path, setting: Setting, sigma: float, clip: float) -> None:
+    def __init__(
+        self, folder: Path, setting: Setting, sigma: float, clip: float, cut: bool
+    ) -> None:
         self._folder, self._setting, self._sigma, self._clip = folder, setting, sigma, clip
-        frame = pd.read_parquet(folder / "data" / "train.parquet").head(setting.records)
-        self._texts, self._labels = frame["sentence"].tolist(), frame["label"].tolist()
+        self._cut = cut
 
     def client(self, steps: int) -> dict[str, Tensor]:
         """Load, wrap and train the model, and return the upload."""
         from opacus import PrivacyEngine
-        from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        folder, setting = str(self._folder / "model"), self._setting
-        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-        lora = LoraConfig(
-            r=8,
-            lora_alpha=16,
-            target_modules=["query", "value"],
-            modules_to_save=["classifier"],
-        )
-        model = get_peft_model(model, lora).train()
+        model = self._model().train()
         trained = [p for p in model.parameters() if p.requires_grad]
-        texts = _Texts(
-            self._texts, self._labels, AutoTokenizer.from_pretrained(folder), setting.max_length
-        )
         private, optimizer, loader = PrivacyEngine().make_private(
             module=model,
             optimizer=torch.optim.SGD(trained, lr=0.1),
-            data_loader=DataLoader(texts, batch_size=setting.batch),
+            data_loader=self._loader("train", self._setting.records),
             noise_multiplier=self._sigma,
             max_grad_norm=self._clip,
         )
@@ -164,6 +158,47 @@ class _Script:
             F.cross_entropy(private(**batch).logits, labels).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    def evaluate(self) -> float:
+        """Load the model, and return its accuracy on the test set."""
+        model, right = self._model().eval(), 0
+        with torch.no_grad():
+            for batch in self._loader("validation", self._setting.tested):
+                labels = batch.pop("labels")
+                right += int((model(**batch).logits.argmax(-1) == labels).sum())
+        return right / self._setting.tested
+
+    def _model(self) -> Any:
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForSequenceClassification
+
+        folder = str(self._folder / "model")
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+        lora = LoraConfig(
+            r=8,
+            lora_alpha=16,
+            target_modules=["query", "value"],
+            modules_to_save=["classifier"],
+        )
+        return get_peft_model(model, lora)
+
+    def _loader(self, split: str, records: int) -> DataLoader[dict[str, Tensor]]:
+        from transformers import AutoTokenizer
+
+        frame = pd.read_parquet(self._folder / "data" / f"{split}.parquet").head(records)
+        tokenizer = AutoTokenizer.from_pretrained(str(self._folder / "model"))
+        longest = self._setting.max_length
+        texts = _Texts(frame["sentence"].tolist(), frame["label"].tolist(), tokenizer, longest)
+        return DataLoader(
+            texts, self._setting.batch, collate_fn=_without_padding if self._cut else None
+        )
+
+
+def _without_padding(records: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return a batch that is as long as its longest text."""
+    batch = {name: torch.stack([record[name] for record in records]) for name in records[0]}
+    longest = int(batch["attention_mask"].sum(1).max())
+    return {name: x[:, :longest] if x.ndim > 1 else x for name, x in batch.items()}
 
 
 class _Texts(Dataset[dict[str, Tensor]]):
@@ -193,7 +228,10 @@ def _make(folder: Path, setting: Setting) -> None:
 
     rng = np.random.default_rng(0)
     words = np.array([f"w{i}" for i in range(WORDS)])
-    for split, count in (("train", setting.clients * setting.records), ("validation", 32)):
+    for split, count in (
+        ("train", setting.clients * setting.records),
+        ("validation", setting.tested),
+    ):
         # Half of SST-2's texts have up to 7 words, and 99 % fewer than 36.
         lengths = np.clip(np.exp(rng.normal(np.log(7), 0.7, count)).round(), 1, 52).astype(int)
         texts = [" ".join(rng.choice(words, length)) for length in lengths]
