@@ -299,7 +299,7 @@ def _together(config: RunConfig, numbers: Sequence[int], coordinates: int) -> Me
 def _sizes(config: RunConfig, task: Task, records: int | None) -> list[int]:
     if records is not None:
         return [records] * config.num_clients
-    return client_sizes(config, task)
+    return client_sizes(config, task).tolist()
 
 
 def _uploads(
