@@ -181,7 +181,10 @@ def forecast(config: RunConfig, records: int | None = None, task: Task | None = 
     sent = {name: FLOAT_BYTES * size + _HEADER for name, size in sizes.items()}
     strategy.num_rounds = config.num_rounds
     plans = [strategy.plan(number, layout) for number in (1, 2)]
-    numbers = _sizes(config, task, records)
+    if records is None:
+        numbers: list[int] = client_sizes(config, task).tolist()
+    else:
+        numbers = [records] * config.num_clients
     values = [] if records is not None else client_values(config, task)
     # Clients of one size have one mechanism.
     of_size = {number: _client(config, number) for number in dict.fromkeys(numbers)}
@@ -296,12 +299,6 @@ def _together(config: RunConfig, numbers: Sequence[int], coordinates: int) -> Me
     weights = ClipWeights.configured(config)
     sigma, unit = grid.noise_multiplier, config.unit
     return Mechanism(sigma, config.clip_norm, q * records, records, q, weights, unit)
-
-
-def _sizes(config: RunConfig, task: Task, records: int | None) -> list[int]:
-    if records is not None:
-        return [records] * config.num_clients
-    return client_sizes(config, task).tolist()
 
 
 def _uploads(

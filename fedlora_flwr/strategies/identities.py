@@ -113,7 +113,8 @@ class Identities:
 
     def vouched(self, node: int) -> str:
         """Return the name of a node that its grid vouches for, or an empty text."""
-        return "" if self._roster is None else self._roster.name(self._roster.index(node))
+        there = self._roster
+        return there.name(there.index(node)) if there is not None and node in there else ""
 
     def name(self, node: int) -> str:
         """Return what to call a node: its identity, or its id as long as it has none."""
@@ -159,7 +160,7 @@ class Identities:
         """Tell whether a name is registered, and for other keys alone."""
         if self._roster is not None:
             return client != known.key and self._roster.find(client) is not None
-        owners = self._owners.get(client)
+        owners = self._owners.get(client, Counter())
         return bool(owners) and known.key not in owners
 
     def _bind(self, client: str, known: KnownNode) -> None:

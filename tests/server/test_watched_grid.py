@@ -16,13 +16,14 @@ from fedlora_flwr.server.watched_grid import RESTARTED, WatchedGrid
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.strategies import FedLoRA
 from fedlora_flwr.strategies.identities import KnownNode
+from tests.strategies.tiny import Fleet as Unvouched
 from tests.strategies.tiny import Tiny, record_of, start_arrays
 
 SUPERLINK = 1
 OFFLINE = "Node Unavailable"
 
 
-class Fleet(LocalGrid):
+class Fleet(Unvouched):
     """Nodes of which the first two may be offline, or come back; ids and errors as Flower's."""
 
     offline = False
