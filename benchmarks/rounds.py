@@ -15,10 +15,11 @@ def time_rounds(
     run_dir: RunDirectory,
     between: Callable[[], object] = lambda: None,
     workers: int = 1,
+    started: Callable[[], object] = lambda: None,
 ) -> list[float]:
     """Run without Ray and return the seconds of each round but the first.
 
-    The first opens the data, builds the models and asks every client who it is.
+    The first builds the clients' model.
 
     Parameters
     ----------
@@ -26,6 +27,8 @@ def time_rounds(
         As for `run_in_process`.
     between : callable, optional
         Called after each round, outside of its time, for measurements that take turns with rounds.
+    started : callable, optional
+        Called before the first round.
     """
     seconds: list[float] = []
     mark = time.perf_counter()
@@ -34,8 +37,8 @@ def time_rounds(
         nonlocal mark
         if row["round"] > 1:
             seconds.append(time.perf_counter() - mark)
-        if row["round"]:  # The first row is that of the start, before any round.
-            between()
+        # The first row is that of the start, before any round.
+        between() if row["round"] else started()
         mark = time.perf_counter()
 
     run_in_process(prepared, run_dir, after, workers)

@@ -74,6 +74,13 @@ def registered_clients(on_figure: OnFigure) -> None:
     measure(Setting(), on_figure)
 
 
+def million_clients(on_figure: OnFigure) -> None:
+    """Compare rounds of 100 clients out of up to a million with rounds of all of 100."""
+    from benchmarks.clients import MILLION, measure
+
+    measure(MILLION, on_figure)
+
+
 def client_start(on_figure: OnFigure) -> None:
     """Compare a device's process, started for each message, with the plain way to start."""
     from benchmarks.start import Setting, measure
@@ -146,6 +153,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "growth": growth,
     "engine": in_process,
     "clients": registered_clients,
+    "million": million_clients,
     "start": client_start,
     "long_runs": long_runs,
     "prefix": frozen_prefix,
@@ -160,8 +168,8 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 
 
 BY_NAME_ONLY = (
-    "limit", "alternation", "growth", "start", "long_runs", "prefix", "masking", "correlated",
-    "attacks", "gpu",
+    "limit", "alternation", "growth", "million", "start", "long_runs", "prefix", "masking",
+    "correlated", "attacks", "gpu",
 )  # fmt: skip
 """What `run_suite` leaves out unless named: no bar, no matter of simulations, long, or for a GPU.
 """

@@ -76,7 +76,7 @@ class Screen:
 def describe_plan(prepared: PreparedRun) -> list[tuple[str, str]]:
     """Return names and texts of the lines that announce a run."""
     config = prepared.config
-    sizes = [m.num_records for m in prepared.mechanisms]
+    sizes = list(prepared.mechanisms.of_size)
     lines = [
         (
             "Task",
@@ -116,7 +116,7 @@ def _steps(config: RunConfig) -> str:
 def _promise(prepared: PreparedRun) -> list[str]:
     """Say what the run promises, and whether uploads are masked."""
     config, grid = prepared.config, prepared.grid
-    sigmas = [m.noise_multiplier for m in prepared.mechanisms]
+    sigmas = [m.noise_multiplier for m in prepared.mechanisms.of_size.values()]
     whose = "of all clients together" if grid else "of each client"
     promise = f"ε ≤ {config.epsilon:g} at δ = {config.delta:g} for each {config.unit} {whose}; "
     if grid:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.config.sections.partition import PARTITIONERS
 from fedlora_flwr.data.missing import missing
+from fedlora_flwr.data.parts import Parts
 from fedlora_flwr.data.splits import Split
 from fedlora_flwr.errors import InvalidValue, unknown
 
@@ -64,12 +65,6 @@ def _shard(split: Split) -> Partitioner:
     )
 
 
-def _natural_id(split: Split) -> Partitioner:
-    from flwr_datasets.partitioner import NaturalIdPartitioner
-
-    return NaturalIdPartitioner(partition_by=split.by)
-
-
 def _size(split: Split) -> Partitioner:
     from flwr_datasets.partitioner import SizePartitioner
 
@@ -95,7 +90,6 @@ _MAKERS: dict[str, Callable[[Split], Partitioner]] = {
     "dirichlet": _dirichlet,
     "pathological": _pathological,
     "shard": _shard,
-    "natural-id": _natural_id,
     "size": _size,
     "linear": _by_place("LinearPartitioner"),
     "square": _by_place("SquarePartitioner"),
@@ -105,7 +99,7 @@ LABEL_SHARES = "label-shares"
 _BY_COLUMN = ("dirichlet", "pathological", "shard", "natural-id", LABEL_SHARES)
 
 
-def partition_records(columns: Mapping[str, NDArray[Any]], split: Split) -> list[NDArray[np.int64]]:
+def partition_records(columns: Mapping[str, NDArray[Any]], split: Split) -> Parts:
     """Deal records out to clients.
 
     The same arguments give the same parts in every process. Classes that no client gets
@@ -127,7 +121,7 @@ def partition_records(columns: Mapping[str, NDArray[Any]], split: Split) -> list
 
     Returns
     -------
-    list[NDArray[np.int64]]
+    Parts
         Positions of each client's records, ascending. The parts are disjoint.
 
     Raises
@@ -141,17 +135,18 @@ def partition_records(columns: Mapping[str, NDArray[Any]], split: Split) -> list
         _require_column(columns, split)
     records = len(next(iter(columns.values())))
     _require_feasible(records, split)
+    # As flwr-datasets deals. It would import its plots first, in a device for each message, and
+    # makes an object of each client.
     if split.partitioner == "iid":
-        # As flwr-datasets deals. It would import its plots first, in a device for each message.
-        parts = [
-            np.sort(part) for part in np.array_split(_order(records, split), split.num_partitions)
-        ]
+        parts = _evenly(records, split)
+    elif split.partitioner == "natural-id":
+        parts = _by_value(columns[split.by])
     elif split.partitioner == LABEL_SHARES:
         parts = _by_shares(columns[split.by], split)
     else:
         parts = _dealt(columns, _MAKERS[split.partitioner](split), split)
-    if min(map(len, parts)) < split.min_size:
-        raise _unmet(split, min(map(len, parts)))
+    if (smallest := int(parts.sizes.min())) < split.min_size:
+        raise _unmet(split, smallest)
     if split.partitioner == "pathological":
         _warn_of_unused(columns[split.by], parts)
     return parts
@@ -183,7 +178,7 @@ def partition_indices(
     *,
     alpha: float = 0.5,
     min_size: int = 1,
-) -> list[NDArray[np.int64]]:
+) -> Parts:
     """Deal labeled records out to clients: `partition_records` for labels only."""
     split = Split(partitioner, num_partitions, seed, alpha, min_size)
     return partition_records({"label": labels}, split)
@@ -260,9 +255,21 @@ def _order(records: int, split: Split) -> NDArray[np.int64]:
     return np.random.default_rng(split.seed).permutation(records)
 
 
-def _dealt(
-    columns: Mapping[str, NDArray[Any]], partitioner: Partitioner, split: Split
-) -> list[NDArray[np.int64]]:
+def _evenly(records: int, split: Split) -> Parts:
+    """Cut the shuffled records into parts that differ by one record at most, the larger first."""
+    clients = split.num_partitions
+    sizes = np.full(clients, records // clients)
+    sizes[: records % clients] += 1
+    return Parts(_order(records, split), sizes)
+
+
+def _by_value(values: NDArray[Any]) -> Parts:
+    """Give each client the records of one value, in the order of the values."""
+    codes, sizes = np.unique(values, return_inverse=True, return_counts=True)[1:]
+    return Parts(np.argsort(codes, kind="stable"), sizes)
+
+
+def _dealt(columns: Mapping[str, NDArray[Any]], partitioner: Partitioner, split: Split) -> Parts:
     from datasets import Dataset
 
     # The partitioners cut each class, or the whole, in the order they find it.
@@ -278,10 +285,10 @@ def _dealt(
             parts = [partitioner.load_partition(i)["index"][:] for i in range(split.num_partitions)]
         except (ValueError, TypeError, ArithmeticError) as error:
             raise _refused(split, error) from error
-    return [np.sort(np.asarray(part, dtype=np.int64)) for part in parts]
+    return Parts.of([np.asarray(part, dtype=np.int64) for part in parts])
 
 
-def _by_shares(values: NDArray[Any], split: Split) -> list[NDArray[np.int64]]:
+def _by_shares(values: NDArray[Any], split: Split) -> Parts:
     """Deal each class out in the given shares, so that all clients get equally many records."""
     classes, codes = np.unique(values, return_inverse=True)
     shares = np.asarray(split.shares, dtype=np.float64)
@@ -302,7 +309,7 @@ def _by_shares(values: NDArray[Any], split: Split) -> list[NDArray[np.int64]]:
         [pool[end - count : end] for pool, end, count in zip(pools, row, taken, strict=True)]
         for row, taken in zip(ends, counts, strict=True)
     ]
-    return [np.sort(np.concatenate(part)).astype(np.int64) for part in parts]
+    return Parts.of([np.concatenate(part).astype(np.int64) for part in parts])
 
 
 def _refused(split: Split, error: Exception) -> InvalidValue:
@@ -326,8 +333,8 @@ def _unmet(split: Split, smallest: int | None = None) -> InvalidValue:
     return InvalidValue("min-records", split.min_size, advice)
 
 
-def _warn_of_unused(values: NDArray[Any], parts: Sequence[NDArray[np.int64]]) -> None:
-    dealt = np.concatenate(parts)
-    unused = sorted(set(np.unique(values).tolist()) - set(np.unique(values[dealt]).tolist()))
+def _warn_of_unused(values: NDArray[Any], parts: Parts) -> None:
+    dealt = values[parts.positions]
+    unused = sorted(set(np.unique(values).tolist()) - set(np.unique(dealt).tolist()))
     if unused:
         _LOGGER.warning("No client gets records of the classes %s.", ", ".join(map(str, unused)))

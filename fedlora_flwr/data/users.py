@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.config.unit import RECORD, USER, counted
 from fedlora_flwr.data.missing import missing
+from fedlora_flwr.data.parts import Parts
 from fedlora_flwr.errors import InvalidValue, unknown
 
 if TYPE_CHECKING:
@@ -78,26 +78,25 @@ def users_in(columns: Any, column: str) -> NDArray[np.int64] | None:
     return numbered_users(np.asarray(columns[column][:]), column)
 
 
-def about_users(users: NDArray[np.int64], parts: Sequence[NDArray[np.int64]] = ()) -> list[str]:
+def about_users(users: NDArray[np.int64], parts: Parts | None = None) -> list[str]:
     """Return sentences on the users of a simulation, whose records may be on several clients.
 
     Parameters
     ----------
     users : NDArray[np.int64]
         The user of each record, shape (n,).
-    parts : Sequence[NDArray[np.int64]] (default: none)
+    parts : Parts, optional
         Positions of each client's records.
 
     Examples
     --------
-    >>> about_users(np.array([0, 0, 1]), [np.array([0]), np.array([1, 2])])[0]
+    >>> about_users(np.array([0, 0, 1]), Parts(np.arange(3), np.array([1, 2])))[0]
     '2 users, with 1 to 2 records each'
     """
     sizes = np.unique(users, return_counts=True)[1]
     found = [f"{counted(len(sizes), USER)}, with {min(sizes)} to {max(sizes)} records each"]
-    clients = [user for part in parts for user in np.unique(users[part])]
-    several = int((np.unique(clients, return_counts=True)[1] > 1).sum())
-    if several:
+    clients_of_user = () if parts is None else np.bincount(parts.pairs(users)[1])
+    if several := int(np.count_nonzero(np.asarray(clients_of_user) > 1)):
         found.append(
             f"warning: {several:,} of them have records on several clients. Each client promises ε "
             "to its own part of a user, and these add up. To keep each user on one client, split "
@@ -141,6 +140,30 @@ def count_units(unit: str, records: Records) -> int:
     return len(records) if unit == RECORD else len(np.unique(required_users(records)))
 
 
+def units_by_client(unit: str, parts: Parts, users: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    """Return n of each client of a simulation, as `count_units` counts it, shape (clients,).
+
+    Parameters
+    ----------
+    unit : str
+        One of `fedlora_flwr.config.unit.UNITS`.
+    parts : Parts
+        Positions of each client's records.
+    users : NDArray[np.int64] or None
+        The user of each record.
+
+    Raises
+    ------
+    InvalidValue
+        Users are asked for, and the records do not name theirs.
+    """
+    if unit == RECORD:
+        return parts.sizes
+    if users is None:
+        raise _without_users()
+    return np.bincount(parts.pairs(users)[0], minlength=len(parts))
+
+
 def required_users(records: Records) -> NDArray[np.int64]:
     """Return the user of each record, shape (n,).
 
@@ -151,12 +174,16 @@ def required_users(records: Records) -> NDArray[np.int64]:
     """
     users = users_of(records)
     if users is None:
-        allowed = (
-            "'record', because the records of this task name no users. Name the column in "
-            "user-column; records of your own have the users as an attribute `users`"
-        )
-        raise InvalidValue("unit", "user", allowed)
+        raise _without_users()
     if np.shape(users) != (len(records),):
         allowed = f"one user for each of {len(records)} records"
         raise InvalidValue("users", np.shape(users), allowed)
     return np.asarray(users)
+
+
+def _without_users() -> InvalidValue:
+    allowed = (
+        "'record', because the records of this task name no users. Name the column in "
+        "user-column; records of your own have the users as an attribute `users`"
+    )
+    return InvalidValue("unit", "user", allowed)

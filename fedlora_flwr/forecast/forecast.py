@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -181,12 +181,17 @@ def forecast(config: RunConfig, records: int | None = None, task: Task | None = 
     sent = {name: FLOAT_BYTES * size + _HEADER for name, size in sizes.items()}
     strategy.num_rounds = config.num_rounds
     plans = [strategy.plan(number, layout) for number in (1, 2)]
-    numbers = _sizes(config, task, records)
+    if records is None:
+        numbers: list[int] = client_sizes(config, task).tolist()
+    else:
+        numbers = [records] * config.num_clients
     values = [] if records is not None else client_values(config, task)
-    clients = [
-        _client(config, number, value)
-        for number, value in zip(numbers, values or [""] * len(numbers), strict=True)
-    ]
+    # Clients of one size have one mechanism.
+    of_size = {number: _client(config, number) for number in dict.fromkeys(numbers)}
+    clients = [of_size[number] for number in numbers]
+    if values:
+        named = zip(clients, values, strict=True)
+        clients = [replace(client, value=value) for client, value in named]
     coordinates = numbers_per_step(config, strategy, model)
     made = [client.mechanism for client in clients if client.mechanism is not None]
     shapes = {name: tuple(parameter.shape) for name, parameter in model.parameters.items()}
@@ -278,11 +283,11 @@ def skeleton(config: RunConfig, task: Task) -> AdaptedModel:
             return attach(model, lora_spec(config, task), seed=0)
 
 
-def _client(config: RunConfig, records: int, value: str) -> ClientForecast:
+def _client(config: RunConfig, records: int) -> ClientForecast:
     try:
-        return ClientForecast(records, calibrated_mechanism(config, records), value=value)
+        return ClientForecast(records, calibrated_mechanism(config, records))
     except InvalidValue as error:
-        return ClientForecast(records, None, str(error), value)
+        return ClientForecast(records, None, str(error))
 
 
 def _together(config: RunConfig, numbers: Sequence[int], coordinates: int) -> Mechanism:
@@ -294,12 +299,6 @@ def _together(config: RunConfig, numbers: Sequence[int], coordinates: int) -> Me
     weights = ClipWeights.configured(config)
     sigma, unit = grid.noise_multiplier, config.unit
     return Mechanism(sigma, config.clip_norm, q * records, records, q, weights, unit)
-
-
-def _sizes(config: RunConfig, task: Task, records: int | None) -> list[int]:
-    if records is not None:
-        return [records] * config.num_clients
-    return client_sizes(config, task)
 
 
 def _uploads(

@@ -10,7 +10,7 @@ import numpy as np
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.partition import partition_table
 from fedlora_flwr.data.records import Records
-from fedlora_flwr.tasks.registry import Task, build_task, class_names
+from fedlora_flwr.tasks.registry import Task, build_task, class_names, client_sizes
 from fedlora_flwr.terminal import Table
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # More columns are hard to read, even on several lines.
 MAX_COLUMNS = 12
 _READ_AT_ONCE = 1024
+MOST_LISTED = 10_000
+"""Clients that the file of a run lists one by one; of more it tells how many records they have."""
 
 
 def split_counts(config: RunConfig, task: Task | None = None) -> pd.DataFrame:
@@ -91,6 +93,34 @@ def split_json(
             }
         )  # fmt: skip
     return {"task": config.task, "partitioner": config.partitioner, "clients": clients}
+
+
+def split_of_run(config: RunConfig) -> dict[str, Any]:
+    """Return what a run's folder tells of its split, in JSON types.
+
+    Up to `MOST_LISTED` clients it is `split_json`. With more clients no records are opened, and the
+    least, the middle and the largest number of records (or users) of a client stand for all.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run.
+
+    Raises
+    ------
+    InvalidValue
+        The records cannot be partitioned as configured.
+    """
+    task = build_task(config.task, config)
+    if config.num_clients <= MOST_LISTED:
+        return split_json(split_counts(config, task), config)
+    sizes = client_sizes(config, task)
+    few = {"least": sizes.min(), "median": np.median(sizes), "most": sizes.max()}
+    return {
+        "task": config.task, "partitioner": config.partitioner, "clients": [],
+        "num_clients": config.num_clients, "unit": config.unit,
+        "sizes": {name: float(value) for name, value in few.items()},
+    }  # fmt: skip
 
 
 def _checks(records: int, config: RunConfig) -> tuple[bool, bool]:

@@ -1,6 +1,12 @@
-"""One client's mechanism, from a run's budget and the client's number of records or users."""
+"""Clients' mechanisms, from a run's budget and each client's number of records or users."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.privacy.account import UNBOUND, Terms
@@ -64,3 +70,60 @@ def calibrated_mechanism(
     # Where the first run has fixed σ, the ledger would refuse a smaller one.
     sigma = max(sigma, terms.noise_multiplier)
     return Mechanism(sigma, config.clip_norm, expected, num_units, common, weights, config.unit)
+
+
+class Mechanisms(Sequence[Mechanism]):
+    """The mechanism of each client of a simulation; clients of one size share theirs.
+
+    Parameters
+    ----------
+    sizes : NDArray[np.int64]
+        n of each client, shape (clients,).
+    of_size : Mapping[int, Mechanism]
+        The mechanism of each size.
+    """
+
+    def __init__(self, sizes: NDArray[np.int64], of_size: Mapping[int, Mechanism]) -> None:
+        self.sizes, self.of_size = sizes, dict(of_size)
+
+    @classmethod
+    def calibrated(
+        cls,
+        config: RunConfig,
+        sizes: NDArray[np.int64],
+        shown: Callable[[Sequence[int]], Iterable[int]] = iter,
+    ) -> Mechanisms:
+        """Calibrate the mechanism of each size, in the order in which clients have them.
+
+        Parameters
+        ----------
+        config : RunConfig
+            As for `calibrated_mechanism`.
+        sizes : NDArray[np.int64]
+            n of each client, shape (clients,).
+        shown : callable, optional
+            Passes on the sizes, e.g. to show the progress.
+
+        Raises
+        ------
+        InvalidValue
+            A client cannot keep the promise.
+        """
+        found, first = np.unique(sizes, return_index=True)
+        in_order: list[int] = found[np.argsort(first)].tolist()
+        return cls(sizes, {size: calibrated_mechanism(config, size) for size in shown(in_order)})
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @overload
+    def __getitem__(self, client: int) -> Mechanism: ...
+
+    @overload
+    def __getitem__(self, client: slice) -> list[Mechanism]: ...
+
+    def __getitem__(self, client: int | slice) -> Mechanism | list[Mechanism]:
+        """Return the mechanism of a client, or those of a slice."""
+        if isinstance(client, slice):
+            return [self.of_size[size] for size in self.sizes[client].tolist()]
+        return self.of_size[int(self.sizes[client])]

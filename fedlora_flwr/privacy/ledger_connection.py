@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -10,6 +11,9 @@ from pathlib import Path
 
 from fedlora_flwr.privacy.account import Account, Tally
 from fedlora_flwr.privacy.budget import Segment
+
+_KEPT = 4096
+"""Accounts whose sums are remembered, those that were asked for last."""
 
 
 @dataclass
@@ -52,12 +56,16 @@ class Connection(sqlite3.Connection):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        self._sums: dict[tuple[str, str | None], Sums] = {}
+        self._sums: OrderedDict[tuple[str, str | None], Sums] = OrderedDict()
 
     def tallies(self, account: Account, before: int | None = None) -> list[Tally]:
         """Return the account's rows, or those before one, summed by run and mechanism."""
         run = account.run if account.scope == "run" else None
         sums = self._sums.setdefault((account.client, run), Sums())
+        # A simulation's file may have the rows of millions of clients, each of which comes seldom.
+        self._sums.move_to_end((account.client, run))
+        if len(self._sums) > _KEPT:
+            self._sums.popitem(last=False)
         if before is not None and before <= sums.rows:
             sums = Sums()
         where, values = "client = ? AND id > ?", [account.client, sums.rows]

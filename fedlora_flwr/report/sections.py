@@ -165,7 +165,7 @@ def _uploads(facts: RunFacts) -> list[Markup]:
 def _split(facts: RunFacts) -> list[Markup]:
     clients = facts.split.get("clients") or []
     if not clients:
-        return []
+        return _many(facts)
     counts = [{str(k): int(v) for k, v in one["by_class"].items()} for one in clients]
     classes = [*dict.fromkeys(name for one in counts for name in one)]
     told = (
@@ -174,6 +174,20 @@ def _split(facts: RunFacts) -> list[Markup]:
         "private, do not hand out this page."
     )
     return [element("p", told), split_bubbles(counts, classes)]
+
+
+def _many(facts: RunFacts) -> list[Markup]:
+    """Say how the records of very many clients are split, which are not listed one by one."""
+    sizes = facts.split.get("sizes")
+    if not sizes:
+        return []
+    least, median, most = (plain(sizes[name]) for name in ("least", "median", "most"))
+    told = (
+        f"This run dealt the records out to {facts.split['num_clients']:,} simulated clients by "
+        f"the partitioner {facts.split['partitioner']}. A client has {least} to {most} "
+        f"{facts.split['unit']}s, and half of the clients have {median} or fewer."
+    )
+    return [element("p", told)]
 
 
 def _failures(facts: RunFacts) -> list[Markup]:

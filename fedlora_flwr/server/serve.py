@@ -44,6 +44,7 @@ from fedlora_flwr.server.trackers import Trackers, tracked, trackers_of
 from fedlora_flwr.server.watched_grid import is_simulated
 from fedlora_flwr.strategies import FedLoRA
 from fedlora_flwr.strategies.replies import RoundReport, to_record
+from fedlora_flwr.strategies.roster import Attendance
 from fedlora_flwr.tasks.registry import Task, build_task, class_names
 from fedlora_flwr.terminal import uninterrupted
 from fedlora_flwr.trained.saved_task import write_task
@@ -158,7 +159,7 @@ class _Session:
     accountants: set[str] = field(default_factory=set)
     budgets: dict[str, tuple[float, float]] = field(default_factory=dict)
     unprotected: bool = False
-    nodes: set[int] = field(default_factory=set)
+    nodes: Attendance = field(default_factory=Attendance)
     connected: Callable[[], Iterable[int]] = tuple
     _mark: float = field(default_factory=time.perf_counter)
 
@@ -287,9 +288,7 @@ class _Session:
 
     def _absent(self) -> int:
         """Return how many nodes were connected earlier in this run and no longer are."""
-        connected = set(self.connected())
-        self.nodes |= connected
-        gone = sorted(self.strategy.shown(node) for node in self.nodes - connected)
+        gone = sorted(map(self.strategy.shown, self.nodes.gone(self.connected())))
         if gone:
             text = f"{len(gone)} of {len(self.nodes)} nodes are not connected any more"
             more = f" and {len(gone) - _MOST_NAMED} more" if gone[_MOST_NAMED:] else ""

@@ -225,7 +225,7 @@ def sum_step(config: RunConfig, task: Task, adapted: AdaptedModel) -> SumStep:
         See `sum_grid`.
     """
     size = sum(parameter.numel() for parameter in adapted.parameters.values())
-    records = config.sum_records or sum(client_sizes(config, task))
+    records = config.sum_records or int(client_sizes(config, task).sum())
     return SumStep(config, adapted, sum_grid(config, records, size), records)
 
 

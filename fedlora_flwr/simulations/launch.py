@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.forecast.split_table import split_counts, split_json
+from fedlora_flwr.forecast.split_table import split_of_run
 from fedlora_flwr.operating_system import WINDOWS
 from fedlora_flwr.processes.workers import kept_log, log_to_file
 from fedlora_flwr.server.checkpoint import Checkpoint
@@ -70,7 +70,7 @@ class OpenRun:
             prepared = self.prepared
             said = [*prepared.records, *prepared.notes, *filter(None, [prepared.precision])]
             log_to_file(self.run_dir.log, said)
-            self.run_dir.write_split(split_json(split_counts(config), config))
+            self.run_dir.write_split(split_of_run(config))
             if config.resume:  # Before the rounds are followed.
                 read_checkpoint(config, self.run_dir)
             return self.start(self.prepared, self.run_dir, on_round)

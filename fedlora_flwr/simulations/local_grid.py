@@ -17,8 +17,8 @@ from flwr.serverapp import Grid
 from fedlora_flwr.environment import simulating
 from fedlora_flwr.flower_internals import Run
 from fedlora_flwr.processes.workers import Execute, one_by_one
+from fedlora_flwr.simulations.partitions import Partitions
 from fedlora_flwr.strategies.identities import KnownNode
-from fedlora_flwr.wire import partition_name
 from fedlora_flwr.wire.identity import acting_for
 
 ClientAppCall: TypeAlias = Callable[[Message, Context], Message]
@@ -30,7 +30,9 @@ class LocalGrid(Grid):
     """Serves one `ClientApp` for a number of simulated nodes.
 
     Messages to one node are served in their order; in this process, nodes are served one after the
-    other. Node ids are random in every run, as Flower's are, so no code can depend on them.
+    other. Node ids are random in every run, as Flower's are, so no code can depend on them. The
+    grid vouches for the clients' names, which are those of their partitions, so a strategy asks
+    nobody who it is. A node that was never asked takes no memory.
 
     Parameters
     ----------
@@ -66,8 +68,8 @@ class LocalGrid(Grid):
         self._app = client_app
         self._execute = execute
         self._run_config = dict(run_config)
-        self._partitions = {node: i for i, node in enumerate(_node_ids(num_nodes))}
-        # Only the states of nodes that keep something: thousands of nodes may never be asked.
+        self._nodes = Partitions(num_nodes)
+        # Only the states of nodes that keep something: most nodes may never be asked.
         self._states: dict[int, RecordDict] = {}
         self._replies: dict[str, Message] = {}
         # Legacy servers send from many threads, but all clients share this process's one model.
@@ -93,7 +95,7 @@ class LocalGrid(Grid):
         self.run_id = run.run_id
 
     def get_node_ids(self) -> Iterable[int]:
-        """Return the ids of all nodes, in no particular order."""
+        """Return the ids of all nodes, in the order of their partitions."""
         return self._nodes
 
     bindings = None
@@ -103,12 +105,8 @@ class LocalGrid(Grid):
         return self._known
 
     @cached_property
-    def _nodes(self) -> list[int]:
-        return sorted(self._partitions)
-
-    @cached_property
     def _known(self) -> dict[int, KnownNode]:
-        names = {node: partition_name(i) for node, i in self._partitions.items()}
+        names = {node: self._nodes.name(i) for i, node in enumerate(self._nodes)}
         return {node: KnownNode(name, name) for node, name in names.items()}
 
     def create_message(
@@ -144,8 +142,8 @@ class LocalGrid(Grid):
             run_id=self.run_id,
             node_id=node,
             node_config={
-                "partition-id": self._partitions[node],
-                "num-partitions": len(self._partitions),
+                "partition-id": self._nodes.index(node),
+                "num-partitions": len(self._nodes),
             },
             state=self._states.get(node, RecordDict()),
             run_config=self._run_config,
@@ -179,10 +177,3 @@ def _reply(app: ClientAppCall, message: Message, context: Context) -> Message:
         return app(message, context)
     except Exception:  # As in Flower, a client that fails replies with its error.
         return Message(Error(CLIENT_APP_RAISED, traceback.format_exc()), reply_to=message)
-
-
-def _node_ids(count: int) -> list[int]:
-    drawn: set[int] = set()
-    while len(drawn) < count:
-        drawn.add(secrets.randbits(62) + 2)
-    return list(drawn)

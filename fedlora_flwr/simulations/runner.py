@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,7 @@ from fedlora_flwr.forecast.precision import settled
 from fedlora_flwr.lora.adapters import AdaptedModel
 from fedlora_flwr.lora.build import build_adapted
 from fedlora_flwr.lora.started import read_adapter
-from fedlora_flwr.privacy.calibration import calibrated_mechanism
-from fedlora_flwr.privacy.mechanism import Mechanism
+from fedlora_flwr.privacy.calibration import Mechanisms
 from fedlora_flwr.processes.workers import Execute, executor, one_by_one
 from fedlora_flwr.secure_sum.grid import Grid
 from fedlora_flwr.server.endings import COMPLETED, untold
@@ -58,7 +57,7 @@ class PreparedRun:
     ----------
     config : RunConfig
         The resolved configuration.
-    mechanisms : list[Mechanism]
+    mechanisms : Mechanisms
         Each client's mechanism. Making one checks that the client can keep its promise.
     parameters : int
         Parameters of the backbone.
@@ -85,7 +84,7 @@ class PreparedRun:
     """
 
     config: RunConfig
-    mechanisms: list[Mechanism]
+    mechanisms: Mechanisms
     parameters: int
     trained: int
     per_step: int
@@ -139,16 +138,16 @@ def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRu
         read_adapter(Path(config.start), adapted)
     if not large:
         rehearse(config, task, adapted)
-    progress = track(
-        sizes,
-        "Calibrating each client's noise",
+    progress = partial(
+        track,
+        description="Calibrating each client's noise",
         console=console,
         transient=True,
         disable=console is None or not console.is_terminal,
     )
     trained = sum(parameter.numel() for parameter in adapted.parameters.values())
-    grid = sum_grid(config, sum(sizes), trained) if config.secure_sum else None
-    mechanisms = [calibrated_mechanism(config, size) for size in progress]
+    grid = sum_grid(config, int(sizes.sum()), trained) if config.secure_sum else None
+    mechanisms = Mechanisms.calibrated(config, sizes, progress)
     prepared_noise = _largest_noise(config, mechanisms)
     check_known(replace(config, largest_noise=prepared_noise))
     asked = cohort_size(config.num_clients, config.fraction_train)
@@ -170,14 +169,14 @@ def prepare_run(config: RunConfig, console: Console | None = None) -> PreparedRu
     )
 
 
-def _largest_noise(config: RunConfig, mechanisms: Sequence[Mechanism]) -> float:
+def _largest_noise(config: RunConfig, mechanisms: Mechanisms) -> float:
     """Return the largest noise multiplier of an honest client, as far as it is known before a run.
 
     If budgets last over all runs, earlier runs may have fixed more noise than this run needs.
     """
     if config.ledger_scope != "run":
         return config.largest_noise
-    return max(made.noise_multiplier for made in mechanisms)
+    return max(made.noise_multiplier for made in mechanisms.of_size.values())
 
 
 def run_on_flower(

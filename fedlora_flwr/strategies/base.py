@@ -377,7 +377,7 @@ class FedLoRA(Declared, Running):
             if found.status == STATUS_EXHAUSTED:
                 report.declined.append(f"{client}: {DECLINED}")
                 if self._cohorts is not None:
-                    self._cohorts.turns.spend(client)
+                    self._cohorts.spend(client)
                 return
             keys = self.weighting, self.weighted_by_key
             upload = Upload.of(client, found, *keys, self.max_weight)

@@ -13,12 +13,14 @@ import numpy as np
 from flwr.app import Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 
 from fedlora_flwr.errors import BudgetsSpent, FederationAborted, InvalidValue
 from fedlora_flwr.randomness import stream_seed
 from fedlora_flwr.strategies.identities import Identities
 from fedlora_flwr.strategies.inbox import Inbox
 from fedlora_flwr.strategies.replies import RoundReport
+from fedlora_flwr.strategies.roster import Listed, Roster
 from fedlora_flwr.wire import WEIGHTINGS
 
 DECLINED = "its privacy budget is spent, or does not hold this run"
@@ -66,6 +68,7 @@ class Turns:
         self._taken: Counter[str] = Counter()
         self._places: dict[str, int] = {}
         self._spent: set[str] = set()
+        self._done: set[str] = set()  # Those that may not be asked again, for whatever reason.
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is counted, by client."""
@@ -77,11 +80,11 @@ class Turns:
         """Continue counting from a state."""
         self._taken, self._places = Counter(state["taken"]), dict(state["places"])
         self._spent = set(state["spent"])
+        self._done = self._spent.union(filter(self._has_had_all, self._taken))
 
-    def left(self, client: str) -> bool:
-        """Tell whether a client may be asked again."""
-        capped = self._most and self._taken[client] >= self._most
-        return client not in self._spent and not capped
+    def left(self, there: Roster) -> int:
+        """Return how many of the clients that are there may be asked again."""
+        return len(there) - len(self._out(there))
 
     def take(self, clients: Iterable[str]) -> None:
         """Count a round for each of the clients."""
@@ -89,6 +92,8 @@ class Turns:
             self._taken[client] += 1
             if client in self._places:
                 self._places[client] += 1
+            if self._has_had_all(client):
+                self._done.add(client)
 
     def rename(self, before: str, now: str) -> None:
         """Move a client's turns to the name that it gave after it was asked."""
@@ -99,20 +104,21 @@ class Turns:
     def spend(self, client: str) -> None:
         """Never ask a client again: it has said that its budget is spent."""
         self._spent.add(client)
+        self._done.add(client)
 
-    def draw(self, clients: Sequence[str], size: int, generator: np.random.Generator) -> list[str]:
-        """Draw a round's cohort.
+    def draw(self, there: Roster, size: int, generator: np.random.Generator) -> list[int]:
+        """Draw a round's cohort among those that may be asked again.
 
-        Without a cap every set of clients is equally likely. With a cap, those that had the
-        fewest turns come first, and chance decides among equals. So every
-        client has its turn before any client has its next one, and no client runs out of rounds
-        before the others. A client that joins late starts where the others are. A client that was
-        away catches up, since the run counts on its rounds.
+        Without a cap every set of clients is equally likely, and a draw costs no more with more
+        clients. With a cap, those that had the fewest turns come first, and chance decides among
+        equals. So every client has its turn before any client has its next one, and no client
+        runs out of rounds before the others. A client that joins late starts where the others are.
+        A client that was away catches up, since the run counts on its rounds.
 
         Parameters
         ----------
-        clients : Sequence[str]
-            Who may be asked, in an order that is the same in every run.
+        there : Roster
+            Who is there.
         size : int
             How many to draw; all if there are fewer.
         generator : numpy.random.Generator
@@ -120,19 +126,46 @@ class Turns:
 
         Returns
         -------
-        list[str]
-            The cohort, in the order of ``clients``.
+        list[int]
+            The positions of the cohort, ascending.
         """
-        start = min((self._places[c] for c in clients if c in self._places), default=0)
-        places = [self._places.setdefault(client, start) for client in clients]
-        if size >= len(clients):
-            return list(clients)
-        if not self._most:
-            drawn = generator.choice(len(clients), size, replace=False).tolist()
+        out = self._out(there)
+        able = len(there) - len(out)
+        if size >= able:
+            ranks = np.arange(able)
+        elif not self._most:
+            ranks = np.sort(generator.choice(able, size, replace=False))
         else:
-            shuffled = generator.permutation(len(clients)).tolist()
-            drawn = sorted(shuffled, key=lambda i: places[i])[:size]
-        return [clients[i] for i in sorted(drawn)]
+            shuffled = generator.permutation(able)
+            places = np.delete(self._places_of(there, out), out)
+            ranks = np.sort(shuffled[np.argsort(places[shuffled], kind="stable")[:size]])
+        # Ranks count those that may be asked, and positions count everybody.
+        before = np.searchsorted(out - np.arange(len(out)), ranks, side="right")
+        found: list[int] = (ranks + before).tolist()
+        return found
+
+    def _has_had_all(self, client: str) -> bool:
+        return bool(self._most) and self._taken[client] >= self._most
+
+    def _out(self, there: Roster) -> NDArray[np.int64]:
+        """Return the positions of those that may not be asked again, ascending."""
+        found = (there.find(client) for client in self._done)
+        return np.array(sorted(p for p in found if p is not None), np.int64)
+
+    def _places_of(self, there: Roster, out: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the place of each client that is there, by position, and let new ones join."""
+        if not there.lasting:
+            able = np.delete(np.arange(len(there)), out).tolist()
+            names = [there.name(position) for position in able]
+            start = min((self._places[name] for name in names if name in self._places), default=0)
+            for name in names:
+                self._places.setdefault(name, start)
+        places = np.zeros(len(there), np.int64)
+        # Everybody on a lasting roster has been there from the beginning.
+        for name, place in (*self._taken.items(), *self._places.items()):
+            if (position := there.find(name)) is not None:
+                places[position] = place
+        return places
 
 
 class Cohorts:
@@ -155,7 +188,7 @@ class Cohorts:
         self.turns = Turns(max_rounds)
         self._seed = seed
         self._timeout = timeout
-        self._nodes: list[int] = []
+        self._nodes: Sequence[int] = ()
         self._drawn: dict[int, str] = {}
         self._restored = False
 
@@ -190,19 +223,21 @@ class Cohorts:
         names = self.identities.shown
         nodes = wait_for_nodes(grid, max(needed, least), self._timeout, names, self._nodes)
         self._nodes = nodes
-        self.identities.look()
+        self.identities.look(nodes)
         size = cohort_size(len(nodes), fraction, least)
         # Turns are counted by client, so a resumed run has to know each node's client.
         if size < len(nodes) or self._restored:
             identify(grid, nodes, self.identities, self._timeout)
-        able = self._able()
-        if len(able) < least:
+        there = self._in_order(nodes)
+        if (able := self.turns.left(there)) < least:
             raise BudgetsSpent(
-                f"Round {server_round}: {len(able)} of {len(nodes)} connected clients have budget "
+                f"Round {server_round}: {able} of {len(nodes)} connected clients have budget "
                 f"left, but a round needs {least}. The others have joined as many rounds as "
                 "max-rounds allows, or have said that their budget is spent."
             )
-        return self._draw("cohort", server_round, able, size)
+        positions = self.turns.draw(there, size, self._generator("cohort", server_round))
+        self._drawn = {there[position]: there.name(position) for position in positions}
+        return list(self._drawn)
 
     def evaluate(self, grid: Grid, server_round: int, fraction: float, least: int) -> list[int]:
         """Draw the nodes that measure after a round, which costs no budget.
@@ -216,32 +251,33 @@ class Cohorts:
         size = cohort_size(len(nodes), fraction, least)
         generator = self._generator("evaluation", server_round)
         drawn = generator.choice(len(nodes), size, replace=False).tolist()
-        order = sorted(nodes, key=self.identities.name)
-        return [order[i] for i in sorted(drawn)]
+        there = self._in_order(nodes)
+        return [there[position] for position in sorted(drawn)]
 
     def took(self, nodes: Iterable[int]) -> None:
         """Count a round for nodes that were asked; their replies have told who they are."""
-        named = {node: self.identities.name(node) for node in nodes}
+        named = {node: self._counted_as(node) for node in nodes}
         for node, now in named.items():
             if (before := self._drawn.get(node, now)) != now:
                 self.turns.rename(before, now)
         self.turns.take(named.values())
 
+    def spend(self, client: str) -> None:
+        """Never ask a client of the round again: it has said that its budget is spent."""
+        name = self.identities.name
+        node = next((node for node in self._drawn if name(node) == client), None)
+        self.turns.spend(client if node is None else self._counted_as(node))
+
     def left(self) -> int:
         """Return how many of the nodes that were connected last may be asked again."""
-        name = self.identities.name
-        return sum(self.turns.left(name(node)) for node in self._nodes)
+        return self.turns.left(self._in_order(self._nodes))
 
-    def _able(self) -> list[int]:
-        name = self.identities.name
-        return sorted((node for node in self._nodes if self.turns.left(name(node))), key=name)
+    def _counted_as(self, node: int) -> str:
+        """Return the name under which a node's turns are counted, the same in a resumed run."""
+        return self.identities.vouched(node) or self.identities.name(node)
 
-    def _draw(self, purpose: str, server_round: int, nodes: list[int], size: int) -> list[int]:
-        names = {self.identities.name(node): node for node in nodes}
-        generator = self._generator(purpose, server_round)
-        drawn = self.turns.draw(list(names), size, generator)
-        self._drawn = {names[name]: name for name in drawn}
-        return [names[name] for name in drawn]
+    def _in_order(self, nodes: Sequence[int]) -> Roster:
+        return nodes if isinstance(nodes, Roster) else Listed(nodes, self.identities.name)
 
     def _generator(self, purpose: str, server_round: int) -> np.random.Generator:
         return np.random.default_rng(stream_seed(self._seed, purpose, server_round))
@@ -253,8 +289,10 @@ def wait_for_nodes(
     timeout: float,
     name: Callable[[int], str] = str,
     known: Iterable[int] = (),
-) -> list[int]:
+) -> Sequence[int]:
     """Return the ids of all connected nodes, once there are enough; log once a minute meanwhile.
+
+    A grid's roster is returned as it is, and a list of other nodes is sorted.
 
     Parameters
     ----------
@@ -275,7 +313,7 @@ def wait_for_nodes(
         Too few nodes connected in time.
     """
     begun, told = time.monotonic(), -math.inf
-    while len(nodes := sorted(grid.get_node_ids())) < needed:
+    while len(nodes := _connected(grid)) < needed:
         lost = sorted(name(node) for node in set(known) - set(nodes))
         gone = f" Gone: {', '.join(lost[:10])}." if lost else ""
         waited = time.monotonic() - begun
@@ -290,6 +328,11 @@ def wait_for_nodes(
             log(INFO, "Waiting for nodes: %s.%s %s", have, gone, _WHAT_TO_DO)
         time.sleep(1)
     return nodes
+
+
+def _connected(grid: Grid) -> Sequence[int]:
+    nodes = grid.get_node_ids()
+    return nodes if isinstance(nodes, Roster) else sorted(nodes)
 
 
 def identify(grid: Grid, nodes: Sequence[int], identities: Identities, timeout: float) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.files import replacing
+from fedlora_flwr.strategies.roster import Roster
 
 _NODE = re.compile(r"node \d+")
 _LAST_COMMA = re.compile(r",\s*}\s*$")
@@ -67,6 +68,7 @@ class Identities:
     def __init__(self, grid: object) -> None:
         self._asked: set[int] = set()
         self._grid = grid if isinstance(grid, KnowsNodes) else None
+        self._roster: Roster | None = None
         self._nodes: dict[int, KnownNode] = {}
         self._owners: dict[str, Counter[str]] = {}
         self._of_node: dict[int, str] = {}
@@ -76,13 +78,27 @@ class Identities:
             self._bound.update(read_bindings(self._file))
 
     def unasked(self, nodes: Sequence[int]) -> list[int]:
-        """Return the nodes that were not asked who they are yet, and note that they are now."""
+        """Return the nodes that were not asked who they are yet, and note that they are now.
+
+        Nodes whose names the grid vouches for are not asked.
+        """
+        if nodes is self._roster:
+            return []
         found = [node for node in nodes if node not in self._asked]
         self._asked.update(found)
         return found
 
-    def look(self) -> None:
-        """Learn about nodes that have connected since."""
+    def look(self, connected: Iterable[int] = ()) -> None:
+        """Learn about nodes that have connected since.
+
+        Parameters
+        ----------
+        connected : Iterable[int]
+            What the grid has told of its nodes. A lasting roster tells everything.
+        """
+        if isinstance(connected, Roster) and connected.lasting:
+            self._roster = connected
+            return
         for node, known in self._grid.known_nodes().items() if self._grid else ():
             before = self._nodes.get(node)
             if before is not known and before != known:
@@ -93,7 +109,12 @@ class Identities:
 
     def of(self, node: int) -> str:
         """Return a node's identity, or an empty text as long as it has none."""
-        return self._of_node.get(node, "")
+        return self._of_node.get(node) or self.vouched(node)
+
+    def vouched(self, node: int) -> str:
+        """Return the name of a node that its grid vouches for, or an empty text."""
+        there = self._roster
+        return there.name(there.index(node)) if there is not None and node in there else ""
 
     def name(self, node: int) -> str:
         """Return what to call a node: its identity, or its id as long as it has none."""
@@ -123,18 +144,24 @@ class Identities:
         FedLoRAError
             The identity is another node's, or the node has another one.
         """
-        own = self.of(node)
+        own = self._of_node.get(node)
         if not client or client == own:
             return self.name(node)
         known = self._nodes.get(node, KnownNode(self.name(node)))
         if own:
             raise FedLoRAError(f"it answers in the name of {client!r}, but was {own!r} before")
-        owners = self._owners.get(client)
-        if _NODE.fullmatch(client) or (owners and known.key not in owners):
+        if _NODE.fullmatch(client) or self._is_anothers(client, known):
             raise FedLoRAError(f"it answers in the name of {client!r}, which is another node's")
         self._bind(client, known)
         self._of_node[node] = client
         return client
+
+    def _is_anothers(self, client: str, known: KnownNode) -> bool:
+        """Tell whether a name is registered, and for other keys alone."""
+        if self._roster is not None:
+            return client != known.key and self._roster.find(client) is not None
+        owners = self._owners.get(client, Counter())
+        return bool(owners) and known.key not in owners
 
     def _bind(self, client: str, known: KnownNode) -> None:
         if known.lasting and self._file is not None:

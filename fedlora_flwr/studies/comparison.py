@@ -251,7 +251,7 @@ class Comparison:
         batches = {(j.config.epsilon, j.config.batch_size, j.config.seed): j.config for j in jobs}
         for config in batches.values():
             task = build_task(config.task, config)
-            for size in client_sizes(config, task):
+            for size in np.unique(client_sizes(config, task)).tolist():
                 if config.private:
                     batch = 1 if config.secure_sum else config.batch_size
                     check_budget(config.epsilon, config.delta, batch, size, config.unit)

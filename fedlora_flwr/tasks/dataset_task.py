@@ -14,6 +14,7 @@ from fedlora_flwr.config.unit import USER
 from fedlora_flwr.data.arrow_records import ArrowRecords
 from fedlora_flwr.data.names import names
 from fedlora_flwr.data.partition import client_values, partition_records
+from fedlora_flwr.data.parts import Parts
 from fedlora_flwr.data.reading import Reading, empty_texts
 from fedlora_flwr.data.records import Batch
 from fedlora_flwr.data.sources import load_split, passed_over, split_files
@@ -25,7 +26,7 @@ from fedlora_flwr.data.splits_apart import (
     shared_records,
 )
 from fedlora_flwr.data.unusable import naming, naming_split
-from fedlora_flwr.data.users import about_users, users_in
+from fedlora_flwr.data.users import about_users, units_by_client, users_in
 from fedlora_flwr.errors import InvalidValue
 
 if TYPE_CHECKING:
@@ -121,6 +122,11 @@ class DatasetTask(ABC):
             raise InvalidValue("partition-id", partition_id, f"0 to {len(parts) - 1}")
         return self._private.subset(parts[partition_id])
 
+    def client_units(self, num_partitions: int) -> NDArray[np.int64]:
+        """Return the number of records, or of users, of each client, shape (num_partitions,)."""
+        parts = self._parts(num_partitions)
+        return units_by_client(self._settings.unit, parts, self._users)
+
     def client_values(self, num_partitions: int) -> list[str]:
         """Return the value of the partition column that each client is made of, if it is of one."""
         return client_values(self._columns(), self._split(num_partitions))
@@ -151,7 +157,7 @@ class DatasetTask(ABC):
         settings = self._settings
         found = self.private_reading()
         parts = self._parts(num_partitions)
-        found.leave_out("that no client gets", found.used - sum(map(len, parts)))
+        found.leave_out("that no client gets", found.used - len(parts.positions))
         if self._users is not None:
             found.notes += about_users(self._users, parts)[1:]
         tests = [self._reading(split, settings.test_limit) for split in self.test_splits]
@@ -340,7 +346,7 @@ class DatasetTask(ABC):
         """Return sentences about records that are used although they look like a mistake."""
         return empty_texts(dataset, self._input_columns(dataset))
 
-    def _parts(self, num_partitions: int) -> list[NDArray[np.int64]]:
+    def _parts(self, num_partitions: int) -> Parts:
         found = self._dealt.get(num_partitions)
         if found is None:
             found = partition_records(self._columns(), self._split(num_partitions))
@@ -351,7 +357,7 @@ class DatasetTask(ABC):
         return Split.of(self._settings, num_partitions, self._settings.seed)
 
     @cached_property
-    def _dealt(self) -> dict[int, list[NDArray[np.int64]]]:
+    def _dealt(self) -> dict[int, Parts]:
         return {}
 
     def _columns(self) -> dict[str, NDArray[Any]]:

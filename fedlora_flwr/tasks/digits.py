@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fedlora_flwr.backbones.pretrain_digits import build_vit, load_backbone
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.partition import partition_records
+from fedlora_flwr.data.parts import Parts
 from fedlora_flwr.data.records import Batch, Records, TensorRecords
 from fedlora_flwr.data.splits import Split
 from fedlora_flwr.errors import InvalidValue
@@ -117,7 +118,7 @@ def _handwritten() -> tuple[TensorRecords, TensorRecords]:
 
 
 @lru_cache(maxsize=8)
-def _parts(split: Split) -> list[NDArray[np.int64]]:
+def _parts(split: Split) -> Parts:
     private = _handwritten()[0]
     labels = private.batch(torch.arange(len(private)))["label"].numpy()
     return partition_records({"label": labels}, split)

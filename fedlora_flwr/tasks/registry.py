@@ -10,6 +10,8 @@ from fedlora_flwr.errors import InvalidValue, require
 from fedlora_flwr.places import TASKS, check_task_name, load
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from fedlora_flwr.config import RunConfig
@@ -68,6 +70,9 @@ OPTIONAL: Mapping[str, str] = {
     "public record",
     "reading": "tells for each split which records are read and which are left out, given the "
     "number of clients",
+    "client_units": "returns the number of records of each client as an array, or of users if "
+    "they are the unit, given the number of clients, so that a run with many clients need not "
+    "open the records of each. It counts only beside its own client_records",
     "client_values": "returns the value of the partition column that each client is made of, given "
     "the number of clients, and an empty list if clients are not made of values",
     "private_reading": "tells the same about a device's private split",
@@ -177,8 +182,11 @@ def optional(task: Task, member: str) -> Callable[..., Any] | None:
     return found
 
 
-def client_sizes(config: RunConfig, task: Task) -> list[int]:
+def client_sizes(config: RunConfig, task: Task) -> NDArray[np.int64]:
     """Return n of each simulated client: its number of records, or of users.
+
+    A task may count (``client_units``). Where it does not, or its class has another
+    ``client_records`` than the class that counts, the records of every client are opened.
 
     Parameters
     ----------
@@ -187,17 +195,31 @@ def client_sizes(config: RunConfig, task: Task) -> list[int]:
     task : Task
         Its task.
 
+    Returns
+    -------
+    NDArray[np.int64]
+        Shape (clients,).
+
     Raises
     ------
     InvalidValue
         The records cannot be opened, or do not name their users.
     """
-    from fedlora_flwr.data.users import count_units  # To ask for keys needs no NumPy.
+    import numpy as np  # To ask for keys needs no NumPy.
 
-    clients = config.num_clients
-    return [
-        count_units(config.unit, task.client_records(client, clients)) for client in range(clients)
-    ]
+    from fedlora_flwr.data.users import count_units
+
+    clients, count = config.num_clients, optional(task, "client_units")
+    if count is not None and _place(task, "client_units") is _place(task, "client_records"):
+        return np.asarray(count(clients), np.int64)
+    each = (task.client_records(client, clients) for client in range(clients))
+    return np.fromiter((count_units(config.unit, own) for own in each), np.int64, clients)
+
+
+def _place(task: Task, member: str) -> object:
+    """Return the object or the class whose own member a task has; None if it has another's."""
+    places = (task, *type(task).__mro__)
+    return next((place for place in places if member in getattr(place, "__dict__", ())), None)
 
 
 def client_values(config: RunConfig, task: Task) -> list[str]:

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.given import as_frame
 from fedlora_flwr.data.partition import client_values, partition_records
+from fedlora_flwr.data.parts import Parts
 from fedlora_flwr.data.records import Batch, Records, TensorRecords
 from fedlora_flwr.data.splits import Split
-from fedlora_flwr.data.users import users_in
+from fedlora_flwr.data.users import units_by_client, users_in
 from fedlora_flwr.errors import InvalidValue, one_line, unknown
 from fedlora_flwr.tasks.evaluation import class_predictions, evaluate_classifier, scores_of
 
@@ -117,6 +119,7 @@ class TableClassifier:
         self.lora_targets, self.head = table.lora_targets, tuple(table.head)
         self._train = as_frame(table.train, "train")
         self._test = as_frame(table.test, "test")
+        self._dealt: dict[int, Parts] = {}
         self._private = self._with_classes(self._train, "train")
         self._private.users = users_in(self._train, settings.user_column)
         self._public = self._with_classes(self._test, "test")
@@ -232,12 +235,21 @@ class TableClassifier:
                 key = "label" if column == self._table.label else "columns"
                 raise unknown(key, column, frame.columns, after=f", the columns of table {name!r}")
 
+    def client_units(self, num_partitions: int) -> NDArray[np.int64]:
+        """Return the number of records, or of users, of each client, shape (num_partitions,)."""
+        parts = self._parts(num_partitions)
+        return units_by_client(self._settings.unit, parts, self._private.users)
+
     def client_values(self, num_partitions: int) -> list[str]:
         """Return the value of the partition column that each client is made of, if it is of one."""
         return client_values(*self._to_deal(num_partitions))
 
-    def _parts(self, num_partitions: int) -> list[Any]:
-        return partition_records(*self._to_deal(num_partitions))
+    def _parts(self, num_partitions: int) -> Parts:
+        found = self._dealt.get(num_partitions)
+        if found is None:
+            found = partition_records(*self._to_deal(num_partitions))
+            self._dealt[num_partitions] = found
+        return found
 
     def _to_deal(self, num_partitions: int) -> tuple[dict[str, Any], Split]:
         """Return the columns by which clients can share the records, and how they do."""

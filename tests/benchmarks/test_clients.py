@@ -12,8 +12,10 @@ def test_each_number_of_clients_is_compared_with_the_smallest() -> None:
     assert [(f.what, f.against, f.bar) for f in found] == [
         ("20 clients, 3 a round: a round", "3 clients", TIME_BAR),
         ("20 clients, 3 a round: peak memory", "3 clients", MEMORY_BAR),
+        ("20 clients, 3 a round: from the checks to the first round", "what is allowed", 1.0),
         ("300 clients, 3 a round: a round", "3 clients", TIME_BAR),
         ("300 clients, 3 a round: peak memory", "3 clients", MEMORY_BAR),
+        ("300 clients, 3 a round: from the checks to the first round", "what is allowed", 1.0),
     ]
     assert all(f.ours and f.reference and f.reference > 0 for f in found)
     assert all(100 < (f.ours or 0) < 20_000 for f in found if f.unit == "MB")

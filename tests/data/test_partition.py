@@ -3,12 +3,14 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from datasets import Dataset
-from flwr_datasets.partitioner import IidPartitioner
+from flwr_datasets.partitioner import IidPartitioner, NaturalIdPartitioner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -134,7 +136,7 @@ WRITERS = np.array([f"writer-{number}" for number in np.random.default_rng(1).in
 COLUMNS = {"label": LABELS, "writer": WRITERS}
 
 
-def digest(parts: list[np.ndarray]) -> str:
+def digest(parts: Iterable[np.ndarray]) -> str:
     return hashlib.sha256(b"|".join(part.tobytes() for part in parts)).hexdigest()[:16]
 
 
@@ -152,6 +154,36 @@ def test_iid_parts_are_those_that_flwr_datasets_deals(records: int, clients: int
     theirs = [sorted(partitioner.load_partition(i)["index"]) for i in range(clients)]
     found = partition_indices(np.zeros(records), "iid", clients, seed=3)
     assert [part.tolist() for part in found] == theirs
+
+
+@pytest.mark.parametrize(
+    "values",
+    [np.array(["é", "b", "a", "b", "B", "é", "10", "9"]), np.array([7, -1, 10, 9, 7, 7, 10, 0])],
+)
+def test_parts_by_value_are_those_that_flwr_datasets_deals(values: np.ndarray) -> None:
+    partitioner = NaturalIdPartitioner(partition_by="who")
+    partitioner.dataset = Dataset.from_dict({"index": range(len(values)), "who": values})
+    clients = partitioner.num_partitions
+    theirs = [sorted(partitioner.load_partition(i)["index"]) for i in range(clients)]
+    for who in (values, values.astype(object)):
+        found = partition_records({"who": who}, Split("natural-id", clients, 3, column="who"))
+        assert [part.tolist() for part in found] == theirs
+
+
+@pytest.mark.parametrize("partitioner", ["iid", "natural-id"])
+def test_a_million_clients_are_a_few_arrays(partitioner: str) -> None:
+    clients, records = 1_000_000, 1_200_000
+    who = np.random.default_rng(0).permutation(np.arange(records) % clients)
+    tracemalloc.start()
+    parts = partition_records({"who": who}, Split(partitioner, clients, 3, column="who"))
+    held, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 3 * 8 * records
+    assert most < 10 * 8 * records
+    assert (len(parts), int(parts.sizes.min()), int(parts.sizes.max())) == (clients, 1, 2)
+    np.testing.assert_array_equal(np.sort(parts.positions), np.arange(records))
+    if partitioner == "natural-id":
+        assert {int(value) for value in who[parts[777_777]]} == {777_777}
 
 
 @pytest.mark.parametrize("partitioner", MADE)

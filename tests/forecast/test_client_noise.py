@@ -14,6 +14,7 @@ from fedlora_flwr.forecast.client_noise import worst_client
 from fedlora_flwr.forecast.forecast import MOST_THAT_GAINED, as_json, forecast
 from fedlora_flwr.forecast.participation import participation
 from fedlora_flwr.privacy.mechanism import Mechanism
+from fedlora_flwr.simulations.partitions import Partitions
 from fedlora_flwr.strategies.cohort import Turns, cohort_size
 from fedlora_flwr.tasks.digits import DigitsTask
 from tests.conftest import MakeConfig
@@ -101,15 +102,14 @@ def test_clients_run_out_in_the_round_that_the_plan_names(
     )
     found = participation(config)
     turns, size = Turns(cap), cohort_size(clients, share)
-    names = [str(number) for number in range(clients)]
+    there = Partitions(clients)
     first, last = None, None
     for number in range(1, 13):
-        able = [name for name in names if turns.left(name)]
-        if not able:
+        if not turns.left(there):
             break
-        turns.take(turns.draw(able, size, np.random.default_rng(number)))
+        turns.take(map(there.name, turns.draw(there, size, np.random.default_rng(number))))
         last = number
-        if first is None and not all(map(turns.left, names)) and number < 12:
+        if first is None and turns.left(there) < clients and number < 12:
             first = number
     assert found.last_round == last
     assert found.first_spent == first

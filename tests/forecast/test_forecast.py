@@ -39,7 +39,7 @@ from tests.conftest import MakeConfig
 def test_noise_is_that_of_the_plan(make_config: MakeConfig) -> None:
     config = make_config(partitioner="dirichlet", num_clients=5, epsilon=3.0, min_records=20)
     found, plan = forecast(config), prepare_run(config)
-    assert [client.mechanism for client in found.clients] == plan.mechanisms
+    assert [client.mechanism for client in found.clients] == list(plan.mechanisms)
     assert [client.records for client in found.clients] == [m.num_records for m in plan.mechanisms]
     assert found.broken == 0
 

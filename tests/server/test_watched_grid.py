@@ -16,13 +16,14 @@ from fedlora_flwr.server.watched_grid import RESTARTED, WatchedGrid
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.strategies import FedLoRA
 from fedlora_flwr.strategies.identities import KnownNode
+from tests.strategies.tiny import Fleet as Unvouched
 from tests.strategies.tiny import Tiny, record_of, start_arrays
 
 SUPERLINK = 1
 OFFLINE = "Node Unavailable"
 
 
-class Fleet(LocalGrid):
+class Fleet(Unvouched):
     """Nodes of which the first two may be offline, or come back; ids and errors as Flower's."""
 
     offline = False
@@ -55,11 +56,11 @@ class Fleet(LocalGrid):
                 yield error
 
     def gone(self) -> list[int]:
-        return sorted(self._partitions)[:2] if self.offline or self.deaf else []
+        return sorted(self._nodes)[:2] if self.offline or self.deaf else []
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        restarted = sorted(self._partitions)[:2] if self.restarts and self.pushed else []
-        for node in self._partitions:
+        restarted = sorted(self._nodes)[:2] if self.restarts and self.pushed else []
+        for node in self._nodes:
             yield NodeInfo(node_id=node, last_activated_at="2" if node in restarted else "1")
 
     pushed: dict[str, Message] = {}  # noqa: RUF012
@@ -131,7 +132,7 @@ class Forged(Fleet):
     broken: Exception | None = None
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        ids, liar = set(message_ids), sorted(self._partitions)[0]
+        ids, liar = set(message_ids), sorted(self._nodes)[0]
         # Flower looks replies up by what it stored itself, not by what is written in them.
         stored = [
             (key, reply)
@@ -178,7 +179,7 @@ def forged(forge: Forge | None = None, broken: Exception | None = None) -> Itera
 def test_a_reply_is_of_the_node_that_was_asked_whatever_it_says(forge: Forge, reason: str) -> None:
     with forged(forge) as grid:
         replies = {reply.metadata.src_node_id: reply for reply in ask(grid, 5.0)}
-        liar, *honest = sorted(grid._partitions)
+        liar, *honest = sorted(grid._nodes)
         assert set(replies) == {liar, *honest}
         assert reason in str(replies[liar].error.reason)
         assert not any(replies[node].has_error() for node in honest)
@@ -187,14 +188,14 @@ def test_a_reply_is_of_the_node_that_was_asked_whatever_it_says(forge: Forge, re
 def test_a_reply_to_no_question_of_ours_is_no_reply() -> None:
     with forged(to_another_question) as grid:
         replies = ask(grid, 0.5)
-        assert {reply.metadata.src_node_id for reply in replies} == {*sorted(grid._partitions)[1:]}
+        assert {reply.metadata.src_node_id for reply in replies} == {*sorted(grid._nodes)[1:]}
 
 
 @pytest.mark.parametrize("error", [ValueError("bad head"), KeyError("type"), TypeError("no str")])
 def test_a_reply_that_cannot_be_read_is_one_nodes_and_loses_no_other(error: Exception) -> None:
     with forged(broken=error) as grid:
         replies = {reply.metadata.src_node_id: reply for reply in ask(grid, 5.0)}
-        liar, *honest = sorted(grid._partitions)
+        liar, *honest = sorted(grid._nodes)
         assert replies[liar].error.reason == f"its reply cannot be read ({type(error).__name__})"
         assert [node for node in honest if not replies[node].has_error()] == honest
 
@@ -208,14 +209,14 @@ def test_when_the_server_is_gone_no_client_is_to_blame(error: Exception) -> None
 def test_nodes_are_known_by_their_keys_and_by_the_names_that_an_operator_gave() -> None:
     class Keys(Fleet):
         def get_nodes(self) -> Iterable[NodeInfo]:
-            for i, node in enumerate(sorted(self._partitions)):
+            for i, node in enumerate(sorted(self._nodes)):
                 name = f"device-{i:02d}" if i else None
                 yield NodeInfo(
                     node_id=node, public_key=bytes([i]) * 40 if i < 3 else b"", name=name
                 )
 
     with Keys(Tiny(4).app(), 4, {}).running() as grid:
-        first, second, third, fourth = sorted(grid._partitions)
+        first, second, third, fourth = sorted(grid._nodes)
         known = WatchedGrid(grid).known_nodes()
     assert fourth not in known
     assert (known[first].name, known[first].lasting) == ("", False)

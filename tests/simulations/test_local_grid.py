@@ -112,7 +112,8 @@ def test_partitions_do_not_follow_the_order_of_node_ids() -> None:
     orders = set()
     for _ in range(20):
         with LocalGrid(echo_app(), 4, {"rank": 1}).running() as grid:
-            replies = grid.send_and_receive([question(grid, n) for n in grid.get_node_ids()])
+            nodes = sorted(grid.get_node_ids())
+            replies = grid.send_and_receive([question(grid, node) for node in nodes])
             orders.add(tuple(str(answer(reply)["partition"]) for reply in replies))
     assert len(orders) > 1
 

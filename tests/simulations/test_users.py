@@ -17,6 +17,7 @@ from fedlora_flwr import RunConfig, TableTask, audit_run, plan_run, simulate
 from fedlora_flwr.clients.local_round import LocalRound
 from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.config import device_config
+from fedlora_flwr.data.parts import Parts
 from fedlora_flwr.data.users import about_users, count_units
 from fedlora_flwr.errors import FedLoRAError, InvalidValue, OrderRefused
 from fedlora_flwr.privacy.budget import Segment, calibrate
@@ -126,8 +127,8 @@ def test_a_report_names_the_unit() -> None:
 
 def test_users_on_several_clients_are_named() -> None:
     users = np.array([0, 0, 1, 1])
-    apart = about_users(users, [np.array([0, 1]), np.array([2, 3])])
-    mixed = about_users(users, [np.array([0, 2]), np.array([1, 3])])
+    apart = about_users(users, Parts.of([np.array([0, 1]), np.array([2, 3])]))
+    mixed = about_users(users, Parts.of([np.array([0, 2]), np.array([1, 3])]))
 
     assert len(apart) == 1
     assert "2 of them have records on several clients" in mixed[1]

@@ -15,6 +15,7 @@ from fedlora_flwr.strategies import FedLoRA
 from fedlora_flwr.strategies.cohort import wait_for_nodes
 from tests.strategies.tiny import (
     Asked,
+    Fleet,
     Tiny,
     arrays_of,
     declined,
@@ -27,8 +28,8 @@ from tests.strategies.tiny import (
 ROUNDS = 3
 
 
-def cohorts(seed: int, bridged: bool = True) -> list[list[int]]:
-    tiny = Tiny(8, bridged=bridged)
+def cohorts(seed: int, bridged: bool = True, kind: type[LocalGrid] = LocalGrid) -> list[list[int]]:
+    tiny = Tiny(8, bridged=bridged, kind=kind)
     tiny.run(FedLoRA(fraction_train=0.5, seed=seed), num_rounds=ROUNDS)
     return [tiny.cohort(server_round) for server_round in range(1, ROUNDS + 1)]
 
@@ -37,6 +38,11 @@ def test_cohorts_follow_the_seed_though_node_ids_are_random() -> None:
     drawn = cohorts(seed=3)
     assert cohorts(seed=3) == drawn
     assert [len(cohort) for cohort in drawn] == [4] * ROUNDS
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_clients_that_are_asked_who_they_are_make_the_same_cohorts(seed: int) -> None:
+    assert cohorts(seed, kind=Fleet) == cohorts(seed)
 
 
 def test_another_seed_draws_other_cohorts() -> None:
@@ -66,7 +72,7 @@ def test_the_size_of_a_cohort(fraction: float, size: int) -> None:
 def test_clients_that_do_not_say_who_they_are_still_work(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    drawn = cohorts(seed=0, bridged=False)
+    drawn = cohorts(seed=0, bridged=False, kind=Fleet)
     assert [len(cohort) for cohort in drawn] == [4] * ROUNDS
     warnings = [r for r in caplog.records if "do not tell their identity" in r.getMessage()]
     assert len(warnings) == 1
@@ -89,7 +95,11 @@ def ran(tiny: Tiny, strategy: FedLoRA, num_rounds: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("bridged", [True, False])
 def test_a_cap_gives_everybody_the_same_rounds_and_then_ends_the_run(bridged: bool) -> None:
-    tiny, strategy = Tiny(6, bridged=bridged), FedLoRA(fraction_train=0.5, max_rounds=3, seed=1)
+    kind = LocalGrid if bridged else Fleet
+    tiny, strategy = (
+        Tiny(6, bridged=bridged, kind=kind),
+        FedLoRA(fraction_train=0.5, max_rounds=3, seed=1),
+    )
     with tiny.grid() as grid:
         result = strategy.start(
             grid, record_of(start_arrays()), 20, evaluate_fn=lambda *_: MetricRecord({"loss": 1.0})
@@ -166,19 +176,19 @@ def test_a_negative_cap_is_refused() -> None:
         FedLoRA(max_rounds=-1)
 
 
-class Fleet(LocalGrid):
+class Coming(LocalGrid):
     """Nodes come and go: who is there depends on how often somebody has looked."""
 
     there: list[set[int]]
 
     def get_node_ids(self) -> Iterable[int]:
         now = self.there.pop(0) if len(self.there) > 1 else self.there[0]
-        return [node for node, partition in self._partitions.items() if partition in now]
+        return [node for partition, node in enumerate(self._nodes) if partition in now]
 
 
 def test_a_client_that_was_offline_gets_its_share_when_it_is_back() -> None:
     tiny, everyone = Tiny(4), {0, 1, 2, 3}
-    grid = Fleet(tiny.app(), 4, {})
+    grid = Coming(tiny.app(), 4, {})
     # One look in each round.
     grid.there = [everyone, *[{0, 1, 2}] * 3, everyone]
     with grid.running():
@@ -223,7 +233,7 @@ def test_measuring_does_not_wait_for_more_nodes_than_there_are() -> None:
         Tiny(1).run(strategy)
 
 
-class CountingGrid(LocalGrid):
+class Counting(LocalGrid):
     """Counts what is sent, by type of message."""
 
     sent: Counter[str]
@@ -234,8 +244,12 @@ class CountingGrid(LocalGrid):
         return super().push_messages(kept)
 
 
-def sent_in(num_rounds: int, fraction: float) -> Counter[str]:
-    grid = CountingGrid(Tiny(4).app(), 4, {})
+class CountingFleet(Counting, Fleet):
+    """Counts, and vouches for no name."""
+
+
+def sent_in(num_rounds: int, fraction: float, kind: type[Counting] = CountingFleet) -> Counter[str]:
+    grid = kind(Tiny(4).app(), 4, {})
     grid.sent = Counter()
     with grid.running():
         strategy = FedLoRA(fraction_train=fraction)
@@ -245,6 +259,10 @@ def sent_in(num_rounds: int, fraction: float) -> Counter[str]:
 
 def test_clients_are_asked_once_who_they_are() -> None:
     assert sent_in(num_rounds=3, fraction=0.5) == {"query": 4, "train": 6}
+
+
+def test_nobody_is_asked_where_the_grid_vouches_for_the_names() -> None:
+    assert sent_in(num_rounds=3, fraction=0.5, kind=Counting) == {"train": 6}
 
 
 def test_without_sampling_nobody_is_asked() -> None:

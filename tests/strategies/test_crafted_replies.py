@@ -60,7 +60,6 @@ class Round:
         replies = [self.honest(case, server_round) for case in cases if case.number != HOSTILE]
         # It is the first to answer, so that nobody's name is known yet.
         replies = fault(cases[HOSTILE]) + replies
-        self.node = sent[HOSTILE].metadata.dst_node_id
         found, metrics = self.strategy.aggregate_train(server_round, replies)
         assert found is not None
         return found, dict(metrics or {})
@@ -74,9 +73,7 @@ class Round:
             ANSWERS[key] = case.content()
         return Message(ANSWERS[key], reply_to=case.sent)
 
-    @property
-    def names(self) -> tuple[str, str]:
-        return f"partition-{HOSTILE:06d}: ", f"node {self.node:020d}: "
+    name = f"partition-{HOSTILE:06d}: "
 
 
 def crash(case: Case) -> list[Message]:
@@ -122,9 +119,9 @@ def test_a_crafted_reply_is_its_senders_failure_and_leaves_no_trace(
             continue
         found = Round(method, weighting, fault)
         assert found.report.failures, name
-        allowed = (*found.names, "node 00000000000000012345: ")
+        allowed = (found.name, "node 00000000000000012345: ")
         assert all(line.startswith(allowed) for line in found.report.failures), name
-        assert any(line.startswith(found.names) for line in found.report.failures), name
+        assert any(line.startswith(found.name) for line in found.report.failures), name
         used = [upload.client for upload in found.report.uploads]
         assert used == [f"partition-{i:06d}" for i in range(CLIENTS) if i != HOSTILE], name
         for one, other in ((found.arrays, expected.arrays), (found.after, expected.after)):
@@ -142,7 +139,7 @@ def test_what_is_not_refused_does_no_harm_to_the_run(method: str, weighting: str
         found = Round(method, weighting, fault)
         clients = {upload.client for upload in found.report.uploads}
         assert clients >= {f"partition-{i:06d}" for i in range(CLIENTS) if i != HOSTILE}, name
-        assert all(line.startswith(found.names) for line in found.report.failures), name
+        assert all(line.startswith(found.name) for line in found.report.failures), name
         check_usable(found.arrays)
         check_usable(found.after)
         check_told(found)

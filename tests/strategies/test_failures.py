@@ -211,8 +211,8 @@ def test_a_client_that_stays_silent_is_a_failure() -> None:
     strategy = FedLoRA(min_completion=0.5)
     with LossyGrid(Tiny(3).app(), 3, {}).running() as grid:
         strategy.start(grid, record_of(start_arrays()), num_rounds=1)
-        lost = max(grid.get_node_ids())
-    assert report_of(strategy).failures == [f"node {lost:020d}: no reply in time"]
+        lost = max(range(3), key=grid._nodes.node)
+    assert report_of(strategy).failures == [f"partition-{lost:06d}: no reply in time"]
 
 
 def test_a_client_that_stays_silent_counts_against_the_minimum() -> None:

@@ -139,8 +139,7 @@ def test_a_faulty_client_is_a_failure_by_name_and_nothing_of_it_goes_in(
     (line,) = found.round["failures"]
     assert reason in line
     assert "Jane Doe" not in line
-    # A client that has not answered is not known by name yet.
-    assert line.startswith(f"{NAME}: " if rows else "node ")
+    assert line.startswith(f"{NAME}: ")
     assert [ledger(config, f"partition-{i:06d}") for i in range(3)] == [1, rows, 1]
 
     def silent(message: Message, context: Context) -> Message:

@@ -16,6 +16,7 @@ from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.strategies import FedLoRA
 from fedlora_flwr.strategies.identities import Identities, KnownNode
 from tests.strategies.crafting import Case
+from tests.strategies.tiny import Fleet as AskedFleet
 from tests.strategies.tiny import Tiny, arrays_of, record_of, start_arrays
 
 
@@ -174,7 +175,7 @@ def test_who_answers_in_anothers_name_fails_and_the_other_does_not() -> None:
             assert used == ["partition-000000", "partition-000001"]
             assert strategy.last_round is not None
             (line,) = strategy.last_round.failures
-            assert line.startswith("node ")
+            assert line.startswith("partition-000002: ")
             assert "in the name of 'partition-000000', which is another node's" in line
 
 
@@ -191,11 +192,11 @@ def asked(answer: RecordDict | None, bad: int = 1) -> list[int]:
     """Run with cohorts, while one client answers badly who it is; return the first cohort."""
     tiny = Tiny(4)
 
-    class Strange(LocalGrid):
+    class Strange(AskedFleet):
         def pull_messages(self, message_ids: object) -> list[Message]:
             found = []
             for reply in super().pull_messages(message_ids):  # type: ignore[arg-type]
-                node = self._partitions[reply.metadata.src_node_id]
+                node = self._nodes.index(reply.metadata.src_node_id)
                 if reply.metadata.message_type == "query" and node == bad:
                     if answer is None:
                         continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.recipes import load_recipe, recipe_names
 from fedlora_flwr.forecast.participation import participation
+from fedlora_flwr.simulations.partitions import Partitions
 from fedlora_flwr.strategies.cohort import Turns, cohort_size
+from fedlora_flwr.strategies.roster import Listed
 
 Schedule = list[list[str]]
 
@@ -22,10 +25,11 @@ def names(count: int) -> list[str]:
 
 
 def one_round(turns: Turns, there: list[str], size: int, seed: int) -> list[str]:
-    able = [client for client in there if turns.left(client)]
-    drawn = turns.draw(able, size, np.random.default_rng(seed))
-    turns.take(drawn)
-    return drawn
+    roster = Listed(range(len(there)), there.__getitem__)
+    drawn = turns.draw(roster, size, np.random.default_rng(seed))
+    clients = [roster.name(position) for position in drawn]
+    turns.take(clients)
+    return clients
 
 
 def schedule(config: RunConfig) -> Schedule:
@@ -144,3 +148,49 @@ def test_a_cohort_is_the_share_rounded_down(
     clients: int, fraction: float, least: int, size: int
 ) -> None:
     assert cohort_size(clients, fraction, least) == size
+
+
+def as_listed(
+    turns: Turns, names: list[str], size: int, generator: np.random.Generator, cap: int
+) -> list[str]:
+    """Draw as earlier versions did, from a list of all clients that may be asked."""
+    able = [name for name in names if name not in turns._done]
+    if size >= len(able):
+        return able
+    if not cap:
+        drawn = generator.choice(len(able), size, replace=False).tolist()
+    else:
+        shuffled = generator.permutation(len(able)).tolist()
+        drawn = sorted(shuffled, key=lambda i: turns._taken[able[i]])[:size]
+    return [able[i] for i in sorted(drawn)]
+
+
+@pytest.mark.parametrize("cap", [0, 3])
+@pytest.mark.parametrize("clients", [7, 40, 20_000])
+def test_a_simulation_draws_as_if_all_clients_were_listed(clients: int, cap: int) -> None:
+    turns, there = Turns(cap), Partitions(clients)
+    names, draw = [there.name(i) for i in range(clients)], np.random.default_rng(clients)
+    for seed in range(12):
+        size = int(draw.integers(1, clients // 2))
+        own, old = np.random.default_rng(seed), np.random.default_rng(seed)
+        expected = as_listed(turns, names, size, old, cap)
+        found = [there.name(i) for i in turns.draw(there, size, own)]
+        assert found == expected
+        assert own.integers(2**60) == old.integers(2**60)  # Both have drawn as often.
+        turns.take(found)
+        for client in found[:1]:
+            turns.spend(client)
+
+
+@pytest.mark.parametrize("cap", [0, 4])
+def test_a_state_goes_on_drawing_as_the_turns_that_it_was_taken_from(cap: int) -> None:
+    turns, again, there = Turns(cap), Turns(cap), Partitions(30)
+    for seed in range(9):
+        drawn = turns.draw(there, 10, np.random.default_rng(seed))
+        turns.take(there.name(i) for i in drawn)
+        turns.spend(there.name(seed))
+        again.load_state_dict(json.loads(json.dumps(turns.state_dict())))
+        left = [t.left(there) for t in (turns, again)]
+        assert left[0] == left[1]
+        more = [t.draw(there, 10, np.random.default_rng(99)) for t in (turns, again)]
+        assert more[0] == more[1]

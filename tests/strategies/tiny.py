@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -93,6 +93,13 @@ def honest(asked: Asked) -> RecordDict:
     return reply_of(asked.trained(), asked.partition, epsilon=float(asked.partition))
 
 
+class Fleet(LocalGrid):
+    """Vouches for no name of a client, as Flower's own grids do."""
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self._nodes)
+
+
 @dataclass
 class Tiny:
     """A grid of tiny clients and all that they were asked."""
@@ -100,6 +107,7 @@ class Tiny:
     num_clients: int
     answer: Answer = honest
     bridged: bool = True
+    kind: type[LocalGrid] = LocalGrid
     asked: list[Asked] = field(default_factory=list)
     uploads: list[RecordDict] = field(default_factory=list)
 
@@ -135,7 +143,7 @@ class Tiny:
 
     @contextmanager
     def grid(self) -> Iterator[LocalGrid]:
-        with LocalGrid(self.app(), self.num_clients, {}).running() as grid:
+        with self.kind(self.app(), self.num_clients, {}).running() as grid:
             yield grid
 
     def run(self, strategy: FedLoRA, num_rounds: int = 1) -> Result:
