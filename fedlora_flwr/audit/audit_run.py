@@ -137,7 +137,7 @@ def _check_unit(config: RunConfig) -> None:
 def _short(config: RunConfig, given: Iterable[str], records: int, *, once: bool) -> RunConfig:
     """Return the settings of the attacked runs: a short run's, and what was asked for."""
     named = {short_name(given_key(name)) for name in given}
-    clients = {"num-clients": 10} if once else {}
+    clients = {"num-clients": 10} if once and not config.clients_are else {}
     return short(config, records, {**clients, **{key: config.items()[key] for key in named}})
 
 

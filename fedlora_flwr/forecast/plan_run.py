@@ -69,7 +69,7 @@ def plan_run(
         config = config_of(recipe, changes)
         require(*extras_of(config.task), *(["flwr_datasets"] if records is None else []))
         made = build_task(config.task, config)
-        config, precision = settled(config, made)
+        config, precision = settled(config, made, opened=records is None)
         found = replace(forecast(config, records, made), precision=precision)
         if found.broken:
             return found
@@ -104,5 +104,5 @@ def plan_budgets(
         As for `plan_run`.
     """
     made = build_task(config.task, config)
-    config = settled(config, made).config
+    config = settled(config, made, opened=records is None).config
     return [forecast(replace(config, epsilon=epsilon), records, made) for epsilon in epsilons]
