@@ -84,7 +84,7 @@ def test_an_audit_says_which_values_of_the_recipe_it_replaces(tmp_path: Path) ->
 
 
 def test_a_plan_warns_of_what_it_does_not_foresee() -> None:
-    changes = {"early_stopping_patience": 2, "average_decay": 0.9}
+    changes: dict[str, Any] = {"early_stopping_patience": 2, "average_decay": 0.9}
     found = plan_run("digits", records=200, **SMALL, **changes)
 
     assert "early-stopping-patience = 2 is not followed by a plan: it counts all rounds" in (
@@ -98,9 +98,10 @@ def test_a_saved_adapter_refuses_keys_that_it_does_not_read(tmp_path: Path) -> N
     result = simulate("digits", output=tmp_path, progress=False, **SMALL)
 
     assert evaluate(result, eval_batch_size=16).records == 360
-    for key, value in (("epsilon", 3), ("num_clients", 2), ("trackers", "wandb")):
+    changes: list[dict[str, Any]] = [{"epsilon": 3}, {"num_clients": 2}, {"trackers": "wandb"}]
+    for change in changes:
         with pytest.raises(InvalidValue, match="a saved adapter does not follow this key"):
-            evaluate(result, **{key: value})
+            evaluate(result, **change)
     said = CliRunner().invoke(app, ["evaluate", str(result.path), "-c", "rank=2"])
     assert "rank = 2 cannot be used" in said.output
 
