@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, get_type_hints
 
 import click
 import typer
@@ -29,7 +29,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
-from typer.core import TyperGroup
+from typer.core import TyperArgument, TyperGroup
+from typer.models import ArgumentInfo
 
 from fedlora_flwr.errors import FedLoRAError, NotInstalled, either, near_names, one_line
 from fedlora_flwr.files import FileTrouble, append, data_folder, private_folder, to_json
@@ -244,7 +245,12 @@ def counted(
 
 
 class Commands(TyperGroup):
-    """A group of commands that all run under `guard`."""
+    """A group of commands that all run under `guard`, and whose arguments are explained."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for command in self.commands.values():
+            _explain_arguments(command)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -259,6 +265,15 @@ class Commands(TyperGroup):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command that was named."""
         return guard(lambda: super(Commands, self).invoke(ctx))
+
+
+def _explain_arguments(command: click.Command) -> None:
+    """Give a command's arguments the help that Typer loses with click 8.5, which has its own."""
+    hints = get_type_hints(command.callback, include_extras=True) if command.callback else {}
+    for argument in command.params:
+        for told in getattr(hints.get(argument.name or ""), "__metadata__", ()):
+            if isinstance(argument, TyperArgument) and isinstance(told, ArgumentInfo):
+                argument.help = told.help
 
 
 def guard(work: Callable[[], Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from fedlora_flwr.audit.canaries import default_kind
 from fedlora_flwr.audit.game import short
 from fedlora_flwr.audit.record import AuditRecord
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.followed import AUDIT, followed
 from fedlora_flwr.config.names import given_key, short_name
 from fedlora_flwr.config.recipes import config_of
 from fedlora_flwr.config.unit import USER
@@ -106,7 +108,7 @@ def audit_run(
         kind = canary or default_kind(config.task, black_box=mode == modes.BLACK_BOX)
         _check_unit(config)
         config = settled(config, build_task(config.task, config)).config
-        attacked = _short(config, changes, count, once=once)
+        attacked = _short(followed(AUDIT, config, changes)[0], changes, count, once=once)
         if attach_to:
             check_attachable(attacked.items(), Path(attach_to))
         log = file or stack.enter_context(scratch()) / "audit"
@@ -123,6 +125,7 @@ def audit_run(
             execute,
             lambda done: tell(done, runs, ""),
         )
+        found = replace(found, recipe=_other_values(config, attacked))
     _write(found, file, Path(attach_to) if attach_to else None)
     return found
 
@@ -137,8 +140,14 @@ def _check_unit(config: RunConfig) -> None:
 def _short(config: RunConfig, given: Iterable[str], records: int, *, once: bool) -> RunConfig:
     """Return the settings of the attacked runs: a short run's, and what was asked for."""
     named = {short_name(given_key(name)) for name in given}
-    clients = {"num-clients": 10} if once else {}
+    clients = {"num-clients": 10} if once and not config.clients_are else {}
     return short(config, records, {**clients, **{key: config.items()[key] for key in named}})
+
+
+def _other_values(config: RunConfig, attacked: RunConfig) -> dict[str, Any]:
+    """Return the recipe's values that the attacked runs do not have, by key."""
+    runs = attacked.items()
+    return {key: value for key, value in config.items().items() if value != runs[key]}
 
 
 def _write(found: AuditRecord, file: Path | None, run: Path | None) -> None:

@@ -73,6 +73,8 @@ def short(config: RunConfig, records: int, keep: Mapping[str, Any]) -> RunConfig
     every: dict[str, Any] = {"batch-size": records}
     if config.secure_sum:
         every = {"sample-rate": 1.0, "dropouts": 0, "colluding": 0, "sum-records": 0}
+    if config.clients_are:
+        every["num-clients"] = config.num_clients
     return RunConfig.of(config.items(), {**SHORT, **every, **keep})
 
 

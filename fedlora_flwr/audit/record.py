@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,8 @@ class AuditRecord:
         The lower bounds.
     seconds : float (default: 0.0)
         How long the audit took.
+    recipe : Mapping[str, Any] (default: {})
+        The recipe's own values of the keys for which the attacked runs have others.
     """
 
     settings: Mapping[str, Any]
@@ -79,6 +81,7 @@ class AuditRecord:
     confidence: float
     bounds: Sequence[Bound]
     seconds: float = 0.0
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def best(self) -> float:

@@ -12,6 +12,7 @@ from rich.console import Console
 from fedlora_flwr.cli.arguments import AsJson, Overrides, Recipe
 from fedlora_flwr.cli.convert import read_recipe
 from fedlora_flwr.config.overrides import parse_overrides
+from fedlora_flwr.config.toml import toml_value
 from fedlora_flwr.errors import InvalidValue, require
 from fedlora_flwr.processes import uncollected
 from fedlora_flwr.tasks.registry import extras_of
@@ -113,6 +114,11 @@ def _lines(found: AuditRecord) -> Iterator[tuple[str, str]]:
 
     counts = found.counts
     yield "Attacker", found.attack
+    if other := [
+        f"{key} = {toml_value(found.settings[key])} ({toml_value(value)})"
+        for key, value in found.recipe.items()
+    ]:
+        yield "Settings", f"those of short runs (the recipe's): {', '.join(other)}"
     yield "Canary", KINDS[found.canary]
     yield (
         "Coins",

@@ -159,7 +159,7 @@ def _names(strategies: str | None, rows: list[str]) -> list[str]:
 
 def _shared(overrides: list[str], strategy: list[str], epsilon: float) -> list[str]:
     """Return overrides for all runs of a comparison, with values for the keys that it sets."""
-    own = {"strategy": "", "epsilon": epsilon, "seed": 0, "run-dir": "", "state-dir": ""}
+    own: dict[str, object] = {"strategy": "", "epsilon": epsilon, "seed": 0}
     for key in parse_overrides(overrides).keys() & own.keys():
         raise InvalidValue("-c", key, "a key that compare itself does not set")
     own["strategy"] = strategy[0] if strategy else ""

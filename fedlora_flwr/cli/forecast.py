@@ -139,9 +139,10 @@ def inspect_split(
         split_table,
     )
     from fedlora_flwr.plots.splits import plot_split
-    from fedlora_flwr.tasks.registry import build_task, client_values, reading
+    from fedlora_flwr.tasks.registry import build_task, client_values, reading, with_clients
 
     task = build_task(config.task, config)
+    config = with_clients(config, task)
     counts, read = split_counts(config, task), reading(task, config.num_clients)
     values = client_values(config, task)
     plot_split(counts, path, f"{config.task}, {config.partitioner}")

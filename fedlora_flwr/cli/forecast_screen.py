@@ -20,8 +20,10 @@ NOT_MEASURED = "not measured, because a client cannot keep the promise (see Warn
 def show_forecast(found: Forecast, console: Console) -> None:
     """Print a forecast: clients, noise, memory, bytes, warnings."""
     show(console, _clients(found))
-    if len(found.clients) > _MOST_ROWS:
-        text = f"{len(found.clients):,}: the smallest, the middle and the largest are shown"
+    text = ", ".join(filter(None, [f"{len(found.clients):,}", found.config.clients_are]))
+    if many := len(found.clients) > _MOST_ROWS:
+        text += ": the smallest, the middle and the largest are shown"
+    if many or found.config.clients_are:
         show_lines(console, [("Clients", text)])
     lines = [*(("Records", line) for line in found.read), *_lines(found)]
     if found.precision:

@@ -88,7 +88,7 @@ def describe_plan(prepared: PreparedRun) -> list[tuple[str, str]]:
         (
             "Clients",
             f"{config.num_clients} with {_range(sizes, 'd')} private {config.unit}s "
-            f"({config.partitioner})",
+            f"({config.split_in_words})",
         ),
         *(("Records", line) for line in prepared.records),
         *(("Warning", line) for line in prepared.notes),

@@ -1,20 +1,29 @@
-"""``precision = "auto"`` stands for a choice that a command makes before the run begins."""
+"""Values that stand for a choice that a command makes before the run begins.
+
+They are ``precision = "auto"`` and ``num-clients = 0``.
+"""
 
 from __future__ import annotations
 
-from fedlora_flwr.config.sections import RunSection
+from typing import TYPE_CHECKING
+
 from fedlora_flwr.errors import InvalidValue
 
+if TYPE_CHECKING:
+    from fedlora_flwr.config.run_config import RunConfig
+
 AUTO = "auto"
+CLIENTS = 10
+"""Simulated clients, if neither the user nor the partitioner names a number."""
 
 
-def check_settled(config: RunSection) -> None:
-    """Refuse a precision that has not been chosen: each process could choose another one.
+def check_settled(config: RunConfig) -> None:
+    """Refuse a choice that has not been made: each process could choose another value.
 
     Raises
     ------
     InvalidValue
-        The precision is ``"auto"``.
+        The precision is ``"auto"``, or a secure sum does not know its number of clients.
     """
     if config.precision == AUTO:
         allowed = (
@@ -22,3 +31,9 @@ def check_settled(config: RunSection) -> None:
             "Only a simulation, a plan, a comparison or an audit on this machine chooses by itself"
         )
         raise InvalidValue("precision", AUTO, allowed)
+    if config.secure_sum and not config.num_clients:
+        allowed = (
+            "the number of clients here, among whom a secure sum shares the noise. Only a "
+            "simulation, a plan, a comparison or an audit on this machine counts them by itself"
+        )
+        raise InvalidValue("num-clients", 0, allowed)

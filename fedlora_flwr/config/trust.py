@@ -82,6 +82,6 @@ def _of_a_sum(config: RunConfig) -> Iterator[tuple[str, Any, str]]:
     most = config.num_clients - 1 - config.colluding
     yield (
         "dropouts",
-        config.dropouts <= most,
+        not config.num_clients or config.dropouts <= most,  # 0 = not counted yet.
         f"at most num-clients - 1 - colluding = {most}: one client must be left to add noise",
     )

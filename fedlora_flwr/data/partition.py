@@ -68,9 +68,6 @@ def _shard(split: Split) -> Partitioner:
 def _size(split: Split) -> Partitioner:
     from flwr_datasets.partitioner import SizePartitioner
 
-    if len(split.sizes) != split.num_partitions:
-        allowed = f"num-clients = {split.num_partitions} sizes with commas between them"
-        raise InvalidValue("partition-sizes", _joined(split.sizes), allowed)
     return SizePartitioner(partition_sizes=list(split.sizes))
 
 
@@ -132,7 +129,8 @@ def partition_records(columns: Mapping[str, NDArray[Any]], split: Split) -> Part
     if split.partitioner not in PARTITIONERS:
         raise unknown("partitioner", split.partitioner, PARTITIONERS)
     if split.partitioner in _BY_COLUMN:
-        _require_column(columns, split)
+        _check_values(_column(columns, split), split)
+    _check_listed(split)
     records = len(next(iter(columns.values())))
     _require_feasible(records, split)
     # As flwr-datasets deals. It would import its plots first, in a device for each message, and
@@ -158,16 +156,21 @@ def client_values(columns: Mapping[str, NDArray[Any]], split: Split) -> list[str
     Parameters
     ----------
     columns, split
-        As for `partition_records`, which has accepted them.
+        As for `partition_records`. ``split.num_partitions`` is not read.
 
     Returns
     -------
     list[str]
         One value per client; empty for every other partitioner.
+
+    Raises
+    ------
+    InvalidValue
+        There is no such column, or it has missing values.
     """
     if split.partitioner != "natural-id":
         return []
-    return [str(value) for value in np.unique(columns[split.by])]
+    return [str(value) for value in np.unique(_column(columns, split))]
 
 
 def partition_indices(
@@ -209,11 +212,8 @@ def partition_table(labels: NDArray[Any], parts: Sequence[NDArray[np.int64]]) ->
     return pd.DataFrame(table, index=rows, columns=pd.Index(classes.tolist(), name="class"))
 
 
-def _joined(numbers: Sequence[int]) -> str:
-    return ",".join(map(str, numbers))
-
-
-def _require_column(columns: Mapping[str, NDArray[Any]], split: Split) -> None:
+def _column(columns: Mapping[str, NDArray[Any]], split: Split) -> NDArray[Any]:
+    """Return the column by which records are split, and refuse one that cannot be used."""
     named = split.column if split.partitioner == "natural-id" else split.by
     if named not in columns:
         known = set(columns) - {"row"}
@@ -224,17 +224,41 @@ def _require_column(columns: Mapping[str, NDArray[Any]], split: Split) -> None:
     values = columns[named]
     if missing(values).any():
         raise InvalidValue("partition-column", named, "a column without missing values")
+    return values
+
+
+def _check_values(values: NDArray[Any], split: Split) -> None:
+    """Refuse a number of clients, or of classes, that the column's values do not allow."""
     found, counts = np.unique(values, return_counts=True)
     distinct = len(found)
     if split.partitioner == "natural-id" and distinct != split.num_partitions:
-        reason = f"{distinct}, as partition-column = {named!r} has that many values"
+        more = ""
         if (fewest := int(counts.min())) < split.min_size:
-            reason += f". Lower min-records, too, from {split.min_size} to {fewest} at most: a "
-            reason += "value has so few records"
-        raise InvalidValue("num-clients", split.num_partitions, reason)
+            more = f". Lower min-records, too, from {split.min_size} to {fewest} at most: a value "
+            more += "has so few records"
+        why = f"partition-column = {split.by!r} has that many values"
+        raise _not_made(split, distinct, why, more)
     if split.partitioner == "pathological" and not 1 <= split.classes_per_partition <= distinct:
         reason = f"1 to {distinct}, the classes of the records"
         raise InvalidValue("classes-per-client", split.classes_per_partition, reason)
+
+
+def _check_listed(split: Split) -> None:
+    """Refuse a list of sizes or shares that is not for this number of clients."""
+    key = {"size": "partition-sizes", LABEL_SHARES: "label-shares"}.get(split.partitioner)
+    if key and not split.listed:
+        raise InvalidValue(key, "", f"what partitioner = {split.partitioner!r} gives each client")
+    if key and split.listed != split.num_partitions:
+        raise _not_made(split, split.listed, f"{key} is for that many clients")
+
+
+def _not_made(split: Split, clients: int, why: str, more: str = "") -> InvalidValue:
+    """Return the error for a number of clients that the partitioner does not make."""
+    allowed = (
+        f"{clients}, as {why}. Set 0 to take the number from there; `flwr run` needs "
+        f"num-supernodes={clients}{more}"
+    )
+    return InvalidValue("num-clients", split.num_partitions, allowed)
 
 
 def _require_feasible(records: int, split: Split) -> None:
@@ -294,7 +318,7 @@ def _by_shares(values: NDArray[Any], split: Split) -> Parts:
     shares = np.asarray(split.shares, dtype=np.float64)
     if shares.shape != (split.num_partitions, len(classes)):
         text = "; ".join(",".join(f"{share:g}" for share in row) for row in split.shares)
-        allowed = f"{split.num_partitions} clients with a share for each of {len(classes)} classes"
+        allowed = f"a share for each of {len(classes)} classes in each row"
         raise InvalidValue("label-shares", text, allowed)
     order = np.random.default_rng(split.seed).permutation(len(values))
     pools = [order[codes[order] == number] for number in range(len(classes))]

@@ -67,6 +67,11 @@ class Split:
         )
 
     @property
+    def listed(self) -> int:
+        """Number of clients in the list of ``"size"`` or ``"label-shares"``, 0 for all others."""
+        return {"size": len(self.sizes), "label-shares": len(self.shares)}.get(self.partitioner, 0)
+
+    @property
     def by(self) -> str:
         """Name of the column that label-based partitioners split by."""
         return self.column or "label"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.followed import PLAN, followed
 from fedlora_flwr.config.recipes import config_of
 from fedlora_flwr.errors import require
 from fedlora_flwr.forecast import gradients
@@ -69,8 +70,9 @@ def plan_run(
         config = config_of(recipe, changes)
         require(*extras_of(config.task), *(["flwr_datasets"] if records is None else []))
         made = build_task(config.task, config)
-        config, precision = settled(config, made)
-        found = replace(forecast(config, records, made), precision=precision)
+        config, precision = settled(config, made, opened=records is None)
+        found = _foreseen(config, records, made)
+        found = replace(found, precision=precision)
         if found.broken:
             return found
         norms = gradients.measure(config, made, found, opened=records is None)
@@ -104,5 +106,12 @@ def plan_budgets(
         As for `plan_run`.
     """
     made = build_task(config.task, config)
-    config = settled(config, made).config
-    return [forecast(replace(config, epsilon=epsilon), records, made) for epsilon in epsilons]
+    config = settled(config, made, opened=records is None).config
+    return [_foreseen(replace(config, epsilon=epsilon), records, made) for epsilon in epsilons]
+
+
+def _foreseen(config: RunConfig, records: int | None, task: Task) -> Forecast:
+    """Return a forecast, with a warning for each key of the run that it does not follow."""
+    config, left = followed(PLAN, config)
+    found = forecast(config, records, task)
+    return replace(found, warnings=[*found.warnings, *left])

@@ -342,9 +342,11 @@ class _Session:
         return {**report.details, **report.compared, **self._noise(report), **counted}
 
 
-def _remarks(strategy: FedLoRA) -> dict[str, str]:
-    opener = strategy.opener
-    return {**strategy.remarks(), **({"secure sum": opener.remark} if opener else {})}
+def _remarks(session: _Session, grid: Grid) -> dict[str, str]:
+    opener, made = session.strategy.opener, session.config.clients_are
+    found = {"clients": made} if made and is_simulated(grid) else {}
+    found |= session.strategy.remarks() | ({"secure sum": opener.remark} if opener else {})
+    return found | session.trackers.remarks
 
 
 def _summary(
@@ -387,7 +389,7 @@ def _summary(
         "precision": config.precision,
         "trust_model": config.trust_model,
         "blocks": list(session.layout.blocks) if session else [],
-        "remarks": {**_remarks(session.strategy), **session.trackers.remarks} if session else {},
+        "remarks": _remarks(session, grid) if session else {},
         # A device's own file may ask for them where the run's settings do not.
         "unprotected_metrics": config.report_unprotected_metrics
         or (session is not None and session.unprotected),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.followed import COMPARISON, followed
 from fedlora_flwr.config.names import given_key, short_name
 from fedlora_flwr.config.recipes import config_of
 from fedlora_flwr.errors import InvalidValue, require, unknown
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from fedlora_flwr.data.given import Table
     from fedlora_flwr.tasks.registry import Task, TaskFactory
 
-_OWN = ("epsilon", "seed", "run-dir", "state-dir")
+_OWN = ("epsilon", "seed")
 """Keys that a comparison sets itself, beside the strategy."""
 
 
@@ -183,9 +184,10 @@ def compare(
     with ExitStack() as stack:
         _check_shared(changes)
         changes |= given(stack, task=task, train=train, test=test)
-        own = {"epsilon": budgets[0], "seed": 0, "run-dir": "", "state-dir": ""}
+        own = {"epsilon": budgets[0], "seed": 0}
         first = (names or rows)[0].split()
         config = config_of(recipe, {**changes, **own, "strategy": first[0] if first else ""})
+        config, left = followed(COMPARISON, config, changes)
         _check_possible(config, sampler, trials)
         check_alone(config, "workers", workers, alone=workers == 1)
         config = settled(config, build_task(config.task, config)).config
@@ -195,7 +197,7 @@ def compare(
         )
         what, chosen = with_baselines(named, baselines)
         if on_baselines:
-            on_baselines(chosen.lines())
+            on_baselines([*left, *chosen.lines()])
         folder = comparison_folder(recipe, output)
         stack.enter_context(kept_log())
         console = Console(stderr=True)
@@ -240,9 +242,6 @@ def _check_possible(config: RunConfig, sampler: str, trials: int) -> None:
     """Refuse what a comparison cannot do, and packages that are missing."""
     if sampler not in SAMPLERS:
         raise unknown("sampler", sampler, SAMPLERS)
-    if config.trackers:
-        allowed = "no tracker in a comparison, whose runs keep no folder. rows.csv has them all"
-        raise InvalidValue("trackers", config.trackers, allowed)
     chooses = [OPTUNA] if sampler == OPTUNA and trials else []
     require(*extras_of(config.task), "plots", "flwr_datasets", *chooses)
 

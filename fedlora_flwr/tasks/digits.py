@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedlora_flwr.backbones.pretrain_digits import build_vit, load_backbone
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.data.partition import partition_records
+from fedlora_flwr.data.partition import client_values, partition_records
 from fedlora_flwr.data.parts import Parts
 from fedlora_flwr.data.records import Batch, Records, TensorRecords
 from fedlora_flwr.data.splits import Split
@@ -73,6 +73,10 @@ class DigitsTask:
         split = Split.of(self._settings, num_partitions, self._settings.seed)
         return _client(split, partition_id)
 
+    def client_values(self, num_partitions: int) -> list[str]:
+        """Return the value of the partition column that each client is made of, if it is of one."""
+        return client_values(_columns(), Split.of(self._settings, num_partitions, 0))
+
     def test_records(self) -> Records:
         """Return the 360 public digits, a fifth of each class, the same for every seed."""
         return _handwritten()[1]
@@ -119,9 +123,13 @@ def _handwritten() -> tuple[TensorRecords, TensorRecords]:
 
 @lru_cache(maxsize=8)
 def _parts(split: Split) -> Parts:
+    return partition_records(_columns(), split)
+
+
+def _columns() -> dict[str, NDArray[np.int64]]:
+    """Return the columns by which clients can share the records."""
     private = _handwritten()[0]
-    labels = private.batch(torch.arange(len(private)))["label"].numpy()
-    return partition_records({"label": labels}, split)
+    return {"label": private.batch(torch.arange(len(private)))["label"].numpy()}
 
 
 @lru_cache(maxsize=4096)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from fedlora_flwr.config.settled import CLIENTS
 from fedlora_flwr.errors import InvalidValue, require
 from fedlora_flwr.places import TASKS, check_task_name, load
 
@@ -74,7 +76,8 @@ OPTIONAL: Mapping[str, str] = {
     "they are the unit, given the number of clients, so that a run with many clients need not "
     "open the records of each. It counts only beside its own client_records",
     "client_values": "returns the value of the partition column that each client is made of, given "
-    "the number of clients, and an empty list if clients are not made of values",
+    "the number of clients, 0 if it is not known yet, and an empty list if clients are not made of "
+    "values",
     "private_reading": "tells the same about a device's private split",
     "class_names": "returns the names of the classes in the order of their numbers, for tables and "
     "model cards",
@@ -220,6 +223,32 @@ def _place(task: Task, member: str) -> object:
     """Return the object or the class whose own member a task has; None if it has another's."""
     places = (task, *type(task).__mro__)
     return next((place for place in places if member in getattr(place, "__dict__", ())), None)
+
+
+def with_clients(config: RunConfig, task: Task) -> RunConfig:
+    """Return a run with its number of clients, which the partitioner makes if nobody gave it.
+
+    Parameters
+    ----------
+    config : RunConfig
+        The run.
+    task : Task
+        Its task. For ``"natural-id"`` its private records are opened.
+
+    Raises
+    ------
+    InvalidValue
+        The records cannot be opened or split, or the task does not tell its clients.
+    """
+    if config.num_clients:
+        return config
+    from fedlora_flwr.data.splits import Split
+
+    found = Split.of(config, 0, config.seed).listed or CLIENTS
+    if config.partitioner == "natural-id" and not (found := len(client_values(config, task))):
+        allowed = f"a number above 0, as task = {config.task!r} does not tell how many clients"
+        raise InvalidValue("num-clients", 0, f"{allowed} it makes of the partition column")
+    return replace(config, num_clients=found)
 
 
 def client_values(config: RunConfig, task: Task) -> list[str]:

@@ -255,5 +255,5 @@ class TableClassifier:
         """Return the columns by which clients can share the records, and how they do."""
         split = Split.of(self._settings, num_partitions, self._settings.seed)
         labels = self._private.batch(torch.arange(len(self._private)))["label"].numpy()
-        own = {split.column: self._train[split.column].to_numpy()} if split.column else {}
+        own = {n: self._train[n].to_numpy() for n in self._train.columns if n == split.column}
         return {"row": np.arange(len(labels)), **own, "label": labels}, split

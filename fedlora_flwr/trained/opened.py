@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.followed import SAVED, check_known
 from fedlora_flwr.config.recipes import config_of
 from fedlora_flwr.data.given import as_dataset, is_path
 from fedlora_flwr.data.sources import load_split, split_names
@@ -18,7 +19,7 @@ from fedlora_flwr.lora.build import resolve_device
 from fedlora_flwr.lora.loaded import load_adapter
 from fedlora_flwr.places import TASKS, holding, is_held, is_place
 from fedlora_flwr.tasks.registry import Task, build_task
-from fedlora_flwr.trained.saved_task import NAME, is_adapter, read_task
+from fedlora_flwr.trained.saved_task import NAME, READ, is_adapter, read_task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -121,13 +122,16 @@ def opened(
     Raises
     ------
     InvalidValue
-        The folder holds no adapter, a setting cannot be used, the records cannot be read, or the
-        folder names a task with code of its own that the caller has not named.
+        The folder holds no adapter, a setting cannot be used or is none that is read here, the
+        records cannot be read, or the folder names a task with code of its own that the caller has
+        not named.
     """
     folder = adapter_folder(adapter)
     own = task if task is not None else getattr(adapter, "task", None)
     with ExitStack() as stack:
         given = config_of(read_task(folder), changes)
+        if given.task in TASKS:  # A task of the user's own may read any key.
+            check_known(SAVED, READ, changes)
         whole = given.quantization == "none" and given.precision == "fp32" and not given.split_qkv
         found = RunConfig.of(given.items(), _WHOLE)
         values: dict[str, Any] = {} if is_adapter(folder) else {"model": str(folder.resolve())}

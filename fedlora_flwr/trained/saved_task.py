@@ -31,6 +31,8 @@ _RECORDS = (
     *("generation-limit", "eval-batch-size", "partition-column", "device"),
 )
 """Keys that a run's configuration has beside those."""
+READ = (*KEYS, *_RECORDS)
+"""Every key that a command on a saved adapter follows."""
 
 
 def write_task(folder: Path, config: RunConfig, classes: Sequence[str]) -> None:
@@ -73,7 +75,7 @@ def read_task(folder: Path) -> RunConfig:
     run, own = folder.resolve().parent / "config.toml", folder / NAME
     written = _values(own, KEYS)
     # What is beside a merged model need not be the run that it came from.
-    of_run = _values(run, (*KEYS, *_RECORDS)) if is_adapter(folder) else {}
+    of_run = _values(run, READ) if is_adapter(folder) else {}
     if not written and not of_run:
         allowed = f"the folder of a run, or of an adapter with {NAME}"
         raise InvalidValue("adapter", str(folder), allowed)

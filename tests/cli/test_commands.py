@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -51,6 +52,18 @@ def test_every_command_has_help(words: tuple[str, ...], option: str) -> None:
     output = fedlora(*words, option)
     assert "Usage: " in output
     assert "--help" in output
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_help_explains_every_argument_and_option(words: tuple[str, ...]) -> None:
+    command = CLI
+    for word in words:
+        command = command.commands[word]
+    shown = re.sub(r"[^!-~\w]+", " ", fedlora(*words, "--help"))
+    for parameter in command.params:
+        assert parameter.help, f"{parameter.name} has no help"
+        first_words = " ".join(parameter.help.split()[:4])
+        assert re.sub(r"[^!-~\w]+", " ", first_words) in shown
 
 
 def test_the_version_is_that_of_the_package() -> None:

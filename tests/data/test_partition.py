@@ -262,13 +262,15 @@ def test_sizes_grow_as_named() -> None:
         ("min-records", "natural-id", Split("natural-id", 7, 1, min_size=203, column="writer")),
         (
             "num-clients",
-            "expected 7, as partition-column = 'writer' has that many values. Lower min-records, "
-            "too, from 203",
+            "expected 7, as partition-column = 'writer' has that many values. Set 0 to take the "
+            "number from there; `flwr run` needs num-supernodes=7. Lower min-records, too, from "
+            "203",
             Split("natural-id", 4, 1, min_size=203, column="writer"),
         ),
         ("min-records", "at most 5", Split("size", 2, 1, min_size=6, sizes=(5, 9))),
         ("classes-per-client", "1 to 10", Split("pathological", 3, 1, classes_per_partition=11)),
-        ("partition-sizes", "3 sizes", Split("size", 3, 1, sizes=(5, 9))),
+        ("num-clients", "2, as partition-sizes is for", Split("size", 3, 1, sizes=(5, 9))),
+        ("partition-sizes", "gives each client", Split("size", 3, 1)),
         ("partitioner", "suits the records", Split("size", 2, 1, sizes=(1000, 1000))),
         ("partitioner", "suits the records", Split("exponential", 12, 1)),
         ("classes-per-client", "1 to 2", Split("shard", 700, 1, classes_per_partition=3)),
@@ -349,9 +351,18 @@ def test_what_is_no_label_share(text: str) -> None:
         Split.of(RunConfig.of({"label-shares": text}), 3, 0)
 
 
-@pytest.mark.parametrize("shares", [(), SHARES[:2], ((1.0,),) * 3])
-def test_label_shares_for_other_clients_or_classes(shares: tuple[tuple[float, ...], ...]) -> None:
-    with pytest.raises(InvalidValue, match="3 clients with a share for each of 2 classes"):
+@pytest.mark.parametrize(
+    ("shares", "words"),
+    [
+        ((), "label-shares = '' .* gives each client"),
+        (SHARES[:2], "num-clients = 3 .* expected 2, as label-shares is for that many"),
+        (((1.0,),) * 3, "label-shares = '1; 1; 1' .* a share for each of 2 classes"),
+    ],
+)
+def test_label_shares_for_other_clients_or_classes(
+    shares: tuple[tuple[float, ...], ...], words: str
+) -> None:
+    with pytest.raises(InvalidValue, match=words):
         partition_records(
             {"label": np.array([0, 1] * 9)}, Split("label-shares", 3, seed=5, shares=shares)
         )

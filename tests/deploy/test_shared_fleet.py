@@ -28,6 +28,8 @@ from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 from tests.deploy import hostile
 from tests.deploy.hostile import write_hostile
 from tests.deploy.support import NAMES, WARM, adapter, of, prepare, set_up_devices, until
+from tests.tracking.support import NAMES as TRACKERS
+from tests.tracking.support import mlflow_run, of_mlflow, of_tensorboard, of_wandb, written
 
 pytestmark = pytest.mark.deploy
 ROOT = Path(__file__).parents[2]
@@ -93,7 +95,8 @@ def play(base: Path, fleet: RunningFleet, config: RunConfig) -> Story:
     fleet.start(BARE)
     looks = {"between": fleet_status(fleet.folder)}
     with looking(fleet.folder) as during:
-        honest = fleet.run(of(config, RunDirectory(base / SEEDED), 2))
+        recorded = RunConfig.of(config.items(), {"trackers": ",".join(TRACKERS)})
+        honest = fleet.run(of(recorded, RunDirectory(base / SEEDED), 2))
     looks |= {"after": fleet_status(fleet.folder), "server": fleet_status(fleet.folder / "server")}
     set_up_devices(base, reproducible=False)
     for name in (FIRST, SECOND):
@@ -198,6 +201,20 @@ def test_a_fleet_reports_the_figures_of_the_simulation(story: Story) -> None:
         [row["loss"] for row in story.run(name).rows("rounds")] for name in (SEEDED, SIMULATED)
     ]
     assert losses[0] == losses[1]
+
+
+def test_trackers_record_at_the_server_and_on_no_device(story: Story) -> None:
+    run = story.run(SEEDED).path
+    for found in (of_tensorboard(run), of_mlflow(run), of_wandb(run)):
+        assert {step for _, step in found} == {0, 1, 2}
+        for row in written(run):
+            for name in ("accuracy", "loss", "bytes_up"):
+                assert found[name, row["round"]] == [pytest.approx(row[name])]
+    assert mlflow_run(run)[1].info.status == "FINISHED"
+    assert "remarks" in (summary := story.run(SEEDED).summary() or {})
+    assert not [remark for remark in summary["remarks"] if remark.startswith("tracker")]
+    for name in TRACKERS:
+        assert not list((story.base / "fleet").rglob(f"{name}*")), name
 
 
 def test_a_runs_seed_draws_no_devices_noise(story: Story) -> None:

@@ -40,7 +40,10 @@ def test_strategies_are_compared_on_an_object(tmp_path: Path) -> None:
         ({"epsilon": 3}, "changes = 'epsilon' cannot be used: expected a key that compare itself"),
         ({"epsilons": [0]}, "epsilons = [0.0] cannot be used: expected numbers above 0"),
         ({"strategies": ["rolara"]}, "did you mean 'rolora'"),
-        ({"trackers": "tensorboard"}, "expected no tracker in a comparison"),
+        (
+            {"trackers": "tensorboard"},
+            "because a comparison does not follow this key: its runs keep no folder",
+        ),
         ({"task": own_task(), "workers": 2}, "workers = 2 cannot be used: expected this process"),
     ],
 )

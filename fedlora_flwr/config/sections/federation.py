@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fedlora_flwr.algebra.server_optimizer import OPTIMIZERS
+from fedlora_flwr.algebra.optimizer_names import OPTIMIZERS
 from fedlora_flwr.config.keys import (
     ANY,
     FLAG,
@@ -36,8 +36,10 @@ class FederationSection:
         _RUN, "A device obeys any plan under the same private step.",
     )  # fmt: skip
     num_clients: int = key(
-        10, at_least(1), "clients of `fedlora run` and `simulate`", _RUN, _SERVER
-    )
+        0, at_least(0),
+        "clients of `fedlora run` and `simulate`; 0 = as many as the partitioner makes, or else 10",
+        _RUN, _SERVER,
+    )  # fmt: skip
     min_clients: int = key(
         2, at_least(1), "clients that must be connected for a round", _RUN, _SERVER
     )

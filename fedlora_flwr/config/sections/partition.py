@@ -46,3 +46,21 @@ class PartitionSection:
         "label-shares: each client's shares of the classes, e.g. '0.9,0.1; 0.1,0.9; 0.5,0.5'",
         _PACKAGE, _WHOLE,
     )  # fmt: skip
+
+    @property
+    def clients_are(self) -> str:
+        """What the clients are, if the partitioner itself makes a number of them.
+
+        Empty for a partitioner that deals records out to any number of clients.
+        """
+        made = {
+            "natural-id": f"one for each value of {self.partition_column!r}",
+            "size": "one for each number in partition-sizes",
+            "label-shares": "one for each row of label-shares",
+        }
+        return made.get(self.partitioner, "")
+
+    @property
+    def split_in_words(self) -> str:
+        """The partitioner, and what the clients are if it makes a number of them."""
+        return f"{self.partitioner}: {made}" if (made := self.clients_are) else self.partitioner
