@@ -40,8 +40,10 @@ test-slow: setup
 
 # Real Flower processes. Two files at a time: more of them slow a fleet beyond its timeouts. The
 # other tests may run at the same time, so these keep another cache.
+# Only files that have such a test are imported.
 test-deploy: setup
-	$(BIN)/python -m pytest -n 2 -m "deploy or flower" -o cache_dir=.pytest_cache/deploy $(PYTEST)
+	$(BIN)/python -m pytest -n 2 -m "deploy or flower" -o cache_dir=.pytest_cache/deploy $(PYTEST) \
+		$(shell grep -rlE "mark\.(deploy|flower)" tests --include="test_*.py")
 
 # Breaks the promise on purpose, in each known way, and sees that a test notices.
 breaks: setup

@@ -10,17 +10,16 @@ from contextlib import suppress
 from pathlib import Path
 
 os.chdir(Path(__file__).resolve().parent.parent)
+# pip compiles all modules that it installs, which takes a minute. Few of them are ever imported.
+os.environ["PIP_COMPILE"] = "no"
+# What each target runs here: `test` takes the slow tests, too, since a second start would cost
+# half a minute of a processor.
+SELECTED = {"test": "-m 'not (deploy or flower or recipes)'", "test-deploy": ""}
 # Linux shares processor time among sessions, and elsewhere `nice` decides.
 BEHIND = """(echo 15 > /proc/self/autogroup) 2> /dev/null
-nice -n 15 make test; failed=$?
-nice -n 15 make test-slow; slow=$?
-exit $(((failed != 0) + 2 * (slow != 0)))"""
-# Where each part keeps the names of the tests that failed.
-FAILED = {
-    "test": ".pytest_cache",
-    "test-slow": ".pytest_cache/slow",
-    "test-deploy": ".pytest_cache/deploy",
-}
+exec nice -n 15 make test "$0\""""
+# Where each target keeps the names of the tests that failed.
+FAILED = {"test": ".pytest_cache", "test-deploy": ".pytest_cache/deploy"}
 FEW = 2  # files
 
 
@@ -32,12 +31,11 @@ def main() -> int:
     # tests fill that time, with a lower priority, so that no fleet misses a deadline of its own.
     with tempfile.TemporaryFile() as said:
         tests = subprocess.Popen(
-            ["sh", "-c", BEHIND], stdout=said, stderr=said, start_new_session=True
+            ["sh", "-c", BEHIND, options("test")], stdout=said, stderr=said, start_new_session=True
         )
         try:
             failed = {"test-deploy": subprocess.run(["make", "test-deploy"]).returncode != 0}
-            status = tests.wait()
-            failed |= {"test": status & 1 != 0, "test-slow": status & 2 != 0}
+            failed["test"] = tests.wait() != 0
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(tests.pid, signal.SIGTERM)
@@ -45,6 +43,11 @@ def main() -> int:
             sys.stdout.buffer.write(said.read())
             sys.stdout.flush()
     return int(not all(map(passes_alone, [target for target in failed if failed[target]])))
+
+
+def options(target: str, *more: str) -> str:
+    """Return an argument of `make` that gives a target's pytest its options."""
+    return " ".join([f"PYTEST={SELECTED[target]}", *more])
 
 
 def passes_alone(target: str) -> bool:
@@ -58,7 +61,7 @@ def passes_alone(target: str) -> bool:
     if not 1 <= len({name.partition("::")[0] for name in names}) <= FEW:
         return False
     print(f"Failed beside other tests, and now run again alone: {', '.join(names)}", flush=True)
-    again = "PYTEST=-n 0 --last-failed --last-failed-no-failures none"
+    again = options(target, "-n 0 --last-failed --last-failed-no-failures none")
     return subprocess.run(["make", target, again]).returncode == 0
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.deploy.control import ONLINE, Control
 from fedlora_flwr.deploy.fleet import CONNECTION, read_fleet
 from fedlora_flwr.simulations.superlink import free_port
 
@@ -70,6 +71,12 @@ class RunningFleet:
             assert self.processes["server"].poll() is None, self.log("server").read_text()
             time.sleep(0.25)
         raise TimeoutError("The SuperLink's port stays closed.")
+
+    def online(self) -> set[str]:
+        """Return the devices that are connected, without a process for the question."""
+        fleet = read_fleet(self.folder)[0]
+        control = Control(f"{fleet.host}:{fleet.port}", self.folder / "operator" / "ca.pem")
+        return {node.name for node in control.nodes() if node.state == ONLINE}
 
     def operator(self, *command: str | Path, timeout: float = 600) -> str:
         """Run a command as the operator does; return what it prints."""

@@ -28,10 +28,19 @@ class Clock:
         self.stages[stage] = time.process_time() - self._start - sum(self.stages.values())
 
 
-def as_a_client(folder: Path, clock: Clock) -> None:
-    """Do what ``flwr-clientapp`` does with a training message, up to the first private step."""
-    import flwr.supernode.cli  # noqa: F401
+def load_flower() -> None:
+    """Import Flower as the process does that a device starts for each message."""
+    from fedlora_flwr.deploy.client_process import app_for
+    from fedlora_flwr.deploy.flower import handle_with
+    from fedlora_flwr.processes import uncollected
 
+    with uncollected():
+        handle_with(app_for)
+
+
+def as_a_client(folder: Path, clock: Clock) -> None:
+    """Do what a device's process does with a training message, up to the first private step."""
+    load_flower()
     clock.done("Flower")
     from fedlora_flwr import client_app  # noqa: F401
     from fedlora_flwr.processes import uncollected
@@ -44,8 +53,7 @@ def as_a_client(folder: Path, clock: Clock) -> None:
 
 def as_a_warm_client(folder: Path, clock: Clock) -> None:
     """Do the same in the process that the device has kept since its last message."""
-    import flwr.supernode.cli  # noqa: F401
-
+    load_flower()
     clock.done("Flower")
     # The function needs a name by which any process can import it.
     from benchmarks import started

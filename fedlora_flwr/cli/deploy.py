@@ -206,10 +206,11 @@ def run(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def start(context: typer.Context) -> None:
     """Start a SuperNode that runs installed code only; a device's start.sh calls this."""
-    from fedlora_flwr.clients.device import Device
-    from fedlora_flwr.deploy.device_check import require_in_place
-    from fedlora_flwr.deploy.fleet import SETTINGS
-    from fedlora_flwr.deploy.supernode import start_supernode
+    with uncollected():
+        from fedlora_flwr.clients.device import Device
+        from fedlora_flwr.deploy.device_check import require_in_place
+        from fedlora_flwr.deploy.fleet import SETTINGS
+        from fedlora_flwr.deploy.supernode import start_supernode
 
     device, file = None, Path.cwd() / SETTINGS
     with suppress(InvalidValue):  # What is wrong with this file, each message's answer says.

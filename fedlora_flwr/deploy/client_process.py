@@ -11,14 +11,15 @@ import sys
 import threading
 import time
 from logging import ERROR
-
-from flwr.app import Context, Error, Message
-from flwr.clientapp.typing import ClientAppCallable
-from flwr.common.logger import log
+from typing import TYPE_CHECKING
 
 from fedlora_flwr.deploy.bundles import BundleRefused, check_bundle
 from fedlora_flwr.deploy.flower import handle_with
-from fedlora_flwr.flower_internals import ErrorCode
+from fedlora_flwr.processes import uncollected
+
+if TYPE_CHECKING:
+    from flwr.app import Context, Message
+    from flwr.clientapp.typing import ClientAppCallable
 
 PARENT = "--parent-pid"
 """SuperExec's own process, which it names on the command line."""
@@ -37,14 +38,21 @@ def app_for(bundle: bytes) -> ClientAppCallable:
     try:
         check_bundle(bundle)
     except BundleRefused as refusal:
+        from flwr.common.logger import log
+
         log(ERROR, "%s", refusal)
         return _refusing(str(refusal))
-    from fedlora_flwr.client_app import app
+    with uncollected():
+        from fedlora_flwr.client_app import app
 
     return app
 
 
 def _refusing(reason: str) -> ClientAppCallable:
+    from flwr.app import Error, Message
+
+    from fedlora_flwr.flower_internals import ErrorCode
+
     def refuse(message: Message, context: Context) -> Message:  # noqa: ARG001
         return Message(Error(ErrorCode.INVALID_FAB, reason), reply_to=message)
 
@@ -67,7 +75,8 @@ def main() -> None:
     if PARENT in sys.argv:
         parent = int(sys.argv[sys.argv.index(PARENT) + 1])
         threading.Thread(target=end_with, args=(parent,), daemon=True).start()
-    handle = handle_with(app_for)
+    with uncollected():
+        handle = handle_with(app_for)
     if sys.argv[1:] != [TRY]:
         handle()
 

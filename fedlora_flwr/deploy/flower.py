@@ -12,9 +12,10 @@ Source: flwr 1.42, ``supercore/superexec/executor/subprocess_executor.py`` and
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterable
 from importlib.metadata import EntryPoint, distribution
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedlora_flwr.errors import CannotStart
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 SUPERNODE, SUPEREXEC, CLIENT = "flower-supernode", "flower-superexec", "flwr-clientapp"
 _RUNTIME = "flwr.supernode.runtime.run_clientapp"
+_NODE = "flwr.supernode.cli.flower_supernode"
+"""A SuperNode's program. Flower imports it with a client's, and it takes a third of a start."""
 _EXECUTOR = "flwr.supercore.superexec.executor"
 Loader = Callable[[bytes], "ClientAppCallable"]
 """Returns the app that serves a message, given the content of the run's bundle."""
@@ -149,6 +152,7 @@ def handle_with(load: Loader) -> Callable[[], object]:
     for _, name, stand_in in stand_ins:
         if name != "load_app" and getattr(runtime, name, None) != stand_in:
             raise OtherFlower(f"{_RUNTIME} does not use {name}")
+    _leave_out(_NODE)
     handle: Callable[[], object] = programs()[CLIENT].load()
     return handle
 
@@ -177,8 +181,15 @@ class _Loading:
         return load
 
 
+def _leave_out(name: str) -> None:
+    """Let a module that defines a program of its own name be imported without any of its code."""
+    module = ModuleType(name)
+    setattr(module, name.rpartition(".")[2], _never)
+    sys.modules.setdefault(name, module)
+
+
 def _never(*_: object, **__: object) -> NoReturn:
-    raise OtherFlower("it imports or installs parts of a bundle")
+    raise OtherFlower("it imports or installs parts of a bundle, or starts another program")
 
 
 def module_of(name: str) -> Any:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from fedlora_flwr.deploy.children import end_with_children
 from fedlora_flwr.deploy.flower import OtherFlower, module_of, programs
 from fedlora_flwr.deploy.ports import require_free
+from fedlora_flwr.processes import uncollected
 
 SUPERLINK = "flower-superlink"
 SERVE = "fedlora deploy serve"
@@ -63,7 +64,8 @@ def serve(arguments: Sequence[str]) -> None:
     found = programs()
     if SUPERLINK not in found:
         raise OtherFlower(f"it has no program {SUPERLINK}")
-    run: Callable[[], object] = found[SUPERLINK].load()
+    with uncollected():
+        run: Callable[[], object] = found[SUPERLINK].load()
     wait_longer_for_the_database()
     # With an expired certificate SuperExec ends by itself. The server stays, and tells devices why.
     end_with_children("The server's SuperExec was killed, so its SuperLink ends too.", killed=True)

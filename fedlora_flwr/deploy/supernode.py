@@ -30,6 +30,12 @@ PROCESSES = {
     flower.CLIENT: CLIENT_PROCESS,
 }
 """The package's own modules in place of Flower's programs."""
+_SUPEREXEC = """import sys
+from fedlora_flwr.processes import uncollected
+with uncollected():
+    from {module} import {function}
+sys.argv[0] = {name!r}
+sys.exit({function}())"""
 # Argparse also accepts abbreviations of these options.
 _UNSAFE = ("--isolation", "--allow-runtime-dependency-installation")
 _REFUSAL = (
@@ -212,8 +218,8 @@ def write_programs(folder: Path) -> None:
     folder.mkdir(mode=0o700, exist_ok=True)
     for name, point in flower.programs().items():
         if name == flower.SUPEREXEC:
-            code = f"import sys; sys.argv[0] = {name!r}; from {point.module} import {point.attr}"
-            lines = _python("-c", f"{code}; sys.exit({point.attr}())") + " --executor subprocess"
+            code = _SUPEREXEC.format(name=name, module=point.module, function=point.attr)
+            lines = _python("-c", code) + " --executor subprocess"
         elif name in PROCESSES:
             lines = _python("-m", PROCESSES[name])
         else:

@@ -37,6 +37,24 @@ def test_every_message_of_another_app_is_answered_with_the_refusal(kind: str) ->
     )
 
 
+LOADED = """
+import sys
+from fedlora_flwr.deploy.client_process import main
+main()
+print(*sys.modules)
+"""
+
+
+def test_it_loads_no_part_of_flower_that_only_a_supernode_needs() -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", LOADED, "--try"], capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stdout.split())
+    assert "flwr.supernode.runtime.run_clientapp" in loaded
+    # The SuperNode's database.
+    assert {"sqlalchemy", "alembic"}.isdisjoint(loaded)
+
+
 # One that waits forever, as Flower's does when it wants to tell a SuperNode that is gone, too.
 STUCK = """
 import threading

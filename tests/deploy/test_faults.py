@@ -19,7 +19,6 @@ import pytest
 
 from benchmarks.running_fleet import RunningFleet, running
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.deploy.fleet import CONNECTION
 from fedlora_flwr.server.run_dir import RunDirectory
 from tests.deploy import faulty
 from tests.deploy.support import own_cache, prepare_faulty, until
@@ -102,7 +101,7 @@ class Scene:
         self.untell(LATE, faulty.HANG)
         self.untell(KILLED, faulty.HANG)
         self.start(KILLED)
-        self.until(lambda: self.online() == len(NAMES))
+        self.until(lambda: self.fleet.online() == set(NAMES))
         self.untell(SOUND, faulty.HANG)
         self.after_round(3)
         self.untell(FAILING, faulty.RAISE)
@@ -146,11 +145,6 @@ class Scene:
 
     def until(self, done: Callable[[], bool]) -> None:
         until(done, self.fleet.log("server").read_text)
-
-    def online(self) -> int:
-        said = self.fleet.operator("flwr", "supernode", "list", CONNECTION, "--format", "json")
-        nodes = json.loads(said[said.index("{") :])["nodes"]
-        return sum(node["status"] == "online" for node in nodes)
 
     def ledger(self, name: str) -> list[int]:
         path = self.base / "fleet" / "devices" / name / "state" / "ledger.sqlite"

@@ -17,7 +17,7 @@ from fedlora_flwr.deploy import identities
 from fedlora_flwr.deploy.check import check_device
 from fedlora_flwr.deploy.fleet import CONNECTION, Fleet, make_fleet, read_fleet
 from fedlora_flwr.simulations.superlink import free_port
-from tests.deploy.support import texts
+from tests.deploy.support import texts, until
 
 pytestmark = pytest.mark.deploy
 DEVICE = "device-01"
@@ -147,11 +147,7 @@ def test_a_registered_device_is_let_in(alive: RunningFleet) -> None:
     assert "online" not in alive.operator("flwr", "supernode", "list", CONNECTION)
     alive.start(DEVICE)
     try:
-        for _ in range(120):
-            time.sleep(0.5)
-            nodes = alive.operator("flwr", "supernode", "list", CONNECTION)
-            if "online" in nodes:
-                break
+        until(lambda: alive.online() == {DEVICE}, alive.log(DEVICE).read_text)
         assert look()[subject] == ["admits this device"]
         nodes = alive.operator("flwr", "supernode", "list", CONNECTION)
     finally:
