@@ -87,7 +87,7 @@ def test_one_tiny_client_does_not_set_the_whole_forecast(make_config: MakeConfig
     assert by_size.noise_to_signal is not None
     assert not by_size.worst.decides(by_size.noise_to_signal)
     assert by_size.warnings == []
-    assert as_json(found)["worst_client"]["share"] == worst.share > 0.5
+    assert found.as_json()["worst_client"]["share"] == worst.share > 0.5
 
 
 @pytest.mark.parametrize("clients", [1, 3, 4, 7, 10])
