@@ -193,14 +193,16 @@ def advise(config: RunConfig) -> Advice:
     here = config.trust_model == found.trust_model
     same = here and all(own[key] == recipe[key] for key in _STEPS)
     wanted: dict[str, Any] = {"weighting": recipe["weighting"], **found.settings}
-    kept = [key for key in wanted if same or key not in _RATES] if here else ["strategy"]
-    changes = {key: wanted[key] for key in kept if own[key] != wanted[key]}
+    kept = [key for key in found.settings if key not in _RATES] if here else ["strategy"]
+    changes = {key: wanted[key] for key in (wanted if same else kept) if own[key] != wanted[key]}
     words = " ".join(f"-c {key}={_word(value)}" for key, value in changes.items())
     parts = [
         f"{f'take {words}' if changes else 'this run follows it'}: {_result(found)}",
         _GAINS[found.adapters].format(100 * abs(found.gain)),
         _carried(config, found),
-        "" if same else f"its rates are for the steps of {found.recipe}, so tune them for yours",
+        ""
+        if same
+        else f"rates that fit the steps of {found.recipe} may not fit yours, so tune them",
     ]
     return Advice(found, changes, f"{'; '.join(filter(None, parts))} ({PAGE})")
 

@@ -56,7 +56,7 @@ def test_the_rates_are_advised_for_the_steps_that_they_were_tuned_for() -> None:
     assert {"strategy", "lr-a"} == same.changes.keys()
     others = advise(RunConfig.of(load_recipe("digits").items(), digits, {"local-steps": 1}))
     assert others.changes.keys() == {"strategy"}
-    assert "its rates are for the steps of digits, so tune them for yours" in others.text
+    assert "rates for the steps of digits may not fit yours, so tune them" in others.text
 
 
 @pytest.mark.parametrize(

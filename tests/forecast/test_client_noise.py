@@ -11,7 +11,7 @@ import torch
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.records import Records, TensorRecords
 from fedlora_flwr.forecast.client_noise import worst_client
-from fedlora_flwr.forecast.forecast import MOST_THAT_GAINED, as_json, forecast
+from fedlora_flwr.forecast.forecast import MOST_THAT_GAINED, forecast
 from fedlora_flwr.forecast.participation import participation
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.strategies.cohort import Turns, cohort_size
