@@ -200,8 +200,8 @@ def _cells(one: Measured, trust: str, epsilon: float) -> tuple[str, ...]:
     )
     return (
         f"`{one.row}`", f"{100 * one.accuracy:.1f} ({seeds})",
-        f"{one.best}, {100 * one.best_accuracy:.1f}",
-        ", ".join(one.alike) or ("not known" if one.open else "none"), gain,
+        f"`{one.best}`, {100 * one.best_accuracy:.1f}",
+        ", ".join(f"`{name}`" for name in one.alike) or ("not known" if one.open else "none"), gain,
         f"[here](#{one.section})",
     )  # fmt: skip
 

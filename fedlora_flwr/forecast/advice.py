@@ -200,16 +200,14 @@ def advise(config: RunConfig) -> Advice:
         f"{f'take {words}' if changes else 'this run follows it'}: {_result(found)}",
         _GAINS[found.adapters].format(100 * abs(found.gain)),
         _carried(config, found),
-        ""
-        if same
-        else f"rates that fit the steps of {found.recipe} may not fit yours, so tune them",
+        "" if same else f"rates for the steps of {found.recipe} may not fit yours, so tune them",
     ]
     return Advice(found, changes, f"{'; '.join(filter(None, parts))} ({PAGE})")
 
 
 _GAINS = {
-    "ahead": "adapters gain {:.1f} points over the head alone",
-    "behind": "adapters lose {:.1f} points to the head alone",
+    "ahead": "adapters gain {:.1f} points over the head alone at best",
+    "behind": "adapters lose at least {:.1f} points to the head alone",
     "alike": "no gain of adapters over the head alone is shown",
     "unknown": "nothing compares adapters with the head alone",
 }
