@@ -18,7 +18,7 @@ NOT_MEASURED = "not measured, because a client cannot keep the promise (see Warn
 
 
 def show_forecast(found: Forecast, console: Console) -> None:
-    """Print a forecast: clients, noise, memory, bytes, warnings."""
+    """Print a forecast: clients, noise, memory, bytes, advice, warnings."""
     show(console, _clients(found))
     text = ", ".join(filter(None, [f"{len(found.clients):,}", found.config.clients_are]))
     if many := len(found.clients) > _MOST_ROWS:
@@ -32,11 +32,12 @@ def show_forecast(found: Forecast, console: Console) -> None:
         lines += [("Gradient", NOT_MEASURED), ("Time", NOT_MEASURED)]
     if found.duration:
         lines.append(("Time", str(found.duration)))
+    lines.append(("Advice", found.advice.text))
     show_lines(console, [*lines, *(("Warning", text) for text in found.warnings)])
 
 
 def show_budgets(found: Sequence[Forecast], console: Console) -> None:
-    """Print a row for each forecast of the same run at another ε, and their warnings."""
+    """Print a row for each forecast of the same run at another ε, then advice and warnings."""
     heads = ("ε", "δ", "noise multiplier σ", "noise / signal", "clients that cannot keep it")
     rows = [
         (
@@ -49,10 +50,13 @@ def show_budgets(found: Sequence[Forecast], console: Console) -> None:
         for one in found
     ]
     show(console, Table(heads, rows, ">>>>>"))
-    show_lines(
-        console,
-        [("Warning", f"at ε = {_budget(one)}: {text}") for one in found for text in one.warnings],
-    )
+    lines = [("Advice", f"{_at(one)}: {one.advice.text}") for one in found]
+    lines += [("Warning", f"{_at(one)}: {text}") for one in found for text in one.warnings]
+    show_lines(console, lines)
+
+
+def _at(found: Forecast) -> str:
+    return f"at ε = {_budget(found)}" if found.config.private else "without privacy"
 
 
 def _budget(found: Forecast) -> str:

@@ -12,7 +12,7 @@ from fedlora_flwr.errors import InvalidValue
 if TYPE_CHECKING:
     from fedlora_flwr.config.run_config import RunConfig
 
-SECURE_SUM = "secure-sum"
+LOCAL, SECURE_SUM = "local", "secure-sum"
 ANYBODY = "any"
 """Value of ``peers`` that replaces a list: the server is trusted not to invent clients."""
 _HERE = f"where trust-model = {SECURE_SUM!r}"

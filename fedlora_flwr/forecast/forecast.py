@@ -12,6 +12,7 @@ from torch import nn
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue, explained
+from fedlora_flwr.forecast.advice import Advice, advise
 from fedlora_flwr.forecast.client_noise import WorstClient, worst_client
 from fedlora_flwr.forecast.memory import FLOAT_BYTES, Memory, step_memory
 from fedlora_flwr.forecast.participation import participation
@@ -71,6 +72,17 @@ class ClientForecast:
     mechanism: Mechanism | None
     problem: str = ""
     value: str = ""
+
+    def as_json(self, unit: str) -> dict[str, Any]:
+        """Return it in JSON types; ``unit`` names what its records are counted in."""
+        made = self.mechanism
+        return {
+            "value": self.value or None,
+            f"{unit}s": self.records,
+            "sample_rate": made.sample_rate if made else None,
+            "noise_multiplier": made.noise_multiplier if made else None,
+            "problem": self.problem,
+        }
 
 
 @dataclass(frozen=True)
@@ -143,11 +155,40 @@ class Forecast:
         """One row per client: records (or users), sampling rate, noise multiplier and problem."""
         import pandas as pd
 
-        return pd.DataFrame(as_json(self)["clients"])
+        return pd.DataFrame(self.as_json()["clients"])
+
+    @property
+    def advice(self) -> Advice:
+        """What the measured rows support for a run like this."""
+        return advise(self.config)
 
     def as_json(self) -> dict[str, Any]:
         """Return what ``fedlora plan --json`` prints."""
-        return as_json(self)
+        return {
+            "task": self.config.task,
+            "strategy": self.config.strategy,
+            "epsilon": self.config.epsilon if self.config.private else None,
+            "delta": self.config.delta,
+            "unit": self.config.unit,
+            "steps": self.config.planned_steps,
+            "rounds": asdict(participation(self.config)),
+            "clients": [client.as_json(self.config.unit) for client in self.clients],
+            "coordinates": self.coordinates,
+            "trained": self.trained,
+            "layers": self.layers,
+            "blocks": self.blocks,
+            "noise_to_signal": self.noise_to_signal,
+            "worst_client": asdict(self.worst) if self.worst else None,
+            "gradients": self.gradients.as_json() if self.gradients else None,
+            "memory_bytes": self.memory.as_json(),
+            "bytes_up": self.bytes_up,
+            "bytes_down": self.bytes_down,
+            "read": self.read,
+            "test_records": self.test_records,
+            "duration": self.duration.as_json() if self.duration else None,
+            "advice": self.advice.as_json(),
+            "warnings": self.warnings,
+        }
 
 
 def forecast(config: RunConfig, records: int | None = None, task: Task | None = None) -> Forecast:
@@ -355,45 +396,3 @@ def _warnings(found: Forecast) -> list[str]:
             "max-rounds, or lower num-rounds or fraction-train, to use all rounds."
         )
     return lines
-
-
-def as_json(found: Forecast) -> dict[str, Any]:
-    """Return a forecast in JSON types."""
-    return {
-        "task": found.config.task,
-        "strategy": found.config.strategy,
-        "epsilon": found.config.epsilon if found.config.private else None,
-        "delta": found.config.delta,
-        "unit": found.config.unit,
-        "steps": found.config.planned_steps,
-        "rounds": asdict(participation(found.config)),
-        "clients": [
-            {
-                "value": client.value or None,
-                f"{found.config.unit}s": client.records,
-                "sample_rate": client.mechanism.sample_rate if client.mechanism else None,
-                "noise_multiplier": client.mechanism.noise_multiplier if client.mechanism else None,
-                "problem": client.problem,
-            }
-            for client in found.clients
-        ],
-        "coordinates": found.coordinates,
-        "trained": found.trained,
-        "layers": found.layers,
-        "blocks": found.blocks,
-        "noise_to_signal": found.noise_to_signal,
-        "worst_client": asdict(found.worst) if found.worst else None,
-        "gradients": found.gradients.as_json() if found.gradients else None,
-        "memory_bytes": {
-            "backbone": found.memory.backbone,
-            "trained": found.memory.trained,
-            "per_record_gradients": found.memory.per_record,
-            "activations": found.memory.activations,
-        },
-        "bytes_up": found.bytes_up,
-        "bytes_down": found.bytes_down,
-        "read": found.read,
-        "test_records": found.test_records,
-        "duration": found.duration.as_json() if found.duration else None,
-        "warnings": found.warnings,
-    }

@@ -46,6 +46,15 @@ class Memory:
         """All of it."""
         return self.backbone + self.trained + self.per_record + (self.activations or 0)
 
+    def as_json(self) -> dict[str, int | None]:
+        """Return it in JSON types, all in bytes."""
+        return {
+            "backbone": self.backbone,
+            "trained": self.trained,
+            "per_record_gradients": self.per_record,
+            "activations": self.activations,
+        }
+
 
 def step_memory(
     config: RunConfig, task: Task, model: AdaptedModel, coordinates: int, most: int

@@ -11,7 +11,7 @@ import torch
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.records import Records, TensorRecords
 from fedlora_flwr.forecast.client_noise import worst_client
-from fedlora_flwr.forecast.forecast import MOST_THAT_GAINED, as_json, forecast
+from fedlora_flwr.forecast.forecast import MOST_THAT_GAINED, forecast
 from fedlora_flwr.forecast.participation import participation
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.simulations.partitions import Partitions
@@ -88,7 +88,7 @@ def test_one_tiny_client_does_not_set_the_whole_forecast(make_config: MakeConfig
     assert by_size.noise_to_signal is not None
     assert not by_size.worst.decides(by_size.noise_to_signal)
     assert by_size.warnings == []
-    assert as_json(found)["worst_client"]["share"] == worst.share > 0.5
+    assert found.as_json()["worst_client"]["share"] == worst.share > 0.5
 
 
 @pytest.mark.parametrize("clients", [1, 3, 4, 7, 10])

@@ -18,11 +18,7 @@ from fedlora_flwr.cli.run_screen import describe_plan
 from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.forecast.forecast import (
-    MOST_THAT_GAINED,
-    as_json,
-    forecast,
-)
+from fedlora_flwr.forecast.forecast import MOST_THAT_GAINED, forecast
 from fedlora_flwr.forecast.memory import activation_bytes
 from fedlora_flwr.forecast.participation import participation
 from fedlora_flwr.lora.adapters import AdaptedModel
@@ -202,7 +198,7 @@ def test_a_cap_below_the_mean_number_of_rounds_is_a_warning(make_config: MakeCon
     found = forecast(config)
     assert "The run ends after round 6 of 10" in found.warnings[0]
     assert "may join 3 (max-rounds)" in found.warnings[0]
-    assert as_json(found)["rounds"] == {
+    assert found.as_json()["rounds"] == {
         "cohort": 2, "num_rounds": 10, "first_spent": 5, "last_round": 6, "least": 3, "most": 3,
         "mean": 3.0,
     }  # fmt: skip
@@ -271,7 +267,7 @@ def test_the_command_prints_the_forecast_and_fails_for_a_broken_promise() -> Non
     assert len([line for line in lines if line.split()[0].isdigit()]) == 3
     gradients = ["Gradient"] * 3  # What was measured, and each kind of steps.
     starts = ("Privacy", "Rounds", "Trains", "Noise", *gradients, "Memory", "Bytes", "Time")
-    assert [line.split()[0] for line in lines[4:]] == [*starts]
+    assert [line.split()[0] for line in lines[4:]] == [*starts, "Advice"]
     bad = CliRunner().invoke(app, ["plan", "digits", "--records", "20"])
     assert bad.exit_code == 1
     assert bad.output.count("Warning  ") == 4
