@@ -69,7 +69,7 @@ CLIENT_AND_ENGINE: Mapping[str, str] = {
     "PrivateTrainer": "integrations.hf_trainer",
     "LocalGrid": "simulations.local_grid",
     "RunConfig": "config.run_config",
-    "state_folder": "client_app",
+    "state_folder": "config.state",
     "strategy_of": "server.strategy",
 }
 BLOCKS: Mapping[str, str] = {

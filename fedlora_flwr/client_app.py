@@ -21,9 +21,9 @@ from fedlora_flwr.clients.sum_messages import BETWEEN, answer_between, stage_of
 from fedlora_flwr.clients.sum_store import SUMS, SumStore
 from fedlora_flwr.clients.warm import WarmProcess
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.state import state_folder
 from fedlora_flwr.environment import in_simulation
 from fedlora_flwr.errors import OrderRefused, untold
-from fedlora_flwr.files import data_folder
 from fedlora_flwr.processes import uncollected
 from fedlora_flwr.wire.identity import Identity, acting_for, current
 
@@ -121,22 +121,6 @@ def _public_records(task: Task) -> Records:
 def client_fn(context: Context) -> Client:
     """Make the client for Flower's legacy interface."""
     return make_client(context).to_client()
-
-
-def state_folder(config: RunConfig) -> Path:
-    """Return the folder of the ledger and local arrays: ``state-dir``, or the data folder.
-
-    Parameters
-    ----------
-    config : RunConfig
-        The configuration of a client.
-
-    Examples
-    --------
-    >>> state_folder(RunConfig(state_dir="/var/lib/ward-7")).name
-    'ward-7'
-    """
-    return Path(config.state_dir) if config.state_dir else data_folder()
 
 
 def _direct(message: Message, context: Context, call_next: ClientAppCallable) -> Message:

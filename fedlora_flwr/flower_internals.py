@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from flwr.supercore.error import FlowerError as FlowerError
     from flwr.supercore.run import Run as Run
     from flwr.supercore.task_identity import TaskIdentity as TaskIdentity
+    from flwr.superlink.grid import InMemoryGrid as InMemoryGrid
     from flwr.supernode.fleet_http_client import FleetHttpClient as FleetHttpClient
     from flwr.supernode.node_auth_http_interceptor import (
         NodeAuthHttpInterceptor as NodeAuthHttpInterceptor,
@@ -47,6 +48,7 @@ _HOMES = {
     "FlowerError": "flwr.supercore.error",
     "Run": "flwr.supercore.run",
     "TaskIdentity": "flwr.supercore.task_identity",
+    "InMemoryGrid": "flwr.superlink.grid",
     "FleetHttpClient": "flwr.supernode.fleet_http_client",
     "NodeAuthHttpInterceptor": "flwr.supernode.node_auth_http_interceptor",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 from flwr.app import Context
@@ -12,10 +13,12 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.settled import check_settled
 from fedlora_flwr.errors import require
 from fedlora_flwr.files import SERVER_STATE, data_folder
+from fedlora_flwr.flower_internals import InMemoryGrid
 from fedlora_flwr.processes import uncollected
 from fedlora_flwr.server.certificates import Certificates
 from fedlora_flwr.server.endings import recorded
 from fedlora_flwr.server.run_dir import CLAIM, NOISE, REPORT, RunDirectory, has_begun
+from fedlora_flwr.server.shared_folder import SharedFolder
 from fedlora_flwr.server.watched_grid import WatchedGrid
 from fedlora_flwr.tasks.registry import extras_of
 
@@ -40,13 +43,16 @@ def main(grid: Grid, context: Context) -> None:
     certificates = Certificates(Path(state), config.num_rounds) if state else None
     if certificates:
         certificates.at_start()
-    with recorded(run_dir, config):
+    with recorded(run_dir, config), ExitStack() as stack:
         noise = float(os.environ[NOISE]) if NOISE in os.environ else None
+        after_round = certificates.after_round if certificates else None
+        if isinstance(grid, InMemoryGrid):  # The grid of Flower's simulations, which run on Ray.
+            after_round = stack.enter_context(SharedFolder(config.state_dir)).after_round
         run_federation(
             WatchedGrid(grid, identities),
             config,
             run_dir,
-            certificates.after_round if certificates else None,
+            after_round,
             largest_noise=noise,
         )
     if (report := run_dir.path / REPORT).exists():

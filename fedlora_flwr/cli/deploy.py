@@ -234,10 +234,10 @@ def identity(
     device: Annotated[Path, typer.Argument(help="A device's file, device.toml.")],
 ) -> None:
     """Print the identity by which other devices know this device in a secure sum."""
-    from fedlora_flwr.client_app import state_folder
     from fedlora_flwr.clients.device import Device
     from fedlora_flwr.clients.sum_store import SUMS, SumStore
     from fedlora_flwr.config import RunConfig
+    from fedlora_flwr.config.state import state_folder
 
     found = Device.read(device)
     folder = state_folder(RunConfig(state_dir=str(found.settings.get("state-dir", ""))))

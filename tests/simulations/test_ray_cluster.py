@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,15 @@ from safetensors.numpy import load_file
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.privacy.ledger import LEDGER
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.simulations.runner import prepare_run, run_in_process, run_on_flower
-from fedlora_flwr.simulations.superlink import free_port
+from fedlora_flwr.simulations.runner import (
+    app_folder,
+    prepare_run,
+    run_in_process,
+    run_on_flower,
+)
+from fedlora_flwr.simulations.superlink import SimulationSuperLink, free_port
 
 pytestmark = pytest.mark.flower
 RAY = str(Path(sys.executable).parent / "ray")
@@ -40,8 +47,18 @@ class Noted(DigitsTask):
 
 @pytest.fixture
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Start a head and a second node with one CPU each, as `ray start` does; end both."""
-    address, log = f"127.0.0.1:{free_port()}", tmp_path_factory.mktemp("ray") / "ray.log"
+    """Start two nodes; return their cluster's address."""
+    with two_nodes(tmp_path_factory.mktemp("ray")) as address:
+        yield address
+
+
+@contextmanager
+def two_nodes(folder: Path, second: Mapping[str, str] | None = None) -> Iterator[str]:
+    """Start a head and a second node with one CPU each, as `ray start` does; end both.
+
+    ``second`` has variables of the second node's environment.
+    """
+    address, log = f"127.0.0.1:{free_port()}", folder / "ray.log"
     # A short path, for sockets lie below it; and not Ray's own, where all runs look for a cluster.
     traces = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     common = ("--num-cpus=1", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1")
@@ -54,10 +71,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     processes = []
     try:
         with log.open("w") as stream:
-            for command in commands:
+            for command, more in zip(commands, ({}, second or {}), strict=True):
                 processes.append(
                     subprocess.Popen(
                         [RAY, "start", *command.split(), *common],
+                        env={**os.environ, **more},
                         stdout=stream,
                         stderr=stream,
                         start_new_session=True,
@@ -108,3 +126,31 @@ def test_two_nodes_give_the_arrays_of_one_process(
     first, second = (load_file(d.adapter / "adapter_model.safetensors") for d in (alone, spread))
     assert first.keys() == second.keys()
     assert all((first[name] == second[name]).all() for name in first)
+    assert not list(spread.path.glob(".run-*"))
+
+
+def test_a_node_that_has_a_ledger_of_its_own_ends_the_run_before_its_first_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under plain ``flwr run`` each machine keeps its ledger in its own user's data folder."""
+    homes = [tmp_path / "home-1", tmp_path / "home-2"]
+    monkeypatch.setenv("XDG_DATA_HOME", str(homes[0]))
+    run_dir = RunDirectory(tmp_path / "run")
+    config = RunConfig.of({"num-clients": 4, "num-rounds": 2, "run-dir": str(run_dir.path)})
+    with two_nodes(tmp_path, {"XDG_DATA_HOME": str(homes[1])}) as address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with (tmp_path / "log").open("w") as log, SimulationSuperLink(log) as superlink:
+            placed = superlink.file("run.toml", config.to_toml())
+            federation = "num-supernodes=4 client-resources-num-cpus=1"
+            superlink.submit(app_folder(run_dir, config), placed, federation)
+            deadline = time.monotonic() + 300
+            while not superlink.log_ended and time.monotonic() < deadline:
+                time.sleep(0.5)
+    summary = run_dir.summary()
+    assert summary is not None, (tmp_path / "log").read_text()
+    assert summary["status"] == "failed"
+    assert summary["error"].startswith("InvalidValue: state-dir = ")
+    assert "but no file of this run is there on 127.0.0.1." in summary["error"]
+    assert run_dir.rounds() == []
+    assert not list(tmp_path.rglob(LEDGER))
+    assert not list(homes[0].rglob(".run-*"))

@@ -14,11 +14,12 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from safetensors.numpy import load_file
 
-from fedlora_flwr.client_app import client_fn, state_folder
+from fedlora_flwr.client_app import client_fn
 from fedlora_flwr.clients.bridge import bridge
 from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.trainer import LocalTrainer, process_trainer
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.state import state_folder
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.layout import Layout, factor_of
 from fedlora_flwr.server.run_dir import RunDirectory

@@ -13,11 +13,12 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 from torch import nn
 
-from fedlora_flwr.client_app import client_fn, state_folder
+from fedlora_flwr.client_app import client_fn
 from fedlora_flwr.clients.bridge import bridge
 from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.trainer import LocalTrainer
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.state import state_folder
 from fedlora_flwr.data.records import TensorRecords
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.layout import factor_of
