@@ -67,7 +67,9 @@ def test_users_are_not_counted_where_records_name_none() -> None:
         client_sizes(config, task)
 
 
-def test_a_task_that_opens_other_records_than_its_class_counts_is_not_believed() -> None:
+def test_a_task_that_opens_other_records_than_its_class_counts_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     config, task = of_table()
 
     class Fewer(TableClassifier):
@@ -76,5 +78,5 @@ def test_a_task_that_opens_other_records_than_its_class_counts_is_not_believed()
 
     assert client_sizes(config, Fewer(task._table, config)).tolist() == [9] * CLIENTS
     opens = task.client_records
-    task.client_records = lambda client, of: opens(0, of)  # type: ignore[method-assign]
+    monkeypatch.setattr(task, "client_records", lambda client, of: opens(0, of))
     assert client_sizes(config, task).tolist() == [len(opens(0, CLIENTS))] * CLIENTS
