@@ -52,8 +52,8 @@ def measure(setting: Setting, on_figure: Callable[[Figure], None]) -> None:
             figure = Figure(f"{what}: {title}", found[name], reference[name], unit, against, bar)
             on_figure(figure)
         note = f"{reference['start']:.1f} s with {against}"
-        title, bar = f"{what}: from the checks to the first round", "what is allowed"
-        on_figure(Figure(title, found["start"], START, "s", bar, 1.0, note))
+        title = f"{what}: from the checks to the first round"
+        on_figure(Figure(title, found["start"], START, "s", "what is allowed", 1.0, note))
 
 
 def rounds_of(

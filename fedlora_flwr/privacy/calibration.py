@@ -116,6 +116,13 @@ class Mechanisms(Sequence[Mechanism]):
     def __len__(self) -> int:
         return len(self.sizes)
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mechanisms):
+            return NotImplemented
+        return self.of_size == other.of_size and np.array_equal(self.sizes, other.sizes)
+
+    __hash__ = None  # type: ignore[assignment]
+
     @overload
     def __getitem__(self, client: int) -> Mechanism: ...
 

@@ -64,7 +64,7 @@ class Partitions(Roster):
         position = (node - _FIRST - self._shift) * self._inverse % _IDS
         if position in range(self._count)[start:stop] and self.node(position) == node:
             return position
-        raise ValueError(f"{node} is no node of this simulation")
+        raise ValueError(f"{node} is not a node of this simulation")
 
     def __contains__(self, node: object) -> bool:
         try:

@@ -68,7 +68,7 @@ class Turns:
         self._taken: Counter[str] = Counter()
         self._places: dict[str, int] = {}
         self._spent: set[str] = set()
-        self._done: set[str] = set()  # Those that may not be asked again, for whatever reason.
+        self._done: set[str] = set()  # Those that may not be asked again.
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is counted, by client."""

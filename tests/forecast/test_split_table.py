@@ -19,7 +19,9 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.records import TensorRecords
 from fedlora_flwr.forecast import split_table as module
 from fedlora_flwr.forecast.plan_run import plan_budgets
-from fedlora_flwr.forecast.split_table import split_counts, split_table
+from fedlora_flwr.forecast.split_table import split_counts, split_of_run, split_table
+from fedlora_flwr.report.facts import RunFacts
+from fedlora_flwr.report.sections import sections_of
 from fedlora_flwr.tasks.registry import build_task
 from fedlora_flwr.tasks.text_classification import TextClassification
 from tests.backbones.checkpoints import write_split
@@ -148,3 +150,22 @@ def test_bad_input_is_one_error(
 
 def test_records_without_labels_are_counted_as_one_class() -> None:
     assert module._labels(TensorRecords({"image": torch.zeros(3, 1)})).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("listed", [3, 4])
+def test_of_very_many_clients_three_sizes_are_told(
+    listed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_LISTED", listed)
+    config = RunConfig.of({"num-clients": 4, "seed": 5})
+    told = json.loads(json.dumps(split_of_run(config)))
+    sizes = sorted(split_counts(config).sum(axis=1).tolist())
+    if listed == 4:
+        assert sorted(client["records"] for client in told["clients"]) == sizes
+        return
+    assert (told["clients"], told["num_clients"], told["unit"]) == ([], 4, "record")
+    middle = (sizes[1] + sizes[2]) / 2
+    assert told["sizes"] == {"least": sizes[0], "median": middle, "most": sizes[3]}
+    facts = RunFacts("run", config, summary={}, rounds=[], split=told)
+    (section,) = [found for found in sections_of(facts) if found.anchor == "split"]
+    assert f"A client has {sizes[0]} to {sizes[3]} records" in str(section)

@@ -16,9 +16,11 @@ import pytest
 
 from fedlora_flwr.errors import BudgetExhausted, InvalidValue
 from fedlora_flwr.privacy import ledger as ledger_module
+from fedlora_flwr.privacy import ledger_connection
 from fedlora_flwr.privacy.account import admit
 from fedlora_flwr.privacy.budget import Segment, epsilon_spent
 from fedlora_flwr.privacy.ledger import Account, Ledger
+from fedlora_flwr.privacy.ledger_file import _connections
 
 ROUND = Segment(2.0, 0.1, 10)
 DELTA = 1e-5
@@ -290,6 +292,7 @@ from pathlib import Path
 from fedlora_flwr.errors import BudgetExhausted
 from fedlora_flwr.privacy.budget import Segment
 from fedlora_flwr.privacy.ledger import Account, Ledger
+from fedlora_flwr.privacy.ledger_file import _connections
 
 path, epsilon, run, wait = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3], sys.argv[4]
 ledger = Ledger(path)
@@ -356,3 +359,21 @@ def test_processes_at_once_never_exceed_the_budget(tmp_path: Path) -> None:
     assert sorted(answers) == ["exhausted"] * 3 + ["recorded"] * 3
     assert len(rows(path)) == 3
     assert Ledger(path).summary(budget).epsilon <= budget.epsilon
+
+
+@pytest.mark.parametrize("kept", [1, 2, 4096])
+def test_one_file_counts_each_of_many_clients_exactly(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    """A connection remembers the sums of some clients only."""
+    monkeypatch.setattr(ledger_connection, "_KEPT", kept)
+    clients = [f"partition-{number:06d}" for number in range(5)]
+    for server_round in range(3):
+        for client in clients[server_round:]:
+            ledger.record(account(client, rounds=3), server_round, ROUND, plan(3))
+    spent = [ledger.summary(account(client, rounds=3)).steps for client in clients]
+    assert spent == [10, 20, 30, 30, 30]
+    with pytest.raises(BudgetExhausted):
+        ledger.record(account(clients[-1], rounds=3), 4, ROUND, plan(3))
+    (db,) = (db for key, db in _connections.kept.items() if ledger.path in key)
+    assert len(db._sums) == min(kept, 5)

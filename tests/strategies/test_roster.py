@@ -38,14 +38,14 @@ def test_a_number_is_no_node_unless_a_partition_has_it() -> None:
     assert strangers
     for stranger in (0, 1, -1, 2**62 + 2, nodes[5] + 2**62, *strangers):
         assert stranger not in nodes
-        with pytest.raises(ValueError, match="no node of this simulation"):
+        with pytest.raises(ValueError, match="not a node of this simulation"):
             nodes.index(stranger)
     assert nodes[999] in nodes
-    with pytest.raises(ValueError, match="no node"):
+    with pytest.raises(ValueError, match="not a node"):
         nodes.index(nodes[999], 0, 999)
 
 
-def test_names_go_on_after_the_first_million() -> None:
+def test_names_continue_after_the_first_million() -> None:
     nodes = Partitions(1_000_002)
     assert [nodes.find(nodes.name(i)) for i in (999_999, 1_000_001)] == [999_999, 1_000_001]
 

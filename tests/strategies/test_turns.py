@@ -183,7 +183,7 @@ def test_a_simulation_draws_as_if_all_clients_were_listed(clients: int, cap: int
 
 
 @pytest.mark.parametrize("cap", [0, 4])
-def test_a_state_goes_on_drawing_as_the_turns_that_it_was_taken_from(cap: int) -> None:
+def test_a_state_continues_to_draw_as_the_turns_that_it_was_taken_from(cap: int) -> None:
     turns, again, there = Turns(cap), Turns(cap), Partitions(30)
     for seed in range(9):
         drawn = turns.draw(there, 10, np.random.default_rng(seed))

@@ -32,7 +32,8 @@ def of_table(**changes: Any) -> tuple[RunConfig, TableClassifier]:
     draw = np.random.default_rng(0)
     frame = pd.DataFrame({"x": draw.normal(size=90), "who": draw.integers(0, 20, 90)})
     frame["label"] = np.where(frame["x"] > 0, "up", "down")
-    config = RunConfig.of({"num-clients": CLIENTS, "partitioner": "dirichlet", "seed": 4}, changes)
+    usual = {"num-clients": CLIENTS, "partitioner": "dirichlet", "seed": 4, "min-records": 1}
+    config = RunConfig.of(usual, changes)
     table = TableTask(nn.Linear(1, 2), train=frame, test=frame[:9], columns=["x"])
     return config, table(config)
 
@@ -40,7 +41,8 @@ def of_table(**changes: Any) -> tuple[RunConfig, TableClassifier]:
 @pytest.mark.parametrize("unit", ["record", "user"])
 @pytest.mark.parametrize("partitioner", ["dirichlet", "iid"])
 def test_a_tables_clients_have_as_many_units_as_their_records(unit: str, partitioner: str) -> None:
-    config, task = of_table(**{"unit": unit, "user-column": "who", "partitioner": partitioner})
+    column = "who" if unit == "user" else ""
+    config, task = of_table(**{"unit": unit, "user-column": column, "partitioner": partitioner})
     assert client_sizes(config, task).tolist() == opened(config, task)
 
 
@@ -52,8 +54,8 @@ def test_the_clients_of_files_have_as_many_units_as_their_records(
     write_split(tmp_path, "train", rows)
     write_split(tmp_path, "validation", rows[:4])
     config = text_config(
-        make_checkpoint(tmp_path / "model"), str(tmp_path), unit=unit, user_column="who",
-        num_clients=CLIENTS,
+        make_checkpoint("distilbert", tmp_path / "model"), tmp_path, unit=unit, num_clients=CLIENTS,
+        user_column="who" if unit == "user" else "",
     )  # fmt: skip
     task = TextClassification(config)
     assert client_sizes(config, task).tolist() == opened(config, task)
@@ -65,7 +67,9 @@ def test_users_are_not_counted_where_records_name_none() -> None:
         client_sizes(config, task)
 
 
-def test_a_task_that_opens_other_records_than_its_class_counts_is_not_believed() -> None:
+def test_a_task_that_opens_other_records_than_its_class_counts_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     config, task = of_table()
 
     class Fewer(TableClassifier):
@@ -74,5 +78,5 @@ def test_a_task_that_opens_other_records_than_its_class_counts_is_not_believed()
 
     assert client_sizes(config, Fewer(task._table, config)).tolist() == [9] * CLIENTS
     opens = task.client_records
-    task.client_records = lambda client, of: opens(0, of)  # type: ignore[method-assign]
+    monkeypatch.setattr(task, "client_records", lambda client, of: opens(0, of))
     assert client_sizes(config, task).tolist() == [len(opens(0, CLIENTS))] * CLIENTS
