@@ -115,13 +115,6 @@ def quick() -> Iterator[Cell]:
         yield Cell("digits", PAIRED, GRADIENT, 0.2, 150, changes={"strategy": method})
 
 
-def attacked(cell: Cell, confidence: float, workers: int, log: Path) -> AuditRecord:
-    """Attack, and return the record."""
-    about = (cell.config, cell.mode, cell.kind, cell.records, cell.runs, confidence)
-    with executor(workers, log) as execute:
-        return attack(*about, execute)
-
-
 def row_of(cell: Cell, found: AuditRecord) -> dict[str, Any]:
     """Return a row of the table."""
     settings, counts = found.settings, found.counts
@@ -193,13 +186,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if output:
         output.mkdir(parents=True, exist_ok=True)
     say: Callable[[str], object] = Console().print
-    with tempfile.TemporaryDirectory() as scratch:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        executor(given.workers, Path(scratch) / "log") as execute,
+    ):
         every = list(quick() if given.quick else cells(make(Path(scratch))))
         confidence = QUICK if given.quick else 1 - (1 - CONFIDENCE) / len(every)
         chosen = [cell for cell in every if named(cell, given.only or ())]
         rows = rows_of(output / "table.json") if output and given.only else {}
         for number, cell in enumerate(chosen, start=1):
-            found = attacked(cell, confidence, given.workers, Path(scratch) / "log")
+            about = (cell.config, cell.mode, cell.kind, cell.records, cell.runs, confidence)
+            found = attack(*about, execute)
             rows[cell.row] = row_of(cell, found)
             say(f"{number} of {len(chosen)}: {rows[cell.row]}")
             if output:

@@ -15,7 +15,7 @@ KINDS = {
     "flwr-serverapp": "ServerApp",
     "deploy.client_process": "ClientApp",
     "clients.warm": "warm process",
-    "'flower-superexec'": "device's SuperExec",
+    "deploy.superexec_process": "device's SuperExec",
     "flower-superexec": "SuperExec",
     "flower-superlink": "SuperLink",
     "deploy serve": "SuperLink",

@@ -19,14 +19,13 @@ from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedlora_flwr.errors import CannotStart
+from fedlora_flwr.processes import uncollected
 
 if TYPE_CHECKING:
     from flwr.clientapp.typing import ClientAppCallable
 
 SUPERNODE, SUPEREXEC, CLIENT = "flower-supernode", "flower-superexec", "flwr-clientapp"
 _RUNTIME = "flwr.supernode.runtime.run_clientapp"
-_NODE = "flwr.supernode.cli.flower_supernode"
-"""A SuperNode's program. Flower imports it with a client's, and it takes a third of a start."""
 _EXECUTOR = "flwr.supercore.superexec.executor"
 Loader = Callable[[bytes], "ClientAppCallable"]
 """Returns the app that serves a message, given the content of the run's bundle."""
@@ -71,6 +70,34 @@ def programs() -> dict[str, EntryPoint]:
         if name not in found:
             raise OtherFlower(f"it has no program {name}")
     return found
+
+
+def program(name: str) -> Callable[[], object]:
+    """Import one of Flower's programs, and none of those beside it.
+
+    Flower imports all programs of a package together. Each is a module of its own name, and takes
+    up to half a second. This process does not become another program, so it leaves them out.
+
+    Parameters
+    ----------
+    name : str
+        The program's name.
+
+    Returns
+    -------
+    callable
+        The program.
+    """
+    found = programs()
+    own = found[name]
+    for other in found.values():
+        if other.module == own.module and other.attr != own.attr:
+            module = ModuleType(f"{other.module}.{other.attr}")
+            setattr(module, other.attr, _never)
+            sys.modules.setdefault(module.__name__, module)
+    with uncollected():
+        run: Callable[[], object] = own.load()
+    return run
 
 
 def started_by_superexec() -> set[str]:
@@ -152,9 +179,7 @@ def handle_with(load: Loader) -> Callable[[], object]:
     for _, name, stand_in in stand_ins:
         if name != "load_app" and getattr(runtime, name, None) != stand_in:
             raise OtherFlower(f"{_RUNTIME} does not use {name}")
-    _leave_out(_NODE)
-    handle: Callable[[], object] = programs()[CLIENT].load()
-    return handle
+    return program(CLIENT)
 
 
 class _Loading:
@@ -179,13 +204,6 @@ class _Loading:
             return self._app
 
         return load
-
-
-def _leave_out(name: str) -> None:
-    """Let a module that defines a program of its own name be imported without any of its code."""
-    module = ModuleType(name)
-    setattr(module, name.rpartition(".")[2], _never)
-    sys.modules.setdefault(name, module)
 
 
 def _never(*_: object, **__: object) -> NoReturn:

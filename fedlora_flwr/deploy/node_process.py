@@ -19,8 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fedlora_flwr.deploy.children import end_with_children
-from fedlora_flwr.deploy.flower import SUPERNODE, OtherFlower, module_of, programs
-from fedlora_flwr.processes import uncollected
+from fedlora_flwr.deploy.flower import SUPERNODE, OtherFlower, module_of, program
 
 _LOOP = "flwr.supernode.start_client_internal"
 _RECEIVE, _SEND = "_pull_and_store_message", "_push_messages"
@@ -95,8 +94,7 @@ def answer_in_order() -> None:
 def main() -> None:
     """Be a SuperNode."""
     sys.argv[0] = SUPERNODE
-    with uncollected():
-        run: Callable[[], object] = programs()[SUPERNODE].load()
+    run = program(SUPERNODE)
     answer_in_order()
     end_with_children("This device's SuperExec has ended, so its SuperNode ends too.")
     sys.exit(run())  # type: ignore[arg-type]

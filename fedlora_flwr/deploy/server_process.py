@@ -12,12 +12,11 @@ Source: flwr 1.42, ``superlink/cli/flower_superlink.py`` and ``supercore/sql_mix
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from fedlora_flwr.deploy.children import end_with_children
-from fedlora_flwr.deploy.flower import OtherFlower, module_of, programs
+from fedlora_flwr.deploy.flower import OtherFlower, module_of, program, programs
 from fedlora_flwr.deploy.ports import require_free
-from fedlora_flwr.processes import uncollected
 
 SUPERLINK = "flower-superlink"
 SERVE = "fedlora deploy serve"
@@ -61,11 +60,9 @@ def serve(arguments: Sequence[str]) -> None:
     """
     require_free(arguments, _OTHER_PORT)
     sys.argv = [SUPERLINK, *arguments]
-    found = programs()
-    if SUPERLINK not in found:
+    if SUPERLINK not in programs():
         raise OtherFlower(f"it has no program {SUPERLINK}")
-    with uncollected():
-        run: Callable[[], object] = found[SUPERLINK].load()
+    run = program(SUPERLINK)
     wait_longer_for_the_database()
     # With an expired certificate SuperExec ends by itself. The server stays, and tells devices why.
     end_with_children("The server's SuperExec was killed, so its SuperLink ends too.", killed=True)

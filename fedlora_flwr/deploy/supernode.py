@@ -27,15 +27,10 @@ OTHER_PORT = f"start this device with another port: {ports.NODE_PORT}=9510 ./{SC
 CLIENT_PROCESS = "fedlora_flwr.deploy.client_process"
 PROCESSES = {
     flower.SUPERNODE: "fedlora_flwr.deploy.node_process",
+    flower.SUPEREXEC: "fedlora_flwr.deploy.superexec_process",
     flower.CLIENT: CLIENT_PROCESS,
 }
 """The package's own modules in place of Flower's programs."""
-_SUPEREXEC = """import sys
-from fedlora_flwr.processes import uncollected
-with uncollected():
-    from {module} import {function}
-sys.argv[0] = {name!r}
-sys.exit({function}())"""
 # Argparse also accepts abbreviations of these options.
 _UNSAFE = ("--isolation", "--allow-runtime-dependency-installation")
 _REFUSAL = (
@@ -216,11 +211,8 @@ def write_programs(folder: Path) -> None:
         The folder to write to.
     """
     folder.mkdir(mode=0o700, exist_ok=True)
-    for name, point in flower.programs().items():
-        if name == flower.SUPEREXEC:
-            code = _SUPEREXEC.format(name=name, module=point.module, function=point.attr)
-            lines = _python("-c", code) + " --executor subprocess"
-        elif name in PROCESSES:
+    for name in flower.programs():
+        if name in PROCESSES:
             lines = _python("-m", PROCESSES[name])
         else:
             lines = f"echo {shlex.quote(_REFUSAL.format(name=name))} >&2\nexit 1"

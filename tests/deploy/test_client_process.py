@@ -39,20 +39,19 @@ def test_every_message_of_another_app_is_answered_with_the_refusal(kind: str) ->
 
 LOADED = """
 import sys
-from fedlora_flwr.deploy.client_process import main
-main()
-print(*sys.modules)
+from fedlora_flwr.deploy.client_process import app_for
+from fedlora_flwr.deploy.flower import handle_with
+print(handle_with(app_for).__module__, *sys.modules)
 """
 
 
-def test_it_loads_no_part_of_flower_that_only_a_supernode_needs() -> None:
+def test_it_is_flowers_program_without_what_only_a_supernode_needs() -> None:
     done = subprocess.run(
-        [sys.executable, "-P", "-c", LOADED, "--try"], capture_output=True, text=True, check=True
+        [sys.executable, "-P", "-c", LOADED], capture_output=True, text=True, check=True
     )
-    loaded = set(done.stdout.split())
-    assert "flwr.supernode.runtime.run_clientapp" in loaded
-    # The SuperNode's database.
-    assert {"sqlalchemy", "alembic"}.isdisjoint(loaded)
+    program, *loaded = done.stdout.split()
+    assert program == "flwr.supernode.cli.flwr_clientapp"
+    assert {"sqlalchemy", "alembic"}.isdisjoint(loaded)  # The SuperNode's database.
 
 
 # One that waits forever, as Flower's does when it wants to tell a SuperNode that is gone, too.
