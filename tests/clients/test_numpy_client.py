@@ -15,11 +15,12 @@ from flwr.server import ServerApp, ServerAppComponents, ServerConfig
 from flwr.server.strategy import FedAvg as LegacyFedAvg
 from flwr.serverapp.strategy import FedAvg, FedProx
 
-from fedlora_flwr.client_app import app, client_fn, state_folder
+from fedlora_flwr.client_app import app, client_fn
 from fedlora_flwr.clients.bridge import bridge
 from fedlora_flwr.clients.numpy_client import LoRAClient
 from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.state import state_folder
 from fedlora_flwr.layout import factor_of
 from fedlora_flwr.privacy.ledger import Ledger
 from fedlora_flwr.simulations.local_grid import LocalGrid

@@ -13,10 +13,10 @@ from flwr.app import Message, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlora_flwr.client_app import state_folder
 from fedlora_flwr.clients.numpy_client import LoRAClient
 from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.state import state_folder
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.layout import factor_of, folded_names
 from fedlora_flwr.privacy.ledger import Ledger

@@ -15,11 +15,11 @@ import pytest
 from flwr.app import Message, RecordDict
 from numpy.typing import NDArray
 
-from fedlora_flwr.client_app import state_folder
 from fedlora_flwr.clients.local_store import LocalStore
 from fedlora_flwr.clients.numpy_client import LoRAClient
 from fedlora_flwr.clients.trainer import LocalTrainer, process_trainer
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.state import state_folder
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.layout import factor_of
 from fedlora_flwr.plan import ComponentPlan

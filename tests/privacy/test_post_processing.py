@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlora_flwr.client_app import state_folder
+from fedlora_flwr.config.state import state_folder
 from fedlora_flwr.layout import Layout, factor_of
 from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.privacy.engine import OptimizerSettings, PrivateEngine

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from flwr.app import RecordDict
 
-from fedlora_flwr.client_app import state_folder
 from fedlora_flwr.clients.trainer import process_trainer
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.state import state_folder
 from fedlora_flwr.layout import factor_of
 from fedlora_flwr.privacy.budget import Segment, calibrate, epsilon_spent
 from fedlora_flwr.strategies import RoLoRA
