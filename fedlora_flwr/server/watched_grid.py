@@ -20,6 +20,7 @@ _NODE_UNAVAILABLE = 5
 _REPLY_UNAVAILABLE = 4
 _SIMULATION = ("InMemoryGrid", "LocalGrid")
 _LEEWAY = 1.0  # seconds; a message must still be valid at the last poll
+_POLLS = 3.0  # seconds between two polls of a long round, as Flower's own
 
 
 def is_simulated(grid: Grid) -> bool:
@@ -115,9 +116,13 @@ class WatchedGrid(Grid):
         pushed = set(self._grid.push_messages(sent))
         waiting = {m.metadata.message_id: m for m in sent if m.metadata.message_id in pushed}
         replies: list[Message] = []
+        looked = started
         while waiting:
-            # Look for restarts before pulling: a reply counts even if its node is gone.
-            lost = _restarted(waiting, activations, self._activations())
+            lost: list[str] = []
+            if time.monotonic() >= looked + _POLLS:
+                # Look for restarts before pulling: a reply counts even if its node is gone.
+                lost = _restarted(waiting, activations, self._activations())
+                looked = time.monotonic()
             for key in list(waiting):
                 if (reply := self._pull(key, waiting[key])) is not None:
                     del waiting[key]
@@ -127,7 +132,7 @@ class WatchedGrid(Grid):
             if now >= deadline:
                 break
             # Poll often in a short round, and as seldom as Flower does in a long one.
-            time.sleep(min(3.0, 0.1 + (now - started) / 50, deadline - now) if waiting else 0)
+            time.sleep(min(_POLLS, 0.1 + (now - started) / 50, deadline - now) if waiting else 0)
         return replies
 
     def _pull(self, key: str, asked: Message) -> Message | None:
