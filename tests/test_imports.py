@@ -55,6 +55,13 @@ def test_a_server_does_not_load_what_it_does_not_need(module: str) -> None:
     assert loaded == ""
 
 
+def test_the_help_of_the_command_loads_neither_numpy_nor_flower() -> None:
+    """Both take longer to load than all of the rest."""
+    others = (*HEAVY, "numpy", "pandas", "flwr", "ray")
+    code = f"import sys, fedlora_flwr.cli; print(*[m for m in {others} if m in sys.modules])"
+    assert python(code) == ""
+
+
 def test_the_trainer_does_not_load_flower() -> None:
     loaded = python("import sys, fedlora_flwr.clients.trainer; print('flwr' in sys.modules)")
     assert loaded == "False"

@@ -9,12 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.means import Arrays, merge
+from fedlora_flwr.algebra.optimizer_names import OPTIMIZERS, USUAL_RATES
 from fedlora_flwr.errors import InvalidValue
-
-OPTIMIZERS = ("none", "momentum", "adam", "yogi")
-"""``"none"`` sets the model to the mean of the uploads."""
-USUAL_RATES: Mapping[str, float] = {"none": 1.0, "momentum": 1.0, "adam": 0.01, "yogi": 0.01}
-"""The learning rate of each optimizer where none is given."""
 
 
 class ServerOptimizer:

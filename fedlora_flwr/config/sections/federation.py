@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fedlora_flwr.algebra.server_optimizer import OPTIMIZERS
+from fedlora_flwr.algebra.optimizer_names import OPTIMIZERS
 from fedlora_flwr.config.keys import (
     ANY,
     FLAG,
