@@ -26,6 +26,7 @@ from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.noise import NoiseSource, SecureNoise, SeededNoise
 from fedlora_flwr.secure_sum.discrete_gaussian import discrete_gaussian, system_words
+from fedlora_flwr.tasks.registry import with_clients
 from fedlora_flwr.terminal import show
 
 Values: TypeAlias = NDArray[Any]
@@ -140,7 +141,7 @@ def _step(secure: bool) -> Callable[[], object]:
     config = load_recipe("digits")
     config = replace(config, reproducible=False, secure_noise=secure, local_steps=1, device="cpu")
     trainer = LocalTrainer.build(config)
-    records = trainer.task.client_records(0, config.num_clients)
+    records = trainer.task.client_records(0, with_clients(config, trainer.task).num_clients)
     mechanism = Mechanism(1.0, 1.0, min(config.batch_size, len(records)), len(records))
     plan = ComponentPlan.parse("B")
     return lambda: trainer.train(trainer.start, plan, records, mechanism, ("client", 1))

@@ -9,7 +9,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.config.settled import check_settled
+from fedlora_flwr.config.settled import check_counted, check_settled
 from fedlora_flwr.errors import require
 from fedlora_flwr.files import SERVER_STATE, data_folder
 from fedlora_flwr.processes import uncollected
@@ -26,6 +26,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Serve one run; write results to ``run-dir``, or to a new folder in the data folder."""
     config = RunConfig.of(context.run_config)
+    check_counted(config)
     check_settled(config)  # Clients have the run's configuration from Flower, not from here.
     # The server builds the model to evaluate it, so torch must be there; it is imported only now.
     require(*extras_of(config.task))

@@ -107,8 +107,7 @@ def audit_run(
         count = records or (_ONE_RUN if once else _TRIALS)
         kind = canary or default_kind(config.task, black_box=mode == modes.BLACK_BOX)
         _check_unit(config)
-        config = settled(config, build_task(config.task, config)).config
-        attacked = _short(followed(AUDIT, config, changes)[0], changes, count, once=once)
+        config, attacked = _short(config, changes, count, once=once)
         if attach_to:
             check_attachable(attacked.items(), Path(attach_to))
         log = file or stack.enter_context(scratch()) / "audit"
@@ -116,16 +115,9 @@ def audit_run(
         execute = stack.enter_context(executor(workers, log.with_suffix(".log")))
         tell = stack.enter_context(counted("run", progress))
         found = modes.attack(
-            attacked,
-            mode,
-            kind,
-            count,
-            runs,
-            confidence,
-            execute,
-            lambda done: tell(done, runs, ""),
+            attacked, mode, kind, count, runs, confidence, execute, lambda n: tell(n, runs, "")
         )
-        found = replace(found, recipe=_other_values(config, attacked))
+    found = replace(found, recipe=_other_values(config, attacked))
     _write(found, file, Path(attach_to) if attach_to else None)
     return found
 
@@ -137,11 +129,23 @@ def _check_unit(config: RunConfig) -> None:
         raise InvalidValue("unit", config.unit, allowed)
 
 
-def _short(config: RunConfig, given: Iterable[str], records: int, *, once: bool) -> RunConfig:
-    """Return the settings of the attacked runs: a short run's, and what was asked for."""
+def _short(
+    config: RunConfig, given: Iterable[str], records: int, *, once: bool
+) -> tuple[RunConfig, RunConfig]:
+    """Return the recipe's settings, and those of the attacked runs: a short run's, and the given.
+
+    Raises
+    ------
+    InvalidValue
+        A key was given that no audit follows, or the settings cannot be used together.
+    """
+    kept, _ = followed(AUDIT, config, given)
+    config = settled(config, build_task(config.task, config)).config
+    kept = replace(kept, num_clients=config.num_clients, precision=config.precision)
     named = {short_name(given_key(name)) for name in given}
     clients = {"num-clients": 10} if once and not config.clients_are else {}
-    return short(config, records, {**clients, **{key: config.items()[key] for key in named}})
+    own = {key: config.items()[key] for key in named}
+    return config, short(kept, records, {**clients, **own})
 
 
 def _other_values(config: RunConfig, attacked: RunConfig) -> dict[str, Any]:

@@ -18,12 +18,12 @@ CLIENTS = 10
 
 
 def check_settled(config: RunConfig) -> None:
-    """Refuse a choice that has not been made: each process could choose another value.
+    """Refuse a precision that has not been chosen: each process could choose another one.
 
     Raises
     ------
     InvalidValue
-        The precision is ``"auto"``, or a secure sum does not know its number of clients.
+        The precision is ``"auto"``.
     """
     if config.precision == AUTO:
         allowed = (
@@ -31,6 +31,16 @@ def check_settled(config: RunConfig) -> None:
             "Only a simulation, a plan, a comparison or an audit on this machine chooses by itself"
         )
         raise InvalidValue("precision", AUTO, allowed)
+
+
+def check_counted(config: RunConfig) -> None:
+    """Refuse a secure sum whose server does not know among how many clients the noise is shared.
+
+    Raises
+    ------
+    InvalidValue
+        It is a secure sum, and ``num-clients`` is 0.
+    """
     if config.secure_sum and not config.num_clients:
         allowed = (
             "the number of clients here, among whom a secure sum shares the noise. Only a "

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.config.settled import check_settled
+from fedlora_flwr.config.settled import check_counted, check_settled
 from fedlora_flwr.deploy.operator import Operator, RunDied, RunEnded, Say
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.simulations.connection import SuperLinkError
@@ -85,10 +85,12 @@ def supervise(
     Raises
     ------
     InvalidValue
-        It is not a fleet's folder, the run names no folder, or its precision is not settled.
+        It is not a fleet's folder, the run names no folder, or its precision or the number of
+        clients of a secure sum is not settled.
     RunEnded
         The run itself said why it ended, was stopped, or more restarts were needed than allowed.
     """
+    check_counted(config)
     check_settled(config)
     if not (where := config.resume or config.run_dir):
         allowed = "an absolute folder on the server, from which the run can continue"

@@ -88,7 +88,8 @@ class RunFacts:
     @property
     def num_clients(self) -> int:
         """How many clients took part, as far as the files tell."""
-        return int(self.summary.get("num_clients") or self.config.num_clients)
+        heard = len({row["client"] for row in self.clients})
+        return int(self.summary.get("num_clients") or self.config.num_clients or heard)
 
     def points(self, name: str, part: str | None = None) -> Points:
         """Return a figure by round, where it is a finite number.

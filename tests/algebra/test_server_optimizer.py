@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora_flwr.algebra.optimizer_names import OPTIMIZERS
 from fedlora_flwr.algebra.server_optimizer import ServerOptimizer
 from fedlora_flwr.errors import InvalidValue
 

@@ -7,6 +7,7 @@ import pytest
 
 from fedlora_flwr.clients.device import Device
 from fedlora_flwr.config import RunConfig, device_config
+from fedlora_flwr.config.settled import check_counted
 from fedlora_flwr.errors import InvalidValue, OrderRefused
 
 SUM: dict[str, Any] = {
@@ -54,9 +55,16 @@ def test_other_methods_are_refused_with_the_reason(strategy: str, why: str) -> N
 )
 def test_what_a_sum_is_not_made_for_is_refused_by_name(key: str, value: Any) -> None:
     with pytest.raises(InvalidValue) as caught:
-        RunConfig.received(SUM, {key: value})
+        RunConfig.received(SUM, {"num-clients": 10, key: value})
 
     assert caught.value.key == key
+
+
+def test_the_server_of_a_sum_must_know_among_how_many_the_noise_is_shared() -> None:
+    with pytest.raises(InvalidValue, match="num-clients = 0 cannot be used"):
+        check_counted(RunConfig.of(SUM))
+    check_counted(RunConfig.of(SUM, {"num-clients": 4}))
+    check_counted(RunConfig())
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ def of_tensorboard(run: Path) -> History:
 
 def mlflow_run(run: Path) -> tuple[Any, Any]:
     """Return MLflow's client and the only run in a folder that is not deleted."""
+    # A reader in another process than the run's has to allow a folder itself.
+    os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=(run / "mlflow").as_uri())
