@@ -73,7 +73,7 @@ def short(config: RunConfig, records: int, keep: Mapping[str, Any]) -> RunConfig
     every: dict[str, Any] = {"batch-size": records}
     if config.secure_sum:
         every = {"sample-rate": 1.0, "dropouts": 0, "colluding": 0, "sum-records": 0}
-    if config.clients_are:
+    if config.clients_are and config.num_clients:  # As many as the partitioner makes.
         every["num-clients"] = config.num_clients
     return RunConfig.of(config.items(), {**SHORT, **every, **keep})
 

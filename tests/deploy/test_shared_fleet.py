@@ -208,7 +208,7 @@ def test_trackers_record_at_the_server_and_on_no_device(story: Story) -> None:
     for found in (of_tensorboard(run), of_mlflow(run), of_wandb(run)):
         assert {step for _, step in found} == {0, 1, 2}
         for row in written(run):
-            for name in ("accuracy", "loss", "bytes_up"):
+            for name in {"accuracy", "loss", "bytes_up"} & row.keys():
                 assert found[name, row["round"]] == [pytest.approx(row[name])]
     assert mlflow_run(run)[1].info.status == "FINISHED"
     assert "remarks" in (summary := story.run(SEEDED).summary() or {})
