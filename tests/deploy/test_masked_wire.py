@@ -134,7 +134,7 @@ def test_what_server_and_devices_write_holds_no_record(
 ) -> None:
     seen, faults = Counter[str](), []
     told = {name: values_of(heard) for name, heard in scene.heard.items()}
-    for name in (WHOLE, GONE):
+    for name in (WHOLE, GONE, TWO_GONE):
         folder = scene.base / "runs" / name
         faults += account_for_files(folder, told, seen, MASKED_ROUNDS)
         for count in RECORDS.values():
