@@ -44,7 +44,6 @@ LONGEST = (
     "test_shared_fleet.py",
     "test_docs.py",
     "test_faults.py",
-    "test_secure_sum.py",
     "test_masked_wire.py",
     "test_survives.py",
     "test_flwr_run.py",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,9 +26,10 @@ from tests.tasks.texts import make_checkpoint, reviews, text_config
 
 RECORDS = {"device-01": 211, "device-02": 223, "device-03": 227, "device-04": 229}
 NAMES = list(RECORDS)
-WHOLE, GONE, CURIOUS = RUNS = ("whole", "gone", "curious")
-LOST = NAMES[-1]
-"""The device that agrees on masks in the second run, and cannot read its records then."""
+WHOLE, GONE, TWO_GONE, CLEAR, CURIOUS = "whole", "gone", "two gone", "clear", "curious"
+*_, LATER, LOST = NAMES
+"""The devices that agree on masks and cannot read their records then: the last one in the second
+run, and both in the third."""
 DELTA, EPSILON, RATE = 1e-3, 1.0, 0.2
 
 
@@ -88,8 +90,8 @@ def play(base: Path) -> MaskedScene:
         with running(base / "fleet", base / "operator", []) as alive:
             taps.start(alive)
 
-            def run(name: str) -> None:
-                changed = replace(config, run_dir=str(base / "runs" / name))
+            def run(name: str, **changes: Any) -> None:
+                changed = replace(config, run_dir=str(base / "runs" / name), **changes)
                 scene.said[name] = alive.run(changed)
                 taps.look(alive)
                 scene.kept[name] = sorted(
@@ -99,6 +101,11 @@ def play(base: Path) -> MaskedScene:
             run(WHOLE)
             with _away(scene.device(LOST) / "data", base / "away"):
                 run(GONE)
+                with _away(scene.device(LATER) / "data", base / "away too"):
+                    run(TWO_GONE)
+            # A server of the other trust model asks for uploads in the clear.
+            clear = {"sample_rate": 0.0, "dropouts": 0, "sum_records": 0, "batch_size": 8}
+            run(CLEAR, trust_model="local", **clear)
             upload = scene.hear(taps, NAMES[0]).of_stage(UPLOAD)[0]
             curious.prepare(base, upload.start, upload.order.to_config())
             run(CURIOUS)

@@ -19,8 +19,10 @@ from tests.deploy.wire_heard import Heard, asked_for
 from tests.deploy.wire_table import FAILED, PROTECTED, PUBLIC, REFUSED, TABLE, Row
 from tests.deploy.wire_tap import Call
 
-# What the curious server's orders are answered (see `curious`).
+# What a server of the other trust model and the curious one (see `curious`) are answered.
 REFUSALS = (
+    "trust-model = 'local' is refused: this device's file has another value of trust-model. Run "
+    "what its owner agreed to.'>",
     "A loss on private records is not protected. Evaluate on the server's public test set "
     "(fraction_evaluate = 0), or set report-unprotected-metrics = true.'>",
     "The message has 2 ConfigRecords. Send exactly one.'>",
@@ -96,6 +98,10 @@ _CHANGED = {
     ),
     "ArrayChunk.data": Row(
         PROTECTED, "Words under masks; only the sum over the round's devices is opened.", _masked
+    ),
+    f"MetricRecord.{wire.STEPS}": Row(
+        PUBLIC, "The steps that runs have planned and rounds have taken.",
+        lambda v, h, c: v in (1, 2, 3),
     ),
     f"MetricRecord.{wire.DELTA}": Row(PUBLIC, "The device's file.", lambda v, h, c: v == 1e-3),
     f"ConfigRecord.{wire.PACKET}": Row(

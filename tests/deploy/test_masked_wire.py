@@ -19,7 +19,17 @@ from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.wire import SHOW_KEYS, UPLOAD
 from tests.deploy import curious
 from tests.deploy.masked_heard import SeenRound, chance_of_uniform
-from tests.deploy.masked_scene import CURIOUS, GONE, LOST, NAMES, RECORDS, WHOLE, MaskedScene, play
+from tests.deploy.masked_scene import (
+    CLEAR,
+    CURIOUS,
+    GONE,
+    NAMES,
+    RECORDS,
+    TWO_GONE,
+    WHOLE,
+    MaskedScene,
+    play,
+)
 from tests.deploy.masked_table import MASKED, MASKED_ROUNDS
 from tests.deploy.support import own_cache
 from tests.deploy.wire_files import account_for_files, files_of, number_is_told, values_of
@@ -40,9 +50,9 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MaskedScene]:
 
 @pytest.fixture(scope="module")
 def rounds(scene: MaskedScene) -> dict[str, SeenRound]:
-    """The two honest rounds, as the server sees them."""
+    """The two rounds whose sums were opened, as the server sees them."""
     runs = [answer.run for answer in scene.heard[NAMES[0]].of_stage(SHOW_KEYS)]
-    assert len(set(runs)) == 3
+    assert len(set(runs)) == 4
     return {
         name: SeenRound.of(scene.heard, run)
         for name, run in zip((WHOLE, GONE), runs[:2], strict=True)
@@ -63,13 +73,26 @@ def test_no_byte_holds_a_record_or_its_number(scene: MaskedScene) -> None:
 
 
 def test_the_runs_were_what_they_should_be(scene: MaskedScene) -> None:
-    """A whole sum, one with a device that is gone after it agreed, and a curious server."""
-    for name, shares in ((WHOLE, 4), (GONE, 3)):
-        row = RunDirectory(scene.base / "runs" / name).rows("rounds")[1]
-        assert (row["shares"], row["opened"]) == (shares, True), scene.said[name]
+    """A whole sum, sums with one and two devices gone after they agreed, and two other servers."""
+    for name, shares, opened in ((WHOLE, 4, True), (GONE, 3, True), (TWO_GONE, 2, False)):
+        rows = RunDirectory(scene.base / "runs" / name).rows("rounds")
+        assert len(rows) == 2, scene.said[name]
+        found = (rows[1]["shares"], rows[1]["opened"], len(rows[1]["failures"]))
+        assert found == (shares, opened, 4 - shares), scene.said[name]
+    assert "trust-model" in scene.said[CLEAR]
     assert list(scene.told) == [
         curious.EVALUATED, curious.DOUBLED, curious.OPENED, curious.SIZED,
     ]  # fmt: skip
+
+
+def test_a_summary_tells_of_masks_and_a_closed_sum_moves_nothing(scene: MaskedScene) -> None:
+    whole, closed = (
+        RunDirectory(scene.base / "runs" / name).summary() for name in (WHOLE, TWO_GONE)
+    )
+    assert whole is not None
+    assert closed is not None
+    assert whole["remarks"]["secure sum"].startswith("masked by the clients")
+    assert closed["final_accuracy"] == closed["initial_accuracy"]
 
 
 def test_the_words_of_one_device_are_uniform(rounds: dict[str, SeenRound]) -> None:
@@ -98,11 +121,12 @@ def test_what_is_opened_is_one_sum_and_no_part_of_it(rounds: dict[str, SeenRound
 def test_a_curious_server_gets_nothing_else(scene: MaskedScene) -> None:
     told = scene.told
     assert "answered" not in told.values()
-    for name in NAMES:
-        uploads = len(scene.heard[name].of_stage(UPLOAD))
-        assert uploads == (1 if name == LOST else 2), (name, told)
+    # Who uploaded has spent, also where nothing was opened. In the clear nobody uploaded.
+    for name, uploads in zip(NAMES, (3, 3, 2, 1), strict=True):
+        assert len(scene.heard[name].of_stage(UPLOAD)) == uploads, (name, told)
         with sqlite3.connect(scene.device(name) / "state" / "ledger.sqlite") as db:
-            assert db.execute("SELECT COUNT(*) FROM releases").fetchone() == (uploads,)
+            rows = db.execute("SELECT trust FROM releases").fetchall()
+        assert rows == [("secure-sum, 1 of 3 shares",)] * uploads
 
 
 def test_what_server_and_devices_write_holds_no_record(
@@ -110,7 +134,7 @@ def test_what_server_and_devices_write_holds_no_record(
 ) -> None:
     seen, faults = Counter[str](), []
     told = {name: values_of(heard) for name, heard in scene.heard.items()}
-    for name in (WHOLE, GONE):
+    for name in (WHOLE, GONE, TWO_GONE):
         folder = scene.base / "runs" / name
         faults += account_for_files(folder, told, seen, MASKED_ROUNDS)
         for count in RECORDS.values():
@@ -130,7 +154,7 @@ def test_what_server_and_devices_write_holds_no_record(
 
 
 def test_a_device_forgets_what_hides_its_uploads(scene: MaskedScene) -> None:
-    for run in (WHOLE, GONE, CURIOUS):
+    for run in (WHOLE, GONE, TWO_GONE, CLEAR, CURIOUS):
         assert {name.split(".")[-1] for name in scene.kept[run]} <= {"key", "json", "lock"}
     for name in NAMES:
         key = scene.device(name) / "state" / "sums" / "identity.key"
