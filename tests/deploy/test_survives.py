@@ -68,7 +68,8 @@ class Scene:
     def play(self) -> Scene:
         with (self.base / "said").open("w") as said:
             operator = self.operate(said)
-        self.until(lambda: "The SuperLink is started." in self.said)
+        # A device whose key is not registered yet is refused, and its unit tries again.
+        self.until(lambda: self.said.count("registered successfully") == len(NAMES))
         self.tell(SEEDED, faulty.HANG)
         for name in NAMES:
             self.start(name)
