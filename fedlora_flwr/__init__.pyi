@@ -46,8 +46,8 @@ from fedlora_flwr.integrations.planned_loop import follow_fit as follow_fit
 from fedlora_flwr.privacy.engine import PrivateEngine as PrivateEngine
 from fedlora_flwr.integrations.hf_trainer import PrivateTrainer as PrivateTrainer
 from fedlora_flwr.simulations.local_grid import LocalGrid as LocalGrid
-from fedlora_flwr.config.state import state_folder as state_folder
 from fedlora_flwr.config.run_config import RunConfig as RunConfig
+from fedlora_flwr.config.state import state_folder as state_folder
 from fedlora_flwr.server.strategy import strategy_of as strategy_of
 
 # Blocks.

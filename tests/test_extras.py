@@ -78,7 +78,7 @@ def test_each_package_that_is_imported_is_asked_for_and_no_other() -> None:
     found -= {*sys.stdlib_module_names, "fedlora_flwr"}
     optional = {module for modules in EXTRAS.values() for module in modules}
     core = {canonicalize_name(Requirement(line).name) for line in named_by()}
-    assert optional - found == {"ray", "bitsandbytes"}  # Flower and transformers import these.
+    assert optional - found == {"bitsandbytes"}  # transformers imports it.
     assert found - optional == core
 
 

@@ -38,6 +38,7 @@ from fedlora_flwr.tasks.registry import (
     model_notes,
     optional,
     reading,
+    with_clients,
 )
 
 if TYPE_CHECKING:
@@ -212,6 +213,7 @@ def forecast(config: RunConfig, records: int | None = None, task: Task | None = 
         The model cannot train (see `fedlora_flwr.server.rehearsal`).
     """
     task = task or build_task(config.task, config)
+    config = with_clients(config, task)
     strategy = build_strategy(config)
     model = skeleton(config, task)
     check_folding(config, strategy, model)

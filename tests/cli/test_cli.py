@@ -74,7 +74,7 @@ def cells(text: str) -> dict[str, list[str]]:
         (["-c", "clip-norm=-1"], "clip-norm = -1"),
         (["-c", "clip-norms=1"], "did you mean 'clip-norm'"),
         (["-c", "seed=7"], "-c = 'seed'"),
-        (["-c", "run-dir=/tmp"], "-c = 'run-dir'"),
+        (["-c", "run-dir=/tmp"], "run-dir = '/tmp'"),
         (["-c", "batch-size=5000"], "batch-size = 5000"),
     ],
 )
