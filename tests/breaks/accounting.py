@@ -204,7 +204,7 @@ def a_new_name_is_a_new_budget(patch: Patch) -> None:
 def no_filter(patch: Patch) -> None:
     """Runs that were chosen after earlier results are composed as if they had been planned."""
     patch.setattr(account, "_filtered", lambda *given: False)
-    patch.setattr(account, "_bounded", lambda *given: True)
+    patch.setattr(account, "is_bounded", lambda *given: True)
     patch.setattr(account, "_counted", lambda own, tallies: _each(tallies))
 
 
@@ -215,7 +215,7 @@ def _each(tallies: Sequence[Tally]) -> tuple[Segment, ...]:
 @caught_by(LIFETIME, "test_runs_chosen_after_the_fact_do_not_get_past_the_ledger[0.0]")
 def settings_of_a_later_run_are_free(patch: Patch) -> None:
     """A later run may have less noise than the first one, under the rule of fixed settings."""
-    patch.setattr(account, "_bounded", lambda *given: True)
+    patch.setattr(account, "is_bounded", lambda *given: True)
     patch.setattr(account, "_counted", lambda own, tallies: _each(tallies))
 
 

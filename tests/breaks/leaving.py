@@ -16,6 +16,7 @@ from fedlora_flwr.clients.local_round import LocalRound
 from fedlora_flwr.clients.trainer import LocalTrainer, LocalUpdate
 from fedlora_flwr.config import Limit, on_device
 from fedlora_flwr.data import splits_apart
+from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.released import Released
 from fedlora_flwr.wire import order as orders
 from fedlora_flwr.wire.order import Order
@@ -57,7 +58,7 @@ def number_of_records_without_being_asked(patch: Patch) -> None:
 @caught_by(RELEASED, "test_under_uniform_weighting_no_size_leaves")
 def weights_by_size(patch: Patch) -> None:
     """The weight is the number of records where equal weights were promised."""
-    patch.setattr(local_round, "_weight", lambda weighting, made: float(made.num_records))
+    patch.setattr(Mechanism, "weight", lambda made, weighting: float(made.num_records))
 
 
 @caught_by(

@@ -112,9 +112,9 @@ def empty_steps_are_skipped(patch: Patch) -> None:
     """A step that no record joined is skipped, which tells that nobody joined."""
     step = PrivateEngine.step
 
-    def skipping(self: PrivateEngine, records: Any, indices: Tensor, active: Any) -> None:
+    def skipping(self: PrivateEngine, records: Any, indices: Tensor, *given: Any) -> None:
         if len(indices):
-            step(self, records, indices, active)
+            step(self, records, indices, *given)
 
     patch.setattr(PrivateEngine, "step", skipping)
 

@@ -35,6 +35,13 @@ def test_a_break_says_what_is_wrong_and_which_test_notices(one: Break) -> None:
     assert test.partition("[")[0] in names
 
 
+@pytest.mark.parametrize("one", BREAKS, ids=lambda one: one.name)
+def test_what_a_break_replaces_is_there(one: Break) -> None:
+    """A fault in a function that has another name by now would break nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        one.apply(patch)
+
+
 RUN = """
 import sys
 from tests.breaks.__main__ import every_break, main
