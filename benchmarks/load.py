@@ -180,11 +180,13 @@ class Load:
             for kind, process in processes.items():
                 memory[kind] = max(memory[kind], _peak_megabytes(process))
             time.sleep(0.1)
-        rows = run.rows("rounds")[1:]
+        rows, summary = run.rows("rounds")[1:], run.summary() or {}
+        completed = summary.get("status") == COMPLETED
+        last_lines = (self.folder / "said").read_text().splitlines()[-5:]
         spent = {kind: [b[kind] - a[kind] for a, b in pairwise(seen[1:])] for kind in WATCHED}
         return {
-            "completed": (run.summary() or {}).get("status") == COMPLETED,
-            "error": (run.summary() or {}).get("error", "")[:300],
+            "completed": completed,
+            "error": "" if completed else summary.get("error", "") or "\n".join(last_lines),
             "seconds": round(last - started, 1),
             "seconds per round": [round(row["seconds"], 2) for row in rows],
             "clients used": [row["clients_used"] for row in rows],
