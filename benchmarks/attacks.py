@@ -246,8 +246,8 @@ def run(cell: Cell, folder: Path, rounds: int = 0) -> Outcome:
     named = [name for row in rows for name in row["suspects"]]
     last = [begin, *rows][-1]
     return Outcome(
-        last["accuracy"],
-        last["triggered"],
+        round(last["accuracy"], 6),  # A share of 360 records needs no more digits.
+        round(last["triggered"], 6),
         sum(name in bad for name in named),
         sum(name not in bad for name in named),
         len(rows),

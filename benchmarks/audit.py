@@ -30,6 +30,7 @@ from fedlora_flwr.audit.picture import plot_audit
 from fedlora_flwr.audit.record import VIOLATED, AuditRecord
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.recipes import load_recipe
+from fedlora_flwr.config.trust import LOCAL, SECURE_SUM
 from fedlora_flwr.files import replace_file, write_json
 from fedlora_flwr.processes.workers import executor
 
@@ -48,7 +49,7 @@ ONE_RUN_RECORDS, ONE_RUN_CLIENTS = 200, 60
 # Small steps, so that a loss is nearly a linear function of what was learned.
 SMALL = {"lr-a": 0.01, "lr-b": 0.01, "lr-head": 0.01, "num-clients": 2}
 ONE_SUM = {"num-clients": 2, "num-rounds": 1, "strategy": "ffa-lora"}
-TRUST_MODELS = ("local", "secure-sum")
+TRUST_MODELS = (LOCAL, SECURE_SUM)
 MODES = {"paired": PAIRED, "one-run": ONE_RUN, "black-box": BLACK_BOX}
 _NAMED = ("task", "strategy", "trust model", "mode", "canary")
 

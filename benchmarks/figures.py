@@ -83,13 +83,19 @@ def take_turns(calls: Mapping[str, Call], repetitions: int) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repetition in range(repetitions + 1):
         for name, call in calls.items():
-            _finish()
-            begin = time.perf_counter()
-            call()
-            _finish()
+            taken = seconds_of(call)
             if repetition:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(taken)
     return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def seconds_of(call: Call) -> float:
+    """Return the seconds of a call, with all that it has given a GPU to do."""
+    _finish()
+    begin = time.perf_counter()
+    call()
+    _finish()
+    return time.perf_counter() - begin
 
 
 def profiled(call: Call) -> Any:

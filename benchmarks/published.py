@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.figures import Figure
+from benchmarks.figures import Figure, seconds_of
 from benchmarks.rounds import time_rounds
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.processes.workers import log_to_file
@@ -79,7 +78,7 @@ def measure(setting: Setting, on_figure: Callable[[Figure], None]) -> None:
 
             def one_client_of_each() -> None:
                 for way, script in scripts.items():
-                    clients[way].append(_seconds(partial(script.client, setting.steps)))
+                    clients[way].append(seconds_of(partial(script.client, setting.steps)))
 
             fp32 = time_rounds(prepared, RunDirectory(folder / "fp32"), one_client_of_each)
             prepared = prepare_run(_config(folder, setting, "bf16"))
@@ -87,7 +86,7 @@ def measure(setting: Setting, on_figure: Callable[[Figure], None]) -> None:
             theirs = {
                 # The first client imports, and so does our first round: neither counts.
                 way: setting.clients * statistics.median(clients[way][1:])
-                + _seconds(scripts[way].evaluate)
+                + seconds_of(scripts[way].evaluate)
                 for way in BARS
             }
     what = f"a round: {setting.clients} clients, b = {setting.batch}, K = {setting.steps}, texts "
@@ -96,12 +95,6 @@ def measure(setting: Setting, on_figure: Callable[[Figure], None]) -> None:
         for way, bar in BARS.items():
             about = (f"{what}; ours in {precision}", statistics.median(ours), theirs[way], "s", way)
             on_figure(Figure(*about, bar))
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
 
 
 def _config(folder: Path, setting: Setting, precision: str = "fp32") -> RunConfig:

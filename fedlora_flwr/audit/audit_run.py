@@ -15,7 +15,7 @@ from fedlora_flwr.audit.game import short
 from fedlora_flwr.audit.record import AuditRecord
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.followed import AUDIT, followed
-from fedlora_flwr.config.names import given_key, short_name
+from fedlora_flwr.config.names import key_named
 from fedlora_flwr.config.recipes import config_of
 from fedlora_flwr.config.unit import USER
 from fedlora_flwr.errors import InvalidValue, NotInstalled, require
@@ -142,9 +142,8 @@ def _short(
     kept, _ = followed(AUDIT, config, given)
     config = settled(config, build_task(config.task, config)).config
     kept = replace(kept, num_clients=config.num_clients, precision=config.precision)
-    named = {short_name(given_key(name)) for name in given}
     clients = {"num-clients": 10} if once and not config.clients_are else {}
-    own = {key: config.items()[key] for key in named}
+    own = {key: config.items()[key] for key in set(map(key_named, given))}
     return config, short(kept, records, {**clients, **own})
 
 

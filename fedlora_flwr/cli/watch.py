@@ -31,7 +31,7 @@ class Watched(Protocol):
         ...
 
     def closing(self) -> list[str]:
-        """Return the last lines that are printed where there is no terminal."""
+        """Return the lines to print at the end if the output goes to a file."""
         ...
 
     def ending(self) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fedlora_flwr.config.keys import fields_by_key
-from fedlora_flwr.config.names import given_key, short_name
+from fedlora_flwr.config.names import key_named
 from fedlora_flwr.config.run_config import RunConfig
 from fedlora_flwr.errors import InvalidValue
 
@@ -82,7 +82,7 @@ def followed(
     >>> followed(AUDIT, RunConfig(trackers="wandb"))[1]
     ["trackers = 'wandb' is not followed by an audit: its runs keep no folder"]
     """
-    named, entries = {short_name(given_key(name)) for name in given}, fields_by_key(RunConfig)
+    named, entries = set(map(key_named, given)), fields_by_key(RunConfig)
     left: dict[str, Any] = {}
     said = []
     for key, why in NOT_FOLLOWED[command].items():
@@ -116,6 +116,6 @@ def check_known(command: str, known: Iterable[str], given: Mapping[str, Any]) ->
     """
     read = set(known)
     for name, value in given.items():
-        if (key := short_name(given_key(name))) not in read:
+        if (key := key_named(name)) not in read:
             allowed = f"no value here, because {command} does not follow this key. It follows "
             raise InvalidValue(key, value, allowed + ", ".join(sorted(read)))

@@ -42,6 +42,17 @@ def given_key(name: str) -> str:
     return name if "." in name else dashed(name)
 
 
+def key_named(name: str) -> str:
+    """Return the short name of the key that an argument in Python names.
+
+    Raises
+    ------
+    InvalidValue
+        See `short_name`.
+    """
+    return short_name(given_key(name))
+
+
 def by_short_name(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values by short name, however their keys are written.
 

@@ -87,8 +87,15 @@ def program(name: str) -> Callable[[], object]:
     -------
     callable
         The program.
+
+    Raises
+    ------
+    OtherFlower
+        There is no such program.
     """
     found = programs()
+    if name not in found:
+        raise OtherFlower(f"it has no program {name}")
     own = found[name]
     for other in found.values():
         if other.module == own.module and other.attr != own.attr:

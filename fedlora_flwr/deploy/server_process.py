@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from fedlora_flwr.deploy.children import end_with_children
-from fedlora_flwr.deploy.flower import OtherFlower, module_of, program, programs
+from fedlora_flwr.deploy.flower import OtherFlower, module_of, program
 from fedlora_flwr.deploy.ports import require_free
 
 SUPERLINK = "flower-superlink"
@@ -60,8 +60,6 @@ def serve(arguments: Sequence[str]) -> None:
     """
     require_free(arguments, _OTHER_PORT)
     sys.argv = [SUPERLINK, *arguments]
-    if SUPERLINK not in programs():
-        raise OtherFlower(f"it has no program {SUPERLINK}")
     run = program(SUPERLINK)
     wait_longer_for_the_database()
     # With an expired certificate SuperExec ends by itself. The server stays, and tells devices why.

@@ -300,7 +300,7 @@ def _devices(
 ) -> Iterator[DeviceStatus]:
     """Yield each device that the fleet was made with, the server knows, or the run has heard."""
     bound: dict[str, str] = {}
-    # Without this file, a device's registered name stands for the one under which it replies.
+    # This file has the names under which devices reply. Without it, registered names are shown.
     with suppress(InvalidValue, OSError):
         bound = {key: name for name, key in read_bindings(place.server / "identities.json").items()}
     # A device that got a new key may have an old one under the same name, which never comes back.

@@ -44,6 +44,7 @@ class SharedFolder:
         """Leave the file, and ask each machine for it."""
         replace_file(private_folder(state_folder_of(self._state_dir)) / self._name, b"")
         try:
+            _wait_for_ray()
             self._check()
         except BaseException:
             self.__exit__(None, None, None)
@@ -106,14 +107,19 @@ def _sees(state_dir: str, name: str) -> bool:
     return (state_folder_of(state_dir) / name).exists()
 
 
+def _wait_for_ray() -> None:
+    """Wait for Flower, which starts the ServerApp, and then connects to Ray in another thread."""
+    import ray
+
+    until = time.monotonic() + CONNECTS
+    while not ray.is_initialized() and time.monotonic() < until:
+        time.sleep(_TICK)
+
+
 def _machines() -> dict[str, str]:
     """Return the address of each machine of the Ray cluster by its id."""
     import ray
 
-    # Flower starts the ServerApp first, and then connects to Ray in another thread.
-    until = time.monotonic() + CONNECTS
-    while not ray.is_initialized() and time.monotonic() < until:
-        time.sleep(_TICK)
-    if not ray.is_initialized():
+    if not ray.is_initialized():  # Flower reports by itself that it cannot connect.
         return {}
     return {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"]}

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.followed import COMPARISON, followed
-from fedlora_flwr.config.names import given_key, short_name
+from fedlora_flwr.config.names import key_named
 from fedlora_flwr.config.recipes import config_of
 from fedlora_flwr.errors import InvalidValue, require, unknown
 from fedlora_flwr.processes.workers import kept_log
@@ -231,7 +231,7 @@ def _budgets(epsilons: Iterable[float]) -> tuple[float, ...]:
 
 def _check_shared(changes: Mapping[str, Any]) -> None:
     for key in changes:
-        if short_name(given_key(key)) in (*_OWN, "strategy"):
+        if key_named(key) in (*_OWN, "strategy"):
             allowed = (
                 "a key that compare itself does not set. It has strategies, epsilons and seeds"
             )

@@ -17,7 +17,7 @@ from fedlora_flwr.forecast.forecast import forecast
 from tests.support.readme import README
 
 MAKE_RUN = json.loads((RESULTS / "digits" / "make-run.json").read_text(encoding="utf-8"))
-# Versions and names, which are no results.
+# These are versions and names, and not results.
 OTHER = ("3.11", "2.0")
 
 
