@@ -18,11 +18,11 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing into $(VENV): a few minutes and about $(if $(TORCH),2,7) GB the first time."
+	@echo "Installing into $(VENV): some minutes and about $(if $(TORCH),2,7) GB the first time."
 ifneq ($(TORCH),)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) torch torchvision
 endif
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[all,dev]"
+	@$(BIN)/python -m tools.install -e ".[all,dev]"
 	@touch $(STAMP)
 
 run: setup

@@ -10,8 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 
 os.chdir(Path(__file__).resolve().parent.parent)
-# pip compiles all modules that it installs, which takes a minute. Few of them are ever imported.
-os.environ["PIP_COMPILE"] = "no"
 # What each target runs here: `test` takes the slow tests, too, since a second start would cost
 # half a minute of a processor.
 SELECTED = {"test": "-m 'not (deploy or flower or recipes)'", "test-deploy": ""}
