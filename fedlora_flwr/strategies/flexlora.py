@@ -14,6 +14,7 @@ from fedlora_flwr.algebra.means import Arrays, merge
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.layout import Layout, factor_of, leading_ranks, rank_axis
 from fedlora_flwr.strategies.base import FedLoRA
+from fedlora_flwr.strategies.heads import average_heads
 from fedlora_flwr.strategies.replies import Upload
 from fedlora_flwr.wire.arrays import from_numpy, record_of, to_numpy
 
@@ -86,7 +87,7 @@ class FlexLoRA(FedLoRA):
     ) -> dict[str, NDArray[np.floating]]:
         """Average the products, as stacks of factors, and take their SVD."""
         layout, weights = Layout.of(current), [upload.weight for upload in uploads]
-        arrays = self.average_heads(current, uploads)
+        arrays = average_heads(current, uploads)
         for layer in layout.layers:
             b, a = layout.pair(layer)
             stack = combine([(u.arrays[b], u.arrays[a]) for u in uploads], weights)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
+from fedlora_flwr.algebra.products import EXACT, stacked_width
+from fedlora_flwr.algebra.tally import Tally
 from fedlora_flwr.layout import Layout
 from fedlora_flwr.plan import BOTH, ComponentPlan
 from fedlora_flwr.strategies.expected import Expected
+from fedlora_flwr.strategies.replies import Upload
 from fedlora_flwr.strategies.secure_sum import Ask
 from fedlora_flwr.wire.arrays import to_numpy, travel_size
 from fedlora_flwr.wire.order import Order
@@ -39,6 +42,8 @@ class Round:
         Nodes that were asked to measure.
     ask : callable
         Under a secure sum, sends its messages to nodes of the round.
+    streams : bool
+        Whether uploads are added up as they come, and not kept.
     """
 
     current: Mapping[str, NDArray[np.floating]] = field(default_factory=dict)
@@ -49,6 +54,8 @@ class Round:
     asked: list[int] = field(default_factory=list)
     measuring: list[int] = field(default_factory=list)
     ask: Ask = field(default=lambda *_: {})
+    streams: bool = False
+    _tallies: dict[frozenset[str], Tally] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -86,3 +93,36 @@ class Round:
             expected=Expected.of(layout, plan, shared, local_steps),
             plain=sum(travel_size(arrays[name]) for name in layout.names),
         )
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether uploads hold both factors, of which few are stacked: `mean_error` is exact."""
+        return 0 < stacked_width(self.current, self.expected.whole, len(self.asked)) <= EXACT
+
+    def take(self, upload: Upload) -> Upload:
+        """Return what is kept of an accepted upload: all, or where the round streams, its numbers.
+
+        Where the server does not know how many steps a round has, uploads may differ in their
+        names. Each set of names has sums of its own.
+        """
+        if not self.streams:
+            return upload
+        names = upload.names
+        if names not in self._tallies:
+            self._tallies[names] = Tally(self.current, names, products=True)
+        self._tallies[names].add(upload.arrays)
+        return replace(upload, arrays={}, added=names)
+
+    def gathered(self, uploads: list[Upload]) -> list[Upload]:
+        """Return the uploads to aggregate, or where the round streams, their mean as one upload.
+
+        Parameters
+        ----------
+        uploads : list[Upload]
+            What `take` returned, of the uploads that count; all with the same names.
+        """
+        if not (self.streams and uploads):
+            return uploads
+        tally = self._tallies.pop(uploads[0].names)
+        self._tallies.clear()
+        return [Upload("mean", tally.mean(), 1.0, {}, tally=tally)]
