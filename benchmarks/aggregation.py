@@ -214,8 +214,9 @@ def report(results: Results, arguments: Sequence[str]) -> dict[str, object]:
             "Medians of interleaved repetitions of one layer of each shape, fp32 uploads, times "
             "the number of such layers, in seconds of CPU. kept_mb is what a server keeps of the "
             "model's uploads until it aggregates them, and peak_mb what the step takes beside "
-            "them, for the largest layer. The full SVD forms the mean in fp32 and uses the library, "
-            "NumPy or torch, that is faster for the shape. Clients share a start and differ by "
+            "them, for the largest layer. The full SVD forms the mean in fp32 and uses the "
+            "library, NumPy or torch, that is faster for the shape. Clients share a start and "
+            "differ by "
             f"{MOVED} of its entries' size; 'unrelated clients' are independent draws."
         ),
         "equality": {

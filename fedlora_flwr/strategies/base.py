@@ -356,7 +356,10 @@ class FedLoRA(Declared, Running):
         self._promises.look_at_training(uploads)
         if self.opener and uploads:
             ask = self._round.ask
-            uploads = secure_sum.opened_upload(self.opener, ask, current, report, self._nodes)
+            total = self._round.shares(uploads)
+            uploads = secure_sum.opened_upload(
+                self.opener, ask, current, report, total, self._nodes
+            )
         if not uploads:
             return None, None
         self._trained = True

@@ -76,7 +76,7 @@ class Upload:
     @property
     def names(self) -> frozenset[str]:
         """Names of the arrays that the client sent."""
-        return self.added or frozenset(self.arrays)
+        return self.added or frozenset(self.arrays) | frozenset(self.shares)
 
 
 @dataclass

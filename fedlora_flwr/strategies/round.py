@@ -17,6 +17,7 @@ from fedlora_flwr.strategies.expected import Expected
 from fedlora_flwr.strategies.replies import Upload
 from fedlora_flwr.strategies.secure_sum import Ask
 from fedlora_flwr.wire.arrays import to_numpy, travel_size
+from fedlora_flwr.wire.limits import Residues
 from fedlora_flwr.wire.order import Order
 
 
@@ -56,6 +57,7 @@ class Round:
     ask: Ask = field(default=lambda *_: {})
     streams: bool = False
     _tallies: dict[frozenset[str], Tally] = field(default_factory=dict)
+    _shares: dict[frozenset[str], dict[str, Residues]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -102,16 +104,30 @@ class Round:
     def take(self, upload: Upload) -> Upload:
         """Return what is kept of an accepted upload: all, or where the round streams, its numbers.
 
-        Where the server does not know how many steps a round has, uploads may differ in their
-        names. Each set of names has sums of its own.
+        Shares of a secure sum are added modulo 2³² in every round. Where the server does not know
+        how many steps a round has, uploads may differ in their names. Each set of names has sums of
+        its own.
         """
+        names = upload.names
+        if upload.shares:
+            total = self._shares.setdefault(
+                names, {name: np.zeros_like(share) for name, share in upload.shares.items()}
+            )
+            for name, share in upload.shares.items():
+                total[name] += share
+            return replace(upload, shares={}, added=names)
         if not self.streams:
             return upload
-        names = upload.names
         if names not in self._tallies:
             self._tallies[names] = Tally(self.current, names, products=True)
         self._tallies[names].add(upload.arrays)
         return replace(upload, arrays={}, added=names)
+
+    def shares(self, uploads: list[Upload]) -> dict[str, Residues]:
+        """Return the sum of the shares of these uploads modulo 2³², and forget all shares."""
+        total = self._shares.pop(uploads[0].names)
+        self._shares.clear()
+        return total
 
     def gathered(self, uploads: list[Upload]) -> list[Upload]:
         """Return the uploads to aggregate, or where the round streams, their mean as one upload.
