@@ -318,7 +318,7 @@ def _of_gram(B: Array64, A: Array64, rank: int) -> Triplets | None:
         return None
     size = len(P)
     u = eigh(gram, subset_by_index=(size - rank, size - 1), overwrite_a=True)[1]
-    # Of eigenvalues that are all equal, LAPACK may leave some out.
+    # LAPACK may leave out some of many equal eigenvalues.
     if u.shape[1] < rank:
         return None
     u = _orthonormal(u)
