@@ -255,10 +255,11 @@ def _truncate(
     ways: list[Callable[[], Triplets | None]] = []
     if np.isfinite(floor) and 4 * (rank + _SPARE) <= min(m, n):
         ways.append(partial(_leading, B, A, rank, exact, sketch))
-    if np.isfinite(floor) and 2 * len(A) >= min(m, n) >= 2 * rank:
+    if np.isfinite(floor) and 2 * len(A) >= min(m, n) >= 4 * rank:
         ways.append(partial(_of_gram, B, A, rank))
-    # Two passes with the factors take more products than to form the matrix, if it is small.
-    ways = ways[::-1] if 6 * (m + n) * (rank + _SPARE) > m * n else ways
+    # Two passes with a wide stack take more products than to form the matrix, if it is small.
+    if len(A) >= 2 * min(m, n) and 6 * (m + n) * (rank + _SPARE) > m * n:
+        ways = ways[::-1]
     found = next((found for way in ways if (found := way()) is not None), None)
     if found is None:
         return _decompose(B, A, rank, floor)[:2]
