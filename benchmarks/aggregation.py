@@ -2,7 +2,7 @@
 
 Run ``python -m benchmarks.aggregation``. For each layer shape, number of clients and rank, every
 strategy and the full SVD take turns on the same fp32 uploads, with one thread each. The median
-seconds of a layer are multiplied by the number of such layers in the model.
+seconds of CPU of a layer are multiplied by the number of such layers in the model.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from benchmarks.server_steps import (
+    ADDING,
     AVERAGE_BOTH,
     AVERAGE_ONE,
+    ENDING,
     FEDEX,
     FEDSA,
     FEDSVD,
@@ -38,6 +40,7 @@ from benchmarks.server_steps import (
     Cell,
     Shape,
     compare,
+    peaks,
     time_cell,
     time_libraries,
 )
@@ -105,21 +108,23 @@ class Results:
 
 def measure(plan: Plan, progress: Progress) -> Results:
     """Run the whole plan with one thread for each library."""
-    results, medians, best = Results(), {}, {}
+    results, medians, best, memory = Results(), {}, {}, {}
     kinds = [(cell, related) for cell in plan.cells for related in (True, False)]
     for shape in progress.track(plan.shapes, description="full SVD by library"):
         seconds = time_libraries(shape)
         best[shape] = min(seconds, key=seconds.__getitem__)
         results.libraries.append({"shape": list(shape), "used": best[shape], "seconds": seconds})
     for cell in progress.track(plan.cells, description="seconds"):
-        medians[cell] = time_cell(cell, best[cell[0]], plan.repetitions)
+        medians[cell], memory[cell] = time_cell(cell, best[cell[0]], plan.repetitions), peaks(cell)
     for cell, related in progress.track(kinds, description="equality in fp64"):
         results.equality.append(compare(cell, related))
-    results.rows = list(make_rows(plan, medians))
+    results.rows = list(make_rows(plan, medians, memory))
     return results
 
 
-def make_rows(plan: Plan, medians: dict[Cell, dict[str, float]]) -> Iterable[dict[str, Any]]:
+def make_rows(
+    plan: Plan, medians: dict[Cell, dict[str, float]], memory: dict[Cell, dict[str, int]]
+) -> Iterable[dict[str, Any]]:
     """Sum the layers of each model, and add the bar and why it is not met."""
     for model, layers in plan.models.items():
         for clients in plan.clients:
@@ -145,14 +150,28 @@ def make_rows(plan: Plan, medians: dict[Cell, dict[str, float]]) -> Iterable[dic
                         "ratio": ratio,
                         "bar": bar,
                         "met": met,
+                        "kept_mb": kept_bytes(name, layers, clients, rank) / 1e6,
+                        "peak_mb": max(memory[s, clients, rank][name] for s in layers) / 1e6,
                         "layers": sum(layers.values()),
                         "layers_with_stacked_rank_of_a_side": stacked,
                         "why": why(name, clients, rank) if met is False or ratio < 1 else None,
                     }
 
 
+def kept_bytes(name: str, layers: dict[Shape, int], clients: int, rank: int) -> int:
+    """Return the bytes of what a server keeps of a model's uploads until it aggregates them."""
+    left = rank * sum(count * m for (m, _), count in layers.items())
+    right = rank * sum(count * n for (_, n), count in layers.items())
+    if name in (ADDING, ENDING):
+        return 24 * left  # Three sums of fp64 (see `fedlora_flwr.algebra.tally`).
+    entries = {AVERAGE_ONE: left, FEDSVD: left, FEDSA: right}.get(name, left + right)
+    return 4 * clients * entries
+
+
 def why(name: str, clients: int, rank: int) -> str:
     """Name the remaining cost if a bar is not met or the full SVD is faster."""
+    if name == ADDING:
+        return "It sums in twice the digits of fp64, and compares the uploads, while others train."
     if BARS.get(name) == AVERAGING_BAR:
         return (
             "A mean reads every upload: its seconds grow with clients times rank, those of an SVD "
@@ -164,15 +183,20 @@ def why(name: str, clients: int, rank: int) -> str:
             "full SVD where the rank is not small against the layer."
         )
     sums = f"The stacked rank is {clients * rank}: "
-    if name in (UNRELATED, FLORA, FEDEX):
+    if name in (FLORA, FEDEX):
         return sums + (
-            "without a gap behind the rank only QR and the SVD of a core are exact, and the core "
-            "grows with the stacked rank, up to the size of the matrix. From there on forming the "
-            "matrix is the cheapest exact way, and published code forms it in fp32, ours in fp64."
+            "only QR and the SVD of a core are exact, and the core grows with the stacked rank, up "
+            "to the size of the matrix. From there on forming the matrix is the cheapest exact "
+            "way, and published code forms it in fp32, ours in fp64."
+        )
+    if name == UNRELATED:
+        return sums + (
+            "without a gap behind the rank the matrix is formed, in fp64, and the eigenvectors of "
+            "its Gram matrix take as long as a part of its SVD."
         )
     return sums + (
-        "stacking, and then each pass of the iteration or the QR of small layers, works on all of "
-        "it in fp64, which grows with clients times rank squared; the SVD of the matrix does not."
+        "the iteration multiplies all of it with as many vectors as the rank, nine times, in fp64. "
+        "This grows with clients times rank squared; the SVD of the matrix does not."
     )
 
 
@@ -188,8 +212,11 @@ def report(results: Results, arguments: Sequence[str]) -> dict[str, object]:
         "threads": 1,
         "method": (
             "Medians of interleaved repetitions of one layer of each shape, fp32 uploads, times "
-            "the number of such layers. The full SVD forms the mean in fp32 and uses the library, "
-            "NumPy or torch, that is faster for the shape. Clients share a start and differ by "
+            "the number of such layers, in seconds of CPU. kept_mb is what a server keeps of the "
+            "model's uploads until it aggregates them, and peak_mb what the step takes beside "
+            "them, for the largest layer. The full SVD forms the mean in fp32 and uses the "
+            "library, NumPy or torch, that is faster for the shape. Clients share a start and "
+            "differ by "
             f"{MOVED} of its entries' size; 'unrelated clients' are independent draws."
         ),
         "equality": {
@@ -207,7 +234,7 @@ def report(results: Results, arguments: Sequence[str]) -> dict[str, object]:
 def show(content: dict[str, Any], console: Console) -> None:
     """Print the table and the bars."""
     table = Table("model", "clients", "r", "strategy", title="Aggregation, one thread")
-    for title in ("seconds", "full SVD, s", "ratio", "bar", "met"):
+    for title in ("seconds", "full SVD, s", "ratio", "bar", "met", "kept MB", "peak MB"):
         table.add_column(title, justify="right")
     for row in content["rows"]:
         table.add_row(
@@ -220,6 +247,8 @@ def show(content: dict[str, Any], console: Console) -> None:
             f"{row['ratio']:.1f}",
             "–" if row["bar"] is None else f"{row['bar']:g}",
             {True: "yes", False: "no", None: "–"}[row["met"]],
+            f"{row['kept_mb']:.1f}",
+            f"{row['peak_mb']:.1f}",
         )
     console.print(table)
     equality = content["equality"]

@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fedlora_flwr.algebra.gains import Movement, UpdateSums, secant
+from fedlora_flwr.algebra.gains import Movement, movements, secant
+from fedlora_flwr.algebra.tally import Tally
 from fedlora_flwr.strategies.choices import Scores, chance_of_a, lead
 
 Array: TypeAlias = NDArray[np.float64]
@@ -102,10 +103,14 @@ def _round(
         gradients.append(noisy)
         paths.append(at)
         at = at - rate * noisy
-    sums = UpdateSums()
-    for client in at:
-        sums.add(1.0, client - theta)
-    return sums.result(), np.array(gradients), np.array(paths)
+    return _movement(at - theta), np.array(gradients), np.array(paths)
+
+
+def _movement(updates: Array) -> Movement:
+    tally = Tally({"x": np.zeros_like(updates[0])}, ["x"])
+    for update in updates:
+        tally.add({"x": update})
+    return movements(tally, ["x"])["x"]
 
 
 def _old_scores(
@@ -235,10 +240,7 @@ def _choose(rule: str, agreed: float, size: int, rounds: int, rng: np.random.Gen
         gradients = rng.standard_normal((CLIENTS, STEPS, size)) + agreed * (mode == "A")
         energies = (gradients**2).sum(axis=-1) - size
         if rule == NET:
-            sums = UpdateSums()
-            for update in gradients.sum(axis=1):
-                sums.add(1.0, update)
-            square = sums.result().square
+            square = _movement(gradients.sum(axis=1)).square
             assert square is not None
             scores.gains[mode].add(square, t, 0.9)
         else:

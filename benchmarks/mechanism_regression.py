@@ -16,9 +16,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora_flwr.algebra.products import mean_error
 from fedlora_flwr.layout import Layout
 from fedlora_flwr.strategies import Upload, strategy_class
-from fedlora_flwr.strategies.agreement import mean_error
 from fedlora_flwr.strategies.base import FedLoRA
 
 Row: TypeAlias = dict[str, Any]
@@ -129,7 +129,8 @@ class _Problem:
                     self._step(arrays, client, self._layout.active(plan, step), noise)
                 sent = {name: arrays[name] for name in trained}
                 uploads.append(Upload(f"client {client}", sent, 1.0, {}))
-            lost = mean_error(self.arrays, uploads) or 0.0
+            sent_by_all = [upload.arrays for upload in uploads]
+            lost = mean_error(self.arrays, sent_by_all, [1.0] * CLIENTS) or 0.0
             averaged = method.aggregate(number, self.arrays, uploads)
             self.arrays = {name: np.asarray(x, np.float64) for name, x in averaged.items()}
             yield number, self._error(), lost

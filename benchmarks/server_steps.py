@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias
@@ -15,8 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
 
-from fedlora_flwr.algebra.factors import combine, compact, refactorize, residual, truncate
+from fedlora_flwr.algebra.factors import combine, compact, refactorize, residual, truncated_mean
 from fedlora_flwr.algebra.means import weighted_mean
+from fedlora_flwr.algebra.tally import Tally
 
 Factor: TypeAlias = NDArray[np.floating]
 Pair: TypeAlias = tuple[Factor, Factor]
@@ -31,6 +33,7 @@ AVERAGE_BOTH = "dp-lora, la-lora"
 AVERAGE_ONE = "ffa-lora, rolora, as-lora"
 FEDSVD, FLEXLORA, UNRELATED = "fedsvd", "flexlora", "flexlora, unrelated clients"
 FLORA, FEDEX, FEDSA = "flora", "fedex-lora", "fedsa-lora"
+ADDING, ENDING = "mean of B, streamed: as replies come", "mean of B, streamed: after the last"
 MEAN_OF_PRODUCTS, PRODUCT_OF_MEAN = "SVD of the mean of products", "SVD of mean(B) A"
 
 
@@ -61,8 +64,9 @@ def strategies(pairs: list[Pair], unrelated: list[Pair]) -> dict[str, Call]:
         return refactorize(weighted_mean(only_b, weights)["B"], pairs[0][1])
 
     def flexlora(clients: list[Pair]) -> Pair:
-        return truncate(*combine(clients, weights), rank)
+        return truncated_mean(clients, weights, rank)
 
+    full = tally_of(only_b)
     return {
         AVERAGE_BOTH: lambda: weighted_mean(both, weights),
         AVERAGE_ONE: lambda: weighted_mean(only_b, weights),
@@ -72,7 +76,18 @@ def strategies(pairs: list[Pair], unrelated: list[Pair]) -> dict[str, Call]:
         UNRELATED: partial(flexlora, unrelated),
         FLORA: lambda: compact(*combine(pairs, weights)),
         FEDEX: lambda: (weighted_mean(both, weights), residual(pairs, weights)),
+        ADDING: lambda: tally_of(only_b),
+        ENDING: full.mean,
     }
+
+
+def tally_of(uploads: list[dict[str, Factor]]) -> Tally:
+    """Add up uploads as a server does that keeps none, with what it says of their agreement."""
+    start = {name: np.zeros_like(array) for name, array in uploads[0].items()}
+    tally = Tally(start, start)
+    for upload in uploads:
+        tally.add(upload)
+    return tally
 
 
 def svd_numpy(matrix: torch.Tensor, rank: int) -> Pair:
@@ -121,13 +136,26 @@ def full_ways(pairs: list[Pair], library: str) -> dict[str, Call]:
 
 
 def clock(call: Call, at_least: float = 5e-3, at_most: int = 10) -> list[float]:
-    """Time a call, a fast one up to ten times, in seconds."""
+    """Time a call, a fast one up to ten times, in seconds of this thread's CPU."""
     seconds: list[float] = []
     while not seconds or (sum(seconds) < at_least and len(seconds) < at_most):
-        begin = time.perf_counter()
+        begin = time.thread_time()
         call()
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.thread_time() - begin)
     return seconds
+
+
+def peaks(cell: Cell) -> dict[str, int]:
+    """Return the most bytes that each server step for one layer takes beside the uploads."""
+    found: dict[str, int] = {}
+    for name, call in strategies(
+        draw(cell, True, np.float32), draw(cell, False, np.float32)
+    ).items():
+        tracemalloc.start()
+        call()
+        found[name] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    return found
 
 
 def time_cell(cell: Cell, library: str, repetitions: int) -> dict[str, float]:
@@ -176,7 +204,9 @@ def compare(cell: Cell, related: bool) -> dict[str, object]:
             float(np.linalg.norm(single, 2)),
         ),
         FLEXLORA: off(
-            np.matmul(*truncate(*stack, rank)), np.matmul(*svd_numpy(dense, rank)), sigma
+            np.matmul(*truncated_mean(pairs, weights, rank)),
+            np.matmul(*svd_numpy(dense, rank)),
+            sigma,
         ),
         FLORA: off(np.matmul(*compact(*stack)), dense.numpy(), sigma),
         FEDEX: off(mean["B"] @ mean["A"] + np.matmul(*extra), dense.numpy(), sigma),

@@ -15,11 +15,13 @@ up and its row of A is scaled down.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import eigh  # type: ignore[import-untyped]
 
 from fedlora_flwr.algebra.means import normalize
 from fedlora_flwr.errors import InvalidValue
@@ -27,6 +29,12 @@ from fedlora_flwr.errors import InvalidValue
 Factor: TypeAlias = NDArray[np.floating]
 Pair: TypeAlias = tuple[Factor, Factor]
 Array64: TypeAlias = NDArray[np.float64]
+Triplets: TypeAlias = tuple[Array64, Array64, Array64]
+"""U (m, rank), Σ (rank,) and V (n, rank)."""
+
+_EXACT = 1e-13  # of the largest singular value, which is all that a direct SVD promises
+_HIDDEN = 1e-9  # far below the rounding of fp32
+_SPARE = 8  # vectors of a subspace iteration beyond those that are looked for
 
 
 def refactorize(B: Factor, A: Factor) -> Pair:
@@ -72,9 +80,11 @@ def truncate(B: Factor, A: Factor, rank: int) -> Pair:
     perfectly conditioned for any product, and a component with Σ = 0 still trains, as at LoRA's
     own start. In the balanced form both of its gradients would be zero.
 
-    If the rank is far below r and the singular values beyond it are small, as for clients that
-    moved little from one start, a few passes of a subspace iteration suffice, each in
-    O((m + n) r rank). Otherwise QR and SVD take O((m + n) k² + k³), with k = max(r, rank).
+    If the rank is far below m and n and the singular values beyond it are small, as for clients
+    that moved little from one start, a few passes of a subspace iteration suffice, each in
+    O((m + n) r rank). Otherwise, a product of high rank is formed, and the eigenvectors of its Gram
+    matrix are taken where they are as exact as its SVD. What is left takes QR and SVD,
+    O((m + n) k² + k³), with k = max(r, rank).
 
     Parameters
     ----------
@@ -91,9 +101,43 @@ def truncate(B: Factor, A: Factor, rank: int) -> Pair:
     _check(B, A)
     if rank < 1:
         raise InvalidValue("rank", rank, "a whole number of at least 1")
-    floor = _rounding(B, A)
-    left, right = _leading(B, A, rank, floor) or _decompose(B, A, rank, floor)[:2]
-    return _cast(left, right, (B, A))
+    stack = B.astype(np.float64), A.astype(np.float64)
+    return _cast(*_truncate(*stack, rank, _EXACT), (B, A))
+
+
+def truncated_mean(pairs: Sequence[Pair], weights: Sequence[float], rank: int) -> Pair:
+    """Cut the mean product ``Σ p_k B_k A_k`` to a rank: `truncate` of what `combine` stacks.
+
+    Nothing is rounded to the pairs' type in between. Where that is fp32 or less, the subspace
+    iteration ends at an error that rounding the result would hide. It starts from the mean of the
+    B_k, which for clients of one start is close to what is looked for.
+
+    Parameters
+    ----------
+    pairs : sequence of (B, A), (m, r_k) and (r_k, n)
+        One pair per client; ranks may differ.
+    weights : Sequence[float]
+        One weight per client; they are scaled to sum to one (p_k).
+    rank : int
+        Columns of the new B, at least 1.
+
+    Returns
+    -------
+    tuple of ndarray, (m, rank) and (rank, n)
+        As of `truncate`.
+    """
+    shares = _shares(pairs, weights)
+    if rank < 1:
+        raise InvalidValue("rank", rank, "a whole number of at least 1")
+    factors = [factor for pair in pairs for factor in pair]
+    width = np.result_type(*factors).itemsize
+    stack = _stack([B for B, _ in pairs], [A for _, A in pairs], shares)
+    columns = np.concatenate([np.arange(len(A)) for _, A in pairs])
+    sizes = np.repeat(shares, [len(A) for _, A in pairs])
+    mean = np.zeros((rank, len(columns)))
+    own = columns < rank
+    mean[columns[own], np.flatnonzero(own)] = sizes[own]
+    return _cast(*_truncate(*stack, rank, _EXACT if width > 4 else _HIDDEN, mean), factors)
 
 
 def combine(
@@ -204,32 +248,87 @@ def _decompose(B: Factor, A: Factor, rank: int, floor: float) -> tuple[Array64, 
     return *_oriented(left * (sigma[:kept] > 0), v[:rank], rank), sigma
 
 
-def _leading(B: Factor, A: Factor, rank: int, floor: float) -> tuple[Array64, Array64] | None:
+def _truncate(
+    B: Array64, A: Array64, rank: int, exact: float, sketch: Array64 | None = None
+) -> tuple[Array64, Array64]:
+    floor, (m, n) = _rounding(B, A), (len(B), A.shape[1])
+    ways: list[Callable[[], Triplets | None]] = []
+    if np.isfinite(floor) and 4 * (rank + _SPARE) <= min(m, n):
+        ways.append(partial(_leading, B, A, rank, exact, sketch))
+    if np.isfinite(floor) and 2 * len(A) >= min(m, n) >= 4 * rank:
+        ways.append(partial(_of_gram, B, A, rank))
+    # Two passes with a wide stack take more products than to form the matrix, if it is small.
+    if len(A) >= 2 * min(m, n) and 6 * (m + n) * (rank + _SPARE) > m * n:
+        ways = ways[::-1]
+    found = next((found for way in ways if (found := way()) is not None), None)
+    if found is None:
+        return _decompose(B, A, rank, floor)[:2]
+    u, sigma, v = found
+    return _oriented(u * np.where(sigma > floor, sigma, 0.0), v.T, rank)
+
+
+def _leading(
+    B: Array64, A: Array64, rank: int, exact: float, sketch: Array64 | None
+) -> Triplets | None:
     """Find the leading triplets as `_decompose` does, by subspace iteration, if that is cheaper.
 
     Halko, Martinsson and Tropp (arXiv 0909.4061, algorithm 4.4), from a fixed start. ``Pᵀu = v σ``
-    holds by construction. Once ``|P v - u σ| <= 1e-13 σ_1``, the triplets are those of a matrix
-    within this distance of P, which is all that a direct SVD promises. A pass that gains less than
-    two digits returns None: the singular values have no gap after the rank.
+    holds by construction. Once ``|P v - u σ| <= exact σ_1``, the triplets are those of a matrix
+    within this distance of P. A pass that gains less than two digits returns None: the singular
+    values have no gap after the rank. Vectors are rows here, since products with the wide stacks
+    are then up to twice as fast.
+
+    Parameters
+    ----------
+    exact : float
+        Largest error that may be left.
+    sketch : ndarray, (rank, r), optional
+        Combinations of B's columns to start from. Random ones are added to them.
     """
-    width = rank + 8
-    if 4 * width > min(*B.shape, A.shape[1]) or not np.isfinite(floor):
-        return None
-    B, A = B.astype(np.float64), A.astype(np.float64)
-    start = np.random.default_rng(0).standard_normal((len(B), width))
-    image = B @ (A @ _orthonormal(A.T @ (B.T @ start)))
-    error = np.inf
+    start = np.random.default_rng(0).standard_normal((rank + _SPARE, len(A)))
+    if sketch is not None:
+        start[:rank] *= 1e-3 * np.linalg.norm(sketch) / np.linalg.norm(start[:rank])
+        start[:rank] += sketch
+    image, error = start @ B.T, np.inf
     while True:
-        u = _orthonormal(image)
-        v, sigma, mix = np.linalg.svd(A.T @ (B.T @ u), full_matrices=False)
-        image = B @ (A @ v)
+        u = _orthonormal(image.T).T
+        # QR first: the SVD of a small square takes less time than that of a tall matrix.
+        v, rest = np.linalg.qr(((u @ B) @ A).T)
+        turn, sigma, mix = np.linalg.svd(rest, full_matrices=False)
+        v, mix = v @ turn, mix @ u
+        image = (v.T @ A.T) @ B.T
         previous = min(error, float(sigma[0]))
-        error = float(np.linalg.norm(image[:, :rank] - u @ (mix[:rank].T * sigma[:rank])))
-        if error <= 1e-13 * sigma[0]:
-            left = u @ (mix[:rank].T * np.where(sigma > floor, sigma, 0.0)[:rank])
-            return _oriented(left, v[:, :rank].T, rank)
+        error = float(np.linalg.norm(image[:rank] - sigma[:rank, None] * mix[:rank]))
+        if error <= exact * sigma[0]:
+            return mix[:rank].T, sigma[:rank], v[:, :rank]
         if not error <= 0.01 * previous:
             return None
+
+
+def _of_gram(B: Array64, A: Array64, rank: int) -> Triplets | None:
+    """Find the leading triplets of the product P from ``P Pᵀ``, if that is as exact as its SVD.
+
+    An eigenvalue is off by eps σ_1², so a singular value σ is off by eps σ_1² / σ. This is nothing
+    as long as σ is not small. Where it is, the triplets do not pass the check of `_leading`.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        tall = len(B) > A.shape[1]
+        P = (B @ A).T if tall else B @ A
+        gram = P @ P.T
+    if not np.isfinite(gram).all():
+        return None
+    size = len(P)
+    u = eigh(gram, subset_by_index=(size - rank, size - 1), overwrite_a=True)[1]
+    # LAPACK may leave out some of many equal eigenvalues.
+    if u.shape[1] < rank:
+        return None
+    u = _orthonormal(u)
+    v, rest = np.linalg.qr(P.T @ u)
+    turn, sigma, mix = np.linalg.svd(rest, full_matrices=False)
+    u, v = u @ mix.T, v @ turn
+    if np.linalg.norm(P @ v - u * sigma) > _EXACT * sigma[0]:
+        return None
+    return (v, sigma, u) if tall else (u, sigma, v)
 
 
 def _orthonormal(columns: Array64) -> Array64:
@@ -248,14 +347,20 @@ def _oriented(left: Array64, v: Array64, rank: int) -> tuple[Array64, Array64]:
 
 def _rounding(B: Factor, A: Factor) -> float:
     with np.errstate(over="ignore", invalid="ignore"):
-        columns = np.linalg.norm(B.astype(np.float64), axis=0)
-        rows = np.linalg.norm(A.astype(np.float64), axis=1)
+        columns = np.sqrt(np.einsum("ij,ij->j", B, B, dtype=np.float64))
+        rows = np.sqrt(np.einsum("ij,ij->i", A, A, dtype=np.float64))
         return float(max(len(B), A.shape[1]) * np.finfo(np.float64).eps * (columns @ rows))
 
 
 def _stack(Bs: Sequence[Factor], As: Sequence[Factor], shares: Array64) -> tuple[Array64, Array64]:
-    rows = [share * A.astype(np.float64) for share, A in zip(shares, As, strict=True)]
-    return np.hstack(Bs).astype(np.float64), np.vstack(rows)
+    ends = np.cumsum([len(A) for A in As])
+    B, A = np.empty((len(Bs[0]), ends[-1])), np.empty((ends[-1], As[0].shape[1]))
+    for left, right, share, end in zip(Bs, As, shares, ends, strict=True):
+        place = slice(end - len(right), end)
+        B[:, place] = left
+        A[place] = right
+        A[place] *= share
+    return B, A
 
 
 def _shares(pairs: Sequence[Pair], weights: Sequence[float]) -> Array64:

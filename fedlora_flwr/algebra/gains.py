@@ -8,13 +8,13 @@ to be known or subtracted. The derivation is in docs/methods.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_flwr.algebra.means import Arrays, normalize
+from fedlora_flwr.algebra.tally import Tally
 
 _LEAST = 1e-6  # Least weight of all pairs of clients; below it, one client has all the weight.
 
@@ -69,57 +69,12 @@ class Movement:
         return Movement(self.mean * np.float32(factor), square, factor**2 * self.noise)
 
 
-class UpdateSums:
-    """Sums over the updates of one array, which are added one by one.
+def movements(tally: Tally, names: Iterable[str]) -> dict[str, Movement]:
+    """Return the movement of each named array.
 
     ``‖Σ wᵢΔᵢ‖² - Σ wᵢ²‖Δᵢ‖²`` is the sum of the products between different clients, whose weights
     sum to ``1 - Σ wᵢ²``. Its variance under noise of d independent coordinates is
     ``2/d·((Σeᵢ)² - Σeᵢ²) + 4/d·Σeᵢ·‖mean‖²`` with ``eᵢ = wᵢ²‖Δᵢ‖²``.
-    """
-
-    def __init__(self) -> None:
-        self._total: NDArray[np.float64] | None = None
-        self._weights = self._squares = self._noise = self._fourth = 0.0
-        self._updates = 0
-
-    def add(self, weight: float, update: NDArray[np.floating]) -> None:
-        """Take in a client's update, new array less old one.
-
-        Parameters
-        ----------
-        weight : float
-            Its weight, above 0. Any scale will do as long as its square does not become 0 or
-            infinite.
-        update : ndarray
-            Its update, in the array's shape.
-        """
-        part = weight * update.astype(np.float64)
-        energy = float(np.vdot(part, part))
-        self._total = part if self._total is None else self._total + part
-        self._weights += weight
-        self._squares += weight * weight
-        self._noise += energy
-        self._fourth += energy * energy
-        self._updates += 1
-
-    def result(self) -> Movement:
-        """Return the movement of all updates so far; there must be at least one."""
-        assert self._total is not None
-        mean, scale = self._total / self._weights, self._weights**2
-        noise, size = self._noise / scale, max(mean.size, 1)
-        others, square = 1 - self._squares / scale, None
-        if self._updates > 1 and others > _LEAST:
-            value = float(np.vdot(mean, mean)) - noise
-            crossed = max(noise * noise - self._fourth / scale**2, 0.0)
-            variance = (2 * crossed + 4 * noise * max(value, 0.0)) / size
-            square = (1 / others) * Estimate(value, variance)
-        return Movement(mean.astype(np.float32), square, noise)
-
-
-def movements(
-    current: Arrays, uploads: Sequence[Arrays], weights: Sequence[float], names: Iterable[str]
-) -> dict[str, Movement]:
-    """Return the movement of each named array.
 
     Uploads that are all the same to the last bit count as one upload, since independent noise
     always differs. Such uploads come from secure aggregation, which gives each client's as the
@@ -127,25 +82,25 @@ def movements(
 
     Parameters
     ----------
-    current : Arrays
-        The arrays from which the clients started.
-    uploads : Sequence[Arrays]
-        At least one, each with all the named arrays.
-    weights : Sequence[float]
-        One weight for each upload.
+    tally : Tally
+        The round's updates, at least one.
     names : Iterable[str]
         Arrays to look at.
     """
-    # Weights are normalized, since squares of tiny ones would be zero.
-    names, shares = list(names), normalize(weights).tolist()
-    first = uploads[0]
-    same = all(np.array_equal(u[n], first[n]) for u in uploads[1:] for n in names)
-    found = {}
+    updates, energies = tally.updates(), tally.energies()
+    weight, squares = tally.weights
+    others, found = 1 - squares / weight**2, {}
     for name in names:
-        sums = UpdateSums()
-        for upload, share in list(zip(uploads, shares, strict=True))[: 1 if same else None]:
-            sums.add(share, np.subtract(upload[name], current[name], dtype=np.float64))
-        found[name] = sums.result()
+        mean, (noise, fourth), square = updates[name], energies[name], None
+        power, size = float(np.vdot(mean, mean)), max(mean.size, 1)
+        if tally.same:
+            noise = power
+        elif others > _LEAST:
+            value = power - noise
+            crossed = max(noise * noise - fourth, 0.0)
+            variance = (2 * crossed + 4 * noise * max(value, 0.0)) / size
+            square = (1 / others) * Estimate(value, variance)
+        found[name] = Movement(mean.astype(np.float32), square, noise)
     return found
 
 

@@ -63,12 +63,15 @@ def weighted_mean(
         if found != expected:
             raise InvalidValue("shapes of an upload", found, f"those of the first, {expected}")
     means: dict[str, NDArray[np.floating]] = {}
+    equal = bool((shares == shares[0]).all())
     for name, array in first.items():
         total, term = np.zeros(array.shape), np.empty(array.shape)
         for share, upload in zip(shares, uploads, strict=True):
-            np.multiply(upload[name], share, out=term, dtype=np.float64)
+            term[...] = upload[name]  # To convert while it multiplies takes NumPy longer.
+            if not equal:
+                term *= share
             total += term
-        means[name] = total.astype(array.dtype)
+        means[name] = (total / len(uploads) if equal else total).astype(array.dtype)
     return means
 
 

@@ -10,7 +10,6 @@ result modulo 2³². Only the sum over all clients is opened.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +25,7 @@ from fedlora_flwr.secure_sum.discrete_gaussian import (
 from fedlora_flwr.secure_sum.slack import ROUNDING, log_ratio
 from fedlora_flwr.wire.limits import Residues
 
-__all__ = ["MOST_SLACK", "Grid", "add_shares", "fitting_norm", "opened", "residues"]
+__all__ = ["MOST_SLACK", "Grid", "fitting_norm", "opened", "residues"]
 
 MODULUS_BITS = 32
 LARGEST_NORM = 1 << 20
@@ -216,21 +215,6 @@ def fitting_norm(
 def residues(values: NDArray[np.int64]) -> Residues:
     """Return whole numbers modulo 2³², as uint32 of the same shape."""
     return values.astype(np.uint64).astype(np.uint32)
-
-
-def add_shares(uploads: Iterable[Residues]) -> Residues:
-    """Add uploads modulo 2³². A secure sum shows the server this total and nothing else.
-
-    Parameters
-    ----------
-    uploads : iterable of ndarray
-        At least one; uint32, all of one shape.
-    """
-    first, *rest = uploads
-    total = first.copy()
-    for upload in rest:
-        total += upload
-    return total
 
 
 def opened(total: Residues) -> NDArray[np.int64]:

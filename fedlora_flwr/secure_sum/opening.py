@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedlora_flwr.errors import InvalidValue
-from fedlora_flwr.secure_sum.grid import add_shares
 from fedlora_flwr.secure_sum.masks import mask, public_key
 from fedlora_flwr.secure_sum.party import SEALED_BYTES, flat, pair_mask, unflat
 from fedlora_flwr.secure_sum.shamir import combine
@@ -61,15 +60,18 @@ class Opening:
 
     def open(
         self,
-        uploads: Mapping[int, Mapping[str, Residues]],
+        alive: Collection[int],
+        shares: Mapping[str, Residues],
         revealed: Mapping[int, Mapping[int, bytes]],
     ) -> dict[str, Residues]:
         """Take the masks off the sum of all uploads.
 
         Parameters
         ----------
-        uploads : Mapping[int, Mapping[str, ndarray]]
-            The masked uploads, by place.
+        alive : Collection[int]
+            Places of the clients that uploaded.
+        shares : Mapping[str, ndarray]
+            The sum of their masked uploads modulo 2³².
         revealed : Mapping[int, Mapping[int, bytes]]
             What each client handed out (see `Masked.reveal`), by place.
 
@@ -83,24 +85,23 @@ class Opening:
         InvalidValue
             Fewer than N - t clients uploaded or handed out their shares, or the shares are wrong.
         """
-        self._check("clients that uploaded", len(uploads))
+        self._check("clients that uploaded", len(alive))
         self._check("clients that handed out their shares", len(revealed))
-        first = next(iter(uploads.values()))
-        total = add_shares(flat(upload) for upload in uploads.values())
+        total = flat(shares)
         cards = [Card.from_bytes(card) for card in self.cards]
         script = transcript(self.terms, cards)
         helpers = sorted(revealed)[: self.terms.threshold]
         for place in self.sealed:
             secret = combine({helper: revealed[helper][place] for helper in helpers})
-            if place in uploads:
+            if place in alive:
                 total -= mask(secret, total.size)
                 continue
             if public_key(secret) != cards[place].mask_key:
                 raise InvalidValue("revealed key of client", place, "the key on its card")
-            for other in uploads:
+            for other in alive:
                 key = cards[other].mask_key
                 total -= pair_mask(secret, key, script, other < place, total.size)
-        return unflat(total, first)
+        return unflat(total, shares)
 
     def _check(self, who: str, count: int) -> None:
         if count < (least := self.terms.threshold):

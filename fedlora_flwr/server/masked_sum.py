@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.secure_sum.grid import add_shares
 from fedlora_flwr.secure_sum.opening import Opening
 from fedlora_flwr.secure_sum.party import SEALED_BYTES, pieces
 from fedlora_flwr.secure_sum.shamir import SHARE_BYTES
@@ -86,15 +85,19 @@ class MaskedSum:
             for node in sealed
         }
 
-    def total(self, ask: Ask, uploads: Mapping[int, Mapping[str, Residues]]) -> dict[str, Residues]:
+    def total(
+        self, ask: Ask, nodes: Sequence[int], shares: Mapping[str, Residues]
+    ) -> dict[str, Residues]:
         """Open the sum of a round.
 
         Parameters
         ----------
         ask : callable
             As for `agree`.
-        uploads : Mapping[int, Mapping[str, ndarray]]
-            The uploads, by node.
+        nodes : Sequence[int]
+            The nodes that uploaded.
+        shares : Mapping[str, ndarray]
+            The sum of their uploads modulo 2³².
 
         Returns
         -------
@@ -107,18 +110,17 @@ class MaskedSum:
             More clients are missing than the noise allows for, or the sum cannot be opened.
         """
         if self.simulated or self._opening is None:
-            first = next(iter(uploads.values()))
-            return {name: add_shares(u[name] for u in uploads.values()) for name in first}
+            return dict(shares)
         opening, self._opening = self._opening, None  # A sum is opened once.
-        alive = {self._places[node]: shares for node, shares in uploads.items()}
+        alive = {self._places[node] for node in nodes}
         flags = bytes(place in alive for place in range(len(opening.cards)))
         order = replace(self._order, stage=OPEN_SUM, packet=flags)
-        given = ask(dict.fromkeys(uploads, order), SHARE_BYTES * len(flags))
+        given = ask(dict.fromkeys(nodes, order), SHARE_BYTES * len(flags))
         revealed = {
             self._places[node]: dict(enumerate(pieces(packet, SHARE_BYTES)))
             for node, packet in given.items()
         }
-        return opening.open(alive, revealed)
+        return opening.open(alive, shares, revealed)
 
 
 def _good_cards(cards: Mapping[int, bytes], terms: Terms) -> dict[int, bytes]:

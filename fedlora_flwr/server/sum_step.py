@@ -103,7 +103,7 @@ class SumStep:
         return self._sum.agree(ask, order, nodes)
 
     def total(
-        self, ask: Ask, uploads: Mapping[int, Mapping[str, Residues]]
+        self, ask: Ask, nodes: Sequence[int], shares: Mapping[str, Residues]
     ) -> dict[str, NDArray[np.int64]]:
         """Return the opened sum, by name.
 
@@ -112,7 +112,8 @@ class SumStep:
         InvalidValue
             The sum cannot be opened (see `MaskedSum.total`), or its record count is impossible.
         """
-        found = {name: opened(array) for name, array in self._sum.total(ask, uploads).items()}
+        total = self._sum.total(ask, nodes, shares)
+        found = {name: opened(array) for name, array in total.items()}
         self._simulated = bool(self._simulated) or self._sum.simulated
         count = int(found[NUM_EXAMPLES][0])
         if not 1 <= count <= self._records:

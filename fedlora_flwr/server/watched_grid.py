@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 
 from fedlora_flwr.flower_internals import Run
 from fedlora_flwr.strategies.identities import KnownNode
+from fedlora_flwr.strategies.inbox import Replies
 
 RESTARTED = "the device was restarted during this round and lost its task"
 _NODE_UNAVAILABLE = 5
@@ -108,14 +109,23 @@ class WatchedGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Send messages; return what came back until nothing more can, or time is up."""
+        """Send messages; return what comes back until nothing more can, or time is up."""
         started = time.monotonic()
         deadline = started + (math.inf if timeout is None else timeout)
         sent = [_valid_for(message, timeout) for message in messages]
         activations = self._activations()
         pushed = set(self._grid.push_messages(sent))
         waiting = {m.metadata.message_id: m for m in sent if m.metadata.message_id in pushed}
-        replies: list[Message] = []
+        return Replies(enumerate(self._replies(waiting, activations, started, deadline)))
+
+    def _replies(
+        self,
+        waiting: dict[str, Message],
+        activations: Mapping[int, str],
+        started: float,
+        deadline: float,
+    ) -> Iterator[Message]:
+        """Yield replies as they are pulled, and an error for each message that is lost."""
         looked = started
         while waiting:
             lost: list[str] = []
@@ -126,14 +136,13 @@ class WatchedGrid(Grid):
             for key in list(waiting):
                 if (reply := self._pull(key, waiting[key])) is not None:
                     del waiting[key]
-                    replies.append(reply)
-            replies += [_lost(waiting.pop(key)) for key in lost if key in waiting]
+                    yield reply
+            yield from [_lost(waiting.pop(key)) for key in lost if key in waiting]
             now = time.monotonic()
             if now >= deadline:
                 break
             # Poll often in a short round, and as seldom as Flower does in a long one.
             time.sleep(min(_POLLS, 0.1 + (now - started) / 50, deadline - now) if waiting else 0)
-        return replies
 
     def _pull(self, key: str, asked: Message) -> Message | None:
         """Return the reply to one message, if it has come, as the reply of the node asked."""

@@ -19,6 +19,7 @@ from fedlora_flwr.flower_internals import Run
 from fedlora_flwr.processes.workers import Execute, one_by_one
 from fedlora_flwr.simulations.partitions import Partitions
 from fedlora_flwr.strategies.identities import KnownNode
+from fedlora_flwr.strategies.inbox import Replies
 from fedlora_flwr.wire.identity import acting_for
 
 ClientAppCall: TypeAlias = Callable[[Message, Context], Message]
@@ -123,6 +124,11 @@ class LocalGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Run the client app on each message and keep the replies."""
         asked = {str(uuid4()): message for message in messages}
+        self._replies.update(self._serve(asked))
+        return list(asked)
+
+    def _serve(self, asked: Mapping[str, Message]) -> Iterator[tuple[str, Message]]:
+        """Yield each reply when it is there. Between two of them, other threads have a turn."""
         by_node: dict[int, list[str]] = {}
         for key, message in asked.items():
             by_node.setdefault(message.metadata.dst_node_id, []).append(key)
@@ -131,11 +137,15 @@ class LocalGrid(Grid):
             for node, keys in by_node.items()
         ]
         with self._turn:
-            for node, state, replies in self._execute(partial(_handle, self._app), jobs):
-                self._replies.update(replies)
-                if state or node in self._states:
-                    self._states[node] = state
-        return list(asked)
+            served = self._execute(partial(_handle, self._app), jobs)
+        while True:
+            with self._turn:
+                if (found := next(served, None)) is None:
+                    return
+            node, state, replies = found
+            if state or node in self._states:
+                self._states[node] = state
+            yield from replies.items()
 
     def _context_of(self, node: int) -> Context:
         return Context(
@@ -156,8 +166,10 @@ class LocalGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Push messages and pull all replies; nothing can time out in one process."""
-        return self.pull_messages(self.push_messages(messages))
+        """Return the replies, for which clients work while they are read; none can time out."""
+        asked = {str(uuid4()): message for message in messages}
+        places = {key: place for place, key in enumerate(asked)}
+        return Replies((places[key], reply) for key, reply in self._serve(asked))
 
 
 def _handle(

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.means import Arrays, merge, weighted_mean
 from fedlora_flwr.algebra.server_optimizer import ServerOptimizer
-from fedlora_flwr.errors import FedLoRAError, InvalidValue
-from fedlora_flwr.layout import Layout, factor_of
+from fedlora_flwr.errors import FedLoRAError
+from fedlora_flwr.layout import Layout
 from fedlora_flwr.plan import BOTH, A, B, ComponentPlan
 from fedlora_flwr.strategies import secure_sum
 from fedlora_flwr.strategies.agreement import describe
@@ -198,12 +198,15 @@ class FedLoRA(Declared, Running):
         mean = weighted_mean([u.arrays for u in uploads], [u.weight for u in uploads])
         return merge(current, mean)
 
-    def average_heads(
-        self, current: Arrays, uploads: Sequence[Upload]
-    ) -> dict[str, NDArray[np.floating]]:
-        """Return the global arrays with the mean of the heads; factors are left as they are."""
-        heads = [{n: x for n, x in u.arrays.items() if not factor_of(n)} for u in uploads]
-        return merge(current, weighted_mean(heads, [upload.weight for upload in uploads]))
+    @property
+    def streams(self) -> bool:
+        """Whether this round's uploads are added up as they come, and not kept.
+
+        A mean allows it, where nothing else needs each upload. Weights do: their median cuts them.
+        """
+        if not self.robust.means or self.needs_each_upload or self.weighting != "uniform":
+            return False
+        return self.opener is None and (self.personal or not self._round.is_narrow)
 
     def remarks(self) -> dict[str, str]:
         """Return sentences about the whole run, by name, for its summary and closing table."""
@@ -293,7 +296,7 @@ class FedLoRA(Declared, Running):
         plan = self.plan(server_round, layout)
         this = self._round = Round.of(arrays, layout, plan, self.shared, self.local_steps)
         everything = this.expected.whole == set(arrays)
-        self._check_server_optimizer()
+        self.check_server_step(self.server_optimizer.name)
         whole_mean = (
             self.averages and everything and self.robust.means and not self.server_optimizer.steps
         )
@@ -308,6 +311,7 @@ class FedLoRA(Declared, Running):
             grid, server_round, self.fraction_train, self.min_available_nodes, self.min_train_nodes
         )
         self.robust.check_cohort(len(this.asked), self.needs_each_upload)
+        this.streams = self.streams
         order = self.order(server_round, str(plan))
         order = replace(order, weighting=self.weighting, continues=self.continues)
         this.order = order
@@ -352,10 +356,14 @@ class FedLoRA(Declared, Running):
         self._promises.look_at_training(uploads)
         if self.opener and uploads:
             ask = self._round.ask
-            uploads = secure_sum.opened_upload(self.opener, ask, current, report, self._nodes)
+            total = self._round.shares(uploads)
+            uploads = secure_sum.opened_upload(
+                self.opener, ask, current, report, total, self._nodes
+            )
         if not uploads:
             return None, None
         self._trained = True
+        uploads = self._round.gathered(uploads)
         merged = self.robust.merged(current, uploads, report)
         mean = self.aggregate(server_round, current, merged)
         arrays = within_limits(self.server_optimizer.step(current, mean, merged[0].arrays))
@@ -364,11 +372,6 @@ class FedLoRA(Declared, Running):
         self._result.arrays = to_record(arrays)
         self._result.train_metrics_clientapp[server_round] = metrics
         return self._result.arrays, metrics
-
-    def _check_server_optimizer(self) -> None:
-        reason = self.no_server_step() or (self.shared and "each client keeps its head")
-        if self.server_optimizer.steps and reason:
-            raise InvalidValue("server-optimizer", self.server_optimizer.name, f"'none': {reason}")
 
     def _read(self, client: str, content: RecordDict, report: RoundReport) -> None:
         try:
@@ -393,4 +396,4 @@ class FedLoRA(Declared, Running):
         except Exception as error:  # One client's reply must not end the others' round.
             report.fail(client, error)
             return
-        report.uploads.append(upload)
+        report.uploads.append(self._round.take(upload))

@@ -15,7 +15,7 @@ from fedlora_flwr.config.keys import (
     key,
     widen,
 )
-from fedlora_flwr.errors import near_names
+from fedlora_flwr.errors import InvalidValue, near_names
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,18 @@ class Declared:
         if not cls.averages:
             return "its aggregation is not a mean, so no update of the model can be read off it"
         return ""
+
+    def check_server_step(self, optimizer: str) -> None:
+        """Refuse an optimizer of the server that cannot move the model; ``"none"`` can.
+
+        Raises
+        ------
+        InvalidValue
+            There is no model to move, or no mean of updates to move it by.
+        """
+        reason = self.no_server_step() or (self.shared and "each client keeps its head")
+        if optimizer != "none" and reason:
+            raise InvalidValue("server-optimizer", optimizer, f"'none': {reason}")
 
     def take_settings(self, given: Mapping[str, Any]) -> None:
         """Check a method's own arguments, and keep them as attributes.

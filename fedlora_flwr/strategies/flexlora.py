@@ -9,11 +9,12 @@ import numpy as np
 from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 
-from fedlora_flwr.algebra.factors import combine, truncate
+from fedlora_flwr.algebra.factors import truncated_mean
 from fedlora_flwr.algebra.means import Arrays, merge
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.layout import Layout, factor_of, leading_ranks, rank_axis
 from fedlora_flwr.strategies.base import FedLoRA
+from fedlora_flwr.strategies.heads import average_heads
 from fedlora_flwr.strategies.replies import Upload
 from fedlora_flwr.wire.arrays import from_numpy, record_of, to_numpy
 
@@ -86,11 +87,11 @@ class FlexLoRA(FedLoRA):
     ) -> dict[str, NDArray[np.floating]]:
         """Average the products, as stacks of factors, and take their SVD."""
         layout, weights = Layout.of(current), [upload.weight for upload in uploads]
-        arrays = self.average_heads(current, uploads)
+        arrays = average_heads(current, uploads)
         for layer in layout.layers:
             b, a = layout.pair(layer)
-            stack = combine([(u.arrays[b], u.arrays[a]) for u in uploads], weights)
-            arrays[b], arrays[a] = truncate(*stack, rank=current[a].shape[0])
+            pairs = [(u.arrays[b], u.arrays[a]) for u in uploads]
+            arrays[b], arrays[a] = truncated_mean(pairs, weights, rank=current[a].shape[0])
         for upload in uploads:
             name = layout.pair(layout.layers[0])[1]
             self._ranks[upload.client] = upload.arrays[name].shape[0]

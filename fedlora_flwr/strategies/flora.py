@@ -13,6 +13,7 @@ from fedlora_flwr.algebra.means import Arrays
 from fedlora_flwr.layout import Layout
 from fedlora_flwr.strategies.base import FedLoRA
 from fedlora_flwr.strategies.folding import fold, fresh_a
+from fedlora_flwr.strategies.heads import average_heads
 from fedlora_flwr.strategies.replies import Upload
 
 
@@ -55,7 +56,7 @@ class FLoRA(FedLoRA):
     ) -> dict[str, NDArray[np.floating]]:
         """Fold the stacks in; average the head; draw a fresh A as PEFT does, and B = 0."""
         layout, weights = Layout.of(current), [upload.weight for upload in uploads]
-        arrays = self.average_heads(current, uploads)
+        arrays = average_heads(current, uploads)
         updates = {}
         for layer in layout.layers:
             b, a = layout.pair(layer)

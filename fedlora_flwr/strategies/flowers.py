@@ -91,6 +91,11 @@ class FlowersStrategy(FedLoRA):
         arrays, _ = self._inner.aggregate_train(server_round, replies)
         return {**current, **{name: to_numpy(array) for name, array in (arrays or {}).items()}}
 
+    @property
+    def streams(self) -> bool:
+        """Never: Flower's class adds the uploads up itself."""
+        return False
+
     def state_dict(self) -> dict[str, Any]:
         """Add what Flower's class carries."""
         carried = {name: _plain(getattr(self._inner, name)) for name in self.carried}

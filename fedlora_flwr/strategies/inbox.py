@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from logging import WARNING
+from typing import overload
 
 from flwr.app import Message, RecordDict
 from flwr.common.logger import log
@@ -13,6 +14,46 @@ from fedlora_flwr.strategies.reasons import reason_of
 from fedlora_flwr.strategies.replies import RoundReport, most_common
 from fedlora_flwr.wire.records import client_of, read_figures
 from fedlora_flwr.wire.report import Report
+
+
+class Replies(Sequence[Message]):
+    """The replies to some messages, read as they come.
+
+    It is a sequence, as Flower's strategies expect it, for which all replies are kept. `once` keeps
+    none. Nothing is read before either is asked for.
+
+    Parameters
+    ----------
+    source : Iterable[tuple[int, Message]]
+        Each reply, and its place in the sequence.
+    """
+
+    def __init__(self, source: Iterable[tuple[int, Message]]) -> None:
+        self._source = iter(source)
+        self._kept: list[Message] | None = None
+
+    def once(self) -> Iterator[Message]:
+        """Yield each reply when it is there; it is not there a second time."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        for _, reply in self._source:
+            yield reply
+
+    def _all(self) -> list[Message]:
+        if self._kept is None:
+            self._kept = [reply for _, reply in sorted(self._source, key=lambda pair: pair[0])]
+        return self._kept
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    @overload
+    def __getitem__(self, index: int) -> Message: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Message]: ...
+    def __getitem__(self, index: int | slice) -> Message | list[Message]:
+        return self._all()[index]
 
 
 class Inbox:
@@ -52,7 +93,7 @@ class Inbox:
 
         Every other reply is a failure of the node that sent it, and so is a node's silence.
         """
-        for reply in replies:
+        for reply in replies.once() if isinstance(replies, Replies) else replies:
             node = reply.metadata.src_node_id
             try:
                 found = self._open(node, reply)

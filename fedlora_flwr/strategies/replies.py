@@ -13,6 +13,7 @@ from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from flwr.common.logger import log
 
 from fedlora_flwr.algebra.means import Arrays, bounded
+from fedlora_flwr.algebra.tally import Tally
 from fedlora_flwr.errors import FederationAborted, FedLoRAError, InvalidValue, SuspectReply
 from fedlora_flwr.layout import factor_of
 from fedlora_flwr.wire import DELTA, EPSILON, EPSILON_BUDGET, MOST_ENTRY, STEPS, WEIGHT
@@ -41,6 +42,10 @@ class Upload:
         The texts that came along.
     shares : Mapping[str, ndarray]
         Under a secure sum, in place of arrays.
+    added : frozenset[str]
+        Names of the arrays that were added to the round's sums, and not kept.
+    tally : Tally, optional
+        The sums of which this is the mean.
     """
 
     client: str
@@ -49,6 +54,8 @@ class Upload:
     metrics: dict[str, float]
     texts: dict[str, str] = field(default_factory=dict)
     shares: Mapping[str, Residues] = field(default_factory=dict)
+    added: frozenset[str] = frozenset()
+    tally: Tally | None = None
 
     @classmethod
     def of(
@@ -65,6 +72,11 @@ class Upload:
         texts = {word: v for word, v in found.texts().items() if isinstance(v, str)}
         weight = weight_of(numbers, weighting, weighted_by, most)
         return cls(client, dict(found.arrays), weight, numbers, texts, dict(found.shares))
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the arrays that the client sent."""
+        return self.added or frozenset(self.arrays) | frozenset(self.shares)
 
 
 @dataclass
@@ -187,11 +199,11 @@ class RoundReport:
         """Keep the uploads of the arrays that most clients sent: others cannot be averaged."""
         if not self.uploads:
             return
-        common = most_common([frozenset(upload.arrays) for upload in self.uploads])
+        common = most_common([upload.names for upload in self.uploads])
         for upload in self.uploads:
-            if wrong := sorted(upload.arrays.keys() ^ common):
+            if wrong := sorted(upload.names ^ common):
                 self.fail(upload.client, f"it uploaded other arrays than most clients: {wrong}")
-        self.uploads = [u for u in self.uploads if u.arrays.keys() == common]
+        self.uploads = [u for u in self.uploads if u.names == common]
 
     def _check_completion(self, min_completion: float, may_decline: bool) -> None:
         self._check_answered(len(self.uploads) + len(self.declined), min_completion)

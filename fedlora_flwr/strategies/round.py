@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
+from fedlora_flwr.algebra.products import EXACT, stacked_width
+from fedlora_flwr.algebra.tally import Tally
 from fedlora_flwr.layout import Layout
 from fedlora_flwr.plan import BOTH, ComponentPlan
 from fedlora_flwr.strategies.expected import Expected
+from fedlora_flwr.strategies.replies import Upload
 from fedlora_flwr.strategies.secure_sum import Ask
 from fedlora_flwr.wire.arrays import to_numpy, travel_size
+from fedlora_flwr.wire.limits import Residues
 from fedlora_flwr.wire.order import Order
 
 
@@ -39,6 +43,8 @@ class Round:
         Nodes that were asked to measure.
     ask : callable
         Under a secure sum, sends its messages to nodes of the round.
+    streams : bool
+        Whether uploads are added up as they come, and not kept.
     """
 
     current: Mapping[str, NDArray[np.floating]] = field(default_factory=dict)
@@ -49,6 +55,9 @@ class Round:
     asked: list[int] = field(default_factory=list)
     measuring: list[int] = field(default_factory=list)
     ask: Ask = field(default=lambda *_: {})
+    streams: bool = False
+    _tallies: dict[frozenset[str], Tally] = field(default_factory=dict)
+    _shares: dict[frozenset[str], dict[str, Residues]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -86,3 +95,50 @@ class Round:
             expected=Expected.of(layout, plan, shared, local_steps),
             plain=sum(travel_size(arrays[name]) for name in layout.names),
         )
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether uploads hold both factors, of which few are stacked: `mean_error` is exact."""
+        return 0 < stacked_width(self.current, self.expected.whole, len(self.asked)) <= EXACT
+
+    def take(self, upload: Upload) -> Upload:
+        """Return what is kept of an accepted upload: all, or where the round streams, its numbers.
+
+        Shares of a secure sum are added modulo 2³² in every round. Where the server does not know
+        how many steps a round has, uploads may differ in their names. Each set of names has sums of
+        its own.
+        """
+        names = upload.names
+        if upload.shares:
+            total = self._shares.setdefault(
+                names, {name: np.zeros_like(share) for name, share in upload.shares.items()}
+            )
+            for name, share in upload.shares.items():
+                total[name] += share
+            return replace(upload, shares={}, added=names)
+        if not self.streams:
+            return upload
+        if names not in self._tallies:
+            self._tallies[names] = Tally(self.current, names, products=True)
+        self._tallies[names].add(upload.arrays)
+        return replace(upload, arrays={}, added=names)
+
+    def shares(self, uploads: list[Upload]) -> dict[str, Residues]:
+        """Return the sum of the shares of these uploads modulo 2³², and forget all shares."""
+        total = self._shares.pop(uploads[0].names)
+        self._shares.clear()
+        return total
+
+    def gathered(self, uploads: list[Upload]) -> list[Upload]:
+        """Return the uploads to aggregate, or where the round streams, their mean as one upload.
+
+        Parameters
+        ----------
+        uploads : list[Upload]
+            What `take` returned, of the uploads that count; all with the same names.
+        """
+        if not (self.streams and uploads):
+            return uploads
+        tally = self._tallies.pop(uploads[0].names)
+        self._tallies.clear()
+        return [Upload("mean", tally.mean(), 1.0, {}, tally=tally)]

@@ -65,9 +65,18 @@ class Opener(Protocol):
         ...
 
     def total(
-        self, ask: Ask, uploads: Mapping[int, Mapping[str, Residues]]
+        self, ask: Ask, nodes: Sequence[int], shares: Mapping[str, Residues]
     ) -> dict[str, NDArray[np.int64]]:
-        """Return the sum of the uploads, and reveal nothing else about them.
+        """Open the sum of the uploads of some nodes, and reveal nothing else about them.
+
+        Parameters
+        ----------
+        ask : callable
+            See `Ask`.
+        nodes : Sequence[int]
+            The nodes that uploaded.
+        shares : Mapping[str, ndarray]
+            The sum of their uploads modulo 2³², masked as they are.
 
         Raises
         ------
@@ -161,7 +170,12 @@ def orders_of_sum(
 
 
 def opened_upload(
-    opener: Opener, ask: Ask, current: Arrays, report: RoundReport, nodes: Mapping[str, int]
+    opener: Opener,
+    ask: Ask,
+    current: Arrays,
+    report: RoundReport,
+    shares: Mapping[str, Residues],
+    nodes: Mapping[str, int],
 ) -> list[Upload]:
     """Open a round's sum, step by it, and return the result as the one upload of the round.
 
@@ -177,6 +191,8 @@ def opened_upload(
         The global arrays.
     report : RoundReport
         The round; its details say how many shares the sum has, or that it was not opened.
+    shares : Mapping[str, ndarray]
+        The sum of the round's uploads modulo 2³².
     nodes : Mapping[str, int]
         The node of each client.
 
@@ -192,7 +208,7 @@ def opened_upload(
         if missing > opener.dropouts:
             allowed = f"at most {opener.dropouts} (dropouts)"
             raise InvalidValue("missing clients", f"{missing} of {report.sent}", allowed)
-        total = opener.total(ask, {nodes[u.client]: u.shares for u in report.uploads})
+        total = opener.total(ask, [nodes[u.client] for u in report.uploads], shares)
     except InvalidValue as error:
         _void(report, error)
         return []

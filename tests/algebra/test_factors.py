@@ -17,21 +17,22 @@ from fedlora_flwr.algebra.factors import (
     residual,
     spectrum,
     truncate,
+    truncated_mean,
 )
 from fedlora_flwr.algebra.means import weighted_mean
 from fedlora_flwr.errors import InvalidValue
-
-Factor = NDArray[np.floating]
-Array64 = NDArray[np.float64]
-Pair = tuple[Array64, Array64]
+from tests.algebra.support import (
+    Array64,
+    Pair,
+    close,
+    draw_pair,
+    full_svd,
+    mean_of_products,
+)
 
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.integers(1, 9)
 weight_lists = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=5)
-
-
-def draw_pair(rng: np.random.Generator, m: int, n: int, r: int) -> Pair:
-    return rng.normal(size=(m, r)), rng.normal(size=(r, n))
 
 
 @st.composite
@@ -52,23 +53,6 @@ def pairs(draw: st.DrawFn) -> Pair:
         scale = 10.0 ** rng.uniform(-8, 8, size=r)
         B, A = B * scale, A / scale[:, None]
     return B, A
-
-
-def full_svd(product: Array64) -> tuple[Array64, Array64, Array64]:
-    """The slow way: the SVD of the m x n matrix."""
-    u, sigma, vt = np.linalg.svd(product, full_matrices=False)
-    return u, sigma, vt
-
-
-def close(found: Factor, wanted: Factor, scale: float, tolerance: float = 1e-10) -> None:
-    assert found.shape == wanted.shape
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * scale)
-
-
-def mean_of_products(clients: list[Pair], weights: list[float]) -> Array64:
-    """Written independently of the code under test."""
-    products = np.stack([B @ A for B, A in clients])
-    return np.asarray(np.average(products, axis=0, weights=weights), dtype=np.float64)
 
 
 @given(pairs())
@@ -364,6 +348,8 @@ NAN = np.array([[np.nan, 1.0, 1.0]] * 2)
         (lambda: truncate(B * np.inf, A, 1), "entries of B"),
         (lambda: refactorize(B.astype(int), A), "type of B"),
         (lambda: truncate(B, A, 0), "rank = 0"),
+        (lambda: truncated_mean([(B, A)], [1.0], 0), "rank = 0"),
+        (lambda: truncated_mean([(B, A * np.nan)], [1.0], 1), "entries of A"),
         (lambda: refactorize(B * 1e160, A * 1e160), "product"),
         (lambda: refactorize(B * 1e160, A / 1e160), "product"),
         (lambda: refactorize(B.astype("f2") * 300, A.astype("f2") * 300), "result"),

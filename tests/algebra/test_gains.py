@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import permutations
 from typing import Any
 
@@ -16,13 +17,21 @@ from fedlora_flwr.algebra.gains import (
     Average,
     Estimate,
     Movement,
-    UpdateSums,
     across,
     movements,
     secant,
 )
+from fedlora_flwr.algebra.tally import Tally
 
 Array = NDArray[np.float64]
+
+
+def movement(updates: Array, weights: Sequence[float] = ()) -> Movement:
+    """Return the movement of one array from the clients' updates of it."""
+    tally = Tally({"x": np.zeros(updates.shape[1:])}, ["x"])
+    for update, weight in zip(updates, weights or [1.0] * len(updates), strict=True):
+        tally.add({"x": update}, weight)
+    return movements(tally, ["x"])["x"]
 
 
 def squared(updates: Array, weights: Array) -> tuple[float, float]:
@@ -42,10 +51,8 @@ def squared(updates: Array, weights: Array) -> tuple[float, float]:
 def test_the_square_is_the_mean_product_of_different_clients(clients: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     updates, weights = 1 + rng.normal(size=(clients, 12)), rng.uniform(0.1, 5, clients)
-    sums = UpdateSums()
-    for weight, update in zip(weights, updates, strict=True):
-        sums.add(weight, update.reshape(3, 4))
-    found, (value, variance) = sums.result(), squared(updates, weights)
+    found = movement(updates.reshape(clients, 3, 4), weights.tolist())
+    value, variance = squared(updates, weights)
     assert found.square is not None
     assert found.square.value == pytest.approx(value, rel=1e-9, abs=1e-12)
     assert found.square.variance == pytest.approx(variance, rel=1e-9)
@@ -63,10 +70,8 @@ def test_the_error_follows_from_sigma_c_and_b_although_nobody_told_them() -> Non
     agreed = np.full(size, 0.3 * deviation)
     truth, squares, errors = float(agreed @ agreed), [], []
     for _ in range(600):
-        sums = UpdateSums()
-        for factor in factors:
-            sums.add(1.0, agreed + factor * deviation * rng.standard_normal(size))
-        found = sums.result().square
+        drawn = factors[:, None] * deviation * rng.standard_normal((clients, size))
+        found = movement(agreed + drawn).square
         assert found is not None
         squares.append(found.value)
         errors.append(math.sqrt(found.variance))
@@ -85,13 +90,15 @@ def test_weights_of_any_scale_give_the_same(scale: float) -> None:
     uploads = [{"a": rng.normal(size=4)} for _ in range(3)]
     current = {"a": np.zeros(4)}
     weights = np.array([1.0, 2.0, 4.0])
-    (found,) = movements(current, uploads, (scale * weights).tolist(), ["a"]).values()
+    tally = Tally.of(current, uploads, (scale * weights).tolist())
+    (found,) = movements(tally, ["a"]).values()
     value, variance = squared(np.array([u["a"] for u in uploads]), weights)
     assert found.square is not None
     assert found.square.value == pytest.approx(value)
     assert found.square.variance == pytest.approx(variance)
     # One client that is all there is has nobody to be compared with.
-    (alone,) = movements(current, uploads, [1.0, 1e-12, 1e-12], ["a"]).values()
+    tally = Tally.of(current, uploads, [1.0, 1e-12, 1e-12])
+    (alone,) = movements(tally, ["a"]).values()
     assert alone.square is None
 
 
@@ -101,9 +108,7 @@ def test_two_rounds_of_a_single_client_have_no_noise_in_common() -> None:
     for _ in range(800):
         rounds = []
         for _ in range(2):
-            sums = UpdateSums()
-            sums.add(3.0, agreed + rng.standard_normal(500))
-            rounds.append(sums.result())
+            rounds.append(movement(agreed + rng.standard_normal((1, 500)), [3.0]))
             assert rounds[-1].square is None
         found = across(rounds[0], rounds[1])
         values.append(found.value)
@@ -117,11 +122,12 @@ def test_equal_uploads_are_one_upload() -> None:
     one = {"a": rng.normal(size=5), "b": rng.normal(size=(2, 2))}
     other = {"a": one["a"].copy(), "b": one["b"] + np.eye(2)}
     current = {name: np.zeros_like(array) for name, array in one.items()}
-    masked = movements(current, [one, dict(one), dict(one)], [1.0, 2.0, 3.0], ["a", "b"])
+    tally = Tally.of(current, [one, dict(one), dict(one)], [1.0, 2.0, 3.0])
+    masked = movements(tally, ["a", "b"])
     assert all(found.square is None for found in masked.values())
     np.testing.assert_allclose(masked["b"].mean, one["b"], rtol=1e-6)
     # One difference anywhere tells clients apart.
-    apart = movements(current, [one, other], [1.0, 1.0], ["a", "b"])
+    apart = movements(Tally.of(current, [one, other], [1.0, 1.0]), ["a", "b"])
     assert all(found.square is not None for found in apart.values())
 
 
@@ -154,10 +160,7 @@ def two_rounds(noise: float, rate: float, steps: int, draws: int, seed: int = 0)
             for _ in range(steps):
                 drawn = deviation * rng.standard_normal(paths.shape)
                 paths = paths - rate * (EIGENVALUES * (paths - minima) + drawn)
-            sums = UpdateSums()
-            for path in paths:
-                sums.add(1.0, path - theta)
-            rounds.append(sums.result())
+            rounds.append(movement(paths - theta))
             theta = theta + rounds[-1].mean
             if len(rounds) == 1:
                 fallen.append(loss(start) - loss(theta))
@@ -197,12 +200,9 @@ def test_without_the_second_look_noise_costs_nothing_and_that_is_wrong() -> None
 def test_without_noise_the_secant_is_the_curvature() -> None:
     """One step, one eigenvalue h: the decrease is 1 - h/2 of the promise, for any clients."""
     for h in (0.02, 0.1):
-        rounds = []
-        for scale in (1.0, 1.0 - h):
-            sums = UpdateSums()
-            for _ in range(3):
-                sums.add(1.0, np.full(4, -scale))
-            rounds.append(sums.result())
+        # Updates that are the same to the last bit would count as one.
+        clients = 1 + 1e-9 * np.arange(12.0).reshape(3, 4)
+        rounds = [movement(-scale * clients) for scale in (1.0, 1.0 - h)]
         assert rounds[0].square is not None
         net = rounds[0].square - secant(rounds[0], rounds[1], 1)
         assert net.value / 4 == pytest.approx(1 - h / 2, rel=1e-6)

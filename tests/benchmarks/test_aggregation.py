@@ -37,13 +37,18 @@ def test_a_quick_run_writes_every_figure(tmp_path: Path) -> None:
     assert content["machine"].keys() == {"cpu", "cores"}
     assert {"numpy", "scipy", "torch", "python"} <= content["versions"].keys()
     cells = len(QUICK.clients) * len(QUICK.ranks)
-    assert len(content["rows"]) == len(QUICK.models) * cells * 8
+    assert len(content["rows"]) == len(QUICK.models) * cells * 10
     for row in content["rows"]:
         assert 0 < row["seconds"] < 10
         assert row["ratio"] == pytest.approx(row["full_svd_seconds"] / row["seconds"])
         assert row["bar"] == BARS.get(row["strategy"])
         assert row["met"] == (None if row["bar"] is None else row["ratio"] >= row["bar"])
         assert (row["why"] is None) == (row["met"] is not False and row["ratio"] >= 1)
+    streamed = [row for row in content["rows"] if "streamed" in row["strategy"]]
+    kept = [row for row in content["rows"] if row["strategy"].startswith("ffa-lora")]
+    # What is kept grows with the clients where uploads are, and does not where they are added up.
+    assert len({(row["model"], row["rank"], row["kept_mb"]) for row in streamed}) == 4
+    assert len({(row["model"], row["rank"], row["kept_mb"]) for row in kept}) == 8
     equality = content["equality"]
     assert len(equality["cells"]) == len(QUICK.shapes) * cells * 2
     assert equality["met"] is True

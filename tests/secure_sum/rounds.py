@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -59,6 +59,18 @@ class Round:
         self, alive: Collection[int], gone: Collection[int] = ()
     ) -> dict[int, Mapping[int, bytes]]:
         return {p: c.reveal(alive) for p, c in self.masked.items() if p not in gone}
+
+
+def add_shares(uploads: Iterable[Residues]) -> Residues:
+    """Add uploads modulo 2³²."""
+    total: Residues = np.sum(list(uploads), axis=0, dtype=np.uint32)
+    return total
+
+
+def summed(sent: Mapping[int, Mapping[str, Residues]]) -> dict[str, Residues]:
+    """Add the uploads of all places up, as a server does that keeps none."""
+    first = next(iter(sent.values()))
+    return {name: add_shares(upload[name] for upload in sent.values()) for name in first}
 
 
 def total(places: Collection[int]) -> dict[str, Residues]:

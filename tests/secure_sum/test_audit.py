@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from fedlora_flwr.audit.bounds import clopper_pearson, epsilon_of_mu
-from fedlora_flwr.secure_sum.grid import Grid, add_shares, opened, residues
+from fedlora_flwr.secure_sum.grid import Grid, opened, residues
 from fedlora_flwr.secure_sum.rounding import rounded
 from fedlora_flwr.secure_sum.terms import Terms
-from tests.secure_sum.rounds import Round
+from tests.secure_sum.rounds import Round, add_shares
 
 TRIALS, CLIENTS, SIGMA, DELTA = 20_000, 5, 0.8, 1e-3
 GRID = Grid.of(SIGMA, 3, 4096)  # Of five clients, one may be gone and one may collude.

@@ -12,12 +12,12 @@ from fedlora_flwr.secure_sum.discrete_gaussian import seeded_words
 from fedlora_flwr.secure_sum.grid import (
     MOST_SLACK,
     Grid,
-    add_shares,
     fitting_norm,
     opened,
     residues,
 )
 from fedlora_flwr.secure_sum.rounding import rounded
+from tests.secure_sum.rounds import add_shares
 
 FALSE_ALARM = 1e-6
 

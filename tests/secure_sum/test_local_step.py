@@ -13,7 +13,7 @@ from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.privacy.engine import PrivateEngine
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.privacy.noise import SeededNoise
-from fedlora_flwr.secure_sum.grid import Grid, add_shares, opened
+from fedlora_flwr.secure_sum.grid import Grid, opened
 from fedlora_flwr.secure_sum.rounding import rounded
 from tests.conftest import MakeConfig
 from tests.models import (
@@ -27,6 +27,7 @@ from tests.models import (
     update,
     values,
 )
+from tests.secure_sum.rounds import add_shares
 
 NORM = 2**20
 

@@ -14,7 +14,7 @@ from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.secure_sum.masks import agreed_key, mask
 from fedlora_flwr.secure_sum.party import Advertised
 from fedlora_flwr.secure_sum.shamir import SHARE_BYTES, combine, split
-from tests.secure_sum.rounds import TERMS, Round, same, total
+from tests.secure_sum.rounds import TERMS, Round, same, summed, total
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_the_sum_of_those_who_uploaded_is_opened_bit_for_bit(
     opening = this.share(before)
     sent = this.upload(opening, uploading)
 
-    found = opening.open(sent, this.reveal(sent, revealing))
+    found = opening.open(sent, summed(sent), this.reveal(sent, revealing))
 
     assert same(found, total(sent))
 
@@ -41,7 +41,7 @@ def test_nothing_is_opened_where_two_are_gone_and_one_was_allowed_for(when: str)
     def whole() -> None:
         opening = this.share(gone if when == "sharing" else ())
         sent = this.upload(opening, gone if when == "uploading" else ())
-        opening.open(sent, this.reveal(sent, gone if when == "revealing" else ()))
+        opening.open(sent, summed(sent), this.reveal(sent, gone if when == "revealing" else ()))
 
     with pytest.raises(InvalidValue, match="at least 5"):
         whole()
@@ -71,7 +71,7 @@ def test_all_others_together_do_not_take_off_one_clients_masks() -> None:
     revealed = this.reveal(sent)
 
     with pytest.raises(InvalidValue, match="at least 5"):
-        opening.open({0: sent[0]}, revealed)
+        opening.open({0}, sent[0], revealed)
     few = {place: revealed[place][0] for place in range(4)}
     with pytest.raises(InvalidValue, match="shares of one and the same secret"):
         combine(few)
@@ -159,7 +159,7 @@ def test_a_wrong_key_of_a_client_that_is_gone_is_noticed() -> None:
         given[5] = other[place]
 
     with pytest.raises(InvalidValue, match="the key on its card"):
-        opening.open(sent, revealed)
+        opening.open(sent, summed(sent), revealed)
 
 
 @pytest.mark.parametrize("secret", [bytes(32), b"\xff" * 32, bytes(range(32))], ids=bytes.hex)

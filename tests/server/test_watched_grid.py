@@ -16,6 +16,7 @@ from fedlora_flwr.server.watched_grid import RESTARTED, WatchedGrid
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.strategies import FedLoRA
 from fedlora_flwr.strategies.identities import KnownNode
+from fedlora_flwr.strategies.inbox import Replies
 from tests.strategies.tiny import Fleet as Unvouched
 from tests.strategies.tiny import Tiny, record_of, start_arrays
 
@@ -224,3 +225,18 @@ def test_nodes_are_known_by_their_keys_and_by_the_names_that_an_operator_gave() 
     assert isinstance(known[third], KnownNode)
     assert len({node.key for node in known.values()}) == 3
     assert all(len(node.key) == 64 for node in known.values())
+
+
+def test_replies_are_read_as_they_come() -> None:
+    """The first two nodes answer only once the replies of the others were read."""
+    with fleet(offline=True) as grid:
+        late = set(grid.gone())
+        queries = [Message(RecordDict(), node, "query") for node in grid.get_node_ids()]
+        grid.offline, grid.deaf = False, True
+        replies = WatchedGrid(grid).send_and_receive(queries, timeout=60)
+        assert isinstance(replies, Replies)
+        came = replies.once()
+        assert {next(came).metadata.src_node_id for _ in range(2)}.isdisjoint(late)
+        answered = [m for m in grid.pushed.values() if m.metadata.dst_node_id in late]
+        grid.answers = list(grid.pull_of(answered))
+        assert {reply.metadata.src_node_id for reply in came} == late

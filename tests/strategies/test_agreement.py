@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from fedlora_flwr.algebra.tally import Tally
 from fedlora_flwr.strategies import FedLoRA, FedSALoRA, FFALoRA, FlexLoRA, RoLoRA
-from fedlora_flwr.strategies.agreement import Agreement, describe, mean_error
+from fedlora_flwr.strategies.agreement import Agreement, describe
 from fedlora_flwr.strategies.replies import Upload
 from tests.strategies.tiny import Asked, Tiny, honest, reply_of
 
@@ -60,19 +61,20 @@ def dense(current: Arrays, uploads: list[Upload]) -> float:
 @pytest.mark.parametrize("count", [1, 2, 5, 20])
 def test_the_error_of_the_mean_is_that_of_dense_products(count: int) -> None:
     current, uploads = uploads_of(count)
-    assert mean_error(current, uploads) == pytest.approx(
-        dense(current, uploads), rel=1e-9, abs=1e-12
-    )
+    lost = describe(current, uploads)["mean_error"]
+    assert lost == pytest.approx(dense(current, uploads), rel=1e-9, abs=1e-12)
 
 
 def test_many_clients_are_estimated_closely() -> None:
     current, uploads = uploads_of(200)
-    assert mean_error(current, uploads) == pytest.approx(dense(current, uploads), rel=0.05)
+    lost = describe(current, uploads)["mean_error"]
+    assert lost == pytest.approx(dense(current, uploads), rel=0.05)
 
 
 @pytest.mark.parametrize("names", ["lora_A", "lora_B", "head"])
 def test_one_factor_alone_is_averaged_exactly(names: str) -> None:
-    assert mean_error(*uploads_of(4, names=names)) == 0.0
+    assert describe(*uploads_of(4, names=names))["mean_error"] == 0.0
+    assert describe(*uploads_of(200, names=names))["mean_error"] == 0.0
 
 
 def test_products_of_zero_have_no_relative_error() -> None:
@@ -80,7 +82,7 @@ def test_products_of_zero_have_no_relative_error() -> None:
     zero = {n: np.zeros_like(a) if "lora_B" in n else a for n, a in current.items()}
     same = [Upload(u.client, {**u.arrays, **{n: zero[n] for n in zero if "lora_B" in n}}, 1.0, {})
             for u in uploads]  # fmt: skip
-    assert mean_error(zero, same) is None
+    assert describe(zero, same)["mean_error"] is None
 
 
 def vectors(current: Arrays, uploads: list[Upload], part: str) -> NDArray[np.float64]:
@@ -102,6 +104,12 @@ def test_agreement_is_the_mean_cosine_of_all_pairs(part: str) -> None:
     assert found[part.removeprefix("lora_")] == pytest.approx(np.mean(cosines), rel=1e-9)
 
 
+def figures(current: Arrays, uploads: list[Upload]) -> Agreement:
+    """Return what is said of the head."""
+    tally = Tally.of(current, [u.arrays for u in uploads], [u.weight for u in uploads])
+    return Agreement.of(tally, "head")
+
+
 @pytest.mark.parametrize("weights", [True, False])
 def test_signal_and_spread_are_those_that_were_drawn(weights: bool) -> None:
     """Updates are one shared vector plus independent noise: both norms are known."""
@@ -115,7 +123,7 @@ def test_signal_and_spread_are_those_that_were_drawn(weights: bool) -> None:
         Upload(f"client-{k}", {"head.weight": (shared + own[k]).astype(np.float32)}, float(w), {})
         for k, w in enumerate(chosen)
     ]
-    found = Agreement.of(current, uploads, ["head.weight"])
+    found = figures(current, uploads)
     shares = chosen / chosen.sum()
     assert found.signal == pytest.approx(np.linalg.norm(shared), rel=0.02)
     assert found.spread == pytest.approx(np.linalg.norm(shares @ own), rel=0.02)
@@ -130,7 +138,7 @@ def test_noise_alone_has_no_signal_that_is_negative() -> None:
             Upload(f"client-{k}", {"head": draw.normal(size=50).astype(np.float32)}, 1.0, {})
             for k in range(3)
         ]
-        found = Agreement.of({"head": np.zeros(50, np.float32)}, uploads, ["head"])
+        found = figures({"head": np.zeros(50, np.float32)}, uploads)
         assert found.signal >= 0
         assert found.spread >= 0
 

@@ -238,10 +238,12 @@ class Counting(LocalGrid):
 
     sent: Counter[str]
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         kept = list(messages)
         self.sent.update(message.metadata.message_type for message in kept)
-        return super().push_messages(kept)
+        return super().send_and_receive(kept, timeout=timeout)
 
 
 class CountingFleet(Counting, Fleet):

@@ -201,9 +201,11 @@ def test_a_declining_clients_arrays_are_not_used() -> None:
 class LossyGrid(LocalGrid):
     """Loses the replies of one node, as a real grid does when a round times out."""
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         lost = max(self.get_node_ids())
-        replies = super().pull_messages(message_ids)
+        replies = super().send_and_receive(messages, timeout=timeout)
         return [reply for reply in replies if reply.metadata.src_node_id != lost]
 
 

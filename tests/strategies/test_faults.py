@@ -193,9 +193,11 @@ def test_a_round_that_too_few_survive_ends_the_run_and_keeps_the_last_good_adapt
 class MutedAfterTraining(LocalGrid):
     """Loses what the last node answers when it is asked to measure its model."""
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         lost = max(self.get_node_ids())
-        for reply in super().pull_messages(message_ids):
+        for reply in super().send_and_receive(messages, timeout=timeout):
             about = reply.metadata
             if (about.src_node_id, about.message_type) != (lost, "evaluate"):
                 yield reply

@@ -41,10 +41,9 @@ class Adding:
         return dict.fromkeys(nodes, order)
 
     def total(
-        self, ask: Ask, uploads: Mapping[int, Mapping[str, NDArray[np.uint32]]]
+        self, ask: Ask, nodes: Sequence[int], shares: Mapping[str, NDArray[np.uint32]]
     ) -> dict[str, NDArray[np.int64]]:
-        parts, names = list(uploads.values()), next(iter(uploads.values()))
-        return {n: np.sum([u[n] for u in parts], axis=0).astype(np.int64) for n in names}
+        return {name: total.astype(np.int64) for name, total in shares.items()}
 
     def step(
         self, server_round: int, current: Any, total: Mapping[str, Any], count: int
@@ -68,26 +67,26 @@ def expected() -> Expected:
     return Expected.of(Layout(NAMES), ComponentPlan.parse("B"), "", 1)
 
 
-def report(clients: int, sent: int) -> RoundReport:
-    uploads = [Upload(str(i), {}, 1.0, {}, {}, shares(i)) for i in range(clients)]
-    return RoundReport(1, "B", sent, uploads=uploads)
+def opened(clients: int, sent: int) -> tuple[list[Upload], dict[str, Any]]:
+    """Take uploads and open their sum; return the round's one upload, and its details."""
+    this, report = Round(), RoundReport(1, "B", sent)
+    report.uploads = [this.take(Upload(str(i), {}, 1.0, {}, {}, shares(i))) for i in range(clients)]
+    assert not any(upload.shares for upload in report.uploads)  # No share is kept.
+    total = this.shares(report.uploads)
+    found = opened_upload(Adding(), nobody, start_arrays(), report, total, NODES)
+    return found, report.details
 
 
 def test_a_sum_is_the_one_upload_of_its_round() -> None:
-    found = report(3, 4)
-
-    (upload,) = opened_upload(Adding(), nobody, start_arrays(), found, NODES)
+    (upload,), details = opened(3, 4)
 
     assert set(upload.arrays) == set(SENT)
     assert all((array == 3 / 30).all() for array in upload.arrays.values())
-    assert found.details == {"shares": 3, "opened": True}
+    assert details == {"shares": 3, "opened": True}
 
 
 def test_nothing_is_opened_where_more_are_missing_than_the_noise_allows_for() -> None:
-    found = report(2, 4)
-
-    assert opened_upload(Adding(), nobody, start_arrays(), found, NODES) == []
-    assert found.details == {"shares": 2, "opened": False}
+    assert opened(2, 4) == ([], {"shares": 2, "opened": False})
 
 
 def test_an_order_names_the_cohort_and_the_grid() -> None:
