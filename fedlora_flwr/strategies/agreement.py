@@ -1,7 +1,7 @@
 """How far a round's uploads agree, and what averaging their factors loses.
 
-The server works this out from uploads that it has anyway, so it costs no privacy. Updates are taken
-one array at a time, so memory grows with the cohort by only a few numbers per client.
+The server works this out from uploads that it has anyway, so it costs no privacy. A few arrays of a
+few clients are taken at a time, so memory grows with the cohort by only a few numbers per client.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from fedlora_flwr.algebra.means import Arrays, normalize
 from fedlora_flwr.layout import Layout, by_part
 from fedlora_flwr.strategies.replies import Upload
 
-# Gram matrices are cheap up to _EXACT stacked columns. Above that, _PROBES random probes estimate.
-_EXACT, _PROBES = 256, 32
+# Gram matrices are cheap up to _EXACT stacked columns. Above that, random probes estimate: at least
+# _PROBES for a layer, and _ALL_PROBES for all layers together.
+_EXACT, _PROBES, _ALL_PROBES = 64, 8, 64
+# As many clients, and entries of an array, as fit into a processor's cache together.
+_CLIENTS, _ENTRIES = 8, 1 << 14
 
 
 def describe(
@@ -79,14 +82,7 @@ class Agreement:
     def of(cls, current: Arrays, uploads: Sequence[Upload], names: Sequence[str]) -> Agreement:
         """Measure it. For shares p_k, all pairs follow from ``|Σ p_k Δ_k|²`` and ``|Δ_k|²``."""
         shares = normalize([upload.weight for upload in uploads])
-        squares, mean = np.zeros(len(uploads)), 0.0
-        for name in names:
-            total = np.zeros(current[name].shape)
-            for k, upload in enumerate(uploads):
-                step = _update(current, upload, name)
-                squares[k] += np.vdot(step, step)
-                total += shares[k] * step
-            mean += float(np.vdot(total, total))
+        mean, squares = _summed(current, uploads, names, shares)
         own = float((shares**2).sum())
         # E|mean|² = signal² + spread², and E Σ p_k² |Δ_k|² = own · signal² + spread².
         signal = (mean - float(shares**2 @ squares)) / (1 - own) if own < 1 else mean
@@ -121,45 +117,61 @@ def mean_error(current: Arrays, uploads: Sequence[Upload]) -> float | None:
     pairs = [layout.pair(layer) for layer in layout.layers]
     if not any(b in sent and a in sent for b, a in pairs):
         return 0.0
-    squares = np.sum([_squares(current, uploads, pair) for pair in pairs], axis=0)
-    lost, whole = (math.sqrt(max(float(square), 0.0)) for square in squares)
+    if len(current[pairs[0][1]]) * len(uploads) <= _EXACT:
+        squares = [_exact(current, uploads, pair) for pair in pairs]
+    else:
+        probes = max(_PROBES, -(-_ALL_PROBES // len(pairs)))
+        squares = [_estimated(current, uploads, pair, probes) for pair in pairs]
+    lost, whole = (math.sqrt(max(sum(of), 0.0)) for of in zip(*squares, strict=True))
     return lost / whole if whole else None
 
 
-def _squares(
+def _exact(
     current: Arrays, uploads: Sequence[Upload], names: tuple[str, str]
 ) -> tuple[float, float]:
     """Return the squared norms of one layer's difference and of its mean product."""
     shares = normalize([upload.weight for upload in uploads])
     pairs = [tuple(u.arrays.get(name, current[name]) for name in names) for u in uploads]
     mean_b, mean_a = (_mean([pair[side] for pair in pairs], shares) for side in (0, 1))
-    rank = len(mean_a)
-    width = rank * len(pairs)
-    if width <= _EXACT:
-        left = np.hstack(
-            [*(p * (b - mean_b) for p, (b, _) in zip(shares, pairs, strict=True)), mean_b]
-        )
-        right = np.vstack([*(a - mean_a for _, a in pairs), mean_a])
-        products = (left.T @ left) * (right @ right.T)
-        return float(products[:width, :width].sum()), float(products.sum())
-    probes = np.random.default_rng(0).standard_normal((mean_a.shape[1], _PROBES))
-    answers, whole = np.zeros((len(mean_b), _PROBES)), _product(mean_b, mean_a, mean_b, mean_a)
-    for share, (b, a) in zip(shares, pairs, strict=True):
-        left, right = share * (b - mean_b), a - mean_a
-        answers += left @ (right @ probes)
-        whole += 2 * _product(mean_b, mean_a, left, right)
-    lost = float(np.vdot(answers, answers)) / _PROBES
+    width = len(mean_a) * len(pairs)
+    left = np.hstack([*(p * (b - mean_b) for p, (b, _) in zip(shares, pairs, strict=True)), mean_b])
+    right = np.vstack([*(a - mean_a for _, a in pairs), mean_a])
+    products = (left.T @ left) * (right @ right.T)
+    return float(products[:width, :width].sum()), float(products.sum())
+
+
+def _estimated(
+    current: Arrays, uploads: Sequence[Upload], names: tuple[str, str], probes: int
+) -> tuple[float, float]:
+    """Estimate the same by random probes Ω, in fp32.
+
+    With the updates b_k of B and a_k of A and their means b and a, the difference is
+    ``Σ p_k b_k a_k - b a``.
+    """
+    shares = normalize([upload.weight for upload in uploads]).astype(np.float32)
+    start_b, start_a = current[names[0]].T, current[names[1]]
+    drawn = np.random.default_rng(0).standard_normal((start_a.shape[1], probes), np.float32)
+    answers = np.zeros((start_b.shape[1], probes), np.float32)
+    b, a = np.zeros_like(start_b, np.float32), np.zeros_like(start_a, np.float32)
+    left, right = (np.empty((_CLIENTS, *start.shape), np.float32) for start in (start_b, start_a))
+    for first in range(0, len(uploads), _CLIENTS):
+        group = uploads[first : first + _CLIENTS]
+        weights, count = shares[first : first + _CLIENTS], len(group)
+        for k, upload in enumerate(group):
+            left[k] = upload.arrays[names[0]].T if names[0] in upload.arrays else start_b
+            right[k] = upload.arrays.get(names[1], start_a)
+        left[:count] -= start_b
+        right[:count] -= start_a
+        b += np.tensordot(weights, left[:count], 1)
+        a += np.tensordot(weights, right[:count], 1)
+        weighted = weights[:, None, None] * (right[:count] @ drawn)
+        answers += np.tensordot(left[:count], weighted, ((0, 1), (0, 1)))
+    answers -= b.T @ (a @ drawn)
+    b, a = b + start_b, a + start_a
+    means = b.T @ (a @ drawn)
+    whole = float(np.vdot(b @ b.T, a @ a.T)) + 2 * float(np.vdot(means, answers)) / probes
+    lost = float(np.vdot(answers, answers)) / probes
     return lost, whole + lost
-
-
-def _product(
-    b: NDArray[np.float64],
-    a: NDArray[np.float64],
-    left: NDArray[np.float64],
-    right: NDArray[np.float64],
-) -> float:
-    """Return the inner product of ``b a`` and ``left right``."""
-    return float(np.vdot(b.T @ left, a @ right.T))
 
 
 def _mean(arrays: Sequence[NDArray[Any]], shares: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -175,15 +187,33 @@ def _cosine(
     """Return the mean cosine of all pairs, from the norm of the sum of unit vectors."""
     if not squares.all():
         return None
-    together, count = 0.0, len(uploads)
-    for name in names:
-        total = np.zeros(current[name].shape)
-        for square, upload in zip(squares, uploads, strict=True):
-            total += _update(current, upload, name) / math.sqrt(square)
-        together += float(np.vdot(total, total))
+    together, count = _summed(current, uploads, names, 1 / np.sqrt(squares))[0], len(uploads)
     return (together - count) / (count * (count - 1))
 
 
-def _update(current: Arrays, upload: Upload, name: str) -> NDArray[np.float64]:
-    update: NDArray[np.float64] = upload.arrays[name].astype(np.float64) - current[name]
-    return update
+def _summed(
+    current: Arrays,
+    uploads: Sequence[Upload],
+    names: Sequence[str],
+    factors: NDArray[np.float64],
+) -> tuple[float, NDArray[np.float64]]:
+    """Return ``|Σ f_k Δ_k|²`` and each ``|Δ_k|²``, over some arrays taken as one vector."""
+    together, squares = 0.0, np.zeros(len(uploads))
+    # Updates are as exact as the clients' own arithmetic, and sums of many are in fp64.
+    space, single = np.empty((_CLIENTS, _ENTRIES), np.float32), factors.astype(np.float32)
+    for name in names:
+        sent = [upload.arrays[name].ravel() for upload in uploads]
+        start = current[name].ravel()
+        for begin in range(0, start.size, _ENTRIES):
+            here = start[begin : begin + _ENTRIES]
+            total = np.zeros(here.size)
+            for first in range(0, len(uploads), _CLIENTS):
+                group = slice(first, first + _CLIENTS)
+                updates = space[: len(sent[group]), : here.size]
+                for k, entries in enumerate(sent[group]):
+                    update = updates[k]
+                    np.subtract(entries[begin : begin + _ENTRIES], here, out=update)
+                    squares[first + k] += np.dot(update, update)
+                total += single[group] @ updates
+            together += float(np.dot(total, total))
+    return together, squares

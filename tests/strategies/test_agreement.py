@@ -99,7 +99,8 @@ def test_agreement_is_the_mean_cosine_of_all_pairs(part: str) -> None:
     updates = vectors(current, uploads, part)
     cosines = [x @ y / np.linalg.norm(x) / np.linalg.norm(y) for x, y in combinations(updates, 2)]
     found = describe(current, uploads)["agreement"]
-    assert found[part.removeprefix("lora_")] == pytest.approx(np.mean(cosines), rel=1e-9)
+    # Updates are in fp32.
+    assert found[part.removeprefix("lora_")] == pytest.approx(np.mean(cosines), rel=1e-6)
 
 
 @pytest.mark.parametrize("weights", [True, False])
