@@ -46,7 +46,7 @@ class Array(app.Array):
             values.flags.writeable = False
         # This bypasses Flower's `__setattr__`, which would clear cached results.
         vars(self).update(
-            dtype=str(values.dtype), shape=values.shape, stype=SType.NUMPY, values=values
+            dtype=_name(values.dtype), shape=values.shape, stype=SType.NUMPY, values=values
         )
 
     @cached_property
@@ -54,7 +54,7 @@ class Array(app.Array):
         """The values in the format of `numpy.save`."""
         return _header(self.shape, self.values.dtype.str) + self.values.tobytes()
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of bytes in `data`."""
         return len(_header(self.shape, self.values.dtype.str)) + self.values.nbytes
@@ -116,6 +116,11 @@ def record_of(arrays: Mapping[str, app.Array]) -> ArrayRecord:
 def travel_size(array: app.Array) -> int:
     """Return the number of bytes that an array has when it is sent."""
     return array.size if isinstance(array, Array) else len(array.data)
+
+
+@lru_cache
+def _name(dtype: np.dtype[np.generic]) -> str:
+    return str(dtype)  # NumPy puts this text together each time.
 
 
 @lru_cache(maxsize=4096)

@@ -60,16 +60,17 @@ def _check_count(arrays: Mapping[str, NDArray[Any]]) -> None:
 def _checked_array(name: str, array: NDArray[Any]) -> NDArray[np.float32]:
     if array.dtype.kind != "f" or array.dtype.itemsize not in _FLOATS:
         raise InvalidValue(f"type of {name}", str(array.dtype)[:60], "floating-point numbers")
-    with np.errstate(over="ignore"):
-        values = np.asarray(array, np.float32)
-    if values.size == 0:
+    values = array if array.dtype == np.float32 else _narrowed(array)
+    if limits.within(values, limits.MOST_UPLOADED_ENTRY):
         return values
     lowest, highest = float(values.min()), float(values.max())
     if not (np.isfinite(lowest) and np.isfinite(highest)):
         raise InvalidValue(f"array {name}", "NaN or infinity", "finite numbers")
-    if max(highest, -lowest) > limits.MOST_UPLOADED_ENTRY:
-        largest = f"entries up to {max(highest, -lowest):g}"
-        raise InvalidValue(
-            f"array {name}", largest, f"entries of at most {limits.MOST_UPLOADED_ENTRY:g}"
-        )
-    return values
+    largest = f"entries up to {max(highest, -lowest):g}"
+    allowed = f"entries of at most {limits.MOST_UPLOADED_ENTRY:g}"
+    raise InvalidValue(f"array {name}", largest, allowed)
+
+
+def _narrowed(array: NDArray[Any]) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):
+        return np.asarray(array, np.float32)

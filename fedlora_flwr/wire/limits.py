@@ -55,6 +55,18 @@ def shown(value: object) -> object:
     return f"a {type(value).__name__}"
 
 
+def within(values: NDArray[np.floating], most: float) -> bool:
+    """Tell whether all entries are finite and at most ``most`` in magnitude."""
+    if values.dtype.char in "fd":
+        flat = values.ravel()
+        # No entry is beyond the root of the sum of squares, and one pass gives that sum. Rounding
+        # cannot hide an entry, because a sum of squares never falls.
+        if float(np.dot(flat, flat)) < most * most / 2:
+            return True
+    # A comparison with NaN is false, so NaN is refused as well.
+    return not values.size or bool(values.max() <= most and values.min() >= -most)
+
+
 @dataclass(frozen=True)
 class Number:
     """A finite number in a range.

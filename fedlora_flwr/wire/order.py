@@ -32,7 +32,7 @@ from fedlora_flwr.wire import (
     WEIGHTING,
     WEIGHTINGS,
 )
-from fedlora_flwr.wire.limits import LONGEST_PACKET, Number, Packet, Text, shown
+from fedlora_flwr.wire.limits import LONGEST_PACKET, Number, Packet, Text, shown, within
 
 Arrays = Mapping[str, NDArray[np.generic]]
 Scalar = bool | bytes | float | int | str
@@ -291,8 +291,7 @@ def _numbers(name: str, array: NDArray[np.generic]) -> NDArray[np.float32]:
             f"The array {name[:200]!r} is of type {getattr(array, 'dtype', type(array))}. "
             "Send floating-point numbers."
         )
-    # A comparison with NaN is false, so NaN is refused as well.
-    if array.size and not (array.max() <= MOST_ENTRY and array.min() >= -MOST_ENTRY):
+    if not within(array, MOST_ENTRY):
         raise OrderRefused(
             f"The array {name[:200]!r} has entries that are not finite, or above {MOST_ENTRY:g} in "
             "magnitude. The run has diverged: lower its learning rates."
