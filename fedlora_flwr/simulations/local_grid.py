@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 
 from fedlora_flwr.environment import simulating
 from fedlora_flwr.flower_internals import Run
+from fedlora_flwr.privacy.ledger_batch import Batch
 from fedlora_flwr.processes.workers import Execute, one_by_one
 from fedlora_flwr.simulations.partitions import Partitions
 from fedlora_flwr.strategies.identities import KnownNode
@@ -131,11 +132,22 @@ class LocalGrid(Grid):
             for node, keys in by_node.items()
         ]
         with self._turn:
-            for node, state, replies in self._execute(partial(_handle, self._app), jobs):
+            for node, state, replies in self._served(jobs):
                 self._replies.update(replies)
                 if state or node in self._states:
                     self._states[node] = state
         return list(asked)
+
+    def _served(
+        self, jobs: Sequence[tuple[Context, Sequence[str], Sequence[Message]]]
+    ) -> list[tuple[int, RecordDict, dict[str, Message]]]:
+        """Serve the nodes. Their rows in this process's ledgers come before the first reply."""
+        batch = Batch()
+        try:
+            with batch.gathering():
+                return list(self._execute(partial(_handle, self._app), jobs))
+        finally:
+            batch.write()
 
     def _context_of(self, node: int) -> Context:
         return Context(

@@ -160,14 +160,18 @@ def _estimated(
         for k, upload in enumerate(group):
             left[k] = upload.arrays[names[0]].T if names[0] in upload.arrays else start_b
             right[k] = upload.arrays.get(names[1], start_a)
-        left[:count] -= start_b
-        right[:count] -= start_a
-        b += np.tensordot(weights, left[:count], 1)
-        a += np.tensordot(weights, right[:count], 1)
-        weighted = weights[:, None, None] * (right[:count] @ drawn)
-        answers += np.tensordot(left[:count], weighted, ((0, 1), (0, 1)))
+        moved_b, moved_a = left[:count], right[:count]
+        moved_b -= start_b
+        moved_a -= start_a
+        b += (weights @ moved_b.reshape(count, -1)).reshape(b.shape)
+        a += (weights @ moved_a.reshape(count, -1)).reshape(a.shape)
+        probed = weights[:, None, None] * (moved_a.reshape(-1, a.shape[1]) @ drawn).reshape(
+            count, -1, probes
+        )
+        answers += moved_b.reshape(-1, b.shape[1]).T @ probed.reshape(-1, probes)
     answers -= b.T @ (a @ drawn)
-    b, a = b + start_b, a + start_a
+    b += start_b
+    a += start_a
     means = b.T @ (a @ drawn)
     whole = float(np.vdot(b @ b.T, a @ a.T)) + 2 * float(np.vdot(means, answers)) / probes
     lost = float(np.vdot(answers, answers)) / probes

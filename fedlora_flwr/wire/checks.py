@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def checked_notes(notes: Mapping[str, object]) -> dict[str, bool | bytes | str]:
 def checked_arrays(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
     """Check that arrays are finite and within range, and return them in fp32."""
     _check_count(arrays)
-    return {ARRAY_NAME.read("array name", n): _checked_array(n, a) for n, a in arrays.items()}
+    return {_array_name(name): _checked_array(name, a) for name, a in arrays.items()}
 
 
 def checked_shares(arrays: Mapping[str, NDArray[Any]]) -> dict[str, limits.Residues]:
@@ -46,7 +47,12 @@ def checked_shares(arrays: Mapping[str, NDArray[Any]]) -> dict[str, limits.Resid
     for name, array in arrays.items():
         if array.dtype != limits.RESIDUE:
             raise InvalidValue(f"type of {name}", str(array.dtype)[:60], "uint32")
-    return {ARRAY_NAME.read("array name", n): a for n, a in arrays.items()}
+    return {_array_name(name): array for name, array in arrays.items()}
+
+
+@lru_cache(maxsize=4096)
+def _array_name(name: object) -> str:
+    return ARRAY_NAME.read("array name", name)
 
 
 def _check_count(arrays: Mapping[str, NDArray[Any]]) -> None:

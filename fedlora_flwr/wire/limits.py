@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +56,7 @@ def shown(value: object) -> object:
     return f"a {type(value).__name__}"
 
 
-def within(values: NDArray[np.floating], most: float) -> bool:
+def within(values: NDArray[Any], most: float) -> bool:
     """Tell whether all entries are finite and at most ``most`` in magnitude."""
     if values.dtype.char in "fd":
         flat = values.ravel()
