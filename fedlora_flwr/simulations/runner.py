@@ -41,8 +41,8 @@ from fedlora_flwr.simulations.superlink import LOCAL, SimulationSuperLink
 from fedlora_flwr.strategies.cohort import cohort_size
 from fedlora_flwr.tasks.registry import build_task, client_sizes, model_notes, optional
 
-# Seconds between two questions to Flower, while a run's log continues and once it has ended.
-STATUS_INTERVAL, ENDED_INTERVAL = 30.0, 1.0
+# Seconds between two questions to Flower, before a run has its summary and afterward.
+STATUS_INTERVAL, ENDED_INTERVAL = 5.0, 0.5
 
 
 class RunFailed(FedLoRAError):
@@ -316,8 +316,8 @@ def _follow(superlink: SimulationSuperLink, run_dir: RunDirectory, on_round: OnR
         for row in rows[seen:]:
             on_round(row)
         seen = len(rows)
-        # Each question takes seconds of a processor, which the run itself needs.
-        interval = ENDED_INTERVAL if superlink.log_ended else STATUS_INTERVAL
+        ended = superlink.log_ended or run_dir.summary_file.exists()
+        interval = ENDED_INTERVAL if ended else STATUS_INTERVAL
         if time.monotonic() - asked > interval:
             # `flwr run` exits with 0 even if the run fails; only the status tells.
             status = superlink.status()
