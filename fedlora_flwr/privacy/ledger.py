@@ -1,4 +1,4 @@
-"""The ledger on disk of a client's private releases, each written before it is computed."""
+"""The ledger on disk of a client's private releases, each written before anything of it leaves."""
 
 from __future__ import annotations
 

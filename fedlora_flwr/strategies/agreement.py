@@ -149,31 +149,26 @@ def _estimated(
     ``Σ p_k b_k a_k - b a``.
     """
     shares = normalize([upload.weight for upload in uploads]).astype(np.float32)
-    start_b, start_a = current[names[0]].T, current[names[1]]
+    start_b, start_a = (current[name] for name in names)
     drawn = np.random.default_rng(0).standard_normal((start_a.shape[1], probes), np.float32)
-    answers = np.zeros((start_b.shape[1], probes), np.float32)
+    answers = np.zeros((len(start_b), probes), np.float32)
     b, a = np.zeros_like(start_b, np.float32), np.zeros_like(start_a, np.float32)
-    left, right = (np.empty((_CLIENTS, *start.shape), np.float32) for start in (start_b, start_a))
+    moved_b, moved_a = (np.zeros((_CLIENTS, *start.shape), np.float32) for start in (b, a))
     for first in range(0, len(uploads), _CLIENTS):
-        group = uploads[first : first + _CLIENTS]
-        weights, count = shares[first : first + _CLIENTS], len(group)
-        for k, upload in enumerate(group):
-            left[k] = upload.arrays[names[0]].T if names[0] in upload.arrays else start_b
-            right[k] = upload.arrays.get(names[1], start_a)
-        moved_b, moved_a = left[:count], right[:count]
-        moved_b -= start_b
-        moved_a -= start_a
-        b += (weights @ moved_b.reshape(count, -1)).reshape(b.shape)
-        a += (weights @ moved_a.reshape(count, -1)).reshape(a.shape)
-        probed = weights[:, None, None] * (moved_a.reshape(-1, a.shape[1]) @ drawn).reshape(
-            count, -1, probes
-        )
-        answers += moved_b.reshape(-1, b.shape[1]).T @ probed.reshape(-1, probes)
-    answers -= b.T @ (a @ drawn)
+        weights = np.zeros(_CLIENTS, np.float32)
+        for k, upload in enumerate(uploads[first : first + _CLIENTS]):
+            weights[k] = shares[first + k]
+            np.subtract(upload.arrays.get(names[0], start_b), start_b, out=moved_b[k])
+            np.subtract(upload.arrays.get(names[1], start_a), start_a, out=moved_a[k])
+        b += (weights @ moved_b.reshape(_CLIENTS, -1)).reshape(b.shape)
+        a += (weights @ moved_a.reshape(_CLIENTS, -1)).reshape(a.shape)
+        probed = (moved_a.reshape(-1, a.shape[1]) @ drawn).reshape(_CLIENTS, -1, probes)
+        answers += (moved_b @ (weights[:, None, None] * probed)).sum(0)
+    answers -= b @ (a @ drawn)
     b += start_b
     a += start_a
-    means = b.T @ (a @ drawn)
-    whole = float(np.vdot(b @ b.T, a @ a.T)) + 2 * float(np.vdot(means, answers)) / probes
+    means = b @ (a @ drawn)
+    whole = float(np.vdot(b.T @ b, a @ a.T)) + 2 * float(np.vdot(means, answers)) / probes
     lost = float(np.vdot(answers, answers)) / probes
     return lost, whole + lost
 
