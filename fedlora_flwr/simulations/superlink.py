@@ -16,6 +16,7 @@ from typing import TextIO
 
 import httpx
 
+import fedlora_flwr
 from fedlora_flwr import flower_internals as flower
 from fedlora_flwr.files import replace_file
 from fedlora_flwr.processes.lifeline import Lifeline
@@ -82,8 +83,11 @@ class SimulationSuperLink:
         }
         if self._env["RAY_ADDRESS"] == LOCAL:
             self._env |= LOOPBACK
-        if modules is not None:
-            path = (os.environ.get("PYTHONPATH"), str(modules))
+        # A repository's package need not be installed.
+        source = Path(fedlora_flwr.__file__).resolve().parent.parent
+        places = (modules, source if (source / "pyproject.toml").exists() else None)
+        path = (os.environ.get("PYTHONPATH"), *(str(place) for place in places if place))
+        if any(path):
             self._env["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         self._process: subprocess.Popen[bytes] | None = None
         self._run_id = ""

@@ -62,7 +62,7 @@ def within(values: NDArray[Any], most: float) -> bool:
         flat = values.ravel()
         # No entry is beyond the root of the sum of squares, and one pass gives that sum. Rounding
         # cannot hide an entry, because a sum of squares never falls.
-        if float(np.dot(flat, flat)) < most * most / 2:
+        if float(np.vdot(flat, flat)) < most * most / 2:
             return True
     # A comparison with NaN is false, so NaN is refused as well.
     return not values.size or bool(values.max() <= most and values.min() >= -most)
