@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from logging import INFO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context, Message, MessageType
 from flwr.client import Client
@@ -52,7 +52,7 @@ def make_client(context: Context) -> LoRAClient:
         from fedlora_flwr.clients.local_store import LocalStore
         from fedlora_flwr.clients.numpy_client import LoRAClient
         from fedlora_flwr.clients.trainer import process_trainer
-        from fedlora_flwr.privacy.ledger import LEDGER, Ledger
+        from fedlora_flwr.privacy.ledger import opened_ledger
     with untold():
         trainer = process_trainer(config)
     folder = state_folder(config)
@@ -64,7 +64,7 @@ def make_client(context: Context) -> LoRAClient:
         partial(_private_records, trainer.task)
         if device
         else partial(trainer.task.client_records, partition, partitions),
-        Ledger(folder / LEDGER),
+        opened_ledger(folder),
         identity,
         str(context.run_id),
         store=LocalStore(folder / "local"),
@@ -87,11 +87,18 @@ def _who(context: Context) -> tuple[str, RunConfig]:
         device = Device.read(Path(str(node[DEVICE])))
         return device.client, device.config(context.run_config)
     if in_simulation() and "partition-id" in node and "num-partitions" in node:
-        return client_identity(context), RunConfig.received(context.run_config)
+        given = ((key, type(value), value) for key, value in context.run_config.items())
+        return client_identity(context), _received(tuple(given))
     raise OrderRefused(
         "This SuperNode names no device's file, without which a server would decide everything "
         "on it. Start it with --node-config 'device=\"/path/device.toml\"'."
     )
+
+
+@lru_cache(maxsize=2)
+def _received(given: tuple[tuple[str, type, Any], ...]) -> RunConfig:
+    """Read a simulation's run config, which its clients share; ``True`` is not ``1``."""
+    return RunConfig.received({key: value for key, _, value in given})
 
 
 def _exchange(identity: str, config: RunConfig, context: Context) -> SumExchange:

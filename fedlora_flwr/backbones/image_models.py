@@ -19,6 +19,7 @@ from fedlora_flwr.errors import InvalidValue, one_line
 from fedlora_flwr.files import cache_folder
 from fedlora_flwr.lora.fused_layers import SplitLinear, split_fused
 from fedlora_flwr.lora.seeded import seeded_on_cpu
+from fedlora_flwr.processes.later import later
 
 SMALL_SWIN = "small-swin"
 # Patterns of layers to adapt. `_LAYERS` begins with queries, keys, values and the projection, as in
@@ -142,8 +143,8 @@ def model_folder(name: str) -> Path:
 
 
 def _create(settings: TaskSection, num_classes: int, *, pretrained: bool) -> nn.Module:
-    import timm
-
+    with later("wandb"):
+        import timm
     model, folder = settings.model, _folder(settings.model)
     if folder is not None:
         model = f"local-dir:{folder}"
@@ -185,7 +186,8 @@ def _weights_in(folder: Path) -> str:
 
 
 def _sized(model: str, size: int, pretrained: bool, num_classes: int) -> nn.Module:
-    import timm
+    with later("wandb"):
+        import timm
 
     options: dict[str, Any] = {"pretrained": pretrained, "num_classes": num_classes}
     if size:
@@ -203,7 +205,8 @@ def _sized(model: str, size: int, pretrained: bool, num_classes: int) -> nn.Modu
 def _unknown(model: str) -> InvalidValue:
     import difflib
 
-    import timm
+    with later("wandb"):
+        import timm
 
     if model == SMALL_SWIN:
         allowed = f"a model that exists. Make this one with `fedlora pretrain {SMALL_SWIN}`"

@@ -19,6 +19,7 @@ from fedlora_flwr.backbones.printed_digits import CLASSES, render
 from fedlora_flwr.data.cached_file import read_or_build
 from fedlora_flwr.files import cache_folder
 from fedlora_flwr.lora.seeded import seeded_on_cpu
+from fedlora_flwr.processes.later import later
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def build_vit(seed: int = 0) -> nn.Module:
     seed : int (default: 0)
         Seed of the weights. The global random state does not change.
     """
-    from timm.models.vision_transformer import VisionTransformer
-
+    with later("wandb"):
+        from timm.models.vision_transformer import VisionTransformer
     with seeded_on_cpu(seed):
         model: nn.Module = VisionTransformer(
             img_size=8,

@@ -24,6 +24,7 @@ from fedlora_flwr.data.pictures import collate, image_column, normalized, pixels
 from fedlora_flwr.data.sources import load_split
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import replacing
+from fedlora_flwr.processes.later import later
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -135,7 +136,8 @@ def pretrain_swin(
 
 def build_swin(num_classes: int, drop_path: float = 0.0) -> nn.Module:
     """Return an untrained small Swin; the global generator draws its weights."""
-    import timm
+    with later("wandb"):
+        import timm
 
     made: nn.Module = timm.create_model(
         ARCHITECTURE,

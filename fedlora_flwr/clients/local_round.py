@@ -170,7 +170,7 @@ class LocalRound:
         masks = self.exchange.masks(order) if order.stage else None
         names = tuple(arrays)
         arrays, own = self._complete(order, arrays, order.server_round)
-        with untold():
+        with untold(), self._ledger.flushing():
             return self._release(order, plan, names, arrays, own, started, shares, masks)
 
     def _release(
@@ -211,6 +211,7 @@ class LocalRound:
             # A server without plans replaces its arrays by what it gets, so it gets all of them.
             made = self._trainer.adapted.read(names)
         if order.keeps:
+            self._ledger.flush()  # The row comes before the file.
             kept = {name: array for name, array in made.items() if order.stays(name)}
             self._local.keep(account.client, account.run, kept, order.server_round)
         return Released(
@@ -240,8 +241,7 @@ class LocalRound:
     ) -> tuple[Mapping[str, NDArray[Any]], LedgerSummary]:
         """Write the round's row, train, and return the result and the summary of its row."""
         # The row comes before the first private batch, so a failure after it counts as spent.
-        summary = self._ledger.record(*row)
-        made = train(summary)
+        made = train(summary := self._ledger.record(*row))
         if row[-1]:
             summary = self._ledger.vouch(*row, digest_of(made))
         return made, summary

@@ -17,6 +17,7 @@ from fedlora_flwr.data.missing import missing
 from fedlora_flwr.data.parts import Parts
 from fedlora_flwr.data.splits import Split
 from fedlora_flwr.errors import InvalidValue, unknown
+from fedlora_flwr.processes.later import later
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -142,7 +143,10 @@ def partition_records(columns: Mapping[str, NDArray[Any]], split: Split) -> Part
     elif split.partitioner == LABEL_SHARES:
         parts = _by_shares(columns[split.by], split)
     else:
-        parts = _dealt(columns, _MAKERS[split.partitioner](split), split)
+        # The pictures of flwr-datasets take longer to import than all else of it.
+        with later("flwr_datasets.visualization"):
+            partitioner = _MAKERS[split.partitioner](split)
+        parts = _dealt(columns, partitioner, split)
     if (smallest := int(parts.sizes.min())) < split.min_size:
         raise _unmet(split, smallest)
     if split.partitioner == "pathological":

@@ -16,6 +16,7 @@ from fedlora_flwr.data.arrow_records import Rows
 from fedlora_flwr.data.names import names
 from fedlora_flwr.data.prepared import prepare
 from fedlora_flwr.errors import unknown
+from fedlora_flwr.processes.later import later
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -98,7 +99,8 @@ def read(pictures: Sequence[Image.Image], data: Mapping[str, Any]) -> NDArray[np
     ValueError
         As `eight_bits`.
     """
-    from timm.data import create_transform
+    with later("wandb"):
+        from timm.data import create_transform
 
     # With use_prefetcher, timm's transform does not scale or normalize pictures.
     transform = create_transform(**data, is_training=False, use_prefetcher=True)

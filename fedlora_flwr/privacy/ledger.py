@@ -1,12 +1,13 @@
-"""The ledger on disk of a client's private releases, each written before it is computed."""
+"""The ledger on disk of a client's private releases, each written before anything of it leaves."""
 
 from __future__ import annotations
 
 import sqlite3
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
-from typing import TypeAlias
 
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.privacy.account import (
@@ -22,6 +23,7 @@ from fedlora_flwr.privacy.account import (
 )
 from fedlora_flwr.privacy.budget import Segment
 from fedlora_flwr.privacy.foreseen import Foreseen, foresee
+from fedlora_flwr.privacy.ledger_batch import Batch, Repeated, Row
 from fedlora_flwr.privacy.ledger_connection import Connection
 from fedlora_flwr.privacy.ledger_file import LOCAL, LedgerFile, witness_of
 from fedlora_flwr.wire import ROUND
@@ -35,8 +37,6 @@ _PATIENCE = 60.0
 _MAX_ROUND = 10**9
 LEDGER = "ledger.sqlite"
 """Usual name of a ledger's file."""
-Repeated: TypeAlias = tuple[Account, int, Segment, Segment, str]
-"""A release that may be asked again: account, round, segment, plan and the inputs' digest."""
 
 
 class Ledger:
@@ -94,6 +94,7 @@ class Ledger:
 
     def reading(self) -> AbstractContextManager[Connection]:
         """Check the rows, and give a consistent snapshot of them for SQL that only reads."""
+        self.flush()
         return self._file.reading()
 
     def summary(self, account: Account) -> LedgerSummary:
@@ -177,8 +178,9 @@ class Ledger:
 
         Guarantees
         ----------
-        *What holds.* When this returns, the row is on the disk, and no later call in any process
-        admits steps that take the account beyond its budget.
+        *What holds.* When this returns, the row is on the disk, or it is held back by a `Batch` of
+        this process, which writes it before anything of the release leaves. No later call in any
+        process admits steps that take the account beyond its budget.
         *Under which assumptions.* Nobody restores the file and its witness to the same older state,
         and all releases of the data go through one ledger.
         *What does not hold.* The ledger counts the steps that callers report, and cannot check that
@@ -187,10 +189,10 @@ class Ledger:
         _check_request(server_round, segment, planned)
         repeated = (account, server_round, segment, planned, inputs)
         while True:
-            if inputs and (row := next(iter(self._rows(*repeated)), None)):
-                return self._as_of(row, account, planned, segment.steps)
             if (summary := self._append(*repeated, trust)) is not None:
                 return summary
+            if row := next(iter(self._rows(*repeated)), None):
+                return self._as_of(row, account, planned, segment.steps)
 
     def vouch(
         self,
@@ -223,6 +225,11 @@ class Ledger:
             row.
         """
         repeated = (account, server_round, segment, planned, inputs)
+        held = (batch := Batch.current()) and batch.row(self._file, account)
+        if held and held.release == repeated and held.outputs in (outputs, ""):
+            held.outputs = outputs
+            return held.summary
+        self.flush()
         while True:
             with self._file.writing() as writer:
                 rows = _repeats(writer.db, *repeated)
@@ -235,6 +242,20 @@ class Ledger:
             if (summary := self._append(*repeated, trust, outputs)) is not None:
                 return summary
 
+    def flush(self) -> None:
+        """Write the rows that a `Batch` of this process holds back, if there is one."""
+        if (batch := Batch.current()) is not None:
+            batch.write()
+
+    @contextmanager
+    def flushing(self) -> Iterator[None]:
+        """Do the same before an error leaves the block, since it may depend on records."""
+        try:
+            yield
+        except BaseException:
+            self.flush()
+            raise
+
     def _append(
         self,
         account: Account,
@@ -245,51 +266,76 @@ class Ledger:
         trust: str,
         outputs: str = "",
     ) -> LedgerSummary | None:
-        """Write a row; return None if another process has written one that pays as well."""
-        while True:
-            with self._file.glancing() as db:
-                tallies = db.tallies(account)
-                rows = _repeats(db, account, server_round, segment, planned, inputs)
-            if inputs and any(not outputs or paid in (outputs, "") for paid in rows.values()):
-                return None
-            # Computing ε may take seconds, so no lock is held. The result is used only if no
-            # other process has written to the account meanwhile.
-            summary, order = admit(account, tallies, planned, segment.steps, self.lapse)
-            values = (
-                account.client,
-                account.run,
-                server_round,
-                float(segment.noise_multiplier),
-                float(segment.sample_rate),
-                int(segment.steps),
-                datetime.now(UTC).isoformat(timespec="seconds"),
-                int(planned.steps),
-                order,
-                trust,
-                inputs,
-                account.unit,
-            )
+        """Write a row, or hold it back; return None if there is one already that pays as well."""
+        batch = Batch.current() if account.scope == "run" else None
+        if batch is not None and batch.row(self._file, account):
+            batch.write()  # The account is admitted with the rows on the disk.
+        repeated = (account, server_round, segment, planned, inputs)
+        while (row := self._admitted(repeated, trust, outputs)) is not None:
+            if batch is not None:
+                batch.add(row)
+                return row.summary
             with self._file.writing() as writer:
-                if _same(writer.db.tallies(account), tallies):
-                    writer.append(values)
-                    if outputs:
-                        writer.settle(writer.head.rows, outputs)
-            if writer.appended:
-                return summary
+                written = row.write(writer)
+            if written:
+                return row.summary
+        return None
+
+    def _admitted(self, release: Repeated, trust: str, outputs: str) -> Row | None:
+        """Make a row; return None if there is one already that pays as well."""
+        account, server_round, segment, planned, inputs = release
+        with self._file.glancing() as db:
+            tallies = db.tallies(account)
+            rows = _repeats(db, *release) if inputs else {}
+        if any(not outputs or paid in (outputs, "") for paid in rows.values()):
+            return None
+        # Computing ε may take seconds, so no lock is held. The result is used only if no other
+        # process has written to the account meanwhile.
+        summary, order = admit(account, tallies, planned, segment.steps, self.lapse)
+        values = (
+            account.client,
+            account.run,
+            server_round,
+            float(segment.noise_multiplier),
+            float(segment.sample_rate),
+            int(segment.steps),
+            datetime.now(UTC).isoformat(timespec="seconds"),
+            int(planned.steps),
+            order,
+            trust,
+            inputs,
+            account.unit,
+        )
+        return Row(self._file, release, tallies, values, summary, outputs)
 
     def _rows(self, *repeated: *Repeated) -> dict[int, str]:
-        with self._file.reading() as db:
+        with self.reading() as db:
             return _repeats(db, *repeated)
 
     def _as_of(self, row: int, account: Account, planned: Segment, steps: int) -> LedgerSummary:
         """Return the summary that `record` returned when it wrote this row."""
-        with self._file.reading() as db:
+        with self.reading() as db:
             tallies = db.tallies(account, row)
         return counted(account, tallies, planned, steps)[0]
 
     def _read(self, account: Account) -> list[Tally]:
-        with self._file.reading() as db:
+        with self.reading() as db:
             return db.tallies(account)
+
+
+def opened_ledger(folder: Path) -> Ledger:
+    """Return the ledger in a client's state folder; this process opens the same file only once."""
+    path = folder / LEDGER
+    try:
+        at = path.stat()
+    except OSError:
+        return Ledger(path)
+    return _opened(path, (at.st_dev, at.st_ino))
+
+
+@lru_cache(maxsize=8)
+def _opened(path: Path, _file: tuple[int, int]) -> Ledger:
+    return Ledger(path)
 
 
 def _check_request(server_round: int, segment: Segment, planned: Segment) -> None:
@@ -318,10 +364,3 @@ def _repeats(db: sqlite3.Connection, *repeated: *Repeated) -> dict[int, str]:
         ),
     )
     return dict(found)
-
-
-def _same(now: list[Tally], before: list[Tally]) -> bool:
-    """Tell whether an account has no new rows since it was read before."""
-    return [(t.run, t.mechanism, t.unit) for t in now] == [
-        (t.run, t.mechanism, t.unit) for t in before
-    ]

@@ -34,10 +34,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora_flwr.algebra.last_arrays import OfLastArrays
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.privacy.mechanism import Mechanism
 from fedlora_flwr.wire.order import Order
@@ -76,17 +78,33 @@ def inputs_of(
     """
     if not config.reproducible or not order.server_round:
         return ""
-    asked = replace(order, continues="", packet=b"").to_config()
+    asked = _asked(config, run, replace(order, continues="", packet=b""))
+    own_part = [asdict(mechanism), _last_digest(arrays), digest_of(own or {})]
+    decided = f"{asked[:-1]}, {json.dumps(own_part, sort_keys=True)[1:]}"
+    return hashlib.sha256(decided.encode()).hexdigest()
+
+
+@lru_cache(maxsize=8)
+def _asked(config: RunConfig, run: str, order: Order) -> str:
+    """Return what the clients of a round share, as a list in JSON."""
     keys = {key: value for key, value in config.items().items() if key not in _ELSEWHERE}
-    rates = config.learning_rates(order.server_round)
-    decided = [run, asked, keys, rates, asdict(mechanism), digest_of(arrays), digest_of(own or {})]
-    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
+    shared = [run, order.to_config(), keys, config.learning_rates(order.server_round)]
+    return json.dumps(shared, sort_keys=True)
 
 
 def digest_of(arrays: Mapping[str, NDArray[np.generic]]) -> str:
     """Return a SHA-256 digest of the arrays' names, types, shapes and bits."""
     found = hashlib.sha256()
     for name, array in sorted(arrays.items()):
-        found.update(json.dumps([name, array.dtype.str, array.shape]).encode())
-        found.update(np.ascontiguousarray(array).tobytes())
+        found.update(_heading(name, array.dtype, array.shape))
+        found.update(np.ascontiguousarray(array).data)
     return found.hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _heading(name: str, dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> bytes:
+    return json.dumps([name, dtype.str, shape]).encode()
+
+
+# In one process, the clients of a round start from the same objects.
+_last_digest = OfLastArrays(digest_of)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -46,6 +46,40 @@ _EPS = 2.0**-23
 _MOST_STEPS = 5000  # The time to compute impulse responses grows with its square.
 
 
+@dataclass(frozen=True)
+class _Honest:
+    """What is known of a part of every honest upload of a round.
+
+    Parameters
+    ----------
+    rest : Arrays
+        What is left of the arrays that the client started from.
+    records, noise : float
+        Bounds on what clipped gradients add to it, and on what noise adds for σ = 1.
+    rounding : float
+        Bound on what rounding adds.
+    """
+
+    rest: Arrays
+    records: float
+    noise: float
+    rounding: float
+
+    def moved(self, arrays: Arrays) -> float:
+        """Return the norm of the difference between an upload and the rest."""
+        # In fp32, as the client's own arithmetic: the slack is for both.
+        gaps = ((arrays[name] - rest).ravel() for name, rest in self.rest.items())
+        return math.sqrt(sum(float(np.dot(gap, gap)) for gap in gaps))
+
+    def most(self, sigma: float) -> float:
+        """Return the bound on that norm where the noise multiplier is σ."""
+        noise = sigma * self.noise if self.noise else 0.0
+        return (self.records + noise) * (1 + _SLACK) + self.rounding
+
+
+_Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
 class NormBound:
     """Bounds the updates of honest clients: a `Limit`.
 
@@ -64,6 +98,7 @@ class NormBound:
         self._scaling = alpha / (math.sqrt(rank) if config.rslora else rank)
         self._weights = ClipWeights.configured(config)
         self._private = config.optimizer == "sgd"
+        self._last: tuple[Order, Arrays, _Shapes, dict[str, _Honest]] | None = None
 
     def check(self, order: Order, current: Arrays, upload: Upload) -> None:
         """Refuse an upload that is beyond its bound.
@@ -108,30 +143,40 @@ class NormBound:
         sigma : float
             Its noise multiplier. The bound for Adam does not depend on it.
         """
+        honest = self._honest(order, current, tuple((n, a.shape) for n, a in arrays.items()))
+        return {part: (one.moved(arrays), one.most(sigma)) for part, one in honest.items()}
+
+    def _honest(self, order: Order, current: Arrays, shapes: _Shapes) -> dict[str, _Honest]:
+        """Return what is known of each part; the clients of a round share it."""
+        last = self._last
+        if last is None or last[0] != order or last[1] is not current or last[2] != shapes:
+            last = self._last = order, current, shapes, self._known(order, current, dict(shapes))
+        return last[3]
+
+    def _known(
+        self, order: Order, current: Arrays, shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, _Honest]:
         config = self._config
         layout, plan = Layout.of(current, config.block_pattern), ComponentPlan.parse(order.plan)
         settings = OptimizerSettings.in_round(config, order.server_round)
         settings = replace(settings, proximal_mu=order.proximal_mu)
         when = [set(layout.active(plan, step)) for step in range(1, config.local_steps + 1)]
-        start = {n: _cut(n, current[n], array) for n, array in arrays.items()}
-        parts = by_part(arrays)
+        start = {name: _cut(name, current[name], shape) for name, shape in shapes.items()}
+        parts = by_part(shapes)
         tail = math.log(2 * len(parts) / self._chance)
-        found: dict[str, tuple[float, float]] = {}
+        found: dict[str, _Honest] = {}
         for part, names in parts.items():
-            rate = settings.rates[None if part == HEAD else part]
+            rate, records, noise = settings.rates[None if part == HEAD else part], 0.0, 0.0
             if config.optimizer == "sgd":
                 gains = self._gains(names, layout, plan, order, current, start)
-                kept, most = self._of_sgd(names, start, when, gains, settings, rate, sigma, tail)
-                most /= self._weights.of_part(part)
+                kept, *bounds = self._of_sgd(names, start, when, gains, settings, rate, tail)
+                records, noise = (bound / self._weights.of_part(part) for bound in bounds)
             else:
-                kept, most = _of_adam(names, start, when, settings, rate)
-            moved, size = 0.0, 0.0
-            for name in names:
-                begin = np.asarray(start[name], np.float64)
-                moved += float(((arrays[name] - kept[name] * begin) ** 2).sum())
-                size += float((begin**2).sum())
+                kept, records = _of_adam(names, start, when, settings, rate)
+            size = sum(float((np.asarray(start[name], np.float64) ** 2).sum()) for name in names)
             rounding = _EPS * (config.local_steps + 1) * math.sqrt(size)
-            found[part] = math.sqrt(moved), most * (1 + _SLACK) + rounding
+            rest = {name: kept[name] * start[name] for name in names}
+            found[part] = _Honest(rest, records, noise, rounding)
         return found
 
     def _of_sgd(
@@ -142,10 +187,12 @@ class NormBound:
         gains: Mapping[str, NDArray[np.float64]],
         settings: OptimizerSettings,
         rate: float,
-        sigma: float,
         tail: float,
-    ) -> tuple[dict[str, float], float]:
-        """Return what is left of each array's start, and the bound on the rest for weight 1."""
+    ) -> tuple[dict[str, float], float, float]:
+        """Return what is left of each array's start, and both bounds (see `_Honest`) for weight 1.
+
+        The weight is that of the part in the clip.
+        """
         config = self._config
         counts = Counter(name for active in when for name in active)
         largest = np.zeros(len(when))  # of what a step's gradient comes to, over the names
@@ -165,8 +212,8 @@ class NormBound:
             + math.sqrt(2 * batch * float((largest**2).sum()) * tail)
             + float(largest.max(initial=0.0)) * tail / 3
         )
-        noise = sigma * (math.sqrt(power) + math.sqrt(2 * peak * tail)) if sigma else 0.0
-        return kept, unit * (records + noise)
+        noise = math.sqrt(power) + math.sqrt(2 * peak * tail)
+        return kept, unit * records, unit * noise
 
     def _gains(
         self,
@@ -326,8 +373,6 @@ def adam_steps(settings: OptimizerSettings, count: int) -> NDArray[np.float64]:
     return found
 
 
-def _cut(
-    name: str, array: NDArray[np.floating], like: NDArray[np.floating]
-) -> NDArray[np.floating]:
+def _cut(name: str, array: NDArray[np.floating], shape: tuple[int, ...]) -> NDArray[np.floating]:
     """Return the part of a global array that a client of its own rank starts from."""
-    return leading_ranks(name, array, like.shape[rank_axis(name)]) if factor_of(name) else array
+    return leading_ranks(name, array, shape[rank_axis(name)]) if factor_of(name) else array

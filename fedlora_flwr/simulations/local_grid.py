@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any, TypeAlias
 from uuid import uuid4
 
@@ -16,6 +17,7 @@ from flwr.serverapp import Grid
 
 from fedlora_flwr.environment import simulating
 from fedlora_flwr.flower_internals import Run
+from fedlora_flwr.privacy.ledger_batch import Batch
 from fedlora_flwr.processes.workers import Execute, one_by_one
 from fedlora_flwr.simulations.partitions import Partitions
 from fedlora_flwr.strategies.identities import KnownNode
@@ -24,7 +26,13 @@ from fedlora_flwr.wire.identity import acting_for
 
 ClientAppCall: TypeAlias = Callable[[Message, Context], Message]
 
+Served: TypeAlias = tuple[int, RecordDict, dict[str, Message]]
+"""A node, its state, and its replies."""
+
 CLIENT_APP_RAISED = 2
+
+TOGETHER = 16
+"""Nodes whose rows of the ledger share one sync of the disk, and whose replies are held so long."""
 
 
 class LocalGrid(Grid):
@@ -128,7 +136,7 @@ class LocalGrid(Grid):
         return list(asked)
 
     def _serve(self, asked: Mapping[str, Message]) -> Iterator[tuple[str, Message]]:
-        """Yield each reply when it is there. Between two of them, other threads have a turn."""
+        """Yield each reply when it is there. Now and then other threads have a turn."""
         by_node: dict[int, list[str]] = {}
         for key, message in asked.items():
             by_node.setdefault(message.metadata.dst_node_id, []).append(key)
@@ -138,14 +146,20 @@ class LocalGrid(Grid):
         ]
         with self._turn:
             served = self._execute(partial(_handle, self._app), jobs)
-        while True:
-            with self._turn:
-                if (found := next(served, None)) is None:
-                    return
-            node, state, replies = found
-            if state or node in self._states:
-                self._states[node] = state
-            yield from replies.items()
+        while few := self._next(served):
+            for node, state, replies in few:
+                if state or node in self._states:
+                    self._states[node] = state
+                yield from replies.items()
+
+    def _next(self, served: Iterator[Served]) -> list[Served]:
+        """Serve some nodes. Their rows in this process's ledgers come before their replies."""
+        batch = Batch()
+        try:
+            with self._turn, batch.gathering():
+                return list(islice(served, TOGETHER))
+        finally:
+            batch.write()
 
     def _context_of(self, node: int) -> Context:
         return Context(
@@ -174,7 +188,7 @@ class LocalGrid(Grid):
 
 def _handle(
     app: ClientAppCall, job: tuple[Context, Sequence[str], Sequence[Message]]
-) -> tuple[int, RecordDict, dict[str, Message]]:
+) -> Served:
     """Serve a node's messages; return its id, its state after, and the replies."""
     context, keys, messages = job
     with acting_for(context.run_id), simulating():

@@ -15,7 +15,6 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-import fedlora_flwr
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import FedLoRAError, InvalidValue
 from fedlora_flwr.files import private_folder
@@ -41,8 +40,8 @@ from fedlora_flwr.simulations.superlink import LOCAL, SimulationSuperLink
 from fedlora_flwr.strategies.cohort import cohort_size
 from fedlora_flwr.tasks.registry import build_task, client_sizes, model_notes, optional
 
-# Seconds between two questions to Flower, while a run's log continues and once it has ended.
-STATUS_INTERVAL, ENDED_INTERVAL = 30.0, 1.0
+# Seconds between two questions to Flower, before a run has its summary and afterward.
+STATUS_INTERVAL, ENDED_INTERVAL = 5.0, 0.5
 
 
 class RunFailed(FedLoRAError):
@@ -271,18 +270,14 @@ def run_in_process(
 
 
 def app_folder(run_dir: RunDirectory, config: RunConfig) -> Path:
-    """Return the folder of the Flower app: the repository, or a stub beside the results.
+    """Return the folder of the Flower app, beside the results; its bundle holds no code.
 
-    A run with settings of a method's own table needs the stub: the repository does not list them.
+    A repository is an app, too. But Flower looks at each file in it, those of the environment
+    included, and each process would compile the bundle's copy of this package.
     """
-    repository = Path(fedlora_flwr.__file__).resolve().parent.parent
-    project = repository / "pyproject.toml"
-    text = project.read_text(encoding="utf-8") if project.exists() else ""
-    if "[tool.flwr.app.components]" in text and not config.own:
-        return repository
-    stub = run_dir.path / "app"
-    write_app(stub, dict(config.own))
-    return stub
+    folder = run_dir.path / "app"
+    write_app(folder, dict(config.own))
+    return folder
 
 
 def _placed(config: RunConfig, run_dir: RunDirectory) -> RunConfig:
@@ -316,8 +311,8 @@ def _follow(superlink: SimulationSuperLink, run_dir: RunDirectory, on_round: OnR
         for row in rows[seen:]:
             on_round(row)
         seen = len(rows)
-        # Each question takes seconds of a processor, which the run itself needs.
-        interval = ENDED_INTERVAL if superlink.log_ended else STATUS_INTERVAL
+        ended = superlink.log_ended or run_dir.summary_file.exists()
+        interval = ENDED_INTERVAL if ended else STATUS_INTERVAL
         if time.monotonic() - asked > interval:
             # `flwr run` exits with 0 even if the run fails; only the status tells.
             status = superlink.status()

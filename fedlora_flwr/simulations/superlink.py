@@ -14,11 +14,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
+import httpx
+
+import fedlora_flwr
+from fedlora_flwr import flower_internals as flower
 from fedlora_flwr.files import replace_file
 from fedlora_flwr.processes.lifeline import Lifeline
 from fedlora_flwr.simulations.connection import Connection, SuperLinkError
 from fedlora_flwr.terminal import uninterrupted
 
+_ANSWER = 10.0  # Seconds in which the SuperLink has to answer.
 CONNECTION = "fedlora"
 LOCAL = "local"
 """Value of ``RAY_ADDRESS`` that makes Ray start a cluster of its own."""
@@ -78,8 +83,11 @@ class SimulationSuperLink:
         }
         if self._env["RAY_ADDRESS"] == LOCAL:
             self._env |= LOOPBACK
-        if modules is not None:
-            path = (os.environ.get("PYTHONPATH"), str(modules))
+        # A repository's package need not be installed.
+        source = Path(fedlora_flwr.__file__).resolve().parent.parent
+        places = (modules, source if (source / "pyproject.toml").exists() else None)
+        path = (os.environ.get("PYTHONPATH"), *(str(place) for place in places if place))
+        if any(path):
             self._env["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         self._process: subprocess.Popen[bytes] | None = None
         self._run_id = ""
@@ -154,10 +162,14 @@ class SimulationSuperLink:
         """
         if not self._alive():
             raise SuperLinkError("The SuperLink has ended.")
+        url, run = f"http://127.0.0.1:{self._port}", int(self._run_id)
         try:
-            return self._connection.status(self._run_id)[0]
-        except SuperLinkError:  # It is alive, and may be too busy to answer in time.
+            # `flwr list` asks the same, and takes a second of a processor, which the run needs.
+            with flower.ControlHttpClient(url, timeout=_ANSWER) as client:
+                found = client.ListRuns(flower.ListRunsRequest(run_id=run)).run_dict[run].status
+        except httpx.HTTPError:  # It is alive, and may be too busy to answer in time.
             return "unknown"
+        return ":".join(filter(None, (found.status, found.sub_status)))
 
     def _alive(self) -> bool:
         return self._process is not None and self._process.poll() is None

@@ -16,9 +16,10 @@ from fedlora_flwr.strategies.identities import Identities
 from fedlora_flwr.strategies.inbox import Inbox, read_measurements
 from fedlora_flwr.strategies.personal import mean_of_own_models, shared_part
 from fedlora_flwr.strategies.promises import PromiseWatch
-from fedlora_flwr.strategies.replies import RoundReport, size_of, weighted_figures
+from fedlora_flwr.strategies.replies import RoundReport, weighted_figures
 from fedlora_flwr.strategies.round import Round
 from fedlora_flwr.wire import PACKET
+from fedlora_flwr.wire.arrays import record_size
 from fedlora_flwr.wire.order import Order
 from fedlora_flwr.wire.records import read_training
 
@@ -123,7 +124,7 @@ class Exchange(FedAvg):
                 report.bytes_down += len(nodes[node].packet)
             chosen = shared_part(self.download(arrays, self._who.of(node)), self.shared)
             content = RecordDict({self.arrayrecord_key: chosen, self.configrecord_key: own})
-            report.bytes_down += size_of(content)
+            report.bytes_down += record_size(chosen)
             messages.append(Message(content, node, kind))
         return messages
 

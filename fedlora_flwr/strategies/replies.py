@@ -131,8 +131,11 @@ class RoundReport:
 
     def count(self, content: RecordDict, plain: int) -> None:
         """Count the bytes of a reply, and those that plain averaging would have sent."""
-        self.bytes_up += size_of(content)
-        self.bytes_up_adapters += size_of(content, factors_only=True)
+        for record in content.array_records.values():
+            for name, array in record.items():
+                size = travel_size(array)
+                self.bytes_up += size
+                self.bytes_up_adapters += size if factor_of(name) else 0
         self.bytes_plain += plain
 
     def fail(self, who: str, reason: object) -> None:
@@ -272,16 +275,6 @@ class LedgerWatch:
                 f"but a round has {ordered}"
             )
         self._steps[client] = steps
-
-
-def size_of(content: RecordDict, *, factors_only: bool = False) -> int:
-    """Return the bytes of array data in a message, as they travel."""
-    return sum(
-        travel_size(array)
-        for record in content.array_records.values()
-        for name, array in record.items()
-        if not factors_only or factor_of(name)
-    )
 
 
 def to_record(arrays: Arrays) -> ArrayRecord:

@@ -6,21 +6,26 @@ Digits" test set (UCI, 1998): 1797 pictures of 8x8 pixels, of which 1437 are pri
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache, lru_cache
+from importlib.metadata import version
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from fedlora_flwr.backbones.pretrain_digits import build_vit, load_backbone
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.data.cached_file import read_or_build
 from fedlora_flwr.data.partition import client_values, partition_records
 from fedlora_flwr.data.parts import Parts
 from fedlora_flwr.data.records import Batch, Records, TensorRecords
 from fedlora_flwr.data.splits import Split
 from fedlora_flwr.errors import InvalidValue
+from fedlora_flwr.files import cache_folder
 from fedlora_flwr.tasks.evaluation import evaluate_classifier, scores_of
 
 _TEST_SHARE = 0.2
@@ -108,6 +113,16 @@ class DigitsTask:
 @cache
 def _handwritten() -> tuple[TensorRecords, TensorRecords]:
     """Return the private and the public records."""
+    source = repr((version("scikit-learn"), _TEST_SHARE, _SPLIT_SEED))
+    mark = hashlib.sha256(source.encode()).hexdigest()[:8]
+    # Each process would import scikit-learn for these few pictures.
+    kept = load(read_or_build(cache_folder() / "digits" / f"{mark}.safetensors", _from_library))
+    everything = TensorRecords({"image": kept["image"], "label": kept["label"]})
+    return _subset(everything, kept["private"].numpy()), _subset(everything, kept["public"].numpy())
+
+
+def _from_library() -> bytes:
+    """Return all records, and which are private and public, in safetensors format."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -116,9 +131,10 @@ def _handwritten() -> tuple[TensorRecords, TensorRecords]:
         np.arange(len(labels)), test_size=_TEST_SHARE, stratify=labels, random_state=_SPLIT_SEED
     )
     images = torch.from_numpy((pictures / _FULL_INK).astype(np.float32)).view(-1, 1, 8, 8)
-    everything = TensorRecords({"image": images, "label": torch.from_numpy(labels).long()})
-    private, public = (_subset(everything, np.sort(part)) for part in split)
-    return private, public
+    private, public = (torch.from_numpy(np.sort(part)) for part in split)
+    parts = {"image": images, "label": torch.from_numpy(labels).long()}
+    content: bytes = save({**parts, "private": private, "public": public})
+    return content
 
 
 @lru_cache(maxsize=8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def checked_notes(notes: Mapping[str, object]) -> dict[str, bool | bytes | str]:
 def checked_arrays(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
     """Check that arrays are finite and within range, and return them in fp32."""
     _check_count(arrays)
-    return {ARRAY_NAME.read("array name", n): _checked_array(n, a) for n, a in arrays.items()}
+    return {_array_name(name): _checked_array(name, a) for name, a in arrays.items()}
 
 
 def checked_shares(arrays: Mapping[str, NDArray[Any]]) -> dict[str, limits.Residues]:
@@ -46,7 +47,12 @@ def checked_shares(arrays: Mapping[str, NDArray[Any]]) -> dict[str, limits.Resid
     for name, array in arrays.items():
         if array.dtype != limits.RESIDUE:
             raise InvalidValue(f"type of {name}", str(array.dtype)[:60], "uint32")
-    return {ARRAY_NAME.read("array name", n): a for n, a in arrays.items()}
+    return {_array_name(name): array for name, array in arrays.items()}
+
+
+@lru_cache(maxsize=4096)
+def _array_name(name: object) -> str:
+    return ARRAY_NAME.read("array name", name)
 
 
 def _check_count(arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -60,16 +66,17 @@ def _check_count(arrays: Mapping[str, NDArray[Any]]) -> None:
 def _checked_array(name: str, array: NDArray[Any]) -> NDArray[np.float32]:
     if array.dtype.kind != "f" or array.dtype.itemsize not in _FLOATS:
         raise InvalidValue(f"type of {name}", str(array.dtype)[:60], "floating-point numbers")
-    with np.errstate(over="ignore"):
-        values = np.asarray(array, np.float32)
-    if values.size == 0:
+    values = array if array.dtype == np.float32 else _narrowed(array)
+    if limits.within(values, limits.MOST_UPLOADED_ENTRY):
         return values
     lowest, highest = float(values.min()), float(values.max())
     if not (np.isfinite(lowest) and np.isfinite(highest)):
         raise InvalidValue(f"array {name}", "NaN or infinity", "finite numbers")
-    if max(highest, -lowest) > limits.MOST_UPLOADED_ENTRY:
-        largest = f"entries up to {max(highest, -lowest):g}"
-        raise InvalidValue(
-            f"array {name}", largest, f"entries of at most {limits.MOST_UPLOADED_ENTRY:g}"
-        )
-    return values
+    largest = f"entries up to {max(highest, -lowest):g}"
+    allowed = f"entries of at most {limits.MOST_UPLOADED_ENTRY:g}"
+    raise InvalidValue(f"array {name}", largest, allowed)
+
+
+def _narrowed(array: NDArray[Any]) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):
+        return np.asarray(array, np.float32)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,18 @@ def shown(value: object) -> object:
     if isinstance(value, str | bytes):
         return value if len(value) <= 60 else f"{type(value).__name__} of length {len(value)}"
     return f"a {type(value).__name__}"
+
+
+def within(values: NDArray[Any], most: float) -> bool:
+    """Tell whether all entries are finite and at most ``most`` in magnitude."""
+    if values.dtype.char in "fd":
+        flat = values.ravel()
+        # No entry is beyond the root of the sum of squares, and one pass gives that sum. Rounding
+        # cannot hide an entry, because a sum of squares never falls.
+        if float(np.vdot(flat, flat)) < most * most / 2:
+            return True
+    # A comparison with NaN is false, so NaN is refused as well.
+    return not values.size or bool(values.max() <= most and values.min() >= -most)
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora_flwr.algebra.last_arrays import OfLastArrays
 from fedlora_flwr.errors import InvalidValue, OrderRefused, refusing
 from fedlora_flwr.layout import Layout, factor_of, is_folded, is_shared
 from fedlora_flwr.plan import A, B, ComponentPlan
@@ -32,7 +34,7 @@ from fedlora_flwr.wire import (
     WEIGHTING,
     WEIGHTINGS,
 )
-from fedlora_flwr.wire.limits import LONGEST_PACKET, Number, Packet, Text, shown
+from fedlora_flwr.wire.limits import LONGEST_PACKET, Number, Packet, Text, shown, within
 
 Arrays = Mapping[str, NDArray[np.generic]]
 Scalar = bool | bytes | float | int | str
@@ -219,9 +221,7 @@ class Order:
         if not self.plan:
             return None
         with refusing():
-            plan = ComponentPlan.parse(self.plan)
-            layout.check_plan(plan)
-            return plan
+            return _plan(self.plan, layout)
 
     @property
     def keeps(self) -> bool:
@@ -235,6 +235,13 @@ class Order:
     def leaves(self, name: str) -> bool:
         """Tell whether an array is exchanged."""
         return is_shared(name, self.share)
+
+
+@lru_cache(maxsize=8)
+def _plan(text: str, layout: Layout) -> ComponentPlan:
+    plan = ComponentPlan.parse(text)
+    layout.check_plan(plan)
+    return plan
 
 
 def _widened(default: object, value: object) -> object:
@@ -281,8 +288,8 @@ def named_arrays(
     for name, array in zip(names, arrays, strict=True):
         if name in found:
             raise OrderRefused(f"The array {name[:200]!r} came twice. Send each array once.")
-        found[name] = _numbers(name, array)
-    return found
+        found[name] = array
+    return dict(_in_fp32(found))
 
 
 def _numbers(name: str, array: NDArray[np.generic]) -> NDArray[np.float32]:
@@ -291,13 +298,18 @@ def _numbers(name: str, array: NDArray[np.generic]) -> NDArray[np.float32]:
             f"The array {name[:200]!r} is of type {getattr(array, 'dtype', type(array))}. "
             "Send floating-point numbers."
         )
-    # A comparison with NaN is false, so NaN is refused as well.
-    if array.size and not (array.max() <= MOST_ENTRY and array.min() >= -MOST_ENTRY):
+    if not within(array, MOST_ENTRY):
         raise OrderRefused(
             f"The array {name[:200]!r} has entries that are not finite, or above {MOST_ENTRY:g} in "
             "magnitude. The run has diverged: lower its learning rates."
         )
     return np.asarray(array, np.float32)
+
+
+# In one process, the clients of a round get the same objects.
+_in_fp32 = OfLastArrays(
+    lambda arrays: {name: _numbers(name, array) for name, array in arrays.items()}
+)
 
 
 def check_shapes(arrays: Arrays, own: Arrays, rank: int) -> None:

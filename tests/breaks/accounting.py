@@ -21,13 +21,14 @@ from fedlora_flwr.privacy import (
     accountants,
     budget,
     calibration,
-    ledger,
+    ledger_batch,
     ledger_file,
     mechanism,
 )
 from fedlora_flwr.privacy.account import Account, Tally
 from fedlora_flwr.privacy.accountants import Segment
 from fedlora_flwr.privacy.ledger import Ledger
+from fedlora_flwr.privacy.ledger_batch import Batch
 from fedlora_flwr.privacy.ledger_connection import Connection
 from fedlora_flwr.privacy.ledger_file import LedgerFile
 from fedlora_flwr.privacy.lifetime import choose_order
@@ -352,7 +353,19 @@ def lost_rows_are_not_missed(patch: Patch) -> None:
 @caught_by(LEDGER, "test_a_row_that_came_while_epsilon_was_worked_out_counts")
 def rows_are_not_compared_again(patch: Patch) -> None:
     """A row is written although another one has come since the budget was looked at."""
-    patch.setattr(ledger, "_same", lambda now, before: True)
+    patch.setattr(ledger_batch, "_same", lambda now, before: True)
+
+
+@caught_by("tests/privacy/test_ledger_batch.py", "test_no_reply_leaves_without_its_row")
+def rows_held_back_are_lost(patch: Patch) -> None:
+    """A simulation passes replies on although their rows are not on the disk."""
+    patch.setattr(Batch, "write", lambda self: None)
+
+
+@caught_by("tests/privacy/test_ledger_batch.py", "test_a_failure_counts_before_its_error_leaves")
+def failures_leave_before_their_rows(patch: Patch) -> None:
+    """An error leaves a simulated client while its row is held back."""
+    patch.setattr(Ledger, "flush", lambda self: None)
 
 
 @caught_by("tests/privacy/test_ledger_file.py", "test_the_ledger_is_its_owners_alone")
