@@ -186,9 +186,7 @@ class LocalGrid(Grid):
         return Replies((places[key], reply) for key, reply in self._serve(asked))
 
 
-def _handle(
-    app: ClientAppCall, job: tuple[Context, Sequence[str], Sequence[Message]]
-) -> Served:
+def _handle(app: ClientAppCall, job: tuple[Context, Sequence[str], Sequence[Message]]) -> Served:
     """Serve a node's messages; return its id, its state after, and the replies."""
     context, keys, messages = job
     with acting_for(context.run_id), simulating():
