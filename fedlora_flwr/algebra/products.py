@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.means import Arrays, normalize
-from fedlora_flwr.algebra.running_sum import Array64, RunningSum
+from fedlora_flwr.algebra.running_sum import AnySum, Array64, RunningSum
 from fedlora_flwr.layout import Layout
 
 EXACT = 256
 """Stacked columns up to which Gram matrices are cheap. Above that, random probes estimate."""
-_PROBES = 32
+# At least this many probes for a layer, and for all layers together.
+_PROBES, _ALL_PROBES = 8, 64
 
 Names: TypeAlias = tuple[str, str]
 
@@ -115,18 +116,24 @@ class ProbedProducts:
         The global arrays, which hold the factors that no client uploads.
     names : Iterable[str]
         The arrays that an upload holds.
+    sums : type (default: `RunningSum`)
+        What adds up.
     """
 
-    def __init__(self, current: Arrays, names: Iterable[str]) -> None:
+    def __init__(
+        self, current: Arrays, names: Iterable[str], sums: type[AnySum] = RunningSum
+    ) -> None:
         self._current, layout = current, Layout.of(current)
         self._layers = [layout.pair(layer) for layer in layout.layers]
         self._right: dict[Names, Array64] = {}
-        self._sums: dict[Names, RunningSum] = {}
-        for b, a in moving_pairs(current, names):
+        self._sums: dict[Names, AnySum] = {}
+        pairs = moving_pairs(current, names)
+        self._probes = max(_PROBES, -(-_ALL_PROBES // max(len(pairs), 1)))
+        for b, a in pairs:
             n = current[a].shape[1]
-            probes = np.random.default_rng(0).standard_normal((n, _PROBES))
+            probes = np.random.default_rng(0).standard_normal((n, self._probes))
             right = self._right[b, a] = np.hstack([current[a].T.astype(np.float64), probes])
-            self._sums[b, a] = RunningSum(len(current[b]) * right.shape[1])
+            self._sums[b, a] = sums(len(current[b]) * right.shape[1])
 
     def add(self, update: Mapping[str, Array64], weight: float) -> None:
         """Take in a client's update."""
@@ -157,7 +164,7 @@ class ProbedProducts:
             rank = len(mean_a)
             drawn = answers[:, rank:]
             crossed = float(np.vdot(mean_b, answers[:, :rank]))
-            crossed += float(np.vdot(mean_b @ moved[:, rank:], drawn)) / _PROBES
-            square = float(np.vdot(drawn, drawn)) / _PROBES
+            crossed += float(np.vdot(mean_b @ moved[:, rank:], drawn)) / self._probes
+            square = float(np.vdot(drawn, drawn)) / self._probes
             lost, whole = lost + square, whole + 2 * crossed + square
         return _ratio((lost, whole))

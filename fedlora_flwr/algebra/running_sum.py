@@ -1,6 +1,8 @@
-"""A sum that does not depend on the order in which its terms come."""
+"""Sums of vectors that come one after the other."""
 
 from __future__ import annotations
+
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,8 +12,30 @@ Array64 = NDArray[np.float64]
 _BLOCK = 1 << 13  # entries; what one block needs stays in a core's cache
 
 
+class PlainSum:
+    """Adds up vectors in fp64, for terms that come in the same order every time.
+
+    Parameters
+    ----------
+    size : int
+        Entries of the vectors.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._sum, self._term = np.zeros(size), np.empty(size)
+
+    def add(self, term: Array64, scale: float = 1.0) -> None:
+        """Add a vector, shape (size,), times a number."""
+        self._sum += np.multiply(term, scale, out=self._term)
+
+    @property
+    def total(self) -> Array64:
+        """The sum; a new array."""
+        return self._sum.copy()
+
+
 class RunningSum:
-    """Adds up vectors, one after the other, in twice the digits of fp64.
+    """Adds up vectors in twice the digits of fp64, for terms that come in any order.
 
     Each entry is a pair of fp64 numbers, the sum and what rounding has left out of it (Knuth,
     TAOCP 2, 4.2.2, theorem B). So a sum has about 106 bits. It is exact, and the same in every
@@ -63,3 +87,7 @@ class RunningSum:
     def total(self) -> Array64:
         """The sum, rounded to fp64; a new array."""
         return self._high + self._low
+
+
+AnySum: TypeAlias = PlainSum | RunningSum
+"""What adds vectors up."""

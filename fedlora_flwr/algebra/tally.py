@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.means import Arrays, normalize
 from fedlora_flwr.algebra.products import ProbedProducts
-from fedlora_flwr.algebra.running_sum import Array64, RunningSum
+from fedlora_flwr.algebra.running_sum import AnySum, Array64, PlainSum, RunningSum
 from fedlora_flwr.layout import by_part
 
 _UNIT = 2.0**36  # A direction is counted in whole parts of this size, whose sums are exact.
@@ -31,6 +31,8 @@ class Tally:
         The arrays that an upload holds.
     products : bool (default: False)
         Whether to probe the products of the factors, too (see `mean_error`).
+    sums : type (default: `RunningSum`)
+        What adds up; `PlainSum` is faster where uploads come in the same order every time.
 
     Attributes
     ----------
@@ -46,7 +48,14 @@ class Tally:
     [3.0, 1.0]
     """
 
-    def __init__(self, current: Arrays, names: Iterable[str], *, products: bool = False) -> None:
+    def __init__(
+        self,
+        current: Arrays,
+        names: Iterable[str],
+        *,
+        products: bool = False,
+        sums: type[AnySum] = RunningSum,
+    ) -> None:
         parts, self._places, end = by_part(names), dict[str, slice](), 0
         self._current = {name: current[name] for own in parts.values() for name in own}
         for name, array in self._current.items():
@@ -55,11 +64,11 @@ class Tally:
             part: slice(self._places[own[0]].start, self._places[own[-1]].stop)
             for part, own in parts.items()
         }
-        self._updates, self._directions = RunningSum(end), np.zeros(end)
-        self._energies, self._fourths = RunningSum(len(self._places)), RunningSum(len(self._places))
-        self._weights = RunningSum(2)
+        self._updates, self._directions = sums(end), np.zeros(end)
+        self._energies, self._fourths = sums(len(self._places)), sums(len(self._places))
+        self._weights = sums(2)
         self._still: set[str] = set()
-        self._products = ProbedProducts(current, names) if products else None
+        self._products = ProbedProducts(current, names, sums) if products else None
         # The first upload is kept for as long as all others are the same.
         self._first: Arrays | None = None
         self.count = 0
@@ -74,7 +83,7 @@ class Tally:
         products: bool = False,
     ) -> Tally:
         """Add up uploads that were kept; at least one, all with the same names."""
-        tally = cls(current, uploads[0], products=products)
+        tally = cls(current, uploads[0], products=products, sums=PlainSum)
         # Weights are normalized, since squares of tiny ones would be zero.
         for upload, share in zip(uploads, normalize(weights).tolist(), strict=True):
             tally.add(upload, share)

@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 
 from fedlora_flwr.plan import ComponentPlan
-from fedlora_flwr.simulations.local_grid import LocalGrid
+from fedlora_flwr.simulations.local_grid import TOGETHER, LocalGrid
 from fedlora_flwr.strategies import FedLoRA, strategy_class
 from fedlora_flwr.strategies.inbox import Replies
 from fedlora_flwr.strategies.robust import Robust
@@ -155,7 +155,7 @@ def growth(name: str, few: int, many: int) -> float:
 
 @pytest.mark.parametrize("name", ["ffa-lora", "rolora", "as-lora", "fedsvd", "head-only", "mr-mtl"])
 def test_the_servers_memory_does_not_grow_with_the_cohort(name: str) -> None:
-    assert growth(name, 4, 64) < 0.15
+    assert growth(name, TOGETHER, 64) < 0.15
 
 
 @pytest.mark.parametrize("name", ["dp-lora", "la-lora"])
@@ -229,14 +229,14 @@ def test_a_failed_client_leaves_no_trace_in_the_sum() -> None:
 
 
 def test_replies_are_read_while_clients_work() -> None:
-    tiny = Tiny(5)
+    tiny = Tiny(3 * TOGETHER)
     with tiny.grid() as grid:
         strategy = strategy_class("ffa-lora")()
         asked = list(strategy.configure_train(1, record_of(start_arrays()), ConfigRecord(), grid))
         replies = grid.send_and_receive(asked)
         assert isinstance(replies, Replies)
         for count, _ in enumerate(replies.once(), start=1):
-            assert len(tiny.asked) == count
+            assert len(tiny.asked) == -(-count // TOGETHER) * TOGETHER
         assert list(replies.once()) == []
 
 
