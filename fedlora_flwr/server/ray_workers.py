@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
 Answer: TypeAlias = tuple[Message, Context]
 STARTS = 120.0
-"""Seconds in which a new worker may start while no other is left."""
-_TICK = 0.05
+"""Seconds after the last loss in which new workers are asked for."""
+_TICK, _AGAIN = 0.05, 5.0
 
 
 class WorkerLost(FedLoRAError):
@@ -40,7 +41,7 @@ class LastingWorkers:
     def __init__(self) -> None:
         self._starting: dict[Any, Any] = {}  # Workers by the answer that shows that they are ready.
         self._lost = 0  # Workers that have died, without those that were replaced.
-        self._since = 0.0
+        self._since = self._next_start = 0.0
         self._lock = threading.Lock()
 
     def __enter__(self) -> LastingWorkers:
@@ -79,7 +80,7 @@ class LastingWorkers:
             pool.pool.append(worker)
             raise
         except RayError as error:
-            self._replace(pool, worker)
+            self._drop(worker)
             raise WorkerLost(_died_on(machine)) from error
         pool.pool.append(worker)
         return reply, updated
@@ -93,7 +94,7 @@ class LastingWorkers:
             All workers are dead, and no new one has started.
         """
         while True:
-            self._admit(pool)
+            self._renew(pool)
             try:
                 worker = pool.pool.pop()
             except IndexError:
@@ -103,39 +104,39 @@ class LastingWorkers:
             # A worker may have died while it was idle. No client has to pay for that.
             if machine := _machine(worker):
                 return worker, machine
-            self._replace(pool, worker)
+            self._drop(worker)
 
-    def _replace(self, pool: Any, worker: Any) -> None:
-        """Drop a worker that has died, and ask Ray for another."""
+    def _drop(self, worker: Any) -> None:
+        """Count a worker that has died."""
         import ray
 
         ray.kill(worker)  # Its machine may only be out of reach, and it may go on.
-        new = pool.create_actor_fn()
         with self._lock:
-            self._starting[new.__ray_ready__.remote()] = new
             self._lost, self._since = self._lost + 1, time.monotonic()
 
-    def _admit(self, pool: Any) -> None:
-        """Take over the new workers that have started; forget those that could not."""
+    def _renew(self, pool: Any) -> None:
+        """Take over the new workers that have started, and ask Ray for those that are missing."""
         import ray
         from ray.exceptions import RayError
 
         with self._lock:
             asked = list(self._starting)
-            ready = ray.wait(asked, num_returns=len(asked), timeout=0)[0] if asked else []
-            for answer in ready:
+            for answer in ray.wait(asked, num_returns=len(asked), timeout=0)[0] if asked else []:
                 worker = self._starting.pop(answer)
-                try:
+                with suppress(RayError):  # Ray may have chosen the machine that is being lost.
                     ray.get(answer)
-                except RayError:
-                    continue
-                pool.pool.append(worker)
-                self._lost -= 1
+                    pool.pool.append(worker)
+                    self._lost -= 1
+            now = time.monotonic()
+            if self._next_start <= now < self._since + STARTS:
+                for _ in range(self._lost - len(self._starting)):
+                    worker = pool.create_actor_fn()
+                    self._starting[worker.__ray_ready__.remote()] = worker
+                    self._next_start = now + _AGAIN
 
     def _check_any_left(self, pool: Any) -> None:
         with self._lock:
-            waits = self._starting and time.monotonic() < self._since + STARTS
-            if self._lost < pool.num_actors or waits:
+            if self._lost < pool.num_actors or time.monotonic() < self._since + STARTS:
                 return
         raise WorkerLost(
             f"no Ray worker is left, and no new one has started in {STARTS:g} s. Free memory, or "
