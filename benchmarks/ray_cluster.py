@@ -8,7 +8,8 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from fedlora_flwr.config import RunConfig
 from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.server.rounds import RoundRow
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.simulations.runner import PreparedRun, prepare_run, run_on_flower
+from fedlora_flwr.simulations.runner import prepare_run, run_on_flower
 from fedlora_flwr.tasks.registry import build_task
 
 NODE = "FEDLORA_NODE"
@@ -67,16 +68,21 @@ class Seen:
     ----------
     at : float
         Clock, in seconds.
-    cpu : float
-        CPU seconds.
-    sent, received : float
-        Bytes over TCP of all processes of the nodes beside the first, where the server is.
+    cpu : dict[int, float]
+        CPU seconds by process.
+    sent, received : int
+        Bytes over TCP of all processes of the nodes beside the first, where the server is. What was
+        sent again counts again.
     """
 
     at: float
-    cpu: float
-    sent: float
-    received: float
+    cpu: dict[int, float]
+    sent: int
+    received: int
+
+    def cpu_since(self, before: Seen) -> float:
+        """Return the CPU seconds of the processes that are there since an earlier look."""
+        return sum(used - before.cpu.get(pid, 0.0) for pid, used in self.cpu.items())
 
 
 @dataclass(frozen=True)
@@ -95,8 +101,8 @@ class Measured:
         Bytes over TCP in a round, of the nodes beside the first.
     up, down : float
         Bytes of arrays in a round's messages.
-    weights, records : float
-        Bytes that a node reads from its own disk: frozen weights, and records of all clients.
+    reads : Mapping[str, int]
+        Bytes that each node reads from its own disk.
     """
 
     start: float
@@ -107,24 +113,23 @@ class Measured:
     received: float
     up: float
     down: float
-    weights: float
-    records: float
+    reads: Mapping[str, int]
 
 
 def measure(setting: Setting, on_figure: Callable[[Figure], None]) -> None:
     """Run each recipe on each cluster."""
-    for name, rounds in setting.rounds.items():
-        alone: Measured | None = None
-        for nodes in setting.nodes:
-            found = measured(recipe(name, setting.clients, rounds + 1), nodes)
-            alone = alone or found
-            for figure in figures(f"{name}, nodes: {nodes}", nodes, found, alone):
-                on_figure(figure)
-        if alone:
-            own = {"frozen weights": alone.weights, "records of all clients": alone.records}
-            for part, size in own.items():
-                what = f"{name}: {part}, which never travel"
-                on_figure(Figure(what, size / 1e6, None, "MB", "each node reads its own copy"))
+    alone: dict[str, Measured] = {}
+    for nodes in setting.nodes:
+        with a_cluster(nodes) as mark:
+            for name, rounds in setting.rounds.items():
+                found = measured(recipe(name, setting.clients, rounds + 1), mark)
+                reference = alone.setdefault(name, found)
+                for figure in figures(f"{name}, nodes: {nodes}", nodes, found, reference):
+                    on_figure(figure)
+    for name, found in alone.items():
+        for part, size in found.reads.items():
+            what = f"{name}: {part}, which never travel"
+            on_figure(Figure(what, size / 1e6, None, "MB", "each node reads its own copy"))
 
 
 def recipe(name: str, clients: int, rounds: int) -> RunConfig:
@@ -139,19 +144,21 @@ def recipe(name: str, clients: int, rounds: int) -> RunConfig:
     return RunConfig.of(texts, own)
 
 
-def measured(config: RunConfig, nodes: int) -> Measured:
-    """Run on a cluster of so many nodes with one CPU each."""
-    own = [{NODE: str(node)} for node in range(nodes)]
+@contextmanager
+def a_cluster(nodes: int) -> Iterator[str]:
+    """Run on so many nodes with one CPU each, and give the mark of all their processes."""
     with (
-        tempfile.TemporaryDirectory(prefix="fedlora-bench-") as scratch,
-        mock.patch.dict(os.environ, {MARK: scratch}),
-        running_cluster(own) as variables,
+        tempfile.TemporaryDirectory(prefix="fedlora-bench-") as mark,
+        mock.patch.dict(os.environ, {MARK: mark}),
+        running_cluster([{NODE: str(node)} for node in range(nodes)]) as variables,
         mock.patch.dict(os.environ, variables),
     ):
-        return _run(prepare_run(config), RunDirectory(Path(scratch) / "run"), scratch)
+        yield mark
 
 
-def _run(prepared: PreparedRun, run_dir: RunDirectory, mark: str) -> Measured:
+def measured(config: RunConfig, mark: str) -> Measured:
+    """Run on the cluster whose processes have a mark."""
+    prepared = prepare_run(config)
     begin = seen(mark)
     looks: dict[int, Seen] = {}
     rows: list[RoundRow] = []
@@ -160,21 +167,24 @@ def _run(prepared: PreparedRun, run_dir: RunDirectory, mark: str) -> Measured:
         looks[row["round"]] = seen(mark)
         rows.append(row)
 
-    run_on_flower(prepared, run_dir, after)
+    with tempfile.TemporaryDirectory(prefix="fedlora-bench-") as scratch:
+        run_on_flower(prepared, RunDirectory(Path(scratch) / "run"), after)
     # What a run does after its last round belongs to no round.
     first, last = looks[1], looks[len(rows) - 2]
     rounds, later = len(rows) - 3, rows[2:]
     return Measured(
         start=first.at - begin.at,
-        start_cpu=first.cpu - begin.cpu,
+        start_cpu=first.cpu_since(begin),
         seconds=min(row["seconds"] for row in later),
-        cpu=(last.cpu - first.cpu) / rounds,
+        cpu=last.cpu_since(first) / rounds,
         sent=(last.sent - first.sent) / rounds,
         received=(last.received - first.received) / rounds,
         up=statistics.mean(row["bytes_up"] for row in later),
         down=statistics.mean(row["bytes_down"] for row in later),
-        weights=4 * prepared.parameters,
-        records=bytes_of_records(prepared.config),
+        reads={
+            "frozen weights": 4 * prepared.parameters,
+            "records of all clients": bytes_of_records(prepared.config),
+        },
     )
 
 
@@ -214,7 +224,7 @@ def figures(what: str, nodes: int, found: Measured, alone: Measured) -> list[Fig
 
 def seen(mark: str) -> Seen:
     """Look at all processes that have a mark."""
-    cpu, of_nodes = 0.0, set[int]()
+    cpu, of_nodes = dict[int, float](), set[int]()
     for pid in marked(mark):
         try:
             process = psutil.Process(pid)
@@ -223,7 +233,7 @@ def seen(mark: str) -> Seen:
                 of_nodes.add(pid)
         except psutil.Error:  # It has ended meanwhile.
             continue
-        cpu += times.user + times.system
+        cpu[pid] = times.user + times.system
     sent = received = 0
     for line in _sockets():
         if of_nodes & {int(pid) for pid in re.findall(r"pid=(\d+)", line)}:

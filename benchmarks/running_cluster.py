@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -46,18 +47,23 @@ def running_cluster(nodes: Sequence[Mapping[str, str]]) -> Iterator[dict[str, st
         shutil.rmtree(traces, ignore_errors=True)
 
 
-def main(nodes: Sequence[Mapping[str, str]]) -> None:
-    """Start the nodes, print the cluster's address, and end them when the input ends."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Start a Ray cluster on loopback, print its address, and end it when the input ends."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.running_cluster", description=main.__doc__
+    )
+    parser.add_argument("nodes", type=json.loads, help="JSON: variables of each node, head first")
+    given = parser.parse_args(arguments)
     from ray.cluster_utils import Cluster
 
     cluster = Cluster()
-    for node in nodes:
+    for variables in given.nodes:
         cluster.add_node(
             num_cpus=1,
             node_ip_address="127.0.0.1",
             include_dashboard=False,
             object_store_memory=STORE,
-            env_vars=dict(node),
+            env_vars=variables,
         )
     print(cluster.address, flush=True)
     sys.stdin.read()
@@ -65,4 +71,4 @@ def main(nodes: Sequence[Mapping[str, str]]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main()

@@ -133,7 +133,7 @@ def test_a_node_that_has_a_ledger_of_its_own_ends_the_run_before_its_first_round
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_node_that_dies_costs_one_client_of_its_worker_one_round(tmp_path: Path) -> None:
+def test_a_node_that_dies_costs_its_client_one_round(tmp_path: Path) -> None:
     run_dir = RunDirectory(tmp_path / "run")
     (tmp_path / "mortal.py").write_text(MORTAL.format(run=str(run_dir.path), second=SECOND))
     config = RunConfig.of({**SMALL, "task": "mortal:Mortal", "num-clients": 6, "num-rounds": 3})
