@@ -49,8 +49,9 @@ def main(grid: Grid, context: Context) -> None:
         noise = float(os.environ[NOISE]) if NOISE in os.environ else None
         after_round = certificates.after_round if certificates else None
         if isinstance(grid, InMemoryGrid):  # The grid of Flower's simulations, which run on Ray.
-            stack.enter_context(LastingWorkers())
-            after_round = stack.enter_context(SharedFolder(config.state_dir)).after_round
+            shared = stack.enter_context(SharedFolder(config.state_dir))
+            stack.enter_context(LastingWorkers(shared.seen_by))
+            after_round = shared.after_round
         run_federation(
             WatchedGrid(grid, identities),
             config,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -36,10 +37,17 @@ class LastingWorkers:
 
     The client whose worker died is a failure of the round, and its message is not given to another
     worker: it may have trained, and its ledger may have a row for that.
+
+    Parameters
+    ----------
+    may_serve : callable
+        Asks a new worker whether it may serve clients, e.g. `SharedFolder.seen_by`: it may run on a
+        machine that has just joined. Returns the answer to wait for.
     """
 
-    def __init__(self) -> None:
-        self._starting: dict[Any, Any] = {}  # Workers by the answer that shows that they are ready.
+    def __init__(self, may_serve: Callable[[Any], Any]) -> None:
+        self._may_serve = may_serve
+        self._starting: dict[Any, Any] = {}  # New workers by their answer.
         self._lost = 0  # Workers that have died, without those that were replaced.
         self._since = self._next_start = 0.0
         self._lock = threading.Lock()
@@ -124,14 +132,16 @@ class LastingWorkers:
             for answer in ray.wait(asked, num_returns=len(asked), timeout=0)[0] if asked else []:
                 worker = self._starting.pop(answer)
                 with suppress(RayError):  # Ray may have chosen the machine that is being lost.
-                    ray.get(answer)
-                    pool.pool.append(worker)
-                    self._lost -= 1
+                    if ray.get(answer):
+                        pool.pool.append(worker)
+                        self._lost -= 1
+                    else:
+                        ray.kill(worker)
             now = time.monotonic()
             if self._next_start <= now < self._since + STARTS:
                 for _ in range(self._lost - len(self._starting)):
                     worker = pool.create_actor_fn()
-                    self._starting[worker.__ray_ready__.remote()] = worker
+                    self._starting[self._may_serve(worker)] = worker
                     self._next_start = now + _AGAIN
 
     def _check_any_left(self, pool: Any) -> None:
