@@ -116,6 +116,13 @@ def worker_memory(on_figure: OnFigure) -> None:
     measure(Setting(), on_figure)
 
 
+def ray_clusters(on_figure: OnFigure) -> None:
+    """Compare rounds on Ray clusters of two and four nodes with rounds on one node."""
+    from benchmarks.ray_cluster import Setting, measure
+
+    measure(Setting(), on_figure)
+
+
 def masked_sums(on_figure: OnFigure) -> None:
     """Weigh the masks of a secure sum: time and bytes of 10, 30 and 100 clients."""
     from benchmarks.masking import Setting, measure
@@ -160,6 +167,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "memory": forecast_memory,
     "workers": worker_memory,
     "published": published_way,
+    "ray_cluster": ray_clusters,
     "masking": masked_sums,
     "correlated": correlated_noise,
     "attacks": attacks,
@@ -168,8 +176,8 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 
 
 BY_NAME_ONLY = (
-    "limit", "alternation", "growth", "million", "start", "long_runs", "prefix", "masking",
-    "correlated", "attacks", "gpu",
+    "limit", "alternation", "growth", "million", "start", "long_runs", "prefix",
+    "ray_cluster", "masking", "correlated", "attacks", "gpu",
 )  # fmt: skip
 """What `run_suite` leaves out unless named: no bar, no matter of simulations, long, or for a GPU.
 """

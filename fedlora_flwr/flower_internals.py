@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flwr.proto.control_pb2 import ListRunsRequest as ListRunsRequest
     from flwr.proto.fleet_pb2 import ActivateNodeRequest as ActivateNodeRequest
     from flwr.server.compat.grid_client_proxy import GridClientProxy as GridClientProxy
+    from flwr.server.superlink.fleet.vce.backend.raybackend import RayBackend as RayBackend
     from flwr.supercore.control import ControlHttpClient as ControlHttpClient
     from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM as KEY_CLIPPING_NORM
     from flwr.supercore.error import ApiErrorCode as ApiErrorCode
@@ -42,6 +43,7 @@ _HOMES = {
     "ListRunsRequest": "flwr.proto.control_pb2",
     "ActivateNodeRequest": "flwr.proto.fleet_pb2",
     "GridClientProxy": "flwr.server.compat.grid_client_proxy",
+    "RayBackend": "flwr.server.superlink.fleet.vce.backend.raybackend",
     "ControlHttpClient": "flwr.supercore.control",
     "KEY_CLIPPING_NORM": "flwr.supercore.differential_privacy",
     "ApiErrorCode": "flwr.supercore.error",

@@ -17,6 +17,7 @@ from fedlora_flwr.flower_internals import InMemoryGrid
 from fedlora_flwr.processes import uncollected
 from fedlora_flwr.server.certificates import Certificates
 from fedlora_flwr.server.endings import recorded
+from fedlora_flwr.server.ray_workers import LastingWorkers
 from fedlora_flwr.server.run_dir import CLAIM, NOISE, REPORT, RunDirectory, has_begun
 from fedlora_flwr.server.shared_folder import SharedFolder
 from fedlora_flwr.server.watched_grid import WatchedGrid
@@ -48,7 +49,9 @@ def main(grid: Grid, context: Context) -> None:
         noise = float(os.environ[NOISE]) if NOISE in os.environ else None
         after_round = certificates.after_round if certificates else None
         if isinstance(grid, InMemoryGrid):  # The grid of Flower's simulations, which run on Ray.
-            after_round = stack.enter_context(SharedFolder(config.state_dir)).after_round
+            shared = stack.enter_context(SharedFolder(config.state_dir))
+            stack.enter_context(LastingWorkers(shared.seen_by))
+            after_round = shared.after_round
         run_federation(
             WatchedGrid(grid, identities),
             config,

@@ -46,7 +46,7 @@ from fedlora_flwr.wire.order import Order
 
 _ELSEWHERE = (
     "num-rounds", "run-dir", "state-dir", "resume", "start", "eval-every", "min-clients",
-    "early-stopping-patience", "early-stopping-threshold", "metric-for-best-model",
+    "early-stopping-patience", "early-stopping-threshold", "metric-for-best-model", "share-weights",
 )  # fmt: skip
 """Keys that change nothing in a round but the learning rates, which `inputs_of` adds itself."""
 

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 from fedlora_flwr.config.state import state_folder_of
 from fedlora_flwr.errors import InvalidValue
@@ -64,6 +65,10 @@ class SharedFolder:
         """Ask each machine that has joined the cluster since."""
         self._check()
 
+    def seen_by(self, worker: Any) -> Any:
+        """Ask a Ray worker whether its machine sees the file; return the answer to wait for."""
+        return worker.__ray_call__.remote(_worker_sees, self._state_dir, self._name)
+
     def _check(self) -> None:
         nodes = _machines()
         if len(nodes) < 2:
@@ -105,6 +110,11 @@ class SharedFolder:
 def _sees(state_dir: str, name: str) -> bool:
     """Tell whether this machine sees a file in the ledger's folder."""
     return (state_folder_of(state_dir) / name).exists()
+
+
+def _worker_sees(_: object, state_dir: str, name: str) -> bool:
+    """Do the same in a worker that has started."""
+    return _sees(state_dir, name)
 
 
 def _wait_for_ray() -> None:

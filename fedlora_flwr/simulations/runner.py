@@ -27,7 +27,7 @@ from fedlora_flwr.lora.started import read_adapter
 from fedlora_flwr.privacy.calibration import Mechanisms
 from fedlora_flwr.processes.workers import Execute, executor, one_by_one
 from fedlora_flwr.secure_sum.grid import Grid
-from fedlora_flwr.server.endings import COMPLETED, untold
+from fedlora_flwr.server.endings import COMPLETED, UNTOLD, untold
 from fedlora_flwr.server.norm_bound import check_known
 from fedlora_flwr.server.rehearsal import check_folding, is_large, rehearse
 from fedlora_flwr.server.rounds import OnRound
@@ -331,4 +331,4 @@ def _reason(run_dir: RunDirectory) -> str:
         return str(summary["error"])
     lines = run_dir.log.read_text(encoding="utf-8", errors="replace").splitlines()
     errors = [line.strip() for line in lines if "Error" in line or "ERROR" in line]
-    return errors[-1] if errors else "no error in the log"
+    return errors[-1] if errors else UNTOLD

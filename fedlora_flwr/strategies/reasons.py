@@ -6,7 +6,8 @@ import re
 
 _LONGEST = 20_000  # characters
 _MOST_LINES = 6  # of a message
-_WORKER_DIED = "worker process has died"  # Ray's words
+_RAYS_WORDS = "worker process has died"
+WORKER_DIED = "its worker process died: killed, or out of memory"
 _NO_BRIDGE = "fitins.parameters"  # what Flower's own translation of a NumPyClient looks for
 _RAISED = re.compile(r"<class '[\w.]+'>:<'(.*)'>", re.DOTALL)  # A SuperNode's, around an error's
 _FRAME = re.compile(r"\s*File \".*\", line \d+")
@@ -19,8 +20,8 @@ def reason_of(text: str | None) -> str:
     where. A client may send any text, of any length: only its end is looked at.
     """
     text = (text or "")[-_LONGEST:]
-    if _WORKER_DIED in text:
-        return "its worker process died: killed, or out of memory"
+    if _RAYS_WORDS in text:
+        return WORKER_DIED
     if _NO_BRIDGE in text:
         return "it is a NumPyClient: serve it with ClientApp(client_fn, mods=[fedlora_flwr.bridge])"
     message = _after_frames(_RAISED.sub(r"\1", text).splitlines())

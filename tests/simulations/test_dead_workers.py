@@ -1,14 +1,17 @@
-"""A Ray worker that is killed: each lost reply is reported, and the run goes on or stops."""
+"""A Ray worker that is killed: its client is reported, and the run goes on or stops."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.simulations.runner import RunFailed, prepare_run, run_on_flower
+from fedlora_flwr.simulations.launch import open_run
+from fedlora_flwr.simulations.runner import RunFailed, prepare_run, run_in_process, run_on_flower
+from tests.server.resuming import assert_same
 
 pytestmark = pytest.mark.flower
 
@@ -33,44 +36,55 @@ class Mortal(DigitsTask):
                 os.kill(os.getpid(), signal.SIGKILL)
         return super().losses(model, batch)
 """
+SETTINGS: dict[str, Any] = {
+    "task": "mortal:Mortal",
+    "num-clients": 4,
+    "num-rounds": 3,
+    "local-steps": 2,
+    "reproducible": True,
+}
 
 
-@pytest.mark.parametrize("completion", [0.1, 1.0])
-def test_a_killed_worker_is_reported_in_every_round_that_it_shrinks(
-    completion: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    armed, run_dir = tmp_path / "armed", RunDirectory(tmp_path / "run")
-    (tmp_path / "mortal.py").write_text(MORTAL.format(armed=str(armed), run=str(run_dir.path)))
+@pytest.fixture
+def armed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Arm the task of a run in ``run``; return the file that says so."""
+    armed = tmp_path / "armed"
+    (tmp_path / "mortal.py").write_text(MORTAL.format(armed=str(armed), run=str(tmp_path / "run")))
     armed.touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    config = RunConfig.of(
-        {
-            "task": "mortal:Mortal",
-            "num-clients": 4,
-            "num-rounds": 3,
-            "local-steps": 2,
-            "min-completion": completion,
-            "reproducible": True,
-        }
-    )
-    if completion == 1.0:
-        with pytest.raises(RunFailed, match=r"of 4 clients answered.*worker process died"):
-            run_on_flower(prepare_run(config), run_dir, lambda _: None, workers=2)
-        return
-    shown: list[int] = []
-    summary = run_on_flower(
-        prepare_run(config), run_dir, lambda row: shown.append(row["round"]), workers=2
-    )
+    return armed
+
+
+def test_a_killed_worker_costs_one_client_one_round(armed: Path, tmp_path: Path) -> None:
+    run_dir, shown = RunDirectory(tmp_path / "run"), list[int]()
+    prepared = prepare_run(RunConfig.of(SETTINGS))
+    summary = run_on_flower(prepared, run_dir, lambda row: shown.append(row["round"]), workers=2)
 
     # Returns only if Flower's own status is "finished:completed".
     assert summary["status"] == "completed"
     assert shown == [0, 1, 2, 3]
-    assert (tmp_path / "fired").exists()
-    rows = run_dir.rows("rounds")[1:]
-    assert len(rows) == 3
-    for row in rows:
-        assert row["clients_used"] + len(row["failures"]) == row["clients_asked"] == 4
-        assert all("worker process died" in line for line in row["failures"])
-    assert not rows[0]["failures"]
-    assert sum(len(row["failures"]) for row in rows) == summary["failures"] > 0
+    assert not armed.exists()
+    first, second, third = run_dir.rounds()[1:]
+    assert not first["failures"]
+    (line,) = second["failures"]
+    assert line.endswith(": its worker process died: killed, or out of memory")
+    assert second["clients_used"] == 3
+    # The dead worker takes no client of a later round.
+    assert third["clients_used"] == 4
+
+
+def test_a_run_that_ends_with_a_worker_goes_on_bit_for_bit(armed: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    config = RunConfig.of(SETTINGS, {"min-completion": 1.0})
+    ended = r"Round 2: 3 of 4 clients answered.*partition-00000\d: its worker process died"
+    with pytest.raises(RunFailed, match=ended):
+        run_on_flower(prepare_run(config), run, lambda _: None, workers=2)
+    assert not armed.exists()
+    again = RunConfig.of(config.items(), {"resume": str(run.path)})
+    open_run(again, tmp_path).play(lambda _: None)
+
+    whole = RunDirectory(tmp_path / "whole")
+    run_in_process(prepare_run(config), whole, lambda _: None)
+    # The client that was lost has spent its round once: the ledger, too, is the same.
+    assert_same(whole.path, run.path)
