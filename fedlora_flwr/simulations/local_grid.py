@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -147,17 +148,18 @@ class LocalGrid(Grid):
         with self._turn:
             served = self._execute(partial(_handle, self._app), jobs)
         while few := self._next(served):
-            for node, state, replies in few:
+            while few:
+                node, state, replies = few.popleft()
                 if state or node in self._states:
                     self._states[node] = state
                 yield from replies.items()
 
-    def _next(self, served: Iterator[Served]) -> list[Served]:
+    def _next(self, served: Iterator[Served]) -> deque[Served]:
         """Serve some nodes. Their rows in this process's ledgers come before their replies."""
         batch = Batch()
         try:
             with self._turn, batch.gathering():
-                return list(islice(served, TOGETHER))
+                return deque(islice(served, TOGETHER))
         finally:
             batch.write()
 
