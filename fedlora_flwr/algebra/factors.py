@@ -15,26 +15,20 @@ up and its row of A is scaled down.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh  # type: ignore[import-untyped]
 
 from fedlora_flwr.algebra.means import normalize
+from fedlora_flwr.algebra.triplets import EXACT, Array64, leading
 from fedlora_flwr.errors import InvalidValue
 
 Factor: TypeAlias = NDArray[np.floating]
 Pair: TypeAlias = tuple[Factor, Factor]
-Array64: TypeAlias = NDArray[np.float64]
-Triplets: TypeAlias = tuple[Array64, Array64, Array64]
-"""U (m, rank), Σ (rank,) and V (n, rank)."""
 
-_EXACT = 1e-13  # of the largest singular value, which is all that a direct SVD promises
-_HIDDEN = 1e-9  # far below the rounding of fp32
-_SPARE = 8  # vectors of a subspace iteration beyond those that are looked for
+_HIDDEN = 1e-9  # of the largest singular value; far below the rounding of fp32
 
 
 def refactorize(B: Factor, A: Factor) -> Pair:
@@ -102,7 +96,7 @@ def truncate(B: Factor, A: Factor, rank: int) -> Pair:
     if rank < 1:
         raise InvalidValue("rank", rank, "a whole number of at least 1")
     stack = B.astype(np.float64), A.astype(np.float64)
-    return _cast(*_truncate(*stack, rank, _EXACT), (B, A))
+    return _cast(*_truncate(*stack, rank, EXACT), (B, A))
 
 
 def truncated_mean(pairs: Sequence[Pair], weights: Sequence[float], rank: int) -> Pair:
@@ -137,7 +131,7 @@ def truncated_mean(pairs: Sequence[Pair], weights: Sequence[float], rank: int) -
     mean = np.zeros((rank, len(columns)))
     own = columns < rank
     mean[columns[own], np.flatnonzero(own)] = sizes[own]
-    return _cast(*_truncate(*stack, rank, _EXACT if width > 4 else _HIDDEN, mean), factors)
+    return _cast(*_truncate(*stack, rank, EXACT if width > 4 else _HIDDEN, mean), factors)
 
 
 def combine(
@@ -251,88 +245,12 @@ def _decompose(B: Factor, A: Factor, rank: int, floor: float) -> tuple[Array64, 
 def _truncate(
     B: Array64, A: Array64, rank: int, exact: float, sketch: Array64 | None = None
 ) -> tuple[Array64, Array64]:
-    floor, (m, n) = _rounding(B, A), (len(B), A.shape[1])
-    ways: list[Callable[[], Triplets | None]] = []
-    if np.isfinite(floor) and 4 * (rank + _SPARE) <= min(m, n):
-        ways.append(partial(_leading, B, A, rank, exact, sketch))
-    if np.isfinite(floor) and 2 * len(A) >= min(m, n) >= 4 * rank:
-        ways.append(partial(_of_gram, B, A, rank))
-    # Two passes with a wide stack take more products than to form the matrix, if it is small.
-    if len(A) >= 2 * min(m, n) and 6 * (m + n) * (rank + _SPARE) > m * n:
-        ways = ways[::-1]
-    found = next((found for way in ways if (found := way()) is not None), None)
+    floor = _rounding(B, A)
+    found = leading(B, A, rank, exact, sketch) if np.isfinite(floor) else None
     if found is None:
         return _decompose(B, A, rank, floor)[:2]
     u, sigma, v = found
     return _oriented(u * np.where(sigma > floor, sigma, 0.0), v.T, rank)
-
-
-def _leading(
-    B: Array64, A: Array64, rank: int, exact: float, sketch: Array64 | None
-) -> Triplets | None:
-    """Find the leading triplets as `_decompose` does, by subspace iteration, if that is cheaper.
-
-    Halko, Martinsson and Tropp (arXiv 0909.4061, algorithm 4.4), from a fixed start. ``Pᵀu = v σ``
-    holds by construction. Once ``|P v - u σ| <= exact σ_1``, the triplets are those of a matrix
-    within this distance of P. A pass that gains less than two digits returns None: the singular
-    values have no gap after the rank. Vectors are rows here, since products with the wide stacks
-    are then up to twice as fast.
-
-    Parameters
-    ----------
-    exact : float
-        Largest error that may be left.
-    sketch : ndarray, (rank, r), optional
-        Combinations of B's columns to start from. Random ones are added to them.
-    """
-    start = np.random.default_rng(0).standard_normal((rank + _SPARE, len(A)))
-    if sketch is not None:
-        start[:rank] *= 1e-3 * np.linalg.norm(sketch) / np.linalg.norm(start[:rank])
-        start[:rank] += sketch
-    image, error = start @ B.T, np.inf
-    while True:
-        u = _orthonormal(image.T).T
-        # QR first: the SVD of a small square takes less time than that of a tall matrix.
-        v, rest = np.linalg.qr(((u @ B) @ A).T)
-        turn, sigma, mix = np.linalg.svd(rest, full_matrices=False)
-        v, mix = v @ turn, mix @ u
-        image = (v.T @ A.T) @ B.T
-        previous = min(error, float(sigma[0]))
-        error = float(np.linalg.norm(image[:rank] - sigma[:rank, None] * mix[:rank]))
-        if error <= exact * sigma[0]:
-            return mix[:rank].T, sigma[:rank], v[:, :rank]
-        if not error <= 0.01 * previous:
-            return None
-
-
-def _of_gram(B: Array64, A: Array64, rank: int) -> Triplets | None:
-    """Find the leading triplets of the product P from ``P Pᵀ``, if that is as exact as its SVD.
-
-    An eigenvalue is off by eps σ_1², so a singular value σ is off by eps σ_1² / σ. This is nothing
-    as long as σ is not small. Where it is, the triplets do not pass the check of `_leading`.
-    """
-    with np.errstate(over="ignore", invalid="ignore"):
-        tall = len(B) > A.shape[1]
-        P = (B @ A).T if tall else B @ A
-        gram = P @ P.T
-    if not np.isfinite(gram).all():
-        return None
-    size = len(P)
-    u = eigh(gram, subset_by_index=(size - rank, size - 1), overwrite_a=True)[1]
-    # LAPACK may leave out some of many equal eigenvalues.
-    if u.shape[1] < rank:
-        return None
-    u = _orthonormal(u)
-    v, rest = np.linalg.qr(P.T @ u)
-    turn, sigma, mix = np.linalg.svd(rest, full_matrices=False)
-    u, v = u @ mix.T, v @ turn
-    if np.linalg.norm(P @ v - u * sigma) > _EXACT * sigma[0]:
-        return None
-    return (v, sigma, u) if tall else (u, sigma, v)
-
-
-def _orthonormal(columns: Array64) -> Array64:
-    return np.linalg.qr(columns)[0]
 
 
 def _oriented(left: Array64, v: Array64, rank: int) -> tuple[Array64, Array64]:
