@@ -56,7 +56,9 @@ class Tally:
         products: bool = False,
         sums: type[AnySum] = RunningSum,
     ) -> None:
-        parts, self._places, end = by_part(names), dict[str, slice](), 0
+        # A set has another order in each process, and a sum over arrays other last bits then.
+        ordered = sorted(names)
+        parts, self._places, end = by_part(ordered), dict[str, slice](), 0
         self._current = {name: current[name] for own in parts.values() for name in own}
         for name, array in self._current.items():
             self._places[name] = slice(end, end := end + array.size)
@@ -68,7 +70,7 @@ class Tally:
         self._energies, self._fourths = sums(len(self._places)), sums(len(self._places))
         self._weights = sums(2)
         self._still: set[str] = set()
-        self._products = ProbedProducts(current, names, sums) if products else None
+        self._products = ProbedProducts(current, ordered, sums) if products else None
         # The first upload is kept for as long as all others are the same.
         self._first: Arrays | None = None
         self.count = 0

@@ -12,6 +12,7 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedlora_flwr.algebra.tally import Tally
 from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.simulations.local_grid import TOGETHER, LocalGrid
 from fedlora_flwr.strategies import FedLoRA, strategy_class
@@ -92,6 +93,19 @@ def test_the_order_of_replies_changes_no_bit_of_model_or_rows(name: str) -> None
     assert second.last_round is not None
     assert first.last_round.compared == second.last_round.compared
     assert first.last_round.details == second.last_round.details
+
+
+def test_the_order_of_names_changes_no_bit() -> None:
+    draw = np.random.default_rng(5)
+    start = {f"blocks.{i}.fc.lora_B.weight": draw.normal(size=(40, 3)) for i in range(30)}
+    found = []
+    for names in (list(start), list(start)[::-1]):
+        tally = Tally(start, names)
+        for seed in range(3):
+            moves = np.random.default_rng(seed)
+            tally.add({name: start[name] + moves.normal(size=(40, 3)) for name in start})
+        found.append((tally.square("B"), tally.cosine("B"), list(tally.mean())))
+    assert found[0] == found[1]
 
 
 def big_app() -> ClientApp:
