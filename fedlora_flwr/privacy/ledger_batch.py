@@ -26,13 +26,16 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from fedlora_flwr.errors import LedgerDamaged
-from fedlora_flwr.privacy.account import Account, LedgerSummary, Tally
-from fedlora_flwr.privacy.budget import Segment
-from fedlora_flwr.privacy.ledger_file import LedgerFile, Values, Writer
 
-Repeated = tuple[Account, int, Segment, Segment, str]
+if TYPE_CHECKING:  # A grid needs no accountant, which the core does not have.
+    from fedlora_flwr.privacy.account import Account, LedgerSummary, Tally
+    from fedlora_flwr.privacy.budget import Segment
+    from fedlora_flwr.privacy.ledger_file import LedgerFile, Values, Writer
+
+Repeated: TypeAlias = "tuple[Account, int, Segment, Segment, str]"
 """A release that may be asked again: account, round, segment, plan and the inputs' digest."""
 
 
@@ -81,6 +84,8 @@ class Batch:
     --------
     >>> from tempfile import TemporaryDirectory
     >>> from fedlora_flwr import Ledger
+    >>> from fedlora_flwr.privacy.account import Account
+    >>> from fedlora_flwr.privacy.budget import Segment
     >>> planned, batch = Segment(1.0, 0.1, steps=5), Batch()
     >>> accounts = [Account(client, "run-1", epsilon=8.0, delta=1e-3) for client in ("a", "b")]
     >>> with TemporaryDirectory() as folder:

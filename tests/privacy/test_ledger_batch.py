@@ -23,6 +23,7 @@ from fedlora_flwr.errors import LedgerDamaged
 from fedlora_flwr.privacy.ledger import Ledger
 from fedlora_flwr.privacy.ledger_batch import Batch
 from fedlora_flwr.simulations.local_grid import LocalGrid
+from fedlora_flwr.strategies.inbox import Replies
 from fedlora_flwr.wire.order import Order
 from tests.privacy.ledgers import ACCOUNT, ONE, PLAN, forget
 from tests.server.resuming import tiny
@@ -150,13 +151,15 @@ def test_no_reply_leaves_without_its_row(tmp_path: Path) -> None:
         if number == 2:
             path.unlink()
 
-    grid = asked(path, lose)
+    grid, left = asked(path, lose), list[Message]()
     with grid.running():
         messages = [Message(RecordDict(), node, "train") for node in grid.get_node_ids()]
         Ledger(path).record(ACCOUNT, 1, ONE, PLAN)
         with pytest.raises(LedgerDamaged, match="it is gone, but its witness"):
-            grid.send_and_receive(messages)
-        assert not grid._replies
+            replies = grid.send_and_receive(messages)
+            assert isinstance(replies, Replies)
+            left.extend(replies.once())
+        assert left == []
 
 
 def test_a_failure_counts_before_its_error_leaves(
