@@ -155,9 +155,9 @@ def test_no_reply_leaves_without_its_row(tmp_path: Path) -> None:
     with grid.running():
         messages = [Message(RecordDict(), node, "train") for node in grid.get_node_ids()]
         Ledger(path).record(ACCOUNT, 1, ONE, PLAN)
+        replies = grid.send_and_receive(messages)
+        assert isinstance(replies, Replies)
         with pytest.raises(LedgerDamaged, match="it is gone, but its witness"):
-            replies = grid.send_and_receive(messages)
-            assert isinstance(replies, Replies)
             left.extend(replies.once())
         assert left == []
 
