@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -59,6 +60,7 @@ def _message(setting: Setting) -> Figure:
     done = subprocess.run(
         [sys.executable, "-m", __name__, str(setting.clients), str(setting.rounds)],
         cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # A second thread that waits counts, too.
         capture_output=True,
         text=True,
         check=True,
