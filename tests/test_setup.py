@@ -56,6 +56,7 @@ def install(pip_file: Path, folder: Path, **env: str) -> str:
 def test_uv_installs_from_where_pip_would_and_within_its_constraints(
     pip_file: Path, tmp_path: Path
 ) -> None:
+    pytest.importorskip("uv", reason="pip has set up this environment")
     assert install(pip_file, tmp_path / "one") == ""
     assert (tmp_path / "one" / "tiny_thing-1.5.dist-info" / "INSTALLER").read_text() == "uv"
 
