@@ -50,7 +50,7 @@ def main(grid: Grid, context: Context) -> None:
         after_round = certificates.after_round if certificates else None
         if isinstance(grid, InMemoryGrid):  # The grid of Flower's simulations, which run on Ray.
             shared = stack.enter_context(SharedFolder(config.state_dir))
-            stack.enter_context(LastingWorkers(shared.seen_by))
+            stack.enter_context(LastingWorkers(shared.seen_by).serving())
             after_round = shared.after_round
         run_federation(
             WatchedGrid(grid, identities),

@@ -69,16 +69,16 @@ def test_pip_installs_where_uv_cannot(pip_file: Path, tmp_path: Path) -> None:
 
 
 def test_the_environment_of_a_shell_stands_above_a_file_and_install_above_global() -> None:
-    said = """:env:.index-url='https://c.example/simple'
-global.index-url='https://a.example/simple'
-install.index-url='https://b.example/simple'
+    said = """:env:.index-url='third'
+global.index-url='first'
+install.index-url='second'
 install.timeout='9'
 freeze.timeout='1'
-global.extra-index-url='file:///one file:///two'
+global.extra-index-url='one two'
 """
     assert uv_settings(pip_settings(said)) == {
-        "UV_DEFAULT_INDEX": "https://c.example/simple",
+        "UV_DEFAULT_INDEX": "third",
         "UV_HTTP_TIMEOUT": "9",
-        "UV_INDEX": "file:///one file:///two",
+        "UV_INDEX": "one two",
         "UV_INDEX_STRATEGY": "unsafe-best-match",
     }

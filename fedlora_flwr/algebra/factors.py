@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.means import normalize
-from fedlora_flwr.algebra.triplets import EXACT, Array64, leading
+from fedlora_flwr.algebra.running_sum import Array64
+from fedlora_flwr.algebra.triplets import EXACT, leading
 from fedlora_flwr.errors import InvalidValue
 
 Factor: TypeAlias = NDArray[np.floating]
@@ -93,8 +94,7 @@ def truncate(B: Factor, A: Factor, rank: int) -> Pair:
         The singular values of the error are those that were left out.
     """
     _check(B, A)
-    if rank < 1:
-        raise InvalidValue("rank", rank, "a whole number of at least 1")
+    _check_rank(rank)
     stack = B.astype(np.float64), A.astype(np.float64)
     return _cast(*_truncate(*stack, rank, EXACT), (B, A))
 
@@ -121,8 +121,7 @@ def truncated_mean(pairs: Sequence[Pair], weights: Sequence[float], rank: int) -
         As of `truncate`.
     """
     shares = _shares(pairs, weights)
-    if rank < 1:
-        raise InvalidValue("rank", rank, "a whole number of at least 1")
+    _check_rank(rank)
     factors = [factor for pair in pairs for factor in pair]
     width = np.result_type(*factors).itemsize
     stack = _stack([B for B, _ in pairs], [A for _, A in pairs], shares)
@@ -301,6 +300,11 @@ def _check(B: Factor, A: Factor) -> None:
             raise InvalidValue(f"type of {name}", str(factor.dtype), "a floating-point type")
         if not np.isfinite(factor).all():
             raise InvalidValue(f"entries of {name}", "NaN or infinite", "finite numbers")
+
+
+def _check_rank(rank: int) -> None:
+    if rank < 1:
+        raise InvalidValue("rank", rank, "a whole number of at least 1")
 
 
 def _cast(B: Array64, A: Array64, sources: Sequence[Factor]) -> Pair:

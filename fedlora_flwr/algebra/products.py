@@ -13,7 +13,7 @@ from fedlora_flwr.algebra.means import Arrays, normalize
 from fedlora_flwr.algebra.running_sum import AnySum, Array64, RunningSum
 from fedlora_flwr.layout import Layout
 
-EXACT = 256
+NARROW = 256
 """Stacked columns up to which Gram matrices are cheap. Above that, random probes estimate."""
 # At least this many probes for a layer, and for all layers together.
 _PROBES, _ALL_PROBES = 8, 64
@@ -42,7 +42,7 @@ def stacked_width(current: Arrays, names: Iterable[str], count: int) -> int:
     Returns
     -------
     int
-        0 where no layer has both factors among the names. Up to `EXACT`, `mean_error` is cheap.
+        0 where no layer has both factors among the names. Up to `NARROW`, `mean_error` is cheap.
     """
     pairs = moving_pairs(current, names)
     return max((len(current[a]) for _, a in pairs), default=0) * count

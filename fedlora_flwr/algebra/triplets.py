@@ -7,9 +7,9 @@ from functools import partial
 from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array64: TypeAlias = NDArray[np.float64]
+from fedlora_flwr.algebra.running_sum import Array64
+
 Triplets: TypeAlias = tuple[Array64, Array64, Array64]
 """U (m, rank), Σ (rank,) and V (n, rank)."""
 

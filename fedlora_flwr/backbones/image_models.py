@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from fedlora_flwr.config.sections import TaskSection
 from fedlora_flwr.data.hub import hub_answers, own_copies_only
+from fedlora_flwr.data.light_timm import light_timm
 from fedlora_flwr.errors import InvalidValue, one_line
 from fedlora_flwr.files import cache_folder
 from fedlora_flwr.lora.fused_layers import SplitLinear, split_fused
 from fedlora_flwr.lora.seeded import seeded_on_cpu
-from fedlora_flwr.processes.later import later
 
 SMALL_SWIN = "small-swin"
 # Patterns of layers to adapt. `_LAYERS` begins with queries, keys, values and the projection, as in
@@ -143,8 +143,7 @@ def model_folder(name: str) -> Path:
 
 
 def _create(settings: TaskSection, num_classes: int, *, pretrained: bool) -> nn.Module:
-    with later("wandb"):
-        import timm
+    timm = light_timm()
     model, folder = settings.model, _folder(settings.model)
     if folder is not None:
         model = f"local-dir:{folder}"
@@ -186,9 +185,7 @@ def _weights_in(folder: Path) -> str:
 
 
 def _sized(model: str, size: int, pretrained: bool, num_classes: int) -> nn.Module:
-    with later("wandb"):
-        import timm
-
+    timm = light_timm()
     options: dict[str, Any] = {"pretrained": pretrained, "num_classes": num_classes}
     if size:
         try:
@@ -205,9 +202,7 @@ def _sized(model: str, size: int, pretrained: bool, num_classes: int) -> nn.Modu
 def _unknown(model: str) -> InvalidValue:
     import difflib
 
-    with later("wandb"):
-        import timm
-
+    timm = light_timm()
     if model == SMALL_SWIN:
         allowed = f"a model that exists. Make this one with `fedlora pretrain {SMALL_SWIN}`"
     elif Path(model).expanduser().is_dir():

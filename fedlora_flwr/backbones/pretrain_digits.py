@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from fedlora_flwr.backbones.printed_digits import CLASSES, render
 from fedlora_flwr.data.cached_file import read_or_build
+from fedlora_flwr.data.light_timm import light_timm
 from fedlora_flwr.files import cache_folder
 from fedlora_flwr.lora.seeded import seeded_on_cpu
-from fedlora_flwr.processes.later import later
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,9 @@ def build_vit(seed: int = 0) -> nn.Module:
     seed : int (default: 0)
         Seed of the weights. The global random state does not change.
     """
-    with later("wandb"):
-        from timm.models.vision_transformer import VisionTransformer
+    vision_transformer = light_timm().models.VisionTransformer
     with seeded_on_cpu(seed):
-        model: nn.Module = VisionTransformer(
+        model: nn.Module = vision_transformer(
             img_size=8,
             patch_size=2,
             in_chans=1,

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from fedlora_flwr.backbones.image_models import SMALL_SWIN, data_config, model_folder
 from fedlora_flwr.data.arrow_records import ArrowRecords
 from fedlora_flwr.data.cached_file import require_writable
+from fedlora_flwr.data.light_timm import light_timm
 from fedlora_flwr.data.pictures import collate, image_column, normalized, pixels
 from fedlora_flwr.data.sources import load_split
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.files import replacing
-from fedlora_flwr.processes.later import later
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -136,10 +136,7 @@ def pretrain_swin(
 
 def build_swin(num_classes: int, drop_path: float = 0.0) -> nn.Module:
     """Return an untrained small Swin; the global generator draws its weights."""
-    with later("wandb"):
-        import timm
-
-    made: nn.Module = timm.create_model(
+    made: nn.Module = light_timm().create_model(
         ARCHITECTURE,
         pretrained=False,
         num_classes=num_classes,

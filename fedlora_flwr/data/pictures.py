@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from fedlora_flwr.data.arrow_records import Rows
+from fedlora_flwr.data.light_timm import light_timm
 from fedlora_flwr.data.names import names
 from fedlora_flwr.data.prepared import prepare
 from fedlora_flwr.errors import unknown
-from fedlora_flwr.processes.later import later
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -99,11 +99,8 @@ def read(pictures: Sequence[Image.Image], data: Mapping[str, Any]) -> NDArray[np
     ValueError
         As `eight_bits`.
     """
-    with later("wandb"):
-        from timm.data import create_transform
-
     # With use_prefetcher, timm's transform does not scale or normalize pictures.
-    transform = create_transform(**data, is_training=False, use_prefetcher=True)
+    transform = light_timm().data.create_transform(**data, is_training=False, use_prefetcher=True)
     mode = "L" if data["input_size"][0] == 1 else "RGB"
     return np.stack([transform(eight_bits(picture, mode)) for picture in pictures])
 

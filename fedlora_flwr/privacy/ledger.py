@@ -293,12 +293,7 @@ class Ledger:
         # process has written to the account meanwhile.
         summary, order = admit(account, tallies, planned, segment.steps, self.lapse)
         values = (
-            account.client,
-            account.run,
-            server_round,
-            float(segment.noise_multiplier),
-            float(segment.sample_rate),
-            int(segment.steps),
+            *_first_values(account, server_round, segment),
             datetime.now(UTC).isoformat(timespec="seconds"),
             int(planned.steps),
             order,
@@ -353,14 +348,14 @@ def _repeats(db: sqlite3.Connection, *repeated: *Repeated) -> dict[int, str]:
     found = db.execute(
         "SELECT id, outputs FROM releases WHERE client = ? AND run = ? AND round = ? "
         "AND noise_multiplier = ? AND sample_rate = ? AND steps = ? AND inputs = ? ORDER BY id",
-        (
-            account.client,
-            account.run,
-            server_round,
-            float(segment.noise_multiplier),
-            float(segment.sample_rate),
-            int(segment.steps),
-            inputs,
-        ),
+        (*_first_values(account, server_round, segment), inputs),
     )
     return dict(found)
+
+
+def _first_values(
+    account: Account, server_round: int, segment: Segment
+) -> tuple[str, str, int, float, float, int]:
+    """Return what a row begins with: client, run, round, noise multiplier, sample rate, steps."""
+    noise, rate = float(segment.noise_multiplier), float(segment.sample_rate)
+    return account.client, account.run, server_round, noise, rate, int(segment.steps)

@@ -30,7 +30,7 @@ def later(*names: str) -> Iterator[None]:
     >>> "wave" in sys.modules, wave.open.__name__, "wave" in sys.modules
     (False, 'open', True)
     """
-    # To look for a module that is inside a package would import the package.
+    # `find_spec` imports the package of a name with dots, so such a name is not looked for.
     wanted = (n for n in names if "." in n or importlib.util.find_spec(n) is not None)
     placed = {name: _Later(name) for name in wanted if name not in sys.modules}
     sys.modules.update(placed)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flwr.app import Context, Message
@@ -28,7 +27,7 @@ class WorkerLost(FedLoRAError):
 
 
 class LastingWorkers:
-    """A context in which Flower's simulation engine gives messages to living Ray workers only.
+    """Lets Flower's simulation engine give messages to living Ray workers only; see `serving`.
 
     Flower makes its workers once. A dead one stays in its pool, fails each message at once, and so
     takes most messages of every round from the workers that live. Here a worker that has died is
@@ -52,26 +51,21 @@ class LastingWorkers:
         self._since = self._next_start = 0.0
         self._lock = threading.Lock()
 
-    def __enter__(self) -> LastingWorkers:
-        """Serve messages from now on. Flower may have made its workers already."""
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Serve the messages of this block. Flower may have made its workers already."""
         from fedlora_flwr.flower_internals import RayBackend  # Ray is there only in simulations.
 
-        self._backend, self._flowers = RayBackend, RayBackend.process_message
+        flowers = RayBackend.process_message
 
         def serve(backend: RayBackend, message: Message, context: Context) -> Answer:
             return self._serve(backend, message, context)
 
         RayBackend.process_message = serve  # type: ignore[assignment]
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Let Flower serve messages itself."""
-        self._backend.process_message = self._flowers  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            RayBackend.process_message = flowers  # type: ignore[method-assign]
 
     def _serve(self, backend: RayBackend, message: Message, context: Context) -> Answer:
         """Answer one message, as Flower's own method does."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedlora_flwr.algebra.means import Arrays
-from fedlora_flwr.algebra.products import EXACT, mean_error, stacked_width
+from fedlora_flwr.algebra.products import NARROW, mean_error, stacked_width
 from fedlora_flwr.algebra.tally import Tally
 from fedlora_flwr.strategies.replies import Upload
 
@@ -42,7 +42,7 @@ def describe(
     if not alike or any(current[name].shape != shape for name, shape in shapes.items()):
         return {}
     tally = uploads[0].tally
-    exact = tally is None and stacked_width(current, shapes, len(uploads)) <= EXACT
+    exact = tally is None and stacked_width(current, shapes, len(uploads)) <= NARROW
     arrays, weights = [u.arrays for u in uploads], [u.weight for u in uploads]
     if tally is None:
         tally = Tally.of(current, arrays, weights, products=not (exact or personal))

@@ -9,7 +9,7 @@ import numpy as np
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
-from fedlora_flwr.algebra.products import EXACT, stacked_width
+from fedlora_flwr.algebra.products import NARROW, stacked_width
 from fedlora_flwr.algebra.tally import Tally
 from fedlora_flwr.layout import Layout
 from fedlora_flwr.plan import BOTH, ComponentPlan
@@ -99,7 +99,7 @@ class Round:
     @property
     def is_narrow(self) -> bool:
         """Whether uploads hold both factors, of which few are stacked: `mean_error` is exact."""
-        return 0 < stacked_width(self.current, self.expected.whole, len(self.asked)) <= EXACT
+        return 0 < stacked_width(self.current, self.expected.whole, len(self.asked)) <= NARROW
 
     def take(self, upload: Upload) -> Upload:
         """Return what is kept of an accepted upload: all, or where the round streams, its numbers.
@@ -110,11 +110,10 @@ class Round:
         """
         names = upload.names
         if upload.shares:
-            total = self._shares.setdefault(
-                names, {name: np.zeros_like(share) for name, share in upload.shares.items()}
-            )
+            if names not in self._shares:
+                self._shares[names] = {n: np.zeros_like(x) for n, x in upload.shares.items()}
             for name, share in upload.shares.items():
-                total[name] += share
+                self._shares[names][name] += share
             return replace(upload, shares={}, added=names)
         if not self.streams:
             return upload
