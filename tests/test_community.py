@@ -153,7 +153,7 @@ FAILS_ALWAYS = "def test_that_finds_something(): assert False"
 # As in the repository's own Makefile, `test` leaves out slow tests unless it is asked for them.
 TARGETS = """
 PYTEST :=
-docs:
+setup docs:
 test:
 \t@{python} -m pytest -q tests -m 'not slow' -o cache_dir=.pytest_cache $(PYTEST); failed=$$?; \\
 \t{types} || failed=1; exit $$failed

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.running_fleet import RunningFleet
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.deploy.fleet import SETTINGS, Fleet, make_fleet, read_fleet
+from fedlora_flwr.deploy.fleet import SETTINGS, Fleet, make_fleet
 from fedlora_flwr.server.run_dir import RunDirectory
 from fedlora_flwr.simulations.superlink import free_port
 from tests.deploy.support import until
@@ -52,31 +52,6 @@ def operate(fleet: RunningFleet, base: Path, *more: str) -> subprocess.Popen[byt
         return subprocess.Popen(command, stdout=said, stderr=said, env=env)
 
 
-def test_a_run_goes_on_once_its_server_is_there_again(tmp_path: Path) -> None:
-    fleet, run = prepare(tmp_path)
-    try:
-        fleet.start("server")
-        fleet.wait_for_server()
-        fleet.operator(fleet.folder / "operator" / "register.sh")
-        fleet.start("device-01")
-        operator = operate(fleet, tmp_path, "--pause", "2")
-        until(lambda: len(run.rows("rounds")) > 1)
-        os.kill(fleet.processes["server"].pid, signal.SIGKILL)
-        fleet.stop(["server"])
-        until(lambda: "No SuperLink answers" in (tmp_path / "said").read_text())
-        assert operator.poll() is None
-        fleet.start("server")
-        operator.wait(400)
-    finally:
-        fleet.stop([name for name in list(fleet.processes) if name != "server"])
-        fleet.stop(list(fleet.processes))
-    said, summary = (tmp_path / "said").read_text(), run.summary() or {}
-    assert (summary["status"], summary["rounds_done"]) == ("completed", ROUNDS), said
-    assert [row["round"] for row in run.rows("rounds")] == list(range(ROUNDS + 1))
-    assert "The SuperLink is started." not in said
-    assert left_of(str(tmp_path), patience=10.0) == []
-
-
 def runs_of(fleet: RunningFleet) -> list[int]:
     """Return the runs that the server's database knows."""
     file = fleet.folder / "server" / "state.sqlite"
@@ -88,35 +63,74 @@ def runs_of(fleet: RunningFleet) -> list[int]:
     return []
 
 
-def listens(fleet: RunningFleet) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", read_fleet(fleet.folder)[0].port)) == 0
+def kill_server(fleet: RunningFleet) -> None:
+    os.kill(fleet.processes["server"].pid, signal.SIGKILL)
+    fleet.stop(["server"])
 
 
-def test_a_run_is_submitted_again_to_a_server_that_has_lost_its_database(tmp_path: Path) -> None:
-    fleet, _ = prepare(tmp_path)
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("following")
+
+
+@pytest.fixture(scope="module")
+def running(base: Path) -> Iterator[tuple[RunningFleet, RunDirectory]]:
+    """Start a fleet's server, and end all that is left of the fleet."""
+    fleet, run = prepare(base)
     try:
         fleet.start("server")
-        until(lambda: listens(fleet))
-        operator = operate(fleet, tmp_path, "--pause", "3", "--restarts", "4")
-        until(lambda: "Starting logstream" in (tmp_path / "said").read_text())
-        before = runs_of(fleet)
-        os.kill(fleet.processes["server"].pid, signal.SIGKILL)
-        fleet.stop(["server"])
-        for file in (fleet.folder / "server").glob("state.sqlite*"):
-            file.unlink()
-        fleet.start("server")
-        until(lambda: runs_of(fleet) or operator.poll() is not None)
-        after = runs_of(fleet)
-        operator.send_signal(signal.SIGINT)
-        operator.wait(100)
-        left = left_of(str(tmp_path), patience=10.0)
+        fleet.wait_for_server()
+        yield fleet, run
     finally:
-        left_of(str(tmp_path), patience=0.0)
+        left_of(str(base), patience=0.0)
+        fleet.stop([name for name in list(fleet.processes) if name != "server"])
         fleet.stop(list(fleet.processes))
-    said = " ".join((tmp_path / "said").read_text().split())
+
+
+def test_a_run_goes_on_once_its_server_is_there_again(
+    running: tuple[RunningFleet, RunDirectory], base: Path
+) -> None:
+    fleet, run = running
+    fleet.operator(fleet.folder / "operator" / "register.sh")
+    fleet.start("device-01")
+    operator = operate(fleet, base, "--pause", "2")
+    until(lambda: len(run.rows("rounds")) > 1)
+    kill_server(fleet)
+    until(lambda: "No SuperLink answers" in (base / "said").read_text())
+    assert operator.poll() is None
+    fleet.start("server")
+    operator.wait(400)
+    said, summary = (base / "said").read_text(), run.summary() or {}
+    assert (summary["status"], summary["rounds_done"]) == ("completed", ROUNDS), said
+    assert [row["round"] for row in run.rows("rounds")] == list(range(ROUNDS + 1))
+    assert "The SuperLink is started." not in said
+    assert left_of(str(base), patience=10.0) == []
+
+
+def test_a_run_is_submitted_again_to_a_server_that_has_lost_its_database(
+    running: tuple[RunningFleet, RunDirectory], base: Path
+) -> None:
+    fleet, run = running
+    fleet.stop(["device-01"])
+    recipe = base / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace(str(run.path), str(base / "another run")))
+    known = runs_of(fleet)
+    operator = operate(fleet, base, "--pause", "3", "--restarts", "4")
+    until(lambda: "Starting logstream" in (base / "said").read_text())
+    before = runs_of(fleet)
+    assert len(before) > len(known)
+    kill_server(fleet)
+    for file in (fleet.folder / "server").glob("state.sqlite*"):
+        file.unlink()
+    fleet.start("server")
+    until(lambda: runs_of(fleet) or operator.poll() is not None)
+    after = runs_of(fleet)
+    operator.send_signal(signal.SIGINT)
+    operator.wait(100)
+    left = left_of(str(base), patience=10.0)
+    said = " ".join((base / "said").read_text().split())
     assert len(after) == 1, said
-    assert after != before
+    assert not {*after} & {*before}
     assert "does not know the run" in said
     assert "register.sh again, or it admits no device." in said
     assert left == []

@@ -1,4 +1,4 @@
-"""Takes away what another operating system does not have, and then runs the command ``fedlora``.
+"""Takes away what another operating system does not have, and then gives ``fedlora`` commands.
 
 Packages of others are imported before, since they ask for the system at their import.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -16,11 +17,13 @@ import types
 from pathlib import Path
 from typing import Any
 
+from typer.testing import CliRunner
+
 PACKAGES = (
     "datasets", "dp_accounting", "filelock", "flwr.simulation", "flwr.serverapp",
     "flwr.clientapp", "flwr_datasets", "multiprocessing.synchronize", "opacus", "peft", "rich",
     "safetensors.torch", "scipy.optimize", "scipy.special", "scipy.stats", "sklearn.datasets",
-    "timm", "torch", "torch.func", "transformers", "typer",
+    "timm", "torch", "torch.func", "transformers", "typer.testing",
 )  # fmt: skip
 WINDOWS = (
     "fork", "forkpty", "register_at_fork", "pread", "pwrite", "fdatasync", "killpg", "setsid",
@@ -72,15 +75,16 @@ def become_macos() -> None:
     sys.platform = "darwin"
 
 
-def main(system: str, arguments: list[str]) -> None:
-    """Run ``fedlora`` with arguments as on Windows or macOS."""
+def main(system: str, commands: list[list[str]]) -> None:
+    """Run ``fedlora`` with each command as on Windows or macOS, and print what came of it."""
     for name in PACKAGES:
         importlib.import_module(name)
     {"windows": become_windows, "macos": become_macos}[system]()
     assert not [name for name in sys.modules if name.startswith("fedlora_flwr")]
-    sys.argv = ["fedlora", *arguments]
-    importlib.import_module("fedlora_flwr.cli").app(prog_name="fedlora")
+    app, runner = importlib.import_module("fedlora_flwr.cli").app, CliRunner()
+    done = [runner.invoke(app, arguments, prog_name="fedlora") for arguments in commands]
+    print(json.dumps([{"code": each.exit_code, "errors": each.stderr} for each in done]))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1], json.loads(sys.argv[2]))
