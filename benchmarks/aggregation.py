@@ -163,7 +163,7 @@ def kept_bytes(name: str, layers: dict[Shape, int], clients: int, rank: int) -> 
     left = rank * sum(count * m for (m, _), count in layers.items())
     right = rank * sum(count * n for (_, n), count in layers.items())
     if name in (ADDING, ENDING):
-        return 24 * left  # Three sums of fp64 (see `fedlora_flwr.algebra.tally`).
+        return 24 * left  # Three sums of fp64 (see `fedlora_flwr.algebra.update_sums`).
     entries = {AVERAGE_ONE: left, FEDSVD: left, FEDSA: right}.get(name, left + right)
     return 4 * clients * entries
 

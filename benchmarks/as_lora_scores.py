@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fedlora_flwr.algebra.gains import Movement, movements, secant
-from fedlora_flwr.algebra.tally import Tally
+from fedlora_flwr.algebra.update_sums import Tally
 from fedlora_flwr.strategies.choices import Scores, chance_of_a, lead
 
 Array: TypeAlias = NDArray[np.float64]

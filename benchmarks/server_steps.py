@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from fedlora_flwr.algebra.factors import combine, compact, refactorize, residual, truncated_mean
 from fedlora_flwr.algebra.means import weighted_mean
-from fedlora_flwr.algebra.tally import Tally
+from fedlora_flwr.algebra.update_sums import Tally
 
 Factor: TypeAlias = NDArray[np.floating]
 Pair: TypeAlias = tuple[Factor, Factor]

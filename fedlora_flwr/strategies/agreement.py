@@ -12,7 +12,7 @@ from typing import Any
 
 from fedlora_flwr.algebra.means import Arrays
 from fedlora_flwr.algebra.products import NARROW, mean_error, stacked_width
-from fedlora_flwr.algebra.tally import Tally
+from fedlora_flwr.algebra.update_sums import Tally
 from fedlora_flwr.strategies.replies import Upload
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.gains import Estimate, Movement, across, movements, secant
 from fedlora_flwr.algebra.means import Arrays
-from fedlora_flwr.algebra.tally import Tally
+from fedlora_flwr.algebra.update_sums import Tally
 from fedlora_flwr.config.sections.as_lora import ASLoRASection
 from fedlora_flwr.layout import Layout, factor_of
 from fedlora_flwr.plan import A, B, ComponentPlan

@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from flwr.common.logger import log
 
 from fedlora_flwr.algebra.means import Arrays, bounded
-from fedlora_flwr.algebra.tally import Tally
+from fedlora_flwr.algebra.update_sums import Tally
 from fedlora_flwr.errors import FederationAborted, FedLoRAError, InvalidValue, SuspectReply
 from fedlora_flwr.layout import factor_of
 from fedlora_flwr.wire import DELTA, EPSILON, EPSILON_BUDGET, MOST_ENTRY, STEPS, WEIGHT

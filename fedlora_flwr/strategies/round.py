@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.products import NARROW, stacked_width
-from fedlora_flwr.algebra.tally import Tally
+from fedlora_flwr.algebra.update_sums import Tally
 from fedlora_flwr.layout import Layout
 from fedlora_flwr.plan import BOTH, ComponentPlan
 from fedlora_flwr.strategies.expected import Expected

@@ -21,7 +21,7 @@ from fedlora_flwr.algebra.gains import (
     movements,
     secant,
 )
-from fedlora_flwr.algebra.tally import Tally
+from fedlora_flwr.algebra.update_sums import Tally
 
 Array = NDArray[np.float64]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedlora_flwr.algebra.tally import Tally
+from fedlora_flwr.algebra.update_sums import Tally
 from fedlora_flwr.strategies import FedLoRA, FedSALoRA, FFALoRA, FlexLoRA, RoLoRA
 from fedlora_flwr.strategies.agreement import Agreement, describe
 from fedlora_flwr.strategies.replies import Upload

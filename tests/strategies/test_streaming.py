@@ -12,7 +12,7 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedlora_flwr.algebra.tally import Tally
+from fedlora_flwr.algebra.update_sums import Tally
 from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.simulations.local_grid import TOGETHER, LocalGrid
 from fedlora_flwr.strategies import FedLoRA, strategy_class
