@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fedlora_flwr.algebra.gains import Movement, movements, secant
-from fedlora_flwr.algebra.update_sums import Tally
+from fedlora_flwr.algebra.update_sums import UpdateSums
 from fedlora_flwr.strategies.choices import Scores, chance_of_a, lead
 
 Array: TypeAlias = NDArray[np.float64]
@@ -107,10 +107,10 @@ def _round(
 
 
 def _movement(updates: Array) -> Movement:
-    tally = Tally({"x": np.zeros_like(updates[0])}, ["x"])
+    sums = UpdateSums({"x": np.zeros_like(updates[0])}, ["x"])
     for update in updates:
-        tally.add({"x": update})
-    return movements(tally, ["x"])["x"]
+        sums.add({"x": update})
+    return movements(sums, ["x"])["x"]
 
 
 def _old_scores(

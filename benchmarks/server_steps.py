@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from fedlora_flwr.algebra.factors import combine, compact, refactorize, residual, truncated_mean
 from fedlora_flwr.algebra.means import weighted_mean
-from fedlora_flwr.algebra.update_sums import Tally
+from fedlora_flwr.algebra.update_sums import UpdateSums
 
 Factor: TypeAlias = NDArray[np.floating]
 Pair: TypeAlias = tuple[Factor, Factor]
@@ -81,13 +81,13 @@ def strategies(pairs: list[Pair], unrelated: list[Pair]) -> dict[str, Call]:
     }
 
 
-def tally_of(uploads: list[dict[str, Factor]]) -> Tally:
+def tally_of(uploads: list[dict[str, Factor]]) -> UpdateSums:
     """Add up uploads as a server does that keeps none, with what it says of their agreement."""
     start = {name: np.zeros_like(array) for name, array in uploads[0].items()}
-    tally = Tally(start, start)
+    sums = UpdateSums(start, start)
     for upload in uploads:
-        tally.add(upload)
-    return tally
+        sums.add(upload)
+    return sums
 
 
 def svd_numpy(matrix: torch.Tensor, rank: int) -> Pair:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora_flwr.algebra.update_sums import Tally
+from fedlora_flwr.algebra.update_sums import UpdateSums
 
 _LEAST = 1e-6  # Least weight of all pairs of clients; below it, one client has all the weight.
 
@@ -69,7 +69,7 @@ class Movement:
         return Movement(self.mean * np.float32(factor), square, factor**2 * self.noise)
 
 
-def movements(tally: Tally, names: Iterable[str]) -> dict[str, Movement]:
+def movements(sums: UpdateSums, names: Iterable[str]) -> dict[str, Movement]:
     """Return the movement of each named array.
 
     ``‖Σ wᵢΔᵢ‖² - Σ wᵢ²‖Δᵢ‖²`` is the sum of the products between different clients, whose weights
@@ -82,18 +82,18 @@ def movements(tally: Tally, names: Iterable[str]) -> dict[str, Movement]:
 
     Parameters
     ----------
-    tally : Tally
+    sums : UpdateSums
         The round's updates, at least one.
     names : Iterable[str]
         Arrays to look at.
     """
-    updates, energies = tally.updates(), tally.energies()
-    weight, squares = tally.weights
+    updates, energies = sums.updates(), sums.energies()
+    weight, squares = sums.weights
     others, found = 1 - squares / weight**2, {}
     for name in names:
         mean, (noise, fourth), square = updates[name], energies[name], None
         power, size = float(np.vdot(mean, mean)), max(mean.size, 1)
-        if tally.same:
+        if sums.same:
             noise = power
         elif others > _LEAST:
             value = power - noise

@@ -16,7 +16,7 @@ from fedlora_flwr.layout import by_part
 _UNIT = 2.0**36  # A direction is counted in whole parts of this size, whose sums are exact.
 
 
-class Tally:
+class UpdateSums:
     """Sums over updates, the differences between uploads and the arrays that clients started from.
 
     Nothing of an upload is kept but its share of the sums, so the memory does not depend on the
@@ -31,7 +31,7 @@ class Tally:
         The arrays that an upload holds.
     products : bool (default: False)
         Whether to probe the products of the factors, too (see `mean_error`).
-    sums : type (default: `RunningSum`)
+    kind : type (default: `RunningSum`)
         What adds up; `PlainSum` is faster where uploads come in the same order every time.
 
     Attributes
@@ -41,10 +41,10 @@ class Tally:
 
     Examples
     --------
-    >>> tally = Tally({"head": np.ones(2)}, ["head"])
-    >>> tally.add({"head": np.array([2.0, 1.0])})
-    >>> tally.add({"head": np.array([4.0, 1.0])})
-    >>> tally.mean()["head"].tolist()
+    >>> sums = UpdateSums({"head": np.ones(2)}, ["head"])
+    >>> sums.add({"head": np.array([2.0, 1.0])})
+    >>> sums.add({"head": np.array([4.0, 1.0])})
+    >>> sums.mean()["head"].tolist()
     [3.0, 1.0]
     """
 
@@ -54,7 +54,7 @@ class Tally:
         names: Iterable[str],
         *,
         products: bool = False,
-        sums: type[AnySum] = RunningSum,
+        kind: type[AnySum] = RunningSum,
     ) -> None:
         # A set has another order in each process, and a sum over arrays other last bits then.
         ordered = sorted(names)
@@ -66,11 +66,11 @@ class Tally:
             part: slice(self._places[own[0]].start, self._places[own[-1]].stop)
             for part, own in parts.items()
         }
-        self._updates, self._directions = sums(end), np.zeros(end)
-        self._energies, self._fourths = sums(len(self._places)), sums(len(self._places))
-        self._weights = sums(2)
+        self._updates, self._directions = kind(end), np.zeros(end)
+        self._energies, self._fourths = kind(len(self._places)), kind(len(self._places))
+        self._weights = kind(2)
         self._still: set[str] = set()
-        self._products = ProbedProducts(current, ordered, sums) if products else None
+        self._products = ProbedProducts(current, ordered, kind) if products else None
         # The first upload is kept for as long as all others are the same.
         self._first: Arrays | None = None
         self.count = 0
@@ -83,13 +83,13 @@ class Tally:
         weights: Sequence[float],
         *,
         products: bool = False,
-    ) -> Tally:
+    ) -> UpdateSums:
         """Add up uploads that were kept; at least one, all with the same names."""
-        tally = cls(current, uploads[0], products=products, sums=PlainSum)
+        sums = cls(current, uploads[0], products=products, kind=PlainSum)
         # Weights are normalized, since squares of tiny ones would be zero.
         for upload, share in zip(uploads, normalize(weights).tolist(), strict=True):
-            tally.add(upload, share)
-        return tally
+            sums.add(upload, share)
+        return sums
 
     def add(self, arrays: Arrays, weight: float = 1.0) -> None:
         """Take in an upload.

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedlora_flwr.algebra.means import Arrays
 from fedlora_flwr.algebra.products import NARROW, mean_error, stacked_width
-from fedlora_flwr.algebra.update_sums import Tally
+from fedlora_flwr.algebra.update_sums import UpdateSums
 from fedlora_flwr.strategies.replies import Upload
 
 
@@ -26,7 +26,7 @@ def describe(
     current : Arrays
         The global arrays that the clients started from.
     uploads : Sequence[Upload]
-        At least one, all with arrays of the same names; or the one mean of a `Tally`.
+        At least one, all with arrays of the same names; or the one mean of a `UpdateSums`.
     personal : bool (default: False)
         Whether a factor stays with each client, so that the server knows no client's product.
 
@@ -41,17 +41,17 @@ def describe(
     alike = all({n: a.shape for n, a in u.arrays.items()} == shapes for u in uploads)
     if not alike or any(current[name].shape != shape for name, shape in shapes.items()):
         return {}
-    tally = uploads[0].tally
-    exact = tally is None and stacked_width(current, shapes, len(uploads)) <= NARROW
+    sums = uploads[0].sums
+    exact = sums is None and stacked_width(current, shapes, len(uploads)) <= NARROW
     arrays, weights = [u.arrays for u in uploads], [u.weight for u in uploads]
-    if tally is None:
-        tally = Tally.of(current, arrays, weights, products=not (exact or personal))
+    if sums is None:
+        sums = UpdateSums.of(current, arrays, weights, products=not (exact or personal))
     found: dict[str, Any] = {}
     if not personal:
-        lost = mean_error(current, arrays, weights) if exact else tally.mean_error()
+        lost = mean_error(current, arrays, weights) if exact else sums.mean_error()
         found["mean_error"] = lost
-    if tally.count > 1:
-        measured = {part: Agreement.of(tally, part) for part in tally.parts}
+    if sums.count > 1:
+        measured = {part: Agreement.of(sums, part) for part in sums.parts}
         for figure in ("agreement", "signal", "spread"):
             found[figure] = {part: getattr(entry, figure) for part, entry in measured.items()}
     return found
@@ -78,12 +78,12 @@ class Agreement:
     spread: float
 
     @classmethod
-    def of(cls, tally: Tally, part: str) -> Agreement:
+    def of(cls, sums: UpdateSums, part: str) -> Agreement:
         """Measure it. For shares p_k, all pairs follow from ``|Σ p_k Δ_k|²`` and ``|Δ_k|²``."""
-        mean, energy = tally.square(part)
-        weight, squares = tally.weights
+        mean, energy = sums.square(part)
+        weight, squares = sums.weights
         own = squares / weight**2
         # E|mean|² = signal² + spread², and E Σ p_k² |Δ_k|² = own · signal² + spread².
         signal = (mean - energy) / (1 - own) if own < 1 else mean
         signal = min(max(signal, 0.0), mean)
-        return cls(tally.cosine(part), math.sqrt(signal), math.sqrt(mean - signal))
+        return cls(sums.cosine(part), math.sqrt(signal), math.sqrt(mean - signal))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.gains import Estimate, Movement, across, movements, secant
 from fedlora_flwr.algebra.means import Arrays
-from fedlora_flwr.algebra.update_sums import Tally
+from fedlora_flwr.algebra.update_sums import UpdateSums
 from fedlora_flwr.config.sections.as_lora import ASLoRASection
 from fedlora_flwr.layout import Layout, factor_of
 from fedlora_flwr.plan import A, B, ComponentPlan
@@ -204,10 +204,10 @@ class ASLoRA(FedLoRA):
     ) -> list[Estimate | None]:
         """Score what trained; return each group's score of this round, if there is one."""
         names = [name for name in uploads[0].arrays if factor_of(name)]
-        tally = uploads[0].tally or Tally.of(
+        sums = uploads[0].sums or UpdateSums.of(
             current, [u.arrays for u in uploads], [u.weight for u in uploads]
         )
-        moved = movements(tally, names)
+        moved = movements(sums, names)
         # Rounds with different rates can be compared by gradients, but not by updates.
         for name in names:
             rate = self.rate(str(factor_of(name)), server_round)

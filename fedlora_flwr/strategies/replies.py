@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from flwr.common.logger import log
 
 from fedlora_flwr.algebra.means import Arrays, bounded
-from fedlora_flwr.algebra.update_sums import Tally
+from fedlora_flwr.algebra.update_sums import UpdateSums
 from fedlora_flwr.errors import FederationAborted, FedLoRAError, InvalidValue, SuspectReply
 from fedlora_flwr.layout import factor_of
 from fedlora_flwr.wire import DELTA, EPSILON, EPSILON_BUDGET, MOST_ENTRY, STEPS, WEIGHT
@@ -44,7 +44,7 @@ class Upload:
         Under a secure sum, in place of arrays.
     added : frozenset[str]
         Names of the arrays that were added to the round's sums, and not kept.
-    tally : Tally, optional
+    sums : UpdateSums, optional
         The sums of which this is the mean.
     """
 
@@ -55,7 +55,7 @@ class Upload:
     texts: dict[str, str] = field(default_factory=dict)
     shares: Mapping[str, Residues] = field(default_factory=dict)
     added: frozenset[str] = frozenset()
-    tally: Tally | None = None
+    sums: UpdateSums | None = None
 
     @classmethod
     def of(

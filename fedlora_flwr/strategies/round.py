@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
 from fedlora_flwr.algebra.products import NARROW, stacked_width
-from fedlora_flwr.algebra.update_sums import Tally
+from fedlora_flwr.algebra.update_sums import UpdateSums
 from fedlora_flwr.layout import Layout
 from fedlora_flwr.plan import BOTH, ComponentPlan
 from fedlora_flwr.strategies.expected import Expected
@@ -56,7 +56,7 @@ class Round:
     measuring: list[int] = field(default_factory=list)
     ask: Ask = field(default=lambda *_: {})
     streams: bool = False
-    _tallies: dict[frozenset[str], Tally] = field(default_factory=dict)
+    _sums: dict[frozenset[str], UpdateSums] = field(default_factory=dict)
     _shares: dict[frozenset[str], dict[str, Residues]] = field(default_factory=dict)
 
     @classmethod
@@ -117,9 +117,9 @@ class Round:
             return replace(upload, shares={}, added=names)
         if not self.streams:
             return upload
-        if names not in self._tallies:
-            self._tallies[names] = Tally(self.current, names, products=True)
-        self._tallies[names].add(upload.arrays)
+        if names not in self._sums:
+            self._sums[names] = UpdateSums(self.current, names, products=True)
+        self._sums[names].add(upload.arrays)
         return replace(upload, arrays={}, added=names)
 
     def shares(self, uploads: list[Upload]) -> dict[str, Residues]:
@@ -138,6 +138,6 @@ class Round:
         """
         if not (self.streams and uploads):
             return uploads
-        tally = self._tallies.pop(uploads[0].names)
-        self._tallies.clear()
-        return [Upload("mean", tally.mean(), 1.0, {}, tally=tally)]
+        sums = self._sums.pop(uploads[0].names)
+        self._sums.clear()
+        return [Upload("mean", sums.mean(), 1.0, {}, sums=sums)]

@@ -21,17 +21,17 @@ from fedlora_flwr.algebra.gains import (
     movements,
     secant,
 )
-from fedlora_flwr.algebra.update_sums import Tally
+from fedlora_flwr.algebra.update_sums import UpdateSums
 
 Array = NDArray[np.float64]
 
 
 def movement(updates: Array, weights: Sequence[float] = ()) -> Movement:
     """Return the movement of one array from the clients' updates of it."""
-    tally = Tally({"x": np.zeros(updates.shape[1:])}, ["x"])
+    sums = UpdateSums({"x": np.zeros(updates.shape[1:])}, ["x"])
     for update, weight in zip(updates, weights or [1.0] * len(updates), strict=True):
-        tally.add({"x": update}, weight)
-    return movements(tally, ["x"])["x"]
+        sums.add({"x": update}, weight)
+    return movements(sums, ["x"])["x"]
 
 
 def squared(updates: Array, weights: Array) -> tuple[float, float]:
@@ -90,15 +90,15 @@ def test_weights_of_any_scale_give_the_same(scale: float) -> None:
     uploads = [{"a": rng.normal(size=4)} for _ in range(3)]
     current = {"a": np.zeros(4)}
     weights = np.array([1.0, 2.0, 4.0])
-    tally = Tally.of(current, uploads, (scale * weights).tolist())
-    (found,) = movements(tally, ["a"]).values()
+    sums = UpdateSums.of(current, uploads, (scale * weights).tolist())
+    (found,) = movements(sums, ["a"]).values()
     value, variance = squared(np.array([u["a"] for u in uploads]), weights)
     assert found.square is not None
     assert found.square.value == pytest.approx(value)
     assert found.square.variance == pytest.approx(variance)
     # One client that is all there is has nobody to be compared with.
-    tally = Tally.of(current, uploads, [1.0, 1e-12, 1e-12])
-    (alone,) = movements(tally, ["a"]).values()
+    sums = UpdateSums.of(current, uploads, [1.0, 1e-12, 1e-12])
+    (alone,) = movements(sums, ["a"]).values()
     assert alone.square is None
 
 
@@ -122,12 +122,12 @@ def test_equal_uploads_are_one_upload() -> None:
     one = {"a": rng.normal(size=5), "b": rng.normal(size=(2, 2))}
     other = {"a": one["a"].copy(), "b": one["b"] + np.eye(2)}
     current = {name: np.zeros_like(array) for name, array in one.items()}
-    tally = Tally.of(current, [one, dict(one), dict(one)], [1.0, 2.0, 3.0])
-    masked = movements(tally, ["a", "b"])
+    sums = UpdateSums.of(current, [one, dict(one), dict(one)], [1.0, 2.0, 3.0])
+    masked = movements(sums, ["a", "b"])
     assert all(found.square is None for found in masked.values())
     np.testing.assert_allclose(masked["b"].mean, one["b"], rtol=1e-6)
     # One difference anywhere tells clients apart.
-    apart = movements(Tally.of(current, [one, other], [1.0, 1.0]), ["a", "b"])
+    apart = movements(UpdateSums.of(current, [one, other], [1.0, 1.0]), ["a", "b"])
     assert all(found.square is not None for found in apart.values())
 
 

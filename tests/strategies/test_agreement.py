@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedlora_flwr.algebra.update_sums import Tally
+from fedlora_flwr.algebra.update_sums import UpdateSums
 from fedlora_flwr.strategies import FedLoRA, FedSALoRA, FFALoRA, FlexLoRA, RoLoRA
 from fedlora_flwr.strategies.agreement import Agreement, describe
 from fedlora_flwr.strategies.replies import Upload
@@ -106,8 +106,8 @@ def test_agreement_is_the_mean_cosine_of_all_pairs(part: str) -> None:
 
 def figures(current: Arrays, uploads: list[Upload]) -> Agreement:
     """Return what is said of the head."""
-    tally = Tally.of(current, [u.arrays for u in uploads], [u.weight for u in uploads])
-    return Agreement.of(tally, "head")
+    sums = UpdateSums.of(current, [u.arrays for u in uploads], [u.weight for u in uploads])
+    return Agreement.of(sums, "head")
 
 
 @pytest.mark.parametrize("weights", [True, False])

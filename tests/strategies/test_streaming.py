@@ -12,7 +12,7 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedlora_flwr.algebra.update_sums import Tally
+from fedlora_flwr.algebra.update_sums import UpdateSums
 from fedlora_flwr.plan import ComponentPlan
 from fedlora_flwr.simulations.local_grid import TOGETHER, LocalGrid
 from fedlora_flwr.strategies import FedLoRA, strategy_class
@@ -100,11 +100,11 @@ def test_the_order_of_names_changes_no_bit() -> None:
     start = {f"blocks.{i}.fc.lora_B.weight": draw.normal(size=(40, 3)) for i in range(30)}
     found = []
     for names in (list(start), list(start)[::-1]):
-        tally = Tally(start, names)
+        sums = UpdateSums(start, names)
         for seed in range(3):
             moves = np.random.default_rng(seed)
-            tally.add({name: start[name] + moves.normal(size=(40, 3)) for name in start})
-        found.append((tally.square("B"), tally.cosine("B"), list(tally.mean())))
+            sums.add({name: start[name] + moves.normal(size=(40, 3)) for name in start})
+        found.append((sums.square("B"), sums.cosine("B"), list(sums.mean())))
     assert found[0] == found[1]
 
 
