@@ -19,21 +19,28 @@ from fedlora_flwr.studies.compare_results import read_rows
 ROOT = Path(__file__).parents[1]
 ROWS, PICTURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "results"
 OF = {
-    "accuracy.png": ("digits", "Handwritten digits"),
-    "cifar10.png": ("cifar10-small-swin", "CIFAR-10, small Swin"),
-    "sst2.png": ("sst2-minilm", "SST-2, MiniLM"),
-    "secure-sum.png": ("secure-sum", "Handwritten digits, both trust models"),
+    "accuracy.png": ("digits/rows.csv digits/head-only.csv", "Handwritten digits"),
+    "cifar10.png": ("cifar10-small-swin/rows.csv", "CIFAR-10, small Swin"),
+    "sst2.png": ("sst2-minilm/rows.csv", "SST-2, MiniLM"),
+    "secure-sum.png": ("secure-sum/rows.csv", "Handwritten digits, both trust models"),
 }
-"""Comparisons to draw: the folder of each one's rows, and the name of its data."""
+"""Comparisons to draw: the files of each one's rows, and the name of its data."""
 MODES = "modes.png"
 
 
-def runs_of(folder: str) -> pd.DataFrame:
-    """Return the reported runs of a comparison in the form that `plot_accuracy` takes."""
-    rows = read_rows(ROWS / folder / "rows.csv")
-    rows = rows[(rows["phase"] == "report") & (rows["error"] == "")]
-    # In rows of an earlier version, the strategy is the whole name.
-    return rows.rename(columns={"strategy": "row"}) if "row" not in rows else rows
+def runs_of(files: str) -> pd.DataFrame:
+    """Return the reported runs of a comparison in the form that `plot_accuracy` takes.
+
+    Variants of a method (``METHOD, KEY VALUE``) are left to the page's text.
+    """
+    found = []
+    for file in files.split():
+        rows = read_rows(ROWS / file)
+        # In rows of an earlier version, the strategy is the whole name.
+        found.append(rows.rename(columns={"strategy": "row"}) if "row" not in rows else rows)
+    every = pd.concat(found, join="inner", ignore_index=True)
+    variant = every["row"].str.partition(",")[0].isin(STRATEGIES) & ~every["row"].isin(STRATEGIES)
+    return every[(every["phase"] == "report") & (every["error"] == "") & ~variant]
 
 
 def pictures(folder: Path) -> Iterator[Path]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-MARKERS = "osD^vP*X<>"
+MARKERS = "osD^vP*X<>hp"
 
 
 # Methods are set side by side, so that error bars do not hide each other. Together they take up to
@@ -56,7 +56,7 @@ def accuracy_figure(runs: pd.DataFrame, metric: str, data: str) -> Figure:
     axes = figure.add_subplot()
     ticks = _positions(sorted(runs["epsilon"].unique()))
     methods = list(dict.fromkeys(runs["row"]))
-    colors = colormaps["tab10"].colors  # type: ignore[attr-defined]
+    colors = (*colormaps["tab10"].colors, "black")  # type: ignore[attr-defined]
     for number, method in enumerate(methods):
         look: dict[str, Any] = {
             "color": colors[number % len(colors)],

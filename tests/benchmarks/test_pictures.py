@@ -15,10 +15,10 @@ from benchmarks.pictures import MODES, OF, PICTURES, pictures, runs_of
 PAGE = (PICTURES.parent / "results.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("name", "folder"), [(name, rows) for name, (rows, _) in OF.items()])
-def test_the_page_has_the_figures_that_are_drawn(name: str, folder: str) -> None:
+@pytest.mark.parametrize(("name", "files"), [(name, rows) for name, (rows, _) in OF.items()])
+def test_the_page_has_the_figures_that_are_drawn(name: str, files: str) -> None:
     section = PAGE.split(f"](results/{name})")[0].rpartition("\n## ")[2]
-    found = runs_of(folder).groupby(["row", "epsilon"])["final"].agg(["mean", "std"]) * 100
+    found = runs_of(files).groupby(["row", "epsilon"])["final"].agg(["mean", "std"]) * 100
     assert len(found) >= 10
     for method, rows in found.groupby("row"):
         (line,) = re.findall(rf"^\| {method} +\|(.*)$", section.replace("**", ""), re.M)
@@ -47,7 +47,7 @@ def test_differences_by_seed_are_those_of_the_rows(
     better: str | tuple[str, ...], other: str | tuple[str, ...], epsilon: float
 ) -> None:
     """Each figure is worked out here by hand: the mean of five differences and its error."""
-    runs = runs_of("digits")
+    runs = runs_of(OF["accuracy.png"][0])
     runs = runs[runs["epsilon"] == epsilon]
 
     def mean(names: str | tuple[str, ...], seed: int) -> float:

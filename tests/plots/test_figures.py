@@ -114,9 +114,9 @@ def test_a_title_names_data_budgets_and_seeds() -> None:
     assert "no privacy" not in title(frame[frame["epsilon"] < 9])
 
 
-def test_ten_methods_look_different() -> None:
-    looks = {(line.lines[0].get_color(), line.lines[0].get_marker()) for line in bars(table())}
-    assert len({color for color, _ in looks}) == len({marker for _, marker in looks}) == 10
+def test_eleven_methods_look_different() -> None:
+    looks = {(line.lines[0].get_color(), line.lines[0].get_marker()) for line in bars(table(11))}
+    assert len({color for color, _ in looks}) == len({marker for _, marker in looks}) == 11
     more = {(line.lines[0].get_color(), line.lines[0].get_linestyle()) for line in bars(table(25))}
     assert len(more) == 25
 
