@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from fedlora_flwr.server.run_dir import RunDirectory
-from fedlora_flwr.wire import SHOW_KEYS, UPLOAD
+from fedlora_flwr.wire import OPEN_SUM, SHOW_KEYS, UPLOAD
 from tests.deploy import curious
 from tests.deploy.masked_heard import SeenRound, chance_of_uniform
 from tests.deploy.masked_scene import (
@@ -49,13 +49,18 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MaskedScene]:
 
 
 @pytest.fixture(scope="module")
-def rounds(scene: MaskedScene) -> dict[str, SeenRound]:
-    """The two rounds whose sums were opened, as the server sees them."""
+def runs(scene: MaskedScene) -> dict[int, int]:
+    """Runs by the number of uploads: recorded connections stand beside each other."""
     assert len({answer.run for answer in scene.heard[NAMES[0]].of_stage(SHOW_KEYS)}) == 4
-    # Recorded connections stand beside each other, so runs are told apart by their uploads.
     answers = [answer for heard in scene.heard.values() for answer in heard.of_stage(UPLOAD)]
-    runs = {count: run for run, count in Counter(answer.run for answer in answers).items()}
-    assert sorted(runs) == [2, 3, 4]
+    found = {count: run for run, count in Counter(answer.run for answer in answers).items()}
+    assert sorted(found) == [2, 3, 4]
+    return found
+
+
+@pytest.fixture(scope="module")
+def rounds(scene: MaskedScene, runs: dict[int, int]) -> dict[str, SeenRound]:
+    """The two rounds whose sums were opened, as the server sees them."""
     return {name: SeenRound.of(scene.heard, runs[n]) for name, n in ((WHOLE, 4), (GONE, 3))}
 
 
@@ -116,6 +121,13 @@ def test_what_is_opened_is_one_sum_and_no_part_of_it(rounds: dict[str, SeenRound
         opened = seen.without_known_masks(everybody).view(np.int32)
         assert chance_of_uniform(opened.view(np.uint32)) < 1e-30
         assert int(np.sum(opened == sum(RECORDS[one] for one in everybody))) >= 1
+
+
+def test_no_device_hands_out_a_share_where_too_many_are_gone(
+    scene: MaskedScene, runs: dict[int, int]
+) -> None:
+    answers = [answer for heard in scene.heard.values() for answer in heard.of_stage(OPEN_SUM)]
+    assert Counter(answer.run for answer in answers) == {runs[4]: 4, runs[3]: 3}
 
 
 def test_a_curious_server_gets_nothing_else(scene: MaskedScene) -> None:
