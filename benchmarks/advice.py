@@ -134,9 +134,9 @@ def _cell(
     accuracy, highest = (fmean(run.final for run in rows[name]) for name in (row, best))
     return Measured(
         task=task, trust_model=trust, epsilon=epsilon, recipe=recipe,
-        settings=rows[row][0].settings, row=row, accuracy=round(accuracy, 4), seeds=len(rows[row]),
-        reason=reason, best=best, best_accuracy=round(highest, 4), **others,
-        adapters=adapters, gain=round(gain, 4), section=section,
+        settings=rows[row][0].settings, row=row, accuracy=round(accuracy, 6), seeds=len(rows[row]),
+        reason=reason, best=best, best_accuracy=round(highest, 6), **others,
+        adapters=adapters, gain=round(gain, 6), section=section,
     )  # fmt: skip
 
 

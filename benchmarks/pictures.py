@@ -23,6 +23,8 @@ OF = {
     "cifar10.png": ("cifar10-small-swin/rows.csv", "CIFAR-10, small Swin"),
     "sst2.png": ("sst2-minilm/rows.csv", "SST-2, MiniLM"),
     "secure-sum.png": ("secure-sum/rows.csv", "Handwritten digits, both trust models"),
+    "secure-sum-sst2.png": ("secure-sum/sst2.csv", "SST-2, both trust models"),
+    "secure-sum-cifar10.png": ("secure-sum/cifar10.csv", "CIFAR-10, both trust models"),
 }
 """Comparisons to draw: the files of each one's rows, and the name of its data."""
 MODES = "modes.png"

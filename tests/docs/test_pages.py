@@ -24,7 +24,7 @@ RUN = sorted({block.page for block in BLOCKS if not block.not_run} - {TUTORIAL})
 REASONS = {
     "docs/index.md does": 1,
     "it installs packages": 4,
-    "it takes minutes": 7,
+    "it takes minutes": 8,
     "it needs code that is not in this repository": 1,
     "it takes a quarter of an hour": 2,
     "it serves until it is stopped": 2,
