@@ -104,7 +104,7 @@ SOURCES = (
     Source(_CIFAR, SECURE_SUM, "cifar10-swin-secure-sum", "secure-sum/cifar10.csv",
            "cifar-10-under-a-secure-sum", column="row",
            names={"secure sum, rolora": ("rolora", ""), "secure sum, head-only": (HEAD, "")}),
-    # With one seed, and another split than the rows with noise below.
+    # These rows have one seed, and another split than the rows with noise below.
     Source(_SST2, LOCAL, "sst2-minilm", "sst2-minilm/rows.csv", "sst-2-on-minilm",
            epsilons=(math.inf,)),
     Source(_SST2, LOCAL, "sst2-minilm", "secure-sum/sst2.csv", "sst-2-under-a-secure-sum",

@@ -19,24 +19,24 @@ from fedlora_flwr.studies.compare_results import read_rows
 ROOT = Path(__file__).parents[1]
 ROWS, PICTURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "results"
 OF = {
-    "accuracy.png": ("digits/rows.csv digits/head-only.csv", "Handwritten digits"),
-    "cifar10.png": ("cifar10-small-swin/rows.csv", "CIFAR-10, small Swin"),
-    "sst2.png": ("sst2-minilm/rows.csv", "SST-2, MiniLM"),
-    "secure-sum.png": ("secure-sum/rows.csv", "Handwritten digits, both trust models"),
-    "secure-sum-sst2.png": ("secure-sum/sst2.csv", "SST-2, both trust models"),
-    "secure-sum-cifar10.png": ("secure-sum/cifar10.csv", "CIFAR-10, both trust models"),
+    "accuracy.png": ("Handwritten digits", "digits/rows.csv", "digits/head-only.csv"),
+    "cifar10.png": ("CIFAR-10, small Swin", "cifar10-small-swin/rows.csv"),
+    "sst2.png": ("SST-2, MiniLM", "sst2-minilm/rows.csv"),
+    "secure-sum.png": ("Handwritten digits, both trust models", "secure-sum/rows.csv"),
+    "secure-sum-sst2.png": ("SST-2, both trust models", "secure-sum/sst2.csv"),
+    "secure-sum-cifar10.png": ("CIFAR-10, both trust models", "secure-sum/cifar10.csv"),
 }
-"""Comparisons to draw: the files of each one's rows, and the name of its data."""
+"""Comparisons to draw: the name of each one's data, and the files of its rows."""
 MODES = "modes.png"
 
 
-def runs_of(files: str) -> pd.DataFrame:
+def runs_of(*files: str) -> pd.DataFrame:
     """Return the reported runs of a comparison in the form that `plot_accuracy` takes.
 
     Variants of a method (``METHOD, KEY VALUE``) are left to the page's text.
     """
     found = []
-    for file in files.split():
+    for file in files:
         rows = read_rows(ROWS / file)
         # In rows of an earlier version, the strategy is the whole name.
         found.append(rows.rename(columns={"strategy": "row"}) if "row" not in rows else rows)
@@ -47,8 +47,8 @@ def runs_of(files: str) -> pd.DataFrame:
 
 def pictures(folder: Path) -> Iterator[Path]:
     """Draw all pictures into a folder."""
-    for name, (rows, data) in OF.items():
-        runs = runs_of(rows)
+    for name, (data, *files) in OF.items():
+        runs = runs_of(*files)
         # A method has the same color in all pictures. Rows with other names keep their order.
         order = {name: number for number, name in enumerate(STRATEGIES)}
         runs = runs.sort_values("row", key=lambda names: names.map(order), kind="stable")

@@ -66,7 +66,7 @@ def strategies(pairs: list[Pair], unrelated: list[Pair]) -> dict[str, Call]:
     def flexlora(clients: list[Pair]) -> Pair:
         return truncated_mean(clients, weights, rank)
 
-    full = tally_of(only_b)
+    full = sums_of(only_b)
     return {
         AVERAGE_BOTH: lambda: weighted_mean(both, weights),
         AVERAGE_ONE: lambda: weighted_mean(only_b, weights),
@@ -76,12 +76,12 @@ def strategies(pairs: list[Pair], unrelated: list[Pair]) -> dict[str, Call]:
         UNRELATED: partial(flexlora, unrelated),
         FLORA: lambda: compact(*combine(pairs, weights)),
         FEDEX: lambda: (weighted_mean(both, weights), residual(pairs, weights)),
-        ADDING: lambda: tally_of(only_b),
+        ADDING: lambda: sums_of(only_b),
         ENDING: full.mean,
     }
 
 
-def tally_of(uploads: list[dict[str, Factor]]) -> UpdateSums:
+def sums_of(uploads: list[dict[str, Factor]]) -> UpdateSums:
     """Add up uploads as a server does that keeps none, with what it says of their agreement."""
     start = {name: np.zeros_like(array) for name, array in uploads[0].items()}
     sums = UpdateSums(start, start)

@@ -13,13 +13,14 @@ import argparse
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.tiny_llm import SPECIAL, TEMPLATE
+from benchmarks.tiny_llm import SPECIAL, TEMPLATE, make_model
 from fedlora_flwr.config import RunConfig
 
 Words = list[str]
@@ -103,8 +104,10 @@ def conversations(draw: random.Random, client: int | None, count: int) -> list[d
     rows = []
     for _ in range(count):
         skill = draw.choice(list(SKILLS))
-        own = client is not None and draw.random() < PREFERS
-        asked = ASKED[skill][client] if own and client is not None else draw.choice(ASKED[skill])
+        if client is not None and draw.random() < PREFERS:
+            asked = ASKED[skill][client]
+        else:
+            asked = draw.choice(ASKED[skill])
         words = draw.sample(NOUNS, draw.choice(LENGTHS))
         said = {"user": [asked, *words], "assistant": SKILLS[skill](words)}
         messages = [{"role": role, "content": " ".join(text)} for role, text in said.items()]
@@ -114,14 +117,14 @@ def conversations(draw: random.Random, client: int | None, count: int) -> list[d
 
 def train_model(folder: Path, steps: int) -> None:
     """Train a LLaMA of two layers on public conversations, and save it with its tokenizer."""
-    tokenizer, draw = make_tokenizer(), random.Random(0)
+    tokenizer, texts = make_tokenizer(), public(random.Random(0))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = make_model(len(tokenizer))
+        model = make_model(len(tokenizer), width=96, keys=4, length=32)
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
         for _ in range(steps):
-            batch = tokenizer([next(public(draw)) for _ in range(64)], padding=True)
+            batch = tokenizer(list(islice(texts, 64)), padding=True)
             tokens = torch.tensor(batch["input_ids"])
             answers = _answers(tokens, tokenizer)
             logits = model(input_ids=tokens[:, :-1]).logits
@@ -168,23 +171,6 @@ def make_tokenizer() -> Any:
     )  # fmt: skip
     made.chat_template = TEMPLATE
     return made
-
-
-def make_model(words: int) -> Any:
-    """Return an untrained LLaMA with 2 layers of width 96."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=words,
-            hidden_size=96,
-            intermediate_size=192,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=32,
-        )
-    )
 
 
 if __name__ == "__main__":

@@ -150,19 +150,31 @@ def make_tokenizer(texts: Sequence[str]) -> Any:
     return made
 
 
-def make_model(words: int) -> Any:
-    """Return an untrained LLaMA with 2 layers of width 64."""
+def make_model(words: int, width: int = 64, keys: int = 2, length: int = 128) -> Any:
+    """Return an untrained LLaMA with two layers and four heads.
+
+    Parameters
+    ----------
+    words : int
+        Tokens of the vocabulary.
+    width : int (default: 64)
+        Width of the layers; inside, they are twice as wide.
+    keys : int (default: 2)
+        Heads of keys and values.
+    length : int (default: 128)
+        Tokens of the longest text.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=words,
-            hidden_size=64,
-            intermediate_size=128,
+            hidden_size=width,
+            intermediate_size=2 * width,
             num_hidden_layers=2,
             num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
+            num_key_value_heads=keys,
+            max_position_embeddings=length,
         )
     )
 

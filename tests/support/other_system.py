@@ -23,7 +23,7 @@ PACKAGES = (
     "datasets", "dp_accounting", "filelock", "flwr.simulation", "flwr.serverapp",
     "flwr.clientapp", "flwr_datasets", "multiprocessing.synchronize", "opacus", "peft", "rich",
     "safetensors.torch", "scipy.optimize", "scipy.special", "scipy.stats", "sklearn.datasets",
-    "timm", "torch", "torch.func", "transformers", "typer.testing",
+    "timm", "torch", "torch.func", "transformers", "typer",
 )  # fmt: skip
 WINDOWS = (
     "fork", "forkpty", "register_at_fork", "pread", "pwrite", "fdatasync", "killpg", "setsid",
