@@ -46,7 +46,7 @@ class Setting:
 
     clients: int = 20
     rounds: int = 40
-    starts: int = 5
+    starts: int = 3
 
 
 def measure(setting: Setting, on_figure: Callable[[Figure], None]) -> None:

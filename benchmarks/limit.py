@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product as pairs
 from math import prod
 from typing import Any
 
@@ -144,7 +145,11 @@ def flops(found: Mapping[Product, int]) -> int:
 
 
 def measure(
-    shapes: Sequence[Shape], records: int, repetitions: int, on_figure: Callable[[Figure], None]
+    shapes: Sequence[Shape],
+    records: int,
+    repetitions: int,
+    on_figure: Callable[[Figure], None],
+    threads: Sequence[int] = (1,),
 ) -> None:
     """Compare steps with their limits in fp32 and bf16, on the CPU.
 
@@ -158,10 +163,14 @@ def measure(
         Number of turns over which medians are taken.
     on_figure : callable
         Called with each figure once it is measured.
+    threads : Sequence[int] (default: (1,))
+        Numbers of threads, one after the other for each model.
     """
-    for shape in shapes:
+    for shape, number in pairs(shapes, threads):
+        torch.set_num_threads(number)
+        on = "one thread" if number == 1 else f"{number} threads"
         for layers, targets in shape.targets.items():
-            setting, seconds = f"{shape.name}, b = {records}, {layers}", {}
+            setting, seconds = f"{shape.name}, b = {records}, {layers}, {on}", {}
             bench = StepBench(shape, targets, records, torch.device("cpu"))
             needed = {
                 phase: products(plain_step(bench.plain, phase, shape, bench.batch))

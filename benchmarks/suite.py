@@ -34,7 +34,8 @@ def distance_to_the_limit(on_figure: OnFigure) -> None:
     from benchmarks.limit import measure
     from benchmarks.step import roberta, swin
 
-    measure([roberta(), swin()], records=4, repetitions=5, on_figure=on_figure)
+    threads = sorted({1, os.cpu_count() or 1})
+    measure([roberta(), swin()], 4, repetitions=5, on_figure=on_figure, threads=threads)
 
 
 def one_factor_per_step(on_figure: OnFigure) -> None:

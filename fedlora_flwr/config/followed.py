@@ -39,8 +39,6 @@ NOT_FOLLOWED: Mapping[str, Mapping[str, str]] = {
         "state-dir": "each of its runs has a ledger of its own",
         "ledger-scope": "each of its runs has a ledger of its own",
         "resume": "the same command continues a comparison",
-        "metric-for-best-model": "it compares the models of the last round",
-        "generation-limit": "it compares the task's own figure",
     },
     PLAN: {
         "early-stopping-patience": "it counts all rounds",

@@ -26,6 +26,7 @@ from fedlora_flwr.studies.compare_methods import read_methods
 from fedlora_flwr.studies.compare_results import describe_row, read_rows
 from fedlora_flwr.studies.compare_tables import Part, as_json, document_of
 from fedlora_flwr.studies.comparison import Comparison
+from fedlora_flwr.studies.metric import metric_of
 from fedlora_flwr.studies.paired import Findings
 from fedlora_flwr.studies.sampler_names import HALTON, OPTUNA, SAMPLERS
 from fedlora_flwr.tasks.registry import build_task, extras_of
@@ -203,7 +204,7 @@ def compare(
         console = Console(stderr=True)
         tell = on_row or _shown(stack, progress)
         summary, found = run_comparison(what, folder, tell, workers, console)
-        metric = build_task(config.task, config).metric
+        metric = metric_of(config, build_task(config.task, config))
     return Compared(what, folder, summary, metric, found, chosen)
 
 

@@ -245,6 +245,7 @@ class Comparison:
         """
         from fedlora_flwr.privacy.budget import check_budget
         from fedlora_flwr.simulations.runner import prepare_run
+        from fedlora_flwr.studies.metric import check_metric
 
         own = self._own()
         jobs = [*self.tune_jobs(), *self.report_jobs(own), *self.control_jobs(own)]
@@ -258,6 +259,7 @@ class Comparison:
         # The runs use the cached calibrations of these checks.
         for config in {job.row: job.config for job in reversed(jobs)}.values():
             prepare_run(config, console)
+        check_metric(self.config)
 
     def document(self) -> dict[str, Any]:
         """Return the settings for ``settings.json``. ε is text, because JSON has no infinity.

@@ -41,14 +41,21 @@ def test_products_are_told_apart_by_size_and_layout() -> None:
         assert limit(found, dtype, repetitions=1) > 0
 
 
-def test_each_step_is_compared_with_its_limit_in_both_precisions() -> None:
+def test_each_step_is_compared_with_its_limit_in_both_precisions_and_on_all_threads() -> None:
     figures: list[Figure] = []
-    measure([TINY], 2, 1, figures.append)
+    before = torch.get_num_threads()
+    try:
+        measure([TINY], 2, 1, figures.append, threads=[1, 2])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
     steps = [figure for figure in figures if figure.against == "its products"]
-    assert len(steps) == len(TINY.targets) * len(PHASES) * len(NAMES)
+    assert len(steps) == 2 * len(TINY.targets) * len(PHASES) * len(NAMES)
+    for on in ("one thread", "2 threads"):
+        assert sum(f", {on}, " in figure.what for figure in steps) == len(steps) / 2
     for figure in steps:
         assert figure.ratio is not None
         assert figure.met is not None
         assert "the step makes 1.0" in figure.note  # Nothing is multiplied in vain.
     shares = [f.ratio or 0.0 for f in figures if ", AB, fp32: share of" in f.what]
-    assert sum(shares) == pytest.approx(len(TINY.targets))
+    assert sum(shares) == pytest.approx(2 * len(TINY.targets))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import fedlora_flwr
-from fedlora_flwr import evaluate
+from fedlora_flwr import compare, evaluate
 from fedlora_flwr.cli.run_screen import closing_rows
 from fedlora_flwr.cli.watch_screen import screen
 from fedlora_flwr.config import RunConfig, device_config
@@ -63,6 +63,25 @@ def run(chat_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     run_dir = RunDirectory(root / "run")
     summary = run_in_process(prepare_run(config), run_dir, lambda row: None)
     return Run(run_dir, config, summary)
+
+
+def test_a_comparison_tunes_and_reports_by_the_figure_that_is_named(
+    run: Run, tmp_path: Path
+) -> None:
+    found = compare(
+        replace(run.config, num_rounds=5), ["ffa-lora"], epsilons=[8], seeds=1, trials=2,
+        baselines="none", output=tmp_path / "all", progress=False, metric_for_best_model="rouge_l",
+    )  # fmt: skip
+    row = found.runs.query("phase == 'report'").iloc[0]
+    rates = {name.replace("-", "_"): float(row[name]) for name in ("lr-a", "lr-b", "lr-head")}
+    own: dict[str, Any] = {"epsilon": 8.0, "seed": 1, "state_dir": str(tmp_path), **rates}
+    config = replace(run.config, num_rounds=5, **own)
+    alone = run_in_process(prepare_run(config), RunDirectory(tmp_path / "one"), lambda row: None)
+    assert found.metric == "rouge_l"
+    assert (row["initial"], row["final"]) == (alone["initial_rouge_l"], alone["final_rouge_l"])
+    assert row["final"] != alone["final_token_accuracy"]
+    tried = found.runs.query("phase == 'tune'")
+    assert rates["lr_b"] == tried.loc[tried["final"].idxmax(), "lr-b"]
 
 
 def test_figures_of_answers_are_in_rows_summary_and_screens(run: Run) -> None:
@@ -132,7 +151,7 @@ def test_only_a_server_and_a_user_with_an_adapter_ask_for_answers() -> None:
         if isinstance(node, ast.ImportFrom) and node.module == "fedlora_flwr.tasks.answers"
         and "measured" in {name.name for name in node.names}
     }  # fmt: skip
-    assert asking == {"server/samples.py", "trained/evaluate.py"}
+    assert asking == {"server/samples.py", "trained/evaluate.py", "studies/metric.py"}
     # A task's method takes a model. Whether a server answers takes nothing.
     calls = re.compile(r'"answers"\)|\.answers\((?!\))')
     calling = {

@@ -45,6 +45,14 @@ def test_strategies_are_compared_on_an_object(tmp_path: Path) -> None:
             "because a comparison does not follow this key: its runs keep no folder",
         ),
         ({"task": own_task(), "workers": 2}, "workers = 2 cannot be used: expected this process"),
+        (
+            {"strategies": ["rolora"], "metric_for_best_model": "loss"},
+            "metric-for-best-model = 'loss' cannot be used: expected a figure of which more is",
+        ),
+        (
+            {"strategies": ["rolora"], "metric_for_best_model": "acuracy"},
+            "metric-for-best-model = 'acuracy' cannot be used: did you mean 'accuracy'?",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_refused(
