@@ -61,6 +61,15 @@ def test_uv_installs_from_where_pip_would_and_within_its_constraints(
     assert (tmp_path / "one" / "tiny_thing-1.5.dist-info" / "INSTALLER").read_text() == "uv"
 
 
+@pytest.mark.parametrize(("forbidden", "compiled"), [("", 0), ("1", 1)])
+def test_modules_are_compiled_where_python_may_not_keep_what_it_compiles(
+    forbidden: str, compiled: int, pip_file: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("uv", reason="pip has set up this environment, and compiles all modules")
+    install(pip_file, tmp_path / "one", PYTHONDONTWRITEBYTECODE=forbidden)
+    assert len(list((tmp_path / "one").rglob("tiny_thing.*.pyc"))) == compiled
+
+
 def test_pip_installs_where_uv_cannot(pip_file: Path, tmp_path: Path) -> None:
     said = install(pip_file, tmp_path / "one", UV_INDEX_STRATEGY="no such strategy")
     assert said.startswith(PIPS)
