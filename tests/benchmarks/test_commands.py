@@ -18,10 +18,10 @@ RESULTS = FOLDER / "results"
 
 def test_these_are_the_commands() -> None:
     assert COMMANDS == [
-        "accounting", "advice", "aggregation", "as_lora_scores", "attack_table", "attacks", "audit",
-        "clients", "clip_shares", "deployed_sum", "engine", "learning", "light_nodes", "load",
-        "long_runs", "mechanisms", "pictures", "randomness", "running_cluster", "skills", "soak",
-        "started", "stock_faults", "tiny_llm", "workers",
+        "accounting", "accuracy_tables", "advice", "aggregation", "as_lora_scores", "attack_table",
+        "attacks", "audit", "clients", "clip_shares", "deployed_sum", "engine", "learning",
+        "light_nodes", "load", "long_runs", "mechanisms", "pictures", "randomness",
+        "running_cluster", "skills", "soak", "started", "stock_faults", "tiny_llm", "workers",
     ]  # fmt: skip
 
 
