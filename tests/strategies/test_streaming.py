@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import tracemalloc
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,12 @@ def run(name: str, kind: type[LocalGrid] = LocalGrid, rounds: int = 3, **setting
     return strategy
 
 
+@cache
+def streamed_run(name: str) -> FedLoRA:
+    """Run a method once for all tests that compare with it."""
+    return run(name)
+
+
 def bits(strategy: FedLoRA) -> dict[str, bytes]:
     return {n: a.tobytes() for n, a in arrays_of(strategy._result.arrays).items()}
 
@@ -64,7 +71,7 @@ def bits(strategy: FedLoRA) -> dict[str, bytes]:
 def test_a_streamed_round_gives_the_bits_and_figures_of_a_kept_one(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    streamed = run(name)
+    streamed = streamed_run(name)
     assert streamed.streams
     monkeypatch.setattr(strategy_class(name), "streams", False)
     kept = run(name)
@@ -87,7 +94,7 @@ def flat(row: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", STREAMED)
 def test_the_order_of_replies_changes_no_bit_of_model_or_rows(name: str) -> None:
-    first, second = run(name), run(name, Shuffled)
+    first, second = streamed_run(name), run(name, Shuffled)
     assert bits(first) == bits(second)
     assert first.last_round is not None
     assert second.last_round is not None
