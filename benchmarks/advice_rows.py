@@ -20,9 +20,7 @@ from fedlora_flwr.studies.compare_results import REPORT, read_rows
 
 RESULTS = ROOT / "benchmarks" / "results"
 HEAD = "head-only"
-# Clients' own models answer another question, and AS-LoRA was measured with scores that it no
-# longer has.
-LEFT_OUT = ("fedsa-lora", "as-lora")
+LEFT_OUT = ("fedsa-lora",)  # Clients' own models answer another question.
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,10 @@ SOURCES = (
     Source(_CIFAR, SECURE_SUM, "cifar10-swin-secure-sum", "secure-sum/cifar10.csv",
            "cifar-10-under-a-secure-sum", column="row",
            names={"secure sum, rolora": ("rolora", ""), "secure sum, head-only": (HEAD, "")}),
-    # These rows have one seed, and another split than the rows with noise below.
+    # These rows have one seed, and another split than the rows with noise below. AS-LoRA was
+    # measured with scores that it no longer has.
     Source(_SST2, LOCAL, "sst2-minilm", "sst2-minilm/rows.csv", "sst-2-on-minilm",
+           names={name: (name, "") for name in ("dp-lora", "ffa-lora", "rolora", "la-lora")},
            epsilons=(math.inf,)),
     Source(_SST2, LOCAL, "sst2-minilm", "secure-sum/sst2.csv", "sst-2-under-a-secure-sum",
            column="row", names={"local, dp-lora": ("dp-lora", ""), "local, head-only": (HEAD, "")}),
