@@ -86,10 +86,6 @@ SOURCES = (
     Source(*_DIGITS, "digits/options.csv", "options"),
     Source(*_DIGITS, "digits/head-only.csv", "ten-methods-on-the-digits-recipe", column="row",
            names={HEAD: (HEAD, ""), "head-only, weighting size": (HEAD, "weighting=size")}),
-    # From another backbone, so it stands alone: nothing else was measured at this ε.
-    Source(*_DIGITS, "secure-sum/rows.csv", "noise-shared-over-a-secure-sum", column="row",
-           names={"local, ffa-lora": ("ffa-lora", ""), "local, head-only": (HEAD, "")},
-           epsilons=(0.5,)),
     Source("digits", SECURE_SUM, "digits-secure-sum", "secure-sum/rows.csv",
            "noise-shared-over-a-secure-sum", column="row",
            names={"secure sum, ffa-lora": ("ffa-lora", ""),
