@@ -15,6 +15,7 @@ import pandas as pd
 from benchmarks import ROOT
 from benchmarks.learning import NUMBERS
 from fedlora_flwr.config.trust import LOCAL, SECURE_SUM
+from fedlora_flwr.places import STRATEGIES
 from fedlora_flwr.studies.compare_methods import RATES
 from fedlora_flwr.studies.compare_results import REPORT, read_rows
 
@@ -86,6 +87,8 @@ SOURCES = (
     Source(*_DIGITS, "digits/options.csv", "options"),
     Source(*_DIGITS, "digits/head-only.csv", "ten-methods-on-the-digits-recipe", column="row",
            names={HEAD: (HEAD, ""), "head-only, weighting size": (HEAD, "weighting=size")}),
+    Source(*_DIGITS, "digits/first-rates.csv", "options", column="row",
+           names={name: (name, "first rates") for name in STRATEGIES}),
     Source("digits", SECURE_SUM, "digits-secure-sum", "secure-sum/rows.csv",
            "noise-shared-over-a-secure-sum", column="row",
            names={"secure sum, ffa-lora": ("ffa-lora", ""),
