@@ -38,9 +38,13 @@ TURNS = ("ffa-lora", "rolora", "la-lora", "as-lora", "fedsvd")
 @pytest.mark.parametrize(
     ("better", "other", "epsilon"),
     [
-        *(("dp-lora", exact, 1.0) for exact in ("flexlora", "flora", "fedex-lora")),
+        *(("dp-lora", exact, e) for exact in ("flexlora", "flora", "fedex-lora") for e in (0.5, 1)),
         *(("ffa-lora", method, 1.0) for method in ("rolora", "as-lora", "la-lora")),
-        *((method, o, 3.0) for method in ("as-lora", "rolora") for o in ("ffa-lora", "flora")),
+        *(("head-only", method, e) for method in ("ffa-lora", "as-lora") for e in (0.5, 1.0)),
+        *(("rolora", method, 3.0) for method in ("ffa-lora", "as-lora", "flora", "head-only")),
+        ("rolora", "head-only", 8.0),
+        ("rolora", "head-only", math.inf),
+        (TURNS, SUMS, 0.5),
         (TURNS, SUMS, 1.0),
     ],
 )
