@@ -88,7 +88,7 @@ SOURCES = (
     Source(*_DIGITS, "digits/head-only.csv", "ten-methods-on-the-digits-recipe", column="row",
            names={HEAD: (HEAD, ""), "head-only, weighting size": (HEAD, "weighting=size")}),
     Source(*_DIGITS, "digits/first-rates.csv", "options", column="row",
-           names={name: (name, "first rates") for name in STRATEGIES}),
+           names={name: (name, "rates around 0.5") for name in STRATEGIES}),
     Source("digits", SECURE_SUM, "digits-secure-sum", "secure-sum/rows.csv",
            "noise-shared-over-a-secure-sum", column="row",
            names={"secure sum, ffa-lora": ("ffa-lora", ""),
