@@ -1,25 +1,23 @@
-"""``python -m benchmarks.accuracy_tables --write``: the tables of accuracy in docs/results.md.
+"""The tables of accuracy in docs/results.md, made from the rows in benchmarks/results/.
 
-They are made from the rows in benchmarks/results/, so no figure in them is typed.
+    python -m benchmarks.accuracy_tables --write
+
+They are the tables that `fedlora compare` makes, so no figure in them is typed.
 """
 
 from __future__ import annotations
 
-import argparse
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
-import pandas as pd
-
+from benchmarks.advice import PAGE
 from benchmarks.advice_rows import HEAD
-from benchmarks.page_tables import replaced
-from benchmarks.pictures import ROOT, runs_of
+from benchmarks.page_tables import asked_to_write, replaced
+from benchmarks.pictures import runs_of
 from fedlora_flwr.files import replace_file
-from fedlora_flwr.places import STRATEGIES
-from fedlora_flwr.studies.compare_methods import RATES
-
-PAGE = ROOT / "docs" / "results.md"
+from fedlora_flwr.studies.compare_results import Row, summarize
+from fedlora_flwr.studies.compare_tables import Table, figures_and_rates, markdown
 
 
 @dataclass(frozen=True)
@@ -32,21 +30,21 @@ class AccuracyTable:
         Name of its place in the page.
     files : tuple[str, ...]
         The rows, below ``benchmarks/results``.
-    wide : bool (default: False)
-        Whether it also tells the kB of a whole run and marks the best of each column.
+    sent : bool (default: False)
+        Whether it also tells the kB of a whole run.
     rates : bool (default: False)
         Whether it tells learning rates in place of accuracy.
     """
 
     place: str
     files: tuple[str, ...]
-    wide: bool = False
+    sent: bool = False
     rates: bool = False
 
 
 _DIGITS = ("digits/rows.csv", "digits/head-only.csv")
 TABLES = (
-    AccuracyTable("accuracy on digits", _DIGITS, wide=True),
+    AccuracyTable("accuracy on digits", _DIGITS, sent=True),
     AccuracyTable("rates on digits", _DIGITS, rates=True),
     AccuracyTable("accuracy on CIFAR-10", ("cifar10-small-swin/rows.csv",)),
     AccuracyTable("accuracy on digits by trust model", ("secure-sum/rows.csv",)),
@@ -55,68 +53,40 @@ TABLES = (
 )
 
 
-def lines_of(table: AccuracyTable) -> Iterator[list[str]]:
-    """Yield the heads of a table, and then its lines: a row of the comparison each."""
-    runs = runs_of(*table.files)
-    places = {name: number for number, name in enumerate(STRATEGIES)}
-    runs = runs.sort_values("row", key=lambda names: names.map(places), kind="stable")
-    budgets = sorted(runs["epsilon"].unique())
-    means = runs.groupby(["row", "epsilon"])["final"].mean().round(9)
-    best = means.groupby("epsilon").max()
-    heads = ["no privacy" if math.isinf(epsilon) else f"ε = {epsilon:g}" for epsilon in budgets]
-    yield ["method", *heads, *(["kB up", "kB down"] if table.wide else [])]
-    for row, found in runs.groupby("row", sort=False):
-        cells = []
-        for epsilon in budgets:
-            some = found[found["epsilon"] == epsilon]
-            text = _rates(some) if table.rates else _accuracy(some["final"])
-            top = table.wide and len(some) and means[row, epsilon] == best[epsilon]
-            cells.append(f"**{text}**" if top else text)
-        if table.wide:
-            cells += [f"{found[name].mean() / 1e3:,.1f}" for name in ("bytes_up", "bytes_down")]
-        yield [str(row), *cells]
+def cells_of(table: AccuracyTable) -> Table:
+    """Return the cells of a table, its head first."""
+    found = runs_of(*table.files).sort_values("epsilon", kind="stable")
+    runs = [cast(Row, run) for run in found.to_dict("records")]
+    # Some files have other columns for rates.
+    rates = {
+        (run["row"], run["epsilon"]): (run["lr-a"], run["lr-b"], run["lr-head"])
+        if table.rates
+        else None
+        for run in runs
+    }
+    figures, chosen = figures_and_rates(summarize(runs, rates, len({run["seed"] for run in runs})))
+    if table.rates:
+        return [_of_the_head(row) if row[0] == HEAD else row for row in chosen]
+    return figures if table.sent else [row[:-2] for row in figures]
 
 
-def _accuracy(finals: pd.Series[float]) -> str:
-    """Return the mean over the seeds and its sample standard deviation, in %."""
-    if finals.empty:
-        return ""
-    spread = f" ± {100 * finals.std():.1f}" if len(finals) > 1 else ""
-    return f"{100 * finals.mean():.1f}{spread}"
-
-
-def _rates(runs: pd.DataFrame) -> str:
-    """Return the learning rates of A, B and head. The head alone has one."""
-    if runs.empty:
-        return ""
-    values = [f"{runs[name].iloc[0]:g}" for name in RATES]
-    return " / ".join(["–", "–", values[2]] if runs["row"].iloc[0] == HEAD else values)
-
-
-def text_of(table: AccuracyTable) -> str:
-    """Return a table in Markdown."""
-    heads, *rest = lines_of(table)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *rest))
+def _of_the_head(row: list[str]) -> list[str]:
+    """Leave out the rates of what the head alone does not have."""
+    return [row[0], *(f"– / – / {cell.rpartition(' / ')[2]}" for cell in row[1:])]
 
 
 def page_with(page: str) -> str:
     """Return the page with all tables as the rows make them."""
     for table in TABLES:
-        page = replaced(page, table.place, text_of(table))
+        page = replaced(page, table.place, markdown([cells_of(table)]).strip())
     return page
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the tables, and write them to the page if asked to."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy_tables",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--write", action="store_true", help="write them to docs/results.md")
-    write = parser.parse_args(arguments).write
+    write = asked_to_write("benchmarks.accuracy_tables", __doc__, arguments)
     for table in TABLES:
-        print(f"{table.place}\n{text_of(table)}\n")
+        print(f"{table.place}\n\n{markdown([cells_of(table)])}")
     if write:
         replace_file(PAGE, page_with(PAGE.read_text(encoding="utf-8")).encode())
 

@@ -9,7 +9,6 @@ run is made. `benchmarks.advice_rows` says which rows count, and `choose` is the
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -19,7 +18,7 @@ from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 from benchmarks import ROOT
 from benchmarks.advice_rows import HEAD, SOURCES, Run, runs
-from benchmarks.page_tables import replaced
+from benchmarks.page_tables import asked_to_write, replaced
 from fedlora_flwr.config.toml import toml_value
 from fedlora_flwr.config.trust import LOCAL, SECURE_SUM
 from fedlora_flwr.files import replace_file
@@ -208,13 +207,7 @@ def _cells(one: Measured, trust: str, epsilon: float) -> tuple[str, ...]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print what the rows support, and write it if asked to."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.advice",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--write", action="store_true", help="write the package's table and page")
-    write = parser.parse_args(arguments).write
+    write = asked_to_write("benchmarks.advice", __doc__, arguments)
     found = tuple(measured())
     table = page_table(found)
     print(table)

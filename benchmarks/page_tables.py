@@ -2,6 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
+
+
+def asked_to_write(command: str, about: str | None, arguments: Sequence[str] | None) -> bool:
+    """Read the arguments of a command that prints tables; tell whether it is to write them, too.
+
+    Parameters
+    ----------
+    command : str
+        Its module.
+    about : str, optional
+        What it does.
+    arguments : Sequence[str], optional
+        Its arguments; by default those of this process.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {command}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--write", action="store_true", help="write them where they belong")
+    return bool(parser.parse_args(arguments).write)
+
 
 def replaced(page: str, name: str, text: str) -> str:
     """Return a page with a text between its comments ``name begin`` and ``name end``.

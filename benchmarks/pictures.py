@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from benchmarks import ROOT
 from benchmarks.mechanism_pictures import mechanism_pictures
 from fedlora_flwr.places import STRATEGIES
 from fedlora_flwr.plots.accuracy import plot_accuracy
@@ -16,7 +17,6 @@ from fedlora_flwr.plots.figures import run_name
 from fedlora_flwr.plots.modes import plot_modes
 from fedlora_flwr.studies.compare_results import read_rows
 
-ROOT = Path(__file__).parents[1]
 ROWS, PICTURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "results"
 OF = {
     "accuracy.png": ("Handwritten digits", "digits/rows.csv", "digits/head-only.csv"),
@@ -33,7 +33,8 @@ MODES = "modes.png"
 def runs_of(*files: str) -> pd.DataFrame:
     """Return the reported runs of a comparison in the form that `plot_accuracy` takes.
 
-    Variants of a method (``METHOD, KEY VALUE``) are left to the page's text.
+    Methods have the same order everywhere, and so the same color in all pictures. Rows with other
+    names keep theirs. Variants of a method (``METHOD, KEY VALUE``) are left to the page's text.
     """
     found = []
     for file in files:
@@ -42,17 +43,15 @@ def runs_of(*files: str) -> pd.DataFrame:
         found.append(rows.rename(columns={"strategy": "row"}) if "row" not in rows else rows)
     every = pd.concat(found, join="inner", ignore_index=True)
     variant = every["row"].str.partition(",")[0].isin(STRATEGIES) & ~every["row"].isin(STRATEGIES)
-    return every[(every["phase"] == "report") & (every["error"] == "") & ~variant]
+    runs = every[(every["phase"] == "report") & (every["error"] == "") & ~variant]
+    order = {name: number for number, name in enumerate(STRATEGIES)}
+    return runs.sort_values("row", key=lambda names: names.map(order), kind="stable")
 
 
 def pictures(folder: Path) -> Iterator[Path]:
     """Draw all pictures into a folder."""
     for name, (data, *files) in OF.items():
-        runs = runs_of(*files)
-        # A method has the same color in all pictures. Rows with other names keep their order.
-        order = {name: number for number, name in enumerate(STRATEGIES)}
-        runs = runs.sort_values("row", key=lambda names: names.map(order), kind="stable")
-        plot_accuracy(runs, folder / name, "accuracy", data)
+        plot_accuracy(runs_of(*files), folder / name, "accuracy", data)
         yield folder / name
     one = json.loads((ROWS / "digits" / "as-lora-choices.json").read_text(encoding="utf-8"))
     title = run_name(*(one[key] for key in ("task", "strategy", "epsilon", "seed")))

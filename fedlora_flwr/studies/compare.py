@@ -35,7 +35,6 @@ from fedlora_flwr.studies.metric import metric_of
 from fedlora_flwr.studies.paired import Findings, findings
 from fedlora_flwr.studies.progress import write_progress
 from fedlora_flwr.studies.trials import trial_jobs
-from fedlora_flwr.tasks.registry import build_task
 
 OnRow = Callable[[Row | None, int, int], None]
 
@@ -80,7 +79,7 @@ def run_comparison(
     _ = comparison.compared_with  # An unknown reference is an error before any work.
     check_settings(folder, document)
     comparison.check(console)
-    metric = metric_of(comparison.config, build_task(comparison.config.task, comparison.config))
+    metric = metric_of(comparison.config)
     with claim(folder, document), scratch("fedlora-compare-") as working:
         journal = Journal(folder / "rows.csv")
         begin = partial(write_progress, folder, workers)
@@ -141,7 +140,7 @@ def _run(working: Path, job: Job) -> Row:
     }  # fmt: skip
     started = time.perf_counter()
     try:
-        metric = metric_of(job.config, build_task(job.config.task, job.config))
+        metric = metric_of(job.config)
         with tempfile.TemporaryDirectory(dir=working) as folder:
             run_dir = RunDirectory(Path(folder))
             summary = run_in_process(prepare_run(job.config), run_dir, lambda _: None)

@@ -16,8 +16,10 @@ from fedlora_flwr.studies.compare_results import Pair, budget_name, data_name
 from fedlora_flwr.studies.paired import Difference, Figure, Findings
 from fedlora_flwr.studies.sampler_names import HALTON, OPTUNA
 
-Part = str | list[list[str]]
-"""A sentence, or a table with its head as the first row."""
+Table = list[list[str]]
+"""The cells of a table, with its head as the first row."""
+Part = str | Table
+"""A sentence, or a table."""
 
 
 def document_of(
@@ -45,30 +47,46 @@ def document_of(
     sampler : str (default: "halton")
         What chose the settings that were tried.
     """
-    budgets = list(dict.fromkeys(summary["epsilon"]))
-    names = [_budget(epsilon) for epsilon in budgets]
-    best = summary[summary["failed"] == 0].groupby("epsilon")["mean"].max()
-    head = ["method", *names]
-    figures, rates = [[*head, "kB up", "kB down"]], [head]
-    for name, group in summary.groupby("row", sort=False):
-        rows = group.to_dict("records")
-        sent = [group[column].mean() / 1e3 for column in ("bytes_up", "bytes_down")]
-        cells = [_figure(row, best.get(row["epsilon"])) for row in rows]
-        kilobytes = ["–" if math.isnan(count) else f"{count:,.1f}" for count in sent]
-        figures.append([str(name), *cells, *kilobytes])
-        rates.append([str(name), *(_rates(row) for row in rows)])
+    budgets = _budgets(summary)
+    figures, rates = figures_and_rates(summary)
     figures += _baselines(found, budgets)
     return [
         f"# {data_name(config)}: {metric} in % after round {config.num_rounds}",
         figures,
         "Mean ± sample standard deviation over the seeds, final round; bold: best of its "
         "column. Bytes: mean of a whole run, all clients together." + _controls_note(found),
-        *_against(found, head, budgets),
+        *_against(found, rates[0], budgets),
         *_cost_of_noise(found, budgets),
         f"Learning rates ({' / '.join(RATES)})",
         rates,
         _rates_note(trials, sampler),
     ]
+
+
+def figures_and_rates(summary: pd.DataFrame) -> tuple[Table, Table]:
+    """Return the table of figures and bytes, and that of learning rates.
+
+    Parameters
+    ----------
+    summary : pandas.DataFrame
+        See `summarize`. The cell of a pair that it does not have is empty.
+    """
+    budgets = _budgets(summary)
+    best = summary[summary["failed"] == 0].groupby("epsilon")["mean"].max()
+    head = ["method", *map(_budget, budgets)]
+    figures, rates = [[*head, "kB up", "kB down"]], [head]
+    for name, group in summary.groupby("row", sort=False):
+        rows = {row["epsilon"]: row for row in group.to_dict("records")}
+        sent = [group[column].mean() / 1e3 for column in ("bytes_up", "bytes_down")]
+        cells = [_figure(rows[e], best.get(e)) if e in rows else "" for e in budgets]
+        kilobytes = ["–" if math.isnan(count) else f"{count:,.1f}" for count in sent]
+        figures.append([str(name), *cells, *kilobytes])
+        rates.append([str(name), *(_rates(rows[e]) if e in rows else "" for e in budgets)])
+    return figures, rates
+
+
+def _budgets(summary: pd.DataFrame) -> list[float]:
+    return list(dict.fromkeys(summary["epsilon"]))
 
 
 def markdown(parts: Sequence[Part]) -> str:

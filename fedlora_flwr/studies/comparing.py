@@ -204,7 +204,7 @@ def compare(
         console = Console(stderr=True)
         tell = on_row or _shown(stack, progress)
         summary, found = run_comparison(what, folder, tell, workers, console)
-        metric = metric_of(config, build_task(config.task, config))
+        metric = metric_of(config)
     return Compared(what, folder, summary, metric, found, chosen)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.errors import InvalidValue, unknown
 from fedlora_flwr.server.best import is_better
-from fedlora_flwr.tasks.registry import Task, build_task
+from fedlora_flwr.tasks.registry import build_task
 
 _KEY = "metric-for-best-model"
 
 
-def metric_of(config: RunConfig, task: Task) -> str:
+def metric_of(config: RunConfig) -> str:
     """Return the name of the figure: ``metric-for-best-model``, and else the task's own."""
-    return config.metric_for_best_model or task.metric
+    return config.metric_for_best_model or build_task(config.task, config).metric
 
 
 def check_metric(config: RunConfig) -> None:
@@ -34,12 +34,12 @@ def check_metric(config: RunConfig) -> None:
     from fedlora_flwr.lora.build import build_adapted
     from fedlora_flwr.tasks.answers import measured
 
-    task = build_task(config.task, config)
-    metric = metric_of(config, task)
+    metric = metric_of(config)
     if is_better(metric, 0.0, 1.0):
         raise InvalidValue(
             _KEY, metric, "a figure of which more is better: a comparison shows shares in percent"
         )
+    task = build_task(config.task, config)
     if metric != task.metric:
         model = build_adapted(config, task).model
         write = config.generation_limit > 0

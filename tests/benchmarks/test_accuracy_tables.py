@@ -8,7 +8,8 @@ from statistics import fmean, stdev
 
 import pytest
 
-from benchmarks.accuracy_tables import PAGE, TABLES, AccuracyTable, lines_of, page_with
+from benchmarks.accuracy_tables import TABLES, AccuracyTable, cells_of, page_with
+from benchmarks.advice import PAGE
 from benchmarks.pictures import ROWS
 
 SHOWN = PAGE.read_text(encoding="utf-8")
@@ -20,7 +21,7 @@ def test_the_page_is_what_the_rows_make_of_it() -> None:
 
 @pytest.mark.parametrize("table", [one for one in TABLES if not one.rates], ids=lambda t: t.place)
 def test_a_cell_has_the_mean_and_the_deviation_of_its_reported_runs(table: AccuracyTable) -> None:
-    heads, *lines = lines_of(table)
+    heads, *lines = cells_of(table)
     rows = []
     for file in table.files:
         with (ROWS / file).open(encoding="utf-8") as lines_in_file:
@@ -41,7 +42,7 @@ def test_a_cell_has_the_mean_and_the_deviation_of_its_reported_runs(table: Accur
 
 
 def test_only_the_best_of_a_column_is_marked() -> None:
-    heads, *lines = lines_of(TABLES[0])
+    heads, *lines = cells_of(TABLES[0])
     for place, head in enumerate(heads):
         if head.startswith(("ε", "no ")):
             cells = [line[place] for line in lines]
