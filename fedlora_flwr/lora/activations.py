@@ -43,6 +43,15 @@ class Activations:
             self.clear()
         return key in self._places
 
+    @property
+    def mostly_full(self) -> bool:
+        """Whether more than half of the limit is used."""
+        return self._used > self._limit / 2
+
+    @property
+    def _used(self) -> int:
+        return self._end + len(self._places) * _ENTRY
+
     def clear(self) -> None:
         """Forget all rows."""
         self._places.clear()
@@ -96,7 +105,7 @@ class Activations:
             for number, key in enumerate(keys):
                 if key in self._places:
                     continue
-                if self._end + (len(self._places) + 1) * _ENTRY + size > self._limit:
+                if self._used + _ENTRY + size > self._limit:
                     return
                 self._file.seek(self._end)
                 if self._file.write(data[number * size : (number + 1) * size]) != size:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fedlora_flwr.config import RunConfig
+from fedlora_flwr.config.sections import DataSection, LoRASection, TaskSection
 from fedlora_flwr.files import cache_folder
 from fedlora_flwr.layout import factor_of
 from fedlora_flwr.lora.activations import Activations
@@ -42,6 +44,12 @@ class PrefixCache:
         The model. It keeps its two hooks on it for as long as the model lives.
     limit : int
         Largest size in bytes of the file with the activations.
+    kept : Activations, optional
+        Where rows are kept; by default in a file of this model's own.
+    settings : str, optional
+        All settings that decide on what the model computes from its weights. Another model of this
+        process finds the rows again if its settings are the same, and its weights below the cut.
+        By default no other model finds them.
 
     Notes
     -----
@@ -55,9 +63,17 @@ class PrefixCache:
     process and in its file without a name (see `Activations`).
     """
 
-    def __init__(self, adapted: AdaptedModel, limit: int) -> None:
-        self._adapted = adapted
-        self._kept = Activations(cache_folder() / "activations", limit)
+    _between_runs: ClassVar[dict[int, Activations] | None] = None
+
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        limit: int,
+        kept: Activations | None = None,
+        settings: str = "",
+    ) -> None:
+        self._adapted, self._settings = adapted, settings
+        self._kept = _empty(limit) if kept is None else kept
         self._factors = True
         self._cuts: dict[tuple[bool, bool, bool], Cut | None] = {}
         self._state: object = None
@@ -77,7 +93,28 @@ class PrefixCache:
         """
         limit = int(config.prefix_cache * 2**30)
         other = config.compile != "none" or config.gradient_checkpointing
-        return cls(adapted, limit) if limit and not other else None
+        if not limit or other:
+            return None
+        if cls._between_runs is None:
+            return cls(adapted, limit)
+        kept = cls._between_runs.setdefault(limit, _empty(limit))
+        return cls(adapted, limit, kept, _settings(config))
+
+    @classmethod
+    def keep_between_runs(cls, keep: bool) -> None:
+        """Let models that this process builds from now on find rows of earlier ones, or not.
+
+        Runs that are compared read the same records with the same frozen weights.
+
+        Parameters
+        ----------
+        keep : bool
+            If not, what has been kept for later runs is forgotten.
+        """
+        if not keep:
+            cls._between_runs = None
+        elif cls._between_runs is None:
+            cls._between_runs = {}
 
     def follow(self, trained: Iterable[str]) -> None:
         """Learn which arrays train from now on.
@@ -136,7 +173,7 @@ class PrefixCache:
     def _values(self, cut: Cut, call: Call) -> tuple[Tensor, Sequence[Template]]:
         """Return the cut's output for all rows, and the forms of what is left out."""
         self._refresh(cut)
-        keys = call.keys(self._digest + bytes(self._mode()))
+        keys = call.keys(self._digest + bytes(self._mode()) + cut.place.encode())
         templates = cut.templates.get(call.form)
         missing = [n for n, key in enumerate(keys) if templates is None or key not in self._kept]
         if not missing and templates is not None:
@@ -163,14 +200,29 @@ class PrefixCache:
         if state == self._state:
             return
         exchanged = {id(p) for p in self._adapted.parameters.values()}
-        found = hashlib.blake2b(digest_size=16)
+        found = hashlib.blake2b(self._settings.encode(), digest_size=16)
         for number, tensor in enumerate(cut.tensors):
-            # An array that a server sends may be written again with the same values.
-            if id(tensor) in exchanged:
+            # An array that a server sends may be written again with the same values, and another
+            # run reads the same checkpoint.
+            if self._settings or id(tensor) in exchanged:
+                found.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
                 found.update(in_bytes(tensor).numpy().tobytes())
             else:
                 found.update(repr((number, state[number])).encode())
         if found.digest() != self._digest:
-            self._kept.clear()
+            if not self._settings or self._kept.mostly_full:
+                self._kept.clear()
             self._digest = found.digest()
         self._state = state
+
+
+def _empty(limit: int) -> Activations:
+    return Activations(cache_folder() / "activations", limit)
+
+
+def _settings(config: RunConfig) -> str:
+    """Return the settings on which frozen layers may depend, beside their weights."""
+    sections = (TaskSection, DataSection, LoRASection)
+    names = [field.name for section in sections for field in fields(section)]
+    names += ["precision", "device", "client_threads"]
+    return repr([(name, getattr(config, name)) for name in names])

@@ -49,8 +49,10 @@ class Cut:
 
     Parameters
     ----------
+    place : str
+        The name of a module in the model.
     module : nn.Module
-        The module whose output the model continues from.
+        The module, from whose output the model continues.
     left_out : tuple[nn.Module, ...]
         Modules that need not run.
     tensors : tuple[Tensor, ...]
@@ -63,6 +65,7 @@ class Cut:
         One row of the output, by form of the call.
     """
 
+    place: str
     module: nn.Module
     left_out: tuple[nn.Module, ...]
     tensors: tuple[Tensor, ...]
@@ -108,6 +111,7 @@ def find_cut(call: Call, starts: Iterable[nn.Module], trained: Sequence[Tensor])
             return None
         reference = cache(torch.no_grad()(call.run))  # Not needed where too little would be saved.
         tried, seen = 0, set[int]()
+        places = {module: name for name, module in call.model.named_modules()}
         for number, (module, output) in reversed(list(enumerate(found.ended))):
             value = _main(output)
             if value is None or len(value) != call.rows or id(value) in seen:
@@ -116,7 +120,7 @@ def find_cut(call: Call, starts: Iterable[nn.Module], trained: Sequence[Tensor])
             if value.requires_grad:
                 continue
             tried += 1
-            for cut in _cuts(found, number, module, value):
+            for cut in _cuts(found, number, places.get(module, ""), value):
                 if _is_worth(cut, call) and _same(cut, call, value, reference()):
                     return cut
             if tried == _TRIED:
@@ -237,8 +241,9 @@ def _record(call: Call, starts: set[nn.Module], trained: Sequence[Tensor]) -> _R
     return found
 
 
-def _cuts(found: _Record, number: int, module: nn.Module, value: Tensor) -> Iterator[Cut]:
+def _cuts(found: _Record, number: int, place: str, value: Tensor) -> Iterator[Cut]:
     """Yield cuts after one module: first without all before it, then without its siblings only."""
+    module, _ = found.ended[number]
     order = tuple(sorted(range(value.dim()), key=value.stride, reverse=True))
     before = [each for each, _ in found.ended[:number]]
     inside = set(module.modules())
@@ -246,11 +251,11 @@ def _cuts(found: _Record, number: int, module: nn.Module, value: Tensor) -> Iter
     parts = {part for each in whole for part in each.modules() if part is not each}
     outermost = tuple(each for each in whole if each not in parts)
     tensors = _tensors(found, module)
-    yield Cut(module, outermost, tensors, order)
+    yield Cut(place, module, outermost, tensors, order)
     siblings = _siblings(found, module)
     near = tuple(each for each in outermost if each in siblings)
     if len(near) < len(outermost):
-        yield Cut(module, near, tensors, order)
+        yield Cut(place, module, near, tensors, order)
 
 
 def _siblings(found: _Record, module: nn.Module) -> set[nn.Module]:

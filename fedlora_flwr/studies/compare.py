@@ -5,7 +5,8 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def run_comparison(
     with claim(folder, document), scratch("fedlora-compare-") as working:
         journal = Journal(folder / "rows.csv")
         begin = partial(write_progress, folder, workers)
-        with executor(workers, folder / "compare.log") as execute:
+        with executor(workers, folder / "compare.log") as execute, _one_prefix():
             run = partial(_run, working)
             chosen = _run_all(comparison, journal, execute, run, on_row, begin)
         rows = [journal.rows[job.key] for job in comparison.report_jobs(chosen)]
@@ -129,10 +130,23 @@ def _run_all(
     return chosen
 
 
+@contextmanager
+def _one_prefix() -> Iterator[None]:
+    """Forget what runs in this process have kept for later ones, once the block has ended."""
+    from fedlora_flwr.lora.prefix_cache import PrefixCache
+
+    try:
+        yield
+    finally:
+        PrefixCache.keep_between_runs(False)
+
+
 def _run(working: Path, job: Job) -> Row:
     """Run one job. An error becomes the job's result."""
+    from fedlora_flwr.lora.prefix_cache import PrefixCache
     from fedlora_flwr.simulations.runner import prepare_run, run_in_process
 
+    PrefixCache.keep_between_runs(True)  # A worker process forgets it when it ends.
     lr_a, lr_b, lr_head = job.rates
     row: Row = {
         "phase": job.phase, "row": job.row, "epsilon": job.config.epsilon, "seed": job.config.seed,
