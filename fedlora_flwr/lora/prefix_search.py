@@ -271,10 +271,9 @@ def _siblings(found: _Record, module: nn.Module) -> set[nn.Module]:
 
 def _tensors(found: _Record, module: nn.Module) -> tuple[Tensor, ...]:
     """Return the parameters and buffers of all modules that had begun when one ended."""
-    inside = set(module.modules())
     held = {
         id(tensor): tensor
-        for each in (*found.begun, *inside)
+        for each in (*found.begun, *module.modules())
         for tensor in (*each.parameters(recurse=False), *each.buffers(recurse=False))
     }
     return tuple(held.values())

@@ -27,17 +27,20 @@ def between_runs() -> Iterator[None]:
     PrefixCache.keep_between_runs(False)
 
 
-def one_round(trainer: LocalTrainer) -> Mapping[str, Any]:
+def one_round(trainer: LocalTrainer, mode: str = "B") -> Mapping[str, Any]:
     records = trainer.task.client_records(0, 3)
     mechanism = Mechanism(1.0, 1.0, len(records), len(records))
-    plan = ComponentPlan.parse("B")
+    plan = ComponentPlan.parse(mode)
     return trainer.train(trainer.start, plan, records, mechanism, ("c", 1)).arrays
 
 
-def test_runs_that_are_compared_compute_the_first_layers_once(make_config: MakeConfig) -> None:
-    settings: dict[str, Any] = {"lora_targets": LAST, "local_steps": 2}
+@pytest.mark.parametrize(("targets", "mode"), [(LAST, "B"), (r".*\.attn\.qkv", "-")])
+def test_runs_that_are_compared_compute_the_first_layers_once(
+    make_config: MakeConfig, targets: str, mode: str
+) -> None:
+    settings: dict[str, Any] = {"lora_targets": targets, "local_steps": 2}
     first = LocalTrainer.build(make_config(**settings))
-    one_round(first)
+    one_round(first, mode)
     assert first.prefix is not None
     known = len(first.prefix)
     assert known > 40
@@ -45,9 +48,9 @@ def test_runs_that_are_compared_compute_the_first_layers_once(make_config: MakeC
     second = LocalTrainer.build(make_config(**other))
     assert second.prefix is not None
     assert len(second.prefix) == known
-    found = one_round(second)
+    found = one_round(second, mode)
     assert len(second.prefix) == known
-    expected = one_round(LocalTrainer.build(make_config(**other, prefix_cache=0.0)))
+    expected = one_round(LocalTrainer.build(make_config(**other, prefix_cache=0.0)), mode)
     PrefixCache.keep_between_runs(False)
     third = LocalTrainer.build(make_config(**settings))
     assert third.prefix is not None
