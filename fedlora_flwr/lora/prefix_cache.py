@@ -22,7 +22,7 @@ from fedlora_flwr.files import cache_folder
 from fedlora_flwr.layout import factor_of
 from fedlora_flwr.lora.activations import Activations
 from fedlora_flwr.lora.adapters import AdaptedModel
-from fedlora_flwr.lora.digests import in_bytes
+from fedlora_flwr.lora.digests import digest
 from fedlora_flwr.lora.model_call import Call
 from fedlora_flwr.lora.precision import kernels_of
 from fedlora_flwr.lora.prefix_search import Cut, Template, find_cut, prefix_of, standing_in
@@ -78,6 +78,7 @@ class PrefixCache:
         self._cuts: dict[tuple[bool, bool, bool], Cut | None] = {}
         self._state: object = None
         self._digest = b""
+        self._digests: dict[int, tuple[tuple[int, int], bytes]] = {}
         self._serving = ExitStack()
         self._busy = False
         adapted.model.register_forward_pre_hook(self._begin, with_kwargs=True)
@@ -175,7 +176,9 @@ class PrefixCache:
         self._refresh(cut)
         keys = call.keys(self._digest + bytes(self._mode()) + cut.place.encode())
         templates = cut.templates.get(call.form)
-        missing = [n for n, key in enumerate(keys) if templates is None or key not in self._kept]
+        missing = [n for n, key in enumerate(keys) if key not in self._kept]
+        if templates is None and not missing:
+            missing = [0]  # One record shows what stands in for the modules.
         if not missing and templates is not None:
             return self._kept.read(keys, cut.like[call.form]).to(call.device), templates
         part = (missing + missing[:1] * _LEAST_ROWS)[: max(len(missing), _LEAST_ROWS)]
@@ -201,19 +204,26 @@ class PrefixCache:
             return
         exchanged = {id(p) for p in self._adapted.parameters.values()}
         found = hashlib.blake2b(self._settings.encode(), digest_size=16)
-        for number, tensor in enumerate(cut.tensors):
+        for number, (tensor, now) in enumerate(zip(cut.tensors, state, strict=True)):
             # An array that a server sends may be written again with the same values, and another
             # run reads the same checkpoint.
             if self._settings or id(tensor) in exchanged:
-                found.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
-                found.update(in_bytes(tensor).numpy().tobytes())
+                found.update(self._contents(tensor, now))
             else:
-                found.update(repr((number, state[number])).encode())
+                found.update(repr((number, now)).encode())
         if found.digest() != self._digest:
             if not self._settings or self._kept.mostly_full:
                 self._kept.clear()
             self._digest = found.digest()
         self._state = state
+
+    def _contents(self, tensor: Tensor, state: tuple[int, int]) -> bytes:
+        """Return a digest of a tensor, which is computed again once it has been written."""
+        before, found = self._digests.get(id(tensor), (None, b""))
+        if before != state:
+            found = digest("", tensor)
+            self._digests[id(tensor)] = state, found
+        return found
 
 
 def _empty(limit: int) -> Activations:
