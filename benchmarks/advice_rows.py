@@ -89,11 +89,10 @@ SOURCES = (
            names={HEAD: (HEAD, ""), "head-only, weighting size": (HEAD, "weighting=size")}),
     Source(*_DIGITS, "digits/first-rates.csv", "options", column="row",
            names={name: (name, "rates around 0.5") for name in STRATEGIES}),
-    Source("digits", SECURE_SUM, "digits-secure-sum", "secure-sum/rows.csv",
-           "noise-shared-over-a-secure-sum", column="row",
-           names={"secure sum, ffa-lora": ("ffa-lora", ""),
-                  "secure sum, ffa-lora, rates halved": ("ffa-lora", "rates halved"),
-                  "secure sum, head-only": (HEAD, "")}),
+    # A sum has one step per round, with which LA-LoRA is RoLoRA.
+    Source("digits", SECURE_SUM, "digits-secure-sum", "secure-sum/digits.csv",
+           "noise-shared-over-a-secure-sum",
+           names={name: (name, "") for name in ("dp-lora", "ffa-lora", "rolora", "as-lora", HEAD)}),
     # The comparison in cifar10-small-swin/rows.csv is of another pretraining, without the head.
     Source(_CIFAR, LOCAL, "cifar10-small-swin", "secure-sum/cifar10.csv",
            "cifar-10-under-a-secure-sum", column="row",

@@ -22,7 +22,7 @@ OF = {
     "accuracy.png": ("Handwritten digits", "digits/rows.csv", "digits/head-only.csv"),
     "cifar10.png": ("CIFAR-10, small Swin", "cifar10-small-swin/rows.csv"),
     "sst2.png": ("SST-2, MiniLM", "sst2-minilm/rows.csv"),
-    "secure-sum.png": ("Handwritten digits, both trust models", "secure-sum/rows.csv"),
+    "secure-sum.png": ("Handwritten digits, secure sum", "secure-sum/digits.csv"),
     "secure-sum-sst2.png": ("SST-2, both trust models", "secure-sum/sst2.csv"),
     "secure-sum-cifar10.png": ("CIFAR-10, both trust models", "secure-sum/cifar10.csv"),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ def plot_accuracy(runs: pd.DataFrame, path: Path, metric: str, data: str) -> Non
 
     Methods are drawn slightly apart on the ε axis. A line joins a method's means over ε. Runs
     without privacy have no ε: they are drawn apart, with hollow marks and without a line. The
-    metric's axis goes from 0 to 1.
+    metric's axis covers the runs, to the next five hundredths.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ def accuracy_figure(runs: pd.DataFrame, metric: str, data: str) -> Figure:
     _mark_budgets(axes, ticks)
     axes.set_ylabel(f"{metric.replace('_', ' ')} after the last round")
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    axes.set_ylim(0, 1)
+    axes.set_ylim(*_limits(runs["final"].dropna()))
     axes.set_title(_title(runs, metric, data), fontsize=11)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
@@ -93,6 +93,12 @@ def _draw_method(
                 label=str(runs["row"].iloc[0]) if fill == "full" and len(runs) else None,
                 fillstyle=fill, markersize=5, linewidth=0.9, elinewidth=1.1, capsize=2.5, **look,
             )  # fmt: skip
+
+
+def _limits(finals: Iterable[float]) -> tuple[float, float]:
+    """Return the five hundredths around all figures; all of them if there are no figures."""
+    found = [math.floor(20 * final + 1e-9) for final in finals] or [0, 19]
+    return min(found) / 20, (max(found) + 1) / 20
 
 
 def _title(runs: pd.DataFrame, metric: str, data: str) -> str:

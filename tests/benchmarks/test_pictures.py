@@ -69,6 +69,44 @@ def test_differences_by_seed_are_those_of_the_rows(
     assert f"{center:.1f} ± {error:.1f}" in PAGE
 
 
+LOCAL = ("digits/rows.csv", "digits/head-only.csv")
+SUM = ("secure-sum/digits.csv",)
+SUM_SECTION = PAGE.partition("\n## Noise shared over a secure sum")[2].partition("\n### ")[0]
+SUM_SECTION += (PICTURES.parent / "trust_models.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("better", "other", "epsilons", "files"),
+    [
+        *((m, m, (e, e), (SUM, LOCAL)) for m in ("ffa-lora", "head-only") for e in (0.5, 1, 3)),
+        *(
+            (m, m, (e, e), (SUM, LOCAL))
+            for m, e in (("rolora", 0.5), ("as-lora", 1), ("la-lora", 3))
+        ),
+        *((m, m, (8, 8), (SUM, LOCAL)) for m in ("as-lora", "ffa-lora")),
+        *((m, m, (math.inf, 1), (LOCAL, SUM)) for m in ("as-lora", "ffa-lora")),
+        *((m, "head-only", (1, 1), (SUM, SUM)) for m in ("as-lora", "ffa-lora")),
+        *((m, "head-only", (3, 3), (SUM, SUM)) for m in ("as-lora", "dp-lora")),
+        *(("ffa-lora", "dp-lora", (e, e), (SUM, SUM)) for e in (0.5, 1)),
+    ],
+)
+def test_gains_of_the_secure_sum_are_those_of_the_rows(
+    better: str,
+    other: str,
+    epsilons: tuple[float, float],
+    files: tuple[tuple[str, ...], tuple[str, ...]],
+) -> None:
+    runs = [
+        rows[(rows["row"] == name) & (rows["epsilon"] == epsilon)].set_index("seed")["final"]
+        for name, epsilon, rows in zip(
+            (better, other), epsilons, (runs_of(*each) for each in files), strict=True
+        )
+    ]
+    gaps = 100 * (runs[0] - runs[1])
+    assert len(gaps) == 5
+    assert f"{gaps.mean():.1f} ± {gaps.std() / math.sqrt(5):.1f}" in SUM_SECTION
+
+
 def test_the_pictures_of_the_pages_are_drawn_again(tmp_path: Path) -> None:
     drawn = {path.name: path for path in pictures(tmp_path)}
     shown = [

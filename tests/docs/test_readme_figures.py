@@ -10,7 +10,6 @@ from statistics import fmean, stdev
 import pytest
 
 from benchmarks.advice_rows import HEAD, RESULTS, SOURCES, runs
-from benchmarks.pictures import runs_of
 from fedlora_flwr.config.recipes import load_recipe
 from fedlora_flwr.forecast.advice import nearest, table
 from fedlora_flwr.forecast.forecast import forecast
@@ -37,9 +36,15 @@ def ahead_of_the_head() -> str:
 
 
 def highest(trust: str) -> str:
-    """Return the highest mean at ε = 1 under a trust model, of the rows that share a start."""
-    rows = runs_of("secure-sum/rows.csv").query("epsilon == 1 and row.str.startswith(@trust)")
-    return f"{100 * rows.groupby('row')['final'].mean().max():.1f}"
+    """Return the highest mean at ε = 1 on digits under a trust model."""
+    cell = nearest("digits", trust, 1.0)
+    assert cell is not None
+    found = [
+        [run.final for run in runs(source).get(1.0, ()) if run.row == cell.best]
+        for source in SOURCES
+        if (source.task, source.trust_model) == ("digits", trust)
+    ]
+    return f"{100 * max(fmean(each) for each in found if each):.1f}"
 
 
 def make_run() -> set[str]:
@@ -56,7 +61,7 @@ def make_run() -> set[str]:
 def test_each_figure_is_that_of_a_row() -> None:
     figures = re.findall(r"\d+\.\d+(?: ± \d+\.\d+)?", re.sub(r"\]\([^)]*\)", "]", README))
     shown = {figure for figure in figures if figure not in OTHER}
-    sums = {highest("secure sum"), highest("local")}
+    sums = {highest("secure-sum"), highest("local")}
     assert shown == {ahead_of_the_head(), *sums, *make_run()}
 
 
@@ -68,8 +73,11 @@ def test_what_the_readme_says_of_strategies_is_measured() -> None:
             assert unsure == (one.epsilon <= 3)
             assert one.row.partition(",")[0] == ("head-only" if unsure else "rolora")
         elif one.task == "digits":
-            assert (one.row, one.adapters) == ("ffa-lora", "ahead") or one.epsilon < 1
+            assert (
+                one.row == {0.5: HEAD, 1.0: "as-lora", 3.0: "as-lora", 8.0: "rolora"}[one.epsilon]
+            )
+            assert (one.adapters == "ahead") == (one.epsilon >= 1)
         if one.epsilon >= 8 and one.task == "digits":
-            assert not [name for name in one.behind if name != HEAD]
+            assert not [name for name in one.behind if name != HEAD and (local or name == "rolora")]
         if one.task == "text-classification":
             assert one.best == "dp-lora"

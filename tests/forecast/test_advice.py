@@ -66,8 +66,8 @@ def test_the_rates_are_advised_for_the_steps_that_they_were_tuned_for() -> None:
         ("local", 2.0, ("local", 3.0)),
         ("local", 100.0, ("local", 8.0)),
         ("local", math.inf, ("local", math.inf)),
-        ("secure-sum", 8.0, ("secure-sum", 3.0)),
-        ("secure-sum", math.inf, ("secure-sum", 3.0)),
+        ("secure-sum", 20.0, ("secure-sum", 8.0)),
+        ("secure-sum", math.inf, ("secure-sum", 8.0)),
     ],
 )
 def test_an_epsilon_that_was_not_measured_takes_the_nearest(

@@ -99,7 +99,13 @@ def test_points_stand_at_their_budget_and_no_line_leads_to_no_privacy() -> None:
         for line in bars(table(), private):
             places = np.asarray(line.lines[0].get_xdata(), dtype=float)
             assert [int(np.argmin(np.abs(ticks - place))) for place in places] == expected
-    assert axes.get_ylim() == (0, 1)
+
+
+def test_the_axis_of_the_metric_covers_every_run() -> None:
+    runs = table()
+    low, high = accuracy_figure(runs, "accuracy", "Toys").axes[0].get_ylim()
+    assert low <= runs["final"].min() < low + 0.05
+    assert high - 0.05 <= runs["final"].max() < high
 
 
 def test_a_title_names_data_budgets_and_seeds() -> None:
