@@ -15,13 +15,14 @@ from fedlora_flwr.environment import own_program
 from fedlora_flwr.errors import InvalidValue
 from fedlora_flwr.forecast.participation import participation
 from fedlora_flwr.report.promise import NOT_PRIVATE, SEVERAL
-from fedlora_flwr.report.scales import WRITTEN, heading, in_words
+from fedlora_flwr.report.scales import BESIDE, heading, in_words
 from fedlora_flwr.server.best import is_better
 from fedlora_flwr.server.checkpoint import Checkpoint, Checkpoints
 from fedlora_flwr.server.rounds import RoundRow, describe_round
 from fedlora_flwr.server.run_dir import REPORT, RunDirectory
 from fedlora_flwr.simulations.runner import PreparedRun
 from fedlora_flwr.terminal import Bar, show_line, show_lines
+from fedlora_flwr.wire import OWN_LABELS
 
 SIMULATED = "secure sum simulated"
 REPEATS = f"runs on the same records add up: {SEVERAL}"
@@ -148,7 +149,7 @@ def closing_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
             heading(metric),
             f"{summary[f'initial_{metric}']:.1%} → {summary[f'final_{metric}']:.1%}",
         ),
-        *_written(summary),
+        *_beside(summary),
         *_best(summary),
         ("Privacy", privacy),
         ("Sent", f"{_megabytes(summary['bytes_up'])} up, {_megabytes(summary['bytes_down'])} down"),
@@ -187,14 +188,18 @@ def _range(values: Sequence[float], pattern: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _written(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the figures of answers that the model wrote, before training and after it."""
-    ends = {name: (f"initial_{name}", f"final_{name}") for name in WRITTEN}
-    return [
-        (heading(name), f"{summary[first]:.1%} → {summary[last]:.1%}")
-        for name, (first, last) in ends.items()
-        if first in summary and name != summary["metric"]
-    ]
+def _beside(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the figures beside the task's metric, before training, if they were, and after it."""
+    found = []
+    for name in BESIDE:
+        if (last := summary.get(f"final_{name}")) is None or name == summary["metric"]:
+            continue
+        first = summary.get(f"initial_{name}")
+        before = "" if first is None else f"{first:.1%} → "
+        found.append((heading(name), f"{before}{last:.1%}"))
+        if name == OWN_LABELS:
+            found.append(("", "with the classes of the public records weighted as at each client"))
+    return found
 
 
 def _best(summary: dict[str, Any]) -> list[tuple[str, str]]:

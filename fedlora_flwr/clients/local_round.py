@@ -11,7 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_flwr.clients.local_store import LocalStore
-from fedlora_flwr.clients.sharing import agreed, check_order, round_grid, trust_of, with_records
+from fedlora_flwr.clients.own_labels import on_own_labels
+from fedlora_flwr.clients.sharing import (
+    agreed,
+    check_asked,
+    check_order,
+    round_grid,
+    trust_of,
+    with_records,
+)
 from fedlora_flwr.clients.sum_exchange import Masks, SumExchange
 from fedlora_flwr.clients.trainer import LocalTrainer, LocalUpdate
 from fedlora_flwr.data.records import Records, check_records
@@ -165,7 +173,7 @@ class LocalRound:
         """
         started = time.perf_counter()
         plan = order.plan_for(self._trainer.layout)
-        self._permit(order)
+        check_asked(order, self._trainer.config)
         shares = check_order(order, self._trainer.config)
         masks = self.exchange.masks(order) if order.stage else None
         names = tuple(arrays)
@@ -265,8 +273,9 @@ class LocalRound:
         """Evaluate the model, with the factor that this client keeps if there is one.
 
         If the strategy shares one factor, the client measures on the public test set. Its own part
-        went through private steps, so the figures are post-processing. If not, it measures on its
-        private records, if its configuration allows such figures.
+        went through private steps, so the figures are post-processing. A simulation also weights
+        them by the client's labels (see `on_own_labels`). If the strategy shares all, the client
+        measures on its private records, if its configuration allows such figures.
 
         Parameters
         ----------
@@ -297,24 +306,14 @@ class LocalRound:
         # What this client kept in this round belongs to the model.
         arrays, own = self._complete(order, arrays, order.server_round + 1)
         self._trainer.load({**arrays, **own})
+        task, model = self._trainer.task, self._trainer.adapted.model
         with untold():
-            records = self._open_test() if order.keeps else self._open()
-            return self._trainer.task.evaluate(self._trainer.adapted.model, records)
-
-    def _permit(self, order: Order) -> None:
-        """Refuse a weighting that tells a secret of this client, or a missing round number."""
-        own = self._trainer.config.weighting
-        if order.weighting not in ("uniform", own):
-            raise OrderRefused(
-                f"weighting = {order.weighting!r} is refused, because this client does not tell "
-                "the run its number of records or its noise. Use weighting = 'uniform', or set "
-                "weighting on the client."
-            )
-        if self._trainer.config.rates_change and not order.server_round:
-            raise OrderRefused(
-                "The learning rates change over the rounds, but the message does not name its "
-                "round. Send 'server-round', or set lr-schedule = 'constant'."
-            )
+            if not order.keeps:
+                return task.evaluate(model, self._open())
+            public = self._open_test()
+            # A device would tell its labels by it.
+            told = on_own_labels(task, model, public, self._open()) if in_simulation() else {}
+            return {**task.evaluate(model, public), **told}
 
     def _open(self) -> Records:
         records = self._records

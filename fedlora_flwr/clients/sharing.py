@@ -1,4 +1,4 @@
-"""Checks before a client uploads a share to a secure sum, and additions to the share."""
+"""Checks of what an order asks for, above all of a share of a secure sum."""
 
 from __future__ import annotations
 
@@ -23,6 +23,27 @@ from fedlora_flwr.wire.order import Order
 
 # Two machines may differ in the last digits of a calibrated σ. The ledger decides on ε.
 _ROUNDED = 1e-6
+
+
+def check_asked(order: Order, config: RunConfig) -> None:
+    """Refuse a weighting that tells a secret of this client, or a missing round number.
+
+    Raises
+    ------
+    OrderRefused
+        The order asks for one, or lacks the other.
+    """
+    if order.weighting not in ("uniform", config.weighting):
+        raise OrderRefused(
+            f"weighting = {order.weighting!r} is refused, because this client does not tell "
+            "the run its number of records or its noise. Use weighting = 'uniform', or set "
+            "weighting on the client."
+        )
+    if config.rates_change and not order.server_round:
+        raise OrderRefused(
+            "The learning rates change over the rounds, but the message does not name its "
+            "round. Send 'server-round', or set lr-schedule = 'constant'."
+        )
 
 
 def check_order(order: Order, config: RunConfig) -> int:

@@ -12,7 +12,7 @@ from fedlora_flwr.report.charts import LOOKS, Chart, Line
 from fedlora_flwr.report.facts import RunFacts, number
 from fedlora_flwr.report.html import Markup, element, table
 from fedlora_flwr.report.outcome import outcome
-from fedlora_flwr.report.scales import WRITTEN, Format, heading, in_words, percent, plain, size
+from fedlora_flwr.report.scales import BESIDE, Format, heading, in_words, percent, plain, size
 from fedlora_flwr.report.sections import Section, shown_value
 
 _NOT_A_SETTING = {
@@ -125,7 +125,7 @@ def _result(settings: Sequence[Setting]) -> Markup:
 def _charts(settings: Sequence[Setting], runs: Sequence[RunFacts]) -> list[Markup]:
     metric, figures, shown = runs[0].metric, [], settings[:LOOKS]
     kinds: dict[str, Format] = {metric: percent, "loss": plain, "epsilon_max": plain}
-    kinds |= dict.fromkeys(WRITTEN, percent)
+    kinds |= dict.fromkeys(BESIDE, percent)
     names = {"epsilon_max": "largest ε spent"}
     for figure, form in kinds.items():
         lines = [line for one in shown if (line := one.line(figure)).points]

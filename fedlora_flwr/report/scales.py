@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from fedlora_flwr.wire import OWN_LABELS
+
 T = TypeVar("T")
 Format = Callable[[float], str]
 MOST = 150
@@ -14,7 +16,9 @@ MOST = 150
 
 WRITTEN = ("rouge_l", "exact_match")
 """Figures of answers that a model writes, shares in [0, 1]."""
-_NAMES = {"rouge_l": "ROUGE-L"}
+BESIDE = (*WRITTEN, OWN_LABELS)
+"""Shares in [0, 1] that are shown beside the task's own metric."""
+_NAMES = {"rouge_l": "ROUGE-L", OWN_LABELS: "own labels"}
 
 
 def in_words(metric: str) -> str:

@@ -19,7 +19,7 @@ from fedlora_flwr.report.html import Markup, element, folded, joined, table
 from fedlora_flwr.report.outcome import outcome
 from fedlora_flwr.report.privacy import audit_parts, privacy_parts
 from fedlora_flwr.report.scales import (
-    WRITTEN,
+    BESIDE,
     duration,
     heading,
     in_words,
@@ -114,8 +114,8 @@ def _tiles(facts: RunFacts) -> list[Markup]:
 def _measured(facts: RunFacts) -> list[Markup]:
     """Return the charts of what was measured: the task's metric as a share, others as they are."""
     metric, charts = facts.metric, []
-    shares = {metric, *WRITTEN} - {"loss", "perplexity"}
-    for name in dict.fromkeys([metric, "loss", "perplexity", *WRITTEN]):
+    shares = {metric, *BESIDE} - {"loss", "perplexity"}
+    for name in dict.fromkeys([metric, "loss", "perplexity", *BESIDE]):
         if points := facts.points(name):
             words = in_words(name)
             shown = percent if name in shares and "loss" not in name else plain

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, cast
 
-from fedlora_flwr.report.scales import WRITTEN, in_words
+from fedlora_flwr.report.scales import BESIDE, WRITTEN, in_words
+from fedlora_flwr.wire import OWN_LABELS
 
 
 class RoundRow(TypedDict, total=False):
@@ -78,7 +79,7 @@ def by_name(row: RoundRow) -> dict[str, Any]:
 
 
 def first_and_last(rows: Sequence[RoundRow], metric: str) -> dict[str, float | None]:
-    """Return what a summary tells of the task's metric, and of answers that a model wrote.
+    """Return what a summary tells of the task's metric, and of the figures beside it.
 
     Parameters
     ----------
@@ -90,13 +91,15 @@ def first_and_last(rows: Sequence[RoundRow], metric: str) -> dict[str, float | N
     Returns
     -------
     dict[str, float or None]
-        ``initial_<name>`` and ``final_<name>`` of each figure.
+        ``initial_<name>`` and ``final_<name>`` of each figure. Before training no client has a
+        model of its own, so the figure on own labels has no initial one.
     """
     found: dict[str, float | None] = {}
-    for name in (metric, *WRITTEN):
+    for name in (metric, *BESIDE):
         values = [by_name(row)[name] for row in rows if name in by_name(row)]
-        if values or name == metric:
+        if name != OWN_LABELS and (values or name == metric):
             found[f"initial_{name}"] = values[0] if values else None
+        if values or name == metric:
             found[f"final_{name}"] = values[-1] if values else None
     return found
 
@@ -107,7 +110,7 @@ def describe_round(row: RoundRow, metric: str = "accuracy") -> str:
     if metric in row:
         parts.append(f"{in_words(metric)} {by_name(row)[metric]:.1%}")
         if metric not in WRITTEN:
-            shown = (name for name in WRITTEN if name in row)
+            shown = (name for name in BESIDE if name in row)
             parts += [f"{in_words(name)} {by_name(row)[name]:.1%}" for name in shown]
     elif "loss" in row:
         parts.append(f"loss {row['loss']:.4f}")

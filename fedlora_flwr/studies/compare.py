@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections import Counter
@@ -36,6 +37,7 @@ from fedlora_flwr.studies.metric import metric_of
 from fedlora_flwr.studies.paired import Findings, findings
 from fedlora_flwr.studies.progress import write_progress
 from fedlora_flwr.studies.trials import trial_jobs
+from fedlora_flwr.wire import OWN_LABELS
 
 OnRow = Callable[[Row | None, int, int], None]
 
@@ -171,4 +173,5 @@ def _run(working: Path, job: Job) -> Row:
         "failures": summary["failures"],
         "seconds": time.perf_counter() - started,
         "error": "",
+        "own_labels": summary.get(f"final_{OWN_LABELS}", math.nan),
     }

@@ -43,10 +43,15 @@ Row = TypedDict(
         "seconds": float,
         "failures": int,
         "error": str,
+        "own_labels": float,
     },
     total=False,
 )
-"""One run of a comparison. If it failed, ``error`` says why and there are no figures."""
+"""One run of a comparison. If it failed, ``error`` says why and there are no figures.
+
+``own_labels`` is the last round's accuracy of clients' own models on their own labels (see
+`fedlora_flwr.clients.own_labels.on_own_labels`), where clients have models of their own.
+"""
 
 COLUMNS = tuple(Row.__annotations__)
 Rates = tuple[float, float, float]
@@ -74,6 +79,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         frame = read_rows(path)
         kept = frame[frame["error"] == ""].astype(dict.fromkeys(COUNTS, int))
+        kept = kept.reindex(columns=list(COLUMNS))  # An earlier version may have had fewer.
         replace_file(path, kept.to_csv(index=False).encode())
         self._path = path
         self.rows: dict[RowKey, Row] = {}
@@ -158,12 +164,15 @@ def summarize(rows: Sequence[Row], chosen: Mapping[Pair, Rates | None], seeds: i
     pandas.DataFrame
         One row per pair in the order of ``chosen``: ``row``, ``epsilon``, ``mean`` and ``std``
         (sample standard deviation, NaN for one run) of the final round's metric, ``failed``,
-        ``bytes_up`` and ``bytes_down`` (means), and the rates.
+        ``bytes_up`` and ``bytes_down`` (means), ``own_mean`` and ``own_std`` of the accuracy on own
+        labels (NaN where clients have no models of their own), and the rates.
     """
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    frame["own_labels"] = pd.to_numeric(frame["own_labels"], errors="coerce")
     good = frame[frame["error"] == ""].astype({"final": float})
     groups = good.groupby(["row", "epsilon"])
     found = groups["final"].agg(["mean", "std", "count"])
+    found[["own_mean", "own_std"]] = groups["own_labels"].agg(["mean", "std"])
     found = found.join(groups[["bytes_up", "bytes_down"]].mean())
     index = pd.MultiIndex.from_tuples(list(chosen), names=["row", "epsilon"])
     summary = found.reindex(index)

@@ -54,7 +54,9 @@ def document_of(
         f"# {data_name(config)}: {metric} in % after round {config.num_rounds}",
         figures,
         "Mean ± sample standard deviation over the seeds, final round; bold: best of its "
-        "column. Bytes: mean of a whole run, all clients together." + _controls_note(found),
+        "column. Bytes: mean of a whole run, all clients together."
+        + _own_note(summary)
+        + _controls_note(found),
         *_against(found, rates[0], budgets),
         *_cost_of_noise(found, budgets),
         f"Learning rates ({' / '.join(RATES)})",
@@ -81,6 +83,9 @@ def figures_and_rates(summary: pd.DataFrame) -> tuple[Table, Table]:
         cells = [_figure(rows[e], best.get(e)) if e in rows else "" for e in budgets]
         kilobytes = ["–" if math.isnan(count) else f"{count:,.1f}" for count in sent]
         figures.append([str(name), *cells, *kilobytes])
+        if group["own_mean"].notna().any():
+            own = [_own(rows[e]) if e in rows else "" for e in budgets]
+            figures.append([f"{name}, own labels", *own, "–", "–"])
         rates.append([str(name), *(_rates(rows[e]) if e in rows else "" for e in budgets)])
     return figures, rates
 
@@ -111,6 +116,7 @@ def as_json(
             "epsilon": row["epsilon"],
             "rates": {name: row[name] for name in RATES},
             **{name: row[name] for name in ("mean", "std", "failed", "bytes_up", "bytes_down")},
+            "own_labels": row["own_mean"] if row["own_mean"] >= 0 else None,
             **_told(found, (row["row"], row["epsilon"])),
         }
         for row in summary.to_dict("records")
@@ -152,6 +158,20 @@ def _baselines(found: Findings, budgets: Sequence[float]) -> list[list[str]]:
         cells = [_mean(found.controls.get((name, epsilon))) for epsilon in budgets]
         rows.append([f"{name}, no noise", *cells, "–", "–"])
     return rows
+
+
+def _own(row: Mapping[Any, Any]) -> str:
+    return _spread(row["own_mean"], row["own_std"]) if row["own_mean"] >= 0 else "–"
+
+
+def _own_note(summary: pd.DataFrame) -> str:
+    if not summary["own_mean"].notna().any():
+        return ""
+    return (
+        " Clients of such a method have models of their own. The first of its two rows says how "
+        "they do on everybody's classes, and the second weights the classes of the public records "
+        "as each client's records do."
+    )
 
 
 def _controls_note(found: Findings) -> str:

@@ -46,6 +46,8 @@ NUM_EXAMPLES = "num-examples"
 # Prefix of the name of an unprotected metric on private records.
 UNPROTECTED = "unprotected-"
 LOSS = "loss"
+# The accuracy of a client's own model with the classes weighted as at the client, in a simulation.
+OWN_LABELS = "accuracy_own_labels"
 # Names of the records in Flower's messages.
 ARRAYS = "arrays"
 METRICS = "metrics"

@@ -67,7 +67,7 @@ def weights_by_size(patch: Patch) -> None:
 )
 def a_message_chooses_the_weighting(patch: Patch) -> None:
     """A message that asks for weights by size gets them where the device forbids it, too."""
-    patch.setattr(LocalRound, "_permit", lambda self, order: None)
+    patch.setattr(local_round, "check_asked", lambda order, config: None)
 
 
 @caught_by(

@@ -27,6 +27,7 @@ from fedlora_flwr.server.serve import run_federation
 from fedlora_flwr.simulations.local_grid import LocalGrid
 from fedlora_flwr.strategies import FedSALoRA
 from fedlora_flwr.strategies.replies import to_record
+from fedlora_flwr.wire import OWN_LABELS
 from tests.conftest import MakeConfig
 from tests.strategies.resumed import assert_goes_on_bit_for_bit
 from tests.strategies.tiny import NAMES
@@ -137,6 +138,9 @@ def test_the_figures_of_a_round_are_the_means_of_the_clients_own(
         first = [entry[key] for entry in wire.metrics["evaluate"][:3]]
         assert rows[1][key] == pytest.approx(np.mean(first), rel=1e-12)
     assert summary["final_accuracy"] == rows[-1]["accuracy"]
+    own = [entry[OWN_LABELS] for entry in wire.metrics["evaluate"][-3:]]
+    assert summary[f"final_{OWN_LABELS}"] == pytest.approx(np.mean(own), rel=1e-12)
+    assert f"initial_{OWN_LABELS}" not in summary
     # Not those of a model that the server could have had.
     trainer = LocalTrainer.build(config)
     trainer.adapted.write({**trainer.start, **shared})

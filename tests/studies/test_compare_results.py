@@ -3,13 +3,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from fedlora_flwr.config import RunConfig
-from fedlora_flwr.studies.compare_results import COLUMNS, Journal, read_rows, summarize
-from fedlora_flwr.studies.compare_tables import document_of, markdown
+from fedlora_flwr.studies.compare_results import COLUMNS, Journal, Row, read_rows, summarize
+from fedlora_flwr.studies.compare_tables import document_of, figures_and_rates, markdown
 from fedlora_flwr.studies.paired import Findings
 
 
@@ -62,3 +62,31 @@ def test_a_journal_reads_back_what_it_wrote(tmp_path: Path) -> None:
     assert read[1]["error"] == bad["error"]
     assert math.isnan(read[1]["final"])
     assert list(Journal(tmp_path / "rows.csv").rows.values()) == [row]
+
+
+def test_own_models_are_shown_on_everybodys_labels_and_on_their_own() -> None:
+    rows = [
+        cast(Row, {"row": name, "epsilon": 3.0, "seed": seed, "error": "", "final": 0.5,
+                   "bytes_up": 1, "bytes_down": 1} | own)
+        for seed, share in ((1, 0.8), (2, 0.9))
+        for name, own in (("fedsa-lora", {"own_labels": share}), ("rolora", {}))
+    ]  # fmt: skip
+    chosen = {(name, 3.0): None for name in ("fedsa-lora", "rolora")}
+    figures, _ = figures_and_rates(summarize(rows, chosen, 2))
+    assert [row[:2] for row in figures[1:]] == [
+        ["fedsa-lora", "**50.0 ± 0.0**"],
+        ["fedsa-lora, own labels", "85.0 ± 7.1"],
+        ["rolora", "**50.0 ± 0.0**"],
+    ]
+
+
+def test_rows_of_a_version_without_own_labels_are_continued(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    before = [name for name in COLUMNS if name != "own_labels"]
+    values: dict[str, Any] = dict.fromkeys(before, 1) | {"error": ""}
+    path.write_text(",".join(before) + "\n" + ",".join(str(values[n]) for n in before) + "\n")
+    Journal(path).append(cast(Row, {**dict.fromkeys(COLUMNS, 2), "error": "", "own_labels": 0.75}))
+    rows = read_rows(path)
+    assert tuple(rows.columns) == COLUMNS
+    assert rows["seed"].tolist() == [1, 2]
+    assert rows["own_labels"].isna().tolist() == [True, False]
