@@ -22,11 +22,14 @@ OF = {
     "accuracy.png": ("Handwritten digits", "digits/rows.csv", "digits/head-only.csv"),
     "cifar10.png": ("CIFAR-10, small Swin", "cifar10-small-swin/rows.csv"),
     "sst2.png": ("SST-2, MiniLM", "sst2-minilm/rows.csv"),
+    "skills.png": ("Instruction task, tiny LLaMA", "skills/rows.csv"),
     "secure-sum.png": ("Handwritten digits, secure sum", "secure-sum/digits.csv"),
     "secure-sum-sst2.png": ("SST-2, both trust models", "secure-sum/sst2.csv"),
     "secure-sum-cifar10.png": ("CIFAR-10, both trust models", "secure-sum/cifar10.csv"),
 }
 """Comparisons to draw: the name of each one's data, and the files of its rows."""
+METRICS = {"skills.png": "exact_match"}
+"""The figure of a comparison, where it is not the accuracy."""
 MODES = "modes.png"
 
 
@@ -41,7 +44,7 @@ def runs_of(*files: str) -> pd.DataFrame:
         rows = read_rows(ROWS / file)
         # In rows of an earlier version, the strategy is the whole name.
         found.append(rows.rename(columns={"strategy": "row"}) if "row" not in rows else rows)
-    every = pd.concat(found, join="inner", ignore_index=True)
+    every = pd.concat(found, ignore_index=True)
     variant = every["row"].str.partition(",")[0].isin(STRATEGIES) & ~every["row"].isin(STRATEGIES)
     runs = every[(every["phase"] == "report") & (every["error"] == "") & ~variant]
     order = {name: number for number, name in enumerate(STRATEGIES)}
@@ -51,7 +54,7 @@ def runs_of(*files: str) -> pd.DataFrame:
 def pictures(folder: Path) -> Iterator[Path]:
     """Draw all pictures into a folder."""
     for name, (data, *files) in OF.items():
-        plot_accuracy(runs_of(*files), folder / name, "accuracy", data)
+        plot_accuracy(runs_of(*files), folder / name, METRICS.get(name, "accuracy"), data)
         yield folder / name
     one = json.loads((ROWS / "digits" / "as-lora-choices.json").read_text(encoding="utf-8"))
     title = run_name(*(one[key] for key in ("task", "strategy", "epsilon", "seed")))
