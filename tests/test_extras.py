@@ -33,7 +33,7 @@ SOURCES = sorted((ROOT / "fedlora_flwr").rglob("*.py"))
 NEED_MORE = re.compile(
     r"audit\.|backbones\.|lora\.|privacy\.|forecast\.|studies\.|tasks\.|trained\."
     r"|data\.(arrow_records|pictures|records)$"
-    r"|clients\.(handler|local_round|local_store|numpy_client|sharing|trainer)$"
+    r"|clients\.(handler|local_round|local_store|numpy_client|own_labels|sharing|trainer)$"
     r"|integrations\.(hf_trainer|planned_loop|trainer_arguments)$"
     r"|secure_sum\.(accounting|rounding)$|server\.(checkpoint|keeper|noise|norm_bound|rehearsal|serve|strategy|sum_step)$"
     r"|cli\.\w+_screen$|simulations\.(launch|runner|simulate)$"
