@@ -37,11 +37,11 @@ def on_own_labels(
     dict[str, float]
         ``accuracy_own_labels`` in [0, 1]: the sum over the client's classes of the accuracy on a
         class times its share of the client's records. A class that no public record has is left
-        out, and the shares of the others are scaled to one. Empty if the task is not a classifier,
-        or if all classes are left out.
+        out, and the shares of the others are scaled to one. If all are left out, it is the plain
+        accuracy, so that all clients tell the same figures. Empty if the task is not a classifier.
     """
     scores = optional(task, "scores")
-    if scores is None or not (len(public) and len(private)):
+    if scores is None:
         return {}
     labels = _labels(public)
     if labels is None or (own := _labels(private)) is None:
@@ -52,8 +52,7 @@ def on_own_labels(
     tested = torch.bincount(labels, minlength=count).double()
     right = torch.bincount(labels, weights=hits, minlength=count)
     shares = torch.bincount(own, minlength=count).double() * (tested > 0)
-    if not shares.sum():
-        return {}
+    shares = shares if shares.sum() else tested
     return {OWN_LABELS: float((shares * right / tested.clamp(min=1)).sum() / shares.sum())}
 
 
