@@ -311,7 +311,7 @@ class LocalRound:
             if not order.keeps:
                 return task.evaluate(model, self._open())
             public = self._open_test()
-            # A device would tell its labels by it.
+            # On a device this figure would tell what labels its owner has.
             told = on_own_labels(task, model, public, self._open()) if in_simulation() else {}
             return {**task.evaluate(model, public), **told}
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fedlora_flwr.data.records import Records
+from fedlora_flwr.data.records import Records, labels_of
 from fedlora_flwr.tasks.registry import Task, optional
 from fedlora_flwr.wire import OWN_LABELS
-
-_AT_ONCE = 512  # Records that are opened together for their labels.
 
 
 def on_own_labels(
@@ -43,8 +41,8 @@ def on_own_labels(
     scores = optional(task, "scores")
     if scores is None:
         return {}
-    labels = _labels(public)
-    if labels is None or (own := _labels(private)) is None:
+    labels, own = labels_of(public), labels_of(private)
+    if labels is None or own is None:
         return {}
     found = scores(model, public)
     count = max(found.shape[1], int(own.max()) + 1)
@@ -54,12 +52,3 @@ def on_own_labels(
     shares = torch.bincount(own, minlength=count).double() * (tested > 0)
     shares = shares if shares.sum() else tested
     return {OWN_LABELS: float((shares * right / tested.clamp(min=1)).sum() / shares.sum())}
-
-
-def _labels(records: Records) -> Tensor | None:
-    """Return the class of each record, shape (n,); None if records have none."""
-    parts = [records.batch(one) for one in torch.split(torch.arange(len(records)), _AT_ONCE)]
-    if any("label" not in part for part in parts):
-        return None
-    found = torch.cat([part["label"] for part in parts])
-    return None if found.is_floating_point() or found.dim() != 1 else found.cpu()

@@ -31,7 +31,7 @@ def check_asked(order: Order, config: RunConfig) -> None:
     Raises
     ------
     OrderRefused
-        The order asks for one, or lacks the other.
+        The order asks for such a weighting, or names no round where learning rates change.
     """
     if order.weighting not in ("uniform", config.weighting):
         raise OrderRefused(

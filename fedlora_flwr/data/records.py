@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 from fedlora_flwr.errors import InvalidValue
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 
 Batch = Mapping[str, Tensor]
+_AT_ONCE = 1024  # Records that are opened together for their labels.
 
 
 class Records(Protocol):
@@ -118,3 +120,14 @@ class TensorRecords:
             The same fields, n long.
         """
         return {name: tensor.index_select(0, indices) for name, tensor in self._tensors.items()}
+
+
+def labels_of(records: Records) -> Tensor | None:
+    """Return the field ``label`` of all records, shape (n,), on the CPU; None if they have none.
+
+    A batch holds the other fields of its records, too, so few are opened at a time.
+    """
+    parts = [records.batch(one) for one in torch.split(torch.arange(len(records)), _AT_ONCE)]
+    if any("label" not in part for part in parts):
+        return None
+    return torch.cat([part["label"].cpu() for part in parts])

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedlora_flwr.config import RunConfig
 from fedlora_flwr.data.partition import partition_table
-from fedlora_flwr.data.records import Records
+from fedlora_flwr.data.records import Records, labels_of
 from fedlora_flwr.tasks.registry import Task, build_task, class_names, client_sizes
 from fedlora_flwr.terminal import Table
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 # More columns are hard to read, even on several lines.
 MAX_COLUMNS = 12
-_READ_AT_ONCE = 1024
 MOST_LISTED = 10_000
 """Clients that the file of a run lists one by one; of more it tells how many records they have."""
 
@@ -129,12 +128,6 @@ def _checks(records: int, config: RunConfig) -> tuple[bool, bool]:
 
 
 def _labels(records: Records) -> NDArray[np.int64]:
-    import torch
-
-    found = []
-    for start in range(0, len(records), _READ_AT_ONCE):
-        end = min(start + _READ_AT_ONCE, len(records))
-        batch = records.batch(torch.arange(start, end))
-        # Records without a class, e.g. questions, are all counted as class 0.
-        found.append(batch["label"].numpy() if "label" in batch else np.zeros(end - start, int))
-    return np.concatenate(found)
+    found = labels_of(records)
+    # Records without a class, e.g. questions, are all counted as class 0.
+    return np.zeros(len(records), int) if found is None else found.numpy()

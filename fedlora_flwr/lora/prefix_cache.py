@@ -44,12 +44,10 @@ class PrefixCache:
         The model. It keeps its two hooks on it for as long as the model lives.
     limit : int
         Largest size in bytes of the file with the activations.
-    kept : Activations, optional
-        Where rows are kept; by default in a file of this model's own.
     settings : str, optional
-        All settings that decide on what the model computes from its weights. Another model of this
-        process finds the rows again if its settings are the same, and its weights below the cut.
-        By default no other model finds them.
+        All settings that decide on what the model computes from its weights, where rows are kept
+        between runs. A later model of this process finds them if its settings are the same, and
+        its weights below the cut. By default the file is this model's own.
 
     Notes
     -----
@@ -69,11 +67,12 @@ class PrefixCache:
         self,
         adapted: AdaptedModel,
         limit: int,
-        kept: Activations | None = None,
         settings: str = "",
     ) -> None:
         self._adapted, self._settings = adapted, settings
-        self._kept = _empty(limit) if kept is None else kept
+        self._kept = Activations(cache_folder() / "activations", limit)
+        if settings and self._between_runs is not None:
+            self._kept = self._between_runs.setdefault(limit, self._kept)
         self._factors = True
         self._cuts: dict[tuple[bool, bool, bool], Cut | None] = {}
         self._state: object = None
@@ -96,10 +95,7 @@ class PrefixCache:
         other = config.compile != "none" or config.gradient_checkpointing
         if not limit or other:
             return None
-        if cls._between_runs is None:
-            return cls(adapted, limit)
-        kept = cls._between_runs.setdefault(limit, _empty(limit))
-        return cls(adapted, limit, kept, _settings(config))
+        return cls(adapted, limit, "" if cls._between_runs is None else _settings(config))
 
     @classmethod
     def keep_between_runs(cls, keep: bool) -> None:
@@ -224,10 +220,6 @@ class PrefixCache:
             found = digest("", tensor)
             self._digests[id(tensor)] = state, found
         return found
-
-
-def _empty(limit: int) -> Activations:
-    return Activations(cache_folder() / "activations", limit)
 
 
 def _settings(config: RunConfig) -> str:

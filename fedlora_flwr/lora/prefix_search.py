@@ -50,9 +50,9 @@ class Cut:
     Parameters
     ----------
     place : str
-        The name of a module in the model.
+        Name of the module in the model.
     module : nn.Module
-        The module, from whose output the model continues.
+        The module whose output the model continues from.
     left_out : tuple[nn.Module, ...]
         Modules that need not run.
     tensors : tuple[Tensor, ...]

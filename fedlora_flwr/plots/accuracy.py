@@ -29,7 +29,7 @@ def plot_accuracy(runs: pd.DataFrame, path: Path, metric: str, data: str) -> Non
 
     Methods are drawn slightly apart on the ε axis. A line joins a method's means over ε. Runs
     without privacy have no ε: they are drawn apart, with hollow marks and without a line. The
-    metric's axis covers the runs, to the next five hundredths.
+    metric's axis covers the runs, and its ends are multiples of 0.05.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def _draw_method(
 
 
 def _limits(finals: Iterable[float]) -> tuple[float, float]:
-    """Return the five hundredths around all figures; all of them if there are no figures."""
+    """Return the multiples of 0.05 between which all figures lie; 0 and 1 without a figure."""
     found = [math.floor(20 * final + 1e-9) for final in finals] or [0, 19]
     return min(found) / 20, (max(found) + 1) / 20
 

@@ -47,7 +47,7 @@ Row = TypedDict(
     },
     total=False,
 )
-"""One run of a comparison. If it failed, ``error`` says why and there are no figures.
+"""One run of a comparison. A failed run has no figures, and its ``error`` says why.
 
 ``own_labels`` is the last round's accuracy of clients' own models on their own labels (see
 `fedlora_flwr.clients.own_labels.on_own_labels`), where clients have models of their own.
@@ -168,8 +168,7 @@ def summarize(rows: Sequence[Row], chosen: Mapping[Pair, Rates | None], seeds: i
         labels (NaN where clients have no models of their own), and the rates.
     """
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    frame["own_labels"] = pd.to_numeric(frame["own_labels"], errors="coerce")
-    good = frame[frame["error"] == ""].astype({"final": float})
+    good = frame[frame["error"] == ""].astype({"final": float, "own_labels": float})
     groups = good.groupby(["row", "epsilon"])
     found = groups["final"].agg(["mean", "std", "count"])
     found[["own_mean", "own_std"]] = groups["own_labels"].agg(["mean", "std"])

@@ -116,7 +116,7 @@ def as_json(
             "epsilon": row["epsilon"],
             "rates": {name: row[name] for name in RATES},
             **{name: row[name] for name in ("mean", "std", "failed", "bytes_up", "bytes_down")},
-            "own_labels": row["own_mean"] if row["own_mean"] >= 0 else None,
+            "own_labels": None if math.isnan(row["own_mean"]) else row["own_mean"],
             **_told(found, (row["row"], row["epsilon"])),
         }
         for row in summary.to_dict("records")
@@ -161,7 +161,7 @@ def _baselines(found: Findings, budgets: Sequence[float]) -> list[list[str]]:
 
 
 def _own(row: Mapping[Any, Any]) -> str:
-    return _spread(row["own_mean"], row["own_std"]) if row["own_mean"] >= 0 else "–"
+    return "–" if math.isnan(row["own_mean"]) else _spread(row["own_mean"], row["own_std"])
 
 
 def _own_note(summary: pd.DataFrame) -> str:

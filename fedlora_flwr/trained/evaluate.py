@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedlora_flwr.data.records import Records
+from fedlora_flwr.data.records import Records, labels_of
 from fedlora_flwr.errors import InvalidValue, explained, require
 from fedlora_flwr.tasks.answers import measured
 from fedlora_flwr.tasks.dataset_task import DatasetTask
@@ -183,7 +183,8 @@ def _confusion(found: OpenAdapter, records: Records) -> tuple[Sequence[str], lis
     if scores is None or not names:
         return (), []
     predictions = scores(found.model, records).argmax(dim=1)
-    labels = records.batch(torch.arange(len(records)))["label"]
+    labels = labels_of(records)
+    assert labels is not None
     pairs = torch.bincount(labels * len(names) + predictions, minlength=len(names) ** 2)
     return names, pairs.view(len(names), len(names)).tolist()
 

@@ -57,7 +57,7 @@ def test_a_class_without_public_records_is_left_out(make_config: MakeConfig) -> 
     public = only(task.test_records(), set(range(8)))
     both = [on_own_labels(task, model, public, p) for p in (private, only(private, set(range(8))))]
     assert both[0] == pytest.approx(both[1], abs=1e-12)
-    # With none left it is the plain accuracy, since clients with other figures would be left out.
+    # A client that did not tell the figure would be left out of the round's mean.
     plain = task.evaluate(model, public)["accuracy"]
     assert on_own_labels(task, model, public, only(private, {8, 9})) == pytest.approx(
         {OWN_LABELS: plain}

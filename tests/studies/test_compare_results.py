@@ -20,6 +20,7 @@ def table_of(finals: Sequence[float | None], seeds: int) -> str:
         dict.fromkeys(COLUMNS, "")
         | {"row": "rolora", "epsilon": 1.0, "final": final, "error": "" if final else "no"}
         | dict.fromkeys(names, 1500)
+        | {"own_labels": math.nan}
         for final in finals
     ]
     summary = summarize(rows, {("rolora", 1.0): (0.1, 0.02, 1.0)}, seeds)
