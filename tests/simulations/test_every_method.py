@@ -42,7 +42,11 @@ TRAINED = {
     "mr-mtl": ("B", "B"),
 }
 REWRITTEN = ("fedsvd", "ffa-seeds")
-EXTRA = {"as-lora": {"scores", "score_errors", "scores_A", "scores_B", "z", "chance_A"}}
+EXTRA = {
+    "as-lora": {"scores", "score_errors", "scores_A", "scores_B", "z", "chance_A"},
+    "fedsa-lora": {"accuracy_own_labels"},
+    "mr-mtl": {"accuracy_own_labels"},
+}
 ROW = {
     "round",
     "loss",
