@@ -50,7 +50,7 @@ SETTINGS: Mapping[str, Any] = {
     "partitioner": "natural-id", "partition-column": "source", "min-records": 64,
     "strategy": "dp-lora", "num-clients": CLIENTS, "num-rounds": 15, "rank": 8,
     "lora-alpha": 16.0, "lora-targets": r".*\.(q|k|v|o|gate|up|down)_proj", "local-steps": 4,
-    "batch-size": 256, "optimizer": "adamw", "lr-a": 0.01, "lr-b": 0.01, "epsilon": 3.0,
+    "batch-size": 256, "optimizer": "adamw", "lr-a": 0.03, "lr-b": 0.03, "epsilon": 3.0,
     "delta": 1e-4, "clip-norm": 1.0, "reproducible": True, "device": "cpu", "eval-every": 15,
     "metric-for-best-model": "exact_match", "seed": 42,
 }  # fmt: skip
