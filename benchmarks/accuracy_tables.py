@@ -68,6 +68,8 @@ def cells_of(table: AccuracyTable) -> Table:
     figures, chosen = figures_and_rates(summarize(runs, rates, len({run["seed"] for run in runs})))
     if table.rates:
         return [_of_the_head(row) if row[0] == HEAD else row for row in chosen]
+    starts = found.groupby("epsilon")["initial"].mean()
+    figures.append(["no training", *(f"{100 * start:.1f}" for start in starts), "–", "–"])
     return figures if table.sent else [row[:-2] for row in figures]
 
 
