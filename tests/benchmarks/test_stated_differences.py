@@ -12,10 +12,12 @@ from benchmarks.mechanism_page import PAGE as MECHANISMS
 from benchmarks.pictures import runs_of
 
 NONE = math.inf
+SST2 = ("sst2-minilm/all-methods.csv",)
 SKILLS = ("skills/rows.csv",)
 STATED = [
     *((SKILLS, "dp-lora", "ffa-lora", epsilon, PAGE) for epsilon in (1, 3)),
     *((SKILLS, "dp-lora", "rolora", epsilon, PAGE) for epsilon in (0.5, 1, 3)),
+    *((SST2, "head-only", "dp-lora", epsilon, PAGE) for epsilon in (0.5, 8)),
     (SKILLS, "la-lora", "rolora", 1, MECHANISMS),
     (SKILLS, "rolora", "as-lora", 1, MECHANISMS),
 ]
@@ -33,3 +35,15 @@ def test_a_stated_difference_by_seed_is_that_of_the_rows(
     gaps = 100 * (finals[0] - finals[1])
     assert sorted(gaps.index) == [1, 2, 3]
     assert f"{gaps.mean():.1f} ± {gaps.std() / math.sqrt(3):.1f}" in page.read_text("utf-8")
+
+
+@pytest.mark.parametrize("row", ["head-only", "dp-lora"])
+@pytest.mark.parametrize("epsilon", [0.5, 1, 3])
+def test_the_stated_cost_of_privacy_on_sst2_is_that_of_the_rows(row: str, epsilon: float) -> None:
+    runs = runs_of(*SST2)
+    finals = [
+        runs[(runs["row"] == row) & (runs["epsilon"] == e)].set_index("seed")["final"]
+        for e in (NONE, epsilon)
+    ]
+    gaps = 100 * (finals[0] - finals[1])
+    assert f"{gaps.mean():.1f} ± {gaps.std() / math.sqrt(3):.1f}" in PAGE.read_text("utf-8")
