@@ -48,6 +48,7 @@ TABLES = (
     AccuracyTable("rates on digits", _DIGITS, rates=True),
     AccuracyTable("accuracy on CIFAR-10", ("cifar10-small-swin/rows.csv",)),
     AccuracyTable("accuracy on CIFAR-10, Dirichlet 0.5", ("cifar10-small-swin/dirichlet-0.5.csv",)),
+    AccuracyTable("accuracy on CIFAR-10, Dirichlet 0.1", ("cifar10-small-swin/dirichlet-0.1.csv",)),
     AccuracyTable("accuracy on SST-2 by method", ("sst2-minilm/all-methods.csv",), sent=True),
     AccuracyTable("right answers on the instruction task", ("skills/rows.csv",), sent=True),
     AccuracyTable("accuracy on digits under a secure sum", ("secure-sum/digits.csv",), sent=True),

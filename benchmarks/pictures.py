@@ -24,6 +24,7 @@ OF = {
     "sst2.png": ("SST-2, MiniLM", "sst2-minilm/rows.csv"),
     "sst2-methods.png": ("SST-2, MiniLM, small runs", "sst2-minilm/all-methods.csv"),
     "cifar10-0.5.png": ("CIFAR-10, Dirichlet 0.5", "cifar10-small-swin/dirichlet-0.5.csv"),
+    "cifar10-0.1.png": ("CIFAR-10, Dirichlet 0.1", "cifar10-small-swin/dirichlet-0.1.csv"),
     "skills.png": ("Instruction task, tiny LLaMA", "skills/rows.csv"),
     "secure-sum.png": ("Handwritten digits, secure sum", "secure-sum/digits.csv"),
     "secure-sum-sst2.png": ("SST-2, both trust models", "secure-sum/sst2.csv"),

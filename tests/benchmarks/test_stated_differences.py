@@ -14,6 +14,7 @@ from benchmarks.pictures import runs_of
 NONE = math.inf
 SST2 = ("sst2-minilm/all-methods.csv",)
 CIFAR = ("cifar10-small-swin/dirichlet-0.5.csv",)
+FEW = ("cifar10-small-swin/dirichlet-0.1.csv",)
 SKILLS = ("skills/rows.csv",)
 STATED = [
     *((SKILLS, "dp-lora", "ffa-lora", epsilon, PAGE) for epsilon in (1, 3)),
@@ -24,6 +25,11 @@ STATED = [
     *((CIFAR, "head-only", "as-lora", epsilon, PAGE) for epsilon in (1, 3)),
     (CIFAR, "rolora", "head-only", 0.5, PAGE),
     *((CIFAR, row, "dp-lora", 0.5, PAGE) for row in ("ffa-lora", "head-only")),
+    *((FEW, row, "head-only", 3, PAGE) for row in ("ffa-lora", "rolora")),
+    *((FEW, row, "head-only", NONE, PAGE) for row in ("dp-lora", "ffa-lora")),
+    *((FEW, row, "dp-lora", 0.5, PAGE) for row in ("head-only", "rolora")),
+    (FEW, "la-lora", "head-only", 8, PAGE),
+    (FEW, "dp-lora", "la-lora", NONE, PAGE),
     (SKILLS, "la-lora", "rolora", 1, MECHANISMS),
     (SKILLS, "rolora", "as-lora", 1, MECHANISMS),
 ]

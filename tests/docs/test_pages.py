@@ -35,7 +35,7 @@ REASONS = {
     "it fetches a model": 1,
     "it needs one file of your own": 1,
     "it needs several machines": 1,
-    "it takes hours": 15,
+    "it takes hours": 16,
     "it takes an hour": 1,
     "the tutorial's records have no such column": 1,
     "tests/deploy/test_docs.py does": 12,
