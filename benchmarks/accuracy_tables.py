@@ -17,7 +17,8 @@ from benchmarks.page_tables import asked_to_write, replaced
 from benchmarks.pictures import runs_of
 from fedlora_flwr.files import replace_file
 from fedlora_flwr.studies.compare_results import Row, summarize
-from fedlora_flwr.studies.compare_tables import Table, figures_and_rates, markdown
+from fedlora_flwr.studies.compare_tables import Table, baseline_rows, figures_and_rates, markdown
+from fedlora_flwr.studies.paired import Findings, figure
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,13 @@ def cells_of(table: AccuracyTable) -> Table:
     figures, chosen = figures_and_rates(summarize(runs, rates, len({run["seed"] for run in runs})))
     if table.rates:
         return [_of_the_head(row) if row[0] == HEAD else row for row in chosen]
-    starts = found.groupby("epsilon")["initial"].mean()
-    figures.append(["no training", *(f"{100 * start:.1f}" for start in starts), "–", "–"])
+    starts = found.groupby(["epsilon", "seed"])["initial"].mean()
+    begun = {
+        epsilon: start
+        for epsilon in found["epsilon"].unique()
+        if (start := figure(starts[epsilon].to_dict()))
+    }
+    figures += baseline_rows(Findings(HEAD, start=begun), list(begun))
     return figures if table.sent else [row[:-2] for row in figures]
 
 

@@ -49,7 +49,7 @@ def document_of(
     """
     budgets = _budgets(summary)
     figures, rates = figures_and_rates(summary)
-    figures += _baselines(found, budgets)
+    figures += baseline_rows(found, budgets)
     return [
         f"# {data_name(config)}: {metric} in % after round {config.num_rounds}",
         figures,
@@ -148,8 +148,16 @@ def _in_json(value: Difference | None) -> dict[str, Any] | None:
     return value.as_json() if value else None
 
 
-def _baselines(found: Findings, budgets: Sequence[float]) -> list[list[str]]:
-    """Return the rows of the baselines for the table of figures."""
+def baseline_rows(found: Findings, budgets: Sequence[float]) -> Table:
+    """Return the rows of the baselines for the table of figures.
+
+    Parameters
+    ----------
+    found : Findings
+        What the runs say of the start, and of rows without noise.
+    budgets : Sequence[float]
+        The ε of each column.
+    """
     rows = []
     if found.start:
         cells = [_mean(found.start.get(epsilon)) for epsilon in budgets]

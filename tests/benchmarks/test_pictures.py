@@ -11,6 +11,7 @@ import pytest
 from benchmarks.mechanism_page import PAGE as MECHANISMS
 from benchmarks.mechanism_pictures import DRAWN
 from benchmarks.pictures import MODES, OF, PICTURES, pictures, runs_of
+from tests.benchmarks.by_seed import Cell, stated_gap
 
 PAGE = (PICTURES.parent / "results.md").read_text(encoding="utf-8")
 
@@ -96,15 +97,8 @@ def test_gains_of_the_secure_sum_are_those_of_the_rows(
     epsilons: tuple[float, float],
     files: tuple[tuple[str, ...], tuple[str, ...]],
 ) -> None:
-    runs = [
-        rows[(rows["row"] == name) & (rows["epsilon"] == epsilon)].set_index("seed")["final"]
-        for name, epsilon, rows in zip(
-            (better, other), epsilons, (runs_of(*each) for each in files), strict=True
-        )
-    ]
-    gaps = 100 * (runs[0] - runs[1])
-    assert len(gaps) == 5
-    assert f"{gaps.mean():.1f} ± {gaps.std() / math.sqrt(5):.1f}" in SUM_SECTION
+    first, second = (Cell(*each) for each in zip(files, (better, other), epsilons, strict=True))
+    assert stated_gap(first, second, seeds=5) in SUM_SECTION
 
 
 def test_the_pictures_of_the_pages_are_drawn_again(tmp_path: Path) -> None:

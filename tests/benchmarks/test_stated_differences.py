@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.advice import PAGE
 from benchmarks.mechanism_page import PAGE as MECHANISMS
-from benchmarks.pictures import runs_of
+from tests.benchmarks.by_seed import Cell, stated_gap
 
 NONE = math.inf
 SST2 = ("sst2-minilm/all-methods.csv",)
@@ -39,14 +39,8 @@ STATED = [
 def test_a_stated_difference_by_seed_is_that_of_the_rows(
     files: tuple[str, ...], better: str, other: str, epsilon: float, page: Path
 ) -> None:
-    runs = runs_of(*files)
-    finals = [
-        runs[(runs["row"] == row) & (runs["epsilon"] == epsilon)].set_index("seed")["final"]
-        for row in (better, other)
-    ]
-    gaps = 100 * (finals[0] - finals[1])
-    assert sorted(gaps.index) == [1, 2, 3]
-    assert f"{gaps.mean():.1f} ± {gaps.std() / math.sqrt(3):.1f}" in page.read_text("utf-8")
+    gap = stated_gap(Cell(files, better, epsilon), Cell(files, other, epsilon), seeds=3)
+    assert gap in page.read_text("utf-8")
 
 
 @pytest.mark.parametrize(
@@ -59,10 +53,5 @@ def test_a_stated_difference_by_seed_is_that_of_the_rows(
 def test_a_stated_cost_of_privacy_is_that_of_the_rows(
     files: tuple[str, ...], row: str, epsilon: float
 ) -> None:
-    runs = runs_of(*files)
-    finals = [
-        runs[(runs["row"] == row) & (runs["epsilon"] == e)].set_index("seed")["final"]
-        for e in (NONE, epsilon)
-    ]
-    gaps = 100 * (finals[0] - finals[1])
-    assert f"{gaps.mean():.1f} ± {gaps.std() / math.sqrt(3):.1f}" in PAGE.read_text("utf-8")
+    cost = stated_gap(Cell(files, row, NONE), Cell(files, row, epsilon), seeds=3)
+    assert cost in PAGE.read_text("utf-8")
