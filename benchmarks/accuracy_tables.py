@@ -54,7 +54,21 @@ TABLES = (
     AccuracyTable("right answers on the instruction task", ("skills/rows.csv",), sent=True),
     AccuracyTable("accuracy on digits under a secure sum", ("secure-sum/digits.csv",), sent=True),
     AccuracyTable("accuracy on SST-2 by trust model", ("secure-sum/sst2.csv",)),
+    AccuracyTable(
+        "accuracy on SST-2 by method under a secure sum",
+        ("secure-sum/sst2-all-methods.csv",),
+        sent=True,
+    ),
     AccuracyTable("accuracy on CIFAR-10 by trust model", ("secure-sum/cifar10.csv",)),
+    AccuracyTable(
+        "accuracy on CIFAR-10, Dirichlet 0.5, under a secure sum",
+        ("secure-sum/cifar10-dirichlet-0.5.csv",),
+    ),
+    AccuracyTable(
+        "accuracy on CIFAR-10, Dirichlet 0.1, under a secure sum",
+        ("secure-sum/cifar10-dirichlet-0.1.csv",),
+    ),
+    AccuracyTable("right answers under a secure sum", ("secure-sum/skills.csv",), sent=True),
 )
 
 

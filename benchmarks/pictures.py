@@ -28,10 +28,23 @@ OF = {
     "skills.png": ("Instruction task, tiny LLaMA", "skills/rows.csv"),
     "secure-sum.png": ("Handwritten digits, secure sum", "secure-sum/digits.csv"),
     "secure-sum-sst2.png": ("SST-2, both trust models", "secure-sum/sst2.csv"),
+    "secure-sum-sst2-methods.png": (
+        "SST-2, small runs, secure sum",
+        "secure-sum/sst2-all-methods.csv",
+    ),
     "secure-sum-cifar10.png": ("CIFAR-10, both trust models", "secure-sum/cifar10.csv"),
+    "secure-sum-cifar10-0.5.png": (
+        "CIFAR-10, Dirichlet 0.5, secure sum",
+        "secure-sum/cifar10-dirichlet-0.5.csv",
+    ),
+    "secure-sum-cifar10-0.1.png": (
+        "CIFAR-10, Dirichlet 0.1, secure sum",
+        "secure-sum/cifar10-dirichlet-0.1.csv",
+    ),
+    "secure-sum-skills.png": ("Instruction task, secure sum", "secure-sum/skills.csv"),
 }
 """Comparisons to draw: the name of each one's data, and the files of its rows."""
-METRICS = {"skills.png": "exact_match"}
+METRICS = {"skills.png": "exact_match", "secure-sum-skills.png": "exact_match"}
 """The figure of a comparison, where it is not the accuracy."""
 MODES = "modes.png"
 

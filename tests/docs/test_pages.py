@@ -36,7 +36,7 @@ REASONS = {
     "it needs one file of your own": 1,
     "it needs several machines": 1,
     "it takes hours": 16,
-    "it takes an hour": 1,
+    "it takes an hour": 5,
     "the tutorial's records have no such column": 1,
     "tests/deploy/test_docs.py does": 12,
     "tests/deploy/test_fleet.py does": 1,
