@@ -4,7 +4,7 @@ Run ``python -m benchmarks.audit``, or ``make audit``. Each row is an attack of 
 short runs in which every record takes part (q = 1). All bounds of the table hold together at 95 %
 confidence. ``--only one-run rolora as-lora`` measures one run of these two methods again, and keeps
 the other rows.
-``--quick`` is a form of a minute with two methods. A check that runs with every change
+``--quick`` is a form of one or two minutes with two methods. A check that runs with every change
 must not fail by chance, so its bounds hold at 99.999 % confidence, and its bar is lower.
 """
 
@@ -113,7 +113,7 @@ def cells(language_model: Path) -> Iterator[Cell]:
 def quick() -> Iterator[Cell]:
     """Yield the attacks of the short form."""
     for method in ("ffa-lora", "rolora"):
-        yield Cell("digits", PAIRED, GRADIENT, 0.2, 150, changes={"strategy": method})
+        yield Cell("digits", PAIRED, GRADIENT, 0.2, 300, changes={"strategy": method})
 
 
 def row_of(cell: Cell, found: AuditRecord) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ROOT, audit
-from fedlora_flwr.audit.record import VIOLATED
 
 
 def test_the_short_form_finds_most_of_what_two_methods_claim(tmp_path: Path) -> None:
@@ -17,11 +16,10 @@ def test_the_short_form_finds_most_of_what_two_methods_claim(tmp_path: Path) -> 
     assert ended.value.code == 0
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert [row["strategy"] for row in rows] == ["ffa-lora", "rolora"]
-    # "too weak to say" begins at .25, which chance alone falls below now and then.
-    assert all(row["canaries"] == 600 and row["verdict"] != VIOLATED for row in rows)
-    # In 16 attacks of this size the share was .48 on average, with a standard deviation of .1.
-    # A tenth is four of these below, and more than all of ε is a false promise.
-    assert all(0.1 < row["ratio"] <= 1 for row in rows)
+    assert all(row["canaries"] == 1200 and row["verdict"] == "holds" for row in rows)
+    # The share was .6 on average in four attacks with 1,200 canaries. With 600 it was .48 in 16,
+    # and chance sometimes took it below the .25 of "holds". More than 1 is a false promise.
+    assert all(0.2 < row["ratio"] <= 1 for row in rows)
     table = (tmp_path / "table.md").read_text("utf-8")
     assert table.count("\n| digits |") == 2
     assert (tmp_path / "digits-rolora.png").stat().st_size > 10_000
